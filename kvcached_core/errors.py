@@ -1,0 +1,54 @@
+"""Every error of ours: a `KVCachedError` that is also the builtin a caller would expect."""
+
+
+class KVCachedError(Exception):
+    """The base of all errors that kvcached raises on purpose."""
+
+
+class ConfigError(KVCachedError, ValueError):
+    """A setting is wrong; the message names the variable, its value and what is allowed."""
+
+
+class GeometryError(KVCachedError, ValueError):
+    """A KV cache of this shape cannot be laid out in pages."""
+
+
+class BackendError(KVCachedError, RuntimeError):
+    """A call into the memory backend failed.
+
+    Attributes:
+        call: The backend's verb, for example `map`.
+        code: The operating system's or driver's name of the error.
+        needed_bytes: What the call asked for, in bytes.
+        available_bytes: What was left, in bytes, or None where nobody knows.
+    """
+
+    def __init__(
+        self, call: str, code: str, needed_bytes: int, available_bytes: int | None = None
+    ) -> None:
+        left = "unknown" if available_bytes is None else f"{available_bytes} bytes"
+        super().__init__(f"{call} failed: {code}; needed {needed_bytes} bytes, available {left}")
+        self.call = call
+        self.code = code
+        self.needed_bytes = needed_bytes
+        self.available_bytes = available_bytes
+
+
+class OutOfMemoryError(BackendError, MemoryError):
+    """The backend has no memory left for a page."""
+
+
+class PageStateError(KVCachedError, RuntimeError):
+    """A page was mapped twice, or unmapped while it was not mapped."""
+
+
+class UnmappedBlockError(KVCachedError, LookupError):
+    """A step names a block whose page is not mapped."""
+
+
+class LedgerError(KVCachedError, RuntimeError):
+    """The ledger file cannot be used; the message says why and what to do."""
+
+
+class UnsupportedEngineError(KVCachedError, RuntimeError):
+    """This engine release or configuration cannot be served elastically."""

@@ -1,0 +1,61 @@
+"""Sizes as people write them, and back."""
+
+import re
+from decimal import Decimal
+
+from kvcached_core.errors import ConfigError
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+ALL_PERCENT = 100
+
+_FACTORS = {
+    "": 1,
+    "b": 1,
+    "k": 10**3,
+    "kb": 10**3,
+    "m": 10**6,
+    "mb": 10**6,
+    "g": 10**9,
+    "gb": 10**9,
+    "t": 10**12,
+    "tb": 10**12,
+    "kib": KIB,
+    "mib": MIB,
+    "gib": GIB,
+    "tib": 1 << 40,
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*|%)", re.IGNORECASE)
+
+
+def parse_bytes(text: str, *, what: str, whole_bytes: int | None = None) -> int:
+    """Return the bytes that `text` means, such as `24GiB`, `512 MiB`, `1073741824` or `50%`.
+
+    Args:
+        text: The size. `KiB`/`MiB`/`GiB`/`TiB` are powers of 1024, `kB`/`MB`/`GB`/`TB` of 1000.
+        what: The setting's name, for the error message.
+        whole_bytes: What 100 % is; without it a percentage is refused.
+
+    Raises:
+        ConfigError: If the text is no size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match:
+        number, unit = Decimal(match[1]), match[2].lower()
+        if unit == "%" and whole_bytes is not None and number <= ALL_PERCENT:
+            return int(whole_bytes * number / ALL_PERCENT)
+        if unit in _FACTORS:
+            return int(number * _FACTORS[unit])
+    percent = " or a share such as 50%" if whole_bytes is not None else ""
+    raise ConfigError(f"{what}={text!r} is not a size; write one such as 24GiB, 512MiB{percent}")
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Return `num_bytes` as people read it, in powers of 1024: `1.5 GiB`."""
+    size, unit = float(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if abs(size) < KIB:
+            break
+        size, unit = size / KIB, larger
+    return f"{size:.2f}".rstrip("0").rstrip(".") + f" {unit}"
