@@ -1,0 +1,1 @@
+"""Virtual memory: one protocol, its backends, and layers over them."""
