@@ -1,0 +1,308 @@
+"""Which page the next block comes from, and which page goes back.
+
+The scheduler's half of the memory: it decides, the workers map and unmap. It holds the engine's
+block objects without looking into them, so every engine's allocator can stand on it.
+
+A block of a resident page is in one of three places: in its page's free list here, in the engine's
+own queue of cached blocks (evictable), or with a request (live). A page is *used* while it has a
+live block, *cached* while it has only evictable ones, and *idle* while all its blocks are free.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import Generic, Protocol, TypeVar
+
+from kvcached_core.errors import PageStateError
+from kvcached_core.geometry import Geometry
+
+Block = TypeVar("Block")
+
+UNMAPPED, USED, CACHED, IDLE = range(4)
+
+
+class PageSource(Protocol):
+    """Who promises pages: the ledger, for all devices of the instance at once."""
+
+    def reserve(self, num_pages: int) -> int:
+        """Promise up to `num_pages` pages and return how many it is."""
+
+    def cancel(self, num_pages: int) -> None:
+        """Take back a promise of `num_pages` pages that nobody mapped."""
+
+
+@dataclass
+class PageOrders:
+    """What the workers shall do, and what the pages are for once they did it.
+
+    Attributes:
+        map_pages: Pages to map before the step.
+        unmap_pages: Pages to unmap after the step.
+        num_used_pages: Resident pages that hold a block of a live request.
+        num_cached_pages: Resident pages that hold only cached blocks.
+    """
+
+    map_pages: list[int] = field(default_factory=list)
+    unmap_pages: list[int] = field(default_factory=list)
+    num_used_pages: int = 0
+    num_cached_pages: int = 0
+
+
+class PagePool(Generic[Block]):
+    """The pages of one pool and the free blocks on them.
+
+    `free_lists`, `num_evictable`, `dirty` and `current` are open to the engine's allocator, which
+    takes and gives single blocks on its hot path: whoever moves a block of a page adds the page to
+    `dirty`, and the books are brought up to date when somebody asks.
+
+    Args:
+        geometry: What lies in a page.
+        num_pages: Pages of the pool's virtual size.
+        source: Who promises pages.
+        blocks_of_page: Returns the blocks of a page, in id order; called when it becomes resident.
+        min_spare_pages: Idle pages kept ahead of need while requests are live (low watermark).
+        max_spare_pages: Idle pages kept when there are more (high watermark).
+        num_resident_pages: Pages, from 0 on, that are mapped already.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        num_pages: int,
+        source: PageSource,
+        blocks_of_page: Callable[[int], list[Block]],
+        *,
+        min_spare_pages: int = 0,
+        max_spare_pages: int = 0,
+        num_resident_pages: int = 0,
+    ) -> None:
+        self.geometry = geometry
+        self.num_pages = num_pages
+        self.min_spare_pages = min_spare_pages
+        self.max_spare_pages = max(max_spare_pages, min_spare_pages)
+        self._source = source
+        self._blocks_of_page = blocks_of_page
+        self.free_lists: list[list[Block]] = [[] for _ in range(num_pages)]
+        self.num_evictable = [0] * num_pages
+        self.num_free = 0
+        self.num_promised = 0
+        self.dirty: set[int] = set()
+        self.current: list[Block] = []
+        self._current_page = -1
+        self._unmapped = list(range(num_pages))
+        self._states = [UNMAPPED] * num_pages
+        self._num_in_state = [num_pages, 0, 0, 0]
+        self._idle: set[int] = set()
+        # Pages with free blocks as (free blocks when entered, page). Only the current page loses
+        # free blocks, so an entry never has too many: see _fullest. Entries of closed pages stay
+        # until they come up; `_entered` says which pages have a valid one.
+        self._by_fullness: list[tuple[int, int]] = []
+        self._entered: set[int] = set()
+        self._orders = PageOrders()
+        self._reported = (0, 0)
+        self.num_promised = num_resident_pages
+        for _ in range(num_resident_pages):
+            self.open()
+        self._orders.map_pages.clear()
+
+    @property
+    def num_resident_pages(self) -> int:
+        """Pages that are mapped, or will be before the next step runs."""
+        return self.num_pages - self._num_in_state[UNMAPPED]
+
+    @property
+    def num_resident_blocks(self) -> int:
+        """Blocks on these pages."""
+        return self.num_resident_pages * self.geometry.blocks_per_page
+
+    @property
+    def num_promised_blocks(self) -> int:
+        """Blocks on pages that are promised but not resident yet."""
+        return self.num_promised * self.geometry.blocks_per_page
+
+    def pages_in(self, state: int) -> list[int]:
+        """Return the pages that are in `state`, in ascending order."""
+        self._settle()
+        return [page for page, current in enumerate(self._states) if current == state]
+
+    def reserve_blocks(self, num_blocks: int) -> int:
+        """Ask for the pages of `num_blocks` more blocks; return how many blocks were promised."""
+        wanted = -(-num_blocks // self.geometry.blocks_per_page)
+        granted = self._source.reserve(min(wanted, len(self._unmapped) - self.num_promised))
+        self.num_promised += granted
+        return granted * self.geometry.blocks_per_page
+
+    def take(self, num_blocks: int) -> list[Block]:
+        """Return up to `num_blocks` free blocks, from the fullest page first.
+
+        Where the resident pages have too few, promised ones become resident. What is missing then
+        has to come from evicting cached blocks.
+        """
+        taken: list[Block] = []
+        while len(taken) < num_blocks and (self.current or self._turn_to_next_page()):
+            count = min(num_blocks - len(taken), len(self.current))
+            taken.extend(reversed(self.current[-count:]))
+            del self.current[-count:]
+        self.num_free -= len(taken)
+        self.dirty.add(self._current_page)
+        return taken
+
+    def take_from(self, page: int) -> Block:
+        """Take the first free block of a resident page: for blocks an engine never gives back."""
+        self.dirty.add(page)
+        self.num_free -= 1
+        return self.free_lists[page].pop()
+
+    def give(self, page: int, blocks: Iterable[Block]) -> None:
+        """Put blocks that hold nothing any more back on their page."""
+        before = len(self.free_lists[page])
+        self.free_lists[page].extend(blocks)
+        self.num_free += len(self.free_lists[page]) - before
+        self.dirty.add(page)
+
+    def open(self) -> int:
+        """Make the lowest promised page resident and return it."""
+        page = heappop(self._unmapped)
+        self.num_promised -= 1
+        self._enter_state(page, IDLE)
+        if page in self._orders.unmap_pages:
+            self._orders.unmap_pages.remove(page)
+            self._source.cancel(1)
+        else:
+            self._orders.map_pages.append(page)
+        blocks = self._blocks_of_page(page)
+        self.free_lists[page] = blocks[::-1]
+        self.num_free += len(blocks)
+        self.dirty.add(page)
+        return page
+
+    def close(self, page: int) -> None:
+        """Give an idle page back: its blocks can no longer be taken."""
+        self._settle()
+        if self._states[page] != IDLE:
+            raise PageStateError(f"page {page} cannot be closed: it is not idle")
+        self._enter_state(page, UNMAPPED)
+        self.num_free -= len(self.free_lists[page])
+        self.free_lists[page] = []
+        if page == self._current_page:
+            self._leave_current_page()
+        self._entered.discard(page)
+        heappush(self._unmapped, page)
+        if page in self._orders.map_pages:
+            self._orders.map_pages.remove(page)
+            self._source.cancel(1)
+        else:
+            self._orders.unmap_pages.append(page)
+
+    def close_idle(self, max_pages: int, *, keep: int = 0) -> int:
+        """Close up to `max_pages` idle pages, highest first; return how many it was."""
+        self._settle()
+        surplus = sorted(self._idle, reverse=True)[: max(len(self._idle) - keep, 0)][:max_pages]
+        for page in surplus:
+            self.close(page)
+        return len(surplus)
+
+    def eviction_order(self, oldest_first: Iterable[int]) -> list[int]:
+        """Return the cached pages in the order in which they should be given back.
+
+        A page is as young as its youngest cached block. Pages with live blocks are left out:
+        evicting from them would cost cache and free no page.
+
+        Args:
+            oldest_first: The page of each evictable block, the block unused for longest first.
+        """
+        youngest = {page: age for age, page in enumerate(oldest_first)}
+        return sorted(self.pages_in(CACHED), key=lambda page: youngest.get(page, -1))
+
+    def drain(self) -> PageOrders | None:
+        """Return the orders since the last call, or None if there is nothing to tell.
+
+        Closes idle pages above the high watermark, opens spare ones below the low watermark while
+        requests are live, and takes back what was promised and not used.
+        """
+        self._settle()
+        num_idle = len(self._idle)
+        if num_idle > self.max_spare_pages:
+            self.close_idle(num_idle, keep=self.max_spare_pages)
+        elif num_idle < self.min_spare_pages and self._num_in_state[USED] > 1:
+            self._open_spare(self.min_spare_pages - num_idle)
+        if self.num_promised:
+            self._source.cancel(self.num_promised)
+            self.num_promised = 0
+        counts = self._num_in_state[USED], self._num_in_state[CACHED]
+        orders = self._orders
+        if not (orders.map_pages or orders.unmap_pages) and counts == self._reported:
+            return None
+        orders.num_used_pages, orders.num_cached_pages = self._reported = counts
+        self._orders = PageOrders()
+        return orders
+
+    def _open_spare(self, num_pages: int) -> None:
+        missing = min(num_pages, len(self._unmapped)) - self.num_promised
+        if missing > 0:
+            self.num_promised += self._source.reserve(missing)
+        for _ in range(min(num_pages, self.num_promised)):
+            self.open()
+        self._settle()
+
+    def _turn_to_next_page(self) -> bool:
+        self._leave_current_page()
+        self._settle()
+        page = self._fullest()
+        if page is None:
+            if not self.num_promised:
+                return False
+            page = self.open()
+        self._entered.discard(page)
+        self._current_page = page
+        self.current = self.free_lists[page]
+        return True
+
+    def _leave_current_page(self) -> None:
+        if self._current_page >= 0:
+            self.dirty.add(self._current_page)
+        self._current_page = -1
+        self.current = []
+
+    def _fullest(self) -> int | None:
+        heap, entered = self._by_fullness, self._entered
+        while heap:
+            entered_with, page = heappop(heap)
+            if page not in entered:
+                continue
+            num_free = len(self.free_lists[page])
+            if num_free == entered_with:
+                return page
+            heappush(heap, (num_free, page))
+        return None
+
+    def _settle(self) -> None:
+        current = self._current_page
+        if current >= 0:
+            self.dirty.add(current)
+        blocks_per_page = self.geometry.blocks_per_page
+        states, entered = self._states, self._entered
+        for page in self.dirty:
+            num_free = len(self.free_lists[page])
+            if num_free == blocks_per_page:
+                state = IDLE
+            elif num_free + self.num_evictable[page] == blocks_per_page:
+                state = CACHED
+            else:
+                state = USED
+            if states[page] != state and states[page] != UNMAPPED:
+                self._enter_state(page, state)
+            if num_free and page != current and page not in entered:
+                heappush(self._by_fullness, (num_free, page))
+                entered.add(page)
+        self.dirty.clear()
+
+    def _enter_state(self, page: int, state: int) -> None:
+        old = self._states[page]
+        self._num_in_state[old] -= 1
+        self._num_in_state[state] += 1
+        self._states[page] = state
+        if state == IDLE:
+            self._idle.add(page)
+        elif old == IDLE:
+            self._idle.discard(page)

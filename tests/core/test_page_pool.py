@@ -1,0 +1,229 @@
+"""Which page the next block comes from, and which page goes back."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvcached_core.errors import PageStateError
+from kvcached_core.geometry import Geometry
+from kvcached_core.page_pool import CACHED, IDLE, UNMAPPED, USED, PagePool
+
+GEOMETRY = Geometry(block_bytes=1024, num_planes=4, ids_per_page=16, blocks_per_page=4)
+NUM_PAGES = 6
+
+
+class CountingSource:
+    """A ledger with a fixed number of pages; it knows what it promised and what was mapped."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_left = num_pages
+        self.num_promised = 0
+
+    def reserve(self, num_pages: int) -> int:
+        granted = min(num_pages, self.num_left)
+        self.num_left -= granted
+        self.num_promised += granted
+        return granted
+
+    def cancel(self, num_pages: int) -> None:
+        assert num_pages <= self.num_promised
+        self.num_left += num_pages
+        self.num_promised -= num_pages
+
+    def settle(self, num_mapped: int, num_unmapped: int) -> None:
+        """Do what the worker does when it carries out orders."""
+        assert num_mapped <= self.num_promised
+        self.num_promised -= num_mapped
+        self.num_left += num_unmapped
+
+
+def make(num_pages: int = NUM_PAGES, left: int = NUM_PAGES, **options: int) -> PagePool[int]:
+    per_page = GEOMETRY.blocks_per_page
+    return PagePool(
+        GEOMETRY,
+        num_pages,
+        CountingSource(left),
+        lambda page: [GEOMETRY.block_id(page * per_page + index) for index in range(per_page)],
+        **options,
+    )
+
+
+def grow(pool: PagePool[int], num_blocks: int) -> list[int]:
+    pool.reserve_blocks(num_blocks - pool.num_free)
+    return pool.take(num_blocks)
+
+
+def give(pool: PagePool[int], blocks: list[int]) -> None:
+    for block in blocks:
+        pool.give(GEOMETRY.page_of(block), [block])
+
+
+def test_blocks_come_in_id_order_from_the_lowest_page() -> None:
+    assert grow(make(), 6) == [0, 1, 2, 3, 16, 17]
+
+
+def test_the_next_block_comes_from_the_fullest_page() -> None:
+    pool = make()
+    blocks = grow(pool, 16)
+    give(pool, [blocks[0], blocks[1], blocks[2]])  # page 0: one live
+    give(pool, [blocks[5]])  # page 1: three live
+    give(pool, [blocks[8], blocks[9]])  # page 2: two live
+    assert [GEOMETRY.page_of(pool.take(1)[0]) for _ in range(6)] == [1, 2, 2, 0, 0, 0]
+
+
+def test_emptied_pages_go_back_and_keep_the_spare_one() -> None:
+    pool = make(max_spare_pages=1)
+    blocks = grow(pool, 12)
+    assert (orders := pool.drain()) is not None
+    assert (orders.map_pages, orders.unmap_pages) == ([0, 1, 2], [])
+    give(pool, blocks)
+    assert (orders := pool.drain()) is not None
+    assert sorted(orders.unmap_pages) == [1, 2]
+    assert pool.pages_in(IDLE) == [0]
+
+
+def test_a_spare_page_is_mapped_ahead_while_requests_run_and_not_otherwise() -> None:
+    pool = make(min_spare_pages=1, num_resident_pages=1)
+    pool.take_from(0)
+    assert (orders := pool.drain()) is not None
+    assert orders.map_pages == []
+    grow(pool, 4)
+    assert (orders := pool.drain()) is not None
+    assert orders.map_pages == [1, 2]
+    assert (orders.num_used_pages, pool.pages_in(IDLE)) == (2, [2])
+
+
+def test_what_was_promised_and_not_used_goes_back() -> None:
+    pool = make()
+    assert pool.reserve_blocks(20) == 20
+    pool.take(3)
+    pool.drain()
+    assert pool.num_promised == 0
+    assert pool._source.num_left == NUM_PAGES - 1  # type: ignore[attr-defined]
+
+
+def test_a_refused_promise_gives_what_there_is() -> None:
+    pool = make(left=2)
+    assert len(grow(pool, 20)) == 8
+
+
+def test_a_page_reopened_before_the_orders_left_is_not_unmapped() -> None:
+    pool = make(left=1)
+    blocks = grow(pool, 4)
+    pool.drain()
+    source = pool._source
+    source.settle(1, 0)  # type: ignore[attr-defined]
+    give(pool, blocks)
+    assert pool.close_idle(1) == 1
+    source.num_left += 1  # type: ignore[attr-defined]  # another instance gave a page back
+    grow(pool, 4)
+    orders = pool.drain()
+    assert orders is None or not (orders.map_pages or orders.unmap_pages)
+    assert source.num_left == 1  # type: ignore[attr-defined]
+
+
+def test_cached_pages_go_back_by_their_youngest_block_and_used_ones_stay() -> None:
+    pool = make()
+    blocks = grow(pool, 16)
+    queue = [blocks[4], blocks[8], blocks[0], blocks[9], blocks[5], blocks[1]]
+    queue += [blocks[10], blocks[11], blocks[2], blocks[3], blocks[6]]
+    for block in queue:  # page 1 keeps one live block, page 3 four
+        pool.num_evictable[GEOMETRY.page_of(block)] += 1
+        pool.dirty.add(GEOMETRY.page_of(block))
+    assert pool.eviction_order([GEOMETRY.page_of(block) for block in queue]) == [2, 0]
+    assert pool.pages_in(CACHED) == [0, 2]
+    assert pool.pages_in(USED) == [1, 3]
+
+
+def test_only_idle_pages_can_be_closed() -> None:
+    pool = make()
+    grow(pool, 1)
+    with pytest.raises(PageStateError):
+        pool.close(0)
+
+
+class PagePoolMachine(RuleBasedStateMachine):
+    """Any sequence of taking, giving, caching and draining keeps the books."""
+
+    @initialize(left=st.integers(1, NUM_PAGES), low=st.integers(0, 2), high=st.integers(0, 2))
+    def start(self, left: int, low: int, high: int) -> None:
+        self.total = left
+        self.pool = make(left=left, min_spare_pages=low, max_spare_pages=high)
+        self.source = self.pool._source
+        self.live: list[int] = []
+        self.queue: list[int] = []
+        self.mapped: set[int] = set()
+
+    @rule(num_blocks=st.integers(1, 10))
+    def take(self, num_blocks: int) -> None:
+        free_before = self.pool.num_free
+        blocks = grow(self.pool, num_blocks)
+        assert len(blocks) >= min(num_blocks, free_before)
+        assert not set(blocks) & set(self.live + self.queue)
+        assert len(set(blocks)) == len(blocks)
+        self.live += blocks
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), cache=st.booleans())
+    def drop(self, data: st.DataObject, *, cache: bool) -> None:
+        block = data.draw(st.sampled_from(self.live))
+        self.live.remove(block)
+        page = GEOMETRY.page_of(block)
+        if cache:
+            self.queue.append(block)
+            self.pool.num_evictable[page] += 1
+            self.pool.dirty.add(page)
+        else:
+            self.pool.give(page, [block])
+
+    @precondition(lambda self: self.queue)
+    @rule()
+    def hit(self) -> None:
+        block = self.queue.pop()
+        page = GEOMETRY.page_of(block)
+        self.pool.num_evictable[page] -= 1
+        self.pool.dirty.add(page)
+        self.live.append(block)
+
+    @rule()
+    def evict_pages(self) -> None:
+        for page in self.pool.eviction_order(GEOMETRY.page_of(block) for block in self.queue)[:1]:
+            mine = [block for block in self.queue if GEOMETRY.page_of(block) == page]
+            self.queue = [block for block in self.queue if block not in mine]
+            self.pool.num_evictable[page] -= len(mine)
+            self.pool.give(page, mine)
+            self.pool.close(page)
+
+    @rule()
+    def drain(self) -> None:
+        orders = self.pool.drain()
+        if orders is not None:
+            assert not set(orders.map_pages) & self.mapped
+            assert set(orders.unmap_pages) <= self.mapped | set(orders.map_pages)
+            self.mapped = (self.mapped | set(orders.map_pages)) - set(orders.unmap_pages)
+            self.source.settle(len(orders.map_pages), len(orders.unmap_pages))  # type: ignore[attr-defined]
+            assert orders.num_used_pages == len(self.pool.pages_in(USED))
+        assert self.source.num_promised == 0  # type: ignore[attr-defined]
+        assert self.source.num_left + len(self.mapped) == self.total  # type: ignore[attr-defined]
+        assert len(self.pool.pages_in(IDLE)) <= self.pool.max_spare_pages
+        backed = {GEOMETRY.page_of(block) for block in self.live + self.queue}
+        assert backed <= self.mapped
+
+    @invariant()
+    def every_block_is_in_one_place(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        resident = [page for page in range(NUM_PAGES) if page not in self.pool.pages_in(UNMAPPED)]
+        assert len(resident) == self.pool.num_resident_pages
+        places = Counter(self.live) + Counter(self.queue)
+        places += Counter(block for blocks in self.pool.free_lists for block in blocks)
+        assert set(places.values()) <= {1}
+        assert len(places) == self.pool.num_resident_blocks
+        assert self.pool.num_free == sum(len(blocks) for blocks in self.pool.free_lists)
+
+
+TestPagePoolMachine = PagePoolMachine.TestCase
+TestPagePoolMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
