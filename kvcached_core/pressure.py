@@ -1,0 +1,67 @@
+"""Being asked for memory: each instance listens on a socket of its own, without polling."""
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from kvcached_core.errors import LedgerError
+
+_RING = b"r"
+_STOP = b"s"
+
+
+class Doorbell:
+    """A datagram socket and a thread that calls back when somebody rings.
+
+    Args:
+        path: Where the socket lies; an older one there is replaced.
+        answer: Called in the listening thread at each ring; it must only pass the word on.
+    """
+
+    def __init__(self, path: Path, answer: Callable[[], None]) -> None:
+        self.path = path
+        self._answer = answer
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        path.unlink(missing_ok=True)
+        try:
+            self._socket.bind(str(path))
+        except OSError as error:
+            self._socket.close()
+            raise LedgerError(
+                f"the socket {path} cannot be made: {error.strerror or error}; "
+                "KVCACHED_DIR must be writable and shorter than 80 characters"
+            ) from error
+        path.chmod(0o600)
+        self._thread = threading.Thread(target=self._listen, name="kvcached-bell", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening and remove the socket."""
+        _send(self.path, _STOP)
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        self._socket.close()
+        self.path.unlink(missing_ok=True)
+
+    def _listen(self) -> None:
+        while self._socket.recv(len(_RING)) == _RING:
+            self._answer()
+
+
+def ring(path: Path) -> bool:
+    """Wake the instance that listens at `path`; return whether anybody was there."""
+    return _send(path, _RING)
+
+
+def _send(path: Path, message: bytes) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.settimeout(0)
+        try:
+            sender.sendto(message, os.fspath(path))
+        except BlockingIOError:
+            return True  # its queue is full of rings that it has not heard yet
+        except OSError:
+            return False
+    return True
