@@ -1,0 +1,95 @@
+"""Every setting: what it may be, and what is said when it is not."""
+
+from pathlib import Path
+
+import pytest
+
+from kvcached_core.config import (
+    PREFIX,
+    Config,
+    Enable,
+    host_memory_bytes,
+    read_config,
+    read_switch,
+)
+from kvcached_core.errors import ConfigError
+from kvcached_core.units import MIB
+
+DOCS = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+
+def test_nothing_set_means_half_the_memory_and_no_limit() -> None:
+    config = read_config({})
+    assert config.host_pool == host_memory_bytes() // 2
+    assert config.limit_bytes is None
+    assert config.virtual_bytes == config.host_pool
+
+
+def test_values_are_read_in_the_units_people_write() -> None:
+    config = read_config(
+        {
+            "KVCACHED_HOST_POOL": "512MiB",
+            "KVCACHED_LIMIT": "50%",
+            "KVCACHED_PAGE_BYTES": "4MiB",
+            "KVCACHED_DEBUG": "1",
+            "KVCACHED_NAME": "llama-3.1_8b",
+            "HOME": "/not/ours",
+        }
+    )
+    assert (config.virtual_bytes, config.page_bytes) == (256 * MIB, 4 * MIB)
+    assert config.debug
+    assert config.name == "llama-3.1_8b"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("HOST_POOL", "lots", "24GiB"),
+        ("HOST_POOL", "0", "greater than 0"),
+        ("HOST_POOL", "-1GiB", "24GiB"),
+        ("LIMIT", "150%", "share such as 50%"),
+        ("PAGE_BYTES", "7", "4096"),
+        ("MIN_SPARE_PAGES", "-1", "greater than or equal to 0"),
+        ("MAX_SPARE_PAGES", "many", "integer"),
+        ("DEBUG", "maybe", "boolean"),
+        ("NAME", "../etc", "letters, digits"),
+        ("NAME", "", "letters, digits"),
+    ],
+)
+def test_a_bad_value_is_refused_with_variable_value_and_what_is_allowed(
+    name: str, value: str, allowed: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_config({PREFIX + name: value})
+    assert PREFIX + name in str(caught.value)
+    assert value in str(caught.value)
+    assert allowed in str(caught.value)
+
+
+def test_a_misspelt_variable_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match=r"KVCACHED_LIMTI is not.*did you mean KVCACHED_LIMIT"):
+        read_config({"KVCACHED_LIMTI": "1GiB"})
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ConfigError, match="LIMIT=2 GiB is above KVCACHED_HOST_POOL=1 GiB"):
+        read_config({"KVCACHED_LIMIT": "2GiB", "KVCACHED_HOST_POOL": "1GiB"})
+    with pytest.raises(ConfigError, match="MAX_SPARE_PAGES=0 is below"):
+        read_config({"KVCACHED_MAX_SPARE_PAGES": "0", "KVCACHED_MIN_SPARE_PAGES": "2"})
+
+
+@pytest.mark.parametrize(("text", "switch"), [("1", Enable.ON), ("AUTO", Enable.AUTO)])
+def test_the_switch_is_read(text: str, switch: Enable) -> None:
+    assert read_switch({"ENABLE_KVCACHED": text}) is switch
+    assert read_switch({}) is Enable.OFF
+
+
+def test_another_switch_is_refused() -> None:
+    with pytest.raises(ConfigError, match="ENABLE_KVCACHED='yes' is not allowed; use 0, 1 or auto"):
+        read_switch({"ENABLE_KVCACHED": "yes"})
+
+
+def test_every_setting_is_in_the_documented_table() -> None:
+    table = DOCS.read_text()
+    missing = [name for name in Config.model_fields if f"`{PREFIX}{name.upper()}`" not in table]
+    assert missing == []
