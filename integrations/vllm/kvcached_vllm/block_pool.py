@@ -1,0 +1,214 @@
+"""vLLM's block pool over elastic pages.
+
+A block that holds nothing is in its page's free list; a block that only the prefix cache wants is
+in vLLM's own `free_block_queue`, in vLLM's own order of eviction. So which blocks a request hits,
+and which cached block goes first, is what it is without us; only the ids differ, and the cache is
+not touched while the ledger still grants pages.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
+
+from kvcached_core.geometry import Geometry
+from kvcached_core.page_pool import PagePool, PageSource
+
+
+class SparseBlocks(Sequence[KVCacheBlock]):
+    """The pool's blocks, indexed by their sparse ids; iterating yields those that exist."""
+
+    def __init__(self, blocks: list[KVCacheBlock], geometry: Geometry) -> None:
+        self._blocks = blocks
+        self._geometry = geometry
+
+    def __len__(self) -> int:
+        return self._geometry.block_id(len(self._blocks) - 1) + 1
+
+    def __iter__(self) -> Iterator[KVCacheBlock]:
+        return iter(self._blocks)
+
+    def __getitem__(self, block_id: Any) -> Any:
+        page, index = divmod(block_id, self._geometry.ids_per_page)
+        if index >= self._geometry.blocks_per_page or page < 0:
+            raise IndexError(f"block id {block_id} does not exist")
+        return self._blocks[page * self._geometry.blocks_per_page + index]
+
+
+class ElasticBlockPool(BlockPool):
+    """A `BlockPool` whose blocks exist only while their page is resident.
+
+    Args:
+        geometry: How blocks lie in pages.
+        source: Who promises pages; it has promised and mapped page 0 already.
+        min_spare_pages: See `PagePool`.
+        max_spare_pages: See `PagePool`.
+        *args: What vLLM gives its own pool.
+        **kwargs: The same.
+    """
+
+    blocks: Any
+    num_gpu_blocks: int
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        source: PageSource,
+        *args: Any,
+        min_spare_pages: int = 0,
+        max_spare_pages: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        blocks = list(self.blocks)
+        for index, block in enumerate(blocks):
+            block.block_id = geometry.block_id(index)
+            block.prev_free_block = block.next_free_block = None
+        self.blocks = SparseBlocks(blocks, geometry)
+        self.free_block_queue = FreeKVCacheBlockQueue([])
+        per_page = geometry.blocks_per_page
+        self.pages: PagePool[KVCacheBlock] = PagePool(
+            geometry,
+            len(blocks) // per_page,
+            source,
+            lambda page: blocks[page * per_page : (page + 1) * per_page],
+            min_spare_pages=min_spare_pages,
+            max_spare_pages=max_spare_pages,
+            num_resident_pages=1,
+        )
+        self.null_block = self.pages.take_from(0)
+        self._ids_per_page = geometry.ids_per_page
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks of live requests; the null block is not counted."""
+        pages = self.pages
+        num_free = pages.num_free + self.free_block_queue.num_free_blocks
+        return pages.num_resident_blocks - num_free - 1
+
+    def get_num_free_blocks(self) -> int:
+        """Return the blocks that can be had without asking anybody: promised ones included."""
+        pages = self.pages
+        return pages.num_free + pages.num_promised_blocks + self.free_block_queue.num_free_blocks
+
+    def get_usage(self) -> float:
+        """Return the share of the virtual capacity that live requests hold, from 0 to 1."""
+        num_blocks: int = self.num_gpu_blocks - 1
+        return self.num_used_blocks / num_blocks if num_blocks else 0.0
+
+    def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
+        """Return `num_blocks` blocks: free ones, then those of new pages, then evicted ones.
+
+        Raises:
+            ValueError: If there are not as many, as vLLM's pool does.
+        """
+        pages = self.pages
+        if num_blocks == 1 and pages.current:
+            blocks = [pages.current.pop()]
+            pages.num_free -= 1
+        else:
+            blocks = self._take(num_blocks)
+        collector = self.metrics_collector
+        for block in blocks:
+            block.ref_cnt += 1
+            if collector:
+                if self.enable_caching:
+                    collector.on_block_evicted(block)
+                collector.on_block_allocated(block)
+        return blocks
+
+    def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock], *_: Any, **__: Any) -> None:
+        """Drop one reference to each block; vLLM orders them by who shall be evicted first."""
+        pages, ids_per_page = self.pages, self._ids_per_page
+        free_lists, mark_dirty = pages.free_lists, pages.dirty.add
+        caching = self.enable_caching
+        num_free = 0
+        cached = []
+        for block in ordered_blocks:
+            block.ref_cnt -= 1
+            if block.ref_cnt == 0 and not block.is_null:
+                page = block.block_id // ids_per_page
+                mark_dirty(page)
+                if caching and block.block_hash is not None:
+                    pages.num_evictable[page] += 1
+                    cached.append(block)
+                else:
+                    free_lists[page].append(block)
+                    num_free += 1
+        pages.num_free += num_free
+        if cached:
+            self.free_block_queue.append_n(cached)
+
+    def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
+        """Add one reference to each block of a prefix-cache hit."""
+        collector = self.metrics_collector
+        for block in blocks:
+            if block.ref_cnt == 0 and not block.is_null:
+                self._unqueue(block)
+            block.ref_cnt += 1
+            if collector:
+                collector.on_block_accessed(block)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached blocks and free them; return False if requests still hold blocks."""
+        num_blocks = self.num_gpu_blocks
+        # vLLM calls used whatever is not free; blocks of pages that are not resident are neither.
+        self.num_gpu_blocks = 1 + self.num_used_blocks + self.get_num_free_blocks()
+        try:
+            done: bool = super().reset_prefix_cache()
+        finally:
+            self.num_gpu_blocks = num_blocks
+        if done:
+            for block in self.free_block_queue.get_all_free_blocks():
+                self._unqueue(block)
+                self.pages.give(block.block_id // self._ids_per_page, (block,))
+        return done
+
+    def release_pages(self, max_pages: int) -> int:
+        """Give back up to `max_pages` pages that no request needs; return how many it was.
+
+        Idle pages go first, then cached ones: the page whose youngest block is oldest first.
+        """
+        num_pages = self.pages.close_idle(max_pages)
+        if num_pages == max_pages:
+            return num_pages
+        ids_per_page = self._ids_per_page
+        queued: dict[int, list[KVCacheBlock]] = {}
+        oldest_first = self.free_block_queue.get_all_free_blocks()
+        for block in oldest_first:
+            queued.setdefault(block.block_id // ids_per_page, []).append(block)
+        order = self.pages.eviction_order(block.block_id // ids_per_page for block in oldest_first)
+        for page in order[: max_pages - num_pages]:
+            for block in queued[page]:
+                self._unqueue(block)
+                self._maybe_evict_cached_block(block)
+            self.pages.give(page, queued[page])
+            self.pages.close(page)
+            num_pages += 1
+        return num_pages
+
+    def _take(self, num_blocks: int) -> list[KVCacheBlock]:
+        pages, queue = self.pages, self.free_block_queue
+        missing = num_blocks - pages.num_free - pages.num_promised_blocks
+        if missing > 0:
+            pages.reserve_blocks(missing)
+        if num_blocks > self.get_num_free_blocks():
+            raise ValueError(f"Cannot get {num_blocks} free blocks from the pool")
+        blocks = pages.take(num_blocks)
+        if len(blocks) < num_blocks:
+            evicted = queue.popleft_n(num_blocks - len(blocks))
+            for block in evicted:
+                self._leave_page_cache(block)
+                self._maybe_evict_cached_block(block)
+            blocks.extend(evicted)
+        return blocks
+
+    def _unqueue(self, block: KVCacheBlock) -> None:
+        self.free_block_queue.remove(block)
+        self._leave_page_cache(block)
+
+    def _leave_page_cache(self, block: KVCacheBlock) -> None:
+        page = block.block_id // self._ids_per_page
+        self.pages.num_evictable[page] -= 1
+        self.pages.dirty.add(page)

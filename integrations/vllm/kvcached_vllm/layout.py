@@ -1,0 +1,121 @@
+"""vLLM's plan for its KV cache in the words of our geometry, and back.
+
+Two shapes of the plan exist and both are served here: up to 0.28 one tensor per plane
+(`KVCacheTensor.shared_by`), from 0.29 on one allocation with a stride per layer
+(`KVCacheTensor.layers`). Which one it is shows in the plan itself.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kvcached_core.errors import UnsupportedEngineError
+from kvcached_core.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class PlaneLayout:
+    """The planes in a `KVCacheConfig`.
+
+    Attributes:
+        block_bytes: Bytes of one block in one plane.
+        num_planes: Distinct planes; cache groups that overlay each other share theirs.
+        first_planes: For each of the config's tensors, the plane of its first layer.
+        is_one_allocation: Whether vLLM allocates all planes at once (from 0.29 on).
+    """
+
+    block_bytes: int
+    num_planes: int
+    first_planes: tuple[int, ...]
+    is_one_allocation: bool
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a worker's KV cache lies; travels with its `KVCacheConfig` as `PLACEMENT`.
+
+    Attributes:
+        geometry: This rank's geometry; ids and blocks per page are the same on all ranks.
+        num_pages: Pages of the pool's virtual size.
+        ledger_path: The ledger of the worker's device.
+        row: The instance's row in it.
+    """
+
+    geometry: Geometry
+    num_pages: int
+    ledger_path: str
+    row: int
+
+
+PLACEMENT = "kvcached_placement"
+
+
+def plane_layout(kv_cache_config: Any) -> PlaneLayout:
+    """Return the planes of `kv_cache_config`.
+
+    Raises:
+        UnsupportedEngineError: If they are not dense and of one block size.
+    """
+    tensors = kv_cache_config.kv_cache_tensors
+    if not tensors:
+        raise UnsupportedEngineError("this model has no KV cache")
+    if hasattr(tensors[0], "layers"):
+        return _strided_layout(tensors, kv_cache_config.num_blocks)
+    return _separate_layout(tensors, kv_cache_config.num_blocks)
+
+
+def sparse_config(kv_cache_config: Any, layout: PlaneLayout, placement: Placement) -> Any:
+    """Return a copy of the plan whose tensors lie in pages and are as long as the id space."""
+    geometry = placement.geometry
+    num_ids = geometry.num_ids(placement.num_pages)
+    config = copy.deepcopy(kv_cache_config)
+    config.num_blocks = num_ids
+    if layout.is_one_allocation:
+        config.kv_cache_tensors = [
+            replace(
+                tensor,
+                size=placement.num_pages * geometry.page_bytes,
+                layer_stride=geometry.run_bytes,
+                block_stride=geometry.block_bytes,
+                offset=geometry.plane_offset(plane),
+            )
+            for tensor, plane in zip(config.kv_cache_tensors, layout.first_planes, strict=True)
+        ]
+    else:
+        config.kv_cache_tensors = [
+            replace(tensor, size=num_ids * geometry.block_bytes)
+            for tensor in config.kv_cache_tensors
+        ]
+    return config
+
+
+def _strided_layout(tensors: list[Any], num_blocks: int) -> PlaneLayout:
+    block_bytes = _only_one("block size", {tensor.block_stride for tensor in tensors})
+    plane_bytes = block_bytes * num_blocks
+    num_planes = 0
+    for tensor in tensors:
+        is_dense = len(tensor.layers) == 1 or tensor.layer_stride == plane_bytes
+        if not is_dense or tensor.offset % plane_bytes:
+            raise UnsupportedEngineError(
+                "the KV layout puts a block's layers side by side; set VLLM_KV_CACHE_LAYOUT=LBNHC "
+                "(or LBHNC)"
+            )
+        num_planes = max(num_planes, tensor.offset // plane_bytes + len(tensor.layers))
+    first_planes = tuple(tensor.offset // plane_bytes for tensor in tensors)
+    return PlaneLayout(block_bytes, num_planes, first_planes, is_one_allocation=True)
+
+
+def _separate_layout(tensors: list[Any], num_blocks: int) -> PlaneLayout:
+    if any(getattr(tensor, "block_stride", 0) for tensor in tensors):
+        raise UnsupportedEngineError("the KV layout packs a block's layers side by side")
+    plane_bytes = _only_one("plane size", {tensor.size for tensor in tensors})
+    planes = tuple(range(len(tensors)))
+    return PlaneLayout(plane_bytes // num_blocks, len(tensors), planes, is_one_allocation=False)
+
+
+def _only_one(what: str, values: set[int]) -> int:
+    if len(values) != 1:
+        raise UnsupportedEngineError(
+            f"the layers differ in {what} ({sorted(values)} bytes); only one is served yet"
+        )
+    return values.pop()

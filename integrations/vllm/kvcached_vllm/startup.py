@@ -1,0 +1,147 @@
+"""Whether we can serve this vLLM elastically, decided once before anything is changed."""
+
+import atexit
+import logging
+import os
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+from kvcached_core.config import SWITCH, Enable, read_config, read_switch
+from kvcached_core.errors import ConfigError, UnsupportedEngineError
+from kvcached_core.ledger import sweep
+from kvcached_patches import Patcher, check_hooks
+from kvcached_patches import vllm as table
+
+logger = logging.getLogger("vllm.kvcached")
+
+# Says to the processes that this one starts that the source files were checked already.
+CHECKED = "_KVCACHED_VLLM_CHECKED"
+
+_patcher: Patcher | None = None
+
+
+def start() -> None:
+    """Check the release and hook it; `SystemExit` with a report where that cannot be.
+
+    With `ENABLE_KVCACHED=auto` a release that does not fit is served unpatched, with one warning,
+    in this process and in those it starts.
+    """
+    global _patcher  # noqa: PLW0603  one process, one set of hooks
+    if _patcher is not None:
+        return
+    try:
+        switch = read_switch()
+        if switch is Enable.OFF:
+            return
+        config = read_config()
+        release = installed_release()
+        if os.environ.get(CHECKED) != release:
+            check_release(release)
+            # vLLM kills its engine core at shutdown; who started it sees that it is gone.
+            atexit.register(sweep, config.dir)
+    except ConfigError as error:
+        raise SystemExit(f"kvcached: {error}") from error
+    except UnsupportedEngineError as error:
+        refuse(error)
+        return
+    os.environ[CHECKED] = release
+    _patcher = Patcher(table.HOOKS)
+    _patcher.apply()
+
+
+def refuse(error: UnsupportedEngineError) -> None:
+    """End the process with a report, or say under `auto` that it goes on without us."""
+    if read_switch() is Enable.AUTO:
+        os.environ[SWITCH] = "0"
+        logger.warning("kvcached is off, vLLM serves unpatched: %s", error)
+        return
+    raise SystemExit(f"kvcached: {error}") from error
+
+
+def installed_release() -> str:
+    """Return the release of the installed vLLM.
+
+    Raises:
+        UnsupportedEngineError: If there is none.
+    """
+    for name in table.DISTRIBUTIONS:
+        try:
+            return distribution(name).version
+        except PackageNotFoundError:
+            continue
+    raise UnsupportedEngineError(
+        f"no vLLM is installed (looked for {' and '.join(table.DISTRIBUTIONS)}); install one into "
+        "this environment, or unset ENABLE_KVCACHED"
+    )
+
+
+def check_release(release: str) -> None:
+    """Refuse a release that our hooks do not fit.
+
+    Raises:
+        UnsupportedEngineError: With every finding, and what to do.
+    """
+    number = tuple(
+        int(part) for part in release.split("+", maxsplit=1)[0].split(".")[:2] if part.isdigit()
+    )
+    oldest, newest = table.OLDEST_RELEASE, table.NEWEST_RELEASE
+    advice = f"install vLLM {_text(oldest)} to {_text(newest)}, or set ENABLE_KVCACHED=auto or 0"
+    if not oldest <= number <= newest:
+        raise UnsupportedEngineError(
+            f"vLLM {release} is not supported, {_text(oldest)} to {_text(newest)} are; {advice}"
+        )
+    findings = check_hooks(table.HOOKS, _source_root())
+    if findings:
+        lines = "".join(f"\n  - {finding}" for finding in findings)
+        raise UnsupportedEngineError(f"vLLM {release} does not fit our hooks: {lines}\n  {advice}")
+
+
+def check_configuration(vllm_config: Any) -> None:
+    """Refuse what cannot be served elastically yet.
+
+    Raises:
+        UnsupportedEngineError: With every reason and the setting to change.
+    """
+    reasons = list(_obstacles(vllm_config))
+    if reasons:
+        lines = "".join(f"\n  - {reason}" for reason in reasons)
+        raise UnsupportedEngineError(
+            f"this configuration cannot be served elastically: {lines}\n"
+            "  change it, or set ENABLE_KVCACHED=auto or 0"
+        )
+
+
+def can_serve(vllm_config: Any) -> bool:
+    """Return whether this configuration is served elastically."""
+    return not any(_obstacles(vllm_config))
+
+
+def _obstacles(vllm_config: Any) -> Iterator[str]:
+    device = vllm_config.device_config.device_type
+    if device != "cpu":
+        yield f"device {device}: this kvcached serves vLLM's CPU engine only"
+    world_size = vllm_config.parallel_config.world_size
+    if world_size != 1:
+        yield f"world size {world_size}: only one rank is served; set TP and PP to 1"
+    if vllm_config.kv_transfer_config is not None:
+        yield "a KV connector: it may hold addresses that we unmap; remove --kv-transfer-config"
+    attention = getattr(vllm_config, "attention_config", None)
+    if getattr(attention, "hisparse_config", None) is not None:
+        yield "HiSparse: it has block pools of its own; switch it off"
+
+
+def _source_root() -> Path:
+    for name in table.DISTRIBUTIONS:
+        try:
+            root = Path(str(distribution(name).locate_file("")))
+        except PackageNotFoundError:
+            continue
+        if (root / table.PACKAGE).is_dir():
+            return root
+    raise UnsupportedEngineError("vLLM's metadata is installed, but its files are not beside it")
+
+
+def _text(release: tuple[int, ...]) -> str:
+    return ".".join(str(part) for part in release)

@@ -1,0 +1,42 @@
+"""Handing our addresses to vLLM where it asks torch for a zeroed KV cache."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class ZerosFromArena(TorchFunctionMode):
+    """While active, `torch.zeros(n, dtype=torch.int8)` returns our tensor of `n` bytes.
+
+    vLLM has allocated its KV cache with this call in every release, in whatever function. A real
+    `torch.zeros` would touch, and so need, the whole virtual size.
+
+    Args:
+        tensors: What to hand out, in this order.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self._tensors = list(tensors)
+
+    @property
+    def num_left(self) -> int:
+        """Tensors that nobody asked for."""
+        return len(self._tensors)
+
+    def __torch_function__(
+        self,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Answer for `torch.zeros`; pass everything else on."""
+        kwargs = kwargs or {}
+        if function is torch.zeros and self._tensors and kwargs.get("dtype") is torch.int8:
+            size = args[0] if args else kwargs.get("size")
+            if size in (self._tensors[0].numel(), (self._tensors[0].numel(),)):
+                return self._tensors.pop(0)
+        return function(*args, **kwargs)

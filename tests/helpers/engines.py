@@ -1,0 +1,41 @@
+"""Engines in processes of their own, and how they ended."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import subprocess
+
+TESTS = Path(__file__).parents[1]
+ENGINE_ENVIRON = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(TESTS),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a script ended."""
+
+    returncode: int
+    output: str
+    errors: str
+
+    @property
+    def report(self) -> Any:
+        return json.loads(self.output.splitlines()[-1])
+
+
+Offline = Callable[..., "subprocess.Popen[str]"]
+
+
+def finish(process: "subprocess.Popen[str]") -> Run:
+    output, errors = process.communicate()
+    return Run(process.returncode, output, errors)

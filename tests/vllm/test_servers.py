@@ -1,0 +1,221 @@
+"""Two real vLLM servers on one pool: memory moves between them, and nobody is lost.
+
+Server A runs as vLLM's default three processes without prefix caching, server B in two processes
+with it. The tests follow each other on the same two servers; each leaves both idle.
+"""
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from helpers.process_memory import resident_bytes
+
+from kvcached_core.cli.demo.load import Burst, Completion, make_burst, send
+from kvcached_core.cli.demo.memory import Recorder
+from kvcached_core.cli.demo.model import KV_BYTES_PER_TOKEN, make_model
+from kvcached_core.cli.demo.server import EngineServer
+from kvcached_core.cli.trim import trim_instances
+from kvcached_core.ledger import InstanceView, Ledger
+from kvcached_core.units import MIB
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
+
+POOL = 512 * MIB
+SHARE = 0.7
+NUM_REQUESTS = 12
+NUM_OUTPUT_TOKENS = 64
+RANGE = re.compile(r"process (\d+) has addresses (0x[0-9a-f]+) to (0x[0-9a-f]+)")
+
+
+@dataclass
+class Pair:
+    """Two servers, their pool, and what they are started with."""
+
+    workspace: Path
+    models: dict[str, Path]
+    servers: dict[str, EngineServer]
+
+    @property
+    def directory(self) -> Path:
+        return self.workspace / "kv"
+
+    @property
+    def ledger_path(self) -> Path:
+        return self.directory / "host.ledger"
+
+    def start(self, name: str) -> EngineServer:
+        environ = {
+            "ENABLE_KVCACHED": "1",
+            "KVCACHED_DIR": str(self.directory),
+            "KVCACHED_HOST_POOL": str(POOL),
+            "KVCACHED_NAME": name,
+            "KVCACHED_DEBUG": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if name == "a" else "0",
+        }
+        caching = "--no-enable-prefix-caching" if name == "a" else "--enable-prefix-caching"
+        self.servers[name] = EngineServer(
+            name,
+            self.models[name],
+            self.workspace,
+            environ=environ,
+            arguments=(caching, "--max-num-seqs", "32"),
+            core="ab".index(name),
+        )
+        return self.servers[name]
+
+    def view(self, name: str) -> InstanceView:
+        with Ledger(self.ledger_path) as ledger:
+            return next(view for view in ledger.view().instances if view.name == name)
+
+    def resident_by_proc(self, name: str) -> int:
+        """Return what the kernel says of the server's KV range, wherever its worker runs."""
+        found = RANGE.findall(self.servers[name].log.read_text())
+        pid, start, end = found[-1]
+        return resident_bytes(int(start, 16), int(end, 16) - int(start, 16), pid)
+
+    def burst(self, *names: str) -> dict[str, list[Completion]]:
+        async def send_all() -> list[list[Completion]]:
+            return await asyncio.gather(
+                *(send(self.servers[name].url, name, make(name)) for name in names)
+            )
+
+        return dict(zip(names, asyncio.run(send_all()), strict=True))
+
+
+def make(name: str) -> Burst:
+    """Return a burst that needs about 70 % of the pool."""
+    num_tokens = int(POOL * SHARE / KV_BYTES_PER_TOKEN / NUM_REQUESTS)
+    return make_burst(
+        num_requests=NUM_REQUESTS,
+        num_prompt_tokens=num_tokens - NUM_OUTPUT_TOKENS,
+        num_output_tokens=NUM_OUTPUT_TOKENS,
+        seed="ab".index(name),
+    )
+
+
+def await_that(condition: Callable[[], bool], seconds: float) -> float:
+    """Return after how long `condition` held; fail if it takes longer than `seconds`."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds, "it did not come true in time"
+        time.sleep(0.01)
+    return time.monotonic() - start
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    workspace = tmp_path_factory.mktemp("pair")
+    models = {name: make_model(workspace / name, seed=1 + "ab".index(name)) for name in "ab"}
+    pair = Pair(workspace, models, {})
+    try:
+        for name in "ab":
+            pair.start(name)
+        for server in pair.servers.values():
+            server.wait_ready()
+        yield pair
+    finally:
+        for server in pair.servers.values():
+            server.stop()
+
+
+@pytest.fixture(scope="module")
+def answers_alone(pair: Pair) -> dict[str, list[list[int]]]:
+    """What each server answers while the other is idle."""
+    return {name: [completion.token_ids for completion in pair.burst(name)[name]] for name in "ab"}
+
+
+def check(answers: dict[str, list[Completion]], expected: dict[str, list[list[int]]]) -> None:
+    for name, completions in answers.items():
+        assert [completion.error for completion in completions] == [None] * NUM_REQUESTS
+        assert [completion.token_ids for completion in completions] == expected[name]
+
+
+def test_bursts_in_turn_peak_at_more_than_the_pool_together(
+    pair: Pair, answers_alone: dict[str, list[list[int]]]
+) -> None:
+    trim_instances(pair.directory, [], keep_bytes=0, timeout_seconds=5)
+    with Recorder(pair.ledger_path) as recorder:
+        check(pair.burst("a"), answers_alone)
+        check(pair.burst("b"), answers_alone)
+    peaks = [recorder.recording.peak_bytes(name) for name in "ab"]
+    assert sum(peaks) / POOL >= 1.3
+    assert all(view.free_bytes >= 0 for view in recorder.recording.views)
+    assert all(
+        row.resident_bytes == row.used_bytes + row.cached_bytes + row.idle_bytes
+        for view in recorder.recording.views
+        for row in view.instances
+    )
+
+
+def test_after_the_last_request_the_kernel_sees_two_pages_at_most(pair: Pair) -> None:
+    page_bytes = pair.view("a").page_bytes
+    await_that(lambda: pair.view("a").resident_bytes <= 2 * page_bytes, 2)
+    assert pair.resident_by_proc("a") == pair.view("a").resident_bytes <= 2 * page_bytes
+
+
+def test_an_idle_servers_cache_makes_room_for_its_neighbour_and_answers_stay_right(
+    pair: Pair, answers_alone: dict[str, list[list[int]]]
+) -> None:
+    check(pair.burst("b"), answers_alone)
+    cached_before = pair.view("b").cached_bytes
+    assert cached_before > POOL // 2
+    check(pair.burst("a"), answers_alone)
+    assert pair.view("b").cached_bytes < cached_before
+    assert pair.resident_by_proc("b") == pair.view("b").resident_bytes
+    check(pair.burst("b"), answers_alone)
+
+
+def test_trim_empties_an_idle_servers_cache(pair: Pair) -> None:
+    page_bytes = pair.view("b").page_bytes
+    assert pair.view("b").cached_bytes > 0
+    (result,) = trim_instances(pair.directory, ["b"], keep_bytes=0, timeout_seconds=5)
+    assert result.is_done
+    assert result.after_bytes <= 2 * page_bytes
+    assert pair.resident_by_proc("b") == result.after_bytes
+
+
+def test_a_dry_pool_means_waiting_not_failing(
+    pair: Pair, answers_alone: dict[str, list[list[int]]]
+) -> None:
+    with Recorder(pair.ledger_path) as recorder:
+        check(pair.burst("a", "b"), answers_alone)
+    least_free = min(view.free_bytes for view in recorder.recording.views)
+    assert 0 <= least_free < pair.view("a").page_bytes
+
+
+def test_killing_one_during_its_burst_frees_its_memory_and_leaves_the_other_alone(
+    pair: Pair, answers_alone: dict[str, list[list[int]]]
+) -> None:
+    trim_instances(pair.directory, [], keep_bytes=0, timeout_seconds=5)
+
+    async def kill_during_bursts() -> tuple[list[Completion], list[Completion], float]:
+        sends = [
+            asyncio.create_task(send(pair.servers[name].url, name, make(name))) for name in "ab"
+        ]
+        while pair.view("a").used_bytes < POOL // 4:
+            assert not sends[0].done()
+            await asyncio.sleep(0.02)
+        pair.servers["a"].kill()
+        start = time.monotonic()
+        with Ledger(pair.ledger_path) as ledger:
+            while any(view.name == "a" for view in ledger.view().instances):
+                assert time.monotonic() - start < 2
+                await asyncio.sleep(0.01)
+        return *await asyncio.gather(*sends), time.monotonic() - start
+
+    lost, kept, seconds = asyncio.run(kill_during_bursts())
+    assert all(completion.error for completion in lost)
+    check({"b": kept}, answers_alone)
+    assert seconds > 0
+    pair.start("a").wait_ready()
+    check(pair.burst("a"), answers_alone)
+
+
+def test_stopped_servers_leave_no_process_and_no_file(pair: Pair) -> None:
+    for server in pair.servers.values():
+        server.stop()
+    assert list(pair.directory.iterdir()) == []

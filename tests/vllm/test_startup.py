@@ -1,0 +1,162 @@
+"""Starting: off changes nothing, and whatever cannot be served is said before anything changes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvcached_core.config import read_config
+from kvcached_core.errors import LedgerError, UnsupportedEngineError
+from kvcached_core.ledger import Ledger, ledger_directory
+from kvcached_core.units import GIB
+from kvcached_patches import check_hooks
+from kvcached_patches import vllm as table
+from kvcached_vllm import startup
+
+pytestmark = pytest.mark.vllm
+
+REGISTER = """
+import sys
+before = set(sys.modules)
+import kvcached_vllm
+kvcached_vllm.register()
+print("registered", *sorted(name for name in set(sys.modules) - before if "vllm" in name))
+"""
+
+
+def register(**environ: str) -> "subprocess.CompletedProcess[str]":
+    kept = {name: value for name, value in os.environ.items() if "KVCACHED" not in name}
+    return subprocess.run(
+        [sys.executable, "-c", REGISTER],
+        env={**kept, **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("environ", [{}, {"ENABLE_KVCACHED": "0"}, {"ENABLE_KVCACHED": ""}])
+def test_off_imports_nothing(environ: dict[str, str]) -> None:
+    done = register(**environ)
+    assert done.stdout.split() == ["registered", "kvcached_vllm"]
+
+
+def test_on_registers_without_importing_vllm() -> None:
+    done = register(ENABLE_KVCACHED="1")
+    assert done.returncode == 0, done.stderr
+    assert not any(name.split(".")[0] == "vllm" for name in done.stdout.split()[1:])
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"ENABLE_KVCACHED": "maybe"}, "ENABLE_KVCACHED='maybe' is not allowed; use 0, 1 or auto"),
+        (
+            {"ENABLE_KVCACHED": "1", "KVCACHED_HOST_POOL": "lots"},
+            "KVCACHED_HOST_POOL='lots' is not a size",
+        ),
+        (
+            {"ENABLE_KVCACHED": "auto", "KVCACHED_LIMITT": "1GiB"},
+            "KVCACHED_LIMITT is not a setting; did you mean KVCACHED_LIMIT?",
+        ),
+    ],
+)
+def test_bad_settings_end_the_process_with_a_message(environ: dict[str, str], message: str) -> None:
+    done = register(**environ)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def fake_release(folder: Path, release: str) -> dict[str, str]:
+    """Put metadata of another vLLM release before the installed one."""
+    metadata = folder / f"vllm-{release}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}\n")
+    return {"PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize("release", ["0.19.1", "0.34.0"])
+def test_a_release_out_of_range_is_refused_with_the_range(tmp_path: Path, release: str) -> None:
+    done = register(ENABLE_KVCACHED="1", **fake_release(tmp_path, release))
+    assert done.returncode == 1
+    assert f"vLLM {release} is not supported, 0.23 to 0.33 are" in done.stderr
+
+
+def test_auto_serves_such_a_release_unpatched_with_one_warning(tmp_path: Path) -> None:
+    done = register(ENABLE_KVCACHED="auto", **fake_release(tmp_path, "0.19.1"))
+    assert done.returncode == 0
+    assert done.stdout.startswith("registered")
+    assert done.stderr.count("kvcached is off, vLLM serves unpatched: vLLM 0.19.1") == 1
+
+
+def test_a_release_whose_source_does_not_fit_is_refused_with_every_finding(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(startup, "_source_root", lambda: tmp_path)
+    with pytest.raises(UnsupportedEngineError) as caught:
+        startup.check_release("0.32.0")
+    assert str(caught.value).count("the module is gone") == len(table.HOOKS)
+
+
+def test_a_missing_engine_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "DISTRIBUTIONS", ("no-such-vllm",))
+    monkeypatch.setenv("ENABLE_KVCACHED", "1")
+    with pytest.raises(SystemExit, match=r"no vLLM is installed.*install one"):
+        startup.start()
+
+
+def test_all_hooks_fit_the_installed_release() -> None:
+    assert check_hooks(table.HOOKS, startup._source_root()) == []
+
+
+def configuration(**changes: Any) -> Any:
+    values = {
+        "device_config": SimpleNamespace(device_type="cpu"),
+        "parallel_config": SimpleNamespace(world_size=1),
+        "kv_transfer_config": None,
+        "attention_config": SimpleNamespace(hisparse_config=None),
+        **changes,
+    }
+    return SimpleNamespace(**values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device_config": SimpleNamespace(device_type="cuda")}, "device cuda"),
+        ({"parallel_config": SimpleNamespace(world_size=2)}, "world size 2.*TP and PP"),
+        ({"kv_transfer_config": object()}, "a KV connector.*--kv-transfer-config"),
+        ({"attention_config": SimpleNamespace(hisparse_config=1)}, "HiSparse"),
+    ],
+)
+def test_configurations_that_cannot_be_served_are_named(
+    changes: dict[str, Any], reason: str
+) -> None:
+    startup.check_configuration(configuration())
+    with pytest.raises(UnsupportedEngineError, match=reason):
+        startup.check_configuration(configuration(**changes))
+
+
+def test_auto_switches_children_off_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENABLE_KVCACHED", "auto")
+    startup.refuse(UnsupportedEngineError("because"))
+    assert os.environ["ENABLE_KVCACHED"] == "0"
+    monkeypatch.setenv("ENABLE_KVCACHED", "1")
+    with pytest.raises(SystemExit, match="because"):
+        startup.refuse(UnsupportedEngineError("because"))
+
+
+def test_a_pool_of_another_size_ends_the_start_with_both_sizes(tmp_path: Path) -> None:
+    from kvcached_vllm.engine import ElasticEngine
+
+    directory = ledger_directory(tmp_path / "kv")
+    config = read_config({"KVCACHED_DIR": str(directory), "KVCACHED_HOST_POOL": "2GiB"})
+    with Ledger(directory / "host.ledger", GIB) as ledger:
+        ledger.register(name="first", engine="test")
+        with pytest.raises(LedgerError, match=r"2 GiB on host.*one of 1 GiB, in use by 'first'"):
+            ElasticEngine(SimpleNamespace(), config)

@@ -1,0 +1,109 @@
+"""A worker's memory: orders, warm-up and the debug check, over a real ledger and host memory."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvcached_core.errors import UnmappedBlockError
+from kvcached_core.geometry import choose_geometry
+from kvcached_core.ledger import InstanceView, Ledger, ledger_directory
+from kvcached_core.page_pool import PageOrders
+from kvcached_core.units import MIB
+from kvcached_vllm.layout import Placement
+from kvcached_vllm.worker import WorkerMemory, apply_orders
+
+pytestmark = pytest.mark.vllm
+
+GEOMETRY = choose_geometry(
+    block_bytes=65536, num_planes=4, granularity_bytes=2 * MIB, target_page_bytes=4 * MIB
+)
+PAGE = GEOMETRY.page_bytes
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    with Ledger(ledger_directory(tmp_path / "kv") / "host.ledger", 64 * PAGE) as opened:
+        yield opened
+
+
+@pytest.fixture
+def memory(ledger: Ledger) -> Iterator[WorkerMemory]:
+    row = ledger.register(name="a", engine="test")
+    ledger.reserve(row, PAGE, PAGE)
+    memory = WorkerMemory(Placement(GEOMETRY, 16, str(ledger.path), row))
+    yield memory
+    memory.close()
+
+
+def seen(ledger: Ledger) -> InstanceView:
+    (view,) = ledger.view().instances
+    return view
+
+
+def step(new: list[list[int]], grown: list[list[int] | None] | None = None) -> Any:
+    """Return a stand-in for `SchedulerOutput` with one cache group."""
+    return SimpleNamespace(
+        scheduled_new_reqs=[SimpleNamespace(block_ids=(ids,)) for ids in new],
+        scheduled_cached_reqs=SimpleNamespace(
+            new_block_ids=[None if ids is None else (ids,) for ids in grown or []]
+        ),
+    )
+
+
+def test_page_zero_is_resident_from_the_start(memory: WorkerMemory, ledger: Ledger) -> None:
+    assert memory.arena.resident_pages == [0]
+    assert (seen(ledger).resident_bytes, seen(ledger).used_bytes) == (PAGE, PAGE)
+    assert seen(ledger).promised_bytes == 0
+
+
+def test_orders_map_before_and_unmap_after_and_may_come_twice(
+    memory: WorkerMemory, ledger: Ledger
+) -> None:
+    ledger.reserve(0, 2 * PAGE, PAGE)
+    orders = PageOrders([3, 5], [], num_used_pages=2, num_cached_pages=1)
+    for _ in range(2):
+        apply_orders(SimpleNamespace(kvcached=memory), orders)
+        view = seen(ledger)
+        sizes = (view.resident_bytes, view.used_bytes, view.cached_bytes, view.promised_bytes)
+        assert sizes == (3 * PAGE, 2 * PAGE, PAGE, 0)
+    orders = PageOrders([], [3], num_used_pages=1, num_cached_pages=1)
+    memory.before_step(orders)
+    assert memory.arena.is_resident(3)
+    memory.after_step(orders)
+    memory.after_step(orders)
+    assert seen(ledger).resident_bytes == 2 * PAGE
+
+
+def test_warm_up_on_made_up_ids_is_mapped_and_given_back(
+    memory: WorkerMemory, ledger: Ledger
+) -> None:
+    ids = list(range(1, GEOMETRY.ids_per_page + 2))
+    memory.map_for_warm_up(step([ids], [[3 * GEOMETRY.ids_per_page], None]))
+    assert sorted(memory.arena.resident_pages) == [0, 1, 3]
+    assert seen(ledger).resident_bytes == 3 * PAGE
+    memory.arena.plane_tensor(GEOMETRY.num_planes - 1).view(-1, GEOMETRY.block_bytes)[ids] = 1
+    memory.end_warm_up()
+    assert memory.arena.resident_pages == [0]
+    assert (seen(ledger).resident_bytes, seen(ledger).promised_bytes) == (PAGE, 0)
+    assert not memory.is_warming_up
+
+
+def test_the_check_names_blocks_that_are_not_mapped_or_do_not_exist(memory: WorkerMemory) -> None:
+    memory.check_step(step([[1, 2]], [None]))
+    with pytest.raises(UnmappedBlockError, match=rf"\[{GEOMETRY.ids_per_page}\] of pages \[1\]"):
+        memory.check_step(step([[1]], [[GEOMETRY.ids_per_page]]))
+    gap = GEOMETRY.blocks_per_page
+    with pytest.raises(UnmappedBlockError, match=rf"\[{gap}\] of pages \[0\]"):
+        memory.check_step(step([[gap]]))
+
+
+def test_closing_gives_every_byte_back(ledger: Ledger) -> None:
+    row = ledger.register(name="a", engine="test")
+    ledger.reserve(row, 2 * PAGE, PAGE)
+    memory = WorkerMemory(Placement(GEOMETRY, 16, str(ledger.path), row))
+    memory.carry_out(PageOrders([4], [], num_used_pages=2))
+    memory.close()
+    assert seen(ledger).resident_bytes == 0
