@@ -1,0 +1,1 @@
+"""The command `kvcached`. It reads the ledger; it imports neither torch nor an engine."""

@@ -1,0 +1,133 @@
+"""The command line: what it prints, and how it ends."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from kvcached_core.cli.top import bar, picture
+from kvcached_core.ledger import Ledger, doorbell_path, ledger_directory
+from kvcached_core.pressure import Doorbell
+from kvcached_core.units import GIB, MIB
+
+PAGE = 16 * MIB
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    with Ledger(ledger_directory(tmp_path / "kv") / "host.ledger", GIB) as opened:
+        row = opened.register(name="llama", engine="vllm 0.32.0", limit_bytes=GIB // 2)
+        opened.reserve(row, 8 * PAGE, PAGE)
+        opened.settle(row, mapped_bytes=8 * PAGE, used_bytes=2 * PAGE, cached_bytes=5 * PAGE)
+        yield opened
+
+
+def kvcached(*arguments: str, directory: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [Path(sys.executable).with_name("kvcached"), *arguments],
+        env={**os.environ, "KVCACHED_DIR": str(directory), "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_top_as_json_holds_every_size_in_bytes(ledger: Ledger) -> None:
+    done = kvcached("top", "--once", "--json", directory=ledger.path.parent)
+    (device,) = json.loads(done.stdout)["devices"]
+    (instance,) = device["instances"]
+    assert (device["device"], device["capacity_bytes"]) == ("host", GIB)
+    assert device["free_bytes"] == GIB - 8 * PAGE
+    assert instance["resident_bytes"] == 8 * PAGE
+    assert instance["resident_bytes"] == sum(
+        instance[f"{state}_bytes"] for state in ("used", "cached", "idle")
+    )
+    assert instance["limit_bytes"] == GIB // 2
+
+
+def test_top_prints_a_plain_table_where_there_is_no_terminal(ledger: Ledger) -> None:
+    done = kvcached("top", directory=ledger.path.parent)
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout
+    for part in ("llama", "896 MiB free of 1 GiB", "128 MiB", "32 MiB", "80 MiB", "512 MiB"):
+        assert part in done.stdout
+
+
+def test_bars_add_up_to_their_width(ledger: Ledger) -> None:
+    view = ledger.view()
+    text = bar(view.capacity_bytes, view.instances[0], width=64)
+    assert len(text) == 64
+    assert text.plain.count("█") == 8
+    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    console.print(picture([view]))
+    assert "llama" in console.export_text()
+    console.file.close()
+
+
+def test_list_prints_a_line_each_and_nothing_where_nobody_runs(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    assert "host\tllama\tvllm 0.32.0\tpid" in kvcached("list", directory=ledger.path.parent).stdout
+    empty = kvcached("list", directory=tmp_path)
+    assert (empty.returncode, empty.stdout) == (0, "")
+    assert "no instance runs" in kvcached("top", directory=tmp_path).stdout
+
+
+def test_trim_asks_and_waits_for_the_answer(ledger: Ledger) -> None:
+    def give() -> None:
+        ledger.settle(
+            0, unmapped_bytes=ledger.asked_bytes(0), used_bytes=2 * PAGE, cached_bytes=PAGE
+        )
+        ledger.answer(0)
+
+    bell = Doorbell(doorbell_path(ledger.path, 0), give)
+    done = kvcached("trim", "llama", "--keep", "32MiB", directory=ledger.path.parent)
+    bell.close()
+    assert (done.returncode, done.stdout) == (0, "llama: 128 MiB -> 64 MiB\n")
+
+
+def test_trim_says_when_the_time_was_up(ledger: Ledger) -> None:
+    done = kvcached("trim", "--timeout", "0.1", directory=ledger.path.parent)
+    assert done.returncode == 3
+    assert "still trimming" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("trim", "nobody"), 1, "no instance is named 'nobody'; there are llama"),
+        (("trim", "--keep", "much"), 1, "--keep='much' is not a size"),
+        (("top", "--interval", "0"), 2, "0.1"),
+        (("frobnicate",), 2, "frobnicate"),
+    ],
+)
+def test_wrong_use_ends_with_a_message_and_its_code(
+    ledger: Ledger, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    done = kvcached(*arguments, directory=ledger.path.parent)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_ledger_is_a_message_not_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "host.ledger").write_bytes(b"nonsense")
+    done = kvcached("top", directory=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("kvcached: the ledger")
+
+
+def test_the_command_imports_neither_torch_nor_an_engine(tmp_path: Path) -> None:
+    script = (
+        "import sys; from kvcached_core.cli import app; app.read_devices(__import__('pathlib')"
+        ".Path('/nowhere')); print([m for m in ('torch', 'vllm', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
