@@ -1,0 +1,109 @@
+"""What our block pool costs the scheduler, against vLLM's own in the same run, call by call."""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from kvcached_core.geometry import Geometry
+
+GEOMETRY = Geometry(block_bytes=65536, num_planes=32, ids_per_page=256, blocks_per_page=8)
+NUM_PAGES = 1024
+
+
+class Unlimited:
+    """A ledger that grants everything."""
+
+    def reserve(self, num_pages: int) -> int:
+        """Grant it."""
+        return num_pages
+
+    def cancel(self, num_pages: int) -> None:
+        """Forget it."""
+
+
+def make_pools(*, caching: bool) -> dict[str, Any]:
+    """Return vLLM's pool and ours, equally large."""
+    from vllm.v1.core.block_pool import BlockPool
+
+    from kvcached_vllm.block_pool import ElasticBlockPool
+
+    num_blocks = NUM_PAGES * GEOMETRY.blocks_per_page
+    return {
+        "vanilla": BlockPool(num_blocks, caching, 16),
+        "kvcached": ElasticBlockPool(GEOMETRY, Unlimited(), num_blocks, caching, 16),
+    }
+
+
+def one_block(pool: Any, rounds: int) -> float:
+    """Return seconds per pair of get_new_blocks(1) and free_blocks."""
+    start = time.perf_counter()
+    for _ in range(rounds):
+        pool.free_blocks(pool.get_new_blocks(1))
+    return (time.perf_counter() - start) / rounds
+
+
+def one_request(pool: Any, rounds: int) -> float:
+    """Return seconds per request that takes 64 blocks at once, then 16 singly, and frees them."""
+    start = time.perf_counter()
+    for _ in range(rounds // 64):
+        blocks = pool.get_new_blocks(64)
+        for _ in range(16):
+            blocks.extend(pool.get_new_blocks(1))
+        pool.free_blocks(reversed(blocks))
+    return (time.perf_counter() - start) / (rounds // 64)
+
+
+def many_requests(pool: Any, rounds: int) -> float:
+    """Return seconds per block while 64 requests decode, one finishing and one starting a turn."""
+    live = [pool.get_new_blocks(20 + index % 7) for index in range(64)]
+    start = time.perf_counter()
+    for turn in range(rounds // 64):
+        for blocks in live:
+            blocks.extend(pool.get_new_blocks(1))
+        pool.free_blocks(reversed(live[turn % 64]))
+        live[turn % 64] = pool.get_new_blocks(20)
+    seconds = time.perf_counter() - start
+    for blocks in live:
+        pool.free_blocks(blocks)
+    return seconds / rounds
+
+
+CASES: dict[str, Callable[[Any, int], float]] = {
+    "get_new_blocks(1) + free_blocks": one_block,
+    "one request of 80 blocks": one_request,
+    "64 decoding requests, per block": many_requests,
+}
+
+
+def main() -> None:
+    """Measure in turn and print medians and their ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20000)
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--json", help="write the results to this file")
+    options = parser.parse_args()
+    results = []
+    for caching in (False, True):
+        pools = make_pools(caching=caching)
+        for case, measure in CASES.items():
+            seconds: dict[str, list[float]] = {name: [] for name in pools}
+            for _ in range(options.pairs):
+                for name, pool in pools.items():
+                    seconds[name].append(measure(pool, options.rounds))
+            medians = {name: statistics.median(values) for name, values in seconds.items()}
+            ratio = medians["kvcached"] / medians["vanilla"]
+            results.append({"case": case, "caching": caching, "seconds": medians, "ratio": ratio})
+            print(
+                f"{case:34} caching={caching!s:5} vanilla {medians['vanilla'] * 1e6:8.3f} us  "
+                f"kvcached {medians['kvcached'] * 1e6:8.3f} us  ratio {ratio:.2f}"
+            )
+    if options.json:
+        with open(options.json, "w") as file:  # noqa: PTH123
+            json.dump(results, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
