@@ -1,0 +1,1 @@
+"""`kvcached demo`: two real engines share one pool, and you watch."""

@@ -1,0 +1,90 @@
+"""Bursts of streaming completions, and what came back."""
+
+import asyncio
+import json
+import random
+import time
+from dataclasses import dataclass, field
+
+import httpx
+
+FIRST_PLAIN_TOKEN = 3
+VOCABULARY = 500
+
+
+@dataclass
+class Completion:
+    """One request's answer.
+
+    Attributes:
+        token_ids: The tokens that came back.
+        ttft_seconds: Time to the first of them, or None if none came.
+        error: Why it failed, or None.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    ttft_seconds: float | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Burst:
+    """Requests that start together.
+
+    Attributes:
+        prompts: Token ids of each prompt.
+        num_output_tokens: Tokens that each request asks for and gets.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    num_output_tokens: int
+
+
+def make_burst(*, num_requests: int, num_prompt_tokens: int, num_output_tokens: int, seed: int) -> Burst:
+    """Return random prompts of one length, the same for the same seed."""
+    source = random.Random(seed)  # noqa: S311  prompts, not secrets
+    prompts = tuple(
+        tuple(source.randrange(FIRST_PLAIN_TOKEN, VOCABULARY) for _ in range(num_prompt_tokens))
+        for _ in range(num_requests)
+    )
+    return Burst(prompts, num_output_tokens)
+
+
+async def send(url: str, model: str, burst: Burst) -> list[Completion]:
+    """Send all requests of `burst` at once and wait for all answers; failures are answers too."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:  # noqa: S113  a queue may be long
+        requests = (_complete(client, model, prompt, burst) for prompt in burst.prompts)
+        return await asyncio.gather(*requests)
+
+
+async def _complete(
+    client: httpx.AsyncClient, model: str, prompt: tuple[int, ...], burst: Burst
+) -> Completion:
+    body = {
+        "model": model,
+        "prompt": list(prompt),
+        "max_tokens": burst.num_output_tokens,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    completion = Completion()
+    start = time.perf_counter()
+    try:
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                data = line.removeprefix("data: ")
+                if not line.startswith("data: ") or data == "[DONE]":
+                    continue
+                token_ids = json.loads(data)["choices"][0].get("token_ids") or []
+                if token_ids and completion.ttft_seconds is None:
+                    completion.ttft_seconds = time.perf_counter() - start
+                completion.token_ids += token_ids
+    except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
+        completion.error = f"{type(error).__name__}: {error}"
+    if completion.error is None and len(completion.token_ids) != burst.num_output_tokens:
+        completion.error = f"{len(completion.token_ids)} of {burst.num_output_tokens} tokens came"
+    return completion

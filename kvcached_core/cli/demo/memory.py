@@ -1,0 +1,80 @@
+"""Recording who held how much, while the demo runs."""
+
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from kvcached_core.errors import LedgerError
+from kvcached_core.ledger import DeviceView, Ledger
+
+SAMPLE_SECONDS = 0.05
+
+
+@dataclass
+class Recording:
+    """Samples of one device.
+
+    Attributes:
+        seconds: When each sample was taken, from the start.
+        views: What the ledger said.
+        marks: When each phase began, and its name.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    views: list[DeviceView] = field(default_factory=list)
+    marks: list[tuple[float, str]] = field(default_factory=list)
+
+    def peak_bytes(self, name: str) -> int:
+        """Return the most that `name` held."""
+        return max(self.resident_bytes(name), default=0)
+
+    def resident_bytes(self, name: str) -> list[int]:
+        """Return what `name` held at each sample."""
+        return [
+            next((row.resident_bytes for row in view.instances if row.name == name), 0)
+            for view in self.views
+        ]
+
+
+class Recorder:
+    """Samples a ledger in a thread of its own until its block ends."""
+
+    def __init__(self, ledger_path: Path) -> None:
+        self.recording = Recording()
+        self._path = ledger_path
+        self._start = time.monotonic()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="kvcached-recorder", daemon=True)
+
+    def __enter__(self) -> "Recorder":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def mark(self, name: str) -> None:
+        """Say that a phase begins now."""
+        self.recording.marks.append((time.monotonic() - self._start, name))
+
+    def latest(self) -> DeviceView | None:
+        """Return the newest sample."""
+        return self.recording.views[-1] if self.recording.views else None
+
+    def _sample(self) -> None:
+        while not self._end.wait(SAMPLE_SECONDS):
+            try:
+                with Ledger(self._path) as ledger:
+                    view = ledger.view()
+            except LedgerError:
+                continue  # no engine has made it yet, or the last one left
+            self.recording.views.append(view)
+            self.recording.seconds.append(time.monotonic() - self._start)

@@ -1,0 +1,132 @@
+"""One engine's server as a child process: started, waited for, stopped, and gone."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import httpx
+
+from kvcached_core.errors import KVCachedError
+
+LOG_LINES = 30
+STOP_SECONDS = 20.0
+
+
+class ServerError(KVCachedError, RuntimeError):
+    """A server ended, or did not answer in time; the message holds the end of its log."""
+
+
+class EngineServer:
+    """`vllm serve` of one model.
+
+    Args:
+        name: The instance's name, also the name under which the model is served.
+        model: The model's folder.
+        workspace: Where its log goes; also its folder for temporary files.
+        environ: Variables on top of this process's own.
+        arguments: Arguments of `vllm serve` on top of those every demo server has.
+        core: The processor core that its compute threads are bound to.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Path,
+        workspace: Path,
+        *,
+        environ: Mapping[str, str],
+        arguments: tuple[str, ...] = (),
+        core: int = 0,
+    ) -> None:
+        self.name = name
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = workspace / f"{name}.log"
+        executable = Path(sys.executable).with_name("vllm")
+        command = [
+            *(str(executable), "serve", str(model), "--served-model-name", name),
+            *("--host", "127.0.0.1", "--port", str(self.port)),
+            *("--dtype", "float32", "--block-size", "32", "--max-model-len", "2048"),
+            *("--enforce-eager", "--disable-uvicorn-access-log"),
+            *arguments,
+        ]
+        variables = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": str(core % (os.cpu_count() or 1)),
+            "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(workspace),
+            **environ,
+        }
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                env=variables,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def wait_ready(
+        self, timeout_seconds: float = 300.0, tick: Callable[[], None] = lambda: None
+    ) -> None:
+        """Wait until the server answers; call `tick` about twice a second meanwhile.
+
+        Raises:
+            ServerError: If it ends or takes too long.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while not self.is_ready():
+            if self.process.poll() is not None:
+                raise ServerError(self._report(f"ended with exit code {self.process.returncode}"))
+            if time.monotonic() > deadline:
+                raise ServerError(self._report(f"was not ready in {timeout_seconds:.0f} s"))
+            tick()
+            time.sleep(0.5)
+
+    def is_ready(self) -> bool:
+        """Return whether the server answers."""
+        try:
+            return httpx.get(f"{self.url}/health", timeout=2.0).status_code == httpx.codes.OK
+        except httpx.HTTPError:
+            return False
+
+    def stop(self) -> None:
+        """End the server and all its processes: politely, then not."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """End every process of the server at once, as `kill -9` does."""
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+
+    def tail(self) -> str:
+        """Return the end of the server's log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def _report(self, what: str) -> str:
+        return f"the server {self.name!r} {what}; its log ends with\n{self.tail()}"
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
