@@ -5,7 +5,10 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from machine import describe_machine
 
 from kvcached_core.geometry import Geometry
 
@@ -16,7 +19,7 @@ NUM_PAGES = 1024
 class Unlimited:
     """A ledger that grants everything."""
 
-    def reserve(self, num_pages: int) -> int:
+    def reserve(self, num_pages: int, *, is_urgent: bool) -> int:  # noqa: ARG002  the protocol's
         """Grant it."""
         return num_pages
 
@@ -101,8 +104,8 @@ def main() -> None:
                 f"kvcached {medians['kvcached'] * 1e6:8.3f} us  ratio {ratio:.2f}"
             )
     if options.json:
-        with open(options.json, "w") as file:  # noqa: PTH123
-            json.dump(results, file, indent=2)
+        report = {"machine": describe_machine(), "results": results}
+        Path(options.json).write_text(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

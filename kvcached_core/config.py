@@ -82,6 +82,11 @@ class Config(BaseModel):
     max_spare_pages: int = Field(
         default=1, ge=0, description="idle pages kept; what is above it is unmapped"
     )
+    idle_seconds: float = Field(
+        default=0.5,
+        ge=0,
+        description="how long idle pages above the spare ones stay mapped while requests run",
+    )
     debug: bool = Field(
         default=False, description="check before each step that every block it names is mapped"
     )

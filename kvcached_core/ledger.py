@@ -13,7 +13,6 @@ import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from kvcached_core import ledger_file as layout
@@ -91,12 +90,7 @@ class Ledger:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -179,9 +173,6 @@ class Ledger:
             if time.monotonic_ns() - self._header.last_reap_ns > REAP_INTERVAL_SECONDS * 1e9:
                 self._reap()
             room = self._room(row)
-            if room < num_bytes:
-                self._reap()
-                room = self._room(row)
             granted = max(min(num_bytes, room // unit_bytes * unit_bytes), 0)
             row.promised_bytes += granted
             if granted < num_bytes:
@@ -230,11 +221,14 @@ class Ledger:
     def ask_peers(self, index: int, num_bytes: int) -> list[int]:
         """Ask the other instances for `num_bytes` together: who has been unused longest first.
 
+        What the own limit would refuse anyway is not asked for.
+
         Returns:
             The rows that were asked for more than before; ring their bells.
         """
         asked = []
         with self._lock:
+            num_bytes = min(num_bytes, self._room_below_limit(self._row(index)))
             peers = [row for row in self._live_rows() if row.index != index]
             for row in sorted(peers, key=lambda row: (row.priority, row.last_used_ns)):
                 if num_bytes <= 0:
@@ -293,10 +287,11 @@ class Ledger:
 
     def _room(self, row: Row) -> int:
         taken = sum(other.resident_bytes + other.promised_bytes for other in self._live_rows())
-        room = self._header.capacity_bytes - taken
-        if row.limit_bytes != NO_LIMIT:
-            room = min(room, row.limit_bytes - row.resident_bytes - row.promised_bytes)
-        return room
+        return min(self._header.capacity_bytes - taken, self._room_below_limit(row))
+
+    def _room_below_limit(self, row: Row) -> int:
+        limit = self._header.capacity_bytes if row.limit_bytes == NO_LIMIT else row.limit_bytes
+        return limit - row.resident_bytes - row.promised_bytes
 
     def _ask(self, row: Row, num_bytes: int) -> int:
         more = min(num_bytes, row.resident_bytes - row.used_bytes) - row.asked_bytes

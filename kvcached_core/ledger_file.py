@@ -8,7 +8,6 @@ import fcntl
 import os
 import struct
 import threading
-from types import TracebackType
 
 MAGIC = int.from_bytes(b"KVCACHE1", "little")
 VERSION = 1
@@ -49,12 +48,7 @@ class FileLock:
             self._threads.release()
             raise
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _UNLOCK)
         self._threads.release()
 

@@ -8,6 +8,7 @@ own queue of cached blocks (evictable), or with a request (live). A page is *use
 live block, *cached* while it has only evictable ones, and *idle* while all its blocks are free.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -24,8 +25,11 @@ UNMAPPED, USED, CACHED, IDLE = range(4)
 class PageSource(Protocol):
     """Who promises pages: the ledger, for all devices of the instance at once."""
 
-    def reserve(self, num_pages: int) -> int:
-        """Promise up to `num_pages` pages and return how many it is."""
+    def reserve(self, num_pages: int, *, is_urgent: bool) -> int:
+        """Promise up to `num_pages` pages and return how many it is.
+
+        Only an urgent wish, one without which a request has to wait, may make others give memory.
+        """
 
     def cancel(self, num_pages: int) -> None:
         """Take back a promise of `num_pages` pages that nobody mapped."""
@@ -63,6 +67,9 @@ class PagePool(Generic[Block]):
         min_spare_pages: Idle pages kept ahead of need while requests are live (low watermark).
         max_spare_pages: Idle pages kept when there are more (high watermark).
         num_resident_pages: Pages, from 0 on, that are mapped already.
+        idle_seconds: How long a page above the high watermark stays while requests are live: the
+            next ones may want it. Without live requests it goes at once.
+        clock: Returns seconds; for tests.
     """
 
     def __init__(
@@ -75,11 +82,15 @@ class PagePool(Generic[Block]):
         min_spare_pages: int = 0,
         max_spare_pages: int = 0,
         num_resident_pages: int = 0,
+        idle_seconds: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.geometry = geometry
         self.num_pages = num_pages
         self.min_spare_pages = min_spare_pages
         self.max_spare_pages = max(max_spare_pages, min_spare_pages)
+        self._idle_seconds = idle_seconds
+        self._clock = clock
         self._source = source
         self._blocks_of_page = blocks_of_page
         self.free_lists: list[list[Block]] = [[] for _ in range(num_pages)]
@@ -92,7 +103,7 @@ class PagePool(Generic[Block]):
         self._unmapped = list(range(num_pages))
         self._states = [UNMAPPED] * num_pages
         self._num_in_state = [num_pages, 0, 0, 0]
-        self._idle: set[int] = set()
+        self._idle: dict[int, float] = {}  # since when, the longest idle first
         # Pages with free blocks as (free blocks when entered, page). Only the current page loses
         # free blocks, so an entry never has too many: see _fullest. Entries of closed pages stay
         # until they come up; `_entered` says which pages have a valid one.
@@ -125,10 +136,12 @@ class PagePool(Generic[Block]):
         self._settle()
         return [page for page, current in enumerate(self._states) if current == state]
 
-    def reserve_blocks(self, num_blocks: int) -> int:
+    def reserve_blocks(self, num_blocks: int, *, is_urgent: bool = False) -> int:
         """Ask for the pages of `num_blocks` more blocks; return how many blocks were promised."""
         wanted = -(-num_blocks // self.geometry.blocks_per_page)
-        granted = self._source.reserve(min(wanted, len(self._unmapped) - self.num_promised))
+        granted = self._source.reserve(
+            min(wanted, len(self._unmapped) - self.num_promised), is_urgent=is_urgent
+        )
         self.num_promised += granted
         return granted * self.geometry.blocks_per_page
 
@@ -217,13 +230,13 @@ class PagePool(Generic[Block]):
     def drain(self) -> PageOrders | None:
         """Return the orders since the last call, or None if there is nothing to tell.
 
-        Closes idle pages above the high watermark, opens spare ones below the low watermark while
-        requests are live, and takes back what was promised and not used.
+        Closes idle pages above the high watermark when they are due, opens spare ones below the low
+        watermark while requests are live, and takes back what was promised and not used.
         """
         self._settle()
         num_idle = len(self._idle)
         if num_idle > self.max_spare_pages:
-            self.close_idle(num_idle, keep=self.max_spare_pages)
+            self.close_idle(self._num_due_pages(), keep=self.max_spare_pages)
         elif num_idle < self.min_spare_pages and self._num_in_state[USED] > 1:
             self._open_spare(self.min_spare_pages - num_idle)
         if self.num_promised:
@@ -237,10 +250,16 @@ class PagePool(Generic[Block]):
         self._orders = PageOrders()
         return orders
 
+    def _num_due_pages(self) -> int:
+        if self._num_in_state[USED] <= 1:  # page 0 always counts: it holds the engines' null block
+            return len(self._idle)
+        latest = self._clock() - self._idle_seconds
+        return sum(since <= latest for since in self._idle.values())
+
     def _open_spare(self, num_pages: int) -> None:
         missing = min(num_pages, len(self._unmapped)) - self.num_promised
         if missing > 0:
-            self.num_promised += self._source.reserve(missing)
+            self.num_promised += self._source.reserve(missing, is_urgent=False)
         for _ in range(min(num_pages, self.num_promised)):
             self.open()
         self._settle()
@@ -303,6 +322,6 @@ class PagePool(Generic[Block]):
         self._num_in_state[state] += 1
         self._states[page] = state
         if state == IDLE:
-            self._idle.add(page)
+            self._idle[page] = self._clock()
         elif old == IDLE:
-            self._idle.discard(page)
+            del self._idle[page]

@@ -1,6 +1,7 @@
 """Which page the next block comes from, and which page goes back."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -21,8 +22,10 @@ class CountingSource:
     def __init__(self, num_pages: int) -> None:
         self.num_left = num_pages
         self.num_promised = 0
+        self.wishes: list[bool] = []
 
-    def reserve(self, num_pages: int) -> int:
+    def reserve(self, num_pages: int, *, is_urgent: bool) -> int:
+        self.wishes.append(is_urgent)
         granted = min(num_pages, self.num_left)
         self.num_left -= granted
         self.num_promised += granted
@@ -40,7 +43,7 @@ class CountingSource:
         self.num_left += num_unmapped
 
 
-def make(num_pages: int = NUM_PAGES, left: int = NUM_PAGES, **options: int) -> PagePool[int]:
+def make(num_pages: int = NUM_PAGES, left: int = NUM_PAGES, **options: Any) -> PagePool[int]:
     per_page = GEOMETRY.blocks_per_page
     return PagePool(
         GEOMETRY,
@@ -85,6 +88,28 @@ def test_emptied_pages_go_back_and_keep_the_spare_one() -> None:
     assert pool.pages_in(IDLE) == [0]
 
 
+def test_idle_pages_stay_a_while_for_the_next_request_and_go_without_one() -> None:
+    now = [0.0]
+    pool = make(idle_seconds=2.0, clock=lambda: now[0], num_resident_pages=1)
+    null_block = pool.take_from(0)
+    live, dropped = grow(pool, 8), grow(pool, 8)
+    pool.drain()
+    give(pool, dropped)
+    pool.drain()
+    emptied = pool.pages_in(IDLE)
+    assert len(emptied) == 2
+    now[0] = 1.9
+    assert pool.drain() is None
+    now[0] = 2.0
+    assert (orders := pool.drain()) is not None
+    assert sorted(orders.unmap_pages) == emptied
+    give(pool, grow(pool, 8))
+    give(pool, live)
+    assert (orders := pool.drain()) is not None
+    assert pool.pages_in(IDLE) == []
+    assert pool.pages_in(USED) == [GEOMETRY.page_of(null_block)]
+
+
 def test_a_spare_page_is_mapped_ahead_while_requests_run_and_not_otherwise() -> None:
     pool = make(min_spare_pages=1, num_resident_pages=1)
     pool.take_from(0)
@@ -94,6 +119,15 @@ def test_a_spare_page_is_mapped_ahead_while_requests_run_and_not_otherwise() -> 
     assert (orders := pool.drain()) is not None
     assert orders.map_pages == [1, 2]
     assert (orders.num_used_pages, pool.pages_in(IDLE)) == (2, [2])
+
+
+def test_a_spare_page_is_no_reason_to_take_memory_from_others() -> None:
+    pool = make(min_spare_pages=1, num_resident_pages=1)
+    pool.reserve_blocks(8, is_urgent=True)
+    pool.take(8)
+    pool.drain()
+    assert pool.pages_in(IDLE) == [2]
+    assert pool._source.wishes == [True, False]  # type: ignore[attr-defined]
 
 
 def test_what_was_promised_and_not_used_goes_back() -> None:

@@ -44,6 +44,7 @@ class ElasticBlockPool(BlockPool):
         source: Who promises pages; it has promised and mapped page 0 already.
         min_spare_pages: See `PagePool`.
         max_spare_pages: See `PagePool`.
+        idle_seconds: See `PagePool`.
         *args: What vLLM gives its own pool.
         **kwargs: The same.
     """
@@ -58,6 +59,7 @@ class ElasticBlockPool(BlockPool):
         *args: Any,
         min_spare_pages: int = 0,
         max_spare_pages: int = 0,
+        idle_seconds: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -75,6 +77,7 @@ class ElasticBlockPool(BlockPool):
             lambda page: blocks[page * per_page : (page + 1) * per_page],
             min_spare_pages=min_spare_pages,
             max_spare_pages=max_spare_pages,
+            idle_seconds=idle_seconds,
             num_resident_pages=1,
         )
         self.null_block = self.pages.take_from(0)

@@ -64,11 +64,11 @@ class ElasticEngine:
             self.close()
             raise
 
-    def reserve(self, num_pages: int) -> int:
-        """Promise up to `num_pages` pages; ask the others for what the pool does not have."""
+    def reserve(self, num_pages: int, *, is_urgent: bool) -> int:
+        """Promise up to `num_pages` pages; if it is urgent, ask the others for what is missing."""
         wanted = num_pages * self.page_bytes
         granted = self.ledger.reserve(self.row, wanted, self.page_bytes)
-        if granted < wanted:
+        if granted < wanted and is_urgent:
             for peer in self.ledger.ask_peers(self.row, wanted - granted):
                 ring(doorbell_path(self.ledger.path, peer))
         return granted // self.page_bytes
@@ -101,7 +101,7 @@ class ElasticEngine:
         self.ledger.describe(
             self.row, page_bytes=self.page_bytes, virtual_bytes=num_pages * self.page_bytes
         )
-        if not self.reserve(1):
+        if not self.reserve(1, is_urgent=True):
             free_bytes = self.ledger.view().free_bytes
             raise ConfigError(
                 f"the pool has no room for this engine's first page: needed {self.page_bytes} "
@@ -136,6 +136,7 @@ class ElasticEngine:
             *args,
             min_spare_pages=self.config.min_spare_pages,
             max_spare_pages=self.config.max_spare_pages,
+            idle_seconds=self.config.idle_seconds,
             **kwargs,
         )
         return self.pool
@@ -357,9 +358,8 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
         blocks = original(self, request, num_new_tokens, *args, **kwargs)
         if blocks is not None or not hasattr(self.block_pool, "pages"):
             return blocks
-        if not self.block_pool.pages.reserve_blocks(
-            _missing_blocks(self, request, num_new_tokens, kwargs)
-        ):
+        missing = _missing_blocks(self, request, num_new_tokens, kwargs)
+        if not self.block_pool.pages.reserve_blocks(missing, is_urgent=True):
             return None
         return original(self, request, num_new_tokens, *args, **kwargs)
 

@@ -40,7 +40,9 @@ class Burst:
     num_output_tokens: int
 
 
-def make_burst(*, num_requests: int, num_prompt_tokens: int, num_output_tokens: int, seed: int) -> Burst:
+def make_burst(
+    *, num_requests: int, num_prompt_tokens: int, num_output_tokens: int, seed: int
+) -> Burst:
     """Return random prompts of one length, the same for the same seed."""
     source = random.Random(seed)  # noqa: S311  prompts, not secrets
     prompts = tuple(

@@ -4,7 +4,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from typing import Self
 
 from kvcached_core.errors import LedgerError
 from kvcached_core.ledger import DeviceView, Ledger
@@ -48,16 +48,11 @@ class Recorder:
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="kvcached-recorder", daemon=True)
 
-    def __enter__(self) -> "Recorder":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
 

@@ -11,10 +11,10 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-WORDS = (
+TEXT = (
     "memory follows the load and goes where a request needs it page by page engines share one "
     "device fairly when a burst comes blocks are mapped and when it ends they are given back"
-).split()
+)
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -98,5 +98,5 @@ def _tokenizer() -> Tokenizer:
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 8, trainer)
+    tokenizer.train_from_iterator([TEXT] * 8, trainer)
     return tokenizer

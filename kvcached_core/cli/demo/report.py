@@ -13,7 +13,7 @@ COLOURS = ("#2a78d6", "#e08a2e")
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>kvcached demo</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto }}
 table {{ border-collapse: collapse }} td, th {{ padding: .3rem 1rem; border-bottom: 1px solid #ddd;
 text-align: left }} .short {{ color: #b00020; font-weight: 600 }} img {{ max-width: 100% }}
 </style></head><body>

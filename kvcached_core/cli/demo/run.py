@@ -271,14 +271,12 @@ def _verdict(
         for name, peak in zip(NAMES, peaks, strict=True)
     ]
     ratio = sum(peaks) / pool_bytes
-    rows.append(
-        ("sum of both peaks", f"{ratio:.2f} pools", f">= {PEAKS_BAR}", ratio >= PEAKS_BAR)
-    )
+    rows.append(("sum of both peaks", f"{ratio:.2f} pools", f">= {PEAKS_BAR}", ratio >= PEAKS_BAR))
     most = max(view.capacity_bytes - view.free_bytes for view in recording.views)
-    rows.append(
-        ("most at one time", f"{most / pool_bytes:.2f} pools", "<= 1", most <= pool_bytes)
-    )
-    answers = [answer for phase in outcome.answers.values() for of in phase.values() for answer in of]
+    rows.append(("most at one time", f"{most / pool_bytes:.2f} pools", "<= 1", most <= pool_bytes))
+    answers = [
+        answer for phase in outcome.answers.values() for of in phase.values() for answer in of
+    ]
     completed = sum(answer.error is None for answer in answers)
     rows.append(
         ("requests completed", f"{completed} of {len(answers)}", "all", completed == len(answers))
@@ -296,7 +294,12 @@ def _verdict(
     last = recording.views[-1].instances
     pages = max(view.resident_bytes / view.page_bytes for view in last)
     rows.append(
-        ("pages per engine when idle", f"{pages:.0f}", f"<= {IDLE_PAGES_BAR}", pages <= IDLE_PAGES_BAR)
+        (
+            "pages per engine when idle",
+            f"{pages:.0f}",
+            f"<= {IDLE_PAGES_BAR}",
+            pages <= IDLE_PAGES_BAR,
+        )
     )
     return rows
 

@@ -1,0 +1,110 @@
+"""What the host backend, the ledger and the imports cost on this machine."""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from machine import describe_machine
+
+from kvcached_core.arena import Arena
+from kvcached_core.geometry import Geometry
+from kvcached_core.ledger import Ledger, ledger_directory
+from kvcached_core.units import GIB, MIB
+from kvcached_core.vmm.host import HostBackend
+
+IMPORT = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
+
+
+def median_of(call: Callable[[], object], rounds: int) -> float:
+    """Return the median seconds of one call."""
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def pages() -> dict[str, float]:
+    """Return seconds per page of 16 MiB, memory touched before and given back."""
+    geometry = Geometry(block_bytes=65536, num_planes=32, ids_per_page=256, blocks_per_page=8)
+    arena = Arena(HostBackend(), geometry, 64)
+    arena.map(range(32))
+    arena.unmap(range(32))
+
+    def map_one() -> None:
+        arena.map([len(arena.resident_pages)])
+
+    def unmap_one() -> None:
+        arena.unmap([len(arena.resident_pages) - 1])
+
+    mapped = median_of(map_one, 32)
+    unmapped = median_of(unmap_one, 32)
+    arena.close()
+    return {"map a page of 16 MiB": mapped, "unmap it": unmapped}
+
+
+def ledger_operations() -> dict[str, float]:
+    """Return seconds of the ledger's operations with eight rows, nobody else at it."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = ledger_directory(Path(name) / "kv")
+        with Ledger(directory / "host.ledger", GIB) as ledger:
+            rows = [ledger.register(name=f"i{number}", engine="bench") for number in range(8)]
+            page = 16 * MIB
+            ledger.reserve(rows[0], page, page)
+
+            def reserve_and_cancel() -> None:
+                ledger.reserve(rows[1], page, page)
+                ledger.cancel(rows[1], page)
+
+            return {
+                "ledger: reserve and cancel": median_of(reserve_and_cancel, 5000),
+                "ledger: view of 8 instances": median_of(ledger.view, 200),
+            }
+
+
+def imports() -> dict[str, float]:
+    """Return seconds of importing, in fresh processes."""
+    results = {}
+    for module in (
+        "kvcached_core",
+        "kvcached_core.ledger",
+        "kvcached_core.config",
+        "kvcached_vllm",
+    ):
+        seconds = [
+            float(
+                subprocess.run(
+                    [sys.executable, "-c", IMPORT.format(module)],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                ).stdout
+            )
+            for _ in range(5)
+        ]
+        results[f"import {module}"] = statistics.median(seconds)
+    return results
+
+
+def main() -> None:
+    """Measure everything and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", help="write the results to this file")
+    arguments = parser.parse_args()
+    results = {**pages(), **ledger_operations(), **imports()}
+    for what, seconds in results.items():
+        print(f"{what:32} {seconds * 1e6:12.1f} us")
+    if arguments.json:
+        report = {"machine": describe_machine(), "seconds": results}
+        Path(arguments.json).write_text(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The demo does what it says, says when something is short, and leaves nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvcached_core.cli.demo import run
+from kvcached_core.cli.demo.load import Completion
+from kvcached_core.cli.demo.memory import Recording
+from kvcached_core.ledger import DeviceView, InstanceView
+from kvcached_core.units import MIB
+
+KVCACHED = Path(sys.executable).with_name("kvcached")
+PNG = b"\x89PNG"
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder with a short name: vLLM's sockets lie in it."""
+    with tempfile.TemporaryDirectory(prefix="kvd-") as folder:
+        yield Path(folder)
+
+
+def start_demo(output: Path, scratch: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [KVCACHED, "demo", "--output", str(output)],
+        env={**os.environ, "TMPDIR": str(scratch), "COLUMNS": "120"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def processes_naming(text: str) -> Iterator[str]:
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if text in command:
+            yield command
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_the_demo_meets_its_bars_and_writes_its_report(tmp_path: Path, scratch: Path) -> None:
+    demo = start_demo(tmp_path / "out", scratch)
+    text, _ = demo.communicate(timeout=400)
+    assert demo.returncode == 0, text
+    assert "48 of 48" in text
+    assert (tmp_path / "out" / "memory.png").read_bytes().startswith(PNG)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Everything met its bar." in page
+    assert page.count("<tr>") > 8
+    assert list(scratch.iterdir()) == []
+    assert list(processes_naming(str(scratch))) == []
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_an_interrupted_demo_leaves_no_process_and_no_file(tmp_path: Path, scratch: Path) -> None:
+    demo = start_demo(tmp_path / "out", scratch)
+    deadline = time.monotonic() + 120
+    while not list(scratch.glob("kvcached-demo-*/kv/host.ledger")):
+        assert demo.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    demo.send_signal(signal.SIGINT)
+    text, _ = demo.communicate(timeout=60)
+    assert demo.returncode != 0, text
+    assert list(scratch.iterdir()) == []
+    assert list(processes_naming(str(scratch))) == []
+
+
+def instance(name: str, resident_bytes: int) -> InstanceView:
+    sizes = {field: 0 for field in InstanceView.__dataclass_fields__ if field.endswith("_bytes")}
+    sizes |= {"resident_bytes": resident_bytes, "page_bytes": 16 * MIB}
+    return InstanceView(
+        row=0, name=name, engine="e", pid=1, priority=0, last_used_seconds=0, **sizes
+    )
+
+
+def verdict(first: int, second: int, answers: list[Completion]) -> dict[str, bool]:
+    views = [
+        DeviceView("host", 512 * MIB, (instance(run.NAMES[0], first * MIB),)),
+        DeviceView("host", 512 * MIB, (instance(run.NAMES[1], second * MIB),)),
+        DeviceView("host", 512 * MIB, (instance(run.NAMES[0], 32 * MIB),)),
+    ]
+    recording = Recording([0.0, 1.0, 2.0], views)
+    outcome = run.Outcome({"burst": {run.NAMES[0]: answers}}, 1.0)
+    vanilla = {run.NAMES[0]: [Completion([1, 2], 0.1)]}
+    rows = run._verdict(recording, outcome, vanilla, 512 * MIB)
+    return {what: is_met for what, _, _, is_met in rows}
+
+
+def test_the_verdict_names_what_is_short() -> None:
+    good = verdict(400, 400, [Completion([1, 2], 0.1)])
+    assert all(good.values())
+    assert not verdict(300, 300, [Completion([1, 2], 0.1)])["sum of both peaks"]
+    assert not verdict(400, 400, [Completion([1, 3], 0.1)])["tokens identical to vanilla"]
+    failed = verdict(400, 400, [Completion([1], 0.1, "ReadError: gone")])
+    assert not failed["requests completed"]
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "EXTRA_MODULES", ("no_such_module",))
+    with pytest.raises(run.DemoError, match=r"needs no_such_module; pip install.*demo"):
+        run.run_demo(Path("unused"), 512 * MIB)
+
+
+def test_a_missing_engine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(name: str) -> str:
+        raise run.PackageNotFoundError(name)
+
+    monkeypatch.setattr(run, "version", nothing)
+    with pytest.raises(run.DemoError, match=r"no vLLM is installed.*make demo"):
+        run.run_demo(Path("unused"), 512 * MIB)
+
+
+def test_a_pool_too_small_for_the_bursts_is_refused_by_the_command(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [KVCACHED, "demo", "--pool", "64MiB"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "--pool=64 MiB is too small" in done.stderr
