@@ -139,9 +139,10 @@ class PagePool(Generic[Block]):
     def reserve_blocks(self, num_blocks: int, *, is_urgent: bool = False) -> int:
         """Ask for the pages of `num_blocks` more blocks; return how many blocks were promised."""
         wanted = -(-num_blocks // self.geometry.blocks_per_page)
-        granted = self._source.reserve(
-            min(wanted, len(self._unmapped) - self.num_promised), is_urgent=is_urgent
-        )
+        wanted = min(wanted, len(self._unmapped) - self.num_promised)
+        if wanted <= 0:
+            return 0
+        granted = self._source.reserve(wanted, is_urgent=is_urgent)
         self.num_promised += granted
         return granted * self.geometry.blocks_per_page
 

@@ -123,8 +123,9 @@ def test_a_spare_page_is_mapped_ahead_while_requests_run_and_not_otherwise() -> 
 
 def test_a_spare_page_is_no_reason_to_take_memory_from_others() -> None:
     pool = make(min_spare_pages=1, num_resident_pages=1)
-    pool.reserve_blocks(8, is_urgent=True)
-    pool.take(8)
+    pool.take_from(0)
+    pool.reserve_blocks(4, is_urgent=True)
+    pool.take(7)
     pool.drain()
     assert pool.pages_in(IDLE) == [2]
     assert pool._source.wishes == [True, False]  # type: ignore[attr-defined]
@@ -260,4 +261,4 @@ class PagePoolMachine(RuleBasedStateMachine):
 
 
 TestPagePoolMachine = PagePoolMachine.TestCase
-TestPagePoolMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestPagePoolMachine.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
