@@ -83,7 +83,7 @@ class Config(BaseModel):
         default=1, ge=0, description="idle pages kept; what is above it is unmapped"
     )
     idle_seconds: float = Field(
-        default=0.5,
+        default=2.0,
         ge=0,
         description="how long idle pages above the spare ones stay mapped while requests run",
     )

@@ -49,7 +49,6 @@ class ElasticEngine:
         self.geometry: Geometry | None = None
         self.pool: Any = None
         self.core: Any = None
-        self._was_rung = False
         self._bell: Doorbell | None = None
         try:
             self.row = self.ledger.register(
@@ -147,11 +146,8 @@ class ElasticEngine:
         if orders is not None:
             self.core.model_executor.collective_rpc(apply_orders, args=(orders,))
 
-    def answer_bell(self) -> None:
+    def answer(self) -> None:
         """Give back what others asked for, as far as no request needs it."""
-        if not self._was_rung:
-            return
-        self._was_rung = False
         asked_bytes = self.ledger.asked_bytes(self.row)
         if asked_bytes and self.pool is not None:
             self.pool.release_pages(ceil(asked_bytes / self.page_bytes))
@@ -168,13 +164,13 @@ class ElasticEngine:
         self.ledger.close()
 
     def _on_ring(self) -> None:
-        # Runs in the bell's thread: only the engine's own thread may touch its pool.
-        self._was_rung = True
+        # Runs in the bell's thread: only the engine's own thread may touch its pool. A busy engine
+        # sees what it is asked for after its step; an idle one has to be woken.
         core = self.core
         if core is not None and hasattr(core, "input_queue"):
             from vllm.v1.engine import EngineCoreRequestType
 
-            core._idle_state_callbacks.append(lambda _core: self.answer_bell())
+            core._idle_state_callbacks.append(lambda _core: self.answer())
             core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
     def _check_one_request_fits(self, config: Any, geometry: Geometry, num_pages: int) -> None:
@@ -253,7 +249,7 @@ def _engine_of(core: Any) -> ElasticEngine | None:
 
 
 def engine_core_post_step(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `EngineCore.post_step`: answer a bell, and leave nothing mapped behind the last request.
+    """Wrap `EngineCore.post_step`: answer who asks, and leave nothing behind the last request.
 
     An engine in the caller's process makes no further step that could carry the last orders.
     """
@@ -263,7 +259,7 @@ def engine_core_post_step(original: Callable[..., None]) -> Callable[..., None]:
         original(self, *args, **kwargs)
         engine = _engine_of(self)
         if engine is not None:
-            engine.answer_bell()
+            engine.answer()
             if not self.scheduler.has_unfinished_requests():
                 engine.flush()
 
