@@ -96,7 +96,6 @@ class PagePool(Generic[Block]):
         self.free_lists: list[list[Block]] = [[] for _ in range(num_pages)]
         self.num_evictable = [0] * num_pages
         self.num_free = 0
-        self.num_promised = 0
         self.dirty: set[int] = set()
         self.current: list[Block] = []
         self._current_page = -1

@@ -94,7 +94,7 @@ def verdict(first: int, second: int, answers: list[Completion]) -> dict[str, boo
         DeviceView("host", 512 * MIB, (instance(run.NAMES[0], 32 * MIB),)),
     ]
     recording = Recording([0.0, 1.0, 2.0], views)
-    outcome = run.Outcome({"burst": {run.NAMES[0]: answers}}, 1.0)
+    outcome = run.Outcome({"burst": {run.NAMES[0]: answers}})
     vanilla = {run.NAMES[0]: [Completion([1, 2], 0.1)]}
     rows = run._verdict(recording, outcome, vanilla, 512 * MIB)
     return {what: is_met for what, _, _, is_met in rows}

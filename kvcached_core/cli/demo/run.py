@@ -50,7 +50,6 @@ class Outcome:
     """What the three bursts gave: answers by phase and engine."""
 
     answers: dict[str, dict[str, "list[Completion]"]]
-    seconds: float
 
 
 def run_demo(output: Path, pool_bytes: int) -> int:
@@ -142,7 +141,13 @@ def _plan(pool_bytes: int) -> dict[str, "Burst"]:
 
 @contextlib.contextmanager
 def _servers(
-    console: Console, workspace: Path, models: list[Path], environ: dict[str, str], label: str
+    console: Console,
+    workspace: Path,
+    models: list[Path],
+    environ: dict[str, str],
+    label: str,
+    *,
+    arguments: tuple[str, ...] = (),
 ) -> Iterator[list["EngineServer"]]:
     from kvcached_core.cli.demo.server import EngineServer
 
@@ -155,7 +160,7 @@ def _servers(
                     model,
                     workspace,
                     environ={**SERVER_ENVIRON, **environ},
-                    arguments=SERVER_ARGUMENTS + _pool_argument(environ),
+                    arguments=SERVER_ARGUMENTS + arguments,
                     core=core,
                 )
             )
@@ -173,11 +178,6 @@ def _servers(
     finally:
         for server in servers:
             server.stop()
-
-
-def _pool_argument(environ: dict[str, str]) -> tuple[str, ...]:
-    pool = environ.get("DEMO_VANILLA_KV_BYTES")
-    return ("--kv-cache-memory-bytes", pool) if pool else ()
 
 
 def _run_elastic(
@@ -198,7 +198,6 @@ def _run_elastic(
     first, second = NAMES
     phases = [(f"burst on {first}", [first]), (f"burst on {second}", [second]), ("both", [*NAMES])]
     with _servers(console, workspace, models, environ, "elastic") as servers:
-        start = time.monotonic()
         with Recorder(directory / "host.ledger") as recorder:
             answers = {}
             with Live(console=console, refresh_per_second=8) as live:
@@ -210,8 +209,7 @@ def _run_elastic(
                     )
                 recorder.mark("idle")
                 time.sleep(IDLE_SECONDS)
-            seconds = time.monotonic() - start
-        return recorder.recording, Outcome(answers, seconds)
+        return recorder.recording, Outcome(answers)
 
 
 async def _burst_and_watch(
@@ -230,8 +228,7 @@ async def _burst_and_watch(
     while not all(task.done() for task in tasks.values()):
         view = recorder.latest()
         if view is not None:
-            table = picture([view])
-            live.update(table)
+            live.update(picture([view]))
         await asyncio.wait(tasks.values(), timeout=0.12)
     live.console.print(Text(f"{phase}: all answers are in", "dim"))
     await asyncio.sleep(IDLE_SECONDS)
@@ -247,9 +244,11 @@ def _run_vanilla(
 ) -> dict[str, "list[Completion]"]:
     from kvcached_core.cli.demo.load import send
 
-    environ = {"ENABLE_KVCACHED": "0", "DEMO_VANILLA_KV_BYTES": str(pool_bytes)}
+    environ = {"ENABLE_KVCACHED": "0"}
+    arguments = ("--kv-cache-memory-bytes", str(pool_bytes))
+    label = "vanilla, a whole pool each"
     with (
-        _servers(console, workspace, models, environ, "vanilla, a whole pool each") as servers,
+        _servers(console, workspace, models, environ, label, arguments=arguments) as servers,
         console.status("The same requests on vanilla vLLM, to compare every token …"),
     ):
         return {
