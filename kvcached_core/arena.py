@@ -1,6 +1,7 @@
 """One reserved range of addresses and the pages mapped in it."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from kvcached_core.errors import BackendError, PageStateError
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 class Arena:
     """Addresses for `num_pages` pages, of which any may be mapped at a time.
+
+    Different threads may map and unmap different pages.
 
     Args:
         backend: Where addresses and memory come from.
@@ -32,6 +35,7 @@ class Arena:
         self.num_bytes = num_pages * geometry.page_bytes
         self.address = backend.reserve(self.num_bytes)
         self._handles: dict[int, Handle] = {}
+        self._loose: list[Handle] = []  # not mapped; there only while a release fails
 
     @property
     def resident_pages(self) -> list[int]:
@@ -48,7 +52,7 @@ class Arena:
         return page in self._handles
 
     def map(self, pages: Iterable[int]) -> None:
-        """Map `pages`, all of them or none.
+        """Map `pages`, all of them or none, and begin to zero them (see `Backend.zero`).
 
         Raises:
             PageStateError: If a page is mapped already or outside the arena.
@@ -59,6 +63,9 @@ class Arena:
             for page in pages:
                 self._map_page(page)
                 done.append(page)
+            for first, num_pages in _runs(done):
+                num_bytes = num_pages * self.geometry.page_bytes
+                self.backend.zero(self._page_address(first), num_bytes)
         except BaseException:
             self.unmap(reversed(done))
             raise
@@ -74,7 +81,7 @@ class Arena:
             if page not in self._handles:
                 raise PageStateError(f"unmap of page {page}, which is not mapped")
             self.backend.unmap(self._page_address(page), self._handles[page])
-            self.backend.release(self._handles.pop(page))
+            self._release(self._handles.pop(page))
 
     def tensor(self) -> "torch.Tensor":
         """Return an int8 tensor over the whole reservation."""
@@ -89,6 +96,8 @@ class Arena:
         """Unmap everything and free the addresses. Tensors over them must not be used any more."""
         if self.address:
             self.unmap(self.resident_pages)
+            while self._loose:
+                self._release(self._loose.pop())
             self.backend.free(self.address, self.num_bytes)
             self.address = 0
 
@@ -97,13 +106,34 @@ class Arena:
             raise PageStateError(f"map of page {page}, which is mapped already")
         if not 0 <= page < self.num_pages:
             raise PageStateError(f"map of page {page}, allowed are 0 to {self.num_pages - 1}")
-        handle = self.backend.create(self.geometry.page_bytes)
+        handle = self._take_handle()
         try:
             self.backend.map(self._page_address(page), handle)
         except BackendError:
-            self.backend.release(handle)
+            self._release(handle)
             raise
         self._handles[page] = handle
 
+    def _take_handle(self) -> Handle:
+        with contextlib.suppress(IndexError):
+            return self._loose.pop()
+        return self.backend.create(self.geometry.page_bytes)
+
+    def _release(self, handle: Handle) -> None:
+        try:
+            self.backend.release(handle)
+        except BackendError:
+            self._loose.append(handle)
+            raise
+
     def _page_address(self, page: int) -> int:
         return self.address + page * self.geometry.page_bytes
+
+
+def _runs(pages: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield the first page and the length of each run of consecutive pages."""
+    start = 0
+    for index in range(1, len(pages) + 1):
+        if index == len(pages) or pages[index] != pages[index - 1] + 1:
+            yield pages[start], index - start
+            start = index

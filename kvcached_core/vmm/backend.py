@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from kvcached_core.errors import PageStateError
+
 if TYPE_CHECKING:
     import torch
 
@@ -17,11 +19,21 @@ class Handle(Protocol):
         """Its size in bytes."""
 
 
+class Fence(Protocol):
+    """A point behind the work that a stream had been given when the fence was made."""
+
+    def wait(self) -> None:
+        """Return when all of that work is done."""
+
+
 class Backend(Protocol):
     """Addresses and memory, and how the two are tied together.
 
     Every size and address is a multiple of `granularity_bytes`. A handle is mapped at one address
-    at a time and is unmapped whole. Reading or writing an address that is not mapped faults.
+    at a time and is unmapped whole. Reading or writing an address that is not mapped faults. All of
+    it may be called from any thread.
+
+    A stream is the driver's number of one; work on the host has none, and 0 stands for it.
     """
 
     @property
@@ -45,13 +57,64 @@ class Backend(Protocol):
         """Give back memory from `create`; it must not be mapped any more."""
 
     def map(self, address: int, handle: Handle) -> None:
-        """Put `handle` under `address` and make it readable and writable; it reads as zeros."""
+        """Put `handle` under `address` and make it readable and writable, whatever is in it."""
 
     def unmap(self, address: int, handle: Handle) -> None:
         """Take `handle` away from `address`; its content is lost."""
 
+    def zero(self, address: int, num_bytes: int) -> None:
+        """Begin to fill a mapped range with zeros; `join` or `synchronize` say when it is done."""
+
+    def join(self, stream: int) -> None:
+        """Let what `stream` is given from now on come behind all that `zero` began."""
+
+    def synchronize(self) -> None:
+        """Return when all that `zero` began is done."""
+
+    def fence(self, stream: int) -> Fence:
+        """Return a fence behind what `stream` has been given so far."""
+
     def tensor(self, address: int, num_bytes: int) -> "torch.Tensor":
         """Return an int8 tensor over the range, mapped or not, without touching it."""
+
+
+class Mappings:
+    """Which handle is mapped where; refuses what the contract forbids before anything is done."""
+
+    def __init__(self) -> None:
+        self._handles: dict[int, Handle] = {}
+        self._addresses: dict[Handle, int] = {}
+
+    def check_map(self, address: int, handle: Handle) -> None:
+        """Refuse to map over a mapped address, or a handle that is mapped."""
+        if address in self._handles or handle in self._addresses:
+            raise PageStateError(
+                f"map at {address:#x}: the address or the handle is mapped already"
+            )
+
+    def check_unmap(self, address: int, handle: Handle) -> None:
+        """Refuse to unmap what is not there."""
+        if self._handles.get(address) is not handle:
+            raise PageStateError(f"unmap at {address:#x} of a handle that is not mapped there")
+
+    def check_release(self, handle: Handle) -> None:
+        """Refuse to release a handle that is mapped."""
+        if handle in self._addresses:
+            raise PageStateError("release of a handle that is still mapped")
+
+    def check_free(self, address: int, num_bytes: int) -> None:
+        """Refuse to free a range with mapped pages in it."""
+        if any(address <= mapped < address + num_bytes for mapped in tuple(self._handles)):
+            raise PageStateError(f"free of a range at {address:#x} that still has mapped pages")
+
+    def add(self, address: int, handle: Handle) -> None:
+        """Record that `handle` is mapped at `address`."""
+        self._handles[address] = handle
+        self._addresses[handle] = address
+
+    def remove(self, address: int, handle: Handle) -> None:
+        """Record that it is not any more."""
+        del self._handles[address], self._addresses[handle]
 
 
 class Layer:
@@ -96,6 +159,22 @@ class Layer:
     def unmap(self, address: int, handle: Handle) -> None:
         """See `Backend.unmap`."""
         self._call("unmap", handle.num_bytes, self.inner.unmap, address, handle)
+
+    def zero(self, address: int, num_bytes: int) -> None:
+        """See `Backend.zero`."""
+        self._call("zero", num_bytes, self.inner.zero, address, num_bytes)
+
+    def join(self, stream: int) -> None:
+        """See `Backend.join`."""
+        self._call("join", 0, self.inner.join, stream)
+
+    def synchronize(self) -> None:
+        """See `Backend.synchronize`."""
+        self._call("synchronize", 0, self.inner.synchronize)
+
+    def fence(self, stream: int) -> Fence:
+        """See `Backend.fence`."""
+        return self._call("fence", 0, self.inner.fence, stream)
 
     def tensor(self, address: int, num_bytes: int) -> "torch.Tensor":
         """See `Backend.tensor`."""

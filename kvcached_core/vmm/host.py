@@ -12,9 +12,9 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvcached_core.errors import BackendError, OutOfMemoryError, PageStateError
+from kvcached_core.errors import BackendError, OutOfMemoryError
 from kvcached_core.units import MIB
-from kvcached_core.vmm.backend import Handle
+from kvcached_core.vmm.backend import Handle, Mappings
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,13 @@ class HostHandle:
     num_bytes: int
 
 
+class HostFence:
+    """A fence on the host: who makes it has done its work before."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
 class HostBackend:
     """Linux memory behind the `Backend` protocol.
 
@@ -57,8 +64,7 @@ class HostBackend:
             raise BackendError("granularity", "EINVAL", granularity_bytes)
         self.granularity_bytes = granularity_bytes
         self._reservations: dict[int, tuple[int, int]] = {}
-        self._mapped: dict[int, Handle] = {}
-        self._address_of: dict[Handle, int] = {}
+        self._mappings = Mappings()
 
     def reserve(self, num_bytes: int) -> int:
         """Return an aligned address of a new range without memory."""
@@ -73,8 +79,7 @@ class HostBackend:
 
     def free(self, address: int, num_bytes: int) -> None:
         """Give back a range from `reserve`."""
-        if any(address <= mapped < address + num_bytes for mapped in self._mapped):
-            raise PageStateError(f"free of a range at {address:#x} that still has mapped pages")
+        self._mappings.check_free(address, num_bytes)
         start, whole_bytes = self._reservations.pop(address)
         _check("free", whole_bytes, _libc.munmap(start, whole_bytes))
 
@@ -85,16 +90,12 @@ class HostBackend:
 
     def release(self, handle: Handle) -> None:
         """Give back a handle that is not mapped any more."""
-        if handle in self._address_of:
-            raise PageStateError("release of a handle that is still mapped")
+        self._mappings.check_release(handle)
 
     def map(self, address: int, handle: Handle) -> None:
         """Make the handle's bytes at `address` readable and writable, all of them resident."""
         self._check_aligned("map", address)
-        if address in self._mapped or handle in self._address_of:
-            raise PageStateError(
-                f"map at {address:#x}: the address or the handle is mapped already"
-            )
+        self._mappings.check_map(address, handle)
         size = handle.num_bytes
         _check("map", size, _libc.mprotect(address, size, PROT_READ_WRITE))
         if _libc.madvise(address, size, MADV_POPULATE_WRITE) and ctypes.get_errno() not in (
@@ -105,17 +106,28 @@ class HostBackend:
             _libc.madvise(address, size, MADV_DONTNEED)
             _libc.mprotect(address, size, PROT_NONE)
             raise error
-        self._mapped[address] = handle
-        self._address_of[handle] = address
+        self._mappings.add(address, handle)
 
     def unmap(self, address: int, handle: Handle) -> None:
         """Give the bytes back to Linux and make the addresses inaccessible again."""
-        if self._mapped.get(address) is not handle:
-            raise PageStateError(f"unmap at {address:#x} of a handle that is not mapped there")
+        self._mappings.check_unmap(address, handle)
         size = handle.num_bytes
         _check("unmap", size, _libc.madvise(address, size, MADV_DONTNEED))
         _check("unmap", size, _libc.mprotect(address, size, PROT_NONE))
-        del self._mapped[address], self._address_of[handle]
+        self._mappings.remove(address, handle)
+
+    def zero(self, address: int, num_bytes: int) -> None:
+        """Do nothing: Linux maps zeros."""
+
+    def join(self, stream: int) -> None:
+        """Do nothing: nothing is under way."""
+
+    def synchronize(self) -> None:
+        """Do nothing: nothing is under way."""
+
+    def fence(self, stream: int) -> HostFence:  # noqa: ARG002  the host has no streams
+        """Return a fence that is behind everything already."""
+        return HostFence()
 
     def tensor(self, address: int, num_bytes: int) -> "torch.Tensor":
         """Return an int8 tensor over the range without touching it."""

@@ -1,6 +1,8 @@
 """A layer that counts and times every call of the backend below."""
 
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -26,9 +28,14 @@ class CallStatistics:
 
 @dataclass
 class Statistics:
-    """The statistics of each verb, and the bytes that are created but not released."""
+    """The statistics of each verb, and how many calls each thread made."""
 
     verbs: dict[str, CallStatistics] = field(default_factory=dict)
+    threads: Counter[int] = field(default_factory=Counter)
+
+    def num_calls_of_thread(self, identifier: int) -> int:
+        """Return the calls of the thread with this `threading.get_ident`, failures included."""
+        return self.threads[identifier]
 
     def of(self, verb: str) -> CallStatistics:
         """Return the statistics of `verb`, such as `map`."""
@@ -51,6 +58,7 @@ class MeteredBackend(Layer):
         self, verb: str, num_bytes: int, function: Callable[..., Result], *args: object
     ) -> Result:
         statistics = self.statistics.of(verb)
+        self.statistics.threads[threading.get_ident()] += 1
         start = time.perf_counter()
         try:
             result = function(*args)

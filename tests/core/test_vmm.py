@@ -6,23 +6,26 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
-import torch
+from helpers.contract import *  # noqa: F403  the tests that every backend passes
+from helpers.contract import PAGE, Resident
+from helpers.fake_driver import FakeDriver, tensors_on_the_host
 from helpers.process_memory import resident_bytes
 
-from kvcached_core.errors import BackendError, OutOfMemoryError, PageStateError
+from kvcached_core.errors import OutOfMemoryError
 from kvcached_core.units import MIB
 from kvcached_core.vmm.backend import Backend, Layer
+from kvcached_core.vmm.cuda import CudaBackend
 from kvcached_core.vmm.faulty import FaultyBackend
 from kvcached_core.vmm.host import HostBackend
 from kvcached_core.vmm.limited import LimitedBackend
 from kvcached_core.vmm.metered import MeteredBackend
 
-PAGE = 2 * MIB
-
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "host": HostBackend,
+    "cuda": lambda: CudaBackend(api=cast("Any", FakeDriver())),
     "layer": lambda: Layer(HostBackend()),
     "metered": lambda: MeteredBackend(HostBackend()),
     "limited": lambda: LimitedBackend(HostBackend(), 64 * MIB),
@@ -32,69 +35,14 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Backend:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    tensors_on_the_host(monkeypatch)
     return BACKENDS[request.param]()
 
 
-def test_a_reservation_is_aligned_and_holds_no_memory(backend: Backend) -> None:
-    address = backend.reserve(1024 * PAGE)
-    assert address % backend.granularity_bytes == 0
-    assert resident_bytes(address, 1024 * PAGE) == 0
-    backend.free(address, 1024 * PAGE)
-
-
-def test_mapped_memory_is_zero_writable_and_resident(backend: Backend) -> None:
-    address = backend.reserve(8 * PAGE)
-    handle = backend.create(PAGE)
-    backend.map(address + 3 * PAGE, handle)
-    tensor = backend.tensor(address, 8 * PAGE)
-    run = tensor[3 * PAGE : 4 * PAGE]
-    assert resident_bytes(address, 8 * PAGE) == PAGE
-    assert not run.any()
-    run.fill_(7)
-    assert int(run.sum(dtype=torch.int64)) == 7 * PAGE
-    backend.unmap(address + 3 * PAGE, handle)
-    assert resident_bytes(address, 8 * PAGE) == 0
-    backend.release(handle)
-    backend.free(address, 8 * PAGE)
-
-
-def test_memory_mapped_again_reads_as_zero(backend: Backend) -> None:
-    address = backend.reserve(PAGE)
-    for _ in range(2):
-        handle = backend.create(PAGE)
-        backend.map(address, handle)
-        assert not backend.tensor(address, PAGE).any()
-        backend.tensor(address, PAGE).fill_(1)
-        backend.unmap(address, handle)
-        backend.release(handle)
-    backend.free(address, PAGE)
-
-
-@pytest.mark.parametrize("num_bytes", [0, -PAGE, PAGE + 4096])
-def test_sizes_off_the_granularity_are_refused(backend: Backend, num_bytes: int) -> None:
-    for call in (backend.reserve, backend.create):
-        with pytest.raises(BackendError, match="not a multiple"):
-            call(num_bytes)
-
-
-def test_wrong_order_is_refused_and_changes_nothing(backend: Backend) -> None:
-    address = backend.reserve(2 * PAGE)
-    handle = backend.create(PAGE)
-    with pytest.raises(PageStateError):
-        backend.unmap(address, handle)
-    backend.map(address, handle)
-    with pytest.raises(PageStateError):
-        backend.map(address + PAGE, handle)
-    with pytest.raises(PageStateError):
-        backend.release(handle)
-    with pytest.raises(PageStateError):
-        backend.free(address, 2 * PAGE)
-    with pytest.raises(PageStateError):
-        backend.unmap(address + PAGE, handle)
-    backend.unmap(address, handle)
-    backend.release(handle)
-    backend.free(address, 2 * PAGE)
+@pytest.fixture
+def resident() -> Resident:
+    return resident_bytes
 
 
 TOUCH = """

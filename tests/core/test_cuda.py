@@ -1,0 +1,174 @@
+"""The CUDA backend over a fake driver that keeps the real one's rules and can fail any call."""
+
+import threading
+from typing import Any, cast
+
+import pytest
+from helpers.fake_driver import FakeDriver, Result, tensors_on_the_host
+
+from kvcached_core.arena import Arena
+from kvcached_core.errors import BackendError, OutOfMemoryError
+from kvcached_core.geometry import choose_geometry
+from kvcached_core.units import MIB
+from kvcached_core.vmm.cuda import MAX_DRAINS, CudaBackend
+
+GEOMETRY = choose_geometry(
+    block_bytes=65536, num_planes=8, granularity_bytes=2 * MIB, target_page_bytes=4 * MIB
+)
+PAGE = GEOMETRY.page_bytes
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    tensors_on_the_host(monkeypatch)
+    return FakeDriver(capacity_bytes=8 * PAGE)
+
+
+def open_backend(driver: FakeDriver) -> CudaBackend:
+    return CudaBackend(api=cast("Any", driver))
+
+
+def fail_once(driver: FakeDriver, name: str, number: int, code: Any) -> None:
+    driver.fails = lambda called, count: code if (called, count) == (name, number) else None
+
+
+def test_sizes_are_asked_of_the_driver(driver: FakeDriver) -> None:
+    driver.granularity_bytes = 4 * MIB
+    backend = open_backend(driver)
+    assert backend.granularity_bytes == 4 * MIB
+    assert (backend.total_bytes, backend.free_bytes) == (8 * PAGE, 8 * PAGE)
+    backend.create(4 * MIB)
+    assert backend.free_bytes == 8 * PAGE - 4 * MIB
+
+
+def test_out_of_memory_says_what_was_needed_and_available(driver: FakeDriver) -> None:
+    backend = open_backend(driver)
+    backend.create(6 * PAGE)
+    with pytest.raises(OutOfMemoryError) as caught:
+        backend.create(3 * PAGE)
+    error = caught.value
+    assert (error.call, error.code) == ("cuMemCreate", "CUDA_ERROR_OUT_OF_MEMORY")
+    assert (error.needed_bytes, error.available_bytes) == (3 * PAGE, 2 * PAGE)
+
+
+def test_every_thread_gets_the_context_and_gets_it_once(driver: FakeDriver) -> None:
+    backend = open_backend(driver)
+
+    def work() -> None:
+        for _ in range(2):
+            backend.release(backend.create(PAGE))
+
+    thread = threading.Thread(target=work, name="other")
+    thread.start()
+    thread.join()
+    assert driver.created_bytes == 0
+    assert driver.calls["cuCtxSetCurrent"] == 2
+    assert "other" in driver.threads["cuCtxSetCurrent"]
+
+
+STEPS = [
+    *((("cuMemCreate", Result.CUDA_ERROR_OUT_OF_MEMORY), number) for number in range(3)),
+    *((("cuMemMap", Result.CUDA_ERROR_INVALID_VALUE), number) for number in range(3)),
+    *((("cuMemSetAccess", Result.CUDA_ERROR_UNKNOWN), number) for number in range(3)),
+    (("cuMemsetD8Async", Result.CUDA_ERROR_LAUNCH_FAILED), 0),
+]
+
+
+@pytest.mark.parametrize(("step", "number"), STEPS)
+def test_a_failure_at_any_call_of_mapping_leaves_nothing_behind(
+    driver: FakeDriver, step: tuple[str, Any], number: int
+) -> None:
+    name, code = step
+    arena = Arena(open_backend(driver), GEOMETRY, 8)
+    arena.map([7])
+    fail_once(driver, name, driver.calls[name] + number, code)
+    with pytest.raises(BackendError) as caught:
+        arena.map([0, 1, 2])
+    assert (caught.value.call, caught.value.code) == (name, code.name)
+    assert caught.value.needed_bytes == (PAGE if name != "cuMemsetD8Async" else 3 * PAGE)
+    assert arena.resident_pages == [7]
+    assert driver.mapped_bytes == driver.created_bytes == PAGE
+    arena.map([0, 1, 2])
+    assert driver.mapped_bytes == 4 * PAGE
+    arena.close()
+    assert driver.created_bytes == 0
+
+
+@pytest.mark.parametrize("name", ["cuMemUnmap", "cuMemRelease"])
+def test_a_failure_of_unmapping_can_be_tried_again(driver: FakeDriver, name: str) -> None:
+    arena = Arena(open_backend(driver), GEOMETRY, 8)
+    arena.map([0, 1, 2])
+    fail_once(driver, name, 1, Result.CUDA_ERROR_UNKNOWN)
+    with pytest.raises(BackendError):
+        arena.unmap([0, 1, 2])
+    assert arena.resident_bytes == driver.mapped_bytes
+    driver.fails = lambda _name, _number: None
+    arena.close()
+    assert (driver.mapped_bytes, driver.created_bytes) == (0, 0)
+
+
+def test_a_map_that_is_not_ready_drains_and_is_tried_again(driver: FakeDriver) -> None:
+    arena = Arena(open_backend(driver), GEOMETRY, 8)
+    driver.fails = lambda name, number: (
+        Result.CUDA_ERROR_NOT_READY if name == "cuMemMap" and number < 2 else None
+    )
+    arena.map([3])
+    assert driver.calls["cuCtxSynchronize"] == 2
+    assert driver.mapped_bytes == PAGE
+    arena.close()
+
+
+def test_a_map_that_is_never_ready_ends_with_the_drivers_word(driver: FakeDriver) -> None:
+    arena = Arena(open_backend(driver), GEOMETRY, 8)
+    driver.fails = lambda name, _number: Result.CUDA_ERROR_NOT_READY if name == "cuMemMap" else None
+    with pytest.raises(BackendError, match="CUDA_ERROR_NOT_READY"):
+        arena.map([3])
+    assert driver.calls["cuCtxSynchronize"] == MAX_DRAINS
+    assert driver.created_bytes == 0
+
+
+def test_a_page_costs_one_create_one_map_and_one_access(driver: FakeDriver) -> None:
+    arena = Arena(open_backend(driver), GEOMETRY, 8)
+    before = driver.calls.copy()
+    arena.map(range(5))
+    cost = dict.fromkeys(("cuMemCreate", "cuMemMap", "cuMemSetAccess"), 5)
+    assert driver.calls - before == cost | {"cuMemsetD8Async": 1}
+    arena.close()
+
+
+def test_a_fence_ends_when_the_stream_is_done_and_leaves_no_event(driver: FakeDriver) -> None:
+    backend = open_backend(driver)
+    driver.idle.clear()
+    fence = backend.fence(0)
+    ended = threading.Event()
+
+    def wait() -> None:
+        fence.wait()
+        ended.set()
+
+    threading.Thread(target=wait).start()
+    assert not ended.wait(0.05)
+    driver.idle.set()
+    assert ended.wait(10)
+    fence.wait()
+    assert not driver._events
+
+
+def test_joining_a_stream_leaves_no_event(driver: FakeDriver) -> None:
+    open_backend(driver).join(7)
+    assert driver.calls["cuStreamWaitEvent"] == 1
+    assert not driver._events
+
+
+def test_a_missing_device_is_named(driver: FakeDriver) -> None:
+    with pytest.raises(BackendError, match="cuDeviceGet failed: CUDA_ERROR_INVALID_DEVICE"):
+        CudaBackend(3, api=cast("Any", driver))
+
+
+def test_a_handle_of_another_backend_is_refused(driver: FakeDriver) -> None:
+    from kvcached_core.vmm.host import HostBackend
+
+    backend = open_backend(driver)
+    address = backend.reserve(PAGE)
+    with pytest.raises(BackendError, match="HostHandle is not one of this backend"):
+        backend.map(address, HostBackend().create(PAGE))
