@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import islice, takewhile
 from typing import Generic, Protocol, TypeVar
 
 from kvcached_core.errors import PageStateError
@@ -20,6 +21,12 @@ from kvcached_core.geometry import Geometry
 Block = TypeVar("Block")
 
 UNMAPPED, USED, CACHED, IDLE = range(4)
+
+# Pages that one schedule gives back while requests are live: no step pays for a whole burst.
+MAX_CLOSED_PAGES = 8
+
+# Idle pages that stay when no request is live; with page 0 they are what a quiet engine holds.
+NUM_QUIET_PAGES = 1
 
 
 class PageSource(Protocol):
@@ -41,12 +48,16 @@ class PageOrders:
 
     Attributes:
         map_pages: Pages to map before the step.
+        ready_pages: Pages that the step needs and that an earlier order named as spare.
+        spare_pages: Pages to map soon; no step uses them yet.
         unmap_pages: Pages to unmap after the step.
         num_used_pages: Resident pages that hold a block of a live request.
         num_cached_pages: Resident pages that hold only cached blocks.
     """
 
     map_pages: list[int] = field(default_factory=list)
+    ready_pages: list[int] = field(default_factory=list)
+    spare_pages: list[int] = field(default_factory=list)
     unmap_pages: list[int] = field(default_factory=list)
     num_used_pages: int = 0
     num_cached_pages: int = 0
@@ -64,11 +75,12 @@ class PagePool(Generic[Block]):
         num_pages: Pages of the pool's virtual size.
         source: Who promises pages.
         blocks_of_page: Returns the blocks of a page, in id order; called when it becomes resident.
-        min_spare_pages: Idle pages kept ahead of need while requests are live (low watermark).
-        max_spare_pages: Idle pages kept when there are more (high watermark).
+        min_spare_pages: While requests are live and fewer pages are idle, pages are mapped ahead of
+            need (low watermark) ...
+        max_spare_pages: ... until so many are idle; what is above goes back (high watermark).
         num_resident_pages: Pages, from 0 on, that are mapped already.
-        idle_seconds: How long a page above the high watermark stays while requests are live: the
-            next ones may want it. Without live requests it goes at once.
+        idle_seconds: How long a page above the high watermark stays idle before it goes back: the
+            next request may want it.
         clock: Returns seconds; for tests.
     """
 
@@ -110,6 +122,7 @@ class PagePool(Generic[Block]):
         self._entered: set[int] = set()
         self._orders = PageOrders()
         self._reported = (0, 0)
+        self._unready: set[int] = set()  # ordered as spare, and no step has needed them yet
         self.num_promised = num_resident_pages
         for _ in range(num_resident_pages):
             self.open()
@@ -173,16 +186,26 @@ class PagePool(Generic[Block]):
         self.num_free += len(self.free_lists[page]) - before
         self.dirty.add(page)
 
-    def open(self) -> int:
-        """Make the lowest promised page resident and return it."""
+    def open(self, *, is_spare: bool = False) -> int:
+        """Make the lowest promised page resident and return it.
+
+        Args:
+            is_spare: No step needs it yet, so it may be mapped behind the next ones.
+        """
         page = heappop(self._unmapped)
         self.num_promised -= 1
         self._enter_state(page, IDLE)
         if page in self._orders.unmap_pages:
             self._orders.unmap_pages.remove(page)
             self._source.cancel(1)
+            if not is_spare:
+                self._orders.ready_pages.append(page)
+        elif is_spare:
+            self._orders.spare_pages.append(page)
         else:
             self._orders.map_pages.append(page)
+        if is_spare:
+            self._unready.add(page)
         blocks = self._blocks_of_page(page)
         self.free_lists[page] = blocks[::-1]
         self.num_free += len(blocks)
@@ -200,20 +223,25 @@ class PagePool(Generic[Block]):
         if page == self._current_page:
             self._leave_current_page()
         self._entered.discard(page)
+        self._unready.discard(page)
         heappush(self._unmapped, page)
-        if page in self._orders.map_pages:
-            self._orders.map_pages.remove(page)
-            self._source.cancel(1)
-        else:
-            self._orders.unmap_pages.append(page)
+        orders = self._orders
+        for not_begun in (orders.map_pages, orders.spare_pages):
+            if page in not_begun:
+                not_begun.remove(page)
+                self._source.cancel(1)
+                return
+        if page in orders.ready_pages:
+            orders.ready_pages.remove(page)
+        orders.unmap_pages.append(page)
 
     def close_idle(self, max_pages: int, *, keep: int = 0) -> int:
-        """Close up to `max_pages` idle pages, highest first; return how many it was."""
+        """Close up to `max_pages` idle pages, the longest idle first; return how many it was."""
         self._settle()
-        surplus = sorted(self._idle, reverse=True)[: max(len(self._idle) - keep, 0)][:max_pages]
-        for page in surplus:
+        num_pages = min(max(len(self._idle) - keep, 0), max_pages)
+        for page in list(islice(self._idle, num_pages)):
             self.close(page)
-        return len(surplus)
+        return num_pages
 
     def eviction_order(self, oldest_first: Iterable[int]) -> list[int]:
         """Return the cached pages in the order in which they should be given back.
@@ -227,41 +255,65 @@ class PagePool(Generic[Block]):
         youngest = {page: age for age, page in enumerate(oldest_first)}
         return sorted(self.pages_in(CACHED), key=lambda page: youngest.get(page, -1))
 
-    def drain(self) -> PageOrders | None:
+    def drain(self, *, is_last: bool = False) -> PageOrders | None:
         """Return the orders since the last call, or None if there is nothing to tell.
 
         Closes idle pages above the high watermark when they are due, opens spare ones below the low
         watermark while requests are live, and takes back what was promised and not used.
+
+        Args:
+            is_last: Nobody will call again soon, so idle pages are due now.
         """
         self._settle()
-        num_idle = len(self._idle)
-        if num_idle > self.max_spare_pages:
-            self.close_idle(self._num_due_pages(), keep=self.max_spare_pages)
-        elif num_idle < self.min_spare_pages and self._num_in_state[USED] > 1:
-            self._open_spare(self.min_spare_pages - num_idle)
+        num_idle, is_live = len(self._idle), self._is_live
+        if num_idle > self._num_kept:
+            at_most = MAX_CLOSED_PAGES if is_live else num_idle
+            num_due = num_idle if is_last else self._num_due_pages(at_most)
+            self.close_idle(num_due, keep=self._num_kept)
+        elif num_idle < self.min_spare_pages and is_live:
+            self._open_spare(self.max_spare_pages - num_idle)
         if self.num_promised:
             self._source.cancel(self.num_promised)
             self.num_promised = 0
         counts = self._num_in_state[USED], self._num_in_state[CACHED]
         orders = self._orders
-        if not (orders.map_pages or orders.unmap_pages) and counts == self._reported:
+        has_pages = (
+            orders.map_pages or orders.ready_pages or orders.spare_pages or orders.unmap_pages
+        )
+        if not has_pages and counts == self._reported:
             return None
         orders.num_used_pages, orders.num_cached_pages = self._reported = counts
         self._orders = PageOrders()
         return orders
 
-    def _num_due_pages(self) -> int:
-        if self._num_in_state[USED] <= 1:  # page 0 always counts: it holds the engines' null block
-            return len(self._idle)
+    def seconds_until_due(self) -> float | None:
+        """Return when the last of the surplus idle pages is due, or None if there is none."""
+        self._settle()
+        num_surplus = len(self._idle) - self._num_kept
+        if num_surplus <= 0:
+            return None
+        since = list(self._idle.values())[num_surplus - 1]
+        return max(since + self._idle_seconds - self._clock(), 0.0)
+
+    @property
+    def _is_live(self) -> bool:
+        return self._num_in_state[USED] > 1  # page 0 always counts: it holds the null block
+
+    @property
+    def _num_kept(self) -> int:
+        return self.max_spare_pages if self._is_live else min(self.max_spare_pages, NUM_QUIET_PAGES)
+
+    def _num_due_pages(self, at_most: int) -> int:
         latest = self._clock() - self._idle_seconds
-        return sum(since <= latest for since in self._idle.values())
+        oldest = islice(self._idle.values(), at_most)
+        return sum(1 for _ in takewhile(lambda since: since <= latest, oldest))
 
     def _open_spare(self, num_pages: int) -> None:
         missing = min(num_pages, len(self._unmapped)) - self.num_promised
         if missing > 0:
             self.num_promised += self._source.reserve(missing, is_urgent=False)
         for _ in range(min(num_pages, self.num_promised)):
-            self.open()
+            self.open(is_spare=True)
         self._settle()
 
     def _turn_to_next_page(self) -> bool:
@@ -273,9 +325,19 @@ class PagePool(Generic[Block]):
                 return False
             page = self.open()
         self._entered.discard(page)
+        if page in self._unready:
+            self._need(page)
         self._current_page = page
         self.current = self.free_lists[page]
         return True
+
+    def _need(self, page: int) -> None:
+        self._unready.discard(page)
+        if page in self._orders.spare_pages:
+            self._orders.spare_pages.remove(page)
+            self._orders.map_pages.append(page)
+        else:
+            self._orders.ready_pages.append(page)
 
     def _leave_current_page(self) -> None:
         if self._current_page >= 0:

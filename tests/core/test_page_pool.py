@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvcached_core.errors import PageStateError
 from kvcached_core.geometry import Geometry
-from kvcached_core.page_pool import CACHED, IDLE, UNMAPPED, USED, PagePool
+from kvcached_core.page_pool import CACHED, IDLE, MAX_CLOSED_PAGES, UNMAPPED, USED, PagePool
 
 GEOMETRY = Geometry(block_bytes=1024, num_planes=4, ids_per_page=16, blocks_per_page=4)
 NUM_PAGES = 6
@@ -84,11 +84,26 @@ def test_emptied_pages_go_back_and_keep_the_spare_one() -> None:
     assert (orders.map_pages, orders.unmap_pages) == ([0, 1, 2], [])
     give(pool, blocks)
     assert (orders := pool.drain()) is not None
-    assert sorted(orders.unmap_pages) == [1, 2]
-    assert pool.pages_in(IDLE) == [0]
+    assert len(orders.unmap_pages) == 2
+    assert len(pool.pages_in(IDLE)) == 1
 
 
-def test_idle_pages_stay_a_while_for_the_next_request_and_go_without_one() -> None:
+def test_a_burst_goes_back_a_few_pages_at_a_time_while_requests_are_live() -> None:
+    pool = make(40, 40)
+    live, burst = grow(pool, 8), grow(pool, 100)
+    pool.drain()
+    give(pool, burst)
+    num_closed = []
+    while step := pool.drain():
+        num_closed.append(len(step.unmap_pages))
+    assert num_closed == [MAX_CLOSED_PAGES] * 3 + [1]
+    give(pool, live)
+    orders = pool.drain()
+    assert orders is not None
+    assert len(orders.unmap_pages) == 2
+
+
+def test_idle_pages_stay_a_while_for_the_next_request() -> None:
     now = [0.0]
     pool = make(idle_seconds=2.0, clock=lambda: now[0], num_resident_pages=1)
     null_block = pool.take_from(0)
@@ -103,11 +118,39 @@ def test_idle_pages_stay_a_while_for_the_next_request_and_go_without_one() -> No
     now[0] = 2.0
     assert (orders := pool.drain()) is not None
     assert sorted(orders.unmap_pages) == emptied
-    give(pool, grow(pool, 8))
     give(pool, live)
-    assert (orders := pool.drain()) is not None
+    pool.drain()
+    assert len(pool.pages_in(IDLE)) == 2
+    assert pool.seconds_until_due() == 2.0
+    assert (orders := pool.drain(is_last=True)) is not None
     assert pool.pages_in(IDLE) == []
     assert pool.pages_in(USED) == [GEOMETRY.page_of(null_block)]
+    assert pool.seconds_until_due() is None
+
+
+def test_a_quiet_pool_keeps_one_idle_page_of_its_spare_ones() -> None:
+    now = [0.0]
+    pool = make(
+        min_spare_pages=2,
+        max_spare_pages=4,
+        idle_seconds=1.0,
+        clock=lambda: now[0],
+        num_resident_pages=1,
+        num_pages=8,
+        left=8,
+    )
+    pool.take_from(0)
+    live = grow(pool, 8)
+    pool.drain()
+    assert len(pool.pages_in(IDLE)) == 4
+    give(pool, live)
+    now[0] = 0.5
+    pool.drain()
+    assert len(pool.pages_in(IDLE)) == 6
+    assert pool.seconds_until_due() == 1.0
+    now[0] = 1.5
+    pool.drain()
+    assert len(pool.pages_in(IDLE)) == 1
 
 
 def test_a_spare_page_is_mapped_ahead_while_requests_run_and_not_otherwise() -> None:
@@ -117,8 +160,40 @@ def test_a_spare_page_is_mapped_ahead_while_requests_run_and_not_otherwise() -> 
     assert orders.map_pages == []
     grow(pool, 4)
     assert (orders := pool.drain()) is not None
-    assert orders.map_pages == [1, 2]
+    assert (orders.map_pages, orders.spare_pages) == ([1], [2])
     assert (orders.num_used_pages, pool.pages_in(IDLE)) == (2, [2])
+
+
+def test_a_spare_page_is_named_again_when_a_step_needs_it() -> None:
+    pool = make(min_spare_pages=1, num_resident_pages=1)
+    pool.take_from(0)
+    grow(pool, 4)
+    pool.drain()
+    grow(pool, 4)
+    assert (orders := pool.drain()) is not None
+    assert (orders.map_pages, orders.ready_pages, orders.spare_pages) == ([], [2], [3])
+
+
+def test_spare_pages_are_opened_up_to_the_high_watermark_when_they_fall_below_the_low_one() -> None:
+    pool = make(16, 16, min_spare_pages=2, max_spare_pages=4, num_resident_pages=1)
+    pool.take_from(0)
+    num_spare = []
+    for _ in range(6):
+        grow(pool, 4)
+        orders = pool.drain()
+        num_spare.append(len(orders.spare_pages) if orders else 0)
+    assert num_spare == [4, 0, 0, 3, 0, 0]
+
+
+def test_a_spare_page_that_was_closed_and_opened_again_is_made_sure_of() -> None:
+    pool = make(min_spare_pages=1, num_resident_pages=1)
+    pool.take_from(0)
+    grow(pool, 4)
+    pool.drain()
+    pool.close(2)
+    grow(pool, 4)
+    assert (orders := pool.drain()) is not None
+    assert (orders.ready_pages, orders.unmap_pages) == ([2], [])
 
 
 def test_a_spare_page_is_no_reason_to_take_memory_from_others() -> None:
@@ -188,6 +263,7 @@ class PagePoolMachine(RuleBasedStateMachine):
         self.total = left
         self.pool = make(left=left, min_spare_pages=low, max_spare_pages=high)
         self.source = self.pool._source
+        self.sure: set[int] = set()
         self.live: list[int] = []
         self.queue: list[int] = []
         self.mapped: set[int] = set()
@@ -236,16 +312,20 @@ class PagePoolMachine(RuleBasedStateMachine):
     def drain(self) -> None:
         orders = self.pool.drain()
         if orders is not None:
-            assert not set(orders.map_pages) & self.mapped
-            assert set(orders.unmap_pages) <= self.mapped | set(orders.map_pages)
-            self.mapped = (self.mapped | set(orders.map_pages)) - set(orders.unmap_pages)
-            self.source.settle(len(orders.map_pages), len(orders.unmap_pages))  # type: ignore[attr-defined]
+            new = orders.map_pages + orders.spare_pages
+            assert not set(new) & self.mapped
+            assert set(orders.unmap_pages) <= self.mapped | set(new)
+            assert set(orders.ready_pages) <= self.mapped
+            self.mapped = (self.mapped | set(new)) - set(orders.unmap_pages)
+            self.sure |= {*orders.map_pages, *orders.ready_pages}
+            self.sure -= set(orders.unmap_pages)
+            self.source.settle(len(new), len(orders.unmap_pages))  # type: ignore[attr-defined]
             assert orders.num_used_pages == len(self.pool.pages_in(USED))
         assert self.source.num_promised == 0  # type: ignore[attr-defined]
         assert self.source.num_left + len(self.mapped) == self.total  # type: ignore[attr-defined]
         assert len(self.pool.pages_in(IDLE)) <= self.pool.max_spare_pages
         backed = {GEOMETRY.page_of(block) for block in self.live + self.queue}
-        assert backed <= self.mapped
+        assert backed <= self.sure
 
     @invariant()
     def every_block_is_in_one_place(self) -> None:
