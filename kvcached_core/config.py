@@ -16,6 +16,10 @@ from kvcached_core.units import format_bytes, parse_bytes
 
 PREFIX = "KVCACHED_"
 SWITCH = "ENABLE_KVCACHED"
+HOST, CUDA = "host", "cuda"
+# Watermarks of idle pages, low and high, where nothing else is set; docs/benchmarks.md has the
+# measurements. Pools on the host are small.
+DEFAULT_SPARE_PAGES = {HOST: (1, 1), CUDA: (4, 16)}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -46,12 +50,20 @@ def _size(name: str, whole_bytes: int | None = None) -> BeforeValidator:
     return BeforeValidator(parse)
 
 
-def _limit(value: object) -> object:
-    if value == "none":
-        return None
-    if isinstance(value, str) and not value.endswith("%"):
-        return parse_bytes(value, what=PREFIX + "LIMIT")
-    return value
+def _size_or_share(name: str) -> BeforeValidator:
+    """A size in bytes, or a share that is kept as text until it is known of what."""
+
+    def parse(value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        num_bytes = parse_bytes(value, what=PREFIX + name, whole_bytes=100)
+        return value if value.strip().endswith("%") else num_bytes
+
+    return BeforeValidator(parse)
+
+
+def _none(value: object) -> object:
+    return None if value == "none" else value
 
 
 class Config(BaseModel):
@@ -68,41 +80,68 @@ class Config(BaseModel):
         gt=0,
         description="host backend: bytes that all engines share; the same for every engine",
     )
-    limit: Annotated[int | str | None, BeforeValidator(_limit)] = Field(
+    limit: Annotated[int | str | None, _size_or_share("LIMIT"), BeforeValidator(_none)] = Field(
         default=None, description="ceiling of this instance: a size, a share of the pool, or 'none'"
+    )
+    headroom: Annotated[int | str, _size_or_share("HEADROOM")] = Field(
+        default="2%",
+        description="GPU: bytes of the device that KV caches leave free, a size or a share",
     )
     page_bytes: Annotated[int, _size("PAGE_BYTES")] = Field(
         default=DEFAULT_PAGE_BYTES,
         ge=4096,
         description="page size to aim at; the real one is a multiple of the granularity near it",
     )
-    min_spare_pages: int = Field(
-        default=1, ge=0, description="idle pages mapped ahead of need while requests run"
+    min_spare_pages: int | None = Field(
+        default=None,
+        ge=0,
+        description="while requests run and fewer pages are idle, more are mapped ahead ...",
     )
-    max_spare_pages: int = Field(
-        default=1, ge=0, description="idle pages kept; what is above it is unmapped"
+    max_spare_pages: int | None = Field(
+        default=None, ge=0, description="... until so many are idle; what is above goes back"
     )
     idle_seconds: float = Field(
-        default=2.0,
-        ge=0,
-        description="how long idle pages above the spare ones stay mapped while requests run",
+        default=1.0, ge=0, description="how long a page stays idle before it goes back"
     )
     debug: bool = Field(
         default=False, description="check before each step that every block it names is mapped"
     )
 
-    @property
-    def limit_bytes(self) -> int | None:
-        """The limit in bytes, or None; a share is one of the host pool."""
-        if isinstance(self.limit, str):
-            return parse_bytes(self.limit, what=PREFIX + "LIMIT", whole_bytes=self.host_pool)
-        return self.limit
+    def spare_pages(self, device: str) -> tuple[int, int]:
+        """Return the low and the high watermark of idle pages on a `device`."""
+        low, high = DEFAULT_SPARE_PAGES[device]
+        if self.min_spare_pages is not None:
+            low, high = self.min_spare_pages, max(high, self.min_spare_pages)
+        if self.max_spare_pages is not None:
+            low, high = min(low, self.max_spare_pages), self.max_spare_pages
+        return low, high
 
-    @property
-    def virtual_bytes(self) -> int:
-        """What the engine may believe it has: the pool, or the limit if that is less."""
-        limit = self.limit_bytes
-        return self.host_pool if limit is None else min(limit, self.host_pool)
+    def headroom_bytes(self, device_bytes: int) -> int:
+        """Return the bytes of a device of `device_bytes` that KV caches leave free."""
+        if isinstance(self.headroom, str):
+            return parse_bytes(self.headroom, what=PREFIX + "HEADROOM", whole_bytes=device_bytes)
+        return self.headroom
+
+    def limit_bytes(self, pool_bytes: int) -> int | None:
+        """Return the limit in bytes, or None; a share is one of `pool_bytes`.
+
+        Raises:
+            ConfigError: If it is above the pool.
+        """
+        limit = self.limit
+        if isinstance(limit, str):
+            limit = parse_bytes(limit, what=PREFIX + "LIMIT", whole_bytes=pool_bytes)
+        if limit is not None and limit > pool_bytes:
+            raise ConfigError(
+                f"{PREFIX}LIMIT={format_bytes(limit)} is above what all instances share, "
+                f"{format_bytes(pool_bytes)}; it must not be"
+            )
+        return limit
+
+    def virtual_bytes(self, pool_bytes: int) -> int:
+        """Return what the engine may believe it has: the pool, or the limit if that is less."""
+        limit = self.limit_bytes(pool_bytes)
+        return pool_bytes if limit is None else limit
 
 
 def read_switch(environ: Mapping[str, str] = os.environ) -> Enable:
@@ -144,16 +183,10 @@ def read_config(environ: Mapping[str, str] = os.environ) -> Config:
             f"{PREFIX}NAME={config.name!r} is not allowed; use letters, digits, '.', '_' and '-', "
             "up to 64, starting with a letter or digit"
         )
-    if config.max_spare_pages < config.min_spare_pages:
+    low, high = config.min_spare_pages, config.max_spare_pages
+    if low is not None and high is not None and high < low:
         raise ConfigError(
-            f"{PREFIX}MAX_SPARE_PAGES={config.max_spare_pages} is below "
-            f"{PREFIX}MIN_SPARE_PAGES={config.min_spare_pages}; it must not be"
-        )
-    limit_bytes = config.limit_bytes
-    if limit_bytes is not None and limit_bytes > config.host_pool:
-        raise ConfigError(
-            f"{PREFIX}LIMIT={format_bytes(limit_bytes)} is above "
-            f"{PREFIX}HOST_POOL={format_bytes(config.host_pool)}; it must not be"
+            f"{PREFIX}MAX_SPARE_PAGES={high} is below {PREFIX}MIN_SPARE_PAGES={low}; it must not be"
         )
     return config
 

@@ -11,6 +11,7 @@ import mmap
 import os
 import stat
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -44,6 +45,7 @@ class InstanceView:
     idle_bytes: int
     promised_bytes: int
     asked_bytes: int
+    coming_bytes: int
     last_used_seconds: float
 
 
@@ -69,13 +71,21 @@ class Ledger:
         path: The file; its folder exists (see `ledger_directory`).
         capacity_bytes: What the instances may hold together. The first one to open the file decides
             it; None opens only a file that is there.
+        free_bytes: Returns what may be mapped on the device right now, where others than ourselves
+            use it too, as on a GPU; None where the capacity is all there is to know.
 
     Raises:
         LedgerError: If the file is missing, is not ours, or says something else.
     """
 
-    def __init__(self, path: Path, capacity_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        capacity_bytes: int | None = None,
+        free_bytes: Callable[[], int] | None = None,
+    ) -> None:
         self.path = path
+        self._free_bytes = free_bytes
         self.device = path.stem
         self._fd, self._words = _open(path, capacity_bytes)
         self._lock = FileLock(self._fd)
@@ -106,8 +116,18 @@ class Ledger:
         page_bytes: int = 0,
         virtual_bytes: int = 0,
         limit_bytes: int | None = None,
+        static_bytes: int = 0,
     ) -> int:
         """Take a row for this process and return its number.
+
+        Args:
+            name: The instance's name, which no other live instance of the device has.
+            engine: The engine and its release.
+            page_bytes: Bytes of a page, or 0 while it is not known.
+            virtual_bytes: Bytes that the engine believes to have, or 0 while it is not known.
+            limit_bytes: What the instance may hold at most.
+            static_bytes: What it is about to allocate beside its KV cache: nobody else is promised
+                these bytes while the row lives.
 
         Raises:
             LedgerError: If the name is taken by a live instance, or all rows are.
@@ -130,6 +150,7 @@ class Ledger:
             free.name, free.engine = name, engine
             free.page_bytes, free.virtual_bytes = page_bytes, virtual_bytes
             free.limit_bytes = NO_LIMIT if limit_bytes is None else limit_bytes
+            free.static_bytes = static_bytes
             free.last_used_ns = time.time_ns()
             free.set_holder(0, os.getpid(), start_time(os.getpid()))
             self._header.num_rows = max(self._header.num_rows, free.index + 1)
@@ -141,6 +162,11 @@ class Ledger:
         with self._lock:
             row = self._row(index)
             row.page_bytes, row.virtual_bytes = page_bytes, virtual_bytes
+
+    def announce(self, index: int, static_bytes: int) -> None:
+        """Say what the process is still about to allocate beside its KV cache, in bytes."""
+        with self._lock:
+            self._row(index).static_bytes = static_bytes
 
     def join(self, index: int) -> None:
         """Count this process among those whose life keeps the row alive: it will hold memory.
@@ -191,17 +217,21 @@ class Ledger:
         *,
         mapped_bytes: int = 0,
         unmapped_bytes: int = 0,
+        unneeded_bytes: int = 0,
         used_bytes: int,
         cached_bytes: int,
     ) -> None:
         """Record what a worker mapped and unmapped, and what its resident pages are for.
+
+        A promise shrinks by what was mapped and by what turned out not to be needed.
 
         Everything else that is resident is idle, so resident = used + cached + idle holds at every
         moment anybody can see.
         """
         with self._lock:
             row = self._row(index)
-            row.promised_bytes = max(row.promised_bytes - mapped_bytes, 0)
+            row.promised_bytes = max(row.promised_bytes - mapped_bytes - unneeded_bytes, 0)
+            row.coming_bytes = max(row.coming_bytes - unmapped_bytes - unneeded_bytes, 0)
             row.resident_bytes += mapped_bytes - unmapped_bytes
             row.used_bytes = min(used_bytes, row.resident_bytes)
             row.cached_bytes = min(cached_bytes, row.resident_bytes - row.used_bytes)
@@ -243,10 +273,17 @@ class Ledger:
         """Return the bytes that others want back from this instance."""
         return Row(self._words, index).asked_bytes
 
-    def answer(self, index: int) -> None:
-        """Say that this instance gave what it could."""
+    def answer(self, index: int, coming_bytes: int = 0) -> None:
+        """Say that this instance gives what it can.
+
+        Args:
+            index: Its row.
+            coming_bytes: What its workers are about to unmap.
+        """
         with self._lock:
-            self._row(index).asked_bytes = 0
+            row = self._row(index)
+            row.asked_bytes = 0
+            row.coming_bytes += coming_bytes
 
     def view(self) -> DeviceView:
         """Return a consistent picture of the device, without the dead."""
@@ -285,9 +322,24 @@ class Ledger:
             raise LedgerError(f"row {index} of {self.path} has no instance; it was removed")
         return row
 
+    def free_bytes(self, index: int) -> int:
+        """Return what the instance could be promised, its limit aside; negative if it is too late.
+
+        That is what is free, less the promises and static needs of all, its own need aside.
+        """
+        with self._lock:
+            return self._free(self._row(index))
+
     def _room(self, row: Row) -> int:
-        taken = sum(other.resident_bytes + other.promised_bytes for other in self._live_rows())
-        return min(self._header.capacity_bytes - taken, self._room_below_limit(row))
+        return min(self._free(row), self._room_below_limit(row))
+
+    def _free(self, row: Row) -> int:
+        rows = self._live_rows()
+        promised = sum(other.promised_bytes + other.static_bytes for other in rows)
+        unmapped = self._header.capacity_bytes - sum(other.resident_bytes for other in rows)
+        if self._free_bytes is not None:
+            unmapped = min(unmapped, self._free_bytes())
+        return unmapped - promised + row.static_bytes
 
     def _room_below_limit(self, row: Row) -> int:
         limit = self._header.capacity_bytes if row.limit_bytes == NO_LIMIT else row.limit_bytes
@@ -431,5 +483,6 @@ def _view(row: Row) -> InstanceView:
         idle_bytes=resident - used - cached,
         promised_bytes=row.promised_bytes,
         asked_bytes=row.asked_bytes,
+        coming_bytes=row.coming_bytes,
         last_used_seconds=row.last_used_ns / 1e9,
     )

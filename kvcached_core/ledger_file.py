@@ -10,7 +10,7 @@ import struct
 import threading
 
 MAGIC = int.from_bytes(b"KVCACHE1", "little")
-VERSION = 1
+VERSION = 2
 NUM_ROWS = 64
 NUM_HOLDERS = 4
 HEADER_WORDS = 64
@@ -132,6 +132,7 @@ class Row(_Words):
     num_pressure_asked = _Word(23)
     num_pressure_answered = _Word(24)
     static_bytes = _Word(25)
+    coming_bytes = _Word(26)
 
     def __init__(self, words: memoryview, index: int) -> None:
         super().__init__(words, HEADER_WORDS + index * ROW_WORDS)

@@ -3,6 +3,7 @@
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from kvcached_core.errors import LedgerError
 
 _RING = b"r"
 _STOP = b"s"
+_ALARM = b"a"
+_AT_ONCE_SECONDS = 1e-3  # a socket with a timeout of 0 would not wait, nor say that time is over
 
 
 class Doorbell:
@@ -17,7 +20,7 @@ class Doorbell:
 
     Args:
         path: Where the socket lies; an older one there is replaced.
-        answer: Called in the listening thread at each ring; it must only pass the word on.
+        answer: Called in the listening thread at each ring or alarm; it must only pass the word on.
     """
 
     def __init__(self, path: Path, answer: Callable[[], None]) -> None:
@@ -34,8 +37,14 @@ class Doorbell:
                 "KVCACHED_DIR must be writable and shorter than 80 characters"
             ) from error
         path.chmod(0o600)
+        self._deadline: float | None = None
         self._thread = threading.Thread(target=self._listen, name="kvcached-bell", daemon=True)
         self._thread.start()
+
+    def set_alarm(self, seconds: float) -> None:
+        """Ring once in `seconds`; an alarm that is set already is replaced."""
+        self._deadline = time.monotonic() + seconds
+        _send(self.path, _ALARM)
 
     def close(self) -> None:
         """Stop listening and remove the socket."""
@@ -46,8 +55,20 @@ class Doorbell:
         self.path.unlink(missing_ok=True)
 
     def _listen(self) -> None:
-        while self._socket.recv(len(_RING)) == _RING:
-            self._answer()
+        while (message := self._receive()) != _STOP:
+            if message == _RING:
+                self._answer()
+
+    def _receive(self) -> bytes:
+        deadline = self._deadline
+        wait = None if deadline is None else max(deadline - time.monotonic(), _AT_ONCE_SECONDS)
+        self._socket.settimeout(wait)
+        try:
+            return self._socket.recv(1)
+        except TimeoutError:
+            if self._deadline == deadline:
+                self._deadline = None
+            return _RING
 
 
 def ring(path: Path) -> bool:

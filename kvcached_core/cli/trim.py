@@ -62,7 +62,7 @@ def _wait(ledger: Ledger, before: InstanceView, deadline: float) -> TrimResult:
     while True:
         now = next((view for view in ledger.view().instances if view.row == before.row), None)
         after_bytes = now.resident_bytes if now else 0
-        is_done = now is None or not now.asked_bytes
+        is_done = now is None or not (now.asked_bytes or now.coming_bytes)
         if is_done or time.monotonic() >= deadline:
             return TrimResult(before.name, before.resident_bytes, after_bytes, is_done)
         time.sleep(LOOK_SECONDS)

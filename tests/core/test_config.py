@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from kvcached_core.config import (
+    CUDA,
+    HOST,
     PREFIX,
     Config,
     Enable,
@@ -21,8 +23,8 @@ DOCS = Path(__file__).parents[2] / "docs" / "configuration.md"
 def test_nothing_set_means_half_the_memory_and_no_limit() -> None:
     config = read_config({})
     assert config.host_pool == host_memory_bytes() // 2
-    assert config.limit_bytes is None
-    assert config.virtual_bytes == config.host_pool
+    assert config.limit_bytes(config.host_pool) is None
+    assert config.virtual_bytes(config.host_pool) == config.host_pool
 
 
 def test_values_are_read_in_the_units_people_write() -> None:
@@ -36,7 +38,7 @@ def test_values_are_read_in_the_units_people_write() -> None:
             "HOME": "/not/ours",
         }
     )
-    assert (config.virtual_bytes, config.page_bytes) == (256 * MIB, 4 * MIB)
+    assert (config.virtual_bytes(config.host_pool), config.page_bytes) == (256 * MIB, 4 * MIB)
     assert config.debug
     assert config.name == "llama-3.1_8b"
 
@@ -48,6 +50,7 @@ def test_values_are_read_in_the_units_people_write() -> None:
         ("HOST_POOL", "0", "greater than 0"),
         ("HOST_POOL", "-1GiB", "24GiB"),
         ("LIMIT", "150%", "share such as 50%"),
+        ("HEADROOM", "-1", "share such as 50%"),
         ("PAGE_BYTES", "7", "4096"),
         ("MIN_SPARE_PAGES", "-1", "greater than or equal to 0"),
         ("MAX_SPARE_PAGES", "many", "integer"),
@@ -72,10 +75,22 @@ def test_a_misspelt_variable_is_refused_with_the_nearest_one() -> None:
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(ConfigError, match="LIMIT=2 GiB is above KVCACHED_HOST_POOL=1 GiB"):
-        read_config({"KVCACHED_LIMIT": "2GiB", "KVCACHED_HOST_POOL": "1GiB"})
+    with pytest.raises(ConfigError, match="LIMIT=2 GiB is above what all instances share, 1 GiB"):
+        read_config({"KVCACHED_LIMIT": "2GiB"}).limit_bytes(1024 * MIB)
     with pytest.raises(ConfigError, match="MAX_SPARE_PAGES=0 is below"):
         read_config({"KVCACHED_MAX_SPARE_PAGES": "0", "KVCACHED_MIN_SPARE_PAGES": "2"})
+
+
+def test_watermarks_depend_on_the_device_unless_they_are_set() -> None:
+    assert read_config({}).spare_pages(HOST) == (1, 1)
+    assert read_config({}).spare_pages(CUDA) == (4, 16)
+    assert read_config({"KVCACHED_MIN_SPARE_PAGES": "32"}).spare_pages(CUDA) == (32, 32)
+    assert read_config({"KVCACHED_MAX_SPARE_PAGES": "2"}).spare_pages(CUDA) == (2, 2)
+
+
+def test_a_headroom_is_a_size_or_a_share_of_the_device() -> None:
+    assert read_config({}).headroom_bytes(1000 * MIB) == 20 * MIB
+    assert read_config({"KVCACHED_HEADROOM": "3MiB"}).headroom_bytes(1000 * MIB) == 3 * MIB
 
 
 @pytest.mark.parametrize(("text", "switch"), [("1", Enable.ON), ("AUTO", Enable.AUTO)])

@@ -229,7 +229,7 @@ def test_a_missing_ledger_is_said_by_its_path(directory: Path) -> None:
 
 def test_a_damaged_or_foreign_file_is_refused(ledger: Ledger, directory: Path) -> None:
     ledger._header.version = 99
-    with pytest.raises(LedgerError, match="version 99, this kvcached writes version 1"):
+    with pytest.raises(LedgerError, match="version 99, this kvcached writes version 2"):
         Ledger(ledger.path)
     ledger._header.magic = 1
     with pytest.raises(LedgerError, match="unknown"):

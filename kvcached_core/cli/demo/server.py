@@ -14,6 +14,10 @@ import httpx
 
 from kvcached_core.errors import KVCachedError
 
+HOST_OPTIONS = (
+    *("--dtype", "float32", "--block-size", "32", "--max-model-len", "2048"),
+    "--enforce-eager",
+)
 LOG_LINES = 30
 STOP_SECONDS = 20.0
 
@@ -32,6 +36,7 @@ class EngineServer:
         environ: Variables on top of this process's own.
         arguments: Arguments of `vllm serve` on top of those every demo server has.
         core: The processor core that its compute threads are bound to.
+        options: What every demo server has instead of `vllm serve`'s defaults.
     """
 
     def __init__(
@@ -43,17 +48,17 @@ class EngineServer:
         environ: Mapping[str, str],
         arguments: tuple[str, ...] = (),
         core: int = 0,
+        options: tuple[str, ...] = HOST_OPTIONS,
     ) -> None:
         self.name = name
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = workspace / f"{name}.log"
-        executable = Path(sys.executable).with_name("vllm")
         command = [
-            *(str(executable), "serve", str(model), "--served-model-name", name),
-            *("--host", "127.0.0.1", "--port", str(self.port)),
-            *("--dtype", "float32", "--block-size", "32", "--max-model-len", "2048"),
-            *("--enforce-eager", "--disable-uvicorn-access-log"),
+            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
+            *("--served-model-name", name, "--host", "127.0.0.1", "--port", str(self.port)),
+            "--disable-uvicorn-access-log",
+            *options,
             *arguments,
         ]
         variables = {

@@ -1,0 +1,78 @@
+"""Starting beside neighbours: room for what an engine allocates before it has a KV cache."""
+
+import logging
+import os
+import time
+
+from kvcached_core.config import Config
+from kvcached_core.devices import Device
+from kvcached_core.ledger import Ledger, doorbell_path, ledger_directory
+from kvcached_core.pressure import ring
+from kvcached_core.units import format_bytes
+
+logger = logging.getLogger("kvcached")
+
+# How long a start waits for neighbours, and how often it looks what they gave.
+PATIENCE_SECONDS = 10.0
+LOOK_SECONDS = 0.02
+
+
+class Arrival:
+    """A row that announces `static_bytes`: nobody else is promised them until it is closed.
+
+    Args:
+        device: Where they will be allocated.
+        config: The settings; they name the folder.
+        name: The engine's name.
+        engine: The engine and its release.
+        static_bytes: Weights and what else comes before the KV cache.
+
+    Raises:
+        LedgerError: If the ledger cannot be used.
+    """
+
+    def __init__(
+        self, device: Device, config: Config, *, name: str, engine: str, static_bytes: int
+    ) -> None:
+        self.static_bytes = static_bytes
+        self._ledger = Ledger(
+            ledger_directory(config.dir) / f"{device.name}.ledger",
+            device.capacity_bytes(config),
+            device.free_bytes(config),
+        )
+        try:
+            self._row = self._ledger.register(
+                name=f"{name}-starting-{os.getpid()}", engine=engine, static_bytes=static_bytes
+            )
+        except BaseException:
+            self._ledger.close()
+            raise
+
+    def make_room(self, patience_seconds: float = PATIENCE_SECONDS) -> bool:
+        """Let neighbours give what is missing; return whether there is room now.
+
+        They give idle pages and cached blocks, never what their requests use.
+        """
+        deadline = time.monotonic() + patience_seconds
+        while (missing := self.static_bytes - self._ledger.free_bytes(self._row)) > 0:
+            if time.monotonic() > deadline:
+                logger.warning(
+                    "kvcached: %s are missing on %s for an engine that starts with %s; it goes on",
+                    format_bytes(missing),
+                    self._ledger.device,
+                    format_bytes(self.static_bytes),
+                )
+                return False
+            for peer in self._ledger.ask_peers(self._row, missing):
+                ring(doorbell_path(self._ledger.path, peer))
+            time.sleep(LOOK_SECONDS)
+        return True
+
+    def shrink(self, static_bytes: int) -> None:
+        """Announce only `static_bytes` more: the rest is allocated and seen by everybody."""
+        self._ledger.announce(self._row, static_bytes)
+
+    def close(self) -> None:
+        """Take the announcement back: what it was for is allocated, or will not be."""
+        self._ledger.unregister(self._row)
+        self._ledger.close()

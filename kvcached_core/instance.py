@@ -1,0 +1,181 @@
+"""One engine in the ledgers of all its devices: what it is promised, it is promised on all."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from kvcached_core.config import Config
+from kvcached_core.devices import Device
+from kvcached_core.ledger import Ledger, doorbell_path, ledger_directory
+from kvcached_core.pressure import Doorbell, ring
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a rank finds its device's ledger and its instance's row; travels to the workers.
+
+    Attributes:
+        ledger_path: The ledger of the rank's device.
+        row: The instance's row in it.
+        num_ranks: Ranks of the instance on that device: each maps every page.
+    """
+
+    ledger_path: str
+    row: int
+    num_ranks: int
+
+
+class Instance:
+    """The rows of one engine, one for each device that its ranks use.
+
+    Args:
+        devices: The device of each rank.
+        config: The settings; they name the folder and the limit.
+        name: The instance's name; None takes `default_name`, with a number behind it if need be.
+        default_name: What it is called when nobody named it.
+        engine: The engine and its release.
+        answer: Called in a thread of ours when somebody rings or an alarm goes off.
+
+    Raises:
+        LedgerError: If a ledger cannot be used, or the name is taken.
+        ConfigError: If the limit is above what the device has.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[Device],
+        config: Config,
+        *,
+        name: str | None,
+        default_name: str,
+        engine: str,
+        answer: Callable[[], None],
+    ) -> None:
+        directory = ledger_directory(config.dir)
+        self.page_bytes = 0
+        self._num_ranks = Counter(devices)
+        self._ledgers: dict[Device, Ledger] = {}
+        self._rows: dict[Device, int] = {}
+        self._bells: list[Doorbell] = []
+        try:
+            # One order for all instances, so that two of them never wait for each other.
+            for device in sorted(self._num_ranks, key=lambda device: device.name):
+                self._ledgers[device] = Ledger(
+                    directory / f"{device.name}.ledger",
+                    device.capacity_bytes(config),
+                    device.free_bytes(config),
+                )
+            own_name = name or self._free_name(default_name)
+            for device, ledger in self._ledgers.items():
+                pool_bytes = device.capacity_bytes(config)
+                limit_bytes = config.limit_bytes(pool_bytes)
+                self._rows[device] = ledger.register(
+                    name=own_name,
+                    engine=engine,
+                    virtual_bytes=config.virtual_bytes(pool_bytes),
+                    limit_bytes=limit_bytes,
+                )
+                self._bells.append(Doorbell(doorbell_path(ledger.path, self._rows[device]), answer))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What instances may hold together on the device that has least, in bytes."""
+        return min(ledger.capacity_bytes for ledger in self._ledgers.values())
+
+    def seat(self, device: Device) -> Seat:
+        """Return where a rank on `device` reports what it maps."""
+        ledger = self._ledgers[device]
+        return Seat(str(ledger.path), self._rows[device], self._num_ranks[device])
+
+    def describe(self, *, page_bytes: int, num_pages: int) -> None:
+        """Say how large a page is on each rank, in bytes, and how many the pool has."""
+        self.page_bytes = page_bytes
+        for device, ledger in self._ledgers.items():
+            unit_bytes = self._unit_bytes(device)
+            ledger.describe(
+                self._rows[device], page_bytes=page_bytes, virtual_bytes=num_pages * unit_bytes
+            )
+
+    def reserve(self, num_pages: int, *, is_urgent: bool) -> int:
+        """Promise up to `num_pages` pages on every rank; if it is urgent, ask others for the rest.
+
+        Returns:
+            How many pages were promised, the same on all devices.
+        """
+        granted = num_pages
+        taken: list[tuple[Device, int]] = []
+        for device, ledger in self._ledgers.items():
+            unit_bytes = self._unit_bytes(device)
+            promised = ledger.reserve(self._rows[device], granted * unit_bytes, unit_bytes)
+            granted = promised // unit_bytes
+            taken.append((device, granted))
+        for device, num_taken in taken:
+            if num_taken > granted:
+                self._cancel_on(device, num_taken - granted)
+        if granted < num_pages and is_urgent:
+            self._ask_peers(num_pages - granted)
+        return granted
+
+    def cancel(self, num_pages: int) -> None:
+        """Take back a promise of `num_pages` pages on every rank."""
+        for device in self._ledgers:
+            self._cancel_on(device, num_pages)
+
+    def asked_pages(self) -> int:
+        """Return how many pages others want back from this instance."""
+        return max(
+            ceil(ledger.asked_bytes(self._rows[device]) / self._unit_bytes(device))
+            for device, ledger in self._ledgers.items()
+        )
+
+    def answer(self, num_pages: int) -> None:
+        """Say that this instance gives what it can, and that `num_pages` are about to be unmapped.
+
+        It comes before the orders to unmap them, which take from what is announced here.
+        """
+        for device, ledger in self._ledgers.items():
+            ledger.answer(self._rows[device], num_pages * self._unit_bytes(device))
+
+    def set_alarm(self, seconds: float) -> None:
+        """Call `answer` once in `seconds`; an alarm that is set already is replaced."""
+        self._bells[0].set_alarm(seconds)
+
+    def free_bytes(self) -> int:
+        """Return what could be promised on the device that has least, in bytes."""
+        return min(
+            ledger.free_bytes(self._rows[device]) // self._num_ranks[device]
+            for device, ledger in self._ledgers.items()
+        )
+
+    def close(self) -> None:
+        """Leave the ledgers."""
+        for bell in self._bells:
+            bell.close()
+        self._bells = []
+        for device, ledger in self._ledgers.items():
+            if device in self._rows:
+                ledger.unregister(self._rows[device])
+            ledger.close()
+        self._ledgers = {}
+
+    def _unit_bytes(self, device: Device) -> int:
+        return self.page_bytes * self._num_ranks[device]
+
+    def _cancel_on(self, device: Device, num_pages: int) -> None:
+        self._ledgers[device].cancel(self._rows[device], num_pages * self._unit_bytes(device))
+
+    def _ask_peers(self, num_pages: int) -> None:
+        for device, ledger in self._ledgers.items():
+            wanted = num_pages * self._unit_bytes(device)
+            for peer in ledger.ask_peers(self._rows[device], wanted):
+                ring(doorbell_path(ledger.path, peer))
+
+    def _free_name(self, name: str) -> str:
+        views = [ledger.view() for ledger in self._ledgers.values()]
+        taken = {instance.name for view in views for instance in view.instances}
+        candidates = (name, *(f"{name}-{number}" for number in range(2, len(taken) + 3)))
+        return next(candidate for candidate in candidates if candidate not in taken)

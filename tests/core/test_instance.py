@@ -1,0 +1,159 @@
+"""An instance on several devices: one promise for all of them, or none."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kvcached_core.config import CUDA, HOST, read_config
+from kvcached_core.devices import Device, cuda_device
+from kvcached_core.errors import ConfigError, LedgerError
+from kvcached_core.instance import Instance
+from kvcached_core.ledger import InstanceView, Ledger
+from kvcached_core.units import MIB
+
+PAGE = 16 * MIB
+HOUSE = Device(HOST, "host", 8 * PAGE)
+
+
+def device(name: str, num_pages: int) -> Device:
+    return Device(HOST, name, num_pages * PAGE)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Instance]]:
+    opened: list[Instance] = []
+
+    def make(
+        devices: list[Device], *, name: str | None = None, page_bytes: int = PAGE, **settings: str
+    ) -> Instance:
+        config = read_config({"KVCACHED_DIR": str(tmp_path / "kv"), **settings})
+        instance = Instance(
+            devices, config, name=name, default_name="model", engine="test", answer=rung.set
+        )
+        instance.describe(page_bytes=page_bytes, num_pages=4)
+        opened.append(instance)
+        return instance
+
+    rung = threading.Event()
+    make.rung = rung  # type: ignore[attr-defined]
+    yield make
+    for instance in opened:
+        instance.close()
+
+
+def view(instance: Instance, on: Device) -> InstanceView:
+    seat = instance.seat(on)
+    with Ledger(Path(seat.ledger_path)) as ledger:
+        return next(view for view in ledger.view().instances if view.row == seat.row)
+
+
+def test_a_promise_is_the_same_on_all_devices(start: Callable[..., Instance]) -> None:
+    roomy, tight = device("b", 8), device("a", 3)
+    instance = start([roomy, tight])
+    assert instance.reserve(5, is_urgent=False) == 3
+    assert view(instance, roomy).promised_bytes == view(instance, tight).promised_bytes == 3 * PAGE
+    instance.cancel(3)
+    assert view(instance, roomy).promised_bytes == view(instance, tight).promised_bytes == 0
+
+
+def test_a_refusal_on_the_last_device_leaves_nothing_on_the_first(
+    start: Callable[..., Instance],
+) -> None:
+    first, last = device("a", 8), device("b", 4)
+    start([last], name="neighbour").reserve(4, is_urgent=False)
+    instance = start([first, last])
+    assert instance.reserve(2, is_urgent=False) == 0
+    assert view(instance, first).promised_bytes == 0
+
+
+def test_ranks_that_share_a_device_are_promised_a_page_each(start: Callable[..., Instance]) -> None:
+    instance = start([HOUSE, HOUSE])
+    assert instance.reserve(10, is_urgent=False) == 4
+    assert view(instance, HOUSE).promised_bytes == 8 * PAGE
+    assert instance.seat(HOUSE).num_ranks == 2
+    assert instance.free_bytes() == 0
+
+
+def test_two_instances_that_want_all_devices_never_hold_half_of_it(
+    start: Callable[..., Instance],
+) -> None:
+    one, other = device("a", 4), device("b", 4)
+    instances = [start([one, other], name="x"), start([other, one], name="y")]
+    granted = [0, 0]
+
+    def work(index: int) -> None:
+        for _ in range(300):
+            granted[index] = instances[index].reserve(4, is_urgent=False)
+            instances[index].cancel(granted[index])
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    for instance in instances:
+        assert view(instance, one).promised_bytes == view(instance, other).promised_bytes == 0
+
+
+def test_an_urgent_wish_asks_the_neighbours_and_rings_their_bell(
+    start: Callable[..., Instance],
+) -> None:
+    holder = start([HOUSE], name="holder")
+    holder.reserve(8, is_urgent=False)
+    seat = holder.seat(HOUSE)
+    with Ledger(Path(seat.ledger_path)) as ledger:
+        ledger.settle(seat.row, mapped_bytes=8 * PAGE, used_bytes=6 * PAGE, cached_bytes=PAGE)
+    asker = start([HOUSE], name="asker")
+    assert asker.reserve(3, is_urgent=True) == 0
+    assert start.rung.wait(10)  # type: ignore[attr-defined]
+    assert holder.asked_pages() == 2
+    holder.answer(2)
+    assert (holder.asked_pages(), view(holder, HOUSE).coming_bytes) == (0, 2 * PAGE)
+
+
+def test_what_is_coming_is_over_when_it_was_unmapped(start: Callable[..., Instance]) -> None:
+    holder = start([HOUSE])
+    holder.reserve(2, is_urgent=False)
+    seat = holder.seat(HOUSE)
+    with Ledger(Path(seat.ledger_path)) as ledger:
+        ledger.settle(seat.row, mapped_bytes=2 * PAGE, used_bytes=0, cached_bytes=0)
+        holder.answer(2)
+        ledger.settle(seat.row, unmapped_bytes=PAGE, used_bytes=0, cached_bytes=0)
+        assert view(holder, HOUSE).coming_bytes == PAGE
+        ledger.settle(seat.row, unneeded_bytes=PAGE, used_bytes=0, cached_bytes=0)
+    assert view(holder, HOUSE).coming_bytes == 0
+
+
+def test_an_alarm_rings_once(start: Callable[..., Instance]) -> None:
+    start([HOUSE]).set_alarm(0.01)
+    assert start.rung.wait(10)  # type: ignore[attr-defined]
+
+
+def test_a_taken_default_name_gets_a_number_and_a_given_one_is_refused(
+    start: Callable[..., Instance],
+) -> None:
+    assert view(start([HOUSE]), HOUSE).name == "model"
+    assert view(start([HOUSE]), HOUSE).name == "model-2"
+    start([HOUSE], name="mine")
+    with pytest.raises(LedgerError, match="'mine'"):
+        start([HOUSE], name="mine")
+
+
+def test_a_limit_above_the_device_is_refused_and_leaves_no_row(
+    start: Callable[..., Instance], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="LIMIT=1 GiB is above"):
+        start([HOUSE], KVCACHED_LIMIT="1GiB")
+    with Ledger(tmp_path / "kv" / "host.ledger") as ledger:
+        assert ledger.view().instances == ()
+
+
+def test_a_gpu_is_named_by_its_uuid_and_keeps_its_headroom() -> None:
+    gpu = cuda_device("73e906f0-07b3", 100 * PAGE)
+    assert (gpu.kind, gpu.name) == (CUDA, "GPU-73e906f0-07b3")
+    assert cuda_device(gpu.name, 1).name == gpu.name
+    assert gpu.capacity_bytes(read_config({})) == 98 * PAGE
+    assert gpu.capacity_bytes(read_config({"KVCACHED_HEADROOM": "16MiB"})) == 99 * PAGE
