@@ -30,7 +30,8 @@ class Run:
 
     @property
     def report(self) -> Any:
-        return json.loads(self.output.splitlines()[-1])
+        lines = [line for line in self.output.splitlines() if line.startswith("{")]
+        return json.loads(lines[-1])
 
 
 Offline = Callable[..., "subprocess.Popen[str]"]

@@ -74,9 +74,9 @@ def main() -> None:
         for _ in range(2)
     ]
     if elastic:
-        report["page_bytes"] = engine.page_bytes
+        report["page_bytes"] = engine.geometry.page_bytes
         report["after_last"] = resident(worker)
-        report["view"] = json.loads(json.dumps(engine.ledger.view(), default=vars))
+        report["view"] = json.loads(json.dumps(worker.kvcached.ledger.view(), default=vars))
         report["usage"] = core.scheduler.kv_cache_manager.usage
         report["reset"] = llm.reset_prefix_cache()
         report["after_reset"] = resident(worker)
@@ -91,6 +91,7 @@ def resident(worker: Any) -> int:
     """Return the resident bytes of the KV range as the kernel sees them."""
     from helpers.process_memory import resident_bytes
 
+    worker.kvcached.keeper.wait()
     arena = worker.kvcached.arena
     return resident_bytes(arena.address, arena.num_bytes)
 

@@ -21,10 +21,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start_offline(model: Path, tmp_path: Path) -> Offline:
-    """Return a function that starts `helpers/offline.py`; `environ` switches kvcached on."""
+    """Return a function that starts a script of `helpers`; `environ` switches kvcached on."""
 
-    def start(environ: Mapping[str, str], **options: Any) -> "subprocess.Popen[str]":
-        script = TESTS / "helpers" / "offline.py"
+    def start(
+        environ: Mapping[str, str], script_name: str = "offline", **options: Any
+    ) -> "subprocess.Popen[str]":
+        script = TESTS / "helpers" / f"{script_name}.py"
         variables = {**os.environ, **ENGINE_ENVIRON, "TMPDIR": str(tmp_path), **environ}
         return subprocess.Popen(
             [sys.executable, str(script), str(model), json.dumps(options)],

@@ -9,6 +9,7 @@ import torch
 from kvcached_core.arena import Arena
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.geometry import choose_geometry
+from kvcached_core.instance import Seat
 from kvcached_core.units import MIB
 from kvcached_core.vmm.host import HostBackend
 from kvcached_vllm.layout import Placement, plane_layout, sparse_config
@@ -66,7 +67,7 @@ def placement() -> Placement:
         granularity_bytes=2 * MIB,
         target_page_bytes=4 * MIB,
     )
-    return Placement(geometry, NUM_BLOCKS // geometry.blocks_per_page, "unused", 0)
+    return Placement(geometry, NUM_BLOCKS // geometry.blocks_per_page, Seat("unused", 0, 1))
 
 
 def test_both_shapes_have_the_same_planes() -> None:

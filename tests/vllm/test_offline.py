@@ -79,7 +79,7 @@ def test_without_the_debug_setting_such_a_step_faults(
     [
         (
             {"KVCACHED_HOST_POOL": "32MiB"},
-            "available memory is the pool here, 32 MiB; raise KVCACHED_HOST_POOL",
+            "is what this engine may take here, 32 MiB; raise KVCACHED_HOST_POOL",
         ),
         (
             {"KVCACHED_LIMIT": "65MiB"},

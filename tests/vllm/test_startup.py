@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvcached_core.config import read_config
+from kvcached_core.devices import host_device
 from kvcached_core.errors import LedgerError, UnsupportedEngineError
 from kvcached_core.ledger import Ledger, ledger_directory
 from kvcached_core.units import GIB
@@ -114,10 +115,15 @@ def test_all_hooks_fit_the_installed_release() -> None:
     assert check_hooks(table.HOOKS, startup._source_root()) == []
 
 
+def parallel(**changes: Any) -> Any:
+    values = {"data_parallel_size": 1, "world_size": 1, "distributed_executor_backend": None}
+    return SimpleNamespace(**(values | changes))
+
+
 def configuration(**changes: Any) -> Any:
     values = {
         "device_config": SimpleNamespace(device_type="cpu"),
-        "parallel_config": SimpleNamespace(world_size=1),
+        "parallel_config": parallel(),
         "kv_transfer_config": None,
         "attention_config": SimpleNamespace(hisparse_config=None),
         **changes,
@@ -128,8 +134,12 @@ def configuration(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"device_config": SimpleNamespace(device_type="cuda")}, "device cuda"),
-        ({"parallel_config": SimpleNamespace(world_size=2)}, "world size 2.*TP and PP"),
+        ({"device_config": SimpleNamespace(device_type="xpu")}, "device xpu: only NVIDIA"),
+        ({"parallel_config": parallel(data_parallel_size=2)}, "data parallel size 2.*one server"),
+        ({"parallel_config": parallel(decode_context_parallel_size=2)}, "context-parallel-size 1"),
+        ({"parallel_config": parallel(enable_dbo=True)}, "remove --enable-dbo"),
+        ({"parallel_config": parallel(nnodes=2)}, "2 nodes.*--nnodes 1"),
+        ({"parallel_config": parallel(distributed_executor_backend="ray")}, "executor ray.*mp"),
         ({"kv_transfer_config": object()}, "a KV connector.*--kv-transfer-config"),
         ({"attention_config": SimpleNamespace(hisparse_config=1)}, "HiSparse"),
     ],
@@ -156,7 +166,8 @@ def test_a_pool_of_another_size_ends_the_start_with_both_sizes(tmp_path: Path) -
 
     directory = ledger_directory(tmp_path / "kv")
     config = read_config({"KVCACHED_DIR": str(directory), "KVCACHED_HOST_POOL": "2GiB"})
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="second"))
     with Ledger(directory / "host.ledger", GIB) as ledger:
         ledger.register(name="first", engine="test")
         with pytest.raises(LedgerError, match=r"2 GiB on host.*one of 1 GiB, in use by 'first'"):
-            ElasticEngine(SimpleNamespace(), config)
+            ElasticEngine(vllm_config, config, [host_device(config)], SimpleNamespace())

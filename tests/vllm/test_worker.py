@@ -1,17 +1,22 @@
 """A worker's memory: orders, warm-up and the debug check, over a real ledger and host memory."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from helpers.fake_driver import FakeDriver, Result, tensors_on_the_host
 
 from kvcached_core.errors import UnmappedBlockError
 from kvcached_core.geometry import choose_geometry
+from kvcached_core.instance import Seat
 from kvcached_core.ledger import InstanceView, Ledger, ledger_directory
 from kvcached_core.page_pool import PageOrders
 from kvcached_core.units import MIB
+from kvcached_core.vmm.cuda import CudaBackend
+from kvcached_core.vmm.host import HostBackend
 from kvcached_vllm.layout import Placement
 from kvcached_vllm.worker import WorkerMemory, apply_orders
 
@@ -33,7 +38,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 def memory(ledger: Ledger) -> Iterator[WorkerMemory]:
     row = ledger.register(name="a", engine="test")
     ledger.reserve(row, PAGE, PAGE)
-    memory = WorkerMemory(Placement(GEOMETRY, 16, str(ledger.path), row))
+    memory = WorkerMemory(Placement(GEOMETRY, 16, Seat(str(ledger.path), row, 1)), HostBackend())
     yield memory
     memory.close()
 
@@ -63,17 +68,18 @@ def test_orders_map_before_and_unmap_after_and_may_come_twice(
     memory: WorkerMemory, ledger: Ledger
 ) -> None:
     ledger.reserve(0, 2 * PAGE, PAGE)
-    orders = PageOrders([3, 5], [], num_used_pages=2, num_cached_pages=1)
+    orders = PageOrders(map_pages=[3, 5], num_used_pages=2, num_cached_pages=1)
     for _ in range(2):
         apply_orders(SimpleNamespace(kvcached=memory), orders)
         view = seen(ledger)
         sizes = (view.resident_bytes, view.used_bytes, view.cached_bytes, view.promised_bytes)
         assert sizes == (3 * PAGE, 2 * PAGE, PAGE, 0)
-    orders = PageOrders([], [3], num_used_pages=1, num_cached_pages=1)
+    orders = PageOrders(unmap_pages=[3], num_used_pages=1, num_cached_pages=1)
     memory.before_step(orders)
     assert memory.arena.is_resident(3)
     memory.after_step(orders)
     memory.after_step(orders)
+    memory.keeper.wait()
     assert seen(ledger).resident_bytes == 2 * PAGE
 
 
@@ -103,7 +109,70 @@ def test_the_check_names_blocks_that_are_not_mapped_or_do_not_exist(memory: Work
 def test_closing_gives_every_byte_back(ledger: Ledger) -> None:
     row = ledger.register(name="a", engine="test")
     ledger.reserve(row, 2 * PAGE, PAGE)
-    memory = WorkerMemory(Placement(GEOMETRY, 16, str(ledger.path), row))
-    memory.carry_out(PageOrders([4], [], num_used_pages=2))
+    memory = WorkerMemory(Placement(GEOMETRY, 16, Seat(str(ledger.path), row, 1)), HostBackend())
+    memory.carry_out(PageOrders(map_pages=[4], num_used_pages=2))
     memory.close()
     assert seen(ledger).resident_bytes == 0
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    tensors_on_the_host(monkeypatch)
+    return FakeDriver(capacity_bytes=8 * PAGE)
+
+
+@pytest.fixture
+def gpu_memory(ledger: Ledger, driver: FakeDriver) -> Iterator[WorkerMemory]:
+    row = ledger.register(name="a", engine="test")
+    ledger.reserve(row, PAGE, PAGE)
+    backend = CudaBackend(api=cast("Any", driver))
+    memory = WorkerMemory(
+        Placement(GEOMETRY, 16, Seat(str(ledger.path), row, 1)), backend, lambda: 7
+    )
+    yield memory
+    driver.idle.set()
+    memory.close()
+    assert driver.created_bytes == 0
+
+
+def test_on_a_gpu_a_page_goes_when_the_step_behind_it_is_done(
+    gpu_memory: WorkerMemory, driver: FakeDriver, ledger: Ledger
+) -> None:
+    ledger.reserve(0, 2 * PAGE, PAGE)
+    gpu_memory.before_step(PageOrders(map_pages=[1, 2], num_used_pages=3))
+    assert driver.calls["cuStreamWaitEvent"] == 2  # page 0, and this step
+    driver.idle.clear()
+    gpu_memory.after_step(PageOrders(unmap_pages=[1, 2], num_used_pages=1))
+    ledger.reserve(0, PAGE, PAGE)
+    gpu_memory.before_step(PageOrders(map_pages=[1], num_used_pages=2))
+    assert driver.mapped_bytes == 3 * PAGE  # page 1 was needed again, page 2 waits for its fence
+    driver.idle.set()
+    gpu_memory.keeper.wait()
+    assert sorted(gpu_memory.arena.resident_pages) == [0, 1]
+    assert (seen(ledger).resident_bytes, seen(ledger).promised_bytes) == (2 * PAGE, 0)
+
+
+def test_on_a_gpu_spare_pages_cost_the_engines_thread_no_driver_call(
+    gpu_memory: WorkerMemory, ledger: Ledger
+) -> None:
+    ledger.reserve(0, 4 * PAGE, PAGE)
+    statistics = gpu_memory.backend.statistics
+    before = statistics.num_calls_of_thread(threading.get_ident())
+    gpu_memory.before_step(PageOrders(spare_pages=[1, 2, 3, 4], num_used_pages=1))
+    gpu_memory.keeper.wait()
+    gpu_memory.before_step(PageOrders(ready_pages=[1, 2], num_used_pages=3))
+    assert statistics.num_calls_of_thread(threading.get_ident()) == before
+    assert seen(ledger).resident_bytes == 5 * PAGE
+
+
+def test_a_step_waits_for_memory_that_somebody_outside_took(
+    gpu_memory: WorkerMemory, driver: FakeDriver, ledger: Ledger
+) -> None:
+    ledger.reserve(0, PAGE, PAGE)
+    first = driver.calls["cuMemCreate"]
+    driver.fails = lambda name, number: (
+        Result.CUDA_ERROR_OUT_OF_MEMORY if name == "cuMemCreate" and number < first + 3 else None
+    )
+    gpu_memory.before_step(PageOrders(map_pages=[5], num_used_pages=2))
+    assert gpu_memory.arena.is_resident(5)
+    assert driver.calls["cuMemCreate"] == first + 4

@@ -11,6 +11,7 @@ from typing import Any
 
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.geometry import Geometry
+from kvcached_core.instance import Seat
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,12 @@ class Placement:
     Attributes:
         geometry: This rank's geometry; ids and blocks per page are the same on all ranks.
         num_pages: Pages of the pool's virtual size.
-        ledger_path: The ledger of the worker's device.
-        row: The instance's row in it.
+        seat: The instance's row in the ledger of the rank's device.
     """
 
     geometry: Geometry
     num_pages: int
-    ledger_path: str
-    row: int
+    seat: Seat
 
 
 PLACEMENT = "kvcached_placement"

@@ -1,39 +1,56 @@
 """A worker's side: the arena under its KV cache, and the orders it carries out."""
 
-import functools
+import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from kvcached_core.arena import Arena
 from kvcached_core.config import read_config
-from kvcached_core.errors import UnmappedBlockError, UnsupportedEngineError
-from kvcached_core.ledger import Ledger
+from kvcached_core.errors import BackendError, LedgerError, OutOfMemoryError, UnmappedBlockError
+from kvcached_core.ledger import Ledger, doorbell_path
+from kvcached_core.page_keeper import PageChanges, PageKeeper
 from kvcached_core.page_pool import PageOrders
-from kvcached_core.vmm.host import HostBackend
+from kvcached_core.pressure import ring
+from kvcached_core.vmm.backend import Backend
 from kvcached_core.vmm.metered import MeteredBackend
-from kvcached_vllm import startup
-from kvcached_vllm.layout import PLACEMENT, Placement, plane_layout, sparse_config
+from kvcached_vllm.layout import Placement
 
 logger = logging.getLogger("vllm.kvcached")
 
-# Bytes that vLLM is told while it asks whether its KV cache fits: ours is not there yet.
-TOKEN_KV_BYTES = 1
+# How long a step waits for memory that was promised and that somebody outside the ledger took.
+PATIENCE_SECONDS = 30.0
+RETRY_SECONDS = 0.01
 
 
 class WorkerMemory:
-    """The KV memory of one rank."""
+    """The KV memory of one rank.
 
-    def __init__(self, placement: Placement) -> None:
+    Args:
+        placement: Where it lies.
+        backend: Where it comes from.
+        current_stream: Returns the stream that the engine's steps are launched on.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        backend: Backend,
+        current_stream: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.debug = read_config().debug
-        self.placement = placement
         self.is_warming_up = True
-        self.ledger = Ledger(Path(placement.ledger_path))
-        self.ledger.join(placement.row)
-        self.backend = MeteredBackend(HostBackend())
+        self.seat = placement.seat
+        self.ledger = Ledger(Path(self.seat.ledger_path))
+        self.ledger.join(self.seat.row)
+        self.backend = MeteredBackend(backend)
         self.arena = Arena(self.backend, placement.geometry, placement.num_pages)
+        self._current_stream = current_stream
+        self._counts = (0, 0)
+        self.keeper = PageKeeper(self.arena, self._report)
         logger.info(
             "kvcached: process %d has addresses %#x to %#x",
             os.getpid(),
@@ -43,22 +60,27 @@ class WorkerMemory:
         self.carry_out(PageOrders(map_pages=[0], num_used_pages=1))
 
     def carry_out(self, orders: PageOrders) -> None:
-        """Map and unmap at once: only between steps."""
+        """Map and unmap, and return when it is done: only between steps."""
         self.before_step(orders)
         self.after_step(orders)
+        self.keeper.wait()
 
     def before_step(self, orders: PageOrders) -> None:
-        """Map what the step needs; a page that is mapped already stays as it is."""
-        pages = [page for page in orders.map_pages if not self.arena.is_resident(page)]
-        self.arena.map(pages)
-        self._settle(orders, num_mapped=len(pages))
+        """Map what the step needs, and begin with what the next ones will need."""
+        counts = orders.num_used_pages, orders.num_cached_pages
+        has_new_counts, self._counts = counts != self._counts, counts
+        if orders.map_pages or orders.ready_pages:
+            self._map_now(orders.map_pages + orders.ready_pages)
+        if orders.spare_pages:
+            self.keeper.map_soon(orders.spare_pages)
+        if has_new_counts and not orders.map_pages:
+            self._report(PageChanges())
 
     def after_step(self, orders: PageOrders) -> None:
-        """Unmap what no step reads any more."""
-        pages = [page for page in orders.unmap_pages if self.arena.is_resident(page)]
-        if pages:
-            self.arena.unmap(pages)
-            self._settle(orders, num_unmapped=len(pages))
+        """Let go of what no step behind this one reads: it is unmapped when this one is done."""
+        if orders.unmap_pages:
+            fence = self.backend.fence(self._current_stream())
+            self.keeper.unmap_behind(orders.unmap_pages, fence)
 
     def check_step(self, scheduler_output: Any) -> None:
         """Refuse a step that names a block which is not mapped.
@@ -88,7 +110,7 @@ class WorkerMemory:
             if page < self.arena.num_pages and not self.arena.is_resident(page)
         }
         page_bytes = self.arena.geometry.page_bytes
-        self.ledger.reserve(self.placement.row, len(touched) * page_bytes, page_bytes)
+        self.ledger.reserve(self.seat.row, len(touched) * page_bytes, page_bytes)
         self.carry_out(PageOrders(map_pages=sorted(touched), num_used_pages=1))
 
     def end_warm_up(self) -> None:
@@ -99,28 +121,70 @@ class WorkerMemory:
 
     def close(self) -> None:
         """Give everything back."""
-        self.carry_out(PageOrders(unmap_pages=self.arena.resident_pages))
+        self.keeper.close()
+        num_resident = len(self.arena.resident_pages)
+        with contextlib.suppress(BackendError):  # a device that failed has nothing to wait for
+            self.backend.fence(self._current_stream()).wait()
         self.arena.close()
+        self._counts = (0, 0)
+        with contextlib.suppress(LedgerError):  # the engine may have left, and with it the row
+            self._report(PageChanges(num_unmapped=num_resident))
         self.ledger.close()
 
-    def _settle(self, orders: PageOrders, *, num_mapped: int = 0, num_unmapped: int = 0) -> None:
+    def _map_now(self, pages: list[int]) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                self.keeper.map_now(pages, self._current_stream())
+            except OutOfMemoryError as error:
+                # The step is scheduled and its engine cannot take it back, so it waits.
+                if time.monotonic() > deadline:
+                    raise
+                logger.warning("kvcached: %s; asking the neighbours and trying again", error)
+                self._ask_peers(len(pages))
+                time.sleep(RETRY_SECONDS)
+            else:
+                return
+
+    def _ask_peers(self, num_pages: int) -> None:
+        wanted = num_pages * self.arena.geometry.page_bytes
+        for peer in self.ledger.ask_peers(self.seat.row, wanted):
+            ring(doorbell_path(self.ledger.path, peer))
+
+    def _report(self, changes: PageChanges) -> None:
         page_bytes = self.arena.geometry.page_bytes
+        num_used, num_cached = (count * self.seat.num_ranks for count in self._counts)
         self.ledger.settle(
-            self.placement.row,
-            mapped_bytes=num_mapped * page_bytes,
-            unmapped_bytes=num_unmapped * page_bytes,
-            used_bytes=orders.num_used_pages * page_bytes,
-            cached_bytes=orders.num_cached_pages * page_bytes,
+            self.seat.row,
+            mapped_bytes=changes.num_mapped * page_bytes,
+            unmapped_bytes=changes.num_unmapped * page_bytes,
+            unneeded_bytes=changes.num_spared * page_bytes,
+            used_bytes=num_used * page_bytes,
+            cached_bytes=num_cached * page_bytes,
         )
 
 
 def apply_orders(worker: Any, orders: PageOrders) -> None:
     """Carry out orders between two steps; vLLM's `collective_rpc` calls this in each worker."""
-    _memory(getattr(worker, "worker", worker)).carry_out(orders)
+    memory = memory_of(worker)
+    memory.before_step(orders)
+    memory.after_step(orders)
 
 
-def _memory(worker: Any) -> WorkerMemory:
-    memory: WorkerMemory = worker.kvcached
+def settle_orders(worker: Any) -> None:
+    """Return when all orders are carried out; vLLM's `collective_rpc` calls this."""
+    memory_of(worker).keeper.wait()
+
+
+def resident_pages(worker: Any) -> list[int]:
+    """Return the pages that a rank has mapped when all its orders are carried out."""
+    settle_orders(worker)
+    return sorted(memory_of(worker).arena.resident_pages)
+
+
+def memory_of(worker: Any) -> WorkerMemory:
+    """Return the memory of a worker, or of the one inside vLLM's wrapper."""
+    memory: WorkerMemory = getattr(worker, "worker", worker).kvcached
     return memory
 
 
@@ -130,120 +194,3 @@ def _block_ids(scheduler_output: Any) -> Iterator[int]:
     grown = (ids for ids in scheduler_output.scheduled_cached_reqs.new_block_ids if ids is not None)
     groups: Iterable[Iterable[Iterable[int]]] = (*new, *grown)
     return (block_id for of_request in groups for ids in of_request for block_id in ids)
-
-
-def worker_initialize_from_config(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `Worker.initialize_from_config`: vLLM allocates, on our addresses."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
-        placement: Placement | None = getattr(kv_cache_config, PLACEMENT, None)
-        if placement is None:
-            original(self, kv_cache_config, *args, **kwargs)
-            return
-        from kvcached_vllm.zeros import ZerosFromArena
-
-        layout = plane_layout(kv_cache_config)
-        memory = WorkerMemory(placement)
-        arena = memory.arena
-        if layout.is_one_allocation:
-            tensors = [arena.tensor()]
-        else:
-            tensors = [arena.plane_tensor(plane) for plane in range(layout.num_planes)]
-        with ZerosFromArena(tensors) as zeros:
-            original(self, sparse_config(kv_cache_config, layout, placement), *args, **kwargs)
-        if zeros.num_left:
-            raise UnsupportedEngineError(
-                f"vLLM allocated {len(tensors) - zeros.num_left} KV tensors, not {len(tensors)}"
-            )
-        # One process may be worker and engine core: what vLLM reports stays the number of blocks.
-        self.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
-        self.kvcached = memory
-
-    return wrapper
-
-
-def worker_execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `Worker.execute_model`: map before it, unmap after it."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        memory: WorkerMemory | None = getattr(self, "kvcached", None)
-        if memory is None:
-            return original(self, scheduler_output, *args, **kwargs)
-        orders: PageOrders | None = getattr(scheduler_output, "kvcached_orders", None)
-        if orders is not None:
-            memory.before_step(orders)
-        elif memory.is_warming_up:
-            memory.map_for_warm_up(scheduler_output)
-        if memory.debug:
-            memory.check_step(scheduler_output)
-        output = original(self, scheduler_output, *args, **kwargs)
-        if orders is not None:
-            memory.after_step(orders)
-        return output
-
-    return wrapper
-
-
-def worker_warm_up(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `compile_or_warm_up_model`: steps inside run on made-up blocks."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        memory: WorkerMemory | None = getattr(self, "kvcached", None)
-        if memory is not None:
-            memory.end_warm_up()
-        return result
-
-    return wrapper
-
-
-def worker_shutdown(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `Worker.shutdown`: give the memory back when nothing runs on it any more."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        memory: WorkerMemory | None = self.__dict__.pop("kvcached", None)
-        if memory is not None:
-            memory.close()
-
-    return wrapper
-
-
-def cpu_worker_init(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `CPUWorker.__init__`: it must not compare a share of the memory with what is free."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        is_unset = vllm_config.cache_config.kv_cache_memory_bytes is None
-        if is_unset and startup.can_serve(vllm_config):
-            vllm_config.cache_config.kv_cache_memory_bytes = read_config().virtual_bytes
-        original(self, vllm_config, *args, **kwargs)
-
-    return wrapper
-
-
-def cpu_worker_determine_available_memory(original: Callable[..., int]) -> Callable[..., int]:
-    """Wrap `CPUWorker.determine_available_memory`: the answer is the virtual size.
-
-    A size that the user gave with `--kv-cache-memory-bytes` is kept as far as the limit allows.
-    """
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> int:
-        if not startup.can_serve(self.vllm_config):
-            return original(self, *args, **kwargs)
-        virtual_bytes: int = min(
-            self.cache_config.kv_cache_memory_bytes, read_config().virtual_bytes
-        )
-        self.cache_config.kv_cache_memory_bytes = TOKEN_KV_BYTES
-        try:
-            original(self, *args, **kwargs)
-        finally:
-            self.cache_config.kv_cache_memory_bytes = virtual_bytes
-        return virtual_bytes
-
-    return wrapper

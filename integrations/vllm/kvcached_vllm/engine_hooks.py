@@ -1,0 +1,243 @@
+"""What takes the place of vLLM's engine methods; each gets the original and returns a wrapper."""
+
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from kvcached_core.config import read_config
+from kvcached_core.errors import BackendError, ConfigError, LedgerError, UnsupportedEngineError
+from kvcached_vllm import startup
+from kvcached_vllm.engine import ElasticEngine
+from kvcached_vllm.worker_hooks import device_of, granularity_of
+
+if TYPE_CHECKING:
+    from kvcached_core.page_pool import PageOrders
+
+ORDERS = "kvcached_orders"
+
+# A kernel under a sliding window begins to read at the start of a tile, below the window. No kernel
+# of vLLM has tiles of more tokens than this; FlashAttention 3's largest have 224 (fp8).
+MAX_TILE_TOKENS = 256
+
+_starting: ContextVar["ElasticEngine | None"] = ContextVar("kvcached_starting", default=None)
+_building_pool: ContextVar[bool] = ContextVar("kvcached_building_pool", default=False)
+
+
+def engine_core_initialize_kv_caches(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `EngineCore._initialize_kv_caches`: an engine's memory begins here.
+
+    A spawned engine core loads plugins inside `EngineCore.__init__`, so that is too early a place.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = _start_engine(vllm_config, self)
+        if engine is None:
+            return original(self, vllm_config, *args, **kwargs)
+        self.kvcached = engine
+        _starting.set(engine)
+        try:
+            return original(self, vllm_config, *args, **kwargs)
+        except BaseException as error:
+            _starting.set(None)
+            if isinstance(error, ValueError):  # vLLM's own word that one request does not fit
+                error.add_note(f"kvcached: {engine.explain_size()}")
+            engine.close()
+            raise
+
+    return wrapper
+
+
+def _start_engine(vllm_config: Any, core: Any) -> ElasticEngine | None:
+    try:
+        startup.check_configuration(vllm_config)
+    except UnsupportedEngineError as error:
+        startup.refuse(error)
+        return None
+    devices = core.model_executor.collective_rpc(device_of)
+    try:
+        return ElasticEngine(vllm_config, read_config(), devices, core)
+    except (BackendError, ConfigError, LedgerError) as error:
+        raise SystemExit(f"kvcached: {error}") from error
+
+
+def _engine_of(core: Any) -> ElasticEngine | None:
+    engine: ElasticEngine | None = getattr(core, "kvcached", None)
+    return engine
+
+
+def engine_core_post_step(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `EngineCore.post_step`: answer who asks, and leave nothing behind the last request.
+
+    An engine in the caller's process makes no further step that could carry the last orders.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        engine = _engine_of(self)
+        if engine is not None:
+            engine.answer()
+            if not self.scheduler.has_unfinished_requests():
+                engine.end_burst()
+
+    return wrapper
+
+
+def engine_core_reset_prefix_cache(original: Callable[..., bool]) -> Callable[..., bool]:
+    """Wrap `EngineCore.reset_prefix_cache`: unmap what it emptied."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> bool:
+        done = original(self, *args, **kwargs)
+        engine = _engine_of(self)
+        if engine is not None:
+            engine.flush(is_last=True)
+        return done
+
+    return wrapper
+
+
+def engine_core_shutdown(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `EngineCore.shutdown`: leave the ledger after the workers."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            engine: ElasticEngine | None = self.__dict__.pop("kvcached", None)
+            if engine is not None:
+                engine.close()
+
+    return wrapper
+
+
+def executor_initialize_from_config(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `Executor.initialize_from_config`: it sees the plans of all ranks."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, kv_cache_configs: list[Any], *args: Any, **kwargs: Any) -> None:
+        engine = _starting.get()
+        if engine is not None:
+            self.kvcached = engine
+            try:
+                engine.place(kv_cache_configs, self.collective_rpc(granularity_of)[0])
+            except ConfigError as error:
+                raise SystemExit(f"kvcached: {error}") from error
+            except UnsupportedEngineError as error:
+                startup.refuse(error)
+                _starting.set(None)
+                del self.kvcached
+                engine.core.__dict__.pop("kvcached").close()
+        original(self, kv_cache_configs, *args, **kwargs)
+
+    return wrapper
+
+
+def executor_sleep(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `Executor.sleep`: a sleeping engine keeps page 0 alone."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        engine: ElasticEngine | None = getattr(self, "kvcached", None)
+        if engine is not None:
+            engine.empty()
+        original(self, *args, **kwargs)
+
+    return wrapper
+
+
+def kv_cache_manager_init(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `KVCacheManager.__init__`: the block pool built inside is the scheduler's own."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        token = _building_pool.set(True)
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            _building_pool.reset(token)
+
+    return wrapper
+
+
+def block_pool_factory(original: Any) -> Any:
+    """Stand in for the name `BlockPool` in the coordinator's module."""
+
+    @functools.wraps(original, updated=())
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        engine = _starting.get() if _building_pool.get() else None
+        if engine is None:
+            return original(*args, **kwargs)
+        _starting.set(None)
+        return engine.build_pool(*args, **kwargs)
+
+    return factory
+
+
+def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `KVCacheManager.allocate_slots`: before it gives up, ask the ledger for pages.
+
+    What is promised for this and then not needed goes back at the end of the schedule.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        blocks = original(self, request, num_new_tokens, *args, **kwargs)
+        if blocks is not None or not hasattr(self.block_pool, "pages"):
+            return blocks
+        missing = _missing_blocks(self, request, num_new_tokens, kwargs)
+        if not self.block_pool.pages.reserve_blocks(missing, is_urgent=True):
+            return None
+        return original(self, request, num_new_tokens, *args, **kwargs)
+
+    return wrapper
+
+
+def _missing_blocks(
+    manager: Any, request: Any, num_new_tokens: int, options: dict[str, Any]
+) -> int:
+    """Return how many blocks more the request may need at most: prefix hits are not counted."""
+    num_tokens = max(request.num_tokens, request.num_computed_tokens + num_new_tokens)
+    num_tokens += options.get("num_lookahead_tokens", 0)
+    held = manager.get_block_ids(request.request_id)
+    groups = manager.kv_cache_config.kv_cache_groups
+    needed = sum(
+        max(-(-num_tokens // group.kv_cache_spec.block_size) - len(ids), 0)
+        for group, ids in zip(groups, held, strict=True)
+    )
+    needed += options.get("reserved_blocks", 0) + getattr(manager, "watermark_blocks", 0)
+    return max(needed - int(manager.block_pool.get_num_free_blocks()), 1)
+
+
+def scheduler_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Scheduler.schedule`: the orders ride on its output."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        pages = getattr(self.kv_cache_manager.block_pool, "pages", None)
+        orders: PageOrders | None = pages.drain() if pages is not None else None
+        if orders is not None:
+            setattr(output, ORDERS, orders)
+        return output
+
+    return wrapper
+
+
+def remove_skipped_blocks(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `SingleTypeKVCacheManager.remove_skipped_blocks`: free a tile behind the window.
+
+    Kernels read, and then mask, blocks in front of a sliding window that lie in its first tile. In
+    vanilla they are somebody else's, which does no harm; here they might be unmapped.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        if hasattr(self, "sliding_window") and hasattr(self.block_pool, "pages"):
+            num_tokens = max(num_tokens - MAX_TILE_TOKENS, 0)
+        original(self, request_id, num_tokens, *args, **kwargs)
+
+    return wrapper

@@ -1,0 +1,274 @@
+"""What takes the place of vLLM's worker methods; each gets the original and returns a wrapper."""
+
+import functools
+import logging
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from kvcached_core.arrival import Arrival
+from kvcached_core.config import CUDA, HOST, read_config
+from kvcached_core.devices import Device, cuda_device, host_device
+from kvcached_core.errors import UnsupportedEngineError
+from kvcached_core.vmm.host import HostBackend
+from kvcached_vllm import startup
+from kvcached_vllm.layout import PLACEMENT, Placement, plane_layout, sparse_config
+from kvcached_vllm.weights import OTHER_BYTES, static_bytes
+from kvcached_vllm.worker import WorkerMemory, memory_of
+
+if TYPE_CHECKING:
+    from kvcached_core.page_pool import PageOrders
+    from kvcached_core.vmm.backend import Backend
+
+logger = logging.getLogger("vllm.kvcached")
+
+# Bytes that vLLM is told while it asks whether its KV cache fits: ours is not there yet.
+TOKEN_KV_BYTES = 1
+
+_is_served: ContextVar[bool] = ContextVar("kvcached_is_served", default=False)
+
+
+def device_of(worker: Any) -> Device:
+    """Return the device of a worker; vLLM's `collective_rpc` calls this."""
+    device = getattr(worker, "worker", worker).device
+    if device.type != CUDA:
+        return host_device(read_config())
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    return cuda_device(str(properties.uuid), properties.total_memory)
+
+
+def granularity_of(worker: Any) -> int:
+    """Return the granularity of a worker's device in bytes; `collective_rpc` calls this."""
+    return _backend(getattr(worker, "worker", worker)).granularity_bytes
+
+
+def _backend(worker: Any) -> "Backend":
+    if worker.device.type != CUDA:
+        return HostBackend()
+    from kvcached_core.vmm.cuda import CudaBackend
+
+    return CudaBackend(worker.device.index or 0)
+
+
+def _current_stream(worker: Any) -> Callable[[], int]:
+    if worker.device.type != CUDA:
+        return lambda: 0
+    import torch
+
+    device = worker.device
+    return lambda: int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def worker_init_device(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `Worker.init_device`: `request_memory` inside must know whether we serve."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        token = _is_served.set(startup.can_serve(self.vllm_config))
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            _is_served.reset(token)
+
+    return wrapper
+
+
+def request_memory(original: Callable[..., int]) -> Callable[..., int]:
+    """Wrap `request_memory`: a share of the device need not be free when an engine starts."""
+
+    @functools.wraps(original)
+    def wrapper(init_snapshot: Any, cache_config: Any, *args: Any, **kwargs: Any) -> int:
+        if not _is_served.get():
+            return original(init_snapshot, cache_config, *args, **kwargs)
+        share = int(init_snapshot.total_memory * cache_config.gpu_memory_utilization)
+        return min(share, init_snapshot.free_memory)
+
+    return wrapper
+
+
+def worker_load_model(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `Worker.load_model`: neighbours make room for the weights first."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.device.type == CUDA and startup.can_serve(self.vllm_config):
+            self.kvcached_arrival = Arrival(
+                device_of(self),
+                read_config(),
+                name=startup.model_name(self.vllm_config),
+                engine=f"vllm {startup.installed_release()}",
+                static_bytes=static_bytes(self.vllm_config),
+            )
+            self.kvcached_arrival.make_room()
+        original(self, *args, **kwargs)
+        if hasattr(self, "kvcached_arrival"):
+            self.kvcached_arrival.shrink(OTHER_BYTES)
+
+    return wrapper
+
+
+def worker_initialize_from_config(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `Worker.initialize_from_config`: vLLM allocates, on our addresses."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        arrival: Arrival | None = self.__dict__.pop("kvcached_arrival", None)
+        if arrival is not None:
+            arrival.close()
+        placement: Placement | None = getattr(kv_cache_config, PLACEMENT, None)
+        if placement is None:
+            original(self, kv_cache_config, *args, **kwargs)
+            return
+        from kvcached_vllm.zeros import ZerosFromArena
+
+        layout = plane_layout(kv_cache_config)
+        memory = WorkerMemory(placement, _backend(self), _current_stream(self))
+        arena = memory.arena
+        if layout.is_one_allocation:
+            tensors = [arena.tensor()]
+        else:
+            tensors = [arena.plane_tensor(plane) for plane in range(layout.num_planes)]
+        with ZerosFromArena(tensors) as zeros:
+            original(self, sparse_config(kv_cache_config, layout, placement), *args, **kwargs)
+        if zeros.num_left:
+            raise UnsupportedEngineError(
+                f"vLLM allocated {len(tensors) - zeros.num_left} KV tensors, not {len(tensors)}"
+            )
+        # One process may be worker and engine core: what vLLM reports stays the number of blocks.
+        self.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
+        self.kvcached = memory
+
+    return wrapper
+
+
+def worker_execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Worker.execute_model`: map before it, unmap behind it."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        memory: WorkerMemory | None = getattr(self, "kvcached", None)
+        if memory is None:
+            return original(self, scheduler_output, *args, **kwargs)
+        orders: PageOrders | None = getattr(scheduler_output, "kvcached_orders", None)
+        if orders is not None:
+            memory.before_step(orders)
+        if memory.is_warming_up:
+            memory.map_for_warm_up(scheduler_output)
+        elif memory.debug:
+            memory.check_step(scheduler_output)
+        output = original(self, scheduler_output, *args, **kwargs)
+        if orders is not None:
+            memory.after_step(orders)
+        return output
+
+    return wrapper
+
+
+def worker_warm_up(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `compile_or_warm_up_model`: steps inside run on made-up blocks."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        memory: WorkerMemory | None = getattr(self, "kvcached", None)
+        if memory is not None:
+            memory.end_warm_up()
+        return result
+
+    return wrapper
+
+
+def worker_sleep(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `Worker.sleep`: our pages are gone before vLLM looks what it freed.
+
+    vLLM asserts that the device has more free memory afterwards. On a shared device a neighbour may
+    have taken it meanwhile, which is what sleeping is for.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not hasattr(self, "kvcached"):
+            original(self, *args, **kwargs)
+            return
+        memory_of(self).keeper.wait()
+        try:
+            original(self, *args, **kwargs)
+        except AssertionError as error:
+            if "increased after sleeping" not in str(error):
+                raise
+            logger.info("kvcached: a neighbour took more memory than this engine's sleep freed")
+
+    return wrapper
+
+
+def worker_shutdown(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `Worker.shutdown`: give the memory back when nothing runs on it any more."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        memory: WorkerMemory | None = self.__dict__.pop("kvcached", None)
+        if memory is not None:
+            memory.close()
+
+    return wrapper
+
+
+def worker_determine_available_memory(original: Callable[..., int]) -> Callable[..., int]:
+    """Wrap `Worker.determine_available_memory`: the answer is the virtual size.
+
+    With a size given, vLLM only runs its profile, and does not compare a neighbour's memory of
+    before and after. A size that the user gave is kept as far as the limit allows.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> int:
+        if not startup.can_serve(self.vllm_config):
+            return original(self, *args, **kwargs)
+        virtual_bytes = _virtual_bytes(self)
+        given = self.cache_config.kv_cache_memory_bytes
+        self.cache_config.kv_cache_memory_bytes = min(given or virtual_bytes, virtual_bytes)
+        return original(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _virtual_bytes(worker: Any) -> int:
+    config = read_config()
+    device = device_of(worker)
+    num_ranks = worker.parallel_config.world_size if device.kind == HOST else 1
+    return config.virtual_bytes(device.capacity_bytes(config)) // num_ranks
+
+
+def cpu_worker_init(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `CPUWorker.__init__`: it must not compare a share of the memory with what is free."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        is_unset = vllm_config.cache_config.kv_cache_memory_bytes is None
+        if is_unset and startup.can_serve(vllm_config):
+            config = read_config()
+            vllm_config.cache_config.kv_cache_memory_bytes = config.virtual_bytes(config.host_pool)
+        original(self, vllm_config, *args, **kwargs)
+
+    return wrapper
+
+
+def cpu_worker_determine_available_memory(original: Callable[..., int]) -> Callable[..., int]:
+    """Wrap `CPUWorker.determine_available_memory`: the answer is the virtual size."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> int:
+        if not startup.can_serve(self.vllm_config):
+            return original(self, *args, **kwargs)
+        virtual_bytes = min(self.cache_config.kv_cache_memory_bytes, _virtual_bytes(self))
+        self.cache_config.kv_cache_memory_bytes = TOKEN_KV_BYTES
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            self.cache_config.kv_cache_memory_bytes = virtual_bytes
+        return virtual_bytes
+
+    return wrapper

@@ -1,0 +1,196 @@
+"""Run as a script: one vLLM engine on a GPU answers 200 mixed prompts and reports.
+
+Arguments: a model folder, and a JSON object: `caching`, `engine` (further arguments of `LLM`),
+`num_prompts`, `max_prompt`, `vanilla_kv_gib`, `top` (hand out the pages at the top of the
+reservation) and `sleep`.
+"""
+
+import json
+import os
+import random
+import sys
+import threading
+import time
+from typing import Any
+
+MAX_TOKENS = 32
+
+
+def mixed_prompts(num_prompts: int, max_prompt: int) -> list[list[int]]:
+    """Return short prompts, long ones, and ones that share a prefix."""
+    source = random.Random(0)
+    shared = [source.randrange(3, 1000) for _ in range(max_prompt // 2)]
+    prompts = []
+    for index in range(num_prompts):
+        is_short = index % 3 == 0
+        length = source.randrange(4, 60) if is_short else source.randrange(100, max_prompt)
+        prompt = [source.randrange(3, 1000) for _ in range(length)]
+        prompts.append(shared + prompt[: max_prompt // 2] if index % 3 == 2 else prompt)
+    return prompts
+
+
+def give_weights(worker: Any) -> None:
+    """Fill the weights so that answers depend on the prompt: dummy ones are nearly zero."""
+    import torch
+
+    model = worker.model_runner.model
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if parameter.dim() < 2 or not parameter.is_floating_point():
+                continue
+            scale = 1.0 if "embed" in name else parameter.shape[-1] ** -0.5
+            parameter.normal_(0, scale, generator=generator)
+
+
+def free_bytes() -> int:
+    """Return the device's free memory."""
+    import torch
+
+    torch.cuda.synchronize()
+    return torch.cuda.mem_get_info()[0]
+
+
+def resident(worker: Any) -> int:
+    """Return the bytes of the pages that are mapped."""
+    worker.kvcached.keeper.wait()
+    arena = worker.kvcached.arena
+    assert worker.kvcached.backend.statistics.created_bytes == arena.resident_bytes
+    return arena.resident_bytes
+
+
+def take_from_the_top(pool: Any) -> None:
+    """Leave only the pages at the end of the reservation to be opened."""
+    pages = pool.pages
+    pages._unmapped = [page for page in pages._unmapped if page >= pages.num_pages - 512]
+
+
+def main() -> None:
+    """Start, generate twice, report one JSON object on the last line."""
+    model, options = sys.argv[1], json.loads(sys.argv[2])
+    elastic = os.environ.get("ENABLE_KVCACHED", "0") != "0"
+    begin = time.perf_counter()
+
+    from vllm import LLM, SamplingParams
+
+    imported = time.perf_counter()
+    sizes = (
+        {}
+        if elastic
+        else {
+            "kv_cache_memory_bytes": options.get("vanilla_kv_gib", 3) << 30,
+            "gpu_memory_utilization": 0.05,  # vLLM refuses to start beside others otherwise
+        }
+    )
+    llm = LLM(
+        model,
+        load_format="dummy",
+        dtype="bfloat16",
+        max_model_len=4096,
+        seed=0,
+        enable_prefix_caching=options["caching"],
+        **sizes,
+        **options.get("engine", {}),
+    )
+    report: dict[str, Any] = {"ready_seconds": time.perf_counter() - imported}
+    report["import_seconds"] = imported - begin
+    core = llm.llm_engine.engine_core.engine_core
+    worker = core.model_executor.driver_worker.worker
+    report["runner"] = type(worker.model_runner).__module__
+    report["async"] = bool(core.async_scheduling)
+    if elastic:
+        geometry = core.kvcached.geometry
+        report["page_bytes"] = geometry.page_bytes
+        report["geometry"] = vars(geometry) | {"num_pages": worker.kvcached.arena.num_pages}
+        report["after_start"] = resident(worker)
+        if options.get("top"):
+            take_from_the_top(core.kvcached.pool)
+    give_weights(worker)
+    extra = {"lora_request": lora(options["lora"])} if "lora" in options else {}
+    prompts = [
+        {"prompt_token_ids": prompt}
+        for prompt in mixed_prompts(options.get("num_prompts", 200), options.get("max_prompt", 900))
+    ]
+    sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
+
+    def generate() -> list[list[int]]:
+        outputs = llm.generate(prompts, sampling, use_tqdm=False, **extra)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    start = time.perf_counter()
+    report["tokens"] = [generate(), generate()]
+    report["generate_seconds"] = time.perf_counter() - start
+    if elastic:
+        report["after_last"] = resident(worker)
+        report["top_page"] = max(worker.kvcached.arena.resident_pages)
+        report["steady"] = steady_decode(llm, core, worker)
+        if options["caching"]:
+            core.kvcached.pool.release_pages(1 << 30)
+            core.kvcached.flush()
+            report["after_trim"] = resident(worker)
+        view = worker.kvcached.ledger.view()
+        report["view"] = json.loads(json.dumps(view, default=vars))
+    if options.get("sleep"):
+        report["sleep"] = [sleep(llm, worker, level, generate) for level in (1, 2)]
+    print("\n" + json.dumps(report))
+    sys.stdout.flush()
+    os._exit(0)  # an engine in this process would take seconds to tear down
+
+
+def steady_decode(llm: Any, core: Any, worker: Any) -> dict[str, Any]:
+    """Decode with growing contexts and count the backend's calls on the engine's thread."""
+    from vllm import SamplingParams
+
+    statistics = worker.kvcached.backend.statistics
+    scheduler = core.scheduler
+    schedule = scheduler.schedule
+    counts: list[tuple[int, int, int]] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        me = statistics.num_calls_of_thread(threading.get_ident())
+        counts.append((me, statistics.of("map").num_calls, len(scheduler.running)))
+        return schedule(*args, **kwargs)
+
+    scheduler.schedule = counted
+    prompt = {"prompt_token_ids": list(range(3, 103))}
+    sampling = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    llm.generate([prompt] * 32, sampling, use_tqdm=False)
+    del scheduler.schedule
+    # Steady: from 20 steps after the start to 20 before the end.
+    first, last = counts[20], counts[-20]
+    return {
+        "num_steps": len(counts) - 40,
+        "num_calls": last[0] - first[0],
+        "num_mapped": last[1] - first[1],
+    }
+
+
+def sleep(llm: Any, worker: Any, level: int, generate: Any) -> dict[str, Any]:
+    """Sleep, let a neighbour use the memory, wake and answer again."""
+    import torch
+
+    report: dict[str, Any] = {}
+    before = free_bytes()
+    llm.sleep(level)
+    report["freed_bytes"] = free_bytes() - before
+    if hasattr(worker, "kvcached"):
+        report["asleep"] = resident(worker)
+    neighbour = torch.empty(free_bytes() // 2, dtype=torch.int8, device="cuda").fill_(-1)
+    del neighbour
+    torch.cuda.empty_cache()
+    llm.wake_up()
+    if level == 2:
+        give_weights(worker)
+    report["tokens"] = generate()
+    return report
+
+
+def lora(folder: str) -> Any:
+    """Return a request for the adapter in `folder`."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("adapter", 1, folder)
+
+
+if __name__ == "__main__":
+    main()

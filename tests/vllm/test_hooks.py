@@ -1,0 +1,152 @@
+"""What our wrappers change, one by one, around originals that record how they were called."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvcached_vllm import startup, worker_hooks
+from kvcached_vllm.engine_hooks import MAX_TILE_TOKENS, executor_sleep, remove_skipped_blocks
+from kvcached_vllm.weights import OTHER_BYTES, static_bytes
+
+pytestmark = pytest.mark.vllm
+
+
+class Recorder:
+    """An original that records its arguments."""
+
+    def __init__(self, result: Any = None) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.result = result
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append((*args[1:], *kwargs.values()))
+        return self.result
+
+
+ELASTIC_POOL = SimpleNamespace(pages=object())
+
+
+@pytest.mark.parametrize(
+    ("manager", "freed"),
+    [
+        (SimpleNamespace(sliding_window=512, block_pool=ELASTIC_POOL), 1000 - MAX_TILE_TOKENS),
+        (SimpleNamespace(sliding_window=512, block_pool=SimpleNamespace()), 1000),
+        (SimpleNamespace(block_pool=ELASTIC_POOL), 1000),
+    ],
+    ids=["window", "window over vanilla's pool", "no window"],
+)
+def test_blocks_in_front_of_a_window_are_kept_for_a_tile(manager: Any, freed: int) -> None:
+    original = Recorder()
+    remove_skipped_blocks(original)(manager, "request", 1000, 7)
+    assert original.calls == [("request", freed, 7)]
+
+
+def test_a_window_that_only_just_moved_frees_nothing() -> None:
+    original = Recorder()
+    manager = SimpleNamespace(sliding_window=512, block_pool=ELASTIC_POOL)
+    remove_skipped_blocks(original)(manager, "request", 100)
+    assert original.calls == [("request", 0)]
+
+
+def snapshot(free_bytes: int) -> Any:
+    return SimpleNamespace(total_memory=1000, free_memory=free_bytes)
+
+
+@pytest.mark.parametrize(("free_bytes", "expected"), [(950, 900), (100, 100)])
+def test_a_start_does_not_need_a_share_of_the_device_free(free_bytes: int, expected: int) -> None:
+    original = Recorder(result=-1)
+    request = worker_hooks.request_memory(original)
+    cache_config = SimpleNamespace(gpu_memory_utilization=0.9)
+
+    def init_device(_worker: Any) -> None:
+        assert request(snapshot(free_bytes), cache_config) == expected
+
+    worker = SimpleNamespace(vllm_config=configuration())
+    worker_hooks.worker_init_device(init_device)(worker)
+    assert original.calls == []
+    assert request(snapshot(free_bytes), cache_config) == -1  # outside: vLLM's own answer
+
+
+def configuration(**changes: Any) -> Any:
+    values = {
+        "device_config": SimpleNamespace(device_type="cpu"),
+        "parallel_config": SimpleNamespace(
+            data_parallel_size=1, world_size=1, distributed_executor_backend=None
+        ),
+        "kv_transfer_config": None,
+        "attention_config": None,
+    }
+    return SimpleNamespace(**(values | changes))
+
+
+def test_what_is_not_served_keeps_vllms_rules() -> None:
+    original = Recorder(result=-1)
+    request = worker_hooks.request_memory(original)
+    worker = SimpleNamespace(vllm_config=configuration(kv_transfer_config=object()))
+
+    def init_device(_worker: Any) -> None:
+        assert request(snapshot(100), SimpleNamespace(gpu_memory_utilization=0.9)) == -1
+
+    worker_hooks.worker_init_device(init_device)(worker)
+    assert not startup.can_serve(worker.vllm_config)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 800), (500, 500), (5000, 800)])
+def test_the_virtual_size_comes_from_the_pool_and_a_given_size_lowers_it(
+    monkeypatch: pytest.MonkeyPatch, given: int | None, expected: int
+) -> None:
+    monkeypatch.setenv("KVCACHED_HOST_POOL", "800")
+    worker = SimpleNamespace(
+        vllm_config=configuration(),
+        parallel_config=configuration().parallel_config,
+        cache_config=SimpleNamespace(kv_cache_memory_bytes=given),
+        device=SimpleNamespace(type="cpu"),
+    )
+    original = Recorder(result=7)
+    assert worker_hooks.worker_determine_available_memory(original)(worker) == 7
+    assert worker.cache_config.kv_cache_memory_bytes == expected
+
+
+def sleeper(message: str) -> Any:
+    def sleep(_worker: Any, _level: int) -> None:
+        raise AssertionError(message)
+
+    return worker_hooks.worker_sleep(sleep)
+
+
+def test_a_neighbour_that_grows_while_we_fall_asleep_does_no_harm() -> None:
+    waited = []
+    keeper = SimpleNamespace(wait=lambda: waited.append(True))
+    worker = SimpleNamespace(kvcached=SimpleNamespace(keeper=keeper))
+    sleeper("Memory usage increased after sleeping.")(worker, 1)
+    assert waited == [True]
+    with pytest.raises(AssertionError, match="other"):
+        sleeper("other")(worker, 1)
+    with pytest.raises(AssertionError, match="increased"):
+        sleeper("Memory usage increased after sleeping.")(SimpleNamespace(), 1)
+
+
+def test_a_sleeping_engine_is_emptied_first() -> None:
+    order: list[str] = []
+    executor = SimpleNamespace(kvcached=SimpleNamespace(empty=lambda: order.append("empty")))
+    executor_sleep(lambda _self, _level: order.append("sleep"))(executor, 1)
+    assert order == ["empty", "sleep"]
+    executor_sleep(lambda _self, _level: order.append("sleep"))(SimpleNamespace(), 1)
+    assert order == ["empty", "sleep", "sleep"]
+
+
+def test_weights_are_known_from_their_files_or_from_the_shape(tmp_path: Any) -> None:
+    shape = SimpleNamespace(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256
+    )
+    model = SimpleNamespace(
+        model=str(tmp_path), hf_text_config=shape, dtype=SimpleNamespace(itemsize=2)
+    )
+    config = SimpleNamespace(model_config=model, parallel_config=SimpleNamespace(world_size=2))
+    by_shape = 2 * (static_bytes(config) - OTHER_BYTES)
+    assert 16e9 < by_shape < 18e9  # Llama-3.1-8B has 16.06e9 bytes; its K and V are narrower
+    (tmp_path / "a.safetensors").write_bytes(b"x" * 600)
+    (tmp_path / "b.safetensors").write_bytes(b"x" * 400)
+    (tmp_path / "old.bin").write_bytes(b"x" * 1000)
+    assert static_bytes(config) == 500 + OTHER_BYTES
