@@ -3,7 +3,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint bench clean
+GPU_VENV ?= .venv-gpu
+GPU_PYTHON ?= $(GPU_VENV)/bin/python
+
+.PHONY: setup demo test lint bench gpu-check clean
 
 setup: $(READY)
 
@@ -27,5 +30,13 @@ bench: $(READY)
 	$(BIN)/python benchmarks/host_memory.py --json benchmarks/results/host_memory.json
 	$(BIN)/python benchmarks/cpu_throughput.py --json benchmarks/results/cpu_throughput.json
 
+# On a machine with a GPU. GPU_PYTHON=python3 uses an environment that has vLLM already.
+gpu-check:
+	[ -x "$$(command -v $(GPU_PYTHON))" ] || examples/gpu_engine/install.sh $(GPU_VENV)
+	PYTHONPATH=$${PYTHONPATH:-}:tests $(GPU_PYTHON) -m pytest -m gpu tests/gpu
+	$(GPU_PYTHON) benchmarks/vmm.py --json benchmarks/results/vmm.json
+	$(GPU_PYTHON) benchmarks/vllm_overhead.py serve --json benchmarks/results/vllm_overhead.json
+	$(GPU_PYTHON) benchmarks/vllm_overhead.py neighbours --json benchmarks/results/vllm_neighbours.json
+
 clean:
-	rm -rf $(VENV) demo build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(GPU_VENV) demo build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

