@@ -1,0 +1,190 @@
+"""What the benchmarks of vLLM's servers share: the model, the servers, the client, the results.
+
+The model has the shape of Llama-3.1-8B and dummy weights; `--tiny` is a rehearsal on vLLM's CPU
+engine.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from machine import describe_gpu, describe_machine
+
+from kvcached_core.cli.demo.model import make_model
+from kvcached_core.cli.demo.server import EngineServer
+from kvcached_core.ledger import InstanceView, Ledger
+from kvcached_core.units import GIB, MIB
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers.shapes import make_shape
+
+FIGURES = {
+    "output_throughput": "output throughput",
+    "mean_ttft_ms": "mean TTFT",
+    "p99_ttft_ms": "p99 TTFT",
+    "mean_tpot_ms": "mean TPOT",
+    "p99_tpot_ms": "p99 TPOT",
+}
+QUIET_SECONDS = 2.0
+PREEMPTIONS = "vllm:num_preemptions_total"
+SMALL_FOLDER = {"TMPDIR": "/tmp"}  # noqa: S108  vLLM's sockets need a short path
+
+
+class Setting:
+    """What runs where: the model, the servers' arguments and the workloads."""
+
+    def __init__(self, folder: Path, *, tiny: bool, runner: int | None) -> None:
+        self.folder = folder
+        self.tiny = tiny
+        self.num_started = 0
+        self.environ = SMALL_FOLDER | {"VLLM_LOGGING_LEVEL": "INFO"}
+        if tiny:
+            self.model = make_model(folder / "tiny", seed=1)
+            self.kv_bytes = 256 * MIB
+            self.kv_bytes_per_token = 32 * 1024
+            self.workloads = [("saturation", 100, 16, "inf", 12), ("8 req/s", 100, 16, "8", 12)]
+            self.arguments: tuple[str, ...] = ()
+            self.environ["KVCACHED_HOST_POOL"] = "512MiB"
+        else:
+            self.model = make_shape(folder / "llama-8b", "llama-8b")
+            self.kv_bytes = 24 * GIB
+            self.kv_bytes_per_token = 128 * 1024
+            self.workloads = [
+                ("512/128 at saturation", 512, 128, "inf", 500),
+                ("512/128 at 8 req/s", 512, 128, "8", 160),
+                ("1913/162 at saturation", 1913, 162, "inf", 500),
+            ]
+            self.arguments = ("--load-format", "dummy", "--max-model-len", "8192")
+        if runner is not None:
+            self.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(runner - 1)
+            self.workloads = self.workloads[:1]
+
+    def start(self, name: str, *, elastic: bool, kv_bytes: int | None = None) -> EngineServer:
+        """Start a server with at most `kv_bytes` of KV cache; a vanilla one seizes them."""
+        sizes: tuple[str, ...] = ()
+        if not elastic:
+            utilization = "0.5" if self.tiny else "0.05"
+            sizes = ("--kv-cache-memory-bytes", str(kv_bytes or self.kv_bytes))
+            sizes += ("--gpu-memory-utilization", utilization)
+        environ = self.environ | {"ENABLE_KVCACHED": str(int(elastic)), "KVCACHED_NAME": name}
+        environ["KVCACHED_DIR"] = str(self.folder / "kv")
+        if elastic and kv_bytes is not None:
+            environ["KVCACHED_LIMIT"] = str(kv_bytes)
+        options: dict[str, Any] = {"options": ()}
+        if self.tiny:
+            self.num_started += 1
+            options = {"core": self.num_started}
+        return EngineServer(
+            name,
+            self.model,
+            self.folder,
+            environ=environ,
+            arguments=(*self.arguments, "--no-enable-prefix-caching", *sizes),
+            **options,
+        )
+
+    def view(self, name: str) -> InstanceView:
+        """Return what the ledger says of an instance."""
+        (path,) = (self.folder / "kv").glob("*.ledger")
+        with Ledger(path) as ledger:
+            return next(view for view in ledger.view().instances if view.name == name)
+
+    def bench(  # noqa: PLR0917  the workload is a tuple
+        self, server: EngineServer, num_in: int, num_out: int, rate: str, num: int, seed: int
+    ) -> dict[str, Any]:
+        """Run `vllm bench serve` against a server and return its figures."""
+        from vllm.benchmarks.serve import add_cli_args, main_async
+
+        try:
+            from vllm.utils.argparse_utils import FlexibleArgumentParser
+        except ImportError:
+            from vllm.utils import FlexibleArgumentParser
+        parser = FlexibleArgumentParser()
+        add_cli_args(parser)
+        words = [
+            *("--backend", "openai", "--base-url", server.url, "--endpoint", "/v1/completions"),
+            *("--model", server.name, "--tokenizer", str(self.model)),
+            *("--dataset-name", "random", "--random-input-len", str(num_in)),
+            *("--random-output-len", str(num_out), "--num-prompts", str(num)),
+            *("--request-rate", rate, "--seed", str(seed), "--ignore-eos", "--disable-tqdm"),
+            *("--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99"),
+        ]
+        silent = io.StringIO()
+        with contextlib.redirect_stdout(silent):
+            result = asyncio.run(main_async(parser.parse_args(words)))
+        figures = {key: result[key] for key in (*FIGURES, "completed", "duration")}
+        return figures | {"failed": num - result["completed"]}
+
+
+def wait_all(servers: list[EngineServer]) -> dict[str, float]:
+    """Wait until all servers answer; return the seconds that each took since now."""
+    start = time.perf_counter()
+    ready: dict[str, float] = {}
+    while len(ready) < len(servers):
+        for server in servers:
+            if server.name not in ready:
+                if server.process.poll() is not None:
+                    server.wait_ready()  # raises with the log
+                if server.is_ready():
+                    ready[server.name] = time.perf_counter() - start
+        time.sleep(0.05)
+    return ready
+
+
+def metric(server: EngineServer, name: str) -> float:
+    """Return one of the server's own metrics."""
+    for line in httpx.get(f"{server.url}/metrics", timeout=10).text.splitlines():
+        if line.startswith(name) and not line.startswith("#"):
+            return float(line.rsplit(" ", 1)[1])
+    return float("nan")
+
+
+@dataclass
+class Record:
+    """The results of a run, written whenever something was added: a run may be cut off."""
+
+    path: Path
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, **results: Any) -> None:
+        """Add results and write all there are."""
+        self.results |= results
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.results, indent=2) + "\n")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the arguments that all these benchmarks have."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--json", type=Path, required=True)
+    made.add_argument("--runner", type=int, choices=(1, 2), help="vLLM's model runner")
+    made.add_argument("--tiny", action="store_true", help="rehearse on vLLM's CPU engine")
+    return made
+
+
+@contextlib.contextmanager
+def bench_run(options: argparse.Namespace) -> Iterator[tuple["Setting", Record]]:
+    """Make a folder and a record; keep the ends of the servers' logs, also when it is cut off."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
+        record = Record(options.json)
+        record.add(machine=describe_machine() if options.tiny else describe_gpu())
+        try:
+            yield Setting(Path(folder), tiny=options.tiny, runner=options.runner), record
+        finally:
+            for log in Path(folder).glob("*.log"):
+                end = log.read_text(errors="replace")[-20000:]
+                (options.json.parent / f"{options.json.stem}-{log.name}").write_text(end)
