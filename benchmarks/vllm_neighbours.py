@@ -23,6 +23,7 @@ from vllm_servers import (
     wait_all,
 )
 
+from kvcached_core.cli.demo.background import Background
 from kvcached_core.cli.demo.server import EngineServer
 from kvcached_core.ledger import Ledger
 from kvcached_core.units import MIB
@@ -30,25 +31,16 @@ from kvcached_core.units import MIB
 BURST_SHARE = 0.6
 
 
-class Watch:
-    """Samples a server's running and waiting requests, and what it holds."""
+class Watch(Background):
+    """Samples how many requests a server runs, and what it holds."""
 
     def __init__(self, setting: Setting, server: EngineServer, *, elastic: bool) -> None:
-        self.peaks = {"running": 0.0, "waiting_behind_running": 0.0, "resident_bytes": 0.0}
+        super().__init__()
+        self.peaks = {"running": 0.0, "resident_bytes": 0.0}
         self._setting, self._server, self._elastic = setting, server, elastic
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> "Watch":  # noqa: PYI034
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
 
     def _run(self) -> None:
-        while not self._stop.wait(0.2):
+        while not self._end.wait(0.2):
             running = metric(self._server, "vllm:num_requests_running")
             self.peaks["running"] = max(self.peaks["running"], running)
             if self._elastic:
@@ -82,7 +74,7 @@ def load(setting: Setting, server: EngineServer, rate: str) -> Iterator[dict[str
 def burst(setting: Setting, server: EngineServer, num: int, *, elastic: bool) -> dict[str, Any]:
     """Send `num` requests at once and say how they fared."""
     before = metric(server, PREEMPTIONS)
-    num_in, num_out = (100, 16) if setting.tiny else (1913, 162)
+    num_in, num_out = request_tokens(setting)
     with Watch(setting, server, elastic=elastic) as watch:
         figures = setting.bench(server, num_in, num_out, "inf", num, seed=3)
     result = figures | watch.peaks | {"requests": num}
@@ -113,7 +105,9 @@ def neighbours(setting: Setting, record: Record, num_starts: int) -> None:
         del servers[2:]
         time.sleep(QUIET_SECONDS)
         space = kv_space(setting, [server.name for server in servers])
-        num = max(int(BURST_SHARE * space / setting.kv_bytes_per_token / tokens(setting)), 1)
+        num = max(
+            int(BURST_SHARE * space / setting.kv_bytes_per_token / sum(request_tokens(setting))), 1
+        )
         record.add(kv_space_bytes=space)
         for server in servers:
             record.add(**{f"burst_{server.name}": burst(setting, server, num, elastic=True)})
@@ -129,9 +123,9 @@ def neighbours(setting: Setting, record: Record, num_starts: int) -> None:
         half.kill()
 
 
-def tokens(setting: Setting) -> int:
-    """Return the tokens of one request of a burst."""
-    return 116 if setting.tiny else 1913 + 162
+def request_tokens(setting: Setting) -> tuple[int, int]:
+    """Return the tokens that one request of a burst brings and gets."""
+    return (100, 16) if setting.tiny else (1913, 162)
 
 
 def kv_space(setting: Setting, names: list[str]) -> int:

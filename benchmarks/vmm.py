@@ -8,15 +8,15 @@ Needs a CUDA device with 70 GiB free. Writes a plot beside the JSON.
 import argparse
 import json
 import statistics
-import threading
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from machine import describe_gpu
 
 from kvcached_core.arena import Arena
+from kvcached_core.cli.demo.background import Background
 from kvcached_core.geometry import choose_geometry
 from kvcached_core.units import GIB, MIB
 from kvcached_core.vmm.cuda import CudaBackend
@@ -52,25 +52,16 @@ def time_handles(backend: CudaBackend, size: int) -> dict[str, float]:
     return {verb: statistics.median(values) * 1e6 for verb, values in times.items()}
 
 
-class KernelLoad:
+class KernelLoad(Background):
     """Matrix products in a thread, as many as the device takes; counts them."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.num_products = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
 
     def _run(self) -> None:
         a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
-        while not self._stop.is_set():
+        while not self._end.is_set():
             for _ in range(16):
                 a @ a
             torch.cuda.synchronize()
@@ -82,6 +73,56 @@ def product_rate(load: KernelLoad, action: Any) -> float:
     before, start = load.num_products, time.perf_counter()
     action()
     return (load.num_products - before) / (time.perf_counter() - start)
+
+
+class MapLoad(Background):
+    """Maps and unmaps pages in a thread, `pages_per_second` of them or as many as it can."""
+
+    def __init__(self, backend: CudaBackend, pages_per_second: int | None) -> None:
+        super().__init__()
+        self.num_pages = 0
+        self._backend = backend
+        self._pause_seconds = 1 / pages_per_second if pages_per_second else 0.0
+
+    def _run(self) -> None:
+        backend, size = self._backend, 16 * MIB
+        address = backend.reserve(size)
+        while not self._end.wait(self._pause_seconds):
+            handle = backend.create(size)
+            backend.map(address, handle)
+            backend.zero(address, size)
+            backend.synchronize()
+            backend.unmap(address, handle)
+            backend.release(handle)
+            self.num_pages += 1
+        backend.free(address, size)
+
+
+def time_launches(seconds: float = 1.0) -> dict[str, float]:
+    """Return what giving the device a small kernel takes in this thread, in microseconds."""
+    small = torch.zeros(1024, device="cuda")
+    times = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for _ in range(200):
+            start = time.perf_counter()
+            small.add_(1)
+            times.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+    cuts = statistics.quantiles(times, n=1000)
+    named = {"mean": statistics.mean(times), "p50": cuts[499], "p99": cuts[989], "p99.9": cuts[998]}
+    return {name: value * 1e6 for name, value in named.items()}
+
+
+def time_launches_beside(backend: CudaBackend) -> dict[str, dict[str, float]]:
+    """Return what launches take alone and while another thread maps and unmaps."""
+    time_launches()
+    found = {"alone": time_launches()}
+    for pages_per_second in (100, 1000, None):
+        with MapLoad(backend, pages_per_second) as load:
+            found[f"beside {pages_per_second or 'all it can'}"] = time_launches()
+        found[f"beside {pages_per_second or 'all it can'}"]["pages"] = load.num_pages
+    return found
 
 
 def time_arena(page_mib: int, total_bytes: int = 64 * GIB) -> dict[str, Any]:
@@ -197,6 +238,7 @@ def main() -> None:
             str(size): time_handles(backend, size * MIB) for size in HANDLE_MIB
         }
     results["kernel_rate_beside_mapping"] = beside / alone
+    results["launches"] = time_launches_beside(backend)
     results["fresh_memory_is_zero"] = fresh_memory_is_zero(backend)
     results["arena"] = [time_arena(page_mib) for page_mib in (16, 64)]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -213,6 +255,9 @@ def main() -> None:
             f"{arena['zeroed_seconds'] * 1e3:.0f} ms, unmapped in "
             f"{arena['unmap_seconds'] * 1e3:.0f} ms"
         )
+    for when, costs in results["launches"].items():
+        shown = "  ".join(f"{name} {value:.1f}" for name, value in costs.items())
+        print(f"launch {when:18} {shown} us")
     print(f"fresh memory is zero: {results['fresh_memory_is_zero']}")
     print(f"NVML free memory: {results['nvml_microseconds']:.0f} us")
     print(f"kernel rate beside mapping: {results['kernel_rate_beside_mapping']:.3f}")

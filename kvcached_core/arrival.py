@@ -5,9 +5,8 @@ import os
 import time
 
 from kvcached_core.config import Config
-from kvcached_core.devices import Device
-from kvcached_core.ledger import Ledger, doorbell_path, ledger_directory
-from kvcached_core.pressure import ring
+from kvcached_core.devices import Device, open_ledger
+from kvcached_core.pressure import ask_peers
 from kvcached_core.units import format_bytes
 
 logger = logging.getLogger("kvcached")
@@ -35,11 +34,7 @@ class Arrival:
         self, device: Device, config: Config, *, name: str, engine: str, static_bytes: int
     ) -> None:
         self.static_bytes = static_bytes
-        self._ledger = Ledger(
-            ledger_directory(config.dir) / f"{device.name}.ledger",
-            device.capacity_bytes(config),
-            device.free_bytes(config),
-        )
+        self._ledger = open_ledger(device, config)
         try:
             self._row = self._ledger.register(
                 name=f"{name}-starting-{os.getpid()}", engine=engine, static_bytes=static_bytes
@@ -63,8 +58,7 @@ class Arrival:
                     format_bytes(self.static_bytes),
                 )
                 return False
-            for peer in self._ledger.ask_peers(self._row, missing):
-                ring(doorbell_path(self._ledger.path, peer))
+            ask_peers(self._ledger, self._row, missing)
             time.sleep(LOOK_SECONDS)
         return True
 

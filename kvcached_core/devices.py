@@ -7,6 +7,7 @@ from typing import Any
 
 from kvcached_core.config import CUDA, HOST, Config
 from kvcached_core.errors import BackendError
+from kvcached_core.ledger import Ledger, ledger_directory
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,19 @@ def host_device(config: Config) -> Device:
 def cuda_device(uuid: str, total_bytes: int) -> Device:
     """Return the GPU with this UUID, with or without `GPU-` before it."""
     return Device(CUDA, uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}", total_bytes)
+
+
+def open_ledger(device: Device, config: Config) -> Ledger:
+    """Open the ledger of a device, or make it.
+
+    Raises:
+        LedgerError: If it cannot be used.
+    """
+    return Ledger(
+        ledger_directory(config.dir) / f"{device.name}.ledger",
+        device.capacity_bytes(config),
+        device.free_bytes(config),
+    )
 
 
 def free_memory_reader(name: str) -> Callable[[], int]:

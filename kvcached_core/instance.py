@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from math import ceil
 
 from kvcached_core.config import Config
-from kvcached_core.devices import Device
-from kvcached_core.ledger import Ledger, doorbell_path, ledger_directory
-from kvcached_core.pressure import Doorbell, ring
+from kvcached_core.devices import Device, open_ledger
+from kvcached_core.ledger import Ledger, doorbell_path
+from kvcached_core.pressure import Doorbell, ask_peers
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,6 @@ class Instance:
         engine: str,
         answer: Callable[[], None],
     ) -> None:
-        directory = ledger_directory(config.dir)
         self.page_bytes = 0
         self._num_ranks = Counter(devices)
         self._ledgers: dict[Device, Ledger] = {}
@@ -61,11 +60,7 @@ class Instance:
         try:
             # One order for all instances, so that two of them never wait for each other.
             for device in sorted(self._num_ranks, key=lambda device: device.name):
-                self._ledgers[device] = Ledger(
-                    directory / f"{device.name}.ledger",
-                    device.capacity_bytes(config),
-                    device.free_bytes(config),
-                )
+                self._ledgers[device] = open_ledger(device, config)
             own_name = name or self._free_name(default_name)
             for device, ledger in self._ledgers.items():
                 pool_bytes = device.capacity_bytes(config)
@@ -171,8 +166,7 @@ class Instance:
     def _ask_peers(self, num_pages: int) -> None:
         for device, ledger in self._ledgers.items():
             wanted = num_pages * self._unit_bytes(device)
-            for peer in ledger.ask_peers(self._rows[device], wanted):
-                ring(doorbell_path(ledger.path, peer))
+            ask_peers(ledger, self._rows[device], wanted)
 
     def _free_name(self, name: str) -> str:
         views = [ledger.view() for ledger in self._ledgers.values()]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvcached_core.errors import LedgerError
+from kvcached_core.ledger import Ledger, doorbell_path
 
 _RING = b"r"
 _STOP = b"s"
@@ -69,6 +70,12 @@ class Doorbell:
             if self._deadline == deadline:
                 self._deadline = None
             return _RING
+
+
+def ask_peers(ledger: Ledger, row: int, num_bytes: int) -> None:
+    """Ask the other instances for `num_bytes` in the name of `row`, and wake who can give."""
+    for peer in ledger.ask_peers(row, num_bytes):
+        ring(doorbell_path(ledger.path, peer))
 
 
 def ring(path: Path) -> bool:

@@ -11,6 +11,13 @@ from typing import Any
 
 NUM_PROMPTS = 60
 VOCABULARY = 500
+ENGINE_OPTIONS: dict[str, Any] = {
+    "enforce_eager": True,
+    "dtype": "float32",
+    "max_model_len": 2048,
+    "block_size": 32,
+    "max_num_seqs": 24,
+}
 
 
 def mixed_prompts() -> list[list[int]]:
@@ -47,16 +54,7 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     sizes = {} if elastic else {"kv_cache_memory_bytes": 512 << 20}
-    llm = LLM(
-        model,
-        enforce_eager=True,
-        dtype="float32",
-        max_model_len=2048,
-        block_size=32,
-        max_num_seqs=24,
-        enable_prefix_caching=options["caching"],
-        **sizes,
-    )
+    llm = LLM(model, **ENGINE_OPTIONS, enable_prefix_caching=options["caching"], **sizes)
     report: dict[str, Any] = {}
     core = llm.llm_engine.engine_core.engine_core
     if elastic:

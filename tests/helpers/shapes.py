@@ -175,23 +175,15 @@ def make_shape(folder: Path, shape: str) -> Path:
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
 
+    from kvcached_core.cli.demo.model import save_tokenizer
+
     folder.mkdir(parents=True, exist_ok=True)
     config = {"torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2} | SHAPES[shape]
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{n}": n for n in range(3, NUM_WORDS)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))  # noqa: S106
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "bos_token": "<s>",
-                "eos_token": "</s>",
-                "unk_token": "<unk>",
-            }
-        )
-    )
+    save_tokenizer(tokenizer, folder)
     return folder
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Any
 
-from helpers.offline import mixed_prompts
+from helpers.offline import ENGINE_OPTIONS, mixed_prompts
 
 
 def main() -> None:
@@ -20,12 +20,8 @@ def main() -> None:
     sizes = {} if elastic else {"kv_cache_memory_bytes": 256 << 20}
     llm = LLM(
         sys.argv[1],
+        **ENGINE_OPTIONS,
         tensor_parallel_size=2,
-        enforce_eager=True,
-        dtype="float32",
-        max_model_len=2048,
-        block_size=32,
-        max_num_seqs=24,
         enable_prefix_caching=False,
         **sizes,
     )

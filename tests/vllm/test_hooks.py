@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.configurations import configuration, parallel
 
 from kvcached_vllm import startup, worker_hooks
 from kvcached_vllm.engine_hooks import MAX_TILE_TOKENS, executor_sleep, remove_skipped_blocks
@@ -68,18 +69,6 @@ def test_a_start_does_not_need_a_share_of_the_device_free(free_bytes: int, expec
     assert request(snapshot(free_bytes), cache_config) == -1  # outside: vLLM's own answer
 
 
-def configuration(**changes: Any) -> Any:
-    values = {
-        "device_config": SimpleNamespace(device_type="cpu"),
-        "parallel_config": SimpleNamespace(
-            data_parallel_size=1, world_size=1, distributed_executor_backend=None
-        ),
-        "kv_transfer_config": None,
-        "attention_config": None,
-    }
-    return SimpleNamespace(**(values | changes))
-
-
 def test_what_is_not_served_keeps_vllms_rules() -> None:
     original = Recorder(result=-1)
     request = worker_hooks.request_memory(original)
@@ -99,7 +88,7 @@ def test_the_virtual_size_comes_from_the_pool_and_a_given_size_lowers_it(
     monkeypatch.setenv("KVCACHED_HOST_POOL", "800")
     worker = SimpleNamespace(
         vllm_config=configuration(),
-        parallel_config=configuration().parallel_config,
+        parallel_config=parallel(),
         cache_config=SimpleNamespace(kv_cache_memory_bytes=given),
         device=SimpleNamespace(type="cpu"),
     )

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.configurations import configuration, parallel
 
 from kvcached_core.config import read_config
 from kvcached_core.devices import host_device
@@ -113,22 +114,6 @@ def test_a_missing_engine_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatc
 
 def test_all_hooks_fit_the_installed_release() -> None:
     assert check_hooks(table.HOOKS, startup._source_root()) == []
-
-
-def parallel(**changes: Any) -> Any:
-    values = {"data_parallel_size": 1, "world_size": 1, "distributed_executor_backend": None}
-    return SimpleNamespace(**(values | changes))
-
-
-def configuration(**changes: Any) -> Any:
-    values = {
-        "device_config": SimpleNamespace(device_type="cpu"),
-        "parallel_config": parallel(),
-        "kv_transfer_config": None,
-        "attention_config": SimpleNamespace(hisparse_config=None),
-        **changes,
-    }
-    return SimpleNamespace(**values)
 
 
 @pytest.mark.parametrize(

@@ -127,9 +127,7 @@ class ElasticEngine:
 
     def flush(self, *, is_last: bool = False) -> None:
         """Carry out now, between two steps, what the pool decided."""
-        orders = self._drain(is_last=is_last)
-        if orders is not None:
-            self._call_workers(apply_orders, orders)
+        self._send(self._drain(is_last=is_last))
 
     def end_burst(self) -> None:
         """Nothing runs any more: let idle pages linger, and see to it that they go in time.
@@ -152,8 +150,7 @@ class ElasticEngine:
             self.pool.release_pages(asked_pages)
             orders = self._drain(is_last=False)
             self.instance.answer(len(orders.unmap_pages) if orders else 0)
-            if orders is not None:
-                self._call_workers(apply_orders, orders)
+            self._send(orders)
 
     def empty(self) -> None:
         """Give everything back but page 0, before the engine sleeps; return when it is done."""
@@ -194,6 +191,10 @@ class ElasticEngine:
 
     def _drain(self, *, is_last: bool) -> "PageOrders | None":
         return self.pool.pages.drain(is_last=is_last) if self.pool is not None else None
+
+    def _send(self, orders: "PageOrders | None") -> None:
+        if orders is not None:
+            self._call_workers(apply_orders, orders)
 
     def _call_workers(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         return self.core.model_executor.collective_rpc(function, args=args)

@@ -11,10 +11,10 @@ from typing import Any
 from kvcached_core.arena import Arena
 from kvcached_core.config import read_config
 from kvcached_core.errors import BackendError, LedgerError, OutOfMemoryError, UnmappedBlockError
-from kvcached_core.ledger import Ledger, doorbell_path
+from kvcached_core.ledger import Ledger
 from kvcached_core.page_keeper import PageChanges, PageKeeper
 from kvcached_core.page_pool import PageOrders
-from kvcached_core.pressure import ring
+from kvcached_core.pressure import ask_peers
 from kvcached_core.vmm.backend import Backend
 from kvcached_core.vmm.metered import MeteredBackend
 from kvcached_vllm.layout import Placement
@@ -141,15 +141,11 @@ class WorkerMemory:
                 if time.monotonic() > deadline:
                     raise
                 logger.warning("kvcached: %s; asking the neighbours and trying again", error)
-                self._ask_peers(len(pages))
+                wanted_bytes = len(pages) * self.arena.geometry.page_bytes
+                ask_peers(self.ledger, self.seat.row, wanted_bytes)
                 time.sleep(RETRY_SECONDS)
             else:
                 return
-
-    def _ask_peers(self, num_pages: int) -> None:
-        wanted = num_pages * self.arena.geometry.page_bytes
-        for peer in self.ledger.ask_peers(self.seat.row, wanted):
-            ring(doorbell_path(self.ledger.path, peer))
 
     def _report(self, changes: PageChanges) -> None:
         page_bytes = self.arena.geometry.page_bytes
@@ -183,9 +179,14 @@ def resident_pages(worker: Any) -> list[int]:
 
 
 def memory_of(worker: Any) -> WorkerMemory:
-    """Return the memory of a worker, or of the one inside vLLM's wrapper."""
-    memory: WorkerMemory = getattr(worker, "worker", worker).kvcached
+    """Return the memory of a worker."""
+    memory: WorkerMemory = inner_worker(worker).kvcached
     return memory
+
+
+def inner_worker(worker: Any) -> Any:
+    """Return the worker inside vLLM's wrapper, which is what `collective_rpc` hands out."""
+    return getattr(worker, "worker", worker)
 
 
 def _block_ids(scheduler_output: Any) -> Iterator[int]:

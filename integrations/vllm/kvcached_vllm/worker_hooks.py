@@ -14,7 +14,7 @@ from kvcached_core.vmm.host import HostBackend
 from kvcached_vllm import startup
 from kvcached_vllm.layout import PLACEMENT, Placement, plane_layout, sparse_config
 from kvcached_vllm.weights import OTHER_BYTES, static_bytes
-from kvcached_vllm.worker import WorkerMemory, memory_of
+from kvcached_vllm.worker import WorkerMemory, inner_worker, settle_orders
 
 if TYPE_CHECKING:
     from kvcached_core.page_pool import PageOrders
@@ -30,7 +30,7 @@ _is_served: ContextVar[bool] = ContextVar("kvcached_is_served", default=False)
 
 def device_of(worker: Any) -> Device:
     """Return the device of a worker; vLLM's `collective_rpc` calls this."""
-    device = getattr(worker, "worker", worker).device
+    device = inner_worker(worker).device
     if device.type != CUDA:
         return host_device(read_config())
     import torch
@@ -41,15 +41,23 @@ def device_of(worker: Any) -> Device:
 
 def granularity_of(worker: Any) -> int:
     """Return the granularity of a worker's device in bytes; `collective_rpc` calls this."""
-    return _backend(getattr(worker, "worker", worker)).granularity_bytes
+    return _backend(inner_worker(worker)).granularity_bytes
 
 
 def _backend(worker: Any) -> "Backend":
-    if worker.device.type != CUDA:
+    """Return the worker's backend: one, because on a GPU it holds a context and a stream."""
+    if not hasattr(worker, "kvcached_backend"):
+        worker.kvcached_backend = _new_backend(worker.device)
+    backend: Backend = worker.kvcached_backend
+    return backend
+
+
+def _new_backend(device: Any) -> "Backend":
+    if device.type != CUDA:
         return HostBackend()
     from kvcached_core.vmm.cuda import CudaBackend
 
-    return CudaBackend(worker.device.index or 0)
+    return CudaBackend(device.index or 0)
 
 
 def _current_stream(worker: Any) -> Callable[[], int]:
@@ -192,7 +200,7 @@ def worker_sleep(original: Callable[..., None]) -> Callable[..., None]:
         if not hasattr(self, "kvcached"):
             original(self, *args, **kwargs)
             return
-        memory_of(self).keeper.wait()
+        settle_orders(self)
         try:
             original(self, *args, **kwargs)
         except AssertionError as error:

@@ -1,11 +1,10 @@
 """Recording who held how much, while the demo runs."""
 
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
+from kvcached_core.cli.demo.background import Background
 from kvcached_core.errors import LedgerError
 from kvcached_core.ledger import DeviceView, Ledger
 
@@ -38,23 +37,14 @@ class Recording:
         ]
 
 
-class Recorder:
+class Recorder(Background):
     """Samples a ledger in a thread of its own until its block ends."""
 
     def __init__(self, ledger_path: Path) -> None:
+        super().__init__()
         self.recording = Recording()
         self._path = ledger_path
         self._start = time.monotonic()
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._sample, name="kvcached-recorder", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
 
     def mark(self, name: str) -> None:
         """Say that a phase begins now."""
@@ -64,7 +54,7 @@ class Recorder:
         """Return the newest sample."""
         return self.recording.views[-1] if self.recording.views else None
 
-    def _sample(self) -> None:
+    def _run(self) -> None:
         while not self._end.wait(SAMPLE_SECONDS):
             try:
                 with Ledger(self._path) as ledger:

@@ -43,19 +43,20 @@ def make_model(folder: Path, *, seed: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))
     save_file(_weights(seed), folder / "model.safetensors", metadata={"format": "pt"})
-    _tokenizer().save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "bos_token": "<s>",
-                "eos_token": "</s>",
-                "unk_token": "<unk>",
-                "model_max_length": CONFIG["max_position_embeddings"],
-            }
-        )
-    )
+    save_tokenizer(_tokenizer(), folder, model_max_length=CONFIG["max_position_embeddings"])
     return folder
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, **settings: object) -> None:
+    """Write a tokenizer to a model's folder, with the special tokens that our models have."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | settings))
 
 
 def _weights(seed: int) -> dict[str, np.ndarray]:
