@@ -28,6 +28,10 @@ MAX_CLOSED_PAGES = 8
 # Idle pages that stay when no request is live; with page 0 they are what a quiet engine holds.
 NUM_QUIET_PAGES = 1
 
+# How often the counts alone are told while requests are live; every report takes the ledger's lock
+# in front of a step.
+REPORT_SECONDS = 0.05
+
 
 class PageSource(Protocol):
     """Who promises pages: the ledger, for all devices of the instance at once."""
@@ -122,6 +126,7 @@ class PagePool(Generic[Block]):
         self._entered: set[int] = set()
         self._orders = PageOrders()
         self._reported = (0, 0)
+        self._reported_at = -REPORT_SECONDS
         self._unready: set[int] = set()  # ordered as spare, and no step has needed them yet
         self.num_promised = num_resident_pages
         for _ in range(num_resident_pages):
@@ -280,8 +285,12 @@ class PagePool(Generic[Block]):
         has_pages = (
             orders.map_pages or orders.ready_pages or orders.spare_pages or orders.unmap_pages
         )
-        if not has_pages and counts == self._reported:
-            return None
+        now = self._clock()
+        if not has_pages:
+            is_fresh = self._is_live and now < self._reported_at + REPORT_SECONDS
+            if counts == self._reported or is_fresh:
+                return None
+        self._reported_at = now
         orders.num_used_pages, orders.num_cached_pages = self._reported = counts
         self._orders = PageOrders()
         return orders

@@ -57,10 +57,10 @@ HOOKS = (
         "hand in our subclass where vLLM builds its block pool (docs/adr/0003)",
     ),
     Hook(
-        "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.remove_skipped_blocks",
-        "kvcached_vllm.engine_hooks:remove_skipped_blocks",
-        "keep the blocks that kernels still read in front of a sliding window",
-        ("request_id",),
+        "vllm.v1.core.single_type_kv_cache_manager:SlidingWindowManager.get_num_skipped_tokens",
+        "kvcached_vllm.engine_hooks:get_num_skipped_tokens",
+        "keep the blocks that kernels still read in front of a sliding window (docs/adr/0007)",
+        ("num_computed_tokens",),
     ),
     Hook(
         "vllm.v1.core.sched.scheduler:Scheduler.schedule",

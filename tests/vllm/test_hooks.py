@@ -7,7 +7,7 @@ import pytest
 from helpers.configurations import configuration, parallel
 
 from kvcached_vllm import startup, worker_hooks
-from kvcached_vllm.engine_hooks import MAX_TILE_TOKENS, executor_sleep, remove_skipped_blocks
+from kvcached_vllm.engine_hooks import MAX_TILE_TOKENS, executor_sleep, get_num_skipped_tokens
 from kvcached_vllm.weights import OTHER_BYTES, static_bytes
 
 pytestmark = pytest.mark.vllm
@@ -29,25 +29,21 @@ ELASTIC_POOL = SimpleNamespace(pages=object())
 
 
 @pytest.mark.parametrize(
-    ("manager", "freed"),
+    ("pool", "num_skipped", "expected"),
     [
-        (SimpleNamespace(sliding_window=512, block_pool=ELASTIC_POOL), 1000 - MAX_TILE_TOKENS),
-        (SimpleNamespace(sliding_window=512, block_pool=SimpleNamespace()), 1000),
-        (SimpleNamespace(block_pool=ELASTIC_POOL), 1000),
+        (ELASTIC_POOL, 1000, 1000 - MAX_TILE_TOKENS),
+        (ELASTIC_POOL, 100, 0),
+        (SimpleNamespace(), 1000, 1000),
     ],
-    ids=["window", "window over vanilla's pool", "no window"],
+    ids=["elastic", "elastic, just moved", "vanilla"],
 )
-def test_blocks_in_front_of_a_window_are_kept_for_a_tile(manager: Any, freed: int) -> None:
-    original = Recorder()
-    remove_skipped_blocks(original)(manager, "request", 1000, 7)
-    assert original.calls == [("request", freed, 7)]
-
-
-def test_a_window_that_only_just_moved_frees_nothing() -> None:
-    original = Recorder()
-    manager = SimpleNamespace(sliding_window=512, block_pool=ELASTIC_POOL)
-    remove_skipped_blocks(original)(manager, "request", 100)
-    assert original.calls == [("request", 0)]
+def test_blocks_in_front_of_a_window_are_kept_for_a_tile(
+    pool: Any, num_skipped: int, expected: int
+) -> None:
+    manager = SimpleNamespace(block_pool=pool)
+    original = Recorder(result=num_skipped)
+    assert get_num_skipped_tokens(original)(manager, 1511) == expected
+    assert original.calls == [(1511,)]
 
 
 def snapshot(free_bytes: int) -> Any:

@@ -93,7 +93,8 @@ class ElasticBlockPool(BlockPool):
     def get_num_free_blocks(self) -> int:
         """Return the blocks that can be had without asking anybody: promised ones included."""
         pages = self.pages
-        return pages.num_free + pages.num_promised_blocks + self.free_block_queue.num_free_blocks
+        num_blocks: int = pages.num_free + self.free_block_queue.num_free_blocks
+        return num_blocks + pages.num_promised_blocks if pages.num_promised else num_blocks
 
     def get_usage(self) -> float:
         """Return the share of the virtual capacity that live requests hold, from 0 to 1."""

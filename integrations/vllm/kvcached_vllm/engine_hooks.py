@@ -227,17 +227,18 @@ def scheduler_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def remove_skipped_blocks(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `SingleTypeKVCacheManager.remove_skipped_blocks`: free a tile behind the window.
+def get_num_skipped_tokens(original: Callable[..., int]) -> Callable[..., int]:
+    """Wrap `SlidingWindowManager.get_num_skipped_tokens`: free a tile behind the window.
 
     Kernels read, and then mask, blocks in front of a sliding window that lie in its first tile. In
     vanilla they are somebody else's, which does no harm; here they might be unmapped.
     """
 
     @functools.wraps(original)
-    def wrapper(self: Any, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        if hasattr(self, "sliding_window") and hasattr(self.block_pool, "pages"):
-            num_tokens = max(num_tokens - MAX_TILE_TOKENS, 0)
-        original(self, request_id, num_tokens, *args, **kwargs)
+    def wrapper(self: Any, num_computed_tokens: int) -> int:
+        num_skipped = original(self, num_computed_tokens)
+        if hasattr(self.block_pool, "pages"):
+            return max(num_skipped - MAX_TILE_TOKENS, 0)
+        return num_skipped
 
     return wrapper
