@@ -35,6 +35,7 @@ gpu-check:
 	[ -x "$$(command -v $(GPU_PYTHON))" ] || examples/gpu_engine/install.sh $(GPU_VENV)
 	PYTHONPATH=$${PYTHONPATH:-}:tests $(GPU_PYTHON) -m pytest -m gpu tests/gpu
 	$(GPU_PYTHON) benchmarks/vmm.py --json benchmarks/results/vmm.json
+	$(GPU_PYTHON) benchmarks/attention.py --json benchmarks/results/attention.json
 	$(GPU_PYTHON) benchmarks/vllm_steps.py --json benchmarks/results/vllm_steps.json
 	$(GPU_PYTHON) benchmarks/vllm_overhead.py --json benchmarks/results/vllm_overhead.json
 	$(GPU_PYTHON) benchmarks/vllm_neighbours.py --json benchmarks/results/vllm_neighbours.json

@@ -45,7 +45,7 @@ SMALL_FOLDER = {"TMPDIR": "/tmp"}  # noqa: S108  vLLM's sockets need a short pat
 class Setting:
     """What runs where: the model, the servers' arguments and the workloads."""
 
-    def __init__(self, folder: Path, *, tiny: bool, runner: int | None) -> None:
+    def __init__(self, folder: Path, *, tiny: bool, runner: int | None, eager: bool) -> None:
         self.folder = folder
         self.tiny = tiny
         self.num_started = 0
@@ -67,6 +67,8 @@ class Setting:
                 ("1913/162 at saturation", 1913, 162, "inf", 500),
             ]
             self.arguments = ("--load-format", "dummy", "--max-model-len", "8192")
+        if eager:
+            self.arguments += ("--enforce-eager",)
         if runner is not None:
             self.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(runner - 1)
             self.workloads = self.workloads[:1]
@@ -170,6 +172,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--json", type=Path, required=True)
     made.add_argument("--runner", type=int, choices=(1, 2), help="vLLM's model runner")
+    made.add_argument(
+        "--eager", action="store_true", help="no compilation: starts in half the time"
+    )
     made.add_argument("--tiny", action="store_true", help="rehearse on vLLM's CPU engine")
     return made
 
@@ -183,7 +188,10 @@ def bench_run(options: argparse.Namespace) -> Iterator[tuple["Setting", Record]]
         record = Record(options.json)
         record.add(machine=describe_machine() if options.tiny else describe_gpu())
         try:
-            yield Setting(Path(folder), tiny=options.tiny, runner=options.runner), record
+            setting = Setting(
+                Path(folder), tiny=options.tiny, runner=options.runner, eager=options.eager
+            )
+            yield setting, record
         finally:
             for log in Path(folder).glob("*.log"):
                 end = log.read_text(errors="replace")[-20000:]

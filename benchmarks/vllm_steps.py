@@ -2,17 +2,21 @@
 
     python benchmarks/vllm_steps.py --json benchmarks/results/vllm_steps.json
 
-Two engines without servers decode and prefill the same prompts, under one lock, so that they take
-turns from one second to the next and a machine that changes its speed changes it for both.
+Two engines without servers get the same loads, under one lock, so that they take turns from one
+second to the next and a machine that changes its speed changes it for both. The parts of a step are
+timed where they run, in the engine's thread.
 """
 
 import fcntl
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,51 +24,220 @@ from vllm_servers import Record, Setting, bench_run, parser
 
 from kvcached_core.units import GIB, MIB
 
-ORDER = ("vanilla", "elastic")
+VANILLA, CONTROL = "vanilla", "control"
 # CUDA graphs for decoding and no compilation, which takes a minute and is not what is compared.
 GRAPHS = {
     "mode": 0,
     "cudagraph_mode": "FULL_DECODE_ONLY",
     "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64],
 }
-LOADS = {  # prompts, tokens in, tokens out
-    "decode 8": (8, 100, 128),
-    "decode 64": (64, 100, 128),
-    "prefill": (32, 1000, 1),
+ARRIVALS_PER_SECOND = 8
+NUM_KERNELS_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Load:
+    """Some requests; `rate` is how many come in a second, 0 for all at once."""
+
+    num_prompts: int
+    num_in: int
+    num_out: int
+    rate: int = 0
+
+
+LOADS = {
+    "decode 8": Load(8, 100, 128),
+    "decode 64": Load(64, 100, 128),
+    "prefill": Load(32, 1000, 1),
+    "saturation": Load(250, 512, 128),
+    "1913/162": Load(80, 1913, 162),
+    "8 req/s": Load(24, 512, 128, ARRIVALS_PER_SECOND),
 }
+PARTS = ("schedule", "execute_model", "update_from_output")
 
 
-def steps(setting: Setting, record: Record, num_pairs: int) -> None:
-    """Compare an engine of each kind, in processes that take turns."""
+def steps(
+    setting: Setting, record: Record, num_pairs: int, page_sizes: list[str], loads: list[str]
+) -> None:
+    """Compare engines, in processes that take turns: two of vanilla, one with each page size.
+
+    The second vanilla one shows how far two processes differ that do the same.
+    """
+    switches = {name: {"ENABLE_KVCACHED": "0"} for name in (VANILLA, CONTROL)}
+    for size in page_sizes:
+        switches[f"pages-{size}"] = {"ENABLE_KVCACHED": "1", "KVCACHED_PAGE_BYTES": size}
     lock = setting.folder / "turn"
     lock.touch()
     children = {}
-    for name in ORDER:
-        environ = os.environ | setting.environ | {"ENABLE_KVCACHED": str(int(name == "elastic"))}
+    for name, switch in switches.items():
+        environ = os.environ | setting.environ | switch
         environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         environ["KVCACHED_DIR"] = str(setting.folder / "kv")
         command = [sys.executable, __file__, "--json", str(setting.folder / name)]
         command += ["--pairs", str(num_pairs), "--model", str(setting.model), "--lock", str(lock)]
+        command += ["--num-engines", str(len(switches)), "--loads", *loads]
         command += ["--tiny"] if setting.tiny else []
         with (setting.folder / f"{name}.log").open("w") as log:
             children[name] = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
     for child in children.values():
         child.wait()
-    found = {name: json.loads((setting.folder / name).read_text()) for name in ORDER}
-    is_same = found["vanilla"]["tokens"] == found["elastic"]["tokens"]
-    record.add(is_same_text=is_same, calls=found["elastic"]["calls"])
-    for load_name in LOADS:
-        seconds = {name: found[name]["seconds"][load_name] for name in ORDER}
-        ratio = statistics.median(seconds["elastic"]) / statistics.median(seconds["vanilla"])
-        record.add(**{load_name: {"median_ratio": ratio, "seconds": seconds}})
-        shown = ", ".join(f"{n} {statistics.median(s):.4f}" for n, s in seconds.items())
-        print(f"{load_name:10} {shown} s, ratio {ratio:.4f}", flush=True)
-    print(f"same text: {is_same}; calls {found['elastic']['calls']}", flush=True)
+    found = {name: json.loads((setting.folder / name).read_text()) for name in switches}
+    for name in list(switches)[1:]:
+        is_same = found[VANILLA]["tokens"] == found[name]["tokens"]
+        calls = found[name]["calls"]
+        record.add(**{name: {"is_same_text": is_same, "calls": calls}})
+        print(f"{name}: same text {is_same}, calls {calls}", flush=True)
+    for load_name in loads:
+        runs = {name: found[name]["runs"][load_name] for name in switches}
+        medians, ratios = compare(runs)
+        record.add(**{load_name: {"vanilla": medians, "median_ratios": ratios, "runs": runs}})
+        print(load_name)
+        for name in ratios:
+            kernels = [found[which]["kernels"].get(load_name, {}) for which in (VANILLA, name)]
+            record.add(**{f"{load_name}, kernels of {name}": kernels[1]})
+            print_kernels(kernels[0], kernels[1], name)
+        for figure, value in medians.items():
+            shown = "  ".join(f"{name} {of_name[figure]:.4f}" for name, of_name in ratios.items())
+            print(f"  {figure:30} vanilla {value:10.3f}  {shown}", flush=True)
 
 
-def engine(model: Path, lock: Path, num_pairs: int, *, tiny: bool) -> dict[str, Any]:
+def compare(
+    runs: dict[str, list[dict[str, float]]],
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Return vanilla's median of each figure, and the others' median ratios of pairs."""
+    vanilla = runs[VANILLA]
+    figures = [figure for figure in vanilla[0] if all(run[figure] for run in vanilla)]
+    medians = {figure: statistics.median(run[figure] for run in vanilla) for figure in figures}
+    ratios = {
+        name: {
+            figure: statistics.median(
+                own[figure] / base[figure] for own, base in zip(of_name, vanilla, strict=True)
+            )
+            for figure in figures
+        }
+        for name, of_name in runs.items()
+        if name != VANILLA
+    }
+    return medians, ratios
+
+
+class Stopwatch:
+    """Times the parts of an engine's step, in the engine's own thread."""
+
+    def __init__(self, core: Any) -> None:
+        self.starts: list[float] = []
+        self.seconds: dict[str, list[float]] = {part: [] for part in PARTS}
+        for owner, part in zip(
+            (core.scheduler, core.model_executor, core.scheduler), PARTS, strict=True
+        ):
+            setattr(owner, part, self._timed(part, getattr(owner, part)))
+
+    def _timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = call(*args, **kwargs)
+            self.seconds[part].append(time.perf_counter() - start)
+            if part == PARTS[0]:
+                self.starts.append(start)
+            return result
+
+        return timed
+
+    def take(self) -> dict[str, float]:
+        """Return the medians since the last call, in microseconds."""
+        between = [after - before for before, after in itertools.pairwise(self.starts)]
+        medians = {f"{part}, median us": _median(self.seconds[part]) for part in PARTS}
+        medians["step to step, median us"] = _median(between)
+        medians["step to step, longest ms"] = max(between, default=0.0) * 1e3
+        self.starts.clear()
+        for values in self.seconds.values():
+            values.clear()
+        return medians
+
+
+def _median(seconds: list[float]) -> float:
+    return statistics.median(seconds or [0.0]) * 1e6
+
+
+class Driver:
+    """Gives an engine in this process a load and times each request."""
+
+    def __init__(self, llm: Any, *, tiny: bool) -> None:
+        self._engine = llm.llm_engine
+        self._tiny = tiny
+        self._num_requests = 0
+        self.watch = Stopwatch(self._engine.engine_core.engine_core)
+
+    def run(self, load: Load) -> tuple[dict[str, float], list[list[int]]]:
+        """Carry out a load; return its figures and the tokens of each request."""
+        from vllm import SamplingParams
+
+        num = max(load.num_prompts // 8, 1) if self._tiny else load.num_prompts
+        sampling = SamplingParams(temperature=0, max_tokens=load.num_out, ignore_eos=True)
+        begin = time.perf_counter()
+        waiting = [(begin + (n / load.rate if load.rate else 0.0), n) for n in range(num)]
+        arrived: dict[str, float] = {}
+        first: dict[str, float] = {}
+        last: dict[str, float] = {}
+        tokens: dict[str, list[int]] = {}
+        while waiting or len(tokens) < num:
+            now = time.perf_counter()
+            while waiting and waiting[0][0] <= now:
+                due, n = waiting.pop(0)
+                self._num_requests += 1
+                name = str(self._num_requests)
+                arrived[name] = due
+                prompt = {"prompt_token_ids": [3 + (7 * n + i) % 400 for i in range(load.num_in)]}
+                self._engine.add_request(name, prompt, sampling)
+            if len(tokens) == len(arrived):
+                time.sleep(0.0005)
+                continue
+            for output in self._engine.step():
+                now = time.perf_counter()
+                name = output.request_id
+                if output.outputs[0].token_ids:
+                    first.setdefault(name, now)
+                last[name] = now
+                if output.finished:
+                    tokens[name] = list(output.outputs[0].token_ids)
+        figures = {"seconds": time.perf_counter() - begin}
+        figures["mean TTFT, ms"] = statistics.mean(first[n] - arrived[n] for n in first) * 1e3
+        if load.num_out > 1:
+            spans = [(last[n] - first[n]) / (load.num_out - 1) * 1e3 for n in first]
+            figures["mean TPOT, ms"] = statistics.mean(spans)
+            figures["p99 TPOT, ms"] = statistics.quantiles(spans, n=100)[98] if num > 1 else 1.0
+        return figures | self.watch.take(), [tokens[n] for n in sorted(tokens, key=int)]
+
+
+def profile(driver: Driver, load: Load) -> dict[str, float]:
+    """Return the milliseconds of each kernel of one more run: what the device itself did."""
+    from torch.profiler import ProfilerActivity, profile, supported_activities
+
+    if ProfilerActivity.CUDA not in supported_activities():
+        return {}
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        driver.run(load)
+    times: dict[str, float] = {}
+    for event in found.key_averages():
+        name = str(event.key)[:100]
+        times[name] = times.get(name, 0.0) + event.device_time_total / 1e3
+    return {name: time_ms for name, time_ms in times.items() if time_ms}
+
+
+def print_kernels(of_vanilla: dict[str, float], of_other: dict[str, float], name: str) -> None:
+    """Print the sums, and the kernels that differ most."""
+    names = {*of_vanilla, *of_other}
+    more = {key: of_other.get(key, 0.0) - of_vanilla.get(key, 0.0) for key in names}
+    print(f"  kernels: vanilla {sum(of_vanilla.values()):.2f} ms, {name} {sum(more.values()):+.2f}")
+    for key in sorted(more, key=lambda key: -abs(more[key]))[:NUM_KERNELS_SHOWN]:
+        print(f"    {more[key]:+8.2f} of {of_vanilla.get(key, 0.0):8.2f} ms  {key}", flush=True)
+
+
+def engine(
+    model: Path, lock: Path, num_pairs: int, num_engines: int, names: list[str], *, tiny: bool
+) -> dict[str, Any]:
     """Be one of the engines of `steps`."""
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     is_elastic = os.environ["ENABLE_KVCACHED"] == "1"
     arguments: dict[str, Any] = {"enable_prefix_caching": False, "seed": 0}
@@ -73,35 +246,41 @@ def engine(model: Path, lock: Path, num_pairs: int, *, tiny: bool) -> dict[str, 
     else:
         arguments |= {"load_format": "dummy", "compilation_config": GRAPHS}
     if not is_elastic:
-        arguments |= {"kv_cache_memory_bytes": (256 * MIB) if tiny else 20 * GIB}
+        arguments |= {"kv_cache_memory_bytes": (256 * MIB) if tiny else 24 * GIB}
         arguments |= {"gpu_memory_utilization": 0.5 if tiny else 0.05}
-    llm = LLM(str(model), max_model_len=2048, **arguments)
-
-    def run(num: int, num_in: int, num_out: int) -> tuple[float, Any]:
-        num = max(num // 8, 1) if tiny else num
-        prompts = [
-            {"prompt_token_ids": [3 + (7 * n + i) % 400 for i in range(num_in)]} for n in range(num)
-        ]
-        sampling = SamplingParams(temperature=0, max_tokens=num_out, ignore_eos=True)
-        start = time.perf_counter()
-        outputs = llm.generate(prompts, sampling, use_tqdm=False)
-        return time.perf_counter() - start, [list(o.outputs[0].token_ids) for o in outputs]
-
-    seconds: dict[str, list[float]] = {name: [] for name in LOADS}
-    tokens = {name: run(*workload)[1] for name, workload in LOADS.items()}
+    llm = LLM(str(model), max_model_len=2176, **arguments)
+    core = llm.llm_engine.engine_core.engine_core
+    driver = Driver(llm, tiny=tiny)
+    loads = {name: LOADS[name] for name in names}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in loads}
+    with lock.open() as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        tokens = {name: driver.run(load)[1] for name, load in loads.items() if not load.rate}
+    lock.with_name(f"{os.getpid()}.ready").touch()
+    while len(list(lock.parent.glob("*.ready"))) < num_engines:
+        time.sleep(0.1)
     for _ in range(num_pairs):
-        for name, workload in LOADS.items():
+        for name, load in loads.items():
             with lock.open() as turn:
                 fcntl.flock(turn, fcntl.LOCK_EX)
-                run(2, 10, 4)
-                seconds[name].append(run(*workload)[0])
+                driver.run(Load(2, 10, 4))
+                runs[name].append(driver.run(load)[0])
             time.sleep(0.02)  # let the other one have the turn
+    with lock.open() as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        kernels = {name: profile(driver, load) for name, load in loads.items() if not load.rate}
     calls: dict[str, Any] = {}
     if is_elastic:
-        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        worker = core.model_executor.driver_worker.worker
         statistics_ = worker.kvcached.backend.statistics
         calls = {verb: found.num_calls for verb, found in statistics_.verbs.items()}
-    return {"seconds": seconds, "tokens": tokens, "calls": calls}
+    return {
+        "runs": runs,
+        "tokens": tokens,
+        "kernels": kernels,
+        "calls": calls,
+        "is_asynchronous": bool(core.async_scheduling),
+    }
 
 
 def main() -> None:
@@ -110,14 +289,26 @@ def main() -> None:
     arguments.add_argument("--pairs", type=int, default=8)
     arguments.add_argument("--model", type=Path, help="be an engine of this model")
     arguments.add_argument("--lock", type=Path, help="the turn that the engines take")
+    arguments.add_argument("--num-engines", type=int, help="how many take turns")
+    arguments.add_argument(
+        "--page-sizes", nargs="+", default=["16MiB", "64MiB"], help="one elastic engine with each"
+    )
+    arguments.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
     options = arguments.parse_args()
     if options.model is not None:
-        found = engine(options.model, options.lock, options.pairs, tiny=options.tiny)
+        found = engine(
+            options.model,
+            options.lock,
+            options.pairs,
+            options.num_engines,
+            options.loads,
+            tiny=options.tiny,
+        )
         options.json.write_text(json.dumps(found))
         sys.stdout.flush()
         os._exit(0)  # an engine in this process would take seconds to tear down
     with bench_run(options) as (setting, record):
-        steps(setting, record, options.pairs)
+        steps(setting, record, options.pairs, options.page_sizes, options.loads)
 
 
 if __name__ == "__main__":
