@@ -14,7 +14,8 @@ from machine import describe_machine
 
 from kvcached_core.arena import Arena
 from kvcached_core.geometry import Geometry
-from kvcached_core.ledger import Ledger, ledger_directory
+from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_open import ledger_directory
 from kvcached_core.units import GIB, MIB
 from kvcached_core.vmm.host import HostBackend
 

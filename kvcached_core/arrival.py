@@ -2,18 +2,22 @@
 
 import logging
 import os
+import threading
 import time
 
 from kvcached_core.config import Config
 from kvcached_core.devices import Device, open_ledger
-from kvcached_core.pressure import ask_peers
+from kvcached_core.ledger import doorbell_path
+from kvcached_core.names import safe_name
+from kvcached_core.pressure import Doorbell, ask_peers
 from kvcached_core.units import format_bytes
 
 logger = logging.getLogger("kvcached")
 
-# How long a start waits for neighbours, and how often it looks what they gave.
+# How long a start waits for neighbours. They ring when they gave something; what others than
+# engines free on a device nobody tells, so it looks by itself too.
 PATIENCE_SECONDS = 10.0
-LOOK_SECONDS = 0.02
+LOOK_SECONDS = 0.25
 
 
 class Arrival:
@@ -37,8 +41,12 @@ class Arrival:
         self._ledger = open_ledger(device, config)
         try:
             self._row = self._ledger.register(
-                name=f"{name}-starting-{os.getpid()}", engine=engine, static_bytes=static_bytes
+                name=safe_name(name, f"-starting-{os.getpid()}"),
+                engine=engine,
+                static_bytes=static_bytes,
             )
+            self._rang = threading.Event()
+            self._bell = Doorbell(doorbell_path(self._ledger.path, self._row), self._rang.set)
         except BaseException:
             self._ledger.close()
             raise
@@ -58,8 +66,9 @@ class Arrival:
                     format_bytes(self.static_bytes),
                 )
                 return False
+            self._rang.clear()
             ask_peers(self._ledger, self._row, missing)
-            time.sleep(LOOK_SECONDS)
+            self._rang.wait(LOOK_SECONDS)
         return True
 
     def shrink(self, static_bytes: int) -> None:
@@ -68,5 +77,6 @@ class Arrival:
 
     def close(self) -> None:
         """Take the announcement back: what it was for is allocated, or will not be."""
+        self._bell.close()
         self._ledger.unregister(self._row)
         self._ledger.close()

@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import re
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +11,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from kvcached_core.errors import ConfigError
 from kvcached_core.geometry import DEFAULT_PAGE_BYTES
+from kvcached_core.ledger_open import default_directory
+from kvcached_core.names import check_name
+from kvcached_core.sharing import MAX_PRIORITY, MIN_PRIORITY
 from kvcached_core.units import format_bytes, parse_bytes
 
 PREFIX = "KVCACHED_"
@@ -20,7 +22,6 @@ HOST, CUDA = "host", "cuda"
 # Watermarks of idle pages, low and high, where nothing else is set; docs/benchmarks.md has the
 # measurements. Pools on the host are small.
 DEFAULT_SPARE_PAGES = {HOST: (1, 1), CUDA: (4, 16)}
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Enable(StrEnum):
@@ -34,11 +35,6 @@ class Enable(StrEnum):
 def host_memory_bytes() -> int:
     """Return the machine's memory in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def default_directory() -> Path:
-    """Return the folder of the ledgers when nothing else is set."""
-    return Path(f"/dev/shm/kvcached-{os.geteuid()}")  # noqa: S108  made 0700 and checked on open
 
 
 def _size(name: str, whole_bytes: int | None = None) -> BeforeValidator:
@@ -66,6 +62,10 @@ def _none(value: object) -> object:
     return None if value == "none" else value
 
 
+def _none_is_zero(value: object) -> object:
+    return 0 if value == "none" else value
+
+
 class Config(BaseModel):
     """The settings of one instance. Each field is the variable `KVCACHED_<FIELD>`."""
 
@@ -82,6 +82,16 @@ class Config(BaseModel):
     )
     limit: Annotated[int | str | None, _size_or_share("LIMIT"), BeforeValidator(_none)] = Field(
         default=None, description="ceiling of this instance: a size, a share of the pool, or 'none'"
+    )
+    floor: Annotated[int | str, _size_or_share("FLOOR"), BeforeValidator(_none_is_zero)] = Field(
+        default=0,
+        description="what this instance can always get back: a size, a share, or 'none'",
+    )
+    priority: int = Field(
+        default=0,
+        ge=MIN_PRIORITY,
+        le=MAX_PRIORITY,
+        description="who has a lower one gives its cached blocks first",
     )
     headroom: Annotated[int | str, _size_or_share("HEADROOM")] = Field(
         default="2%",
@@ -138,6 +148,12 @@ class Config(BaseModel):
             )
         return limit
 
+    def floor_bytes(self, pool_bytes: int) -> int:
+        """Return the floor in bytes; a share is one of `pool_bytes`."""
+        if isinstance(self.floor, str):
+            return parse_bytes(self.floor, what=PREFIX + "FLOOR", whole_bytes=pool_bytes)
+        return self.floor
+
     def virtual_bytes(self, pool_bytes: int) -> int:
         """Return what the engine may believe it has: the pool, or the limit if that is less."""
         limit = self.limit_bytes(pool_bytes)
@@ -178,11 +194,8 @@ def read_config(environ: Mapping[str, str] = os.environ) -> Config:
         config = Config(**values)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
-    if config.name is not None and not _NAME.fullmatch(config.name):
-        raise ConfigError(
-            f"{PREFIX}NAME={config.name!r} is not allowed; use letters, digits, '.', '_' and '-', "
-            "up to 64, starting with a letter or digit"
-        )
+    if config.name is not None:
+        check_name(config.name, PREFIX + "NAME")
     low, high = config.min_spare_pages, config.max_spare_pages
     if low is not None and high is not None and high < low:
         raise ConfigError(

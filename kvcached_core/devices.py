@@ -7,7 +7,8 @@ from typing import Any
 
 from kvcached_core.config import CUDA, HOST, Config
 from kvcached_core.errors import BackendError
-from kvcached_core.ledger import Ledger, ledger_directory
+from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_open import ledger_directory
 
 
 @dataclass(frozen=True)

@@ -50,5 +50,9 @@ class LedgerError(KVCachedError, RuntimeError):
     """The ledger file cannot be used; the message says why and what to do."""
 
 
+class PolicyError(KVCachedError, ValueError):
+    """A limit, floor or priority is refused; the message says why and what is allowed."""
+
+
 class UnsupportedEngineError(KVCachedError, RuntimeError):
     """This engine release or configuration cannot be served elastically."""

@@ -1,14 +1,21 @@
 """One engine in the ledgers of all its devices: what it is promised, it is promised on all."""
 
+import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, ItemsView, Sequence
 from dataclasses import dataclass
 from math import ceil
 
 from kvcached_core.config import Config
 from kvcached_core.devices import Device, open_ledger
 from kvcached_core.ledger import Ledger, doorbell_path
-from kvcached_core.pressure import Doorbell, ask_peers
+from kvcached_core.pressure import Doorbell, ask_peers, wake
+from kvcached_core.sharing import Policy
+
+# Who was refused asks again when it is rung, or after this time: what others than engines free on a
+# device nobody tells.
+REFUSAL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class Instance:
 
     Raises:
         LedgerError: If a ledger cannot be used, or the name is taken.
-        ConfigError: If the limit is above what the device has.
+        ConfigError: If a size is above what the device has.
+        PolicyError: If limit, floor or priority cannot be promised.
     """
 
     def __init__(
@@ -57,6 +65,11 @@ class Instance:
         self._ledgers: dict[Device, Ledger] = {}
         self._rows: dict[Device, int] = {}
         self._bells: list[Doorbell] = []
+        self._seen: dict[Device, int] = {}
+        self._answer = answer
+        self._rang = threading.Event()
+        self._refused_pages = 0
+        self._refused_until = 0.0
         try:
             # One order for all instances, so that two of them never wait for each other.
             for device in sorted(self._num_ranks, key=lambda device: device.name):
@@ -64,14 +77,18 @@ class Instance:
             own_name = name or self._free_name(default_name)
             for device, ledger in self._ledgers.items():
                 pool_bytes = device.capacity_bytes(config)
-                limit_bytes = config.limit_bytes(pool_bytes)
                 self._rows[device] = ledger.register(
                     name=own_name,
                     engine=engine,
                     virtual_bytes=config.virtual_bytes(pool_bytes),
-                    limit_bytes=limit_bytes,
+                    policy=Policy(
+                        config.limit_bytes(pool_bytes),
+                        config.floor_bytes(pool_bytes),
+                        config.priority,
+                    ),
                 )
-                self._bells.append(Doorbell(doorbell_path(ledger.path, self._rows[device]), answer))
+                path = doorbell_path(ledger.path, self._rows[device])
+                self._bells.append(Doorbell(path, self._on_ring))
         except BaseException:
             self.close()
             raise
@@ -86,13 +103,22 @@ class Instance:
         ledger = self._ledgers[device]
         return Seat(str(ledger.path), self._rows[device], self._num_ranks[device])
 
-    def describe(self, *, page_bytes: int, num_pages: int) -> None:
-        """Say how large a page is on each rank, in bytes, and how many the pool has."""
+    def describe(self, *, page_bytes: int, num_pages: int, least_pages: int = 0) -> None:
+        """Say how large a page is on each rank, in bytes, and how many there are.
+
+        Args:
+            page_bytes: Bytes of a page.
+            num_pages: Pages of the pool.
+            least_pages: Pages that the largest request needs: no limit may be below them.
+        """
         self.page_bytes = page_bytes
         for device, ledger in self._ledgers.items():
             unit_bytes = self._unit_bytes(device)
             ledger.describe(
-                self._rows[device], page_bytes=page_bytes, virtual_bytes=num_pages * unit_bytes
+                self._rows[device],
+                page_bytes=page_bytes,
+                virtual_bytes=num_pages * unit_bytes,
+                least_bytes=least_pages * unit_bytes,
             )
 
     def reserve(self, num_pages: int, *, is_urgent: bool) -> int:
@@ -101,6 +127,8 @@ class Instance:
         Returns:
             How many pages were promised, the same on all devices.
         """
+        if is_urgent and self._is_refused(num_pages):
+            return 0
         granted = num_pages
         taken: list[tuple[Device, int]] = []
         for device, ledger in self._ledgers.items():
@@ -112,6 +140,8 @@ class Instance:
             if num_taken > granted:
                 self._cancel_on(device, num_taken - granted)
         if granted < num_pages and is_urgent:
+            self._refused_pages = num_pages - granted
+            self._refused_until = time.monotonic() + REFUSAL_SECONDS
             self._ask_peers(num_pages - granted)
         return granted
 
@@ -120,12 +150,25 @@ class Instance:
         for device in self._ledgers:
             self._cancel_on(device, num_pages)
 
-    def asked_pages(self) -> int:
-        """Return how many pages others want back from this instance."""
-        return max(
-            ceil(ledger.asked_bytes(self._rows[device]) / self._unit_bytes(device))
-            for device, ledger in self._ledgers.items()
-        )
+    def has_news(self) -> bool:
+        """Return whether somebody wants something new of this instance. Takes no lock."""
+        seen = {device: ledger.num_notices(self._rows[device]) for device, ledger in self._items}
+        if seen == self._seen:
+            return False
+        self._seen = seen
+        return True
+
+    def wanted_pages(self) -> tuple[int, int]:
+        """Return how many pages others, or the limit, want back from this instance.
+
+        The second number is the part for which requests have to stop if nothing else is left.
+        """
+        found = [
+            (ledger.wanted(self._rows[device]), self._unit_bytes(device))
+            for device, ledger in self._items
+        ]
+        asked = max(ceil(wanted.asked_bytes / unit_bytes) for wanted, unit_bytes in found)
+        return asked, max(ceil(wanted.owed_bytes / unit_bytes) for wanted, unit_bytes in found)
 
     def answer(self, num_pages: int) -> None:
         """Say that this instance gives what it can, and that `num_pages` are about to be unmapped.
@@ -134,6 +177,11 @@ class Instance:
         """
         for device, ledger in self._ledgers.items():
             ledger.answer(self._rows[device], num_pages * self._unit_bytes(device))
+
+    def wait_for_ring(self, seconds: float) -> None:
+        """Return when somebody rings, or after `seconds`."""
+        self._rang.wait(seconds)
+        self._rang.clear()
 
     def set_alarm(self, seconds: float) -> None:
         """Call `answer` once in `seconds`; an alarm that is set already is replaced."""
@@ -157,11 +205,24 @@ class Instance:
             ledger.close()
         self._ledgers = {}
 
+    @property
+    def _items(self) -> ItemsView[Device, Ledger]:
+        return self._ledgers.items()
+
+    def _on_ring(self) -> None:
+        self._refused_until = 0.0
+        self._rang.set()
+        self._answer()
+
+    def _is_refused(self, num_pages: int) -> bool:
+        return num_pages >= self._refused_pages and time.monotonic() < self._refused_until
+
     def _unit_bytes(self, device: Device) -> int:
         return self.page_bytes * self._num_ranks[device]
 
     def _cancel_on(self, device: Device, num_pages: int) -> None:
-        self._ledgers[device].cancel(self._rows[device], num_pages * self._unit_bytes(device))
+        ledger = self._ledgers[device]
+        wake(ledger, ledger.cancel(self._rows[device], num_pages * self._unit_bytes(device)))
 
     def _ask_peers(self, num_pages: int) -> None:
         for device, ledger in self._ledgers.items():

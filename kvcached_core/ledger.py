@@ -7,22 +7,42 @@ owners are reaped: the memory itself went back with their processes.
 """
 
 import contextlib
-import mmap
 import os
-import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from os import SEEK_END, lseek
 from pathlib import Path
+from time import monotonic_ns
 from typing import Self
 
 from kvcached_core import ledger_file as layout
+from kvcached_core import sharing
 from kvcached_core.errors import LedgerError
-from kvcached_core.ledger_file import FileLock, Header, Row
+from kvcached_core.ledger_file import (
+    CHANGES,
+    FILE_BYTES,
+    FLOOR,
+    HEADER_WORDS,
+    LIMIT,
+    MAGIC,
+    PROMISED,
+    RESIDENT,
+    ROW_WORDS,
+    STATIC,
+    TAKEN,
+    WAITING,
+    FileLock,
+    Header,
+    Row,
+)
+from kvcached_core.ledger_open import open_ledger_file
+from kvcached_core.names import check_name
 from kvcached_core.processes import is_alive, start_time
+from kvcached_core.sharing import NO_POLICY, Policy
 from kvcached_core.units import format_bytes
 
-REAP_INTERVAL_SECONDS = 0.05
+REAP_INTERVAL_NS = 50_000_000
 NO_LIMIT = -1
 
 
@@ -44,9 +64,26 @@ class InstanceView:
     cached_bytes: int
     idle_bytes: int
     promised_bytes: int
+    static_bytes: int
     asked_bytes: int
     coming_bytes: int
+    waiting_bytes: int
+    num_mapped_bytes: int
+    num_unmapped_bytes: int
+    num_refused: int
+    num_asked: int
+    num_answered: int
     last_used_seconds: float
+
+    @property
+    def policy(self) -> Policy:
+        """Its limit, floor and priority."""
+        return Policy(self.limit_bytes, self.floor_bytes, self.priority)
+
+    @property
+    def excess_bytes(self) -> int:
+        """What it holds above its limit."""
+        return 0 if self.limit_bytes is None else max(self.resident_bytes - self.limit_bytes, 0)
 
 
 @dataclass(frozen=True)
@@ -64,6 +101,19 @@ class DeviceView:
         return self.capacity_bytes - taken
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What others want of an instance, in bytes.
+
+    Attributes:
+        asked_bytes: What it shall give back.
+        owed_bytes: The part of it for which requests have to stop if nothing else is left.
+    """
+
+    asked_bytes: int
+    owed_bytes: int
+
+
 class Ledger:
     """An open ledger file.
 
@@ -78,6 +128,9 @@ class Ledger:
         LedgerError: If the file is missing, is not ours, or says something else.
     """
 
+    _fd: int
+    _header: Header
+
     def __init__(
         self,
         path: Path,
@@ -85,11 +138,11 @@ class Ledger:
         free_bytes: Callable[[], int] | None = None,
     ) -> None:
         self.path = path
-        self._free_bytes = free_bytes
+        self._device_free_bytes = free_bytes
         self.device = path.stem
-        self._fd, self._words = _open(path, capacity_bytes)
+        self._own: dict[int, bytes] = {}  # copies of the rows that this process writes
+        self._use(*open_ledger_file(path, capacity_bytes))
         self._lock = FileLock(self._fd)
-        self._header = Header(self._words)
         try:
             if capacity_bytes is not None:
                 self._agree_on_capacity(capacity_bytes)
@@ -115,7 +168,7 @@ class Ledger:
         engine: str,
         page_bytes: int = 0,
         virtual_bytes: int = 0,
-        limit_bytes: int | None = None,
+        policy: Policy = NO_POLICY,
         static_bytes: int = 0,
     ) -> int:
         """Take a row for this process and return its number.
@@ -125,48 +178,62 @@ class Ledger:
             engine: The engine and its release.
             page_bytes: Bytes of a page, or 0 while it is not known.
             virtual_bytes: Bytes that the engine believes to have, or 0 while it is not known.
-            limit_bytes: What the instance may hold at most.
+            policy: Limit, floor and priority.
             static_bytes: What it is about to allocate beside its KV cache: nobody else is promised
                 these bytes while the row lives.
 
         Raises:
             LedgerError: If the name is taken by a live instance, or all rows are.
+            PolicyError: If limit, floor or priority are not allowed.
         """
+        check_name(name)
         with self._lock:
+            self._check_file()
             self._reap()
-            rows = [Row(self._words, index) for index in range(layout.NUM_ROWS)]
-            for row in rows[: self._header.num_rows]:
-                if row.is_live and row.name == name:
+            for row in self._live_rows():
+                if row.name == name:
                     raise LedgerError(
                         f"an instance named {name!r} (pid {row.holder(0)[0]}) already runs on "
                         f"{self.device}; set KVCACHED_NAME to another name"
                     )
-            free = next((row for row in rows if not row.is_live), None)
+            free = next((row for row in self._rows if not row.is_live), None)
             if free is None:
                 raise LedgerError(
                     f"all {layout.NUM_ROWS} rows of {self.path} are taken by live instances"
                 )
             free.clear()
             free.name, free.engine = name, engine
+            free.limit_bytes = NO_LIMIT
+            try:
+                self._set_policy(free, policy)
+            except BaseException:
+                free.clear()
+                raise
             free.page_bytes, free.virtual_bytes = page_bytes, virtual_bytes
-            free.limit_bytes = NO_LIMIT if limit_bytes is None else limit_bytes
             free.static_bytes = static_bytes
             free.last_used_ns = time.time_ns()
             free.set_holder(0, os.getpid(), start_time(os.getpid()))
             self._header.num_rows = max(self._header.num_rows, free.index + 1)
             free.is_live = True
+            self._keep(free.index, free.base)
             return free.index
 
-    def describe(self, index: int, *, page_bytes: int, virtual_bytes: int) -> None:
-        """Say how large a page and the whole pool of the instance are, in bytes."""
+    def describe(
+        self, index: int, *, page_bytes: int, virtual_bytes: int, least_bytes: int = 0
+    ) -> None:
+        """Say how large a page, the whole pool and the largest request are, in bytes."""
         with self._lock:
             row = self._row(index)
             row.page_bytes, row.virtual_bytes = page_bytes, virtual_bytes
+            row.least_bytes = least_bytes
+            self._keep(index, row.base)
 
     def announce(self, index: int, static_bytes: int) -> None:
         """Say what the process is still about to allocate beside its KV cache, in bytes."""
         with self._lock:
-            self._row(index).static_bytes = static_bytes
+            row = self._row(index)
+            row.static_bytes = static_bytes
+            self._keep(index, row.base)
 
     def join(self, index: int) -> None:
         """Count this process among those whose life keeps the row alive: it will hold memory.
@@ -182,34 +249,59 @@ class Ledger:
                 if (0, 0) not in holders:
                     raise LedgerError(f"instance {row.name!r} has no room for another process")
                 row.set_holder(holders.index((0, 0)), *me)
+            self._keep(index, row.base)
 
     def unregister(self, index: int) -> None:
         """Give the row back, and with it everything it held."""
         with self._lock:
-            self._row(index).is_live = False
+            self._row(index).clear()
+            self._own.pop(index, None)
             self._unlink_if_unused()
+
+    def set_policy(self, index: int, policy: Policy) -> None:
+        """Set what the instance may hold at most, can always get back, and how late it gives.
+
+        Raises:
+            PolicyError: If one of them is not allowed; then nothing is changed.
+        """
+        with self._lock:
+            row = self._row(index)
+            self._set_policy(row, policy)
+            row.num_notices += 1
+            row.num_changes += 1
 
     def reserve(self, index: int, num_bytes: int, unit_bytes: int) -> int:
         """Promise up to `num_bytes`, in whole units, and return how many bytes it is.
 
-        A promise never takes the instance over its limit, nor all instances over the capacity.
+        A promise never takes the instance over its limit, all instances over the capacity, or
+        another one's floor.
         """
         with self._lock:
-            row = self._row(index)
-            if time.monotonic_ns() - self._header.last_reap_ns > REAP_INTERVAL_SECONDS * 1e9:
+            base = self._base(index)
+            words = self._words
+            if monotonic_ns() - words[layout.LAST_REAP] > REAP_INTERVAL_NS:
                 self._reap()
-            room = self._room(row)
-            granted = max(min(num_bytes, room // unit_bytes * unit_bytes), 0)
-            row.promised_bytes += granted
+            limit, held = words[base + LIMIT], words[base + RESIDENT] + words[base + PROMISED]
+            room = self._free(base)
+            if limit != NO_LIMIT and limit - held < room:
+                room = limit - held
+            granted = num_bytes if room >= num_bytes else max(room // unit_bytes * unit_bytes, 0)
+            words[base + PROMISED] += granted
             if granted < num_bytes:
-                row.num_refused += 1
+                self._rows[index].num_refused += 1
+            else:
+                words[base + WAITING] = 0
+            self._keep(index, base)
             return granted
 
-    def cancel(self, index: int, num_bytes: int) -> None:
-        """Take back `num_bytes` of a promise that were not mapped."""
+    def cancel(self, index: int, num_bytes: int) -> list[int]:
+        """Take back `num_bytes` of a promise that were not mapped; return who waits for memory."""
         with self._lock:
-            row = self._row(index)
-            row.promised_bytes = max(row.promised_bytes - num_bytes, 0)
+            base = self._base(index)
+            words = self._words
+            words[base + PROMISED] = max(words[base + PROMISED] - num_bytes, 0)
+            self._keep(index, base)
+            return self._waiting()
 
     def settle(
         self,
@@ -220,24 +312,36 @@ class Ledger:
         unneeded_bytes: int = 0,
         used_bytes: int,
         cached_bytes: int,
-    ) -> None:
+    ) -> list[int]:
         """Record what a worker mapped and unmapped, and what its resident pages are for.
 
-        A promise shrinks by what was mapped and by what turned out not to be needed.
+        A promise shrinks by what was mapped and by what turned out not to be needed. Everything
+        else that is resident is idle, so resident = used + cached + idle holds at every moment
+        anybody can see.
 
-        Everything else that is resident is idle, so resident = used + cached + idle holds at every
-        moment anybody can see.
+        Returns:
+            The rows that wait for memory, if some came free; ring their bells.
         """
         with self._lock:
-            row = self._row(index)
-            row.promised_bytes = max(row.promised_bytes - mapped_bytes - unneeded_bytes, 0)
-            row.coming_bytes = max(row.coming_bytes - unmapped_bytes - unneeded_bytes, 0)
-            row.resident_bytes += mapped_bytes - unmapped_bytes
-            row.used_bytes = min(used_bytes, row.resident_bytes)
-            row.cached_bytes = min(cached_bytes, row.resident_bytes - row.used_bytes)
-            row.num_mapped_bytes += mapped_bytes
-            row.num_unmapped_bytes += unmapped_bytes
+            base = self._base(index)
+            words, row = self._words, self._rows[index]
+            freed_bytes = unmapped_bytes + unneeded_bytes
+            if mapped_bytes or freed_bytes:
+                words[base + PROMISED] = max(
+                    words[base + PROMISED] - mapped_bytes - unneeded_bytes, 0
+                )
+                words[base + RESIDENT] = max(
+                    words[base + RESIDENT] + mapped_bytes - unmapped_bytes, 0
+                )
+                row.coming_bytes = max(row.coming_bytes - freed_bytes, 0)
+                row.num_mapped_bytes += mapped_bytes
+                row.num_unmapped_bytes += unmapped_bytes
+            resident_bytes = words[base + RESIDENT]
+            row.used_bytes = used_bytes = min(used_bytes, resident_bytes)
+            row.cached_bytes = min(cached_bytes, resident_bytes - used_bytes)
             row.last_used_ns = time.time_ns()
+            self._keep(index, base)
+            return self._waiting() if freed_bytes else []
 
     def ask(self, index: int, num_bytes: int) -> int:
         """Ask an instance for up to `num_bytes` of its idle and cached bytes.
@@ -246,32 +350,45 @@ class Ledger:
             The bytes by which this raised what it is asked for; ring its bell if not 0.
         """
         with self._lock:
-            return self._ask(self._row(index), num_bytes)
+            row = self._row(index)
+            return self._ask(row, min(num_bytes, row.resident_bytes - row.used_bytes))
 
     def ask_peers(self, index: int, num_bytes: int) -> list[int]:
-        """Ask the other instances for `num_bytes` together: who has been unused longest first.
+        """Ask the other instances for `num_bytes` together (see `sharing.shares`), and wait.
 
         What the own limit would refuse anyway is not asked for.
 
         Returns:
             The rows that were asked for more than before; ring their bells.
         """
-        asked = []
         with self._lock:
-            num_bytes = min(num_bytes, self._room_below_limit(self._row(index)))
-            peers = [row for row in self._live_rows() if row.index != index]
-            for row in sorted(peers, key=lambda row: (row.priority, row.last_used_ns)):
-                if num_bytes <= 0:
-                    break
-                give = min(num_bytes, row.resident_bytes - row.used_bytes)
-                if self._ask(row, give):
-                    asked.append(row.index)
-                num_bytes -= give
-        return asked
+            row = self._row(index)
+            wanted = min(num_bytes, self._room_below_limit(row))
+            row.waiting_bytes = max(wanted, 0)
+            peers = [other for other in self._live_rows() if other.index != index]
+            asked = []
+            for share in sharing.shares(row, peers, wanted):
+                peer = share.row
+                peer.owed_bytes = max(peer.owed_bytes, share.owed_bytes)
+                if self._ask(peer, share.give_bytes + share.owed_bytes):
+                    asked.append(peer.index)
+            return asked
 
-    def asked_bytes(self, index: int) -> int:
-        """Return the bytes that others want back from this instance."""
-        return Row(self._words, index).asked_bytes
+    def num_notices(self, index: int) -> int:
+        """Return a number that grows whenever there is something new for the instance.
+
+        It takes no lock: an engine looks between every two steps.
+        """
+        if lseek(self._fd, 0, SEEK_END) < FILE_BYTES:
+            return -1  # cut off; whoever takes the lock next repairs it
+        return self._words[HEADER_WORDS + index * ROW_WORDS + layout.NOTICES]
+
+    def wanted(self, index: int) -> Wanted:
+        """Return what others, or its limit, want back from this instance."""
+        with self._lock:
+            row = self._row(index)
+            excess = row.excess_bytes
+            return Wanted(max(row.asked_bytes, excess), max(row.owed_bytes, excess))
 
     def answer(self, index: int, coming_bytes: int = 0) -> None:
         """Say that this instance gives what it can.
@@ -282,12 +399,24 @@ class Ledger:
         """
         with self._lock:
             row = self._row(index)
-            row.asked_bytes = 0
+            row.asked_bytes = row.owed_bytes = 0
             row.coming_bytes += coming_bytes
+            row.num_answered += 1
+            self._keep(index, row.base)
+
+    def free_bytes(self, index: int) -> int:
+        """Return what the instance could be promised, its limit aside; negative if it is too late.
+
+        That is what is free, less the promises and static needs of all, its own need aside, and
+        less what the others' floors keep.
+        """
+        with self._lock:
+            return self._free(self._base(index))
 
     def view(self) -> DeviceView:
         """Return a consistent picture of the device, without the dead."""
         with self._lock:
+            self._check_file()
             self._reap()
             instances = tuple(_view(row) for row in self._live_rows())
             return DeviceView(self.device, self._header.capacity_bytes, instances)
@@ -296,69 +425,123 @@ class Ledger:
         """Forget the file. Rows of this process stay until they are unregistered or reaped."""
         if self._fd >= 0:
             self._header.release()
-            self._words.release()
             os.close(self._fd)
             self._fd = -1
 
     def remove_if_unused(self) -> bool:
         """Remove the file if no live instance is in it; return whether it is gone."""
         with self._lock:
+            self._check_file()
             self._reap()
             return self._unlink_if_unused()
+
+    def _use(self, fd: int, words: memoryview) -> None:
+        self._fd = fd
+        self._words = words
+        self._header = Header(words)
+        self._capacity_bytes = self._header.capacity_bytes
+        self._rows = [Row(words, index) for index in range(layout.NUM_ROWS)]
+
+    def _row(self, index: int) -> Row:
+        self._base(index)
+        return self._rows[index]
+
+    def _base(self, index: int) -> int:
+        # Reading behind the end of a file that somebody cut off would end the process.
+        if lseek(self._fd, 0, SEEK_END) < FILE_BYTES or self._words[0] != MAGIC:
+            self._move_to_new_file()
+        base = HEADER_WORDS + index * ROW_WORDS
+        if not self._words[base]:
+            raise LedgerError(f"row {index} of {self.path} has no instance; it was removed")
+        return base
+
+    def _keep(self, index: int, base: int) -> None:
+        words = self._words
+        words[base + TAKEN] = words[base + RESIDENT] + words[base + PROMISED] + words[base + STATIC]
+        words[base + CHANGES] += 1
+        self._own[index] = words[base : base + ROW_WORDS].tobytes()
+
+    def _check_file(self) -> None:
+        if lseek(self._fd, 0, SEEK_END) < FILE_BYTES or self._words[0] != MAGIC:
+            self._move_to_new_file()
+
+    def _move_to_new_file(self) -> None:
+        """Leave a file that was damaged, and write the own rows into its successor."""
+        self._lock.drop()  # to open it takes the lock
+        fd, words = open_ledger_file(self.path, self._capacity_bytes if self._own else None)
+        self._lock.take(fd)
+        os.close(self._fd)
+        self._use(fd, words)
+        for index, copy in self._own.items():
+            row = self._rows[index]
+            mine = Row.of_copy(copy)
+            if row.is_live and row.name != mine.name:
+                raise LedgerError(
+                    f"row {index} of {self.path} was taken by {row.name!r} while the file was "
+                    "repaired; restart this engine"
+                )
+            if not row.is_live or row.num_changes < mine.num_changes:
+                row.restore(copy)
+            self._header.num_rows = max(self._header.num_rows, index + 1)
+
+    def _live_rows(self) -> list[Row]:
+        return [row for row in self._rows[: self._header.num_rows] if row.is_live]
+
+    def _free(self, base: int) -> int:
+        words = self._words
+        end = HEADER_WORDS + words[layout.NUM_USED_ROWS] * ROW_WORDS
+        own_static, own_floor = words[base + STATIC], words[base + FLOOR]
+        taken = sum(words[HEADER_WORDS + TAKEN : end : ROW_WORDS]) - own_static
+        free = words[layout.CAPACITY] - taken
+        if self._device_free_bytes is not None:
+            resident = sum(words[HEADER_WORDS + RESIDENT : end : ROW_WORDS])
+            free = min(free, self._device_free_bytes() - (taken - resident))
+        if sum(words[HEADER_WORDS + FLOOR : end : ROW_WORDS]) > own_floor:
+            others = [row for row in self._live_rows() if row.base != base]
+            free -= sum(row.unmet_floor_bytes for row in others)
+        return free
+
+    def _room_below_limit(self, row: Row) -> int:
+        limit = row.limit_bytes
+        if limit == NO_LIMIT:
+            limit = self._header.capacity_bytes
+        return limit - row.resident_bytes - row.promised_bytes
+
+    def _ask(self, row: Row, num_bytes: int) -> int:
+        more = num_bytes - row.asked_bytes
+        if more <= 0:
+            return 0
+        row.asked_bytes += more
+        row.num_asked += 1
+        row.num_notices += 1
+        return more
+
+    def _waiting(self) -> list[int]:
+        words = self._words
+        end = HEADER_WORDS + words[layout.NUM_USED_ROWS] * ROW_WORDS
+        if not sum(words[HEADER_WORDS + WAITING : end : ROW_WORDS]):
+            return []
+        return [row.index for row in self._live_rows() if row.waiting_bytes]
+
+    def _set_policy(self, row: Row, policy: Policy) -> None:
+        peers = [other for other in self._live_rows() if other.index != row.index]
+        sharing.check(row, policy, peers, self._header.capacity_bytes)
+        row.limit_bytes = NO_LIMIT if policy.limit_bytes is None else policy.limit_bytes
+        row.floor_bytes, row.priority = policy.floor_bytes, policy.priority
+
+    def _reap(self) -> None:
+        for row in self._live_rows():
+            holders = [row.holder(number) for number in range(layout.NUM_HOLDERS)]
+            if not any(pid and is_alive(pid, started) for pid, started in holders):
+                row.clear()
+                doorbell_path(self.path, row.index).unlink(missing_ok=True)
+        self._header.last_reap_ns = time.monotonic_ns()
 
     def _unlink_if_unused(self) -> bool:
         if any(self._live_rows()):
             return False
         self.path.unlink(missing_ok=True)
         return True
-
-    def _live_rows(self) -> list[Row]:
-        rows = (Row(self._words, index) for index in range(self._header.num_rows))
-        return [row for row in rows if row.is_live]
-
-    def _row(self, index: int) -> Row:
-        row = Row(self._words, index)
-        if not row.is_live:
-            raise LedgerError(f"row {index} of {self.path} has no instance; it was removed")
-        return row
-
-    def free_bytes(self, index: int) -> int:
-        """Return what the instance could be promised, its limit aside; negative if it is too late.
-
-        That is what is free, less the promises and static needs of all, its own need aside.
-        """
-        with self._lock:
-            return self._free(self._row(index))
-
-    def _room(self, row: Row) -> int:
-        return min(self._free(row), self._room_below_limit(row))
-
-    def _free(self, row: Row) -> int:
-        rows = self._live_rows()
-        promised = sum(other.promised_bytes + other.static_bytes for other in rows)
-        unmapped = self._header.capacity_bytes - sum(other.resident_bytes for other in rows)
-        if self._free_bytes is not None:
-            unmapped = min(unmapped, self._free_bytes())
-        return unmapped - promised + row.static_bytes
-
-    def _room_below_limit(self, row: Row) -> int:
-        limit = self._header.capacity_bytes if row.limit_bytes == NO_LIMIT else row.limit_bytes
-        return limit - row.resident_bytes - row.promised_bytes
-
-    def _ask(self, row: Row, num_bytes: int) -> int:
-        more = min(num_bytes, row.resident_bytes - row.used_bytes) - row.asked_bytes
-        if more <= 0:
-            return 0
-        row.asked_bytes += more
-        return more
-
-    def _reap(self) -> None:
-        for row in self._live_rows():
-            holders = [row.holder(number) for number in range(layout.NUM_HOLDERS)]
-            if not any(pid and is_alive(pid, started) for pid, started in holders):
-                row.is_live = False
-                doorbell_path(self.path, row.index).unlink(missing_ok=True)
-        self._header.last_reap_ns = time.monotonic_ns()
 
     def _agree_on_capacity(self, capacity_bytes: int) -> None:
         with self._lock:
@@ -372,97 +555,21 @@ class Ledger:
                     f"use by {names}; give every engine the same KVCACHED_HOST_POOL, or set "
                     "KVCACHED_DIR to another folder for a pool of its own"
                 )
-            self._header.capacity_bytes = capacity_bytes
-
-
-def ledger_directory(directory: Path) -> Path:
-    """Make the folder of the ledgers, for this user alone, and return it.
-
-    Raises:
-        LedgerError: If it cannot be made, is not ours, or others may look into it.
-    """
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = directory.lstat()
-    except OSError as error:
-        raise LedgerError(
-            f"KVCACHED_DIR={str(directory)!r} cannot be made: {error.strerror}; "
-            "name a folder that this user may write"
-        ) from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise LedgerError(f"KVCACHED_DIR={str(directory)!r} is not a folder of this user")
-    if stat.S_IMODE(found.st_mode) & 0o077:
-        raise LedgerError(
-            f"KVCACHED_DIR={str(directory)!r} is open to other users (mode "
-            f"{stat.S_IMODE(found.st_mode):04o}); allowed is 0700"
-        )
-    return directory
+            self._header.capacity_bytes = self._capacity_bytes = capacity_bytes
 
 
 def sweep(directory: Path) -> None:
-    """Remove the ledgers in `directory` that no live instance uses."""
+    """Remove the ledgers in `directory` that no live instance uses, and damaged ones."""
     for path in directory.glob("*.ledger"):
         with contextlib.suppress(LedgerError), Ledger(path) as ledger:
             ledger.remove_if_unused()
+    for path in directory.glob("*.damaged-*"):
+        path.unlink(missing_ok=True)
 
 
 def doorbell_path(ledger_path: Path, row: int) -> Path:
     """Return the socket on which the instance in `row` is woken."""
     return ledger_path.with_suffix(f".{row}.sock")
-
-
-def _open(path: Path, capacity_bytes: int | None) -> tuple[int, memoryview]:
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-    if capacity_bytes is not None:
-        flags |= os.O_CREAT
-    while True:
-        try:
-            fd = os.open(path, flags, 0o600)
-        except OSError as error:
-            raise LedgerError(f"the ledger {path} cannot be opened: {error.strerror}") from error
-        try:
-            with FileLock(fd):
-                if _is_current(fd, path):
-                    return fd, _map(fd, path, capacity_bytes)
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)  # its last user removed it meanwhile: open the new one
-
-
-def _is_current(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), path.lstat())
-    except FileNotFoundError:
-        return False
-
-
-def _map(fd: int, path: Path, capacity_bytes: int | None) -> memoryview:
-    found = os.fstat(fd)
-    if found.st_uid != os.geteuid() or not stat.S_ISREG(found.st_mode):
-        raise LedgerError(f"the ledger {path} is not a file of this user")
-    is_new = found.st_size == 0 and capacity_bytes is not None
-    if is_new:
-        os.ftruncate(fd, layout.FILE_BYTES)
-    elif found.st_size != layout.FILE_BYTES:
-        raise LedgerError(
-            f"the ledger {path} has {found.st_size} bytes, expected are {layout.FILE_BYTES}: it is "
-            "damaged or of another version; stop its engines and remove it"
-        )
-    words = memoryview(mmap.mmap(fd, layout.FILE_BYTES)).cast("q")
-    header = Header(words)
-    if is_new:
-        header.initialise(capacity_bytes or 0)
-    elif header.magic != layout.MAGIC or header.version != layout.VERSION:
-        found_version = header.version if header.magic == layout.MAGIC else "unknown"
-        header.release()
-        words.release()
-        raise LedgerError(
-            f"the ledger {path} is of version {found_version}, this kvcached writes version "
-            f"{layout.VERSION}; run one version on a device, or remove the file when no engine "
-            "uses it"
-        )
-    return words
 
 
 def _view(row: Row) -> InstanceView:
@@ -482,7 +589,14 @@ def _view(row: Row) -> InstanceView:
         cached_bytes=cached,
         idle_bytes=resident - used - cached,
         promised_bytes=row.promised_bytes,
+        static_bytes=row.static_bytes,
         asked_bytes=row.asked_bytes,
         coming_bytes=row.coming_bytes,
+        waiting_bytes=row.waiting_bytes,
+        num_mapped_bytes=row.num_mapped_bytes,
+        num_unmapped_bytes=row.num_unmapped_bytes,
+        num_refused=row.num_refused,
+        num_asked=row.num_asked,
+        num_answered=row.num_answered,
         last_used_seconds=row.last_used_ns / 1e9,
     )

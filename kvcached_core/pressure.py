@@ -4,7 +4,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from kvcached_core.errors import LedgerError
@@ -74,8 +74,13 @@ class Doorbell:
 
 def ask_peers(ledger: Ledger, row: int, num_bytes: int) -> None:
     """Ask the other instances for `num_bytes` in the name of `row`, and wake who can give."""
-    for peer in ledger.ask_peers(row, num_bytes):
-        ring(doorbell_path(ledger.path, peer))
+    wake(ledger, ledger.ask_peers(row, num_bytes))
+
+
+def wake(ledger: Ledger, rows: Iterable[int]) -> None:
+    """Wake instances, because others want something of them or have given them memory."""
+    for row in rows:
+        ring(doorbell_path(ledger.path, row))
 
 
 def ring(path: Path) -> bool:

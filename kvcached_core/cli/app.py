@@ -1,7 +1,7 @@
 """The command line: what there is, and how it ends.
 
-Exit codes: 0 done, 1 failed with a message, 2 wrong usage, 3 `trim` could not free all it was asked
-to within its time.
+Exit codes: 0 done; 1 failed or refused, with a message; 2 wrong usage; 3 still in progress when the
+time was up; `doctor`: 1 if it found a problem.
 """
 
 import json
@@ -12,10 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from kvcached_core import __version__
-from kvcached_core.config import PREFIX, default_directory
+from kvcached_core import __version__, control
+from kvcached_core.control import Answer, Outcome
 from kvcached_core.errors import KVCachedError
-from kvcached_core.ledger import DeviceView, Ledger
+from kvcached_core.ledger import DeviceView
+from kvcached_core.ledger_open import default_directory
 
 EXIT_FAILED = 1
 EXIT_INCOMPLETE = 3
@@ -31,19 +32,14 @@ app = typer.Typer(
 Directory = Annotated[
     Path,
     typer.Option(
-        "--dir", envvar=PREFIX + "DIR", help="The folder of the ledgers.", show_default=False
+        "--dir", envvar="KVCACHED_DIR", help="The folder of the ledgers.", show_default=False
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")]
-
-
-def read_devices(directory: Path) -> list[DeviceView]:
-    """Return every device that has a ledger in `directory`; none is not an error."""
-    views = []
-    for path in sorted(directory.glob("*.ledger")):
-        with Ledger(path) as ledger:
-            views.append(ledger.view())
-    return views
+Name = Annotated[str, typer.Argument(help="The instance, as `kvcached list` names it.")]
+Timeout = Annotated[float, typer.Option(min=0.0, help="Seconds to wait until it holds.")]
+# A word that begins with a dash, such as a size of -1GiB, is an argument and no option.
+DASHES = {"ignore_unknown_options": True}
 
 
 def to_json(devices: list[DeviceView]) -> str:
@@ -71,7 +67,7 @@ def _options(
 @app.command(name="list")
 def list_instances(directory: Directory = default_directory(), as_json: AsJson = False) -> None:
     """List the instances: a line each."""
-    devices = read_devices(directory)
+    devices = control.devices(directory)
     if as_json:
         typer.echo(to_json(devices))
         return
@@ -89,7 +85,7 @@ def top(
 ) -> None:
     """Show who holds how much: live on a terminal, once elsewhere."""
     if as_json:
-        typer.echo(to_json(read_devices(directory)))
+        typer.echo(to_json(control.devices(directory)))
         return
     from rich.console import Console
 
@@ -97,9 +93,41 @@ def top(
 
     console = Console()
     if once or not console.is_terminal:
-        console.print(picture(read_devices(directory)))
+        console.print(picture(control.devices(directory)))
     else:
-        watch(console, lambda: read_devices(directory), interval)
+        watch(console, lambda: control.devices(directory), interval)
+
+
+@app.command(context_settings=DASHES)
+def limit(
+    name: Name,
+    size: Annotated[str, typer.Argument(help="Such as 24GiB, 50% or none.")],
+    directory: Directory = default_directory(),
+    timeout: Timeout = control.PATIENCE_SECONDS,
+) -> None:
+    """Set the most an instance may hold; what it holds above that it gives back."""
+    _end([control.set_limit(name, size, directory=directory, wait_seconds=timeout)])
+
+
+@app.command(context_settings=DASHES)
+def floor(
+    name: Name,
+    size: Annotated[str, typer.Argument(help="Such as 24GiB, 50% or none.")],
+    directory: Directory = default_directory(),
+    timeout: Timeout = control.PATIENCE_SECONDS,
+) -> None:
+    """Set what an instance can always get back."""
+    _end([control.set_floor(name, size, directory=directory, wait_seconds=timeout)])
+
+
+@app.command(context_settings=DASHES)
+def priority(
+    name: Name,
+    number: Annotated[int, typer.Argument(help="-1000 to 1000; the lowest gives first.")],
+    directory: Directory = default_directory(),
+) -> None:
+    """Set how late an instance gives its cached blocks to others."""
+    _end([control.set_priority(name, number, directory=directory)])
 
 
 @app.command()
@@ -109,22 +137,46 @@ def trim(
     keep: Annotated[
         str, typer.Option(help="What each may keep beside its requests' memory.")
     ] = "0",
-    timeout: Annotated[float, typer.Option(min=0.0, help="Seconds to wait.")] = 5.0,
+    timeout: Timeout = 5.0,
 ) -> None:
     """Make instances give back idle pages and cached blocks; requests keep theirs."""
-    from kvcached_core.cli.trim import trim_instances
-    from kvcached_core.units import format_bytes, parse_bytes
+    from kvcached_core.units import parse_bytes
 
-    results = trim_instances(
-        directory, names or [], keep_bytes=parse_bytes(keep, what="--keep"), timeout_seconds=timeout
+    keep_bytes = parse_bytes(keep, what="--keep")
+    _end(
+        control.trim(names or [], directory=directory, keep_bytes=keep_bytes, wait_seconds=timeout)
     )
-    for result in results:
-        typer.echo(
-            f"{result.name}: {format_bytes(result.before_bytes)} -> "
-            f"{format_bytes(result.after_bytes)}{'' if result.is_done else ' (still trimming)'}"
-        )
-    if not all(result.is_done for result in results):
-        raise typer.Exit(EXIT_INCOMPLETE)
+
+
+@app.command()
+def doctor(directory: Directory = default_directory(), as_json: AsJson = False) -> None:
+    """Look for what keeps engines from sharing memory, and say what to do."""
+    from kvcached_core.cli.doctor import examine
+
+    findings = examine(directory)
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            typer.echo(f"{'ok  ' if finding.is_good else 'FAIL'}  {finding.what}: {finding.text}")
+    if not all(finding.is_good for finding in findings):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def metrics(
+    directory: Directory = default_directory(),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Serve on this port.")] = 9410,
+    host: Annotated[str, typer.Option(help="Serve on this address.")] = "127.0.0.1",
+    once: Annotated[bool, typer.Option("--once", help="Print once, for a textfile.")] = False,
+) -> None:
+    """Serve Prometheus metrics until Ctrl-C, or print them once."""
+    from kvcached_core.cli.metrics import exposition, serve
+
+    if once:
+        typer.echo(exposition(directory), nl=False)
+    else:
+        serve(directory, host, port)
 
 
 @app.command()
@@ -137,6 +189,16 @@ def demo(
     from kvcached_core.units import parse_bytes
 
     raise typer.Exit(run_demo(output, parse_bytes(pool, what="--pool")))
+
+
+def _end(answers: list[Answer]) -> None:
+    outcomes = {answer.outcome for answer in answers}
+    for answer in answers:
+        typer.echo(control.describe(answer), err=answer.outcome is Outcome.REFUSED)
+    if Outcome.REFUSED in outcomes:
+        raise typer.Exit(EXIT_FAILED)
+    if Outcome.IN_PROGRESS in outcomes:
+        raise typer.Exit(EXIT_INCOMPLETE)
 
 
 def main() -> Any:

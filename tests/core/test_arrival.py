@@ -39,7 +39,7 @@ class Neighbour:
         self.gave = threading.Event()
 
     def answer(self) -> None:
-        size = self.ledger.asked_bytes(self.row)
+        size = self.ledger.wanted(self.row).asked_bytes
         self.ledger.settle(self.row, unmapped_bytes=size, used_bytes=0, cached_bytes=8 * PAGE)
         self.instance.answer(0)
         self.gave.set()

@@ -11,8 +11,10 @@ import pytest
 from rich.console import Console
 
 from kvcached_core.cli.top import bar, picture
-from kvcached_core.ledger import Ledger, doorbell_path, ledger_directory
+from kvcached_core.ledger import Ledger, doorbell_path
+from kvcached_core.ledger_open import ledger_directory
 from kvcached_core.pressure import Doorbell
+from kvcached_core.sharing import Policy
 from kvcached_core.units import GIB, MIB
 
 PAGE = 16 * MIB
@@ -21,7 +23,7 @@ PAGE = 16 * MIB
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
     with Ledger(ledger_directory(tmp_path / "kv") / "host.ledger", GIB) as opened:
-        row = opened.register(name="llama", engine="vllm 0.32.0", limit_bytes=GIB // 2)
+        row = opened.register(name="llama", engine="vllm 0.32.0", policy=Policy(GIB // 2))
         opened.reserve(row, 8 * PAGE, PAGE)
         opened.settle(row, mapped_bytes=8 * PAGE, used_bytes=2 * PAGE, cached_bytes=5 * PAGE)
         yield opened
@@ -81,20 +83,20 @@ def test_list_prints_a_line_each_and_nothing_where_nobody_runs(
 def test_trim_asks_and_waits_for_the_answer(ledger: Ledger) -> None:
     def give() -> None:
         ledger.settle(
-            0, unmapped_bytes=ledger.asked_bytes(0), used_bytes=2 * PAGE, cached_bytes=PAGE
+            0, unmapped_bytes=ledger.wanted(0).asked_bytes, used_bytes=2 * PAGE, cached_bytes=PAGE
         )
         ledger.answer(0)
 
     bell = Doorbell(doorbell_path(ledger.path, 0), give)
     done = kvcached("trim", "llama", "--keep", "32MiB", directory=ledger.path.parent)
     bell.close()
-    assert (done.returncode, done.stdout) == (0, "llama: 128 MiB -> 64 MiB\n")
+    assert (done.returncode, done.stdout) == (0, "llama: applied, 128 MiB -> 64 MiB\n")
 
 
 def test_trim_says_when_the_time_was_up(ledger: Ledger) -> None:
     done = kvcached("trim", "--timeout", "0.1", directory=ledger.path.parent)
     assert done.returncode == 3
-    assert "still trimming" in done.stdout
+    assert "llama: in progress, 128 MiB -> 128 MiB, " in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_a_damaged_ledger_is_a_message_not_a_traceback(tmp_path: Path) -> None:
 
 def test_the_command_imports_neither_torch_nor_an_engine(tmp_path: Path) -> None:
     script = (
-        "import sys; from kvcached_core.cli import app; app.read_devices(__import__('pathlib')"
+        "import sys; from kvcached_core.cli import app; app.control.devices(__import__('pathlib')"
         ".Path('/nowhere')); print([m for m in ('torch', 'vllm', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -1,19 +1,22 @@
 """The ledger: promises within the capacity, and nothing kept for the dead."""
 
+import errno
 import os
 import signal
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from kvcached_core import ledger_file
-from kvcached_core.errors import LedgerError
-from kvcached_core.ledger import Ledger, doorbell_path, ledger_directory
+from kvcached_core.errors import ConfigError, LedgerError, PolicyError
+from kvcached_core.ledger import Ledger, Wanted, doorbell_path
+from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.sharing import Policy
 from kvcached_core.units import GIB, MIB
 
 PAGE = 16 * MIB
@@ -65,7 +68,7 @@ def test_promises_of_all_instances_never_exceed_the_capacity(ledger: Ledger) -> 
 
 
 def test_a_limit_holds_for_resident_and_promised_bytes_together(ledger: Ledger) -> None:
-    row = ledger.register(name="a", engine="test", limit_bytes=3 * PAGE + 1)
+    row = ledger.register(name="a", engine="test", policy=Policy(3 * PAGE + 1))
     fill(ledger, row, 2 * PAGE)
     assert ledger.reserve(row, 9 * PAGE, PAGE) == PAGE
     assert ledger.reserve(row, PAGE, PAGE) == 0
@@ -94,7 +97,7 @@ def test_all_rows_taken_is_said_plainly(ledger: Ledger) -> None:
     for number in range(ledger_file.NUM_ROWS):
         ledger.register(name=f"i{number}", engine="test")
     with pytest.raises(LedgerError, match="all 64 rows"):
-        ledger.register(name="one more", engine="test")
+        ledger.register(name="one-more", engine="test")
 
 
 CHILD = """
@@ -168,22 +171,22 @@ def test_asking_takes_from_the_longest_unused_and_only_what_nobody_needs(ledger:
     fill(ledger, old, 4 * PAGE, used=PAGE, cached=2 * PAGE)
     fill(ledger, young, 4 * PAGE, used=4 * PAGE)
     assert ledger.ask_peers(asker, 2 * PAGE) == [old]
-    assert ledger.asked_bytes(old) == 2 * PAGE
+    assert ledger.wanted(old).asked_bytes == 2 * PAGE
     assert ledger.ask_peers(asker, 2 * PAGE) == []  # it was asked already
     assert ledger.ask_peers(asker, 9 * PAGE) == [old]
-    assert ledger.asked_bytes(old) == 3 * PAGE
-    assert ledger.asked_bytes(young) == 0
+    assert ledger.wanted(old).asked_bytes == 3 * PAGE
+    assert ledger.wanted(young).asked_bytes == 0
     ledger.answer(old)
-    assert ledger.asked_bytes(old) == 0
+    assert ledger.wanted(old).asked_bytes == 0
 
 
 def test_an_instance_at_its_limit_asks_nobody(ledger: Ledger) -> None:
-    asker = ledger.register(name="asker", engine="test", limit_bytes=2 * PAGE)
+    asker = ledger.register(name="asker", engine="test", policy=Policy(2 * PAGE))
     peer = ledger.register(name="peer", engine="test")
     fill(ledger, peer, 4 * PAGE, cached=4 * PAGE)
     fill(ledger, asker, PAGE, used=PAGE)
     assert ledger.ask_peers(asker, 3 * PAGE) == [peer]
-    assert ledger.asked_bytes(peer) == PAGE
+    assert ledger.wanted(peer).asked_bytes == PAGE
     ledger.reserve(asker, PAGE, PAGE)
     ledger.answer(peer)
     assert ledger.ask_peers(asker, PAGE) == []
@@ -227,16 +230,141 @@ def test_a_missing_ledger_is_said_by_its_path(directory: Path) -> None:
         Ledger(directory / "host.ledger")
 
 
-def test_a_damaged_or_foreign_file_is_refused(ledger: Ledger, directory: Path) -> None:
+def test_another_version_is_refused_and_left_as_it_is(ledger: Ledger) -> None:
     ledger._header.version = 99
-    with pytest.raises(LedgerError, match="version 99, this kvcached writes version 2"):
-        Ledger(ledger.path)
-    ledger._header.magic = 1
-    with pytest.raises(LedgerError, match="unknown"):
-        Ledger(ledger.path)
-    (directory / "short.ledger").write_bytes(b"x")
-    with pytest.raises(LedgerError, match="has 1 bytes"):
-        Ledger(directory / "short.ledger")
+    for capacity_bytes in (None, GIB):
+        with pytest.raises(LedgerError, match="version 99, this kvcached writes version 3"):
+            Ledger(ledger.path, capacity_bytes)
+
+
+def clear_magic(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(bytes(8))
+
+
+def cut_off(path: Path) -> None:
+    os.truncate(path, 100)
+
+
+def break_header(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(16)
+        file.write((10**6).to_bytes(8, "little"))
+
+
+@pytest.mark.parametrize("damage", [clear_magic, cut_off, break_header])
+def test_a_damaged_file_is_set_aside_and_its_live_owners_move_to_the_new_one(
+    directory: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = directory / "host.ledger"
+    with Ledger(path, GIB) as old, Ledger(path) as reader:
+        row = old.register(name="old", engine="test", policy=Policy(floor_bytes=PAGE))
+        fill(old, row, 3 * PAGE, used=PAGE)
+        damage(path)
+        with pytest.raises(LedgerError, match="damaged"):
+            Ledger(path)
+        with Ledger(path, GIB) as new:
+            assert "is set aside as host.damaged-" in caplog.text
+            other = new.register(name="new", engine="test")
+            if damage is break_header:
+                old._header.magic = 0  # what setting aside does to a file that is mapped
+            if other == row:
+                with pytest.raises(LedgerError, match="taken by 'new'"):
+                    old.cancel(row, 0)
+                return
+            assert new.reserve(other, GIB, PAGE) == GIB - 3 * PAGE
+        assert reader.view().instances
+
+
+@pytest.mark.parametrize("damage", [clear_magic, cut_off])
+def test_an_engine_that_serves_survives_the_damage_of_its_ledger(
+    directory: Path, damage: Callable[[Path], None]
+) -> None:
+    path = directory / "host.ledger"
+    with Ledger(path, GIB) as engine, Ledger(path) as worker:
+        row = engine.register(name="a", engine="test", policy=Policy(priority=7))
+        worker.join(row)
+        fill(engine, row, 2 * PAGE, used=PAGE)
+        worker.settle(row, mapped_bytes=0, used_bytes=2 * PAGE, cached_bytes=0)
+        damage(path)
+        engine.num_notices(row)
+        assert engine.reserve(row, PAGE, PAGE) == PAGE
+        worker.settle(row, mapped_bytes=PAGE, used_bytes=3 * PAGE, cached_bytes=0)
+        (seen,) = engine.view().instances
+    assert (seen.name, seen.priority, seen.resident_bytes) == ("a", 7, 3 * PAGE)
+    assert (seen.used_bytes, seen.promised_bytes) == (3 * PAGE, 0)
+
+
+def test_no_room_for_the_file_is_said_plainly(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(LedgerError, match="No space left on device; 33280 bytes are needed"):
+        Ledger(directory / "host.ledger", GIB)
+    assert list(directory.iterdir()) == []
+
+
+def test_a_floor_is_kept_free_for_its_owner(ledger: Ledger) -> None:
+    owner = ledger.register(name="owner", engine="test", policy=Policy(floor_bytes=4 * PAGE))
+    other = ledger.register(name="other", engine="test")
+    assert ledger.reserve(other, GIB, PAGE) == GIB - 4 * PAGE
+    assert ledger.reserve(owner, 4 * PAGE, PAGE) == 4 * PAGE
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (Policy(limit_bytes=2 * GIB), "above what all instances share, 1 GiB"),
+        (Policy(limit_bytes=PAGE), "below what its largest request needs, 32 MiB"),
+        (Policy(limit_bytes=4 * PAGE, floor_bytes=5 * PAGE), "floor must not be above the limit"),
+        (Policy(priority=1001), "use -1000 to 1000"),
+        (
+            Policy(floor_bytes=GIB // 2 + PAGE),
+            r"floors of 528 MiB \(a\) \+ 512 MiB \(b\) = 1.02 GiB are more .* up to 512 MiB",
+        ),
+    ],
+)
+def test_a_policy_that_cannot_hold_is_refused_and_changes_nothing(
+    ledger: Ledger, policy: Policy, message: str
+) -> None:
+    row = ledger.register(name="a", engine="test", policy=Policy(floor_bytes=PAGE))
+    ledger.describe(row, page_bytes=PAGE, virtual_bytes=GIB, least_bytes=2 * PAGE)
+    ledger.register(name="b", engine="test", policy=Policy(floor_bytes=GIB // 2))
+    with pytest.raises(PolicyError, match=message):
+        ledger.set_policy(row, policy)
+    assert ledger.view().instances[0].policy == Policy(floor_bytes=PAGE)
+
+
+def test_who_waits_is_named_when_memory_comes_free(ledger: Ledger) -> None:
+    holder = ledger.register(name="holder", engine="test")
+    asker = ledger.register(name="asker", engine="test")
+    fill(ledger, holder, GIB, cached=GIB)
+    assert ledger.reserve(asker, PAGE, PAGE) == 0
+    assert ledger.ask_peers(asker, PAGE) == [holder]
+    assert ledger.settle(holder, used_bytes=0, cached_bytes=GIB) == []
+    waiting = ledger.settle(holder, unmapped_bytes=PAGE, used_bytes=0, cached_bytes=GIB)
+    assert waiting == [asker]
+    assert ledger.reserve(asker, PAGE, PAGE) == PAGE
+    assert ledger.settle(holder, unmapped_bytes=PAGE, used_bytes=0, cached_bytes=GIB) == []
+
+
+def test_a_lowered_limit_is_owed(ledger: Ledger) -> None:
+    row = ledger.register(name="a", engine="test")
+    fill(ledger, row, 4 * PAGE, used=4 * PAGE)
+    seen = ledger.num_notices(row)
+    ledger.set_policy(row, Policy(limit_bytes=PAGE))
+    assert ledger.num_notices(row) > seen
+    assert ledger.wanted(row) == Wanted(3 * PAGE, 3 * PAGE)
+    assert ledger.reserve(row, PAGE, PAGE) == 0
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", "", "-x", "x" * 65, "a b"])
+def test_a_name_that_could_be_a_path_is_refused(ledger: Ledger, name: str) -> None:
+    with pytest.raises(ConfigError, match="is not allowed; use letters"):
+        ledger.register(name=name, engine="test")
 
 
 def test_a_row_that_was_removed_cannot_be_used(ledger: Ledger) -> None:

@@ -58,7 +58,7 @@ def main() -> None:
     report: dict[str, Any] = {}
     core = llm.llm_engine.engine_core.engine_core
     if elastic:
-        from kvcached_core.cli.trim import trim_instances
+        from kvcached_core.control import trim
 
         engine = core.kvcached
         worker = core.model_executor.driver_worker.worker
@@ -79,7 +79,7 @@ def main() -> None:
         report["reset"] = llm.reset_prefix_cache()
         report["after_reset"] = resident(worker)
         report["mapped_calls"] = worker.kvcached.backend.statistics.of("map").num_calls
-        trim_instances(engine.config.dir, [], keep_bytes=0, timeout_seconds=0)
+        trim([], directory=engine.config.dir, wait_seconds=0)
         engine.answer()
         report["after_trim"] = resident(worker)
     print(json.dumps(report))

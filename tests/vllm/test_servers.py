@@ -18,7 +18,7 @@ from kvcached_core.cli.demo.load import Burst, Completion, make_burst, send
 from kvcached_core.cli.demo.memory import Recorder
 from kvcached_core.cli.demo.model import KV_BYTES_PER_TOKEN, make_model
 from kvcached_core.cli.demo.server import EngineServer
-from kvcached_core.cli.trim import trim_instances
+from kvcached_core.control import Outcome, set_floor, set_limit, trim
 from kvcached_core.ledger import InstanceView, Ledger
 from kvcached_core.units import MIB
 
@@ -137,7 +137,7 @@ def check(answers: dict[str, list[Completion]], expected: dict[str, list[list[in
 def test_bursts_in_turn_peak_at_more_than_the_pool_together(
     pair: Pair, answers_alone: dict[str, list[list[int]]]
 ) -> None:
-    trim_instances(pair.directory, [], keep_bytes=0, timeout_seconds=5)
+    trim([], directory=pair.directory, wait_seconds=5)
     with Recorder(pair.ledger_path) as recorder:
         check(pair.burst("a"), answers_alone)
         check(pair.burst("b"), answers_alone)
@@ -172,10 +172,57 @@ def test_an_idle_servers_cache_makes_room_for_its_neighbour_and_answers_stay_rig
 def test_trim_empties_an_idle_servers_cache(pair: Pair) -> None:
     page_bytes = pair.view("b").page_bytes
     assert pair.view("b").cached_bytes > 0
-    (result,) = trim_instances(pair.directory, ["b"], keep_bytes=0, timeout_seconds=5)
-    assert result.is_done
+    (result,) = trim(["b"], directory=pair.directory, wait_seconds=5)
+    assert result.outcome is Outcome.APPLIED
     assert result.after_bytes <= 2 * page_bytes
     assert pair.resident_by_proc("b") == result.after_bytes
+
+
+def test_a_limit_holds_on_an_idle_server_without_a_request(
+    pair: Pair, answers_alone: dict[str, list[list[int]]]
+) -> None:
+    check(pair.burst("b"), answers_alone)
+    assert pair.view("b").cached_bytes > POOL // 2
+    refused = set_limit("b", "16MiB", directory=pair.directory)
+    assert (refused.outcome, refused.after_bytes) == (Outcome.REFUSED, 0)
+    assert "largest request" in refused.reason
+    for _ in range(2):
+        answer = set_limit("b", "128MiB", directory=pair.directory)
+        assert answer.outcome is Outcome.APPLIED
+    assert pair.resident_by_proc("b") == answer.after_bytes <= 128 * MIB
+    assert set_limit("b", "none", directory=pair.directory).outcome is Outcome.APPLIED
+
+
+def test_a_limit_lowered_under_load_is_held_by_preemption_and_nobody_is_lost(
+    pair: Pair, answers_alone: dict[str, list[list[int]]]
+) -> None:
+    async def limit_during_burst() -> list[Completion]:
+        sent = asyncio.create_task(send(pair.servers["a"].url, "a", make("a")))
+        while pair.view("a").used_bytes < POOL // 2:
+            assert not sent.done()
+            await asyncio.sleep(0.02)
+        answer = await asyncio.to_thread(set_limit, "a", "160MiB", directory=pair.directory)
+        assert answer.outcome is Outcome.APPLIED
+        with Recorder(pair.ledger_path) as recorder:
+            completions = await sent
+        assert recorder.recording.peak_bytes("a") <= 160 * MIB
+        return completions
+
+    check({"a": asyncio.run(limit_during_burst())}, answers_alone)
+    assert set_limit("a", "none", directory=pair.directory).outcome is Outcome.APPLIED
+
+
+def test_a_floor_is_freed_of_caches_and_stays_free(
+    pair: Pair, answers_alone: dict[str, list[list[int]]]
+) -> None:
+    check(pair.burst("b"), answers_alone)
+    assert pair.view("b").resident_bytes > 0.4 * POOL
+    assert set_floor("a", "60%", directory=pair.directory).outcome is Outcome.APPLIED
+    with Recorder(pair.ledger_path) as recorder:
+        check(pair.burst("b"), answers_alone)
+    assert recorder.recording.peak_bytes("b") <= 0.4 * POOL
+    check(pair.burst("a"), answers_alone)
+    assert set_floor("a", "none", directory=pair.directory).outcome is Outcome.APPLIED
 
 
 def test_a_dry_pool_means_waiting_not_failing(
@@ -190,7 +237,7 @@ def test_a_dry_pool_means_waiting_not_failing(
 def test_killing_one_during_its_burst_frees_its_memory_and_leaves_the_other_alone(
     pair: Pair, answers_alone: dict[str, list[list[int]]]
 ) -> None:
-    trim_instances(pair.directory, [], keep_bytes=0, timeout_seconds=5)
+    trim([], directory=pair.directory, wait_seconds=5)
 
     async def kill_during_bursts() -> tuple[list[Completion], list[Completion], float]:
         sends = [

@@ -13,7 +13,8 @@ from helpers.configurations import configuration, parallel
 from kvcached_core.config import read_config
 from kvcached_core.devices import host_device
 from kvcached_core.errors import LedgerError, UnsupportedEngineError
-from kvcached_core.ledger import Ledger, ledger_directory
+from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_open import ledger_directory
 from kvcached_core.units import GIB
 from kvcached_patches import check_hooks
 from kvcached_patches import vllm as table

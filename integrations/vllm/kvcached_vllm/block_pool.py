@@ -82,6 +82,7 @@ class ElasticBlockPool(BlockPool):
         )
         self.null_block = self.pages.take_from(0)
         self._ids_per_page = geometry.ids_per_page
+        self.owed_pages = 0  # to be given back, by stopping requests if it must be
 
     @property
     def num_used_blocks(self) -> int:
@@ -191,6 +192,11 @@ class ElasticBlockPool(BlockPool):
             self.pages.close(page)
             num_pages += 1
         return num_pages
+
+    def pay(self) -> bool:
+        """Give back what can be of the pages that are owed; return whether none is left."""
+        self.owed_pages -= self.release_pages(self.owed_pages)
+        return self.owed_pages <= 0
 
     def _take(self, num_blocks: int) -> list[KVCacheBlock]:
         pages, queue = self.pages, self.free_block_queue

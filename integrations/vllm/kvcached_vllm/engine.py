@@ -80,9 +80,13 @@ class ElasticEngine:
         )
         num_pages = kv_cache_configs[0].num_blocks // geometry.blocks_per_page
         geometry.check_ids(num_pages)
-        self._check_one_request_fits(kv_cache_configs[0], geometry, num_pages)
+        least_blocks = self._check_one_request_fits(kv_cache_configs[0], geometry, num_pages)
         self.geometry = geometry
-        self.instance.describe(page_bytes=geometry.page_bytes, num_pages=num_pages)
+        self.instance.describe(
+            page_bytes=geometry.page_bytes,
+            num_pages=num_pages,
+            least_pages=ceil((least_blocks + 1) / geometry.blocks_per_page),
+        )
         if not self._reserve_first_page():
             raise ConfigError(
                 f"there is no room for this engine's first page: needed {geometry.page_bytes} "
@@ -142,12 +146,16 @@ class ElasticEngine:
             self.instance.set_alarm(due_seconds)
 
     def answer(self) -> None:
-        """Give back what others asked for, as far as no request needs it."""
-        if self.pool is None:
+        """Give back what others or the limit want: idle pages, cached ones, then requests' own.
+
+        Requests stop in the next schedule: see `kv_cache_manager_allocate_slots`.
+        """
+        if self.pool is None or not self.instance.has_news():
             return
-        asked_pages = self.instance.asked_pages()
+        asked_pages, owed_pages = self.instance.wanted_pages()
         if asked_pages:
-            self.pool.release_pages(asked_pages)
+            num_released = self.pool.release_pages(asked_pages)
+            self.pool.owed_pages = max(min(asked_pages - num_released, owed_pages), 0)
             orders = self._drain(is_last=False)
             self.instance.answer(len(orders.unmap_pages) if orders else 0)
             self._send(orders)
@@ -186,7 +194,7 @@ class ElasticEngine:
         while not self.reserve(1, is_urgent=True):
             if time.monotonic() > deadline:
                 return False
-            time.sleep(LOOK_SECONDS)
+            self.instance.wait_for_ring(LOOK_SECONDS)
         return True
 
     def _drain(self, *, is_last: bool) -> "PageOrders | None":
@@ -213,7 +221,8 @@ class ElasticEngine:
         if not self.core.scheduler.has_unfinished_requests():
             self.end_burst()
 
-    def _check_one_request_fits(self, config: Any, geometry: Geometry, num_pages: int) -> None:
+    def _check_one_request_fits(self, config: Any, geometry: Geometry, num_pages: int) -> int:
+        """Return how many blocks the largest request needs."""
         needed = sum(
             ceil(
                 group.kv_cache_spec.max_memory_usage_bytes(self.vllm_config)
@@ -231,3 +240,4 @@ class ElasticEngine:
                 f"{num_pages} pages of {format_bytes(geometry.page_bytes)}; raise "
                 f"{self._pool_settings}, or lower --max-model-len"
             )
+        return needed

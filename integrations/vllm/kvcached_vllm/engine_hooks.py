@@ -6,7 +6,13 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import read_config
-from kvcached_core.errors import BackendError, ConfigError, LedgerError, UnsupportedEngineError
+from kvcached_core.errors import (
+    BackendError,
+    ConfigError,
+    LedgerError,
+    PolicyError,
+    UnsupportedEngineError,
+)
 from kvcached_vllm import startup
 from kvcached_vllm.engine import ElasticEngine
 from kvcached_vllm.worker_hooks import device_of, granularity_of
@@ -58,7 +64,7 @@ def _start_engine(vllm_config: Any, core: Any) -> ElasticEngine | None:
     devices = core.model_executor.collective_rpc(device_of)
     try:
         return ElasticEngine(vllm_config, read_config(), devices, core)
-    except (BackendError, ConfigError, LedgerError) as error:
+    except (BackendError, ConfigError, LedgerError, PolicyError) as error:
         raise SystemExit(f"kvcached: {error}") from error
 
 
@@ -180,11 +186,14 @@ def block_pool_factory(original: Any) -> Any:
 def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `KVCacheManager.allocate_slots`: before it gives up, ask the ledger for pages.
 
-    What is promised for this and then not needed goes back at the end of the schedule.
+    What is promised for this and then not needed goes back at the end of the schedule. While pages
+    are owed, nobody gets slots: vLLM preempts one request after the other until they are paid.
     """
 
     @functools.wraps(original)
     def wrapper(self: Any, request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self.block_pool, "owed_pages", 0) and not self.block_pool.pay():
+            return None
         blocks = original(self, request, num_new_tokens, *args, **kwargs)
         if blocks is not None or not hasattr(self.block_pool, "pages"):
             return blocks

@@ -11,6 +11,7 @@ from typing import Any
 from kvcached_core.config import SWITCH, Enable, read_config, read_switch
 from kvcached_core.errors import ConfigError, UnsupportedEngineError
 from kvcached_core.ledger import sweep
+from kvcached_core.names import safe_name
 from kvcached_patches import Patcher, check_hooks
 from kvcached_patches import vllm as table
 
@@ -120,7 +121,7 @@ def can_serve(vllm_config: Any) -> bool:
 
 def model_name(vllm_config: Any) -> str:
     """Return the last part of the model's name or path."""
-    return Path(str(vllm_config.model_config.model)).name or "vllm"
+    return safe_name(Path(str(vllm_config.model_config.model)).name)
 
 
 def _obstacles(vllm_config: Any) -> Iterator[str]:

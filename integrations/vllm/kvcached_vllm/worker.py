@@ -14,7 +14,7 @@ from kvcached_core.errors import BackendError, LedgerError, OutOfMemoryError, Un
 from kvcached_core.ledger import Ledger
 from kvcached_core.page_keeper import PageChanges, PageKeeper
 from kvcached_core.page_pool import PageOrders
-from kvcached_core.pressure import ask_peers
+from kvcached_core.pressure import ask_peers, wake
 from kvcached_core.vmm.backend import Backend
 from kvcached_core.vmm.metered import MeteredBackend
 from kvcached_vllm.layout import Placement
@@ -150,7 +150,7 @@ class WorkerMemory:
     def _report(self, changes: PageChanges) -> None:
         page_bytes = self.arena.geometry.page_bytes
         num_used, num_cached = (count * self.seat.num_ranks for count in self._counts)
-        self.ledger.settle(
+        waiting = self.ledger.settle(
             self.seat.row,
             mapped_bytes=changes.num_mapped * page_bytes,
             unmapped_bytes=changes.num_unmapped * page_bytes,
@@ -158,6 +158,7 @@ class WorkerMemory:
             used_bytes=num_used * page_bytes,
             cached_bytes=num_cached * page_bytes,
         )
+        wake(self.ledger, waiting)
 
 
 def apply_orders(worker: Any, orders: PageOrders) -> None:

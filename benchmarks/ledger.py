@@ -1,0 +1,111 @@
+"""What one operation on the ledger takes: alone, and beside seven processes that do the same.
+
+    python benchmarks/ledger.py --json benchmarks/results/ledger.json
+
+Contending processes either pause between two operations, as engines do between two steps, or never
+stop, which on fewer cores than processes measures the machine's scheduler as well.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from machine import describe_machine
+
+from kvcached_core.ledger import Ledger
+from kvcached_core.units import GIB, MIB
+
+PAGE = 16 * MIB
+NUM_ALONE = 20_000
+NUM_CONTENDING = 3_000
+NUM_PROCESSES = 8
+PAUSES_SECONDS = {"pause of 1 ms": 1e-3, "pause of 0.2 ms": 2e-4, "no pause": 0.0}
+
+
+def summary(nanoseconds: list[int]) -> dict[str, float]:
+    """Return median and tails in microseconds."""
+    cuts = statistics.quantiles(nanoseconds, n=1000)
+    named = {"p50": cuts[499], "p99": cuts[989], "p99.9": cuts[998], "max": max(nanoseconds)}
+    return {name: value / 1e3 for name, value in named.items()}
+
+
+def timed(call: Callable[[], Any]) -> int:
+    """Return the nanoseconds of one call."""
+    start = time.perf_counter_ns()
+    call()
+    return time.perf_counter_ns() - start
+
+
+def time_alone(path: Path) -> dict[str, dict[str, float]]:
+    """Return what each operation takes when nobody else uses the ledger."""
+    with Ledger(path, 64 * GIB) as ledger:
+        row = ledger.register(name="alone", engine="benchmark")
+        times: dict[str, list[int]] = {"reserve": [], "cancel": [], "settle": [], "look": []}
+        for _ in range(NUM_ALONE):
+            times["reserve"].append(timed(lambda: ledger.reserve(row, PAGE, PAGE)))
+            times["cancel"].append(timed(lambda: ledger.cancel(row, PAGE)))
+            settle = timed(lambda: ledger.settle(row, used_bytes=0, cached_bytes=0))
+            times["settle"].append(settle)
+            times["look"].append(timed(lambda: ledger.num_notices(row)))
+        ledger.unregister(row)
+    return {name: summary(values) for name, values in times.items()}
+
+
+def contend(path: Path, number: int, pause_seconds: float, start: Any, results: Any) -> None:
+    """Reserve and cancel in a process of its own."""
+    with Ledger(path, 64 * GIB) as ledger:
+        row = ledger.register(name=f"process-{number}", engine="benchmark")
+        times = []
+        start.wait()
+        for _ in range(NUM_CONTENDING):
+            times.append(timed(lambda: ledger.reserve(row, PAGE, PAGE)))
+            times.append(timed(lambda: ledger.cancel(row, PAGE)))
+            if pause_seconds:
+                time.sleep(pause_seconds)
+        results.put(times)
+        ledger.unregister(row)
+
+
+def time_contending(path: Path, pause_seconds: float) -> dict[str, float]:
+    """Return what an operation takes while eight processes do it."""
+    start = multiprocessing.Barrier(NUM_PROCESSES)
+    results: Any = multiprocessing.Queue()
+    children = [
+        multiprocessing.Process(target=contend, args=(path, number, pause_seconds, start, results))
+        for number in range(NUM_PROCESSES)
+    ]
+    for child in children:
+        child.start()
+    times = [value for _ in children for value in results.get()]
+    for child in children:
+        child.join()
+    return summary(times)
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    path = parser.parse_args().json
+    results: dict[str, Any] = {"machine": describe_machine()}
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        ledger_path = Path(folder) / "host.ledger"
+        results["alone"] = time_alone(ledger_path)
+        for name, pause_seconds in PAUSES_SECONDS.items():
+            results[f"8 processes, {name}"] = time_contending(ledger_path, pause_seconds)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    rows = {f"alone: {name}": values for name, values in results["alone"].items()}
+    rows |= {name: values for name, values in results.items() if name.startswith("8 processes")}
+    for name, values in rows.items():
+        print(f"{name:32}" + "".join(f"{key} {value:9.1f} us  " for key, value in values.items()))
+
+
+if __name__ == "__main__":
+    main()

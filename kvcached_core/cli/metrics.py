@@ -1,0 +1,109 @@
+"""Prometheus metrics of every instance and device, read from the ledgers at each scrape."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from kvcached_core import control
+from kvcached_core.errors import KVCachedError
+from kvcached_core.ledger import DeviceView, InstanceView
+
+try:
+    from prometheus_client import CollectorRegistry, generate_latest, start_http_server
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+except ImportError as error:
+    raise KVCachedError(
+        "metrics need prometheus-client; pip install 'kvcached-elastic[metrics]'"
+    ) from error
+
+PREFIX = "kvcached_"
+DEVICE_GAUGES: dict[str, tuple[str, Callable[[DeviceView], float]]] = {
+    "device_capacity_bytes": ("What all instances may hold.", lambda d: d.capacity_bytes),
+    "device_unclaimed_bytes": ("Neither resident nor promised.", lambda d: d.free_bytes),
+}
+INSTANCE_GAUGES: dict[str, tuple[str, Callable[[InstanceView], float]]] = {
+    "resident_bytes": ("Mapped bytes: used, cached and idle.", lambda i: i.resident_bytes),
+    "used_bytes": ("Mapped bytes of live requests.", lambda i: i.used_bytes),
+    "cached_bytes": ("Mapped bytes that only the prefix cache wants.", lambda i: i.cached_bytes),
+    "idle_bytes": ("Mapped bytes that hold nothing.", lambda i: i.idle_bytes),
+    "promised_bytes": ("Promised and not mapped yet.", lambda i: i.promised_bytes),
+    "waiting_bytes": ("Refused, and still wanted.", lambda i: i.waiting_bytes),
+    "virtual_bytes": ("What the engine believes to have.", lambda i: i.virtual_bytes),
+    "floor_bytes": ("What it can always get back.", lambda i: i.floor_bytes),
+    "priority": ("Who has a lower one gives first.", lambda i: i.priority),
+}
+INSTANCE_COUNTERS: dict[str, tuple[str, Callable[[InstanceView], float]]] = {
+    "mapped_bytes": ("Bytes mapped since the start.", lambda i: i.num_mapped_bytes),
+    "unmapped_bytes": ("Bytes unmapped since the start.", lambda i: i.num_unmapped_bytes),
+    "refusals": ("Promises that were not given in full.", lambda i: i.num_refused),
+    "pressure_asked": ("Times that others asked for memory.", lambda i: i.num_asked),
+    "pressure_answered": ("Times that it answered.", lambda i: i.num_answered),
+}
+
+
+class LedgerCollector:
+    """Reads the ledgers in a folder whenever Prometheus asks."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every metric of every device and instance."""
+        devices = control.devices(self._directory)
+        for name, (text, value) in DEVICE_GAUGES.items():
+            family = GaugeMetricFamily(PREFIX + name, text, labels=["device"])
+            for device in devices:
+                family.add_metric([device.device], value(device))
+            yield family
+        rows = [(device.device, row) for device in devices for row in device.instances]
+        for name, (text, read) in INSTANCE_GAUGES.items():
+            gauge = GaugeMetricFamily(PREFIX + name, text, labels=_LABELS)
+            yield _filled(gauge, rows, read)
+        for name, (text, read) in INSTANCE_COUNTERS.items():
+            counter = CounterMetricFamily(PREFIX + name, text, labels=_LABELS)
+            yield _filled(counter, rows, read)
+        limit = GaugeMetricFamily(
+            PREFIX + "limit_bytes", "What it may hold at most; absent without one.", labels=_LABELS
+        )
+        limited = [(device, row) for device, row in rows if row.limit_bytes is not None]
+        yield _filled(limit, limited, lambda row: row.limit_bytes or 0)
+
+
+_LABELS = ["device", "instance", "engine"]
+
+
+def _filled(
+    family: GaugeMetricFamily | CounterMetricFamily,
+    rows: Iterable[tuple[str, InstanceView]],
+    read: Callable[[InstanceView], float],
+) -> Metric:
+    for device, row in rows:
+        family.add_metric([device, row.name, row.engine], read(row))
+    return family
+
+
+def exposition(directory: Path) -> str:
+    """Return all metrics in Prometheus' text format."""
+    return generate_latest(_registry(directory)).decode()
+
+
+def serve(directory: Path, host: str, port: int) -> None:
+    """Serve the metrics until SIGINT or SIGTERM."""
+    end = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: end.set())
+    try:
+        server, thread = start_http_server(port, addr=host, registry=_registry(directory))
+    except OSError as error:
+        raise KVCachedError(f"metrics cannot be served on {host}:{port}: {error}") from error
+    end.wait()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def _registry(directory: Path) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    registry.register(LedgerCollector(directory))
+    return registry

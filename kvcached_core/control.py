@@ -1,0 +1,256 @@
+"""Steering instances from outside: limits, floors, priorities, and asking for memory back.
+
+Every function may be called again with the same arguments: it says how far things are.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+
+from kvcached_core.errors import LedgerError, PolicyError
+from kvcached_core.ledger import DeviceView, InstanceView, Ledger
+from kvcached_core.names import check_name
+from kvcached_core.pressure import ask_peers, wake
+from kvcached_core.sharing import Policy
+from kvcached_core.units import format_bytes, parse_bytes
+
+LOOK_SECONDS = 0.005
+PATIENCE_SECONDS = 2.0
+NONE = "none"
+
+
+class Outcome(StrEnum):
+    """How a wish ended."""
+
+    APPLIED = "applied"
+    IN_PROGRESS = "in progress"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a wish.
+
+    Attributes:
+        instance: The instance's name.
+        outcome: Applied, in progress or refused; refused means that nothing was changed.
+        remaining_bytes: What is still to come while it is in progress.
+        before_bytes: Resident bytes at the beginning, on all devices.
+        after_bytes: Resident bytes at the end.
+        reason: Why it was refused.
+    """
+
+    instance: str
+    outcome: Outcome
+    remaining_bytes: int = 0
+    before_bytes: int = 0
+    after_bytes: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """An instance's row in one ledger."""
+
+    ledger: Ledger
+    view: InstanceView
+
+    def now(self) -> InstanceView | None:
+        """Return the row as it is now, or None if the instance is gone."""
+        views = self.ledger.view().instances
+        return next((view for view in views if view.row == self.view.row), None)
+
+    def wake(self) -> None:
+        """Ring the instance's bell."""
+        wake(self.ledger, [self.view.row])
+
+
+def devices(directory: Path) -> list[DeviceView]:
+    """Return every device that has a ledger in `directory`; none is not an error."""
+    with _ledgers(directory) as ledgers:
+        return [ledger.view() for ledger in ledgers]
+
+
+def set_limit(
+    name: str, limit: str, *, directory: Path, wait_seconds: float = PATIENCE_SECONDS
+) -> Answer:
+    """Set the most that an instance may hold on each of its devices.
+
+    Above it, its idle pages go, then cached ones, then requests are preempted until it holds.
+
+    Args:
+        name: The instance.
+        limit: A size such as `24GiB`, a share such as `50%` of what all share, or `none`.
+        directory: The folder of the ledgers.
+        wait_seconds: How long to wait until it holds.
+
+    Raises:
+        ConfigError: If the limit is no size.
+        LedgerError: If there is no such instance.
+    """
+    with _places(directory, [name]) as places:
+        refusal = _apply(
+            places,
+            [
+                replace(place.view.policy, limit_bytes=_size(limit, "limit", place))
+                for place in places
+            ],
+        )
+        return refusal or _wait(places, lambda _, view: view.excess_bytes, wait_seconds)
+
+
+def set_floor(
+    name: str, floor: str, *, directory: Path, wait_seconds: float = PATIENCE_SECONDS
+) -> Answer:
+    """Set what an instance can always get back on each of its devices.
+
+    Others are asked at once for idle and cached pages, as far as the floor is not free; their
+    requests stop for it only when the instance needs the memory.
+
+    Args:
+        name: The instance.
+        floor: A size such as `24GiB`, a share such as `50%` of what all share, or `none`.
+        directory: The folder of the ledgers.
+        wait_seconds: How long to wait until it is free.
+
+    Raises:
+        ConfigError: If the floor is no size.
+        LedgerError: If there is no such instance.
+    """
+    with _places(directory, [name]) as places:
+        refusal = _apply(
+            places,
+            [
+                replace(place.view.policy, floor_bytes=_size(floor, "floor", place) or 0)
+                for place in places
+            ],
+        )
+        if refusal is not None:
+            return refusal
+        for place in places:
+            missing = _missing_to_floor(place, place.now())
+            if missing:
+                ask_peers(place.ledger, place.view.row, missing)
+        return _wait(places, _missing_to_floor, wait_seconds)
+
+
+def set_priority(name: str, priority: int, *, directory: Path) -> Answer:
+    """Set how late an instance gives: the higher the later, -1000 to 1000.
+
+    Raises:
+        LedgerError: If there is no such instance.
+    """
+    with _places(directory, [name]) as places:
+        refusal = _apply(
+            places, [replace(place.view.policy, priority=priority) for place in places]
+        )
+        return refusal or _wait(places, lambda _place, _view: 0, 0.0)
+
+
+def trim(
+    names: Sequence[str],
+    *,
+    directory: Path,
+    keep_bytes: int = 0,
+    wait_seconds: float = PATIENCE_SECONDS,
+) -> list[Answer]:
+    """Ask the named instances, or all, for all but `keep_bytes` of what no request needs.
+
+    Raises:
+        LedgerError: If a name is unknown; then nobody was asked.
+    """
+    with _places(directory, names) as places:
+        for place in places:
+            view = place.view
+            if place.ledger.ask(view.row, view.resident_bytes - view.used_bytes - keep_bytes):
+                place.wake()
+        deadline = time.monotonic() + wait_seconds
+        by_name: dict[str, list[_Place]] = {}
+        for place in places:
+            by_name.setdefault(place.view.name, []).append(place)
+        return [
+            _wait(of_name, _still_to_give, max(deadline - time.monotonic(), 0.0))
+            for of_name in by_name.values()
+        ]
+
+
+@contextmanager
+def _ledgers(directory: Path) -> Iterator[list[Ledger]]:
+    with ExitStack() as stack:
+        paths = sorted(directory.glob("*.ledger"))
+        yield [stack.enter_context(Ledger(path)) for path in paths]
+
+
+@contextmanager
+def _places(directory: Path, names: Sequence[str]) -> Iterator[list[_Place]]:
+    for name in names:
+        check_name(name)
+    with _ledgers(directory) as ledgers:
+        found = [_Place(ledger, view) for ledger in ledgers for view in ledger.view().instances]
+        known = {place.view.name for place in found}
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise LedgerError(
+                f"no instance is named {', '.join(map(repr, unknown))}; "
+                f"there are {', '.join(sorted(known)) or 'none'}"
+            )
+        yield [place for place in found if not names or place.view.name in names]
+
+
+def _size(text: str, what: str, place: _Place) -> int | None:
+    if text.strip().lower() == NONE:
+        return None
+    return parse_bytes(text, what=what, whole_bytes=place.ledger.capacity_bytes)
+
+
+def _apply(places: list[_Place], policies: list[Policy]) -> Answer | None:
+    done: list[_Place] = []
+    try:
+        for place, policy in zip(places, policies, strict=True):
+            place.ledger.set_policy(place.view.row, policy)
+            done.append(place)
+    except PolicyError as error:
+        for place in done:
+            place.ledger.set_policy(place.view.row, place.view.policy)
+        return Answer(places[0].view.name, Outcome.REFUSED, reason=str(error))
+    for place in places:
+        place.wake()
+    return None
+
+
+def _missing_to_floor(place: _Place, view: InstanceView | None) -> int:
+    if view is None:
+        return 0
+    unmet = max(view.floor_bytes - view.resident_bytes - view.promised_bytes, 0)
+    return max(unmet - max(place.ledger.free_bytes(view.row), 0), 0)
+
+
+def _still_to_give(_place: _Place, view: InstanceView) -> int:
+    return max(view.asked_bytes, view.coming_bytes)
+
+
+def _wait(
+    places: list[_Place], remaining: Callable[[_Place, InstanceView], int], seconds: float
+) -> Answer:
+    deadline = time.monotonic() + seconds
+    before = sum(place.view.resident_bytes for place in places)
+    while True:
+        views = [(place, view) for place in places if (view := place.now()) is not None]
+        left = sum(remaining(place, view) for place, view in views)
+        after = sum(view.resident_bytes for _, view in views)
+        if not left or time.monotonic() >= deadline:
+            outcome = Outcome.IN_PROGRESS if left else Outcome.APPLIED
+            return Answer(places[0].view.name, outcome, left, before, after)
+        time.sleep(LOOK_SECONDS)
+
+
+def describe(answer: Answer) -> str:
+    """Return an answer as one line."""
+    if answer.outcome is Outcome.REFUSED:
+        return f"{answer.instance}: refused: {answer.reason}"
+    moved = f"{format_bytes(answer.before_bytes)} -> {format_bytes(answer.after_bytes)}"
+    coming = f", {format_bytes(answer.remaining_bytes)} to come" if answer.remaining_bytes else ""
+    return f"{answer.instance}: {answer.outcome}, {moved}{coming}"

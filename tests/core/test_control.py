@@ -1,0 +1,140 @@
+"""Steering instances from outside."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvcached_core import control
+from kvcached_core.control import Outcome
+from kvcached_core.errors import ConfigError, LedgerError
+from kvcached_core.ledger import Ledger, doorbell_path
+from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.pressure import Doorbell
+from kvcached_core.sharing import Policy
+from kvcached_core.units import GIB, MIB
+
+PAGE = 16 * MIB
+
+
+class Engine:
+    """An instance that gives what it is asked for when its bell rings."""
+
+    def __init__(self, ledger: Ledger, name: str, num_cached: int) -> None:
+        self.ledger = ledger
+        self.row = ledger.register(name=name, engine="test")
+        self.cached_bytes = num_cached * PAGE
+        ledger.reserve(self.row, self.cached_bytes, PAGE)
+        ledger.settle(
+            self.row, mapped_bytes=self.cached_bytes, used_bytes=0, cached_bytes=self.cached_bytes
+        )
+        self.is_deaf = threading.Event()
+        self.bell = Doorbell(doorbell_path(ledger.path, self.row), self.answer)
+
+    def answer(self) -> None:
+        if self.is_deaf.is_set():
+            return
+        give = self.ledger.wanted(self.row).asked_bytes
+        self.cached_bytes -= give
+        self.ledger.answer(self.row)
+        self.ledger.settle(
+            self.row, unmapped_bytes=give, used_bytes=0, cached_bytes=self.cached_bytes
+        )
+
+    def policy(self) -> Policy:
+        views = self.ledger.view().instances
+        return next(view.policy for view in views if view.row == self.row)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return ledger_directory(tmp_path / "kv")
+
+
+@pytest.fixture
+def pair(directory: Path) -> Iterator[tuple[Engine, Engine]]:
+    with Ledger(directory / "host.ledger", GIB) as ledger:
+        engines = Engine(ledger, "a", 10), Engine(ledger, "b", 40)
+        yield engines
+        for engine in engines:
+            engine.bell.close()
+
+
+def test_a_limit_makes_an_instance_give_what_is_above_it(
+    directory: Path, pair: tuple[Engine, Engine]
+) -> None:
+    for before in (40 * PAGE, 4 * PAGE):
+        answer = control.set_limit("b", "64MiB", directory=directory)
+        assert answer.outcome is Outcome.APPLIED
+        assert (answer.before_bytes, answer.after_bytes) == (before, 4 * PAGE)
+    assert control.set_limit("b", "50%", directory=directory).outcome is Outcome.APPLIED
+    assert pair[1].policy() == Policy(limit_bytes=GIB // 2)
+    assert control.set_limit("b", "none", directory=directory).outcome is Outcome.APPLIED
+    assert pair[1].policy() == Policy()
+
+
+def test_what_does_not_hold_in_time_is_in_progress_with_the_bytes_to_come(
+    directory: Path, pair: tuple[Engine, Engine]
+) -> None:
+    pair[1].is_deaf.set()
+    answer = control.set_limit("b", "64MiB", directory=directory, wait_seconds=0.05)
+    assert (answer.outcome, answer.remaining_bytes) == (Outcome.IN_PROGRESS, 36 * PAGE)
+    assert "in progress" in control.describe(answer)
+    pair[1].is_deaf.clear()
+    assert control.set_limit("b", "64MiB", directory=directory).outcome is Outcome.APPLIED
+
+
+def test_a_floor_is_freed_by_those_who_can_give(
+    directory: Path, pair: tuple[Engine, Engine]
+) -> None:
+    answer = control.set_floor("a", "512MiB", directory=directory)
+    assert answer.outcome is Outcome.APPLIED
+    assert pair[1].cached_bytes == GIB - 32 * PAGE
+
+
+def test_a_refusal_says_why_and_changes_nothing(
+    directory: Path, pair: tuple[Engine, Engine]
+) -> None:
+    control.set_floor("b", "60%", directory=directory)
+    refused = control.set_floor("a", "50%", directory=directory)
+    assert refused.outcome is Outcome.REFUSED
+    assert "are more than the 1 GiB" in refused.reason
+    assert pair[0].policy() == Policy()
+    assert control.set_priority("a", 5000, directory=directory).outcome is Outcome.REFUSED
+
+
+def test_priorities_are_set(directory: Path, pair: tuple[Engine, Engine]) -> None:
+    assert control.set_priority("a", -5, directory=directory).outcome is Outcome.APPLIED
+    assert pair[0].policy().priority == -5
+
+
+@pytest.mark.parametrize("size", ["-1GiB", "lots", "101%", ""])
+def test_no_size_is_an_error_and_changes_nothing(
+    directory: Path, pair: tuple[Engine, Engine], size: str
+) -> None:
+    with pytest.raises(ConfigError, match="is not a size"):
+        control.set_limit("a", size, directory=directory)
+    assert pair[0].policy() == Policy()
+
+
+def test_an_unknown_or_impossible_name_is_an_error(
+    directory: Path, pair: tuple[Engine, Engine]
+) -> None:
+    with pytest.raises(LedgerError, match="no instance is named 'c'; there are a, b"):
+        control.set_limit("c", "1GiB", directory=directory)
+    with pytest.raises(ConfigError, match="not allowed"):
+        control.set_limit("../a", "1GiB", directory=directory)
+
+
+def test_an_instance_on_two_devices_is_steered_on_both_or_on_none(
+    directory: Path, pair: tuple[Engine, Engine]
+) -> None:
+    with Ledger(directory / "other.ledger", 2 * GIB) as other:
+        row = other.register(name="a", engine="test")
+        other.describe(row, page_bytes=PAGE, virtual_bytes=GIB, least_bytes=GIB)
+        refused = control.set_limit("a", "512MiB", directory=directory)
+        assert refused.outcome is Outcome.REFUSED
+        assert pair[0].policy() == other.view().instances[0].policy == Policy()
+        assert control.set_limit("a", "100%", directory=directory).outcome is Outcome.APPLIED
+        assert other.view().instances[0].limit_bytes == 2 * GIB

@@ -1,0 +1,55 @@
+"""Who gives memory to whom."""
+
+from kvcached_core.ledger_file import HEADER_WORDS, NUM_ROWS, ROW_WORDS, Row
+from kvcached_core.sharing import shares
+
+
+def rows(*sizes: dict[str, int]) -> list[Row]:
+    words = memoryview(bytearray(8 * (HEADER_WORDS + NUM_ROWS * ROW_WORDS))).cast("q")
+    made = [Row(words, index) for index in range(len(sizes))]
+    for row, values in zip(made, sizes, strict=True):
+        row.limit_bytes = -1
+        for name, value in values.items():
+            setattr(row, name, value)
+        row.resident_bytes = row.used_bytes + row.cached_bytes + values.get("resident_bytes", 0)
+    return made
+
+
+def asked(asker: Row, peers: list[Row], num_bytes: int) -> dict[int, tuple[int, int]]:
+    found = shares(asker, peers, num_bytes)
+    return {share.row.index: (share.give_bytes, share.owed_bytes) for share in found}
+
+
+def test_idle_memory_goes_before_anybodys_cache() -> None:
+    asker, low, high = rows(
+        {}, {"cached_bytes": 10, "priority": -1}, {"resident_bytes": 4, "priority": 1}
+    )
+    assert asked(asker, [low, high], 4) == {high.index: (4, 0)}
+    assert asked(asker, [low, high], 6) == {high.index: (4, 0), low.index: (2, 0)}
+
+
+def test_the_lowest_priority_gives_first_and_among_equals_who_was_unused_longest() -> None:
+    asker, high, recent, old = rows(
+        {},
+        {"cached_bytes": 10, "priority": 5, "last_used_ns": 1},
+        {"cached_bytes": 10, "last_used_ns": 9},
+        {"cached_bytes": 10, "last_used_ns": 2},
+    )
+    peers = [high, recent, old]
+    assert asked(asker, peers, 10) == {old.index: (10, 0)}
+    assert asked(asker, peers, 15) == {old.index: (10, 0), recent.index: (5, 0)}
+    assert asked(asker, peers, 30)[high.index] == (10, 0)
+
+
+def test_nobody_is_asked_below_its_floor() -> None:
+    asker, peer = rows({}, {"cached_bytes": 10, "floor_bytes": 7})
+    assert asked(asker, [peer], 10) == {peer.index: (3, 0)}
+
+
+def test_requests_stop_only_for_somebody_below_its_floor() -> None:
+    asker, peer = rows({}, {"used_bytes": 10, "cached_bytes": 2})
+    assert asked(asker, [peer], 8) == {peer.index: (2, 0)}
+    asker.floor_bytes = 5
+    assert asked(asker, [peer], 8) == {peer.index: (2, 5)}
+    peer.floor_bytes = 9
+    assert asked(asker, [peer], 8) == {peer.index: (2, 1)}
