@@ -1,0 +1,222 @@
+"""The ledger against a model in plain Python: eight processes, random operations, kill -9."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import ledger_child
+from helpers.ledger_child import OPERATIONS, PAGE
+
+from kvcached_core.errors import PolicyError
+from kvcached_core.ledger import DeviceView, Ledger
+from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.sharing import Policy
+
+CAPACITY = 100
+NUM_PROCESSES = 8
+NUM_STEPS = 14_000
+NUM_STORM = 1_000
+NONE = 10**9
+
+
+@dataclass
+class Model:
+    """What one instance should have, in pages."""
+
+    promised: int = 0
+    resident: int = 0
+    asked: int = 0
+    limit: int = NONE
+    floor: int = 0
+    used: int = 0
+
+    @property
+    def held(self) -> int:
+        return self.promised + self.resident
+
+    @property
+    def unmet(self) -> int:
+        return max(self.floor - self.held, 0)
+
+    @property
+    def excess(self) -> int:
+        return max(self.resident - self.limit, 0)
+
+
+class Process:
+    """A child and its model."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.name = name
+        self.model = Model()
+        command = [sys.executable, ledger_child.__file__, str(path), str(CAPACITY * PAGE), name]
+        self.child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.row = self.receive()
+
+    def send(self, operation: str, num: int) -> None:
+        assert self.child.stdin is not None
+        self.child.stdin.write(json.dumps([operation, num]) + "\n")
+        self.child.stdin.flush()
+
+    def receive(self) -> Any:
+        assert self.child.stdout is not None
+        return json.loads(self.child.stdout.readline())
+
+    def do(self, operation: str, num: int) -> Any:
+        self.send(operation, num)
+        return self.receive()
+
+    def kill(self) -> None:
+        self.child.kill()
+        self.child.communicate()
+
+
+@dataclass
+class World:
+    """Eight processes on one ledger, and what should be true of them."""
+
+    path: Path
+    ledger: Ledger
+    source: random.Random
+    names: Iterator[int] = field(default_factory=count)
+    processes: list[Process] = field(default_factory=list)
+
+    def start(self) -> None:
+        self.processes.append(Process(self.path, f"p{next(self.names)}"))
+
+    def kill_one(self, *, in_flight: bool) -> None:
+        victim = self.source.choice(self.processes)
+        if in_flight:
+            victim.send(self.source.choice(OPERATIONS), self.source.randrange(1, 30))
+            time.sleep(self.source.random() * 3e-4)
+        victim.kill()
+        self.processes.remove(victim)
+
+    def expected_grant(self, process: Process, num: int) -> int:
+        mine = process.model
+        others = [other.model for other in self.processes if other is not process]
+        free = CAPACITY - sum(other.held + other.unmet for other in others) - mine.held
+        return max(min(num, free, mine.limit - mine.held), 0)
+
+    def step(self) -> None:
+        process = self.source.choice(self.processes)
+        mine, num = process.model, self.source.randrange(1, 30)
+        operation = self.source.choice((*OPERATIONS, "limit", "floor", "trim"))
+        if operation in ("limit", "floor"):
+            self.set_policy(process, operation, num)
+        elif operation == "trim":
+            self.ledger.ask(process.row, num * PAGE)
+            mine.asked = max(mine.asked, min(num, mine.resident - mine.used))
+        else:
+            expected = self.expected(process, operation, num)
+            assert process.do(operation, num) == expected, (process.name, operation, num, mine)
+        self.check(self.ledger.view())
+
+    def expected(self, process: Process, operation: str, num: int) -> int:
+        mine = process.model
+        if operation == "reserve":
+            granted = self.expected_grant(process, num)
+            mine.promised += granted
+            return granted
+        if operation in ("map", "cancel"):
+            done = min(num, mine.promised)
+            mine.promised -= done
+            mine.resident += done if operation == "map" else 0
+            return done
+        if operation == "use":
+            mine.used = min(num, mine.resident)
+            return mine.used
+        if operation == "answer":
+            num, mine.asked = max(mine.asked, mine.excess), 0
+        done = min(num, mine.resident)
+        mine.resident -= done
+        mine.used = min(mine.used, mine.resident)
+        return done
+
+    def set_policy(self, process: Process, what: str, num: int) -> None:
+        mine = process.model
+        limit, floor = mine.limit, mine.floor
+        if what == "limit":
+            limit = NONE if num > 20 else num * 3
+        else:
+            floor = num - 10 if num > 10 else 0
+        floors = floor + sum(p.model.floor for p in self.processes if p is not process)
+        policy = Policy(None if limit == NONE else limit * PAGE, floor * PAGE)
+        try:
+            self.ledger.set_policy(process.row, policy)
+        except PolicyError:
+            assert floor > limit or (floor and floors > CAPACITY), policy
+        else:
+            assert floor <= limit, policy
+            assert not floor or floors <= CAPACITY, policy
+            mine.limit, mine.floor = limit, floor
+
+    def check(self, view: DeviceView) -> None:
+        assert view.free_bytes >= 0
+        seen = {row.name: row for row in view.instances}
+        assert set(seen) == {process.name for process in self.processes}
+        for process in self.processes:
+            row, mine = seen[process.name], process.model
+            assert (row.promised_bytes, row.resident_bytes) == (
+                mine.promised * PAGE,
+                mine.resident * PAGE,
+            )
+            assert row.asked_bytes == mine.asked * PAGE
+            assert row.resident_bytes == row.used_bytes + row.cached_bytes + row.idle_bytes
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    path = ledger_directory(tmp_path / "kv") / "host.ledger"
+    with Ledger(path, CAPACITY * PAGE) as ledger:
+        made = World(path, ledger, random.Random(7))
+        try:
+            for _ in range(NUM_PROCESSES):
+                made.start()
+            yield made
+        finally:
+            for process in made.processes:
+                process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_ledger_is_the_models_whatever_is_done_and_whoever_is_killed(world: World) -> None:
+    for number in range(NUM_STEPS):
+        if number % 200 == 199:
+            world.kill_one(in_flight=number % 400 == 199)
+            start = time.monotonic()
+            world.check(world.ledger.view())  # all bytes of the dead are back
+            assert time.monotonic() - start < 0.1
+            world.start()
+        world.step()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_storm_of_eight_never_promises_too_much_and_holds_nobody_up(world: World) -> None:
+    for process in world.processes:
+        process.send("storm", NUM_STORM)
+    for victim in world.processes[:2]:
+        for _ in range(20):
+            assert world.ledger.view().free_bytes >= 0
+        victim.kill()
+    survivors = world.processes[2:]
+    assert max(process.receive() for process in survivors) < 1.0
+    views = world.ledger.view()
+    assert {row.name for row in views.instances} == {process.name for process in survivors}
+    assert views.free_bytes >= 0
+    for process in survivors:
+        process.do("cancel", NONE)
+        process.do("free", NONE)
+    assert world.ledger.view().free_bytes == CAPACITY * PAGE
