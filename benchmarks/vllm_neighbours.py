@@ -133,7 +133,7 @@ def kv_space(setting: Setting, names: list[str]) -> int:
     held = sum(setting.view(name).resident_bytes for name in names)
     if setting.tiny:
         return 512 * MIB
-    from kvcached_core.devices import free_memory_reader
+    from kvcached_core.nvml import free_memory_reader
 
     (path,) = (setting.folder / "kv").glob("*.ledger")
     with Ledger(path) as ledger:

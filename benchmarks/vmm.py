@@ -184,7 +184,8 @@ def fresh_memory_is_zero(backend: CudaBackend) -> bool:
 
 def time_nvml() -> float:
     """Return the microseconds of asking NVML for the free memory."""
-    from kvcached_core.devices import cuda_device, free_memory_reader
+    from kvcached_core.devices import cuda_device
+    from kvcached_core.nvml import free_memory_reader
 
     properties = torch.cuda.get_device_properties(0)
     read = free_memory_reader(cuda_device(str(properties.uuid), properties.total_memory).name)

@@ -5,14 +5,16 @@ Every function may be called again with the same arguments: it says how far thin
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
-from kvcached_core.errors import LedgerError, PolicyError
-from kvcached_core.ledger import DeviceView, InstanceView, Ledger
+from kvcached_core.errors import BackendError, LedgerError, PolicyError
+from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_view import DeviceView, InstanceView
 from kvcached_core.names import check_name
+from kvcached_core.nvml import GPU_PREFIXES, free_memory_reader
 from kvcached_core.pressure import ask_peers, wake
 from kvcached_core.sharing import Policy
 from kvcached_core.units import format_bytes, parse_bytes
@@ -181,7 +183,15 @@ def trim(
 def _ledgers(directory: Path) -> Iterator[list[Ledger]]:
     with ExitStack() as stack:
         paths = sorted(directory.glob("*.ledger"))
-        yield [stack.enter_context(Ledger(path)) for path in paths]
+        yield [stack.enter_context(_open(path)) for path in paths]
+
+
+def _open(path: Path) -> Ledger:
+    read = None
+    if path.stem.startswith(GPU_PREFIXES):
+        with suppress(BackendError):
+            read = free_memory_reader(path.stem)
+    return Ledger(path, free_bytes=read)
 
 
 @contextmanager

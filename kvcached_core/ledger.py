@@ -26,6 +26,7 @@ from kvcached_core.ledger_file import (
     HEADER_WORDS,
     LIMIT,
     MAGIC,
+    NO_LIMIT,
     PROMISED,
     RESIDENT,
     ROW_WORDS,
@@ -37,68 +38,13 @@ from kvcached_core.ledger_file import (
     Row,
 )
 from kvcached_core.ledger_open import open_ledger_file
+from kvcached_core.ledger_view import DeviceView, view_of
 from kvcached_core.names import check_name
 from kvcached_core.processes import is_alive, start_time
 from kvcached_core.sharing import NO_POLICY, Policy
 from kvcached_core.units import format_bytes
 
 REAP_INTERVAL_NS = 50_000_000
-NO_LIMIT = -1
-
-
-@dataclass(frozen=True)
-class InstanceView:
-    """What the ledger knows of one instance at one moment; sizes in bytes."""
-
-    row: int
-    name: str
-    engine: str
-    pid: int
-    limit_bytes: int | None
-    floor_bytes: int
-    priority: int
-    page_bytes: int
-    virtual_bytes: int
-    resident_bytes: int
-    used_bytes: int
-    cached_bytes: int
-    idle_bytes: int
-    promised_bytes: int
-    static_bytes: int
-    asked_bytes: int
-    coming_bytes: int
-    waiting_bytes: int
-    num_mapped_bytes: int
-    num_unmapped_bytes: int
-    num_refused: int
-    num_asked: int
-    num_answered: int
-    last_used_seconds: float
-
-    @property
-    def policy(self) -> Policy:
-        """Its limit, floor and priority."""
-        return Policy(self.limit_bytes, self.floor_bytes, self.priority)
-
-    @property
-    def excess_bytes(self) -> int:
-        """What it holds above its limit."""
-        return 0 if self.limit_bytes is None else max(self.resident_bytes - self.limit_bytes, 0)
-
-
-@dataclass(frozen=True)
-class DeviceView:
-    """One device and its instances at one moment."""
-
-    device: str
-    capacity_bytes: int
-    instances: tuple[InstanceView, ...]
-
-    @property
-    def free_bytes(self) -> int:
-        """Bytes that are neither resident nor promised."""
-        taken = sum(view.resident_bytes + view.promised_bytes for view in self.instances)
-        return self.capacity_bytes - taken
 
 
 @dataclass(frozen=True)
@@ -418,8 +364,9 @@ class Ledger:
         with self._lock:
             self._check_file()
             self._reap()
-            instances = tuple(_view(row) for row in self._live_rows())
-            return DeviceView(self.device, self._header.capacity_bytes, instances)
+            instances = tuple(view_of(row) for row in self._live_rows())
+            free = self._device_free_bytes and self._device_free_bytes()
+            return DeviceView(self.device, self._header.capacity_bytes, instances, free)
 
     def close(self) -> None:
         """Forget the file. Rows of this process stay until they are unregistered or reaped."""
@@ -570,33 +517,3 @@ def sweep(directory: Path) -> None:
 def doorbell_path(ledger_path: Path, row: int) -> Path:
     """Return the socket on which the instance in `row` is woken."""
     return ledger_path.with_suffix(f".{row}.sock")
-
-
-def _view(row: Row) -> InstanceView:
-    resident, used, cached = row.resident_bytes, row.used_bytes, row.cached_bytes
-    return InstanceView(
-        row=row.index,
-        name=row.name,
-        engine=row.engine,
-        pid=row.holder(0)[0],
-        limit_bytes=None if row.limit_bytes == NO_LIMIT else row.limit_bytes,
-        floor_bytes=row.floor_bytes,
-        priority=row.priority,
-        page_bytes=row.page_bytes,
-        virtual_bytes=row.virtual_bytes,
-        resident_bytes=resident,
-        used_bytes=used,
-        cached_bytes=cached,
-        idle_bytes=resident - used - cached,
-        promised_bytes=row.promised_bytes,
-        static_bytes=row.static_bytes,
-        asked_bytes=row.asked_bytes,
-        coming_bytes=row.coming_bytes,
-        waiting_bytes=row.waiting_bytes,
-        num_mapped_bytes=row.num_mapped_bytes,
-        num_unmapped_bytes=row.num_unmapped_bytes,
-        num_refused=row.num_refused,
-        num_asked=row.num_asked,
-        num_answered=row.num_answered,
-        last_used_seconds=row.last_used_ns / 1e9,
-    )

@@ -14,6 +14,7 @@ NUM_ROWS = 64
 NUM_HOLDERS = 4
 HEADER_WORDS = 64
 ROW_WORDS = 64
+NO_LIMIT = -1
 FILE_BYTES = 8 * (HEADER_WORDS + NUM_ROWS * ROW_WORDS)
 
 # Words of the header, and one of a row that an engine reads between every two steps.

@@ -15,8 +15,8 @@ import typer
 from kvcached_core import __version__, control
 from kvcached_core.control import Answer, Outcome
 from kvcached_core.errors import KVCachedError
-from kvcached_core.ledger import DeviceView
 from kvcached_core.ledger_open import default_directory
+from kvcached_core.ledger_view import DeviceView
 
 EXIT_FAILED = 1
 EXIT_INCOMPLETE = 3

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from kvcached_core import __version__
-from kvcached_core.errors import KVCachedError
+from kvcached_core import __version__, nvml
+from kvcached_core.errors import BackendError, KVCachedError
 from kvcached_core.ledger import Ledger
 from kvcached_core.ledger_open import ledger_directory
 from kvcached_core.units import MIB, format_bytes
@@ -88,18 +88,11 @@ def _settings() -> Finding:
 
 def _driver() -> Finding:
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception as error:  # noqa: BLE001  no library, no driver, no device: all mean no GPU
+        version = nvml.driver_version()
+    except BackendError as error:
         return _good("GPU", f"none ({error}); engines here share host memory")
-    version = pynvml.nvmlSystemGetDriverVersion()
-    names = []
-    for number in range(pynvml.nvmlDeviceGetCount()):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(number)
-        free_bytes = int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
-        names.append(f"{pynvml.nvmlDeviceGetName(handle)} ({format_bytes(free_bytes)} free)")
-    return _good("GPU", f"driver {version}: {', '.join(names)}")
+    found = (f"{name} ({format_bytes(free_bytes)} free)" for name, free_bytes in nvml.gpus())
+    return _good("GPU", f"driver {version}: {', '.join(found)}")
 
 
 def _engines() -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kvcached_core import control
 from kvcached_core.errors import KVCachedError
-from kvcached_core.ledger import DeviceView, InstanceView
+from kvcached_core.ledger_view import DeviceView, InstanceView
 
 try:
     from prometheus_client import CollectorRegistry, generate_latest, start_http_server

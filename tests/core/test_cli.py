@@ -2,15 +2,19 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
-from kvcached_core.cli.top import bar, picture
+from kvcached_core.cli.top import History, bar, picture
 from kvcached_core.ledger import Ledger, doorbell_path
 from kvcached_core.ledger_open import ledger_directory
 from kvcached_core.pressure import Doorbell
@@ -18,6 +22,7 @@ from kvcached_core.sharing import Policy
 from kvcached_core.units import GIB, MIB
 
 PAGE = 16 * MIB
+KVCACHED = Path(sys.executable).with_name("kvcached")
 
 
 @pytest.fixture
@@ -31,7 +36,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 def kvcached(*arguments: str, directory: Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [Path(sys.executable).with_name("kvcached"), *arguments],
+        [KVCACHED, *arguments],
         env={**os.environ, "KVCACHED_DIR": str(directory), "COLUMNS": "160"},
         capture_output=True,
         text=True,
@@ -99,9 +104,89 @@ def test_trim_says_when_the_time_was_up(ledger: Ledger) -> None:
     assert "llama: in progress, 128 MiB -> 128 MiB, " in done.stdout
 
 
+def test_limit_floor_and_priority_say_what_became_of_them(ledger: Ledger) -> None:
+    folder = ledger.path.parent
+    assert kvcached("floor", "llama", "64MiB", directory=folder).returncode == 0
+    assert kvcached("priority", "llama", "-5", directory=folder).returncode == 0
+    late = kvcached("limit", "llama", "96MiB", "--timeout", "0.1", directory=folder)
+    assert (late.returncode, late.stdout) == (
+        3,
+        "llama: in progress, 128 MiB -> 128 MiB, 32 MiB to come\n",
+    )
+    assert ledger.view().instances[0].policy == Policy(96 * MIB, 64 * MIB, -5)
+    refused = kvcached("limit", "llama", "2GiB", directory=folder)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("llama: refused: a limit of 2 GiB")
+
+
+def test_doctor_names_every_problem_and_fails_for_it(ledger: Ledger) -> None:
+    folder = ledger.path.parent
+    good = kvcached("doctor", directory=folder)
+    assert "ok    host.ledger: 1 GiB shared by llama" in good.stdout
+    (folder / "cut.ledger").write_bytes(b"nonsense")
+    bad = kvcached("doctor", "--json", directory=folder)
+    assert bad.returncode == 1
+    found = {row["what"]: row for row in json.loads(bad.stdout)}
+    assert not found["cut.ledger"]["is_good"]
+    assert "damaged" in found["cut.ledger"]["text"]
+    assert found["host.ledger"]["is_good"]
+    folder.chmod(0o755)
+    assert "is open to other users" in kvcached("doctor", directory=folder).stdout
+    folder.chmod(0o700)
+
+
+def test_metrics_have_base_units_and_a_line_for_every_size(ledger: Ledger) -> None:
+    text = kvcached("metrics", "--once", directory=ledger.path.parent).stdout
+    samples = {
+        (sample.name, sample.labels.get("instance")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    (view,) = ledger.view().instances
+    assert samples["kvcached_device_capacity_bytes", None] == GIB
+    for name in ("resident", "used", "cached", "idle", "promised", "limit", "floor"):
+        assert samples[f"kvcached_{name}_bytes", "llama"] == getattr(view, f"{name}_bytes")
+    assert samples["kvcached_mapped_bytes_total", "llama"] == view.num_mapped_bytes
+
+
+def test_metrics_are_served_until_a_signal(ledger: Ledger) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [KVCACHED, "metrics", "--port", str(port), "--dir", str(ledger.path.parent)]
+    with subprocess.Popen(command) as server:
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+                    text = answer.read().decode()
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                assert server.poll() is None
+                time.sleep(0.05)
+        server.terminate()
+    assert 'kvcached_used_bytes{device="host"' in text
+    assert server.returncode == 0
+
+
+def test_rates_and_curves_come_from_what_was_seen(ledger: Ledger) -> None:
+    history = History()
+    history.add([ledger.view()], 0.0)
+    assert history.rate("host", "llama") is None
+    ledger.settle(0, unmapped_bytes=4 * PAGE, used_bytes=2 * PAGE, cached_bytes=PAGE)
+    history.add([ledger.view()], 2.0)
+    assert history.rate("host", "llama") == (0.0, 2 * PAGE)
+    assert history.curve("host", "llama", GIB) == "▁▁"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        (("limit", "llama", "-1GiB"), 1, "limit='-1GiB' is not a size"),
+        (("limit", "../llama", "1GiB"), 1, "name='../llama' is not allowed"),
+        (("priority", "llama", "high"), 2, "number"),
+        (("metrics", "--port", "0"), 2, "1"),
         (("trim", "nobody"), 1, "no instance is named 'nobody'; there are llama"),
         (("trim", "--keep", "much"), 1, "--keep='much' is not a size"),
         (("top", "--interval", "0"), 2, "0.1"),

@@ -10,7 +10,8 @@ from kvcached_core.config import CUDA, HOST, read_config
 from kvcached_core.devices import Device, cuda_device
 from kvcached_core.errors import ConfigError, LedgerError
 from kvcached_core.instance import Instance
-from kvcached_core.ledger import InstanceView, Ledger
+from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_view import InstanceView
 from kvcached_core.units import MIB
 
 PAGE = 16 * MIB

@@ -16,8 +16,9 @@ from helpers import ledger_child
 from helpers.ledger_child import OPERATIONS, PAGE
 
 from kvcached_core.errors import PolicyError
-from kvcached_core.ledger import DeviceView, Ledger
+from kvcached_core.ledger import Ledger
 from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.ledger_view import DeviceView
 from kvcached_core.sharing import Policy
 
 CAPACITY = 100

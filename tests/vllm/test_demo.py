@@ -14,7 +14,7 @@ import pytest
 from kvcached_core.cli.demo import run
 from kvcached_core.cli.demo.load import Completion
 from kvcached_core.cli.demo.memory import Recording
-from kvcached_core.ledger import DeviceView, InstanceView
+from kvcached_core.ledger_view import DeviceView, InstanceView
 from kvcached_core.units import MIB
 
 KVCACHED = Path(sys.executable).with_name("kvcached")
@@ -80,11 +80,9 @@ def test_an_interrupted_demo_leaves_no_process_and_no_file(tmp_path: Path, scrat
 
 
 def instance(name: str, resident_bytes: int) -> InstanceView:
-    sizes = {field: 0 for field in InstanceView.__dataclass_fields__ if field.endswith("_bytes")}
-    sizes |= {"resident_bytes": resident_bytes, "page_bytes": 16 * MIB}
-    return InstanceView(
-        row=0, name=name, engine="e", pid=1, priority=0, last_used_seconds=0, **sizes
-    )
+    numbers = dict.fromkeys(InstanceView.__dataclass_fields__, 0)
+    numbers |= {"resident_bytes": resident_bytes, "page_bytes": 16 * MIB}
+    return InstanceView(**{**numbers, "name": name, "engine": "e"})
 
 
 def verdict(first: int, second: int, answers: list[Completion]) -> dict[str, bool]:

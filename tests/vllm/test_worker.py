@@ -12,8 +12,9 @@ from helpers.fake_driver import FakeDriver, Result, tensors_on_the_host
 from kvcached_core.errors import UnmappedBlockError
 from kvcached_core.geometry import choose_geometry
 from kvcached_core.instance import Seat
-from kvcached_core.ledger import InstanceView, Ledger
+from kvcached_core.ledger import Ledger
 from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.ledger_view import InstanceView
 from kvcached_core.page_pool import PageOrders
 from kvcached_core.units import MIB
 from kvcached_core.vmm.cuda import CudaBackend

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from kvcached_core.cli.demo.background import Background
 from kvcached_core.errors import LedgerError
-from kvcached_core.ledger import DeviceView, Ledger
+from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_view import DeviceView
 
 SAMPLE_SECONDS = 0.05
 

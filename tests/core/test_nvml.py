@@ -1,0 +1,111 @@
+"""NVML: what it says of a GPU, and what is said where it is missing."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvcached_core import control, nvml
+from kvcached_core.cli.doctor import examine
+from kvcached_core.errors import BackendError
+from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.units import GIB
+
+GPU = "GPU-00000000-1111-2222-3333-444444444444"
+
+
+class NVMLError(Exception):
+    """Stands for pynvml's."""
+
+
+class FakeNVML:
+    """One GPU with 80 GiB, 70 of them free."""
+
+    NVMLError = NVMLError
+
+    def __init__(self) -> None:
+        self.free = 70 * GIB
+
+    def nvmlDeviceGetHandleByUUID(self, name: str) -> str:  # noqa: N802  the library's name
+        if name != GPU:
+            raise NVMLError("not found")
+        return name
+
+    def nvmlDeviceGetMemoryInfo(self, _handle: object) -> Any:  # noqa: N802  the same
+        return SimpleNamespace(total=80 * GIB, free=self.free)
+
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802  the same
+        return "580.1"
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802  the same
+        return 1
+
+    def nvmlDeviceGetHandleByIndex(self, number: int) -> int:  # noqa: N802  the same
+        return number
+
+    def nvmlDeviceGetName(self, _handle: object) -> str:  # noqa: N802  the same
+        return "Fake H200"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeNVML:
+    fake = FakeNVML()
+    monkeypatch.setattr(nvml, "_nvml", lambda: fake)
+    return fake
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    with Ledger(ledger_directory(tmp_path / "kv") / f"{GPU}.ledger", 78 * GIB) as ledger:
+        ledger.register(name="llama", engine="vLLM 0.26.0")
+        ledger.reserve(0, 10 * GIB, GIB)
+        ledger.settle(0, mapped_bytes=8 * GIB, used_bytes=8 * GIB, cached_bytes=0)
+        yield ledger
+
+
+def free_bytes(ledger: Ledger) -> int:
+    (device,) = control.devices(ledger.path.parent)
+    return device.free_bytes
+
+
+def test_the_tools_show_what_strangers_leave_of_a_gpu(gpu: FakeNVML, ledger: Ledger) -> None:
+    assert free_bytes(ledger) == 68 * GIB  # 2 of 70 are promised
+    gpu.free = 20 * GIB
+    assert free_bytes(ledger) == 18 * GIB
+    gpu.free = 80 * GIB
+    assert free_bytes(ledger) == 68 * GIB  # never more than the capacity allows
+
+
+def test_the_tools_do_without_nvml(ledger: Ledger, missing_nvml: Callable[[], None]) -> None:
+    missing_nvml()
+    assert free_bytes(ledger) == 68 * GIB
+
+
+@pytest.fixture
+def missing_nvml(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    def refuse() -> None:
+        raise BackendError("nvmlInit", "no driver", 0)
+
+    return lambda: monkeypatch.setattr(nvml, "_nvml", refuse)
+
+
+def test_an_unknown_gpu_is_named(gpu: FakeNVML) -> None:
+    with pytest.raises(BackendError, match="NVML, device GPU-other"):
+        nvml.free_memory_reader("GPU-other")
+
+
+def test_the_doctor_names_driver_and_gpus(gpu: FakeNVML, tmp_path: Path) -> None:
+    found = {finding.what: finding for finding in examine(tmp_path / "kv")}
+    assert found["GPU"].text == "driver 580.1: Fake H200 (70 GiB free)"
+
+
+def test_the_doctor_says_that_there_is_no_gpu(
+    missing_nvml: Callable[[], None], tmp_path: Path
+) -> None:
+    missing_nvml()
+    found = {finding.what: finding for finding in examine(tmp_path / "kv")}
+    assert found["GPU"].is_good
+    assert "engines here share host memory" in found["GPU"].text
