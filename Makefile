@@ -28,6 +28,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/block_pool.py --json benchmarks/results/block_pool.json
 	$(BIN)/python benchmarks/ledger.py --json benchmarks/results/ledger.json
+	$(BIN)/python benchmarks/pressure.py --json benchmarks/results/pressure.json
 	$(BIN)/python benchmarks/host_memory.py --json benchmarks/results/host_memory.json
 	$(BIN)/python benchmarks/cpu_throughput.py --json benchmarks/results/cpu_throughput.json
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kvcached_core.errors import BackendError, LedgerError, PolicyError
 from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_open import ledger_paths
 from kvcached_core.ledger_view import DeviceView, InstanceView
 from kvcached_core.names import check_name
 from kvcached_core.nvml import GPU_PREFIXES, free_memory_reader
@@ -182,8 +183,7 @@ def trim(
 @contextmanager
 def _ledgers(directory: Path) -> Iterator[list[Ledger]]:
     with ExitStack() as stack:
-        paths = sorted(directory.glob("*.ledger"))
-        yield [stack.enter_context(_open(path)) for path in paths]
+        yield [stack.enter_context(_open(path)) for path in ledger_paths(directory)]
 
 
 def _open(path: Path) -> Ledger:

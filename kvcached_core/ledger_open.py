@@ -16,6 +16,8 @@ from kvcached_core import ledger_file as layout
 from kvcached_core.errors import LedgerError
 from kvcached_core.ledger_file import FileLock, Header, column_sum
 
+WRITABLE = "set KVCACHED_DIR to a folder that this user may write"
+
 logger = logging.getLogger("kvcached")
 
 
@@ -35,9 +37,30 @@ def ledger_directory(directory: Path) -> Path:
         found = directory.lstat()
     except OSError as error:
         raise LedgerError(
-            f"KVCACHED_DIR={str(directory)!r} cannot be made: {error.strerror}; "
-            "name a folder that this user may write"
+            f"KVCACHED_DIR={str(directory)!r} cannot be made: {error.strerror}; {WRITABLE}"
         ) from error
+    _check_owner(directory, found)
+    return directory
+
+
+def ledger_paths(directory: Path) -> list[Path]:
+    """Return the ledgers in a folder, which is checked but not made; none is not an error.
+
+    Raises:
+        LedgerError: If the folder is not ours, or others may look into it.
+    """
+    try:
+        _check_owner(directory, directory.lstat())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise LedgerError(
+            f"KVCACHED_DIR={str(directory)!r} cannot be read: {error.strerror}"
+        ) from error
+    return sorted(directory.glob("*.ledger"))
+
+
+def _check_owner(directory: Path, found: os.stat_result) -> None:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise LedgerError(f"KVCACHED_DIR={str(directory)!r} is not a folder of this user")
     if stat.S_IMODE(found.st_mode) & 0o077:
@@ -45,7 +68,6 @@ def ledger_directory(directory: Path) -> Path:
             f"KVCACHED_DIR={str(directory)!r} is open to other users (mode "
             f"{stat.S_IMODE(found.st_mode):04o}); allowed is 0700"
         )
-    return directory
 
 
 def open_ledger_file(path: Path, capacity_bytes: int | None) -> tuple[int, memoryview]:
@@ -66,7 +88,10 @@ def open_ledger_file(path: Path, capacity_bytes: int | None) -> tuple[int, memor
         try:
             fd = os.open(path, flags, 0o600)
         except OSError as error:
-            raise LedgerError(f"the ledger {path} cannot be opened: {error.strerror}") from error
+            hint = "" if capacity_bytes is None else f"; {WRITABLE}"
+            raise LedgerError(
+                f"the ledger {path} cannot be opened: {error.strerror}{hint}"
+            ) from error
         try:
             with FileLock(fd):
                 if _is_current(fd, path):

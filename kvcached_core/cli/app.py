@@ -32,7 +32,11 @@ app = typer.Typer(
 Directory = Annotated[
     Path,
     typer.Option(
-        "--dir", envvar="KVCACHED_DIR", help="The folder of the ledgers.", show_default=False
+        "--dir",
+        envvar="KVCACHED_DIR",
+        help="The folder of the ledgers.",
+        show_default=False,
+        readable=False,  # our own check says more
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")]

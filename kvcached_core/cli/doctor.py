@@ -11,7 +11,7 @@ from pathlib import Path
 from kvcached_core import __version__, nvml
 from kvcached_core.errors import BackendError, KVCachedError
 from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.ledger_open import ledger_paths
 from kvcached_core.units import MIB, format_bytes
 
 # Adapters say here what they find: functions that return pairs of whether it is good, and a text.
@@ -36,10 +36,11 @@ class Finding:
 
 def examine(directory: Path) -> list[Finding]:
     """Return everything there is to say about this machine and environment."""
+    folder = _folder(directory)
     return [
         _good("kvcached", f"{__version__}, Python {platform.python_version()}"),
-        _folder(directory),
-        *_ledgers(directory),
+        folder,
+        *(_ledgers(directory) if folder.is_good else ()),
         _settings(),
         _driver(),
         *_engines(),
@@ -47,10 +48,10 @@ def examine(directory: Path) -> list[Finding]:
 
 
 def _folder(directory: Path) -> Finding:
-    if not directory.exists():
-        return _good("folder", f"{directory} is not there yet; the first engine makes it")
     try:
-        ledger_directory(directory)
+        ledger_paths(directory)
+        if not directory.exists():
+            return _good("folder", f"{directory} is not there yet; the first engine makes it")
     except KVCachedError as error:
         return _bad("folder", str(error))
     free_bytes = shutil.disk_usage(directory).free
@@ -62,7 +63,7 @@ def _folder(directory: Path) -> Finding:
 
 
 def _ledgers(directory: Path) -> Iterator[Finding]:
-    for path in sorted(directory.glob("*.ledger")):
+    for path in ledger_paths(directory):
         try:
             with Ledger(path) as ledger:
                 view = ledger.view()

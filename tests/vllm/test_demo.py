@@ -1,18 +1,22 @@
 """The demo does what it says, says when something is short, and leaves nothing behind."""
 
+import asyncio
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from kvcached_core.cli.demo import run
-from kvcached_core.cli.demo.load import Completion
+from kvcached_core.cli.demo.load import Completion, _events
 from kvcached_core.cli.demo.memory import Recording
 from kvcached_core.ledger_view import DeviceView, InstanceView
 from kvcached_core.units import MIB
@@ -105,6 +109,22 @@ def test_the_verdict_names_what_is_short() -> None:
     assert not verdict(400, 400, [Completion([1, 3], 0.1)])["tokens identical to vanilla"]
     failed = verdict(400, 400, [Completion([1], 0.1, "ReadError: gone")])
     assert not failed["requests completed"]
+
+
+def test_line_breaks_in_the_text_do_not_end_an_event() -> None:
+    text = "a\u2028b\x85c\x0bd"
+    events = [json.dumps({"text": text}, ensure_ascii=False), json.dumps({"n": 2})]
+    stream = "".join(f"data: {event}\n\n" for event in events).encode() + b"data: [DONE]\n\n"
+
+    async def read() -> list[Any]:
+        async def in_small_pieces() -> AsyncIterator[bytes]:
+            for start in range(0, len(stream), 3):
+                yield stream[start : start + 3]
+
+        response = httpx.Response(200, content=in_small_pieces())
+        return [json.loads(data) async for data in _events(response)]
+
+    assert asyncio.run(read()) == [{"text": text}, {"n": 2}]
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import httpx
@@ -60,6 +61,17 @@ async def send(url: str, model: str, burst: Burst) -> list[Completion]:
         return await asyncio.gather(*requests)
 
 
+async def _events(response: httpx.Response) -> AsyncIterator[str]:
+    """Yield what each event carries; only a line feed ends one, generated text may have others."""
+    rest = b""
+    async for received in response.aiter_bytes():
+        *lines, rest = (rest + received).split(b"\n")
+        for line in lines:
+            data = line.removeprefix(b"data: ").strip()
+            if line.startswith(b"data: ") and data != b"[DONE]":
+                yield data.decode()
+
+
 async def _complete(
     client: httpx.AsyncClient, model: str, prompt: tuple[int, ...], burst: Burst
 ) -> Completion:
@@ -77,10 +89,7 @@ async def _complete(
     try:
         async with client.stream("POST", "/v1/completions", json=body) as response:
             response.raise_for_status()
-            async for line in response.aiter_lines():
-                data = line.removeprefix("data: ")
-                if not line.startswith("data: ") or data == "[DONE]":
-                    continue
+            async for data in _events(response):
                 token_ids = json.loads(data)["choices"][0].get("token_ids") or []
                 if token_ids and completion.ttft_seconds is None:
                     completion.ttft_seconds = time.perf_counter() - start

@@ -1,0 +1,179 @@
+"""A pool that is always too small: real vLLM servers that all want more than there is.
+
+    python benchmarks/dry_pool.py --seconds 600 --json benchmarks/results/dry_pool.json
+
+Each of three servers on host memory is sent bursts of 70 % of the pool, one after the other.
+Halfway one is killed with SIGKILL and started again. Counted are requests that failed or hung.
+"""
+
+import argparse
+import asyncio
+import json
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from machine import describe_machine
+
+from kvcached_core import control
+from kvcached_core.cli.demo.load import Completion, make_burst, send
+from kvcached_core.cli.demo.memory import Recorder
+from kvcached_core.cli.demo.model import KV_BYTES_PER_TOKEN, make_model
+from kvcached_core.cli.demo.server import EngineServer
+from kvcached_core.units import MIB
+
+POOL = 512 * MIB
+NAMES = ("first", "second", "third")
+VICTIM = NAMES[0]
+NUM_REQUESTS = 12
+NUM_OUTPUT_TOKENS = 32
+SHARE = 0.7
+HUNG_SECONDS = 240.0
+
+
+@dataclass
+class Outcome:
+    """What one server's bursts came to."""
+
+    num_completed: int = 0
+    num_lost_with_victim: int = 0
+    errors: list[str] = field(default_factory=list)
+    longest_burst_seconds: float = 0.0
+    wrong_lengths: int = 0
+
+
+class DryPool:
+    """Three servers, one pool, and what became of their requests."""
+
+    def __init__(self, workspace: Path, seconds: float) -> None:
+        self.workspace = workspace
+        self.directory = workspace / "kv"
+        self.seconds = seconds
+        self.model = make_model(workspace / "model", seed=1)
+        self.outcomes = {name: Outcome() for name in NAMES}
+        self.servers: dict[str, EngineServer] = {}
+        self.victim: EngineServer | None = None
+        self.facts: dict[str, Any] = {}
+
+    def start(self, name: str) -> EngineServer:
+        """Start a server; the second one has no prefix cache."""
+        caching = "--no-enable-prefix-caching" if name == NAMES[1] else "--enable-prefix-caching"
+        environ = {
+            "ENABLE_KVCACHED": "1",
+            "KVCACHED_DIR": str(self.directory),
+            "KVCACHED_HOST_POOL": str(POOL),
+            "KVCACHED_NAME": name,
+            "KVCACHED_DEBUG": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+        }
+        self.servers[name] = EngineServer(
+            name,
+            self.model,
+            self.workspace,
+            environ=environ,
+            arguments=(caching, "--max-num-seqs", "16"),
+            core=NAMES.index(name),
+        )
+        return self.servers[name]
+
+    async def run(self) -> None:
+        """Send bursts to all of them until the time is up."""
+        end = time.monotonic() + self.seconds
+        loads = [asyncio.create_task(self._load(name, end)) for name in NAMES]
+        await asyncio.sleep(self.seconds / 2)
+        await asyncio.to_thread(self._kill_and_restart)
+        await asyncio.gather(*loads)
+
+    async def _load(self, name: str, end: float) -> None:
+        outcome = self.outcomes[name]
+        seed = NAMES.index(name)
+        num_tokens = int(POOL * SHARE / KV_BYTES_PER_TOKEN / NUM_REQUESTS)
+        while time.monotonic() < end:
+            seed += len(NAMES)
+            server = self.servers[name]
+            burst = make_burst(
+                num_requests=NUM_REQUESTS,
+                num_prompt_tokens=num_tokens - NUM_OUTPUT_TOKENS,
+                num_output_tokens=NUM_OUTPUT_TOKENS,
+                seed=seed,
+            )
+            start = time.monotonic()
+            answers = await asyncio.wait_for(send(server.url, name, burst), HUNG_SECONDS)
+            self._count(outcome, answers, is_victim=server is self.victim)
+            seconds = time.monotonic() - start
+            outcome.longest_burst_seconds = max(outcome.longest_burst_seconds, seconds)
+            await asyncio.to_thread(self._wait_ready, name)
+
+    def _wait_ready(self, name: str) -> None:
+        while self.servers[name].process.poll() is not None:
+            time.sleep(0.1)  # killed, and not started again yet
+        self.servers[name].wait_ready()
+
+    @staticmethod
+    def _count(outcome: Outcome, answers: list[Completion], *, is_victim: bool) -> None:
+        for answer in answers:
+            if answer.error is None:
+                outcome.num_completed += 1
+                outcome.wrong_lengths += len(answer.token_ids) != NUM_OUTPUT_TOKENS
+            elif is_victim:
+                outcome.num_lost_with_victim += 1
+            else:
+                outcome.errors.append(answer.error)
+
+    def _kill_and_restart(self) -> None:
+        held = self._resident(VICTIM)
+        self.victim = self.servers[VICTIM]
+        self.victim.kill()
+        start = time.monotonic()
+        while self._resident(VICTIM):
+            time.sleep(0.005)
+        self.facts["killed_holding_bytes"] = held
+        self.facts["its_bytes_free_after_seconds"] = time.monotonic() - start
+        self.start(VICTIM)
+
+    def _resident(self, name: str) -> int:
+        (device,) = control.devices(self.directory)
+        return sum(row.resident_bytes for row in device.instances if row.name == name)
+
+
+def main() -> None:
+    """Run, print, write JSON; fail if a request was lost."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=600.0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="kv-") as folder:
+        pool = DryPool(Path(folder), options.seconds)
+        try:
+            for name in NAMES:
+                pool.start(name)
+            for server in pool.servers.values():
+                server.wait_ready()
+            with Recorder(pool.directory / "host.ledger") as recorder:
+                asyncio.run(pool.run())
+        finally:
+            for server in pool.servers.values():
+                server.stop()
+        left = sorted(path.name for path in pool.directory.iterdir())
+    views = recorder.recording.views
+    results = {
+        "machine": describe_machine(),
+        "seconds": options.seconds,
+        "servers": {name: vars(outcome) for name, outcome in pool.outcomes.items()},
+        "least_free_bytes": min(view.free_bytes for view in views),
+        "share_of_time_below_a_page_free": sum(view.free_bytes < 16 * MIB for view in views)
+        / len(views),
+        "files_left_after_the_last_stopped": left,
+    } | pool.facts
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps({key: results[key] for key in results if key != "machine"}, indent=2))
+    if any(outcome.errors for outcome in pool.outcomes.values()):
+        raise SystemExit("requests were lost")
+
+
+if __name__ == "__main__":
+    main()
