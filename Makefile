@@ -41,6 +41,8 @@ gpu-check:
 	$(GPU_PYTHON) benchmarks/vllm_steps.py --json benchmarks/results/vllm_steps.json
 	$(GPU_PYTHON) benchmarks/vllm_overhead.py --json benchmarks/results/vllm_overhead.json
 	$(GPU_PYTHON) benchmarks/vllm_neighbours.py --json benchmarks/results/vllm_neighbours.json
+	$(GPU_PYTHON) benchmarks/pressure.py --gpu --json benchmarks/results/pressure_gpu.json
+	$(GPU_PYTHON) benchmarks/dry_pool.py --gpu --seconds 300 --json benchmarks/results/dry_pool_gpu.json
 
 clean:
 	rm -rf $(VENV) $(GPU_VENV) demo build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

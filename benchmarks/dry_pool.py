@@ -2,11 +2,12 @@
 
     python benchmarks/dry_pool.py --seconds 600 --json benchmarks/results/dry_pool.json
 
-Each of three servers on host memory is sent bursts of 70 % of the pool, one after the other.
+    python benchmarks/dry_pool.py --gpu --seconds 300 --json benchmarks/results/dry_pool_gpu.json
+
+Each of three servers is sent bursts of 70 % of the pool, one after the other.
 Halfway one is killed with SIGKILL and started again. Counted are requests that failed or hung.
 """
 
-import argparse
 import asyncio
 import json
 import tempfile
@@ -15,19 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
+from profiles import Profile, gpu, host, open_ledger, parser
 
-from kvcached_core import control
 from kvcached_core.cli.demo.load import Completion, make_burst, send
 from kvcached_core.cli.demo.memory import Recorder
-from kvcached_core.cli.demo.model import KV_BYTES_PER_TOKEN, make_model
 from kvcached_core.cli.demo.server import EngineServer
-from kvcached_core.units import MIB
+from kvcached_core.units import GIB, MIB
 
-POOL = 512 * MIB
 NAMES = ("first", "second", "third")
 VICTIM = NAMES[0]
-NUM_REQUESTS = 12
 NUM_OUTPUT_TOKENS = 32
 SHARE = 0.7
 HUNG_SECONDS = 240.0
@@ -47,11 +44,11 @@ class Outcome:
 class DryPool:
     """Three servers, one pool, and what became of their requests."""
 
-    def __init__(self, workspace: Path, seconds: float) -> None:
+    def __init__(self, profile: Profile, workspace: Path, seconds: float) -> None:
+        self.profile = profile
         self.workspace = workspace
-        self.directory = workspace / "kv"
         self.seconds = seconds
-        self.model = make_model(workspace / "model", seed=1)
+        profile.make(workspace / "model")
         self.outcomes = {name: Outcome() for name in NAMES}
         self.servers: dict[str, EngineServer] = {}
         self.victim: EngineServer | None = None
@@ -60,22 +57,8 @@ class DryPool:
     def start(self, name: str) -> EngineServer:
         """Start a server; the second one has no prefix cache."""
         caching = "--no-enable-prefix-caching" if name == NAMES[1] else "--enable-prefix-caching"
-        environ = {
-            "ENABLE_KVCACHED": "1",
-            "KVCACHED_DIR": str(self.directory),
-            "KVCACHED_HOST_POOL": str(POOL),
-            "KVCACHED_NAME": name,
-            "KVCACHED_DEBUG": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-        }
-        self.servers[name] = EngineServer(
-            name,
-            self.model,
-            self.workspace,
-            environ=environ,
-            arguments=(caching, "--max-num-seqs", "16"),
-            core=NAMES.index(name),
+        self.servers[name] = self.profile.start(
+            name, self.workspace, caching, core=NAMES.index(name), KVCACHED_DEBUG="1"
         )
         return self.servers[name]
 
@@ -90,13 +73,14 @@ class DryPool:
     async def _load(self, name: str, end: float) -> None:
         outcome = self.outcomes[name]
         seed = NAMES.index(name)
-        num_tokens = int(POOL * SHARE / KV_BYTES_PER_TOKEN / NUM_REQUESTS)
+        num_prompt_tokens = self.profile.num_prompt_tokens // 2
+        num_bytes = (num_prompt_tokens + NUM_OUTPUT_TOKENS) * self.profile.kv_bytes_per_token
         while time.monotonic() < end:
             seed += len(NAMES)
             server = self.servers[name]
             burst = make_burst(
-                num_requests=NUM_REQUESTS,
-                num_prompt_tokens=num_tokens - NUM_OUTPUT_TOKENS,
+                num_requests=int(self.profile.pool_bytes * SHARE / num_bytes),
+                num_prompt_tokens=num_prompt_tokens,
                 num_output_tokens=NUM_OUTPUT_TOKENS,
                 seed=seed,
             )
@@ -135,32 +119,34 @@ class DryPool:
         self.start(VICTIM)
 
     def _resident(self, name: str) -> int:
-        (device,) = control.devices(self.directory)
-        return sum(row.resident_bytes for row in device.instances if row.name == name)
+        with open_ledger(self.workspace) as ledger:
+            rows = ledger.view().instances
+        return sum(row.resident_bytes for row in rows if row.name == name)
 
 
 def main() -> None:
     """Run, print, write JSON; fail if a request was lost."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=600.0)
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--seconds", type=float, default=600.0)
+    options = made.parse_args()
+    profile = gpu(80 * GIB) if options.gpu else host(512 * MIB)
     with tempfile.TemporaryDirectory(prefix="kv-") as folder:
-        pool = DryPool(Path(folder), options.seconds)
+        pool = DryPool(profile, Path(folder), options.seconds)
         try:
             for name in NAMES:
                 pool.start(name)
             for server in pool.servers.values():
                 server.wait_ready()
-            with Recorder(pool.directory / "host.ledger") as recorder:
+            (path,) = (pool.workspace / "kv").glob("*.ledger")
+            with Recorder(path) as recorder:
                 asyncio.run(pool.run())
         finally:
             for server in pool.servers.values():
                 server.stop()
-        left = sorted(path.name for path in pool.directory.iterdir())
+        left = sorted(path.name for path in (pool.workspace / "kv").iterdir())
     views = recorder.recording.views
     results = {
-        "machine": describe_machine(),
+        "machine": profile.describe(),
         "seconds": options.seconds,
         "servers": {name: vars(outcome) for name, outcome in pool.outcomes.items()},
         "least_free_bytes": min(view.free_bytes for view in views),

@@ -1,45 +1,53 @@
-"""How soon an idle engine gives: one real vLLM server on host memory whose prefix cache is full.
+"""How soon an idle engine gives: one real vLLM server whose prefix cache is full.
 
     python benchmarks/pressure.py --json benchmarks/results/pressure.json
+    python benchmarks/pressure.py --gpu --json benchmarks/results/pressure_gpu.json
 
 A neighbour, here a row of this process, asks for memory; later the server's limit is lowered.
 Nobody sends the server a request meanwhile.
 """
 
-import argparse
 import asyncio
 import json
 import statistics
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
+from profiles import Profile, gpu, host, open_ledger, parser
 
 from kvcached_core import control
 from kvcached_core.cli.demo.load import make_burst, send
-from kvcached_core.cli.demo.model import KV_BYTES_PER_TOKEN, make_model
 from kvcached_core.cli.demo.server import EngineServer
 from kvcached_core.ledger import Ledger, doorbell_path
 from kvcached_core.ledger_view import InstanceView
 from kvcached_core.pressure import Doorbell, ask_peers
 from kvcached_core.units import GIB, MIB
 
-POOL = 5 * GIB
-CACHE_BYTES = 4 * GIB
-PROMPT_TOKENS = 1900
 NUM_ASKS = 5
-ASKED_BYTES = 256 * MIB
-SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 
-def fill(server: EngineServer, seed: int, num_bytes: int) -> None:
+@dataclass(frozen=True)
+class Sizes:
+    """How much is cached, asked for at a time, and left by the lowered limit, in bytes."""
+
+    cache_bytes: int
+    asked_bytes: int
+    limit_bytes: int
+
+
+HOST = Sizes(4 * GIB, 256 * MIB, GIB)
+GPU = Sizes(60 * GIB, 8 * GIB, 16 * GIB)
+
+
+def fill(server: EngineServer, profile: Profile, seed: int, num_bytes: int) -> None:
     """Send prompts that leave `num_bytes` in the server's prefix cache."""
     burst = make_burst(
-        num_requests=num_bytes // (PROMPT_TOKENS * KV_BYTES_PER_TOKEN),
-        num_prompt_tokens=PROMPT_TOKENS,
+        num_requests=num_bytes // (profile.num_prompt_tokens * profile.kv_bytes_per_token),
+        num_prompt_tokens=profile.num_prompt_tokens,
         num_output_tokens=1,
         seed=seed,
     )
@@ -83,25 +91,29 @@ class Neighbour:
         self.ledger.unregister(self.row)
 
 
-def measure(server: EngineServer, directory: Path) -> dict[str, Any]:
+def measure(
+    server: EngineServer, profile: Profile, sizes: Sizes, workspace: Path
+) -> dict[str, Any]:
     """Fill the cache, ask, lower the limit."""
-    fill(server, 1, CACHE_BYTES)
-    with Ledger(directory / "host.ledger") as ledger:
+    fill(server, profile, 1, sizes.cache_bytes)
+    with open_ledger(workspace) as ledger:
         before = view(ledger, "cache")
         neighbour = Neighbour(ledger)
         free_bytes = max(ledger.free_bytes(neighbour.row), 0)
         ledger.reserve(neighbour.row, free_bytes, before.page_bytes)
-        takes = [neighbour.take(ASKED_BYTES, before.page_bytes) for _ in range(NUM_ASKS)]
+        takes = [neighbour.take(sizes.asked_bytes, before.page_bytes) for _ in range(NUM_ASKS)]
         neighbour.close()
         held = view(ledger, "cache").cached_bytes
-        fill(server, 2, CACHE_BYTES - held)
+        fill(server, profile, 2, sizes.cache_bytes - held)
         held = view(ledger, "cache").resident_bytes
         start = time.perf_counter()
-        answer = control.set_limit("cache", str(GIB), directory=directory)
+        answer = control.set_limit(
+            "cache", str(sizes.limit_bytes), directory=workspace / "kv", wait_seconds=30.0
+        )
         limit_ms = (time.perf_counter() - start) * 1e3
     return {
         "cached_bytes": before.cached_bytes,
-        "asked_bytes": ASKED_BYTES,
+        "asked_bytes": sizes.asked_bytes,
         "first_page_ms": [first for first, _ in takes],
         "all_ms": [whole for _, whole in takes],
         "limit": {
@@ -115,33 +127,21 @@ def measure(server: EngineServer, directory: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    path = parser.parse_args().json
+    options = parser(__doc__).parse_args()
+    profile, sizes = (gpu(0), GPU) if options.gpu else (host(5 * GIB), HOST)
     with tempfile.TemporaryDirectory(prefix="kv-") as folder:
         workspace = Path(folder)
-        directory = workspace / "kv"
-        environ = SETTINGS | {
-            "ENABLE_KVCACHED": "1",
-            "KVCACHED_DIR": str(directory),
-            "KVCACHED_HOST_POOL": str(POOL),
-            "KVCACHED_NAME": "cache",
-        }
-        server = EngineServer(
-            "cache",
-            make_model(workspace / "model", seed=1),
-            workspace,
-            environ=environ,
-            arguments=("--enable-prefix-caching", "--max-num-seqs", "16"),
-        )
+        profile.make(workspace / "model")
+        server = profile.start("cache", workspace, "--enable-prefix-caching")
         try:
             server.wait_ready()
-            results = {"machine": describe_machine()} | measure(server, directory)
+            measured = measure(server, profile, sizes, workspace)
         finally:
             server.stop()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    asked = f"{ASKED_BYTES // MIB} MiB of {results['cached_bytes'] / GIB:.1f} GiB cached"
+    results = {"machine": profile.describe()} | measured
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(results, indent=2) + "\n")
+    asked = f"{sizes.asked_bytes // MIB} MiB of {results['cached_bytes'] / GIB:.1f} GiB cached"
     print(f"first page of {asked}: median {statistics.median(results['first_page_ms']):.1f} ms")
     print(f"all of {asked}: median {statistics.median(results['all_ms']):.1f} ms")
     print(f"limit lowered: {results['limit']}")
