@@ -3,8 +3,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# SGLang has an environment of its own for each release: its dependencies are not vLLM's.
+SGLANG_VENV ?= .venv-sglang
+SGLANG_RELEASES := 0.5.23 0.5.15
+SGLANG_READY := $(SGLANG_RELEASES:%=$(SGLANG_VENV)-%/.ready)
+
 GPU_VENV ?= .venv-gpu
 GPU_PYTHON ?= $(GPU_VENV)/bin/python
+export VLLM_PYTHON := $(abspath $(BIN)/python)
 
 .PHONY: setup demo test lint bench gpu-check clean
 
@@ -14,11 +20,18 @@ $(READY): pyproject.toml examples/cpu_engine/install.sh examples/cpu_engine/over
 	examples/cpu_engine/install.sh $(VENV)
 	touch $@
 
+$(SGLANG_VENV)-%/.ready: pyproject.toml $(wildcard examples/sglang_cpu/*.* examples/sglang_cpu/*/*.*)
+	examples/sglang_cpu/install.sh $(SGLANG_VENV)-$* $*
+	touch $@
+
 demo: $(READY)
 	$(BIN)/kvcached demo
 
-test: $(READY)
+test: $(READY) $(SGLANG_READY)
 	$(BIN)/python -m pytest
+	$(SGLANG_VENV)-0.5.23/bin/python -m pytest -m sglang tests/sglang
+	$(SGLANG_VENV)-0.5.15/bin/python -m pytest -m "sglang and not vllm" tests/sglang \
+	  -k "not 1-none and not 16-radix"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -45,4 +58,4 @@ gpu-check:
 	$(GPU_PYTHON) benchmarks/dry_pool.py --gpu --seconds 300 --json benchmarks/results/dry_pool_gpu.json
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) demo build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SGLANG_VENV)-* $(GPU_VENV) demo build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

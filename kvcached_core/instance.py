@@ -194,6 +194,13 @@ class Instance:
             for device, ledger in self._ledgers.items()
         )
 
+    def room_pages(self) -> int:
+        """Return how many pages would be promised now; nothing is promised."""
+        return min(
+            ledger.room_bytes(self._rows[device]) // self._unit_bytes(device)
+            for device, ledger in self._ledgers.items()
+        )
+
     def close(self) -> None:
         """Leave the ledgers."""
         for bell in self._bells:

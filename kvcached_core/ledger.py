@@ -227,10 +227,7 @@ class Ledger:
             words = self._words
             if monotonic_ns() - words[layout.LAST_REAP] > REAP_INTERVAL_NS:
                 self._reap()
-            limit, held = words[base + LIMIT], words[base + RESIDENT] + words[base + PROMISED]
-            room = self._free(base)
-            if limit != NO_LIMIT and limit - held < room:
-                room = limit - held
+            room = self._room(base)
             granted = num_bytes if room >= num_bytes else max(room // unit_bytes * unit_bytes, 0)
             words[base + PROMISED] += granted
             if granted < num_bytes:
@@ -359,6 +356,11 @@ class Ledger:
         with self._lock:
             return self._free(self._base(index))
 
+    def room_bytes(self, index: int) -> int:
+        """Return what the instance would be promised now, in bytes; nothing is promised."""
+        with self._lock:
+            return max(self._room(self._base(index)), 0)
+
     def view(self) -> DeviceView:
         """Return a consistent picture of the device, without the dead."""
         with self._lock:
@@ -447,6 +449,13 @@ class Ledger:
             others = [row for row in self._live_rows() if row.base != base]
             free -= sum(row.unmet_floor_bytes for row in others)
         return free
+
+    def _room(self, base: int) -> int:
+        words = self._words
+        limit, free = words[base + LIMIT], self._free(base)
+        if limit == NO_LIMIT:
+            return free
+        return min(free, limit - words[base + RESIDENT] - words[base + PROMISED])
 
     def _room_below_limit(self, row: Row) -> int:
         limit = row.limit_bytes

@@ -2,11 +2,17 @@
 
 import ast
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from kvcached_patches.hook import Finding, Hook
 
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def choose_targets(hooks: Iterable[Hook], root: Path) -> tuple[Hook, ...]:
+    """Return `hooks`, each with the first target whose module is under `root`."""
+    return tuple(_chosen(hook, root) for hook in hooks)
 
 
 def check_hooks(hooks: Iterable[Hook], root: Path) -> list[Finding]:
@@ -23,12 +29,24 @@ def check_hooks(hooks: Iterable[Hook], root: Path) -> list[Finding]:
     return findings
 
 
+def _chosen(hook: Hook, root: Path) -> Hook:
+    for target in (hook.target, *hook.alternatives):
+        candidate = replace(hook, target=target, alternatives=())
+        if _file(root, candidate.module) is not None:
+            return candidate
+    return replace(hook, alternatives=())
+
+
 def _parse(root: Path, module: str) -> ast.Module | None:
+    file = _file(root, module)
+    return None if file is None else ast.parse(file.read_bytes(), str(file))
+
+
+def _file(root: Path, module: str) -> Path | None:
     base = root.joinpath(*module.split("."))
-    for file in (base.with_suffix(".py"), base / "__init__.py"):
-        if file.is_file():
-            return ast.parse(file.read_bytes(), str(file))
-    return None
+    return next(
+        (file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()), None
+    )
 
 
 def _problem(hook: Hook, tree: ast.Module) -> str | None:

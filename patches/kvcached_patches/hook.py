@@ -17,12 +17,14 @@ class Hook:
             place; it is imported when the hook is applied.
         why: One line.
         parameters: Names that the target's signature must have: those the replacement relies on.
+        alternatives: Where other releases define the same thing, in other modules.
     """
 
     target: str
     replacement: str
     why: str
     parameters: tuple[str, ...] = ()
+    alternatives: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:

@@ -158,3 +158,9 @@ def test_a_gpu_is_named_by_its_uuid_and_keeps_its_headroom() -> None:
     assert cuda_device(gpu.name, 1).name == gpu.name
     assert gpu.capacity_bytes(read_config({})) == 98 * PAGE
     assert gpu.capacity_bytes(read_config({"KVCACHED_HEADROOM": "16MiB"})) == 99 * PAGE
+
+
+def test_the_room_is_that_of_the_device_with_least(start: Callable[..., Instance]) -> None:
+    first, last = device("a", 8), device("b", 4)
+    start([last], name="neighbour").reserve(1, is_urgent=False)
+    assert start([first, last]).room_pages() == 3

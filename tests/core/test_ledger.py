@@ -372,3 +372,14 @@ def test_a_row_that_was_removed_cannot_be_used(ledger: Ledger) -> None:
     ledger.unregister(row)
     with pytest.raises(LedgerError, match="has no instance"):
         ledger.reserve(row, PAGE, PAGE)
+
+
+def test_the_room_is_what_would_be_promised_and_promises_nothing(ledger: Ledger) -> None:
+    row = ledger.register(name="a", engine="e", policy=Policy(limit_bytes=4 * PAGE))
+    other = ledger.register(name="b", engine="e")
+    assert ledger.room_bytes(row) == 4 * PAGE
+    assert ledger.room_bytes(other) == GIB
+    ledger.reserve(other, GIB - 2 * PAGE, PAGE)
+    assert ledger.room_bytes(row) == 2 * PAGE
+    assert ledger.reserve(row, 3 * PAGE, PAGE) == 2 * PAGE
+    assert ledger.room_bytes(row) == ledger.room_bytes(other) == 0

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcached_patches import Hook, check_hooks
+from kvcached_patches import Hook, check_hooks, choose_targets
 
 SOURCE = """
 from elsewhere import Imported as Renamed
@@ -69,3 +69,14 @@ def test_drift_is_found_and_named(
     root: Path, target: str, parameters: tuple[str, ...], problem: str
 ) -> None:
     assert findings(root, target, *parameters) == [f"{target}: {problem}"]
+
+
+def test_the_first_target_whose_module_is_there_is_chosen(root: Path) -> None:
+    hook = Hook("engine.moved:new", "x:y", "why", (), ("engine.core:Owner.method", "engine:top"))
+    (chosen,) = choose_targets([hook], root)
+    assert chosen.target == "engine.core:Owner.method"
+    assert check_hooks([chosen], root) == []
+    gone = Hook("engine.moved:new", "x:y", "why", (), ("engine.too:gone",))
+    assert [str(found) for found in check_hooks(choose_targets([gone], root), root)] == [
+        "engine.moved:new: the module is gone"
+    ]

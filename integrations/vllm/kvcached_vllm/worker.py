@@ -1,33 +1,21 @@
-"""A worker's side: the arena under its KV cache, and the orders it carries out."""
+"""A worker's side: the memory under its KV cache, and the steps that use it."""
 
-import contextlib
 import logging
-import os
-import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
-from kvcached_core.arena import Arena
 from kvcached_core.config import read_config
-from kvcached_core.errors import BackendError, LedgerError, OutOfMemoryError, UnmappedBlockError
-from kvcached_core.ledger import Ledger
-from kvcached_core.page_keeper import PageChanges, PageKeeper
+from kvcached_core.errors import UnmappedBlockError
 from kvcached_core.page_pool import PageOrders
-from kvcached_core.pressure import ask_peers, wake
+from kvcached_core.rank_memory import RankMemory
 from kvcached_core.vmm.backend import Backend
-from kvcached_core.vmm.metered import MeteredBackend
 from kvcached_vllm.layout import Placement
 
 logger = logging.getLogger("vllm.kvcached")
 
-# How long a step waits for memory that was promised and that somebody outside the ledger took.
-PATIENCE_SECONDS = 30.0
-RETRY_SECONDS = 0.01
 
-
-class WorkerMemory:
-    """The KV memory of one rank.
+class WorkerMemory(RankMemory):
+    """The KV memory of one rank, and what vLLM's steps need of it.
 
     Args:
         placement: Where it lies.
@@ -43,44 +31,10 @@ class WorkerMemory:
     ) -> None:
         self.debug = read_config().debug
         self.is_warming_up = True
-        self.seat = placement.seat
-        self.ledger = Ledger(Path(self.seat.ledger_path))
-        self.ledger.join(self.seat.row)
-        self.backend = MeteredBackend(backend)
-        self.arena = Arena(self.backend, placement.geometry, placement.num_pages)
-        self._current_stream = current_stream
-        self._counts = (0, 0)
-        self.keeper = PageKeeper(self.arena, self._report)
-        logger.info(
-            "kvcached: process %d has addresses %#x to %#x",
-            os.getpid(),
-            self.arena.address,
-            self.arena.address + self.arena.num_bytes,
+        super().__init__(
+            placement.geometry, placement.num_pages, placement.seat, backend, current_stream
         )
-        self.carry_out(PageOrders(map_pages=[0], num_used_pages=1))
-
-    def carry_out(self, orders: PageOrders) -> None:
-        """Map and unmap, and return when it is done: only between steps."""
-        self.before_step(orders)
-        self.after_step(orders)
-        self.keeper.wait()
-
-    def before_step(self, orders: PageOrders) -> None:
-        """Map what the step needs, and begin with what the next ones will need."""
-        counts = orders.num_used_pages, orders.num_cached_pages
-        has_new_counts, self._counts = counts != self._counts, counts
-        if orders.map_pages or orders.ready_pages:
-            self._map_now(orders.map_pages + orders.ready_pages)
-        if orders.spare_pages:
-            self.keeper.map_soon(orders.spare_pages)
-        if has_new_counts and not orders.map_pages:
-            self._report(PageChanges())
-
-    def after_step(self, orders: PageOrders) -> None:
-        """Let go of what no step behind this one reads: it is unmapped when this one is done."""
-        if orders.unmap_pages:
-            fence = self.backend.fence(self._current_stream())
-            self.keeper.unmap_behind(orders.unmap_pages, fence)
+        logger.info("kvcached: %s", self.addresses)
 
     def check_step(self, scheduler_output: Any) -> None:
         """Refuse a step that names a block which is not mapped.
@@ -118,47 +72,6 @@ class WorkerMemory:
         self.is_warming_up = False
         pages = [page for page in self.arena.resident_pages if page != 0]
         self.carry_out(PageOrders(unmap_pages=pages, num_used_pages=1))
-
-    def close(self) -> None:
-        """Give everything back."""
-        self.keeper.close()
-        num_resident = len(self.arena.resident_pages)
-        with contextlib.suppress(BackendError):  # a device that failed has nothing to wait for
-            self.backend.fence(self._current_stream()).wait()
-        self.arena.close()
-        self._counts = (0, 0)
-        with contextlib.suppress(LedgerError):  # the engine may have left, and with it the row
-            self._report(PageChanges(num_unmapped=num_resident))
-        self.ledger.close()
-
-    def _map_now(self, pages: list[int]) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while True:
-            try:
-                self.keeper.map_now(pages, self._current_stream())
-            except OutOfMemoryError as error:
-                # The step is scheduled and its engine cannot take it back, so it waits.
-                if time.monotonic() > deadline:
-                    raise
-                logger.warning("kvcached: %s; asking the neighbours and trying again", error)
-                wanted_bytes = len(pages) * self.arena.geometry.page_bytes
-                ask_peers(self.ledger, self.seat.row, wanted_bytes)
-                time.sleep(RETRY_SECONDS)
-            else:
-                return
-
-    def _report(self, changes: PageChanges) -> None:
-        page_bytes = self.arena.geometry.page_bytes
-        num_used, num_cached = (count * self.seat.num_ranks for count in self._counts)
-        waiting = self.ledger.settle(
-            self.seat.row,
-            mapped_bytes=changes.num_mapped * page_bytes,
-            unmapped_bytes=changes.num_unmapped * page_bytes,
-            unneeded_bytes=changes.num_spared * page_bytes,
-            used_bytes=num_used * page_bytes,
-            cached_bytes=num_cached * page_bytes,
-        )
-        wake(self.ledger, waiting)
 
 
 def apply_orders(worker: Any, orders: PageOrders) -> None:

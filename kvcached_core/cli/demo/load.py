@@ -4,8 +4,9 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
@@ -53,11 +54,61 @@ def make_burst(
     return Burst(prompts, num_output_tokens)
 
 
-async def send(url: str, model: str, burst: Burst) -> list[Completion]:
+@dataclass(frozen=True)
+class Dialect:
+    """How an engine is asked for tokens, and where they are in its events.
+
+    Attributes:
+        path: Where requests are posted.
+        body: Returns a request from the model's name, the prompt and the tokens wanted.
+        new_tokens: Returns the tokens that an event brings, from it and from how many there are.
+    """
+
+    path: str
+    body: Callable[[str, tuple[int, ...], int], dict[str, Any]]
+    new_tokens: Callable[[dict[str, Any], int], list[int]]
+
+
+def _vllm_body(model: str, prompt: tuple[int, ...], num_tokens: int) -> dict[str, Any]:
+    return {
+        "model": model,
+        "prompt": list(prompt),
+        "max_tokens": num_tokens,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+    }
+
+
+def _vllm_tokens(event: dict[str, Any], _num_before: int) -> list[int]:
+    return event["choices"][0].get("token_ids") or []
+
+
+def _sglang_body(_model: str, prompt: tuple[int, ...], num_tokens: int) -> dict[str, Any]:
+    sampling = {"temperature": 0.0, "max_new_tokens": num_tokens, "ignore_eos": True}
+    return {"input_ids": list(prompt), "sampling_params": sampling, "stream": True}
+
+
+def _sglang_tokens(event: dict[str, Any], num_before: int) -> list[int]:
+    if "error" in event:
+        raise ValueError(event["error"].get("message", "the engine said nothing more"))
+    ids: list[int] = event["output_ids"]
+    return ids[num_before:]  # each event has all of them
+
+
+VLLM = Dialect("/v1/completions", _vllm_body, _vllm_tokens)
+SGLANG = Dialect("/generate", _sglang_body, _sglang_tokens)
+
+
+async def send(url: str, model: str, burst: Burst, dialect: Dialect = VLLM) -> list[Completion]:
     """Send all requests of `burst` at once and wait for all answers; failures are answers too."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:  # noqa: S113  a queue may be long
-        requests = (_complete(client, model, prompt, burst) for prompt in burst.prompts)
+        requests = (
+            _complete(client, dialect, dialect.body(model, prompt, burst.num_output_tokens), burst)
+            for prompt in burst.prompts
+        )
         return await asyncio.gather(*requests)
 
 
@@ -73,24 +124,16 @@ async def _events(response: httpx.Response) -> AsyncIterator[str]:
 
 
 async def _complete(
-    client: httpx.AsyncClient, model: str, prompt: tuple[int, ...], burst: Burst
+    client: httpx.AsyncClient, dialect: Dialect, body: dict[str, Any], burst: Burst
 ) -> Completion:
-    body = {
-        "model": model,
-        "prompt": list(prompt),
-        "max_tokens": burst.num_output_tokens,
-        "temperature": 0.0,
-        "ignore_eos": True,
-        "stream": True,
-        "return_token_ids": True,
-    }
     completion = Completion()
     start = time.perf_counter()
     try:
-        async with client.stream("POST", "/v1/completions", json=body) as response:
+        async with client.stream("POST", dialect.path, json=body) as response:
             response.raise_for_status()
             async for data in _events(response):
-                token_ids = json.loads(data)["choices"][0].get("token_ids") or []
+                num_before = len(completion.token_ids)
+                token_ids = dialect.new_tokens(json.loads(data), num_before)
                 if token_ids and completion.ttft_seconds is None:
                     completion.ttft_seconds = time.perf_counter() - start
                 completion.token_ids += token_ids

@@ -12,11 +12,18 @@ from pathlib import Path
 
 import httpx
 
+from kvcached_core.cli.demo.load import SGLANG, VLLM, Burst, Completion, send
 from kvcached_core.errors import KVCachedError
 
 HOST_OPTIONS = (
     *("--dtype", "float32", "--block-size", "32", "--max-model-len", "2048"),
     "--enforce-eager",
+)
+SGLANG_HOST_OPTIONS = (
+    *("--device", "cpu", "--dtype", "float32", "--context-length", "2048"),
+    *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+    *("--disable-cuda-graph", "--skip-server-warmup", "--skip-tokenizer-init"),
+    *("--grammar-backend", "none", "--log-level", "info"),
 )
 LOG_LINES = 30
 STOP_SECONDS = 20.0
@@ -27,17 +34,21 @@ class ServerError(KVCachedError, RuntimeError):
 
 
 class EngineServer:
-    """`vllm serve` of one model.
+    """An engine's server of one model: `vllm serve`, and others as subclasses.
 
     Args:
         name: The instance's name, also the name under which the model is served.
         model: The model's folder.
         workspace: Where its log goes; also its folder for temporary files.
         environ: Variables on top of this process's own.
-        arguments: Arguments of `vllm serve` on top of those every demo server has.
+        arguments: Arguments on top of those every demo server has.
         core: The processor core that its compute threads are bound to.
-        options: What every demo server has instead of `vllm serve`'s defaults.
+        options: What every demo server has instead of the engine's defaults.
+        python: The interpreter of the environment that the engine is installed in.
     """
+
+    dialect = VLLM
+    host_options: tuple[str, ...] = HOST_OPTIONS
 
     def __init__(
         self,
@@ -48,23 +59,20 @@ class EngineServer:
         environ: Mapping[str, str],
         arguments: tuple[str, ...] = (),
         core: int = 0,
-        options: tuple[str, ...] = HOST_OPTIONS,
+        options: tuple[str, ...] | None = None,
+        python: str = sys.executable,
     ) -> None:
         self.name = name
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = workspace / f"{name}.log"
-        command = [
-            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
-            *("--served-model-name", name, "--host", "127.0.0.1", "--port", str(self.port)),
-            "--disable-uvicorn-access-log",
-            *options,
-            *arguments,
-        ]
+        options = self.host_options if options is None else options
+        command = [python, *self.words(model), *options, *arguments]
         variables = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
+            "SGLANG_USE_CPU_ENGINE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": str(core % (os.cpu_count() or 1)),
             "OMP_NUM_THREADS": "1",
             "TMPDIR": str(workspace),
@@ -79,6 +87,18 @@ class EngineServer:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
+
+    def words(self, model: Path) -> list[str]:
+        """Return what the interpreter is given, up to the options."""
+        return [
+            *("-m", "vllm.entrypoints.cli.main", "serve", str(model)),
+            *("--served-model-name", self.name, "--host", "127.0.0.1", "--port", str(self.port)),
+            "--disable-uvicorn-access-log",
+        ]
+
+    async def send(self, burst: Burst) -> list[Completion]:
+        """Send a burst and wait for all answers."""
+        return await send(self.url, self.name, burst, self.dialect)
 
     def wait_ready(
         self, timeout_seconds: float = 300.0, tick: Callable[[], None] = lambda: None
@@ -127,6 +147,20 @@ class EngineServer:
 
     def _report(self, what: str) -> str:
         return f"the server {self.name!r} {what}; its log ends with\n{self.tail()}"
+
+
+class SGLangServer(EngineServer):
+    """`sglang.launch_server` of one model."""
+
+    dialect = SGLANG
+    host_options = SGLANG_HOST_OPTIONS
+
+    def words(self, model: Path) -> list[str]:
+        """See `EngineServer`."""
+        return [
+            *("-m", "sglang.launch_server", "--model-path", str(model)),
+            *("--host", "127.0.0.1", "--port", str(self.port)),
+        ]
 
 
 def free_port() -> int:

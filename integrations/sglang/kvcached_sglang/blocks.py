@@ -1,0 +1,187 @@
+"""The pages under a SGLang allocator, and the free blocks on them as the tensor that it keeps.
+
+SGLang knows which blocks are free, as a tensor on the device; this knows which pages are open. What
+lies on a page is counted only when somebody wants pages back: counting waits for the device.
+"""
+
+import time
+from collections.abc import Callable
+from heapq import heapify, heappop, heappush
+
+import torch
+
+from kvcached_core.geometry import Geometry
+from kvcached_core.page_pool import NUM_QUIET_PAGES, PageOrders, PageSource
+
+
+class BlockPages:
+    """Open pages and promised ones.
+
+    Args:
+        geometry: What lies in a page.
+        num_pages: Pages of the pool's virtual size; page 0 is open.
+        source: Who promises pages.
+        carry_out: Maps what a step needs before it returns, the rest behind its back.
+        device: Where SGLang keeps its free list.
+        min_spare_pages: While requests are live and fewer pages' worth of blocks are free, pages
+            are mapped ahead of need ...
+        max_spare_pages: ... until so many are free; empty pages above that go back.
+        idle_seconds: How long they stay before.
+        clock: Returns seconds; for tests.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        num_pages: int,
+        source: PageSource,
+        carry_out: Callable[[PageOrders], None],
+        device: str,
+        *,
+        min_spare_pages: int = 0,
+        max_spare_pages: int = 0,
+        idle_seconds: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.geometry = geometry
+        self.num_pages = num_pages
+        self.min_spare_pages = min_spare_pages
+        self.max_spare_pages = max(max_spare_pages, min_spare_pages)
+        self.idle_seconds = idle_seconds
+        self.num_promised = 0
+        self._source = source
+        self._carry_out = carry_out
+        self._device = device
+        self._clock = clock
+        self._open = {0}
+        self._spare: list[int] = []  # ordered to be mapped soon; no block of theirs is listed
+        self._unmapped = list(range(1, num_pages))
+        heapify(self._unmapped)
+        self._surplus_since: float | None = None
+
+    @property
+    def num_open_blocks(self) -> int:
+        """Blocks on open pages, without the padding block."""
+        return len(self._open) * self.geometry.blocks_per_page - 1
+
+    @property
+    def num_open_pages(self) -> int:
+        """Open pages, page 0 included."""
+        return len(self._open)
+
+    @property
+    def num_ready_blocks(self) -> int:
+        """Blocks that `open_blocks` would add without asking anybody."""
+        return (len(self._spare) + self.num_promised) * self.geometry.blocks_per_page
+
+    def all_ids(self) -> torch.Tensor:
+        """Return the ids of all blocks on open pages, without the padding block."""
+        return self._ids_of(sorted(self._open))[1:]
+
+    def reserve_blocks(self, num_blocks: int, *, is_urgent: bool) -> None:
+        """Ask for the pages of so many more blocks than are ready."""
+        missing = num_blocks - self.num_ready_blocks
+        wanted = -(-missing // self.geometry.blocks_per_page)
+        wanted = min(wanted, len(self._unmapped) - self.num_promised)
+        if wanted > 0:
+            self.num_promised += self._source.reserve(wanted, is_urgent=is_urgent)
+
+    def open_blocks(self, num_blocks: int) -> torch.Tensor:
+        """Open pages for up to `num_blocks` blocks, asking for them if need be; return the ids.
+
+        They may be used by the next step.
+        """
+        self.reserve_blocks(num_blocks, is_urgent=True)
+        orders = PageOrders()
+        opened: list[int] = []
+        per_page = self.geometry.blocks_per_page
+        while len(opened) * per_page < num_blocks and (self._spare or self.num_promised):
+            if self._spare:
+                page = self._spare.pop(0)
+                orders.ready_pages.append(page)
+            else:
+                page = heappop(self._unmapped)
+                self.num_promised -= 1
+                orders.map_pages.append(page)
+            opened.append(page)
+        if opened:
+            self._open.update(opened)
+            self._carry_out(orders)
+        return self._ids_of(opened)
+
+    def map_ahead(self, num_free_blocks: int) -> None:
+        """Order spare pages if fewer blocks are free than the low watermark has."""
+        per_page = self.geometry.blocks_per_page
+        num_free = num_free_blocks // per_page + len(self._spare)
+        if num_free >= self.min_spare_pages:
+            return
+        self.reserve_blocks((self.max_spare_pages - num_free) * per_page, is_urgent=False)
+        ordered = [heappop(self._unmapped) for _ in range(self.num_promised)]
+        self.num_promised = 0
+        if ordered:
+            self._spare += ordered
+            self._carry_out(PageOrders(spare_pages=ordered))
+
+    def cancel(self) -> None:
+        """Give back what is promised and was not used."""
+        if self.num_promised:
+            self._source.cancel(self.num_promised)
+            self.num_promised = 0
+
+    def is_surplus_due(self, num_free_blocks: int, *, is_live: bool) -> bool:
+        """Return whether there may be empty pages that should go back by now: cheap, and often."""
+        kept = self.max_spare_pages if is_live else NUM_QUIET_PAGES
+        per_page = self.geometry.blocks_per_page
+        if num_free_blocks + len(self._spare) * per_page < (kept + 1) * per_page:
+            self._surplus_since = None
+            return False
+        now = self._clock()
+        if self._surplus_since is None:
+            self._surplus_since = now
+        if now - self._surplus_since < self.idle_seconds:
+            return False
+        self._surplus_since = now
+        return True
+
+    def close(
+        self, free_ids: torch.Tensor, max_pages: int, *, keep: int = 0
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Close up to `max_pages` empty pages, all but `keep` of them.
+
+        Args:
+            free_ids: The ids of all free blocks.
+            max_pages: The most that shall go.
+            keep: Empty pages that stay.
+
+        Returns:
+            The ids that are still free, those on the fullest pages first, so that pages empty out;
+            and the pages to unmap.
+        """
+        spare, self._spare = self._spare, []
+        num_free = torch.bincount(free_ids // self.geometry.ids_per_page, minlength=self.num_pages)
+        counts = num_free.tolist()
+        per_page = self.geometry.blocks_per_page
+        empty = [page for page in self._open if page and counts[page] == per_page]
+        num_closed = max(min(len(empty) + len(spare) - keep, max_pages), 0)
+        empty.sort()
+        closed = [*empty, *spare][len(empty) + len(spare) - num_closed :] if num_closed else []
+        self._spare = [page for page in spare if page not in closed]
+        self._open.difference_update(closed)
+        for page in closed:
+            heappush(self._unmapped, page)
+        return self._sorted(free_ids, num_free, [page for page in closed if page in empty]), closed
+
+    def _sorted(
+        self, free_ids: torch.Tensor, num_free: torch.Tensor, closed: list[int]
+    ) -> torch.Tensor:
+        pages = free_ids // self.geometry.ids_per_page
+        if closed:
+            is_kept = ~torch.isin(pages, torch.tensor(closed, device=pages.device))
+            free_ids, pages = free_ids[is_kept], pages[is_kept]
+        order = torch.argsort(num_free[pages] * (1 << 31) + free_ids)
+        return free_ids[order]
+
+    def _ids_of(self, pages: list[int]) -> torch.Tensor:
+        first = torch.tensor(pages, dtype=torch.int64) * self.geometry.ids_per_page
+        ids = first[:, None] + torch.arange(self.geometry.blocks_per_page)
+        return ids.reshape(-1).to(self._device, non_blocking=True)

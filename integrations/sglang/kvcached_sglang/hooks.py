@@ -1,0 +1,171 @@
+"""What takes the place of SGLang's methods; each gets the original and returns a wrapper."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from kvcached_core.errors import UnsupportedEngineError
+from kvcached_sglang import pools, startup
+from kvcached_sglang.engine import engine, start_engine
+
+RUNNERS_KV_TAG = "kv_cache"
+
+
+def profile_available_bytes(original: Callable[..., int]) -> Callable[..., int]:
+    """Wrap `_profile_available_bytes`: the limit is the virtual size, not what is free."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> int:
+        try:
+            startup.check_configuration(self)
+        except UnsupportedEngineError as error:
+            startup.refuse(error)
+            return original(self, *args, **kwargs)
+        return start_engine(self).virtual_bytes
+
+    return wrapper
+
+
+def create_buffers(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a KV pool's `_create_buffers`: its planes lie in our pages."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any) -> None:
+        ours = engine()
+        if ours is None or ours.memory is not None:
+            original(self)
+            return
+        layout = getattr(self, "kv_cache_layout", "nhd")
+        if layout != "nhd":
+            raise SystemExit(f"kvcached: the KV layout {layout!r} cannot be served; unset it")
+        make = functools.partial(original, self)
+        num_rows = self.size + self.page_size
+        shape = pools.measure(make, num_rows, self.page_size)
+        memory = ours.place(shape)
+        self.size = pools.num_rows(shape, memory.arena) - self.page_size
+        pools.lay_out(make, shape, memory.arena)
+        self.kvcached = ours
+
+    return wrapper
+
+
+def allocator_init(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap an allocator's `__init__`: over an elastic pool it becomes an elastic allocator."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        pool = self.get_kvcache()
+        ours = getattr(pool, "kvcached", None)
+        if ours is not None and ours.free_list is None:
+            ours.adopt(self)
+
+    return wrapper
+
+
+def get_next_batch_to_run(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Scheduler.get_next_batch_to_run`: promises are taken before, and end after it."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ours = engine()
+        if ours is None:
+            return original(self, *args, **kwargs)
+        ours.begin_schedule(self)
+        plan = original(self, *args, **kwargs)
+        batch = getattr(plan, "batch_to_run", plan)
+        ours.end_schedule(self, has_batch=batch is not None)
+        return plan
+
+    return wrapper
+
+
+def get_new_batch_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `get_new_batch_prefill`: a prompt of which a part is computed waits for memory, too.
+
+    SGLang goes on with it unasked, since it counted on the memory when the prompt began; a limit or
+    a neighbour may have taken it since.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ours = engine()
+        if ours is None or not ours.must_hold(self):
+            return original(self, *args, **kwargs)
+        running = [*args, *kwargs.values()]
+        if not running:
+            return None
+        from sglang.srt.managers.schedule_batch import NextBatchPlan
+
+        return NextBatchPlan(batch_to_run=None, running_batch=running[0])
+
+    return wrapper
+
+
+def get_pool_stats(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `get_pool_stats`: used, cached and free tokens add up to the whole virtual pool."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        free_list = getattr(self.token_to_kv_pool_allocator, "free_list", None)
+        if free_list is None:
+            return original(self, *args, **kwargs)
+        free_list.is_nominal = True
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            free_list.is_nominal = False
+
+    return wrapper
+
+
+def retract_decode(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `ScheduleBatch.retract_decode`: the last request waits, too, instead of being aborted.
+
+    Alone on a device it would be lost either way; beside neighbours there will be room again.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self.token_to_kv_pool_allocator, "free_list"):
+            return original(self, *args, **kwargs)
+        ours, check = engine(), self.check_decode_mem
+
+        def pay_and_check(selected_indices: Any = None) -> bool:
+            if ours is not None:
+                ours.pay(self.tree_cache)
+            return bool(check(selected_indices=selected_indices))
+
+        def check_but_keep_the_last(selected_indices: Any = None) -> bool:
+            if selected_indices is not None and len(selected_indices) <= 1:
+                return True
+            return pay_and_check(selected_indices)
+
+        self.check_decode_mem = check_but_keep_the_last
+        try:
+            retracted, ratio, aborted = original(self, *args, **kwargs)
+        finally:
+            del self.check_decode_mem
+        if len(self.reqs) == 1 and not pay_and_check():
+            request = self.reqs[0]
+            self.release_req(0, 0, *args, **kwargs)
+            self.filter_batch(keep_indices=[])
+            retracted = [*retracted, request]
+        return retracted, ratio, aborted
+
+    return wrapper
+
+
+def release_memory_occupation(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the handler of `/release_memory_occupation`: all pages but page 0 go back."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, recv_req, *args, **kwargs)
+        ours = engine()
+        tags = getattr(recv_req, "tags", None)
+        if ours is not None and (not tags or RUNNERS_KV_TAG in tags):
+            ours.empty()
+        return answer
+
+    return wrapper

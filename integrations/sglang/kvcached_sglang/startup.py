@@ -1,0 +1,174 @@
+"""Whether we can serve this SGLang elastically, decided once before anything is changed."""
+
+import logging
+import os
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+from kvcached_core.config import SWITCH, Enable, read_config, read_switch
+from kvcached_core.errors import ConfigError, UnsupportedEngineError
+from kvcached_core.names import safe_name
+from kvcached_patches import Hook, Patcher, check_hooks, choose_targets
+from kvcached_patches import sglang as table
+
+logger = logging.getLogger("sglang.kvcached")
+
+# Says to the processes that this one starts that the source files were checked already.
+CHECKED = "_KVCACHED_SGLANG_CHECKED"
+
+# What a server of these settings would do with KV memory is not ours to lay out.
+OBSTACLES = {
+    "tp_size": (1, "tensor parallelism: not served yet; set --tp-size 1"),
+    "pp_size": (1, "pipeline parallelism: not served yet; set --pp-size 1"),
+    "dp_size": (1, "data parallelism: start one server for each rank instead"),
+    "dcp_size": (1, "decode context parallelism: not served yet; set --dcp-size 1"),
+    "nnodes": (1, "several nodes: the ledger is one machine's; set --nnodes 1"),
+    "disaggregation_mode": (
+        "null",
+        "disaggregation: a transfer engine holds KV addresses; set --disaggregation-mode null",
+    ),
+    "enable_hierarchical_cache": (
+        False,
+        "HiCache: it copies while pages may go; remove --enable-hierarchical-cache",
+    ),
+    "enable_lmcache": (False, "LMCache: it holds KV addresses; remove --enable-lmcache"),
+    "enable_flexkv": (False, "FlexKV: it holds KV addresses; remove --enable-flexkv"),
+    "enable_hisparse": (False, "HiSparse: it has pools of its own; remove --enable-hisparse"),
+    "enable_unified_memory": (
+        False,
+        "unified memory: sub-pools share one region already; remove --enable-unified-memory",
+    ),
+    "enable_page_major_kv_layout": (
+        False,
+        "a block's layers lie side by side; remove --enable-page-major-kv-layout",
+    ),
+    "speculative_algorithm": (
+        None,
+        "speculative decoding: drafts have pools of their own; remove --speculative-algorithm",
+    ),
+    "dllm_algorithm": (None, "diffusion models: not served yet; remove --dllm-algorithm"),
+}
+
+_flags: Patcher | None = None
+_patcher: Patcher | None = None
+
+
+def add_flags() -> None:
+    """Add `--enable-kvcached` and its companions to SGLang's arguments."""
+    global _flags  # noqa: PLW0603  one process, one set of hooks
+    if _flags is None:
+        _flags = Patcher(table.FLAG_HOOKS)
+        _flags.apply()
+
+
+def start() -> None:
+    """Check the release and hook it if the switch is on; `SystemExit` where that cannot be.
+
+    SGLang's plugin loader swallows exceptions; `SystemExit` is none that it catches.
+    """
+    global _patcher  # noqa: PLW0603  one process, one set of hooks
+    if _patcher is not None:
+        return
+    try:
+        if read_switch() is Enable.OFF:
+            return
+        read_config()
+        release, root = installed()
+        hooks = choose_targets(table.HOOKS, root)
+        if os.environ.get(CHECKED) != release:
+            check_release(release, hooks, root)
+    except ConfigError as error:
+        raise SystemExit(f"kvcached: {error}") from error
+    except UnsupportedEngineError as error:
+        refuse(error)
+        return
+    os.environ[CHECKED] = release
+    _patcher = Patcher(hooks)
+    _patcher.apply()
+
+
+def refuse(error: UnsupportedEngineError) -> None:
+    """End the process with a report, or say under `auto` that it goes on without us."""
+    if read_switch() is Enable.AUTO:
+        os.environ[SWITCH] = "0"
+        logger.warning("kvcached is off, SGLang serves unpatched: %s", error)
+        return
+    raise SystemExit(f"kvcached: {error}") from error
+
+
+def installed() -> tuple[str, Path]:
+    """Return the release of the installed SGLang and the folder that its package is in.
+
+    Raises:
+        UnsupportedEngineError: If there is none.
+    """
+    try:
+        found = distribution(table.PACKAGE)
+    except PackageNotFoundError as error:
+        raise UnsupportedEngineError(
+            "no SGLang is installed; install it into this environment, or unset ENABLE_KVCACHED"
+        ) from error
+    return found.version, Path(str(found.locate_file("")))
+
+
+def check_release(release: str, hooks: tuple[Hook, ...], root: Path) -> None:
+    """Refuse a release that our hooks do not fit.
+
+    Raises:
+        UnsupportedEngineError: With every finding, and what to do.
+    """
+    oldest, newest = table.OLDEST_RELEASE, table.NEWEST_RELEASE
+    number = tuple(int(part) for part in release.split(".")[:3] if part.isdigit())
+    advice = f"install SGLang {_text(oldest)} to {_text(newest)}, or set ENABLE_KVCACHED=auto or 0"
+    if not oldest <= number <= newest:
+        raise UnsupportedEngineError(
+            f"SGLang {release} is not supported, {_text(oldest)} to {_text(newest)} are; {advice}"
+        )
+    findings = check_hooks(hooks, root)
+    if findings:
+        lines = "".join(f"\n  - {finding}" for finding in findings)
+        raise UnsupportedEngineError(
+            f"SGLang {release} does not fit our hooks: {lines}\n  {advice}"
+        )
+
+
+def check_configuration(runner: Any) -> None:
+    """Refuse what cannot be served elastically yet.
+
+    Args:
+        runner: SGLang's model runner, or what plans the KV cache for it.
+
+    Raises:
+        UnsupportedEngineError: With every reason and the setting to change.
+    """
+    reasons = list(_obstacles(runner))
+    if reasons:
+        lines = "".join(f"\n  - {reason}" for reason in reasons)
+        raise UnsupportedEngineError(
+            f"this configuration cannot be served elastically: {lines}\n"
+            "  change it, or set ENABLE_KVCACHED=auto or 0"
+        )
+
+
+def model_name(server_args: Any) -> str:
+    """Return the last part of the model's name or path."""
+    return safe_name(Path(str(server_args.served_model_name or server_args.model_path)).name)
+
+
+def _obstacles(runner: Any) -> Iterator[str]:
+    arguments = runner.server_args
+    for name, (allowed, reason) in OBSTACLES.items():
+        if getattr(arguments, name, allowed) != allowed:
+            yield reason
+    if str(runner.device) not in ("cpu", "cuda"):
+        yield f"device {runner.device}: only NVIDIA GPUs and CPUs are served"
+    if getattr(runner, "is_hybrid_swa", False):
+        yield "a mix of full and sliding-window layers in two pools: not served yet"
+    if getattr(runner, "mambaish_config", None) is not None:
+        yield "mamba or linear attention: its states lie in a pool of their own; not served yet"
+
+
+def _text(release: tuple[int, ...]) -> str:
+    return ".".join(str(part) for part in release)

@@ -1,0 +1,125 @@
+"""The KV memory of one rank: its arena, the orders it carries out, and its part of the ledger."""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kvcached_core.arena import Arena
+from kvcached_core.errors import BackendError, LedgerError, OutOfMemoryError
+from kvcached_core.geometry import Geometry
+from kvcached_core.instance import Seat
+from kvcached_core.ledger import Ledger
+from kvcached_core.page_keeper import PageChanges, PageKeeper
+from kvcached_core.page_pool import PageOrders
+from kvcached_core.pressure import ask_peers, wake
+from kvcached_core.vmm.backend import Backend
+from kvcached_core.vmm.metered import MeteredBackend
+
+logger = logging.getLogger("kvcached")
+
+# How long a step waits for memory that was promised and that somebody outside the ledger took.
+PATIENCE_SECONDS = 30.0
+RETRY_SECONDS = 0.01
+
+
+class RankMemory:
+    """An arena with page 0 mapped; what becomes of its pages is reported to the ledger.
+
+    Args:
+        geometry: What lies in a page.
+        num_pages: Pages of the pool's virtual size.
+        seat: The instance's row in the ledger of the rank's device; page 0 is promised.
+        backend: Where the memory comes from.
+        current_stream: Returns the stream that the engine's steps are launched on.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        num_pages: int,
+        seat: Seat,
+        backend: Backend,
+        current_stream: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.seat = seat
+        self.ledger = Ledger(Path(seat.ledger_path))
+        self.ledger.join(seat.row)
+        self.backend = MeteredBackend(backend)
+        self.arena = Arena(self.backend, geometry, num_pages)
+        self._current_stream = current_stream
+        self._counts = (0, 0)
+        self.keeper = PageKeeper(self.arena, self._report)
+        self.carry_out(PageOrders(map_pages=[0], num_used_pages=1))
+
+    @property
+    def addresses(self) -> str:
+        """Which addresses of which process these are, for an engine's log."""
+        end = self.arena.address + self.arena.num_bytes
+        return f"process {os.getpid()} has addresses {self.arena.address:#x} to {end:#x}"
+
+    def carry_out(self, orders: PageOrders) -> None:
+        """Map and unmap, and return when it is done: only between steps."""
+        self.before_step(orders)
+        self.after_step(orders)
+        self.keeper.wait()
+
+    def before_step(self, orders: PageOrders) -> None:
+        """Map what the step needs, and begin with what the next ones will need."""
+        counts = orders.num_used_pages, orders.num_cached_pages
+        has_new_counts, self._counts = counts != self._counts, counts
+        if orders.map_pages or orders.ready_pages:
+            self._map_now(orders.map_pages + orders.ready_pages)
+        if orders.spare_pages:
+            self.keeper.map_soon(orders.spare_pages)
+        if has_new_counts and not orders.map_pages:
+            self._report(PageChanges())
+
+    def after_step(self, orders: PageOrders) -> None:
+        """Let go of what no step behind this one reads: it is unmapped when this one is done."""
+        if orders.unmap_pages:
+            fence = self.backend.fence(self._current_stream())
+            self.keeper.unmap_behind(orders.unmap_pages, fence)
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.keeper.close()
+        num_resident = len(self.arena.resident_pages)
+        with contextlib.suppress(BackendError):  # a device that failed has nothing to wait for
+            self.backend.fence(self._current_stream()).wait()
+        self.arena.close()
+        self._counts = (0, 0)
+        with contextlib.suppress(LedgerError):  # the engine may have left, and with it the row
+            self._report(PageChanges(num_unmapped=num_resident))
+        self.ledger.close()
+
+    def _map_now(self, pages: list[int]) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                self.keeper.map_now(pages, self._current_stream())
+            except OutOfMemoryError as error:
+                # The step is scheduled and its engine cannot take it back, so it waits.
+                if time.monotonic() > deadline:
+                    raise
+                logger.warning("kvcached: %s; asking the neighbours and trying again", error)
+                wanted_bytes = len(pages) * self.arena.geometry.page_bytes
+                ask_peers(self.ledger, self.seat.row, wanted_bytes)
+                time.sleep(RETRY_SECONDS)
+            else:
+                return
+
+    def _report(self, changes: PageChanges) -> None:
+        page_bytes = self.arena.geometry.page_bytes
+        num_used, num_cached = (count * self.seat.num_ranks for count in self._counts)
+        waiting = self.ledger.settle(
+            self.seat.row,
+            mapped_bytes=changes.num_mapped * page_bytes,
+            unmapped_bytes=changes.num_unmapped * page_bytes,
+            unneeded_bytes=changes.num_spared * page_bytes,
+            used_bytes=num_used * page_bytes,
+            cached_bytes=num_cached * page_bytes,
+        )
+        wake(self.ledger, waiting)

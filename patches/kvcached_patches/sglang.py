@@ -1,0 +1,79 @@
+"""What we hook in SGLang. All of it has the same name and role in 0.5.15 to 0.5.23."""
+
+from kvcached_patches.hook import Hook
+
+PACKAGE = "sglang"
+OLDEST_RELEASE = (0, 5, 15)
+NEWEST_RELEASE = (0, 5, 23)
+
+# Where 0.5.15 plans its KV cache.
+_MIXIN = "sglang.srt.model_executor.model_runner_kv_cache_mixin:ModelRunnerKVCacheMixin"
+
+# Always there, so that the flag is known before it is parsed; they change nothing without it.
+FLAG_HOOKS = (
+    Hook(
+        "sglang.srt.server_args:ServerArgs.add_cli_args",
+        "kvcached_sglang.flags:server_args_add_cli_args",
+        "add --enable-kvcached and its companions",
+        ("parser",),
+    ),
+)
+
+HOOKS = (
+    Hook(
+        "sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator._profile_available_bytes",
+        "kvcached_sglang.hooks:profile_available_bytes",
+        "the virtual size comes from the limit and the device, never from free memory",
+        alternatives=(f"{_MIXIN}._profile_available_bytes",),
+    ),
+    Hook(
+        "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool._create_buffers",
+        "kvcached_sglang.hooks:create_buffers",
+        "put keys and values on our arena",
+    ),
+    Hook(
+        "sglang.srt.mem_cache.memory_pool:MLATokenToKVPool._create_buffers",
+        "kvcached_sglang.hooks:create_buffers",
+        "put latent keys and values on our arena",
+    ),
+    Hook(
+        "sglang.srt.mem_cache.allocator.token:TokenToKVPoolAllocator.__init__",
+        "kvcached_sglang.hooks:allocator_init",
+        "hand out tokens of open pages only",
+        ("kvcache",),
+    ),
+    Hook(
+        "sglang.srt.mem_cache.allocator.paged:PagedTokenToKVPoolAllocator.__init__",
+        "kvcached_sglang.hooks:allocator_init",
+        "hand out blocks of open pages only",
+        ("kvcache",),
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler:Scheduler.get_next_batch_to_run",
+        "kvcached_sglang.hooks:get_next_batch_to_run",
+        "take promises before a schedule, give back what it did not use, and answer neighbours",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler:Scheduler.get_new_batch_prefill",
+        "kvcached_sglang.hooks:get_new_batch_prefill",
+        "let a prompt that was begun wait for memory that was taken meanwhile",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler_components.pool_stats_observer:"
+        "SchedulerPoolStatsObserver.get_pool_stats",
+        "kvcached_sglang.hooks:get_pool_stats",
+        "let SGLang's leak checks add up to the virtual size",
+    ),
+    Hook(
+        "sglang.srt.managers.schedule_batch:ScheduleBatch.retract_decode",
+        "kvcached_sglang.hooks:retract_decode",
+        "let the last request wait for a neighbour's memory instead of aborting it",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler_components.weight_updater:"
+        "SchedulerWeightUpdaterManager.release_memory_occupation",
+        "kvcached_sglang.hooks:release_memory_occupation",
+        "give all pages but page 0 back",
+        ("recv_req",),
+    ),
+)

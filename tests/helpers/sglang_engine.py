@@ -1,0 +1,76 @@
+"""Real SGLang servers on a CPU, and what they are asked."""
+
+import random
+import re
+from pathlib import Path
+
+from helpers.process_memory import resident_bytes
+from kvcached_core.cli.demo.load import Burst, make_burst
+from kvcached_core.cli.demo.server import EngineServer, SGLangServer
+from kvcached_core.units import MIB
+
+POOL = 512 * MIB
+POOL_TOKENS = 16 * 1024  # 32 KiB each
+ADDRESSES = re.compile(r"process (\d+) has addresses (0x[0-9a-f]+) to (0x[0-9a-f]+)")
+NUM_BURSTS = 10
+
+
+def start_sglang(
+    name: str, model: Path, workspace: Path, *arguments: str, elastic: bool = True, core: int = 0
+) -> SGLangServer:
+    """Start a server that believes to have the whole pool."""
+    environ = {
+        "KVCACHED_DIR": str(workspace / "kv"),
+        "KVCACHED_HOST_POOL": str(POOL),
+        "ENABLE_KVCACHED": "0",
+    }
+    flags = ("--enable-kvcached", "--kvcached-name", name) if elastic else ()
+    return SGLangServer(
+        name,
+        model,
+        workspace,
+        environ=environ,
+        arguments=(
+            *("--max-total-tokens", str(POOL_TOKENS), "--max-running-requests", "16"),
+            *("--mem-fraction-static", "0.3"),
+            *arguments,
+            *flags,
+        ),
+        core=core,
+    )
+
+
+def resident_by_proc(server: EngineServer) -> int:
+    """Return what the kernel says of the server's KV range."""
+    pid, start, end = ADDRESSES.findall(server.log.read_text())[-1]
+    return resident_bytes(int(start, 16), int(end, 16) - int(start, 16), pid)
+
+
+def mixed_bursts() -> list[Burst]:
+    """Return 60 prompts in ten bursts: short and long ones, some with a prefix in common."""
+    source = random.Random(5)
+    shared = [source.randrange(3, 500) for _ in range(300)]
+    bursts = []
+    for number in range(NUM_BURSTS):
+        prompts = [
+            (*shared[: source.randrange(0, 300) * (index % 2)], *_tokens(source))
+            for index in range(6)
+        ]
+        bursts.append(Burst(tuple(prompts), 4 + 2 * number))
+    return bursts
+
+
+def _tokens(source: random.Random) -> tuple[int, ...]:
+    return tuple(source.randrange(3, 500) for _ in range(source.randrange(1, 400)))
+
+
+def large_burst(seed: int) -> Burst:
+    """Return a burst that needs about 70 % of the pool."""
+    num_requests, num_output_tokens = 12, 64
+    num_tokens = int(POOL_TOKENS * 0.7 / num_requests)
+    return make_burst(
+        num_requests=num_requests,
+        num_prompt_tokens=num_tokens - num_output_tokens,
+        num_output_tokens=num_output_tokens,
+        seed=seed,
+    )

@@ -1,0 +1,72 @@
+"""Pages under a free list: promised, opened, mapped ahead, and closed when they are empty."""
+
+import pytest
+import torch
+
+from kvcached_core.geometry import Geometry
+from kvcached_core.page_pool import PageOrders
+from kvcached_sglang.blocks import BlockPages
+
+pytestmark = pytest.mark.sglang
+
+GEOMETRY = Geometry(block_bytes=16, num_planes=4, ids_per_page=33, blocks_per_page=8)
+
+
+class Source:
+    """Promises all that is asked for."""
+
+    def __init__(self) -> None:
+        self.num_promised = 0
+
+    def reserve(self, num_pages: int, *, is_urgent: bool) -> int:
+        self.num_promised += num_pages
+        return num_pages
+
+    def cancel(self, num_pages: int) -> None:
+        self.num_promised -= num_pages
+
+
+def pages(orders: list[PageOrders], **options: float) -> BlockPages:
+    return BlockPages(GEOMETRY, 8, Source(), orders.append, "cpu", **options)  # type: ignore[arg-type]
+
+
+def test_page_0_is_open_and_its_padding_block_is_nobodys() -> None:
+    assert pages([]).all_ids().tolist() == list(range(1, 8))
+
+
+def test_opened_pages_are_mapped_before_their_ids_are_given() -> None:
+    orders: list[PageOrders] = []
+    ids = pages(orders).open_blocks(9)
+    assert [order.map_pages for order in orders] == [[1, 2]]
+    assert ids.tolist() == [*range(33, 41), *range(66, 74)]
+
+
+def test_a_page_mapped_ahead_is_ready_not_mapped_again() -> None:
+    orders: list[PageOrders] = []
+    ours = pages(orders, min_spare_pages=1, max_spare_pages=2)
+    ours.map_ahead(0)
+    assert orders.pop().spare_pages == [1, 2]
+    ours.open_blocks(8)
+    assert (orders[0].ready_pages, orders[0].map_pages) == ([1], [])
+
+
+def test_only_empty_pages_are_closed_and_page_0_never() -> None:
+    ours = pages([])
+    ids = torch.cat((ours.all_ids(), ours.open_blocks(24)))
+    left, closed = ours.close(ids[ids != 40], 8)
+    assert closed == [2, 3]
+    assert left.tolist() == [*range(1, 8), *range(33, 40)]
+    assert ours.num_open_pages == 2
+
+
+def test_surplus_is_due_after_its_time_and_not_before() -> None:
+    now = [0.0]
+    ours = BlockPages(
+        GEOMETRY, 8, Source(), lambda _: None, "cpu", idle_seconds=1.0, clock=lambda: now[0]
+    )
+    assert not ours.is_surplus_due(16, is_live=False)
+    now[0] = 0.9
+    assert not ours.is_surplus_due(16, is_live=False)
+    now[0] = 1.0
+    assert ours.is_surplus_due(16, is_live=False)
+    assert not ours.is_surplus_due(8, is_live=False)

@@ -1,0 +1,130 @@
+"""Starting SGLang: off changes nothing, the flag works, and what cannot be served is said first."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvcached_core.errors import UnsupportedEngineError
+from kvcached_patches import check_hooks, choose_targets
+from kvcached_patches import sglang as table
+from kvcached_sglang import startup
+
+pytestmark = pytest.mark.sglang
+
+PARSE = """
+import os, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import prepare_server_args
+import kvcached_sglang.startup as startup
+try:
+    prepare_server_args(sys.argv[1:])
+finally:
+    import sglang.srt.mem_cache.allocator.token
+    names = startup._patcher.applied if startup._patcher else []
+    print("applied", len(names))
+    print({name: value for name, value in os.environ.items() if "KVCACHED" in name})
+"""
+
+
+def run(script: str, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    kept = {name: value for name, value in os.environ.items() if "KVCACHED" not in name}
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env={**kept, "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_flags_are_in_the_help() -> None:
+    done = run(PARSE, "--help")
+    for flag in ("--enable-kvcached", "--kvcached-limit", "--kvcached-floor"):
+        assert flag in done.stdout
+    assert "--kvcached-priority" in done.stdout
+    assert "--kvcached-name" in done.stdout
+
+
+def test_without_the_flag_nothing_is_patched(model: Any) -> None:
+    done = run(PARSE, "--model-path", str(model), "--device", "cpu")
+    assert "applied 0" in done.stdout, done.stderr
+
+
+def test_the_flag_patches_and_reaches_spawned_processes(model: Any) -> None:
+    done = run(
+        PARSE,
+        *("--model-path", str(model), "--device", "cpu", "--enable-kvcached"),
+        *("--kvcached-limit", "1GiB", "--kvcached-name", "here", "--kvcached-priority", "3"),
+    )
+    assert "applied 0" not in done.stdout
+    assert "'ENABLE_KVCACHED': '1'" in done.stdout, done.stderr
+    assert "'KVCACHED_LIMIT': '1GiB'" in done.stdout
+    assert "'KVCACHED_NAME': 'here'" in done.stdout
+    assert "'KVCACHED_PRIORITY': '3'" in done.stdout
+
+
+def test_bad_settings_end_the_process_although_sglang_swallows_exceptions() -> None:
+    done = run(PARSE, "--help", ENABLE_KVCACHED="maybe")
+    assert done.returncode == 1
+    assert "ENABLE_KVCACHED='maybe' is not allowed; use 0, 1 or auto" in done.stderr
+
+
+def test_every_hook_fits_the_installed_release() -> None:
+    release, root = startup.installed()
+    hooks = choose_targets((*table.FLAG_HOOKS, *table.HOOKS), root)
+    assert check_hooks(hooks, root) == []
+    startup.check_release(release, hooks, root)
+
+
+@pytest.mark.parametrize("release", ["0.5.5", "0.6.0", "0.5.24"])
+def test_other_releases_are_refused_with_those_that_are_served(release: str) -> None:
+    _, root = startup.installed()
+    with pytest.raises(UnsupportedEngineError, match=r"0\.5\.15 to 0\.5\.23"):
+        startup.check_release(release, (), root)
+
+
+def runner(**changes: Any) -> Any:
+    arguments = {name: allowed for name, (allowed, _) in startup.OBSTACLES.items()}
+    return SimpleNamespace(
+        server_args=SimpleNamespace(**{**arguments, **changes}),
+        device="cpu",
+        is_hybrid_swa=changes.get("is_hybrid_swa", False),
+        mambaish_config=changes.get("mambaish_config"),
+    )
+
+
+def test_a_plain_configuration_is_served() -> None:
+    startup.check_configuration(runner())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"tp_size": 2}, "set --tp-size 1"),
+        ({"enable_hierarchical_cache": True}, "remove --enable-hierarchical-cache"),
+        ({"disaggregation_mode": "prefill"}, "--disaggregation-mode null"),
+        ({"speculative_algorithm": "EAGLE"}, "remove --speculative-algorithm"),
+        ({"is_hybrid_swa": True}, "sliding-window"),
+        ({"mambaish_config": object()}, "mamba or linear attention"),
+    ],
+)
+def test_what_cannot_be_served_is_named_with_the_setting(
+    changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UnsupportedEngineError, match="cannot be served elastically") as caught:
+        startup.check_configuration(runner(**changes))
+    assert reason in str(caught.value)
+
+
+def test_auto_goes_on_unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENABLE_KVCACHED", "auto")
+    startup.refuse(UnsupportedEngineError("because"))
+    assert os.environ["ENABLE_KVCACHED"] == "0"
+    monkeypatch.setenv("ENABLE_KVCACHED", "1")
+    with pytest.raises(SystemExit, match="because"):
+        startup.refuse(UnsupportedEngineError("because"))
