@@ -21,8 +21,13 @@ from kvcached_sglang import startup
 from kvcached_sglang.blocks import BlockPages
 from kvcached_sglang.free_list import FreeList
 from kvcached_sglang.pools import PoolShape
+from kvcached_sglang.requests import give_up_part, num_computed
 
 logger = logging.getLogger("sglang.kvcached")
+
+# How long a prompt of which a part is computed waits while nothing else runs; then it gives that
+# part back, or two engines that hold a part each would wait for each other.
+HOLD_SECONDS = 2.0
 
 # How much of a request's answer an admission counts on, as SGLang's own policy does.
 MAX_ANSWER_TOKENS = 4096
@@ -59,6 +64,7 @@ class ElasticEngine:
         self.geometry: Geometry | None = None
         self._reported = (0, 0)
         self._reported_at = 0.0
+        self._held_since: float | None = None
         atexit.register(self.close)
 
     @property
@@ -142,6 +148,9 @@ class ElasticEngine:
         if self.instance.has_news():
             self.answer(free_list, scheduler.tree_cache)
         self.pay(scheduler.tree_cache)
+        if self._held_since is not None and time.monotonic() > self._held_since + HOLD_SECONDS:
+            self._held_since = None
+            give_up_part(scheduler)
         missing = self._blocks_needed(scheduler, free_list) - free_list.num_free_blocks
         if missing > 0:
             free_list.pages.reserve_blocks(missing, is_urgent=True)
@@ -153,12 +162,17 @@ class ElasticEngine:
         free_list, request = self.free_list, scheduler.chunked_req
         if free_list is None or request is None:
             return False
-        missing = len(request.origin_input_ids) + len(request.output_ids) - _num_computed(request)
+        missing = len(request.origin_input_ids) + len(request.output_ids) - num_computed(request)
         chunk = min(missing, scheduler.chunked_prefill_size or missing)
         num_running = len(scheduler.running_batch.reqs)
         needed = chunk + (num_running + 1) * free_list.block_tokens
         available = free_list.available_tokens() + scheduler.tree_cache.evictable_size()
-        return bool(available < needed)
+        if available >= needed:
+            self._held_since = None
+            return False
+        if self._held_since is None or num_running or scheduler.last_batch is not None:
+            self._held_since = time.monotonic()  # what runs will end, and free something
+        return True
 
     def end_schedule(self, scheduler: Any, *, has_batch: bool) -> None:
         """Give back what was promised and not used, and see to spare and empty pages."""
@@ -277,12 +291,6 @@ class ElasticEngine:
         import torch
 
         return int(torch.cuda.current_stream().cuda_stream)
-
-
-def _num_computed(request: Any) -> int:
-    if hasattr(request, "prefix_len"):
-        return int(request.prefix_len)
-    return len(request.prefix_indices)  # up to 0.5.15
 
 
 _engine: ElasticEngine | None = None

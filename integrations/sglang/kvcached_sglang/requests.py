@@ -1,0 +1,32 @@
+"""What we read of SGLang's requests, and how one goes back to the queue."""
+
+from inspect import signature
+from typing import Any
+
+
+def num_computed(request: Any) -> int:
+    """Return the tokens of a request whose keys and values are there."""
+    if hasattr(request, "prefix_len"):
+        return int(request.prefix_len)
+    return len(request.prefix_indices)  # up to 0.5.15
+
+
+def give_up_part(scheduler: Any) -> None:
+    """Send a prompt of which a part is computed back to the queue, and free that part."""
+    from sglang.srt.managers.schedule_batch import release_req
+
+    request, scheduler.chunked_req = scheduler.chunked_req, None
+    if request is None:
+        return
+    options = {
+        "req": request,
+        "remaing_req_count": 0,
+        "req_to_token_pool": scheduler.req_to_token_pool,
+        "token_to_kv_pool_allocator": scheduler.token_to_kv_pool_allocator,
+        "tree_cache": scheduler.tree_cache,
+        "hisparse_coordinator": None,
+    }
+    if "server_args" in signature(release_req).parameters:  # up to 0.5.15
+        options["server_args"] = scheduler.server_args
+    release_req(**options)
+    scheduler._add_request_to_queue(request, is_retracted=True)

@@ -1,0 +1,60 @@
+"""A long prompt that finds the pool dry halfway waits, gives its part back, and is answered."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.sglang_engine import POOL, resident_by_proc, start_sglang
+
+from kvcached_core.cli.demo.load import Burst, Completion
+from kvcached_core.cli.demo.server import SGLangServer
+from kvcached_core.ledger import Ledger
+from kvcached_core.units import MIB
+
+pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
+
+PAGE = 16 * MIB
+BURST = Burst((tuple(range(3, 490)) * 4,), 8)  # four pages
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sg")
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, workspace: Path) -> Iterator[SGLangServer]:
+    arguments = ("--chunked-prefill-size", "32", "--disable-radix-cache")
+    server = start_sglang("long", model, workspace, *arguments)
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.kill()
+
+
+def test_a_prompt_that_was_begun_gives_its_part_back_and_is_answered_later(
+    server: SGLangServer, workspace: Path
+) -> None:
+    async def run() -> tuple[list[Completion], list[Completion]]:
+        expected = await server.send(BURST)
+        with Ledger(workspace / "kv" / "host.ledger") as ledger:
+            row = ledger.register(name="neighbour", engine="test")
+            asked = asyncio.create_task(server.send(BURST))
+            while resident_by_proc(server) < 3 * PAGE:  # noqa: ASYNC110  another process
+                await asyncio.sleep(0.001)
+            taken = 0
+            deadline = time.monotonic() + 30
+            while not asked.done() and taken < POOL - 2 * PAGE:
+                taken += ledger.reserve(row, POOL, PAGE)  # also what the prompt gives back
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.01)
+            assert not asked.done()
+            ledger.unregister(row)
+            return expected, await asked
+
+    expected, found = asyncio.run(run())
+    assert [answer.error for answer in found] == [None]
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
