@@ -11,6 +11,7 @@ SGLANG_READY := $(SGLANG_RELEASES:%=$(SGLANG_VENV)-%/.ready)
 GPU_VENV ?= .venv-gpu
 GPU_PYTHON ?= $(GPU_VENV)/bin/python
 export VLLM_PYTHON := $(abspath $(BIN)/python)
+export SGLANG_PYTHON := $(abspath $(SGLANG_VENV)-0.5.23/bin/python)
 
 .PHONY: setup demo test lint bench gpu-check clean
 
@@ -24,8 +25,9 @@ $(SGLANG_VENV)-%/.ready: pyproject.toml $(wildcard examples/sglang_cpu/*.* examp
 	examples/sglang_cpu/install.sh $(SGLANG_VENV)-$* $*
 	touch $@
 
-demo: $(READY)
-	$(BIN)/kvcached demo
+# ENGINES=vllm,sglang runs one of each.
+demo: $(READY) $(if $(findstring sglang,$(ENGINES)),$(SGLANG_VENV)-0.5.23/.ready)
+	$(BIN)/kvcached demo $(if $(ENGINES),--engines $(ENGINES))
 
 test: $(READY) $(SGLANG_READY)
 	$(BIN)/python -m pytest

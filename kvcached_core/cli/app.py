@@ -187,12 +187,13 @@ def metrics(
 def demo(
     output: Annotated[Path, typer.Option(help="Where report and picture go.")] = Path("demo"),
     pool: Annotated[str, typer.Option(help="The pool that both engines share.")] = "512MiB",
+    engines: Annotated[str, typer.Option(help="Two of vllm and sglang.")] = "vllm,vllm",
 ) -> None:
-    """Run two real vLLM servers on one pool and watch the memory follow the load."""
+    """Run two real servers on one pool and watch the memory follow the load."""
     from kvcached_core.cli.demo.run import run_demo
     from kvcached_core.units import parse_bytes
 
-    raise typer.Exit(run_demo(output, parse_bytes(pool, what="--pool")))
+    raise typer.Exit(run_demo(output, parse_bytes(pool, what="--pool"), engines))
 
 
 def _end(answers: list[Answer]) -> None:

@@ -128,7 +128,7 @@ def test_a_dry_pool_means_waiting_not_failing(
 def test_a_limit_holds_on_an_idle_server_without_a_request(pair: Pair) -> None:
     pair.burst("sglang")
     await_that(lambda: pair.view("sglang").used_bytes <= PAGE, 2)
-    assert pair.view("sglang").cached_bytes > 6 * PAGE
+    await_that(lambda: pair.view("sglang").cached_bytes > 6 * PAGE, 5)
     limit = 5 * PAGE
     answer = set_limit("sglang", "25%", directory=pair.workspace / "kv")
     assert answer.outcome is Outcome.APPLIED

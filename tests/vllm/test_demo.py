@@ -18,6 +18,7 @@ import pytest
 from kvcached_core.cli.demo import run
 from kvcached_core.cli.demo.load import Completion, _events
 from kvcached_core.cli.demo.memory import Recording
+from kvcached_core.cli.demo.verdict import judge
 from kvcached_core.ledger_view import DeviceView, InstanceView
 from kvcached_core.units import MIB
 
@@ -96,9 +97,8 @@ def verdict(first: int, second: int, answers: list[Completion]) -> dict[str, boo
         DeviceView("host", 512 * MIB, (instance(run.NAMES[0], 32 * MIB),)),
     ]
     recording = Recording([0.0, 1.0, 2.0], views)
-    outcome = run.Outcome({"burst": {run.NAMES[0]: answers}})
-    vanilla = {run.NAMES[0]: [Completion([1, 2], 0.1)]}
-    rows = run._verdict(recording, outcome, vanilla, 512 * MIB)
+    vanilla = {name: [Completion([1, 2], 0.1)] for name in run.NAMES}
+    rows = judge(recording, {"burst": {run.NAMES[0]: answers}}, vanilla, 512 * MIB)
     return {what: is_met for what, _, _, is_met in rows}
 
 
@@ -148,3 +148,12 @@ def test_a_pool_too_small_for_the_bursts_is_refused_by_the_command(tmp_path: Pat
     )
     assert done.returncode == 1
     assert "--pool=64 MiB is too small" in done.stderr
+
+
+@pytest.mark.parametrize("engines", ["vllm", "vllm,vllm,vllm", "vllm,tgi", ""])
+def test_other_engines_are_refused_by_the_command(engines: str) -> None:
+    done = subprocess.run(
+        [KVCACHED, "demo", "--engines", engines], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert f"--engines={engines!r} is not allowed; name two of sglang, vllm" in done.stderr

@@ -162,8 +162,8 @@ def test_an_idle_servers_cache_makes_room_for_its_neighbour_and_answers_stay_rig
     pair: Pair, answers_alone: dict[str, list[list[int]]]
 ) -> None:
     check(pair.burst("b"), answers_alone)
+    await_that(lambda: pair.view("b").cached_bytes > POOL // 2, 5)
     cached_before = pair.view("b").cached_bytes
-    assert cached_before > POOL // 2
     check(pair.burst("a"), answers_alone)
     assert pair.view("b").cached_bytes < cached_before
     assert pair.resident_by_proc("b") == pair.view("b").resident_bytes
@@ -172,7 +172,7 @@ def test_an_idle_servers_cache_makes_room_for_its_neighbour_and_answers_stay_rig
 
 def test_trim_empties_an_idle_servers_cache(pair: Pair) -> None:
     page_bytes = pair.view("b").page_bytes
-    assert pair.view("b").cached_bytes > 0
+    await_that(lambda: pair.view("b").cached_bytes > 0, 5)
     (result,) = trim(["b"], directory=pair.directory, wait_seconds=5)
     assert result.outcome is Outcome.APPLIED
     assert result.after_bytes <= 2 * page_bytes
@@ -183,7 +183,7 @@ def test_a_limit_holds_on_an_idle_server_without_a_request(
     pair: Pair, answers_alone: dict[str, list[list[int]]]
 ) -> None:
     check(pair.burst("b"), answers_alone)
-    assert pair.view("b").cached_bytes > POOL // 2
+    await_that(lambda: pair.view("b").cached_bytes > POOL // 2, 5)
     refused = set_limit("b", "16MiB", directory=pair.directory)
     assert (refused.outcome, refused.after_bytes) == (Outcome.REFUSED, 0)
     assert "largest request" in refused.reason
@@ -244,7 +244,8 @@ def test_killing_one_during_its_burst_frees_its_memory_and_leaves_the_other_alon
         sends = [
             asyncio.create_task(send(pair.servers[name].url, name, make(name))) for name in "ab"
         ]
-        while pair.view("a").used_bytes < POOL // 4:
+        # In a race for the pool nobody is sure of more than what its first request needs.
+        while pair.view("a").used_bytes <= 2 * pair.view("a").page_bytes:
             assert not sends[0].done()
             await asyncio.sleep(0.02)
         pair.servers["a"].kill()

@@ -25,7 +25,9 @@ text-align: left }} .short {{ color: #b00020; font-weight: 600 }} img {{ max-wid
 """
 
 
-def draw(recording: Recording, names: list[str], capacity_bytes: int, file: Path) -> None:
+def draw(
+    recording: Recording, names: list[str], capacity_bytes: int, title: str, file: Path
+) -> None:
     """Draw the engines' resident bytes over time, stacked, with the pool as a line."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots()
@@ -41,7 +43,7 @@ def draw(recording: Recording, names: list[str], capacity_bytes: int, file: Path
         )
     axes.set(xlabel="seconds", ylabel="resident KV memory (MiB)")
     axes.set_ylim(0, capacity_bytes / MIB * 1.12)
-    axes.set_title("KV memory of two vLLM servers on one pool")
+    axes.set_title(f"KV memory of {title} on one pool")
     axes.legend(loc="center right", frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)

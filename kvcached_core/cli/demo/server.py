@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ SGLANG_HOST_OPTIONS = (
     *("--grammar-backend", "none", "--log-level", "info"),
 )
 LOG_LINES = 30
+PORTS = range(10_000, 32_000)
 STOP_SECONDS = 20.0
 
 
@@ -164,8 +166,13 @@ class SGLangServer(EngineServer):
 
 
 def free_port() -> int:
-    """Return a port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port of the loopback interface that nobody listens on.
+
+    Connections of others take theirs from the kernel's ephemeral range while a server still starts,
+    so this one lies below it.
+    """
+    while True:
+        port = PORTS.start + secrets.randbelow(len(PORTS))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
