@@ -11,7 +11,7 @@ from kvcached_core.errors import LedgerError
 from kvcached_core.ledger import Ledger, doorbell_path
 
 _RING = b"r"
-_STOP = b"s"
+_END = b""  # what a socket says that was shut
 _ALARM = b"a"
 _AT_ONCE_SECONDS = 1e-3  # a socket with a timeout of 0 would not wait, nor say that time is over
 
@@ -49,14 +49,14 @@ class Doorbell:
 
     def close(self) -> None:
         """Stop listening and remove the socket."""
-        _send(self.path, _STOP)
+        self._socket.shutdown(socket.SHUT_RD)
         if self._thread is not threading.current_thread():
             self._thread.join()
         self._socket.close()
         self.path.unlink(missing_ok=True)
 
     def _listen(self) -> None:
-        while (message := self._receive()) != _STOP:
+        while (message := self._receive()) != _END:
             if message == _RING:
                 self._answer()
 

@@ -31,3 +31,12 @@ def test_a_socket_left_by_a_dead_process_is_replaced(tmp_path: Path) -> None:
 def test_a_path_too_long_for_a_socket_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="shorter than 80"):
         Doorbell(tmp_path / ("x" * 120), lambda: None)
+
+
+def test_a_bell_whose_folder_is_gone_still_closes(tmp_path: Path) -> None:
+    bell = Doorbell(tmp_path / "a.sock", lambda: None)
+    bell.path.unlink()
+    closing = threading.Thread(target=bell.close, daemon=True)
+    closing.start()
+    closing.join(5)
+    assert not closing.is_alive()

@@ -16,7 +16,13 @@ NUM_BURSTS = 10
 
 
 def start_sglang(
-    name: str, model: Path, workspace: Path, *arguments: str, elastic: bool = True, core: int = 0
+    name: str,
+    model: Path,
+    workspace: Path,
+    *arguments: str,
+    elastic: bool = True,
+    core: int = 0,
+    num_ranks: int = 1,
 ) -> SGLangServer:
     """Start a server that believes to have the whole pool."""
     environ = {
@@ -24,6 +30,9 @@ def start_sglang(
         "KVCACHED_HOST_POOL": str(POOL),
         "ENABLE_KVCACHED": "0",
     }
+    if num_ranks > 1:
+        # On a CPU each rank wants a NUMA node, or to be told its cores.
+        environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(num_ranks))
     flags = ("--enable-kvcached", "--kvcached-name", name) if elastic else ()
     return SGLangServer(
         name,
@@ -32,7 +41,7 @@ def start_sglang(
         environ=environ,
         arguments=(
             *("--max-total-tokens", str(POOL_TOKENS), "--max-running-requests", "16"),
-            *("--mem-fraction-static", "0.3"),
+            *("--mem-fraction-static", "0.3", "--tp-size", str(num_ranks)),
             *arguments,
             *flags,
         ),
@@ -42,8 +51,15 @@ def start_sglang(
 
 def resident_by_proc(server: EngineServer) -> int:
     """Return what the kernel says of the server's KV range."""
-    pid, start, end = ADDRESSES.findall(server.log.read_text())[-1]
-    return resident_bytes(int(start, 16), int(end, 16) - int(start, 16), pid)
+    return resident_of_ranks(server)[-1]
+
+
+def resident_of_ranks(server: EngineServer) -> list[int]:
+    """Return what the kernel says of each rank's KV range."""
+    return [
+        resident_bytes(int(start, 16), int(end, 16) - int(start, 16), pid)
+        for pid, start, end in ADDRESSES.findall(server.log.read_text())
+    ]
 
 
 def mixed_bursts() -> list[Burst]:

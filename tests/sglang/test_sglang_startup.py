@@ -105,11 +105,11 @@ def test_a_plain_configuration_is_served() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"tp_size": 2}, "set --tp-size 1"),
+        ({"pp_size": 2}, "set --pp-size 1"),
         ({"enable_hierarchical_cache": True}, "remove --enable-hierarchical-cache"),
         ({"disaggregation_mode": "prefill"}, "--disaggregation-mode null"),
         ({"speculative_algorithm": "EAGLE"}, "remove --speculative-algorithm"),
-        ({"is_hybrid_swa": True}, "sliding-window"),
+        ({"is_hybrid_swa": True}, "set --disable-hybrid-swa-memory"),
         ({"mambaish_config": object()}, "mamba or linear attention"),
     ],
 )

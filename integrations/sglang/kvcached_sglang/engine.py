@@ -6,21 +6,17 @@ import time
 from math import ceil
 from typing import Any
 
-from kvcached_core.arrival import LOOK_SECONDS, PATIENCE_SECONDS
-from kvcached_core.config import CUDA, HOST, Config, read_config
-from kvcached_core.devices import Device, cuda_device, host_device
+from kvcached_core.config import HOST, Config, read_config
 from kvcached_core.errors import ConfigError
 from kvcached_core.geometry import Geometry, choose_geometry
-from kvcached_core.instance import Instance
 from kvcached_core.page_pool import NUM_QUIET_PAGES, REPORT_SECONDS, PageOrders
 from kvcached_core.rank_memory import RankMemory
 from kvcached_core.units import format_bytes
-from kvcached_core.vmm.backend import Backend
-from kvcached_core.vmm.host import HostBackend
-from kvcached_sglang import startup
+from kvcached_sglang import hardware, startup
 from kvcached_sglang.blocks import BlockPages
 from kvcached_sglang.free_list import FreeList
 from kvcached_sglang.pools import PoolShape
+from kvcached_sglang.ranks import Wanted, join_ranks
 from kvcached_sglang.requests import give_up_part, num_computed
 
 logger = logging.getLogger("sglang.kvcached")
@@ -36,49 +32,42 @@ MAX_ANSWER_TOKENS = 4096
 class ElasticEngine:
     """The memory of one scheduler process, from its first size to its end.
 
-    It promises pages (`PageSource`), maps them, and gives them back when it is asked to.
-
     Args:
         device: Where the KV cache lies.
         server_args: SGLang's settings.
         context_tokens: The longest request.
         config: Ours.
+        group: SGLang's group of the ranks that share the model.
     """
 
-    def __init__(self, device: Any, server_args: Any, context_tokens: int, config: Config) -> None:
+    def __init__(
+        self, device: Any, server_args: Any, context_tokens: int, config: Config, group: Any
+    ) -> None:
         self.config = config
         self.context_tokens = context_tokens
         self.server_args = server_args
-        self.device = _device(device)
-        self.instance = Instance(
-            [self.device],
+        self.device = hardware.find_device(device, config)
+        self.ranks = join_ranks(
+            self.device,
             config,
-            name=config.name,
-            default_name=startup.model_name(server_args),
+            group,
+            name=startup.model_name(server_args),
             engine=f"sglang {startup.installed()[0]}",
-            answer=lambda: None,  # the scheduler's loop never sleeps for long, and looks by itself
         )
-        self.backend = _backend(device)
+        self.backend = hardware.make_backend(device)
         self.memory: RankMemory | None = None
         self.free_list: FreeList | None = None
         self.geometry: Geometry | None = None
         self._reported = (0, 0)
         self._reported_at = 0.0
         self._held_since: float | None = None
+        self._forward_stream: Any = None
         atexit.register(self.close)
 
     @property
     def virtual_bytes(self) -> int:
         """What SGLang is told that it has for its KV cache, in bytes."""
-        return self.config.virtual_bytes(self.instance.capacity_bytes)
-
-    def reserve(self, num_pages: int, *, is_urgent: bool) -> int:
-        """See `PageSource.reserve`."""
-        return self.instance.reserve(num_pages, is_urgent=is_urgent)
-
-    def cancel(self, num_pages: int) -> None:
-        """See `PageSource.cancel`."""
-        self.instance.cancel(num_pages)
+        return self.config.virtual_bytes(self.ranks.capacity_bytes)
 
     def place(self, shape: PoolShape) -> RankMemory:
         """Choose the geometry and make the arena, with page 0 mapped.
@@ -97,15 +86,18 @@ class ElasticEngine:
         geometry.check_ids(num_pages)
         least_blocks = min(ceil(self.context_tokens / shape.block_tokens), shape.num_blocks - 1)
         self.geometry = geometry
-        self.instance.describe(
+        self.ranks.describe(
             page_bytes=geometry.page_bytes,
             num_pages=num_pages,
             least_pages=ceil((least_blocks + 1) / per_page),
         )
-        self._reserve_first_page(geometry)
-        self.memory = RankMemory(
-            geometry, num_pages, self.instance.seat(self.device), self.backend, self._stream
-        )
+        if not self.ranks.reserve_first_page():
+            setting = "KVCACHED_HOST_POOL or " if self.device.kind == HOST else ""
+            raise ConfigError(
+                f"there is no room for this engine's first page of {geometry.page_bytes} bytes; "
+                f"stop another engine or raise {setting}KVCACHED_LIMIT"
+            )
+        self.memory = RankMemory(geometry, num_pages, self.ranks.seat, self.backend, self._stream)
         logger.info("kvcached: %s", self.memory.addresses)
         logger.info(
             "kvcached: %d pages of %s, %d blocks of %d tokens each, of %s that %s has",
@@ -113,7 +105,7 @@ class ElasticEngine:
             format_bytes(geometry.page_bytes),
             per_page,
             shape.block_tokens,
-            format_bytes(self.instance.capacity_bytes),
+            format_bytes(self.ranks.capacity_bytes),
             self.device.name,
         )
         return self.memory
@@ -128,27 +120,29 @@ class ElasticEngine:
         pages = BlockPages(
             self.geometry,
             self.memory.arena.num_pages,
-            self,
+            self.ranks,
             self._carry_out,
             allocator.device,
             min_spare_pages=low,
             max_spare_pages=high,
             idle_seconds=self.config.idle_seconds,
+            clock=self.ranks.clock,
         )
         per_page = self.geometry.blocks_per_page
-        self.free_list = make_elastic(
-            allocator, pages, lambda: self.instance.room_pages() * per_page
-        )
+        self.free_list = make_elastic(allocator, pages, lambda: self.ranks.room_pages * per_page)
 
     def begin_schedule(self, scheduler: Any) -> None:
         """Give what others want, and take a promise of what this schedule may need at most."""
         free_list = self.free_list
         if free_list is None:
             return
-        if self.instance.has_news():
-            self.answer(free_list, scheduler.tree_cache)
+        # A batch runs on this stream beside the next schedule, and reads what was freed for it.
+        self._forward_stream = getattr(scheduler, "forward_stream", None)
+        wanted = self.ranks.look()
+        if wanted is not None:
+            self.answer(wanted, free_list, scheduler.tree_cache)
         self.pay(scheduler.tree_cache)
-        if self._held_since is not None and time.monotonic() > self._held_since + HOLD_SECONDS:
+        if self._held_since is not None and self.ranks.clock() > self._held_since + HOLD_SECONDS:
             self._held_since = None
             give_up_part(scheduler)
         missing = self._blocks_needed(scheduler, free_list) - free_list.num_free_blocks
@@ -171,7 +165,7 @@ class ElasticEngine:
             self._held_since = None
             return False
         if self._held_since is None or num_running or scheduler.last_batch is not None:
-            self._held_since = time.monotonic()  # what runs will end, and free something
+            self._held_since = self.ranks.clock()  # what runs will end, and free something
         return True
 
     def end_schedule(self, scheduler: Any, *, has_batch: bool) -> None:
@@ -190,11 +184,10 @@ class ElasticEngine:
             self._unmap(free_list.release(pages.num_pages, keep=keep))
         self._report(free_list, scheduler.tree_cache)
 
-    def answer(self, free_list: FreeList, tree_cache: Any) -> None:
+    def answer(self, wanted: Wanted, free_list: FreeList, tree_cache: Any) -> None:
         """Give what others or the limit want: empty pages, then cached blocks, then requests'."""
-        asked_pages, owed_pages = self.instance.wanted_pages()
-        num_given = self._give(free_list, tree_cache, asked_pages)
-        free_list.owed_pages = max(min(asked_pages - num_given, owed_pages), 0)
+        num_given = self._give(free_list, tree_cache, wanted.asked_pages)
+        free_list.owed_pages = max(min(wanted.asked_pages - num_given, wanted.owed_pages), 0)
 
     def pay(self, tree_cache: Any) -> None:
         """Give more of what is owed: requests may have stopped for it."""
@@ -211,7 +204,7 @@ class ElasticEngine:
     def close(self) -> None:
         """Leave the ledger."""
         atexit.unregister(self.close)
-        self.instance.close()
+        self.ranks.close()
 
     def _give(self, free_list: FreeList, tree_cache: Any, num_pages: int) -> int:
         closed = free_list.release(num_pages) if num_pages else []
@@ -219,7 +212,7 @@ class ElasticEngine:
             free_list, tree_cache, num_pages - len(closed)
         ):
             closed += free_list.release(num_pages - len(closed))
-        self.instance.answer(len(closed))
+        self.ranks.answer(len(closed))
         self._unmap(closed)
         return len(closed)
 
@@ -273,24 +266,12 @@ class ElasticEngine:
             self._reported = counts
             self._carry_out(PageOrders())
 
-    def _reserve_first_page(self, geometry: Geometry) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not self.reserve(1, is_urgent=True):
-            if time.monotonic() > deadline:
-                setting = "KVCACHED_HOST_POOL or " if self.device.kind == HOST else ""
-                raise ConfigError(
-                    f"there is no room for this engine's first page: needed {geometry.page_bytes} "
-                    f"bytes, available {self.instance.free_bytes()}; stop another engine or raise "
-                    f"{setting}KVCACHED_LIMIT"
-                )
-            self.instance.wait_for_ring(LOOK_SECONDS)
-
     def _stream(self) -> int:
         if self.device.kind == HOST:
             return 0
-        import torch
-
-        return int(torch.cuda.current_stream().cuda_stream)
+        if self._forward_stream is not None:
+            return int(self._forward_stream.cuda_stream)
+        return hardware.current_stream()
 
 
 _engine: ElasticEngine | None = None
@@ -304,8 +285,14 @@ def start_engine(runner: Any) -> ElasticEngine:
     """
     global _engine  # noqa: PLW0603  one scheduler, one engine in a process
     if _engine is None:
+        from sglang.srt.distributed.parallel_state import get_tp_group
+
         _engine = ElasticEngine(
-            runner.device, runner.server_args, runner.model_config.context_len, read_config()
+            runner.device,
+            runner.server_args,
+            runner.model_config.context_len,
+            read_config(),
+            get_tp_group(),
         )
     return _engine
 
@@ -313,22 +300,3 @@ def start_engine(runner: Any) -> ElasticEngine:
 def engine() -> ElasticEngine | None:
     """Return this process's engine, or None where SGLang is served as it is."""
     return _engine
-
-
-def _device(name: Any) -> Device:
-    if not str(name).startswith(CUDA):
-        return host_device(read_config())
-    import torch
-
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return cuda_device(str(properties.uuid), properties.total_memory)
-
-
-def _backend(name: Any) -> Backend:
-    if not str(name).startswith(CUDA):
-        return HostBackend()
-    import torch
-
-    from kvcached_core.vmm.cuda import CudaBackend
-
-    return CudaBackend(torch.cuda.current_device())

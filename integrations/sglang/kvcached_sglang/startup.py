@@ -20,10 +20,10 @@ CHECKED = "_KVCACHED_SGLANG_CHECKED"
 
 # What a server of these settings would do with KV memory is not ours to lay out.
 OBSTACLES = {
-    "tp_size": (1, "tensor parallelism: not served yet; set --tp-size 1"),
     "pp_size": (1, "pipeline parallelism: not served yet; set --pp-size 1"),
     "dp_size": (1, "data parallelism: start one server for each rank instead"),
     "dcp_size": (1, "decode context parallelism: not served yet; set --dcp-size 1"),
+    "attn_cp_size": (1, "context parallelism: not served yet; set --attn-cp-size 1"),
     "nnodes": (1, "several nodes: the ledger is one machine's; set --nnodes 1"),
     "disaggregation_mode": (
         "null",
@@ -165,7 +165,10 @@ def _obstacles(runner: Any) -> Iterator[str]:
     if str(runner.device) not in ("cpu", "cuda"):
         yield f"device {runner.device}: only NVIDIA GPUs and CPUs are served"
     if getattr(runner, "is_hybrid_swa", False):
-        yield "a mix of full and sliding-window layers in two pools: not served yet"
+        yield (
+            "a mix of full and sliding-window layers in two pools: not served yet; set "
+            "--disable-hybrid-swa-memory, and all layers share one pool"
+        )
     if getattr(runner, "mambaish_config", None) is not None:
         yield "mamba or linear attention: its states lie in a pool of their own; not served yet"
 

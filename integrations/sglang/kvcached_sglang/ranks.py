@@ -1,0 +1,170 @@
+"""What the ranks of one server go by, so that all of them decide the same.
+
+Each rank has a scheduler of its own. Fed the same requests they schedule the same as long as they
+are told the same: so there is one view of the ledgers and one clock, those of rank 0, and every
+rank maps on its own device what rank 0 was promised on all of them.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kvcached_core.arrival import LOOK_SECONDS, PATIENCE_SECONDS
+from kvcached_core.config import Config
+from kvcached_core.devices import Device
+from kvcached_core.instance import Instance, Seat
+
+MICROSECONDS = 1_000_000
+
+Share = Callable[[list[int]], list[int]]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What others, or the limit, want back.
+
+    Attributes:
+        asked_pages: Pages in all.
+        owed_pages: The part for which requests have to stop if nothing else is left.
+    """
+
+    asked_pages: int
+    owed_pages: int
+
+
+class Ranks:
+    """The ledgers as every rank sees them. A `PageSource`.
+
+    All ranks call `look`, `reserve` and `reserve_first_page` in the same order.
+
+    Args:
+        instance: The server in the ledgers; only rank 0 has it.
+        seat: Where this rank reports what it maps.
+        capacity_bytes: What instances may hold together on the device that has least.
+        share: Returns rank 0's numbers on every rank.
+    """
+
+    def __init__(
+        self,
+        instance: Instance | None,
+        seat: Seat,
+        capacity_bytes: int,
+        share: Share = lambda values: values,
+    ) -> None:
+        self.instance = instance
+        self.seat = seat
+        self.capacity_bytes = capacity_bytes
+        self.room_pages = 0
+        self._share = share
+        self._microseconds = 0
+
+    def describe(self, *, page_bytes: int, num_pages: int, least_pages: int) -> None:
+        """See `Instance.describe`."""
+        if self.instance is not None:
+            self.instance.describe(
+                page_bytes=page_bytes, num_pages=num_pages, least_pages=least_pages
+            )
+
+    def look(self) -> Wanted | None:
+        """Look at the ledgers and the clock; return what is wanted back, or None for no news."""
+        values = [0, 0, 0, 0, 0]
+        if self.instance is not None:
+            is_new = self.instance.has_news()
+            wanted = self.instance.wanted_pages() if is_new else (0, 0)
+            now = int(time.monotonic() * MICROSECONDS)
+            values = [is_new, *wanted, self.instance.room_pages(), now]
+        has_news, asked_pages, owed_pages, self.room_pages, self._microseconds = self._share(values)
+        return Wanted(asked_pages, owed_pages) if has_news else None
+
+    def clock(self) -> float:
+        """Return the seconds of rank 0's clock at the last look."""
+        return self._microseconds / MICROSECONDS
+
+    def reserve(self, num_pages: int, *, is_urgent: bool) -> int:
+        """See `PageSource.reserve`."""
+        granted = 0
+        if self.instance is not None:
+            granted = self.instance.reserve(num_pages, is_urgent=is_urgent)
+        (granted,) = self._share([granted])
+        self.room_pages = max(self.room_pages - granted, 0)
+        return granted
+
+    def reserve_first_page(self) -> bool:
+        """Return whether the first page was promised; wait for neighbours as a start may."""
+        granted = 0
+        if self.instance is not None:
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while not (granted := self.instance.reserve(1, is_urgent=True)):
+                if time.monotonic() > deadline:
+                    break
+                self.instance.wait_for_ring(LOOK_SECONDS)
+        return bool(self._share([granted])[0])
+
+    def cancel(self, num_pages: int) -> None:
+        """See `PageSource.cancel`."""
+        self.room_pages += num_pages
+        if self.instance is not None:
+            self.instance.cancel(num_pages)
+
+    def answer(self, num_pages: int) -> None:
+        """See `Instance.answer`."""
+        if self.instance is not None:
+            self.instance.answer(num_pages)
+
+    def close(self) -> None:
+        """Leave the ledgers."""
+        if self.instance is not None:
+            self.instance.close()
+
+
+def join_ranks(device: Device, config: Config, group: Any, *, name: str, engine: str) -> Ranks:
+    """Return this rank's view; rank 0 enters the server in the ledgers of all ranks' devices.
+
+    Args:
+        device: This rank's device.
+        config: The settings.
+        group: SGLang's group of the ranks that hold a part of every token's keys and values.
+        name: What the instance is called when nobody named it.
+        engine: The engine and its release.
+
+    Raises:
+        KVCachedError: On rank 0, as `Instance`.
+    """
+
+    def enter(devices: list[Device]) -> Instance:
+        return Instance(
+            devices,
+            config,
+            name=config.name,
+            default_name=name,
+            engine=engine,
+            answer=lambda: None,  # the scheduler's loop never sleeps for long, and looks by itself
+        )
+
+    if group.world_size == 1:
+        instance = enter([device])
+        return Ranks(instance, instance.seat(device), instance.capacity_bytes)
+    return _join_many(device, group, enter)
+
+
+def _join_many(device: Device, group: Any, enter: Callable[[list[Device]], Instance]) -> Ranks:
+    import torch
+    from torch import distributed
+
+    first, channel = group.ranks[0], group.cpu_group
+    devices: list[Any] = [None] * group.world_size
+    distributed.all_gather_object(devices, device, group=channel)
+    instance = enter(devices) if group.rank_in_group == 0 else None
+    told: list[Any] = [None, None]
+    if instance is not None:
+        told = [[instance.seat(device) for device in devices], instance.capacity_bytes]
+    distributed.broadcast_object_list(told, src=first, group=channel)
+    seats, capacity_bytes = told
+
+    def share(values: list[int]) -> list[int]:
+        numbers = torch.tensor(values, dtype=torch.int64)
+        distributed.broadcast(numbers, src=first, group=channel)
+        return [int(number) for number in numbers.tolist()]
+
+    return Ranks(instance, seats[group.rank_in_group], capacity_bytes, share)

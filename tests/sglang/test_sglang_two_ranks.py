@@ -1,0 +1,109 @@
+"""Two tensor-parallel ranks, a scheduler each, decide alike: same pages, vanilla's tokens."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from helpers.sglang_engine import (
+    POOL,
+    large_burst,
+    mixed_bursts,
+    resident_of_ranks,
+    start_sglang,
+)
+
+from kvcached_core.cli.demo.load import Burst, Completion
+from kvcached_core.cli.demo.server import SGLangServer
+from kvcached_core.control import Outcome, set_limit, trim
+from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_view import InstanceView
+from kvcached_core.units import MIB
+
+pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
+
+PAGE = 16 * MIB
+BURSTS = [*mixed_bursts()[:2], large_burst(1)]
+
+
+@dataclass
+class Pair:
+    """A server of two ranks on the pool; the answers come from vanilla SGLang's two ranks."""
+
+    server: SGLangServer
+    directory: Path
+    expected: list[list[list[int]]]
+
+    def view(self) -> InstanceView:
+        with Ledger(self.directory / "host.ledger") as ledger:
+            (view,) = ledger.view().instances
+            return view
+
+
+def ask(server: SGLangServer, burst: Burst) -> list[list[int]]:
+    return check(asyncio.run(server.send(burst)))
+
+
+def check(completions: list[Completion]) -> list[list[int]]:
+    assert [completion.error for completion in completions] == [None] * len(completions)
+    return [completion.token_ids for completion in completions]
+
+
+@pytest.fixture(scope="module")
+def pair(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    workspace = tmp_path_factory.mktemp("sg")
+    server = start_sglang("vanilla", model, workspace, elastic=False, num_ranks=2)
+    try:
+        server.wait_ready()
+        expected = [ask(server, burst) for burst in BURSTS]
+    finally:
+        server.kill()
+    server = start_sglang("elastic", model, workspace, num_ranks=2)
+    try:
+        server.wait_ready()
+        yield Pair(server, workspace / "kv", expected)
+    finally:
+        server.kill()
+
+
+def test_tokens_are_vanillas_and_both_ranks_hold_the_same(pair: Pair) -> None:
+    assert [ask(pair.server, burst) for burst in BURSTS] == pair.expected
+    first, second = resident_of_ranks(pair.server)
+    assert first == second > 2 * PAGE
+
+
+def test_a_trim_reaches_both_ranks(pair: Pair) -> None:
+    (answer,) = trim([], directory=pair.directory, wait_seconds=5)
+    assert answer.outcome is Outcome.APPLIED
+    assert resident_of_ranks(pair.server) == [PAGE, PAGE]
+    assert pair.view().resident_bytes == 2 * PAGE
+
+
+def test_a_limit_lowered_under_load_stops_the_same_requests_on_both(pair: Pair) -> None:
+    async def lower_midway() -> list[Completion]:
+        load = asyncio.create_task(pair.server.send(BURSTS[-1]))
+        while pair.view().used_bytes < POOL // 3:
+            assert not load.done()
+            await asyncio.sleep(0.01)
+        answer = await asyncio.to_thread(
+            set_limit, "elastic", "30%", directory=pair.directory, wait_seconds=10.0
+        )
+        assert answer.outcome is Outcome.APPLIED
+        first, second = resident_of_ranks(pair.server)
+        assert first == second <= 0.15 * POOL
+        return await load
+
+    assert check(asyncio.run(lower_midway())) == pair.expected[-1]
+    assert set_limit("elastic", "none", directory=pair.directory).outcome is Outcome.APPLIED
+
+
+def test_killing_the_server_gives_the_memory_of_both_back(pair: Pair) -> None:
+    pair.server.kill()
+    deadline = time.monotonic() + 2
+    with Ledger(pair.directory / "host.ledger") as ledger:
+        while ledger.view().instances:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert ledger.view().free_bytes == POOL
