@@ -19,9 +19,9 @@ NUM_PAGES = 1024
 class Unlimited:
     """A ledger that grants everything."""
 
-    def reserve(self, num_pages: int, *, is_urgent: bool) -> int:  # noqa: ARG002  the protocol's
+    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:  # noqa: ARG002  the protocol's
         """Grant it."""
-        return num_pages
+        return num_pages + num_spare
 
     def cancel(self, num_pages: int) -> None:
         """Forget it."""

@@ -66,6 +66,7 @@ class Instance:
         self._rows: dict[Device, int] = {}
         self._bells: list[Doorbell] = []
         self._seen: dict[Device, int] = {}
+        self._num_asked: dict[Device, int] = {}
         self._answer = answer
         self._rang = threading.Event()
         self._refused_pages = 0
@@ -121,15 +122,20 @@ class Instance:
                 least_bytes=least_pages * unit_bytes,
             )
 
-    def reserve(self, num_pages: int, *, is_urgent: bool) -> int:
+    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
         """Promise up to `num_pages` pages on every rank; if it is urgent, ask others for the rest.
+
+        Args:
+            num_pages: Pages that are wanted.
+            is_urgent: Whether a request has to wait without them.
+            num_spare: Pages that are welcome beyond them; nobody is asked for these.
 
         Returns:
             How many pages were promised, the same on all devices.
         """
         if is_urgent and self._is_refused(num_pages):
             return 0
-        granted = num_pages
+        granted = num_pages + num_spare
         taken: list[tuple[Device, int]] = []
         for device, ledger in self._ledgers.items():
             unit_bytes = self._unit_bytes(device)
@@ -163,10 +169,11 @@ class Instance:
 
         The second number is the part for which requests have to stop if nothing else is left.
         """
-        found = [
-            (ledger.wanted(self._rows[device]), self._unit_bytes(device))
-            for device, ledger in self._items
-        ]
+        found = []
+        for device, ledger in self._items:
+            wanted = ledger.wanted(self._rows[device])
+            self._num_asked[device] = wanted.num_asked
+            found.append((wanted, self._unit_bytes(device)))
         asked = max(ceil(wanted.asked_bytes / unit_bytes) for wanted, unit_bytes in found)
         return asked, max(ceil(wanted.owed_bytes / unit_bytes) for wanted, unit_bytes in found)
 
@@ -176,7 +183,11 @@ class Instance:
         It comes before the orders to unmap them, which take from what is announced here.
         """
         for device, ledger in self._ledgers.items():
-            ledger.answer(self._rows[device], num_pages * self._unit_bytes(device))
+            ledger.answer(
+                self._rows[device],
+                num_pages * self._unit_bytes(device),
+                num_asked=self._num_asked.get(device),
+            )
 
     def wait_for_ring(self, seconds: float) -> None:
         """Return when somebody rings, or after `seconds`."""

@@ -54,10 +54,12 @@ class Wanted:
     Attributes:
         asked_bytes: What it shall give back.
         owed_bytes: The part of it for which requests have to stop if nothing else is left.
+        num_asked: How often it was asked so far; names the ask that an answer is for.
     """
 
     asked_bytes: int
     owed_bytes: int
+    num_asked: int = 0
 
 
 class Ledger:
@@ -299,7 +301,7 @@ class Ledger:
     def ask_peers(self, index: int, num_bytes: int) -> list[int]:
         """Ask the other instances for `num_bytes` together (see `sharing.shares`), and wait.
 
-        What the own limit would refuse anyway is not asked for.
+        What the own limit would refuse anyway, and what is on its way already, is not asked for.
 
         Returns:
             The rows that were asked for more than before; ring their bells.
@@ -310,7 +312,8 @@ class Ledger:
             row.waiting_bytes = max(wanted, 0)
             peers = [other for other in self._live_rows() if other.index != index]
             asked = []
-            for share in sharing.shares(row, peers, wanted):
+            coming_bytes = sum(peer.coming_bytes for peer in peers)
+            for share in sharing.shares(row, peers, max(wanted - coming_bytes, 0)):
                 peer = share.row
                 peer.owed_bytes = max(peer.owed_bytes, share.owed_bytes)
                 if self._ask(peer, share.give_bytes + share.owed_bytes):
@@ -331,18 +334,23 @@ class Ledger:
         with self._lock:
             row = self._row(index)
             excess = row.excess_bytes
-            return Wanted(max(row.asked_bytes, excess), max(row.owed_bytes, excess))
+            return Wanted(max(row.asked_bytes, excess), max(row.owed_bytes, excess), row.num_asked)
 
-    def answer(self, index: int, coming_bytes: int = 0) -> None:
+    def answer(self, index: int, coming_bytes: int = 0, *, num_asked: int | None = None) -> None:
         """Say that this instance gives what it can.
 
         Args:
             index: Its row.
             coming_bytes: What its workers are about to unmap.
+            num_asked: Which ask this answers; of a later one the rest stays. None answers all.
         """
         with self._lock:
             row = self._row(index)
-            row.asked_bytes = row.owed_bytes = 0
+            if num_asked in (None, row.num_asked):
+                row.asked_bytes = row.owed_bytes = 0
+            else:
+                row.asked_bytes = max(row.asked_bytes - coming_bytes, 0)
+                row.owed_bytes = min(row.owed_bytes, row.asked_bytes)
             row.coming_bytes += coming_bytes
             row.num_answered += 1
             self._keep(index, row.base)

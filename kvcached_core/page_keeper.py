@@ -18,8 +18,11 @@ from kvcached_core.vmm.backend import Fence
 
 logger = logging.getLogger("kvcached")
 
-# Pages that a thread takes up at a time; a step that needs one of them waits for all of these.
+# Pages that are mapped ahead at a time; a step that needs one of them waits for all of these.
 BATCH_PAGES = 4
+
+# Pages that are unmapped at a time; a step waits for them only if it wants one of them back.
+UNMAP_BATCH_PAGES = 16
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class PageKeeper:
             self._unmapping = []
             self._changed.notify_all()
             behind = (page for page, found in self._to_unmap.items() if found is fence)
-            batch = list(islice(behind, BATCH_PAGES))
+            batch = list(islice(behind, UNMAP_BATCH_PAGES))
             while not set(batch).isdisjoint(self._mapping):
                 self._changed.wait()
             self._unmapping = [page for page in batch if self._to_unmap.get(page) is fence]
@@ -180,8 +183,7 @@ class PageKeeper:
 
     def _unmap(self, pages: list[int]) -> None:
         resident = [page for page in pages if self.arena.is_resident(page)]
-        try:
-            self.arena.unmap(resident)
-        finally:
-            gone = sum(not self.arena.is_resident(page) for page in resident)
-            self._report(PageChanges(num_unmapped=gone, num_spared=len(pages) - len(resident)))
+        for page in resident:
+            self._carry_out(self.arena.unmap, [page])
+        gone = sum(not self.arena.is_resident(page) for page in resident)
+        self._report(PageChanges(num_unmapped=gone, num_spared=len(pages) - len(resident)))

@@ -36,10 +36,11 @@ REPORT_SECONDS = 0.05
 class PageSource(Protocol):
     """Who promises pages: the ledger, for all devices of the instance at once."""
 
-    def reserve(self, num_pages: int, *, is_urgent: bool) -> int:
-        """Promise up to `num_pages` pages and return how many it is.
+    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
+        """Promise up to `num_pages` pages, and up to `num_spare` more; return how many it is.
 
-        Only an urgent wish, one without which a request has to wait, may make others give memory.
+        Only an urgent wish, one without which a request has to wait, may make others give memory;
+        the spare ones never do.
         """
 
     def cancel(self, num_pages: int) -> None:
@@ -154,12 +155,18 @@ class PagePool(Generic[Block]):
         return [page for page, current in enumerate(self._states) if current == state]
 
     def reserve_blocks(self, num_blocks: int, *, is_urgent: bool = False) -> int:
-        """Ask for the pages of `num_blocks` more blocks; return how many blocks were promised."""
+        """Ask for the pages of `num_blocks` more blocks; return how many blocks were promised.
+
+        With an urgent wish comes one for spare pages: the next request of a burst finds them here
+        and needs no ledger.
+        """
         wanted = -(-num_blocks // self.geometry.blocks_per_page)
-        wanted = min(wanted, len(self._unmapped) - self.num_promised)
+        num_left = len(self._unmapped) - self.num_promised
+        wanted = min(wanted, num_left)
         if wanted <= 0:
             return 0
-        granted = self._source.reserve(wanted, is_urgent=is_urgent)
+        num_spare = min(self.max_spare_pages, num_left - wanted) if is_urgent else 0
+        granted = self._source.reserve(wanted, is_urgent=is_urgent, num_spare=num_spare)
         self.num_promised += granted
         return granted * self.geometry.blocks_per_page
 
@@ -247,18 +254,6 @@ class PagePool(Generic[Block]):
         for page in list(islice(self._idle, num_pages)):
             self.close(page)
         return num_pages
-
-    def eviction_order(self, oldest_first: Iterable[int]) -> list[int]:
-        """Return the cached pages in the order in which they should be given back.
-
-        A page is as young as its youngest cached block. Pages with live blocks are left out:
-        evicting from them would cost cache and free no page.
-
-        Args:
-            oldest_first: The page of each evictable block, the block unused for longest first.
-        """
-        youngest = {page: age for age, page in enumerate(oldest_first)}
-        return sorted(self.pages_in(CACHED), key=lambda page: youngest.get(page, -1))
 
     def drain(self, *, is_last: bool = False) -> PageOrders | None:
         """Return the orders since the last call, or None if there is nothing to tell.

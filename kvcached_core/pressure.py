@@ -11,7 +11,7 @@ from kvcached_core.errors import LedgerError
 from kvcached_core.ledger import Ledger, doorbell_path
 
 _RING = b"r"
-_END = b""  # what a socket says that was shut
+_STOP = b"s"
 _ALARM = b"a"
 _AT_ONCE_SECONDS = 1e-3  # a socket with a timeout of 0 would not wait, nor say that time is over
 
@@ -38,6 +38,9 @@ class Doorbell:
                 "KVCACHED_DIR must be writable and shorter than 80 characters"
             ) from error
         path.chmod(0o600)
+        # Connected, it reaches the listener also when the path is gone.
+        self._own = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._own.connect(str(path))
         self._deadline: float | None = None
         self._thread = threading.Thread(target=self._listen, name="kvcached-bell", daemon=True)
         self._thread.start()
@@ -45,18 +48,19 @@ class Doorbell:
     def set_alarm(self, seconds: float) -> None:
         """Ring once in `seconds`; an alarm that is set already is replaced."""
         self._deadline = time.monotonic() + seconds
-        _send(self.path, _ALARM)
+        self._own.send(_ALARM)
 
     def close(self) -> None:
         """Stop listening and remove the socket."""
-        self._socket.shutdown(socket.SHUT_RD)
+        self._own.send(_STOP)
         if self._thread is not threading.current_thread():
             self._thread.join()
+        self._own.close()
         self._socket.close()
         self.path.unlink(missing_ok=True)
 
     def _listen(self) -> None:
-        while (message := self._receive()) != _END:
+        while (message := self._receive()) != _STOP:
             if message == _RING:
                 self._answer()
 

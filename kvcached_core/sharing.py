@@ -56,7 +56,8 @@ def shares(asker: Row, peers: Iterable[Row], num_bytes: int) -> list[Share]:
     for is_idle in (True, False):
         for share in found:
             row = share.row
-            idle = row.resident_bytes - row.used_bytes - row.cached_bytes
+            idle = row.resident_bytes - row.used_bytes - row.cached_bytes - row.coming_bytes
+            idle = max(idle, 0)
             give = min(idle if is_idle else row.cached_bytes, left[row.index], num_bytes)
             share.give_bytes += give
             left[row.index] -= give

@@ -164,3 +164,13 @@ def test_the_room_is_that_of_the_device_with_least(start: Callable[..., Instance
     first, last = device("a", 8), device("b", 4)
     start([last], name="neighbour").reserve(1, is_urgent=False)
     assert start([first, last]).room_pages() == 3
+
+
+def test_spare_pages_are_promised_if_they_are_free_and_asked_of_nobody(
+    start: Callable[..., Instance],
+) -> None:
+    holder = start([HOUSE], name="holder")
+    holder.reserve(5, is_urgent=False)
+    instance = start([HOUSE], name="asker")
+    assert instance.reserve(2, is_urgent=True, num_spare=9) == 3
+    assert view(instance, HOUSE).waiting_bytes == 0

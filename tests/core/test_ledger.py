@@ -180,6 +180,32 @@ def test_asking_takes_from_the_longest_unused_and_only_what_nobody_needs(ledger:
     assert ledger.wanted(old).asked_bytes == 0
 
 
+def test_what_is_on_its_way_is_not_asked_for_again(ledger: Ledger) -> None:
+    asker = ledger.register(name="asker", engine="test")
+    holder = ledger.register(name="holder", engine="test")
+    fill(ledger, holder, GIB, cached=GIB)
+    assert ledger.ask_peers(asker, 4 * PAGE) == [holder]
+    ledger.answer(holder, 4 * PAGE, num_asked=ledger.wanted(holder).num_asked)
+    assert ledger.ask_peers(asker, 4 * PAGE) == []
+    assert ledger.wanted(holder).asked_bytes == 0
+    left = GIB - 4 * PAGE
+    assert ledger.settle(holder, unmapped_bytes=4 * PAGE, used_bytes=0, cached_bytes=left) == [
+        asker
+    ]
+    assert ledger.ask_peers(asker, 4 * PAGE) == [holder]  # another one was quicker
+
+
+def test_an_answer_leaves_what_was_asked_since(ledger: Ledger) -> None:
+    asker = ledger.register(name="asker", engine="test")
+    holder = ledger.register(name="holder", engine="test")
+    fill(ledger, holder, GIB, cached=GIB)
+    ledger.ask_peers(asker, 4 * PAGE)
+    seen = ledger.wanted(holder)
+    ledger.ask_peers(asker, 6 * PAGE)
+    ledger.answer(holder, seen.asked_bytes, num_asked=seen.num_asked)
+    assert ledger.wanted(holder).asked_bytes == 2 * PAGE
+
+
 def test_an_instance_at_its_limit_asks_nobody(ledger: Ledger) -> None:
     asker = ledger.register(name="asker", engine="test", policy=Policy(2 * PAGE))
     peer = ledger.register(name="peer", engine="test")
@@ -357,7 +383,7 @@ def test_a_lowered_limit_is_owed(ledger: Ledger) -> None:
     seen = ledger.num_notices(row)
     ledger.set_policy(row, Policy(limit_bytes=PAGE))
     assert ledger.num_notices(row) > seen
-    assert ledger.wanted(row) == Wanted(3 * PAGE, 3 * PAGE)
+    assert ledger.wanted(row) == Wanted(3 * PAGE, 3 * PAGE, num_asked=0)
     assert ledger.reserve(row, PAGE, PAGE) == 0
 
 

@@ -33,9 +33,9 @@ class CountingSource:
         self.num_promised = 0
         self.wishes: list[bool] = []
 
-    def reserve(self, num_pages: int, *, is_urgent: bool) -> int:
+    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
         self.wishes.append(is_urgent)
-        granted = min(num_pages, self.num_left)
+        granted = min(num_pages + num_spare, self.num_left)
         self.num_left -= granted
         self.num_promised += granted
         return granted
@@ -225,11 +225,11 @@ def test_a_spare_page_that_was_closed_and_opened_again_is_made_sure_of() -> None
 def test_a_spare_page_is_no_reason_to_take_memory_from_others() -> None:
     pool = make(min_spare_pages=1, num_resident_pages=1)
     pool.take_from(0)
-    pool.reserve_blocks(4, is_urgent=True)
+    pool.reserve_blocks(4)
     pool.take(7)
     pool.drain()
     assert pool.pages_in(IDLE) == [2]
-    assert pool._source.wishes == [True, False]  # type: ignore[attr-defined]
+    assert pool._source.wishes == [False, False]  # type: ignore[attr-defined]
 
 
 def test_what_was_promised_and_not_used_goes_back() -> None:
@@ -261,7 +261,13 @@ def test_a_page_reopened_before_the_orders_left_is_not_unmapped() -> None:
     assert source.num_left == 1  # type: ignore[attr-defined]
 
 
-def test_cached_pages_go_back_by_their_youngest_block_and_used_ones_stay() -> None:
+def test_with_an_urgent_wish_comes_one_for_spare_pages() -> None:
+    pool = make(min_spare_pages=1, max_spare_pages=3)
+    assert pool.reserve_blocks(1, is_urgent=True) == 4 * GEOMETRY.blocks_per_page
+    assert pool.reserve_blocks(1) == GEOMETRY.blocks_per_page
+
+
+def test_a_page_is_cached_when_nothing_but_the_prefix_cache_wants_its_blocks() -> None:
     pool = make()
     blocks = grow(pool, 16)
     queue = [blocks[4], blocks[8], blocks[0], blocks[9], blocks[5], blocks[1]]
@@ -269,7 +275,6 @@ def test_cached_pages_go_back_by_their_youngest_block_and_used_ones_stay() -> No
     for block in queue:  # page 1 keeps one live block, page 3 four
         pool.num_evictable[GEOMETRY.page_of(block)] += 1
         pool.dirty.add(GEOMETRY.page_of(block))
-    assert pool.eviction_order([GEOMETRY.page_of(block) for block in queue]) == [2, 0]
     assert pool.pages_in(CACHED) == [0, 2]
     assert pool.pages_in(USED) == [1, 3]
 
@@ -327,7 +332,7 @@ class PagePoolMachine(RuleBasedStateMachine):
 
     @rule()
     def evict_pages(self) -> None:
-        for page in self.pool.eviction_order(GEOMETRY.page_of(block) for block in self.queue)[:1]:
+        for page in self.pool.pages_in(CACHED)[:1]:
             mine = [block for block in self.queue if GEOMETRY.page_of(block) == page]
             self.queue = [block for block in self.queue if block not in mine]
             self.pool.num_evictable[page] -= len(mine)

@@ -29,6 +29,7 @@ def start_sglang(
         "KVCACHED_DIR": str(workspace / "kv"),
         "KVCACHED_HOST_POOL": str(POOL),
         "ENABLE_KVCACHED": "0",
+        "TRITON_INTERPRET": "1",  # 0.5.15 extends prompts in blocks of several tokens by a kernel
     }
     if num_ranks > 1:
         # On a CPU each rank wants a NUMA node, or to be told its cores.

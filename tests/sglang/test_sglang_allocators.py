@@ -37,8 +37,8 @@ class Source:
     num_left: int = NUM_PAGES - 1
     orders: list[PageOrders] = field(default_factory=list)
 
-    def reserve(self, num_pages: int, *, is_urgent: bool) -> int:
-        granted = min(num_pages, self.num_left)
+    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
+        granted = min(num_pages + num_spare, self.num_left)
         self.num_left -= granted
         return granted
 

@@ -139,26 +139,23 @@ def test_a_limit_holds_on_an_idle_server_without_a_request(pair: Pair) -> None:
 def test_a_limit_lowered_under_load_is_held_and_nobody_is_lost(
     pair: Pair, alone: dict[str, list[list[int]]]
 ) -> None:
-    async def lower_midway() -> tuple[list[Completion], float]:
+    async def lower_midway() -> list[Completion]:
         load = asyncio.create_task(pair.servers["sglang"].send(large_burst(len("sglang"))))
         while pair.view("sglang").used_bytes < POOL // 3:
             assert not load.done()
             await asyncio.sleep(0.01)
-        start = time.monotonic()
         answer = await asyncio.to_thread(
             set_limit, "sglang", "25%", directory=pair.workspace / "kv", wait_seconds=10.0
         )
-        seconds = time.monotonic() - start
         assert answer.outcome is Outcome.APPLIED
-        return await load, seconds
+        return await load
 
     try:
-        answers, seconds = asyncio.run(lower_midway())
+        answers = asyncio.run(lower_midway())
         assert pair.view("sglang").resident_bytes <= POOL // 4
     finally:
         set_limit("sglang", "none", directory=pair.workspace / "kv")
     check({"sglang": answers}, alone)
-    assert seconds < 2
 
 
 def test_killing_sglang_during_its_burst_leaves_vllm_alone(

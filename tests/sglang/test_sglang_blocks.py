@@ -18,9 +18,9 @@ class Source:
     def __init__(self) -> None:
         self.num_promised = 0
 
-    def reserve(self, num_pages: int, *, is_urgent: bool) -> int:
-        self.num_promised += num_pages
-        return num_pages
+    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
+        self.num_promised += num_pages + num_spare
+        return num_pages + num_spare
 
     def cancel(self, num_pages: int) -> None:
         self.num_promised -= num_pages

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvcached_core.geometry import Geometry
-from kvcached_core.page_pool import IDLE, UNMAPPED, USED
+from kvcached_core.page_pool import CACHED, IDLE, UNMAPPED, USED
 
 pytestmark = pytest.mark.vllm
 
@@ -25,8 +25,8 @@ class Source:
     def __init__(self, num_pages: int) -> None:
         self.num_left = num_pages
 
-    def reserve(self, num_pages: int, *, is_urgent: bool) -> int:
-        granted = min(num_pages, self.num_left)
+    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
+        granted = min(num_pages + num_spare, self.num_left)
         self.num_left -= granted
         return granted
 
@@ -225,6 +225,30 @@ def test_released_pages_are_those_whose_blocks_were_unused_longest() -> None:
     assert len(ours.cached_block_hash_to_block) < 16
     assert ours.release_pages(100) == len(first + second) // 4 - 1
     assert ours.pages.pages_in(IDLE) == []
+
+
+def test_a_page_is_as_young_as_its_youngest_block() -> None:
+    _, ours = make_pools()
+    first, second = cache(ours, 1, 8), cache(ours, 2, 8)
+    page_of = GEOMETRY.page_of
+    (shared,) = {page_of(b.block_id) for b in first} & {page_of(b.block_id) for b in second}
+    on_shared = [block for block in first if page_of(block.block_id) == shared]
+    ours.free_blocks(on_shared)  # the oldest block of all, on a page with younger ones
+    ours.free_blocks(reversed(second))
+    ours.free_blocks(block for block in first if block not in on_shared)
+    num_younger = len({page_of(block.block_id) for block in second}) - 1
+    assert ours.release_pages(num_younger) == num_younger
+    assert shared in ours.pages.pages_in(CACHED)
+
+
+def test_pages_go_one_by_one_so_that_who_asked_gets_the_first_early() -> None:
+    _, ours = make_pools()
+    ours.free_blocks(reversed(cache(ours, 1, 12)))
+    num_cached = len(ours.pages.pages_in(CACHED))
+    going = ours.release_one_by_one(100)
+    assert next(going) == 1
+    assert len(ours.pages.pages_in(CACHED)) == num_cached - 1
+    assert list(going) == list(range(2, num_cached + 1))
 
 
 def test_a_reset_frees_every_page_but_the_first() -> None:

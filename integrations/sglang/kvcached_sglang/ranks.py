@@ -81,11 +81,11 @@ class Ranks:
         """Return the seconds of rank 0's clock at the last look."""
         return self._microseconds / MICROSECONDS
 
-    def reserve(self, num_pages: int, *, is_urgent: bool) -> int:
+    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
         """See `PageSource.reserve`."""
         granted = 0
         if self.instance is not None:
-            granted = self.instance.reserve(num_pages, is_urgent=is_urgent)
+            granted = self.instance.reserve(num_pages, is_urgent=is_urgent, num_spare=num_spare)
         (granted,) = self._share([granted])
         self.room_pages = max(self.room_pages - granted, 0)
         return granted

@@ -7,13 +7,14 @@ not touched while the ledger still grants pages.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 
 from kvcached_core.geometry import Geometry
-from kvcached_core.page_pool import PagePool, PageSource
+from kvcached_core.page_pool import CACHED, PagePool, PageSource
 
 
 class SparseBlocks(Sequence[KVCacheBlock]):
@@ -171,27 +172,31 @@ class ElasticBlockPool(BlockPool):
         return done
 
     def release_pages(self, max_pages: int) -> int:
-        """Give back up to `max_pages` pages that no request needs; return how many it was.
+        """Give back up to `max_pages` pages that no request needs; return how many it was."""
+        return sum(1 for _ in self.release_one_by_one(max_pages))
+
+    def release_one_by_one(self, max_pages: int) -> Iterator[int]:
+        """Give back up to `max_pages` pages that no request needs; yield after each one its number.
 
         Idle pages go first, then cached ones: the page whose youngest block is oldest first.
         """
-        num_pages = self.pages.close_idle(max_pages)
-        if num_pages == max_pages:
-            return num_pages
-        ids_per_page = self._ids_per_page
-        queued: dict[int, list[KVCacheBlock]] = {}
-        oldest_first = self.free_block_queue.get_all_free_blocks()
-        for block in oldest_first:
-            queued.setdefault(block.block_id // ids_per_page, []).append(block)
-        order = self.pages.eviction_order(block.block_id // ids_per_page for block in oldest_first)
-        for page in order[: max_pages - num_pages]:
-            for block in queued[page]:
-                self._unqueue(block)
+        pages = self.pages
+        num_idle = pages.close_idle(max_pages)
+        yield from range(1, num_idle + 1)
+        if num_idle == max_pages:
+            return
+        queued = self._queued_by_page()
+        cached = set(pages.pages_in(CACHED))
+        going = islice((page for page in queued if page in cached), max_pages - num_idle)
+        for number, page in enumerate(list(going), num_idle + 1):
+            blocks = queued[page]
+            for block in blocks:
+                self.free_block_queue.remove(block)
                 self._maybe_evict_cached_block(block)
-            self.pages.give(page, queued[page])
-            self.pages.close(page)
-            num_pages += 1
-        return num_pages
+            pages.num_evictable[page] -= len(blocks)
+            pages.give(page, blocks)
+            pages.close(page)
+            yield number
 
     def pay(self) -> bool:
         """Give back what can be of the pages that are owed; return whether none is left."""
@@ -213,6 +218,21 @@ class ElasticBlockPool(BlockPool):
                 self._maybe_evict_cached_block(block)
             blocks.extend(evicted)
         return blocks
+
+    def _queued_by_page(self) -> dict[int, list[KVCacheBlock]]:
+        """Return the evictable blocks of each page, the page that was unused for longest first."""
+        queued: dict[int, list[KVCacheBlock]] = {}
+        ids_per_page, latest = self._ids_per_page, -1
+        for block in self.free_block_queue.get_all_free_blocks():
+            page = block.block_id // ids_per_page
+            if page == latest:
+                queued[page].append(block)
+                continue
+            latest = page
+            blocks = queued.pop(page, [])  # and back at the end: this block is younger
+            blocks.append(block)
+            queued[page] = blocks
+        return queued
 
     def _unqueue(self, block: KVCacheBlock) -> None:
         self.free_block_queue.remove(block)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.kvcached")
 
+# Pages that who asks for many gets at once; the rest follows when all of it is evicted.
+FIRST_PAGES = 8
+
 
 class ElasticEngine:
     """One vLLM engine in the ledgers of its devices: from its start to its shutdown.
@@ -55,9 +58,9 @@ class ElasticEngine:
         )
         atexit.register(self.close)
 
-    def reserve(self, num_pages: int, *, is_urgent: bool) -> int:
+    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
         """See `PageSource.reserve`."""
-        return self.instance.reserve(num_pages, is_urgent=is_urgent)
+        return self.instance.reserve(num_pages, is_urgent=is_urgent, num_spare=num_spare)
 
     def cancel(self, num_pages: int) -> None:
         """See `PageSource.cancel`."""
@@ -154,11 +157,13 @@ class ElasticEngine:
             return
         asked_pages, owed_pages = self.instance.wanted_pages()
         if asked_pages:
-            num_released = self.pool.release_pages(asked_pages)
+            num_released = 0
+            for num_released in self.pool.release_one_by_one(asked_pages):
+                if num_released == FIRST_PAGES:
+                    self._give()
+                    self._call_workers(settle_orders)
             self.pool.owed_pages = max(min(asked_pages - num_released, owed_pages), 0)
-            orders = self._drain(is_last=False)
-            self.instance.answer(len(orders.unmap_pages) if orders else 0)
-            self._send(orders)
+            self._give()
 
     def empty(self) -> None:
         """Give everything back but page 0, before the engine sleeps; return when it is done."""
@@ -196,6 +201,11 @@ class ElasticEngine:
                 return False
             self.instance.wait_for_ring(LOOK_SECONDS)
         return True
+
+    def _give(self) -> None:
+        orders = self._drain(is_last=False)
+        self.instance.answer(len(orders.unmap_pages) if orders else 0)
+        self._send(orders)
 
     def _drain(self, *, is_last: bool) -> "PageOrders | None":
         return self.pool.pages.drain(is_last=is_last) if self.pool is not None else None
