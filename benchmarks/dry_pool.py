@@ -128,8 +128,9 @@ def main() -> None:
     """Run, print, write JSON; fail if a request was lost."""
     made = parser(__doc__)
     made.add_argument("--seconds", type=float, default=600.0)
+    made.add_argument("--pool-gib", type=int, default=80, help="about what a GPU has for KV caches")
     options = made.parse_args()
-    profile = gpu(80 * GIB) if options.gpu else host(512 * MIB)
+    profile = gpu(options.pool_gib * GIB) if options.gpu else host(512 * MIB)
     with tempfile.TemporaryDirectory(prefix="kv-") as folder:
         pool = DryPool(profile, Path(folder), options.seconds)
         try:

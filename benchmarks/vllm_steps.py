@@ -33,6 +33,7 @@ GRAPHS = {
 }
 ARRIVALS_PER_SECOND = 8
 NUM_KERNELS_SHOWN = 8
+PAUSE_MS = 0.02
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,15 @@ LOADS = {
 PARTS = ("schedule", "execute_model", "update_from_output")
 
 
-def steps(
-    setting: Setting, record: Record, num_pairs: int, page_sizes: list[str], loads: list[str]
-) -> None:
-    """Compare engines, in processes that take turns: two of vanilla, one with each page size.
+def steps(setting: Setting, record: Record, options: Any) -> None:
+    """Compare engines, in processes that take turns: vanilla ones, one with each page size.
 
-    The second vanilla one shows how far two processes differ that do the same.
+    A second vanilla one, the control, shows how far two processes differ that do the same.
     """
-    switches = {name: {"ENABLE_KVCACHED": "0"} for name in (VANILLA, CONTROL)}
-    for size in page_sizes:
+    num_pairs, loads = options.pairs, options.loads
+    vanillas = [VANILLA] if options.no_control else [VANILLA, CONTROL]
+    switches = {name: {"ENABLE_KVCACHED": "0"} for name in vanillas}
+    for size in options.page_sizes:
         switches[f"pages-{size}"] = {"ENABLE_KVCACHED": "1", "KVCACHED_PAGE_BYTES": size}
     lock = setting.folder / "turn"
     lock.touch()
@@ -76,6 +77,7 @@ def steps(
         command = [sys.executable, __file__, "--json", str(setting.folder / name)]
         command += ["--pairs", str(num_pairs), "--model", str(setting.model), "--lock", str(lock)]
         command += ["--num-engines", str(len(switches)), "--loads", *loads]
+        command += ["--kv-gib", str(options.kv_gib)]
         command += ["--tiny"] if setting.tiny else []
         with (setting.folder / f"{name}.log").open("w") as log:
             children[name] = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
@@ -218,10 +220,27 @@ def profile(driver: Driver, load: Load) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         driver.run(load)
     times: dict[str, float] = {}
-    for event in found.key_averages():
-        name = str(event.key)[:100]
-        times[name] = times.get(name, 0.0) + event.device_time_total / 1e3
-    return {name: time_ms for name, time_ms in times.items() if time_ms}
+    spans = []
+    for event in found.profiler.kineto_results.events():
+        if str(event.device_type()).endswith("CUDA") and event.duration_ns():
+            name = str(event.name())[:100]
+            times[name] = times.get(name, 0.0) + event.duration_ns() / 1e6
+            spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
+    return times | idle_times(sorted(spans))
+
+
+def idle_times(spans: list[tuple[int, int]]) -> dict[str, float]:
+    """Return the milliseconds in which nothing ran, by the length of the pause."""
+    pauses: dict[str, float] = dict.fromkeys(("(idle)", "(idle, pauses above 20 us)"), 0.0)
+    latest = spans[0][1] if spans else 0
+    for start, end in spans:
+        pause_ms = (start - latest) / 1e6
+        if pause_ms > 0:
+            pauses["(idle)"] += pause_ms
+            if pause_ms > PAUSE_MS:
+                pauses["(idle, pauses above 20 us)"] += pause_ms
+        latest = max(latest, end)
+    return pauses
 
 
 def print_kernels(of_vanilla: dict[str, float], of_other: dict[str, float], name: str) -> None:
@@ -233,12 +252,12 @@ def print_kernels(of_vanilla: dict[str, float], of_other: dict[str, float], name
         print(f"    {more[key]:+8.2f} of {of_vanilla.get(key, 0.0):8.2f} ms  {key}", flush=True)
 
 
-def engine(
-    model: Path, lock: Path, num_pairs: int, num_engines: int, names: list[str], *, tiny: bool
-) -> dict[str, Any]:
+def engine(options: Any) -> dict[str, Any]:
     """Be one of the engines of `steps`."""
     from vllm import LLM
 
+    model, lock, tiny = options.model, options.lock, options.tiny
+    num_pairs, num_engines, names = options.pairs, options.num_engines, options.loads
     is_elastic = os.environ["ENABLE_KVCACHED"] == "1"
     arguments: dict[str, Any] = {"enable_prefix_caching": False, "seed": 0}
     if tiny:
@@ -246,7 +265,7 @@ def engine(
     else:
         arguments |= {"load_format": "dummy", "compilation_config": GRAPHS}
     if not is_elastic:
-        arguments |= {"kv_cache_memory_bytes": (256 * MIB) if tiny else 24 * GIB}
+        arguments |= {"kv_cache_memory_bytes": (256 * MIB) if tiny else options.kv_gib * GIB}
         arguments |= {"gpu_memory_utilization": 0.5 if tiny else 0.05}
     llm = LLM(str(model), max_model_len=2176, **arguments)
     core = llm.llm_engine.engine_core.engine_core
@@ -294,21 +313,16 @@ def main() -> None:
         "--page-sizes", nargs="+", default=["16MiB", "64MiB"], help="one elastic engine with each"
     )
     arguments.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
+    arguments.add_argument("--kv-gib", type=int, default=24, help="a vanilla engine's KV cache")
+    arguments.add_argument("--no-control", action="store_true", help="leave the control out")
     options = arguments.parse_args()
     if options.model is not None:
-        found = engine(
-            options.model,
-            options.lock,
-            options.pairs,
-            options.num_engines,
-            options.loads,
-            tiny=options.tiny,
-        )
+        found = engine(options)
         options.json.write_text(json.dumps(found))
         sys.stdout.flush()
         os._exit(0)  # an engine in this process would take seconds to tear down
     with bench_run(options) as (setting, record):
-        steps(setting, record, options.pairs, options.page_sizes, options.loads)
+        steps(setting, record, options)
 
 
 if __name__ == "__main__":

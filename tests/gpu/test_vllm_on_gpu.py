@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "gpu_offline.py"
 NUM_AT_ONCE = int(os.environ.get("GPU_CHECK_ENGINES", "6"))
-NUM_LARGE_AT_ONCE = 4  # 27 GiB each
+NUM_LARGE_AT_ONCE = int(os.environ.get("GPU_CHECK_LARGE", "4"))  # 27 GiB each
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def give_weights(worker: Any) -> None:
     """Fill the weights so that answers depend on the prompt: dummy ones are nearly zero."""
     import torch
 
-    model = worker.model_runner.model
+    model = getattr(worker, "worker", worker).model_runner.model
     generator = torch.Generator(device="cuda").manual_seed(0)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):

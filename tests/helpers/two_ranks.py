@@ -1,6 +1,7 @@
 """Run as a script: one vLLM engine with two ranks answers mixed prompts and reports.
 
-Argument: a model folder. Its last line is a JSON object.
+Arguments: a model folder and, on GPUs, a JSON object of engine options, such as
+`{"pipeline_parallel_size": 2}`. Its last line is a JSON object.
 """
 
 import json
@@ -10,21 +11,30 @@ from typing import Any
 
 from helpers.offline import ENGINE_OPTIONS, mixed_prompts
 
+CPU_ENGINE = ENGINE_OPTIONS | {"tensor_parallel_size": 2}
+GPU_ENGINE = {"load_format": "dummy", "dtype": "bfloat16", "max_model_len": 4096, "seed": 0}
+MIB = 1 << 20
+
 
 def main() -> None:
     """Start, generate, report."""
     elastic = os.environ.get("ENABLE_KVCACHED", "0") != "0"
+    options = json.loads(sys.argv[2]) if len(sys.argv) > 2 else None
 
     from vllm import LLM, SamplingParams
 
-    sizes = {} if elastic else {"kv_cache_memory_bytes": 256 << 20}
-    llm = LLM(
-        sys.argv[1],
-        **ENGINE_OPTIONS,
-        tensor_parallel_size=2,
-        enable_prefix_caching=False,
-        **sizes,
-    )
+    sizes: dict[str, Any] = {}
+    if not elastic and options is None:
+        sizes = {"kv_cache_memory_bytes": 256 * MIB}
+    elif not elastic:
+        sizes = {"kv_cache_memory_bytes": 2048 * MIB, "gpu_memory_utilization": 0.05}
+    engine: dict[str, Any] = CPU_ENGINE if options is None else GPU_ENGINE | options
+    llm = LLM(sys.argv[1], **engine, enable_prefix_caching=False, **sizes)
+    core = llm.llm_engine.engine_core.engine_core
+    if options is not None:
+        from helpers.gpu_offline import give_weights
+
+        core.model_executor.collective_rpc(give_weights)
     prompts = [{"prompt_token_ids": prompt} for prompt in mixed_prompts()]
     sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
@@ -32,12 +42,13 @@ def main() -> None:
     if elastic:
         from kvcached_vllm.worker import resident_pages
 
-        core = llm.llm_engine.engine_core.engine_core
         report["pages"] = core.model_executor.collective_rpc(resident_pages)
         report["page_bytes"] = core.kvcached.geometry.page_bytes
-        (ledger,) = core.kvcached.instance._ledgers.values()
-        report["view"] = [vars(view) for view in ledger.view().instances]
+        ledgers = core.kvcached.instance._ledgers.values()
+        report["view"] = [vars(view) for ledger in ledgers for view in ledger.view().instances]
     print("\n" + json.dumps(report), flush=True)
+    if options is not None:
+        os._exit(0)  # workers on GPUs take seconds to tear down; their parent's end ends them
 
 
 if __name__ == "__main__":

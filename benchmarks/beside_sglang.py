@@ -1,0 +1,160 @@
+"""One vLLM and one SGLang server on one GPU: bursts of 60 % of the KV space in turn, and kill -9.
+
+    python benchmarks/beside_sglang.py --json benchmarks/results/beside_sglang.json
+
+Each server is sent two bursts in turn, then both get one at once. Then SGLang is killed while
+both serve, started again, and vLLM is killed.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from machine import describe_gpu
+from profiles import Profile, gpu, open_ledger
+from sglang_servers import SGLangSetting
+
+from kvcached_core.cli.demo.load import Burst, Completion, make_burst
+from kvcached_core.cli.demo.memory import Recorder
+
+if TYPE_CHECKING:
+    from kvcached_core.cli.demo.server import EngineServer
+
+SHARE = 0.6
+NUM_IN, NUM_OUT = 1900, 100
+VLLM, SGLANG = "vllm", "sglang"
+
+
+class Beside:
+    """Both servers, and what became of their requests."""
+
+    def __init__(self, workspace: Path) -> None:
+        self.workspace = workspace
+        self.profile: Profile = gpu(0)
+        self.profile.make(workspace / "model")
+        self.setting = SGLangSetting(workspace, tiny=False)
+        self.servers: dict[str, EngineServer] = {}
+        self.facts: dict[str, Any] = {}
+
+    def start(self, name: str) -> None:
+        """Start a server of the kind that its name says."""
+        if name == VLLM:
+            self.servers[name] = self.profile.start(name, self.workspace)
+        else:
+            self.servers[name] = self.setting.start(name, "--context-length", "8192", elastic=True)
+
+    def burst(self, seed: int) -> Burst:
+        """Return requests that need `SHARE` of what is there for KV caches."""
+        with open_ledger(self.workspace) as ledger:
+            view = ledger.view()
+        held = sum(row.resident_bytes for row in view.instances)
+        self.facts["kv_space_bytes"] = view.free_bytes + held
+        num_bytes = (NUM_IN + NUM_OUT) * self.profile.kv_bytes_per_token
+        return make_burst(
+            num_requests=int(SHARE * (view.free_bytes + held) / num_bytes),
+            num_prompt_tokens=NUM_IN,
+            num_output_tokens=NUM_OUT,
+            seed=seed,
+        )
+
+    def send(self, label: str, *names: str) -> None:
+        """Send a burst to each of these servers at once; keep what came back."""
+
+        async def send_all() -> list[list[Completion]]:
+            return await asyncio.gather(
+                *(self.servers[name].send(self.burst(len(label))) for name in names)
+            )
+
+        start = time.monotonic()
+        answers = asyncio.run(send_all())
+        self.note(label, dict(zip(names, answers, strict=True)), time.monotonic() - start)
+
+    def note(self, label: str, answers: dict[str, list[Completion]], seconds: float) -> None:
+        """Count completed and failed requests."""
+        found = {
+            name: {
+                "requests": len(of_name),
+                "completed": sum(answer.error is None for answer in of_name),
+                "errors": sorted({answer.error for answer in of_name if answer.error})[:3],
+            }
+            for name, of_name in answers.items()
+        }
+        self.facts[label] = {"seconds": seconds} | found
+        print(label, self.facts[label], flush=True)
+
+    def kill(self, victim: str, other: str) -> None:
+        """Kill one server while both serve: when its memory is free, and how the other fares."""
+
+        async def kill_midway() -> list[Completion]:
+            lost = asyncio.create_task(self.servers[victim].send(self.burst(1)))
+            kept = asyncio.create_task(self.servers[other].send(self.burst(2)))
+            await asyncio.to_thread(self.wait_until, victim, holds=True)
+            await asyncio.sleep(1)
+            held = self.resident(victim)
+            await asyncio.to_thread(self.servers[victim].kill)
+            seconds = await asyncio.to_thread(self.wait_until, victim, holds=False)
+            self.facts[f"killed {victim}"] = {"held_bytes": held, "free_after_seconds": seconds}
+            await lost
+            return await kept
+
+        start = time.monotonic()
+        answers = asyncio.run(kill_midway())
+        self.note(f"while {victim} was killed", {other: answers}, time.monotonic() - start)
+
+    def wait_until(self, name: str, *, holds: bool) -> float:
+        """Return how many seconds it took until a server holds memory, or none any more."""
+        start = time.monotonic()
+        while bool(self.resident(name)) != holds:
+            time.sleep(0.005)
+        return time.monotonic() - start
+
+    def resident(self, name: str) -> int:
+        """Return the bytes that a server holds."""
+        with open_ledger(self.workspace) as ledger:
+            rows = ledger.view().instances
+        return sum(row.resident_bytes for row in rows if row.name == name)
+
+
+def main() -> None:
+    """Run, print, write JSON; fail if a request was lost."""
+    made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("--json", type=Path, required=True)
+    options = made.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
+        both = Beside(Path(folder))
+        try:
+            both.start(VLLM)
+            both.start(SGLANG)
+            for server in both.servers.values():
+                server.wait_ready()
+            (path,) = (both.workspace / "kv").glob("*.ledger")
+            with Recorder(path) as recorder:
+                for name in (VLLM, SGLANG, VLLM, SGLANG):
+                    both.send(f"burst on {name}", name)
+                both.send("bursts on both", VLLM, SGLANG)
+            peaks = {name: recorder.recording.peak_bytes(name) for name in both.servers}
+            both.facts["peak_bytes"] = peaks
+            both.kill(SGLANG, VLLM)
+            both.start(SGLANG)
+            both.servers[SGLANG].wait_ready()
+            both.kill(VLLM, SGLANG)
+        finally:
+            for server in both.servers.values():
+                server.kill()
+                end = server.log.read_text(errors="replace")[-20000:]
+                (options.json.parent / f"beside-{server.log.name}").write_text(end)
+            results = {"machine": describe_gpu()} | both.facts
+            options.json.write_text(json.dumps(results, indent=2) + "\n")
+    errors = [value for value in both.facts.values() if isinstance(value, dict)]
+    if any(found.get(name, {}).get("errors") for found in errors for name in (VLLM, SGLANG)):
+        raise SystemExit("requests were lost")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""SGLang's servers with us against without, on a GPU: throughput, latency, resident memory.
+
+    python benchmarks/sglang_overhead.py --json benchmarks/results/sglang_overhead.json
+
+One vanilla and one elastic server of the same capacity run side by side and get the same requests
+in turn, from SGLang's own `bench_serving`. Each figure is a ratio to the vanilla run of the same
+round, the median of all rounds. A second vanilla server, the control, shows the noise.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from machine import describe_gpu, describe_machine
+from sglang_servers import SGLangSetting
+from vllm_overhead import CONTROL, ELASTIC, VANILLA, print_summary, summary
+from vllm_servers import QUIET_SECONDS, Record, wait_all
+
+from kvcached_core.units import GIB
+
+WORKLOADS = {
+    "1024/128 at saturation": (1024, 128, "inf", 400),
+    "1024/128 at 8 req/s": (1024, 128, "8", 120),
+}
+TINY_WORKLOADS = {"saturation": (100, 16, "inf", 12), "8 req/s": (100, 16, "8", 12)}
+
+
+def serve(setting: SGLangSetting, record: Record, names: list[str], options: Any) -> None:
+    """Compare the servers in `names`."""
+    kv_bytes = None if setting.tiny else options.kv_gib * GIB
+    servers = {
+        name: setting.start(
+            name, "--disable-radix-cache", elastic=name == ELASTIC, kv_bytes=kv_bytes
+        )
+        for name in names
+    }
+    workloads = TINY_WORKLOADS if setting.tiny else WORKLOADS
+    try:
+        record.add(ready_seconds=wait_all(list(servers.values())))
+        start = setting.view(ELASTIC)
+        page_bytes = start.page_bytes
+        record.add(page_bytes=page_bytes, pages_after_start=start.resident_bytes / page_bytes)
+        print(f"ready: {record.results['ready_seconds']}", flush=True)
+        num_in, num_out, _, num = next(iter(workloads.values()))
+        for server in servers.values():  # the first requests of a server are slow
+            setting.bench(server, num_in, num_out, "inf", min(num, 100), seed=0)
+        rounds: dict[str, list[dict[str, Any]]] = {label: [] for label in workloads}
+        for number in range(options.rounds):
+            turn = number % len(names)
+            order = names[turn:] + names[:turn]
+            for label, workload in workloads.items():
+                figures = {n: setting.bench(servers[n], *workload, seed=number + 1) for n in order}
+                time.sleep(QUIET_SECONDS)
+                held = setting.view(ELASTIC).resident_bytes / page_bytes
+                rounds[label].append(figures | {"pages_after": held})
+                record.add(**{label: summary(rounds[label], names)})
+                print_summary(label, record.results[label], names)
+    finally:
+        for server in servers.values():
+            server.kill()
+            end = server.log.read_text(errors="replace")[-20000:]
+            (record.path.parent / f"{record.path.stem}-{server.log.name}").write_text(end)
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("--json", type=Path, required=True)
+    made.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
+    made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--kv-gib", type=int, default=24, help="KV capacity of each server, in GiB")
+    made.add_argument("--control", action="store_true", help="with a second vanilla server")
+    options = made.parse_args()
+    names = [VANILLA, ELASTIC] + ([CONTROL] if options.control else [])
+    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
+        record = Record(options.json)
+        record.add(machine=describe_machine() if options.tiny else describe_gpu())
+        serve(SGLangSetting(Path(folder), options.tiny), record, names, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Real SGLang servers on the GPU: vanilla's tokens with the flag, and memory only for live tokens.
+
+All prompts of a round come in one message, so that both servers schedule them alike. The elastic
+one hands out the blocks at the top of its reservation.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from helpers.gpu_offline import mixed_prompts
+from helpers.weights import make_weights
+
+from kvcached_core.cli.demo.server import SGLangServer
+from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_view import InstanceView
+from kvcached_core.units import GIB
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]
+
+MODELS = Path(os.environ.get("GPU_CHECK_MODELS", "/dev/shm/kvcached-models"))  # noqa: S108
+PYTHON = os.environ.get("SGLANG_PYTHON", sys.executable)
+TOP_PAGES = Path(__file__).parents[1] / "helpers" / "top_pages"
+OPTIONS = (
+    *("--dtype", "bfloat16", "--context-length", "4096", "--attention-backend", "triton"),
+    *("--sampling-backend", "pytorch", "--grammar-backend", "none", "--skip-tokenizer-init"),
+    *("--skip-server-warmup", "--log-level", "info", "--cuda-graph-max-bs", "64"),
+)
+VANILLA_TOKENS = 4 * GIB // (128 * 1024)
+NUM_TOKENS = 32
+
+CASES = {
+    "radix, graphs": (),
+    "radix, eager": ("--disable-cuda-graph",),
+    "no radix, graphs": ("--disable-radix-cache",),
+    "no radix, eager": ("--disable-radix-cache", "--disable-cuda-graph"),
+    "no radix, blocks of 16": ("--disable-radix-cache", "--page-size", "16"),
+}
+
+
+@dataclass
+class Server:
+    """A server and its folder."""
+
+    process: SGLangServer
+    folder: Path
+
+    def ask(self, prompts: list[list[int]]) -> list[list[int]]:
+        sampling = {"temperature": 0.0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
+        body = {"input_ids": prompts, "sampling_params": sampling}
+        answer = httpx.post(f"{self.process.url}/generate", json=body, timeout=240)
+        answer.raise_for_status()
+        return [one["output_ids"] for one in answer.json()]
+
+    def view(self) -> InstanceView:
+        (path,) = (self.folder / "kv").glob("*.ledger")
+        with Ledger(path) as ledger:
+            (view,) = ledger.view().instances
+            return view
+
+
+def start(folder: Path, *arguments: str, elastic: bool) -> Server:
+    model = make_weights(MODELS / "llama-8b", "llama-8b")
+    name = "elastic" if elastic else "vanilla"
+    flags = ("--enable-kvcached", "--kvcached-name", name)
+    sizes = ("--max-total-tokens", str(VANILLA_TOKENS), "--mem-fraction-static", "0.45")
+    server = SGLangServer(
+        name,
+        model,
+        folder,
+        environ={
+            "ENABLE_KVCACHED": "0",
+            "KVCACHED_DIR": str(folder / "kv"),
+            "PYTHONPATH": str(TOP_PAGES) if elastic else "",
+            "SGLANG_USE_CPU_ENGINE": "0",
+            "TMPDIR": "/tmp",  # noqa: S108  sockets need a short path
+        },
+        arguments=(*arguments, *(flags if elastic else sizes)),
+        options=OPTIONS,
+        python=PYTHON,
+    )
+    return Server(server, folder)
+
+
+def pages(server: Server) -> float:
+    view = server.view()
+    return view.resident_bytes / view.page_bytes
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_are_vanillas_and_memory_follows_the_load(tmp_path: Path, name: str) -> None:
+    prompts = mixed_prompts(200, 900)
+    servers = [start(tmp_path, *CASES[name], elastic=elastic) for elastic in (False, True)]
+    found: list[Any] = []
+    try:
+        for server in servers:
+            server.process.wait_ready(240)
+        ours = servers[1]
+        after_start = pages(ours)
+        found = [[server.ask(prompts), server.ask(prompts)] for server in servers]
+        if "--disable-radix-cache" not in CASES[name]:
+            assert pages(ours) > 2
+            httpx.post(f"{ours.process.url}/flush_cache").raise_for_status()
+        time.sleep(2)  # the bar: two seconds after the last request
+        after_last = pages(ours)
+        again = ours.ask(prompts[:20])
+    finally:
+        for server in servers:
+            server.process.kill()
+    log = ours.process.log.read_text()
+    assert "kvcached: process" in log
+    assert "leak detected" not in log
+    assert found[1] == found[0]
+    assert len({tuple(tokens) for tokens in found[0][0]}) > len(prompts) // 4
+    assert len(again) == 20
+    assert max(after_start, after_last) <= 2
+
+
+def test_released_memory_comes_back_with_the_next_request(tmp_path: Path) -> None:
+    """`--enable-memory-saver` beside us: the KV cache is ours, the rest is the saver's."""
+    server = start(tmp_path, "--disable-radix-cache", elastic=True)
+    prompts = mixed_prompts(20, 900)
+    try:
+        server.process.wait_ready(240)
+        before = server.ask(prompts)
+        url = server.process.url
+        httpx.post(f"{url}/release_memory_occupation", json={"tags": ["kv_cache"]}, timeout=60)
+        assert pages(server) == 1
+        httpx.post(f"{url}/resume_memory_occupation", json={"tags": ["kv_cache"]}, timeout=60)
+        assert server.ask(prompts) == before
+    finally:
+        server.process.kill()
