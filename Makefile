@@ -8,12 +8,18 @@ SGLANG_VENV ?= .venv-sglang
 SGLANG_RELEASES := 0.5.23 0.5.15
 SGLANG_READY := $(SGLANG_RELEASES:%=$(SGLANG_VENV)-%/.ready)
 
+# vLLM's CPU engine in the other of its two shapes of KV allocation.
+VLLM_VENV ?= .venv-vllm
+VLLM_RELEASES := 0.28.0
+VLLM_READY := $(VLLM_RELEASES:%=$(VLLM_VENV)-%/.ready)
+
 GPU_VENV ?= .venv-gpu
 GPU_PYTHON ?= $(GPU_VENV)/bin/python
+GPU_SGLANG_PYTHON ?= $(GPU_PYTHON)
 export VLLM_PYTHON := $(abspath $(BIN)/python)
 export SGLANG_PYTHON := $(abspath $(SGLANG_VENV)-0.5.23/bin/python)
 
-.PHONY: setup demo test lint bench gpu-check clean
+.PHONY: setup demo test lint bench gpu-check check-locks new-engines clean
 
 setup: $(READY)
 
@@ -25,15 +31,28 @@ $(SGLANG_VENV)-%/.ready: pyproject.toml $(wildcard examples/sglang_cpu/*.* examp
 	examples/sglang_cpu/install.sh $(SGLANG_VENV)-$* $*
 	touch $@
 
+$(VLLM_VENV)-%/.ready: pyproject.toml $(wildcard examples/cpu_engine/*.*)
+	examples/cpu_engine/install.sh $(VLLM_VENV)-$* $*
+	touch $@
+
 # ENGINES=vllm,sglang runs one of each.
 demo: $(READY) $(if $(findstring sglang,$(ENGINES)),$(SGLANG_VENV)-0.5.23/.ready)
 	$(BIN)/kvcached demo $(if $(ENGINES),--engines $(ENGINES))
 
-test: $(READY) $(SGLANG_READY)
+test: $(READY) $(VLLM_READY) $(SGLANG_READY)
 	$(BIN)/python -m pytest
+	$(VLLM_VENV)-0.28.0/bin/python -m pytest tests/vllm/test_offline.py tests/vllm/test_block_pool.py
 	$(SGLANG_VENV)-0.5.23/bin/python -m pytest -m sglang tests/sglang
 	$(SGLANG_VENV)-0.5.15/bin/python -m pytest -m "sglang and not vllm" tests/sglang \
 	  -k "not 1-none and not 16-radix"
+
+# Every lock against its wheel on the package index; only the files that are needed are read, and kept.
+check-locks: $(READY)
+	$(BIN)/python -m kvcached_patches check
+
+# Releases without a lock, and what to do about each; for a scheduled job, or by hand.
+new-engines: $(READY)
+	$(BIN)/python -m kvcached_patches new-engines
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -42,22 +61,26 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/block_pool.py --json benchmarks/results/block_pool.json
+	$(BIN)/python benchmarks/wrappers.py --json benchmarks/results/wrappers.json
 	$(BIN)/python benchmarks/ledger.py --json benchmarks/results/ledger.json
 	$(BIN)/python benchmarks/pressure.py --json benchmarks/results/pressure.json
 	$(BIN)/python benchmarks/host_memory.py --json benchmarks/results/host_memory.json
 	$(BIN)/python benchmarks/cpu_throughput.py --json benchmarks/results/cpu_throughput.json
 
-# On a machine with a GPU. GPU_PYTHON=python3 uses an environment that has vLLM already.
+# On a machine with a GPU, for the last of its checks with two. GPU_PYTHON=python3 uses an environment
+# that has vLLM already, GPU_SGLANG_PYTHON one that has SGLang.
 gpu-check:
 	[ -x "$$(command -v $(GPU_PYTHON))" ] || examples/gpu_engine/install.sh $(GPU_VENV)
-	PYTHONPATH=$${PYTHONPATH:-}:tests $(GPU_PYTHON) -m pytest -m gpu tests/gpu
+	SGLANG_PYTHON=$(GPU_SGLANG_PYTHON) PYTHONPATH=$${PYTHONPATH:-}:tests $(GPU_PYTHON) -m pytest -m gpu tests/gpu
 	$(GPU_PYTHON) benchmarks/vmm.py --json benchmarks/results/vmm.json
 	$(GPU_PYTHON) benchmarks/attention.py --json benchmarks/results/attention.json
 	$(GPU_PYTHON) benchmarks/vllm_steps.py --json benchmarks/results/vllm_steps.json
 	$(GPU_PYTHON) benchmarks/vllm_overhead.py --json benchmarks/results/vllm_overhead.json
+	SGLANG_PYTHON=$(GPU_SGLANG_PYTHON) $(GPU_PYTHON) benchmarks/sglang_overhead.py --json benchmarks/results/sglang_overhead.json
+	SGLANG_PYTHON=$(GPU_SGLANG_PYTHON) $(GPU_PYTHON) benchmarks/beside_sglang.py --json benchmarks/results/beside_sglang.json
 	$(GPU_PYTHON) benchmarks/vllm_neighbours.py --json benchmarks/results/vllm_neighbours.json
 	$(GPU_PYTHON) benchmarks/pressure.py --gpu --json benchmarks/results/pressure_gpu.json
 	$(GPU_PYTHON) benchmarks/dry_pool.py --gpu --seconds 300 --json benchmarks/results/dry_pool_gpu.json
 
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV)-* $(GPU_VENV) demo build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SGLANG_VENV)-* $(VLLM_VENV)-* $(GPU_VENV) demo build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

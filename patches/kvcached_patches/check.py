@@ -1,91 +1,85 @@
 """Whether hooks fit an engine, from its source files alone: nothing of the engine is imported."""
 
-import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
-from kvcached_patches.hook import Finding, Hook
-
-_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-
-
-def choose_targets(hooks: Iterable[Hook], root: Path) -> tuple[Hook, ...]:
-    """Return `hooks`, each with the first target whose module is under `root`."""
-    return tuple(_chosen(hook, root) for hook in hooks)
+from kvcached_patches.hook import REPLACE, Finding, Hook
+from kvcached_patches.sources import Sources
+from kvcached_patches.symbols import Symbol, describe, find, parameters_of
 
 
-def check_hooks(hooks: Iterable[Hook], root: Path) -> list[Finding]:
-    """Return why `hooks` do not fit the engine under `root`, a folder with its packages in it."""
-    trees: dict[str, ast.Module | None] = {}
+def choose_targets(hooks: Iterable[Hook], sources: Sources) -> tuple[Hook, ...]:
+    """Return `hooks`, each with the first of its targets that is there."""
+    return tuple(_chosen(hook, sources) for hook in hooks)
+
+
+def check_hooks(hooks: Iterable[Hook], sources: Sources) -> list[Finding]:
+    """Return why `hooks` do not fit the engine."""
+    found = ((hook.target, _problem(hook, sources)) for hook in hooks)
+    return [Finding(target, problem) for target, problem in found if problem]
+
+
+def describe_hooks(hooks: Iterable[Hook], sources: Sources) -> dict[str, Symbol]:
+    """Return what is known of each target, for a lock; those that are missing are left out."""
+    found = {}
+    for hook in hooks:
+        source, tree = sources.read(hook.module), sources.tree(hook.module)
+        node = None if tree is None else find(tree, hook.path)
+        if source is not None and node is not None and not isinstance(node, str):
+            found[hook.target] = describe(node, hook.path[-1], source)
+    return found
+
+
+def compare(
+    hooks: Iterable[Hook], locked: dict[str, Symbol], found: dict[str, Symbol], *, exactly: bool
+) -> list[Finding]:
+    """Return where targets differ from what a lock says of them.
+
+    Args:
+        hooks: The hooks.
+        locked: What the lock says.
+        found: What is there.
+        exactly: Whether a changed body is a finding also where the original still runs.
+    """
     findings = []
     for hook in hooks:
-        if hook.module not in trees:
-            trees[hook.module] = _parse(root, hook.module)
-        tree = trees[hook.module]
-        problem = "the module is gone" if tree is None else _problem(hook, tree)
-        if problem:
-            findings.append(Finding(hook.target, problem))
+        was, now = locked.get(hook.target), found.get(hook.target)
+        if now is None:
+            findings.append(Finding(hook.target, "it is not there"))
+        elif was is None:
+            findings.append(Finding(hook.target, "the lock does not have it; lock again"))
+        elif (was.signature, was.decorators) != (now.signature, now.decorators):
+            text = f"it is {_text(now)}, the lock has {_text(was)}"
+            findings.append(Finding(hook.target, text))
+        elif was.body != now.body and (exactly or hook.how == REPLACE):
+            findings.append(Finding(hook.target, "its body is not the locked one"))
     return findings
 
 
-def _chosen(hook: Hook, root: Path) -> Hook:
+def _text(symbol: Symbol) -> str:
+    return " ".join([*(f"@{decorator}" for decorator in symbol.decorators), symbol.signature])
+
+
+def _chosen(hook: Hook, sources: Sources) -> Hook:
     for target in (hook.target, *hook.alternatives):
         candidate = replace(hook, target=target, alternatives=())
-        if _file(root, candidate.module) is not None:
+        tree = sources.tree(candidate.module)
+        if tree is not None and not isinstance(find(tree, candidate.path), str):
             return candidate
     return replace(hook, alternatives=())
 
 
-def _parse(root: Path, module: str) -> ast.Module | None:
-    file = _file(root, module)
-    return None if file is None else ast.parse(file.read_bytes(), str(file))
-
-
-def _file(root: Path, module: str) -> Path | None:
-    base = root.joinpath(*module.split("."))
-    return next(
-        (file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()), None
-    )
-
-
-def _problem(hook: Hook, tree: ast.Module) -> str | None:
-    scope: ast.AST = tree
-    for name in hook.path:
-        found = next((node for node in _members(scope) if name in _names(node)), None)
-        if found is None:
-            return f"{name} is not defined there"
-        scope = found
+def _problem(hook: Hook, sources: Sources) -> str | None:
+    tree = sources.tree(hook.module)
+    if tree is None:
+        return "the module is gone"
+    node = find(tree, hook.path)
+    if isinstance(node, str):
+        return f"{node} is not defined there"
     if not hook.parameters:
         return None
-    if not isinstance(scope, ast.FunctionDef | ast.AsyncFunctionDef):
+    present = parameters_of(node)
+    if present is None:
         return "it is not a function"
-    arguments = scope.args
-    present = {
-        argument.arg
-        for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
-    }
     missing = [name for name in hook.parameters if name not in present]
     return f"it has no parameter {', '.join(missing)}" if missing else None
-
-
-def _members(scope: ast.AST) -> Iterator[ast.stmt]:
-    """Yield the statements of a module or class, those under `if` and `try` included."""
-    for field in ("body", "orelse", "handlers", "finalbody"):
-        for node in getattr(scope, field, []):
-            if isinstance(node, (ast.If | ast.Try | ast.With, ast.ExceptHandler)):
-                yield from _members(node)
-            else:
-                yield node
-
-
-def _names(node: ast.stmt) -> list[str]:
-    if isinstance(node, _Definition):
-        return [node.name]
-    if isinstance(node, ast.ImportFrom | ast.Import):
-        return [alias.asname or alias.name for alias in node.names]
-    if isinstance(node, ast.Assign):
-        return [target.id for target in node.targets if isinstance(target, ast.Name)]
-    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-        return [node.target.id]
-    return []

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+WRAP, REBIND, REPLACE = "wrap", "rebind", "replace"
+
 
 class HookError(RuntimeError):
     """A hook cannot be applied or reverted; nothing was left half done."""
@@ -17,7 +19,12 @@ class Hook:
             place; it is imported when the hook is applied.
         why: One line.
         parameters: Names that the target's signature must have: those the replacement relies on.
-        alternatives: Where other releases define the same thing, in other modules.
+        alternatives: Where other releases define the same thing, in other modules or by other
+            names; the first that is there is hooked.
+        how: `WRAP` a method or function where it is defined, the original runs inside; `REBIND` a
+            name that a module imported; `REPLACE` a body, which then must be the locked one.
+        adr: The decision record, for everything but `WRAP`.
+        num_decorators: Decorators of the engine's own on the target; from its lock.
     """
 
     target: str
@@ -25,6 +32,9 @@ class Hook:
     why: str
     parameters: tuple[str, ...] = ()
     alternatives: tuple[str, ...] = ()
+    how: str = WRAP
+    adr: int | None = None
+    num_decorators: int = 0
 
     @property
     def module(self) -> str:

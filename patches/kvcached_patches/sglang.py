@@ -1,13 +1,15 @@
-"""What we hook in SGLang. All of it has the same name and role in 0.5.15 to 0.5.23."""
+"""What we hook in SGLang. All of it has the same role from 0.5.12.post1 on, in two places."""
 
 from kvcached_patches.hook import Hook
 
 PACKAGE = "sglang"
-OLDEST_RELEASE = (0, 5, 15)
-NEWEST_RELEASE = (0, 5, 23)
+OLDEST_RELEASES = {"sglang": "0.5.12.post1"}
 
-# Where 0.5.15 plans its KV cache.
-_MIXIN = "sglang.srt.model_executor.model_runner_kv_cache_mixin:ModelRunnerKVCacheMixin"
+# Where releases up to 0.5.15 plan their KV cache, and what 0.5.12 has in one module or in mixins.
+_PLAN = "sglang.srt.model_executor.model_runner_kv_cache_mixin:ModelRunnerKVCacheMixin"
+_ALLOCATOR = "sglang.srt.mem_cache.allocator"
+_CHECKER = "sglang.srt.managers.scheduler_runtime_checker_mixin:SchedulerRuntimeCheckerMixin"
+_WEIGHTS = "sglang.srt.managers.scheduler_update_weights_mixin:SchedulerUpdateWeightsMixin"
 
 # Always there, so that the flag is known before it is parsed; they change nothing without it.
 FLAG_HOOKS = (
@@ -24,7 +26,7 @@ HOOKS = (
         "sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator._profile_available_bytes",
         "kvcached_sglang.hooks:profile_available_bytes",
         "the virtual size comes from the limit and the device, never from free memory",
-        alternatives=(f"{_MIXIN}._profile_available_bytes",),
+        alternatives=(f"{_PLAN}._profile_available_bytes",),
     ),
     Hook(
         "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool._create_buffers",
@@ -41,12 +43,14 @@ HOOKS = (
         "kvcached_sglang.hooks:allocator_init",
         "hand out tokens of open pages only",
         ("kvcache",),
+        (f"{_ALLOCATOR}:TokenToKVPoolAllocator.__init__",),
     ),
     Hook(
         "sglang.srt.mem_cache.allocator.paged:PagedTokenToKVPoolAllocator.__init__",
         "kvcached_sglang.hooks:allocator_init",
         "hand out blocks of open pages only",
         ("kvcache",),
+        (f"{_ALLOCATOR}:PagedTokenToKVPoolAllocator.__init__",),
     ),
     Hook(
         "sglang.srt.managers.scheduler:Scheduler.get_next_batch_to_run",
@@ -63,6 +67,7 @@ HOOKS = (
         "SchedulerPoolStatsObserver.get_pool_stats",
         "kvcached_sglang.hooks:get_pool_stats",
         "let SGLang's leak checks add up to the virtual size",
+        alternatives=(f"{_CHECKER}.get_pool_stats",),
     ),
     Hook(
         "sglang.srt.managers.schedule_batch:ScheduleBatch.retract_decode",
@@ -75,5 +80,6 @@ HOOKS = (
         "kvcached_sglang.hooks:release_memory_occupation",
         "give all pages but page 0 back",
         ("recv_req",),
+        (f"{_WEIGHTS}.release_memory_occupation",),
     ),
 )

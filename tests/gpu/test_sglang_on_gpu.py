@@ -31,7 +31,8 @@ OPTIONS = (
     *("--sampling-backend", "pytorch", "--grammar-backend", "none", "--skip-tokenizer-init"),
     *("--skip-server-warmup", "--log-level", "info", "--cuda-graph-max-bs", "64"),
 )
-VANILLA_TOKENS = 4 * GIB // (128 * 1024)
+# Both have room for all prompts of a round, or they would schedule them differently.
+VANILLA_TOKENS = 16 * GIB // (128 * 1024)
 NUM_TOKENS = 32
 
 CASES = {

@@ -44,7 +44,7 @@ def start(folder: Path, name: str, *, elastic: bool) -> subprocess.Popen[str]:
     }
     with (own / "log").open("w") as log:
         return subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(model), json.dumps(options)],
+            [sys.executable, str(SCRIPT), str(model), json.dumps({"gpu": True} | options)],
             env=environ | variables,
             stdout=subprocess.PIPE,
             stderr=log,

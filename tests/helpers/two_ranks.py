@@ -1,7 +1,7 @@
 """Run as a script: one vLLM engine with two ranks answers mixed prompts and reports.
 
-Arguments: a model folder and, on GPUs, a JSON object of engine options, such as
-`{"pipeline_parallel_size": 2}`. Its last line is a JSON object.
+Arguments: a model folder and a JSON object: `gpu`, and there further arguments of `LLM`, such as
+`{"gpu": true, "pipeline_parallel_size": 2}`. The report is a JSON object in a line of its own.
 """
 
 import json
@@ -19,19 +19,20 @@ MIB = 1 << 20
 def main() -> None:
     """Start, generate, report."""
     elastic = os.environ.get("ENABLE_KVCACHED", "0") != "0"
-    options = json.loads(sys.argv[2]) if len(sys.argv) > 2 else None
+    options = json.loads(sys.argv[2])
+    on_gpus = options.pop("gpu", False)
 
     from vllm import LLM, SamplingParams
 
     sizes: dict[str, Any] = {}
-    if not elastic and options is None:
+    if not elastic and not on_gpus:
         sizes = {"kv_cache_memory_bytes": 256 * MIB}
     elif not elastic:
         sizes = {"kv_cache_memory_bytes": 2048 * MIB, "gpu_memory_utilization": 0.05}
-    engine: dict[str, Any] = CPU_ENGINE if options is None else GPU_ENGINE | options
+    engine: dict[str, Any] = GPU_ENGINE | options if on_gpus else CPU_ENGINE
     llm = LLM(sys.argv[1], **engine, enable_prefix_caching=False, **sizes)
     core = llm.llm_engine.engine_core.engine_core
-    if options is not None:
+    if on_gpus:
         from helpers.gpu_offline import give_weights
 
         core.model_executor.collective_rpc(give_weights)
@@ -47,7 +48,7 @@ def main() -> None:
         ledgers = core.kvcached.instance._ledgers.values()
         report["view"] = [vars(view) for ledger in ledgers for view in ledger.view().instances]
     print("\n" + json.dumps(report), flush=True)
-    if options is not None:
+    if on_gpus:
         os._exit(0)  # workers on GPUs take seconds to tear down; their parent's end ends them
 
 

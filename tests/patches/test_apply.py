@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,3 +94,81 @@ def test_revert_under_someone_elses_wrapper_is_refused_whole(engine: Callable[[]
         patcher.revert()
     assert module.function() == "originaloriginal"
     assert module.Owner().method("a") == "aaaa"
+
+
+TRACED = """
+import functools
+
+def traced(function):
+    @functools.wraps(function)
+    def inner(*args, **kwargs):
+        return function(*args, **kwargs)
+    return inner
+
+class Owner:
+    @traced
+    def method(self, value):
+        return value
+"""
+
+
+@pytest.mark.parametrize("keeps_names", [True, False])
+def test_a_second_plugin_on_the_same_method_is_refused_and_nothing_is_changed(
+    engine: Callable[[], Any], *, keeps_names: bool
+) -> None:
+    module = engine()
+    method = module.Owner.method
+    if keeps_names:
+        module.Owner.method = louder(method)
+    else:
+        module.Owner.method = lambda self, value: [method(self, value)]
+    before = dict(vars(module.Owner)), dict(vars(module))
+    with pytest.raises(HookError, match="wrapped by somebody else already"):
+        Patcher([FUNCTION, METHOD]).apply()
+    assert (dict(vars(module.Owner)), dict(vars(module))) == before
+
+
+@pytest.mark.parametrize(("num_decorators", "fits"), [(1, True), (0, False)])
+def test_the_engines_own_decorators_are_known_from_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, num_decorators: int, fits: bool
+) -> None:
+    (tmp_path / "toy_traced.py").write_text(TRACED)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    module = importlib.import_module("toy_traced")
+    hook = Hook("toy_traced:Owner.method", HERE, "why", num_decorators=num_decorators)
+    try:
+        Patcher([hook]).apply()
+    except HookError:
+        assert not fits
+    else:
+        assert fits
+        assert module.Owner().method("a") == "aa"
+    finally:
+        sys.modules.pop("toy_traced")
+
+
+def test_applied_reverted_and_applied_again_in_a_new_process(tmp_path: Path) -> None:
+    (tmp_path / "toy_engine.py").write_text(ENGINE)
+    script = f"""
+import sys
+sys.path[:0] = [{str(tmp_path)!r}, {str(Path(__file__).parent)!r}]
+from kvcached_patches import Hook, Patcher
+hook = Hook("toy_engine:Owner.method", "test_apply:louder", "why")
+if sys.argv[1] == "after":
+    import toy_engine
+answers = []
+for _ in range(2):
+    patcher = Patcher([hook])
+    patcher.apply()
+    import toy_engine
+    answers.append(toy_engine.Owner().method("a"))
+    patcher.revert()
+    answers.append(toy_engine.Owner().method("a"))
+print(answers)
+"""
+    for order in ("before", "after"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, order], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == "['aa', 'a', 'aa', 'a']"

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from kvcached_patches import Hook, check_hooks, choose_targets
+from kvcached_patches import Hook
+from kvcached_patches.check import check_hooks, choose_targets
+from kvcached_patches.sources import Folder
 
 SOURCE = """
 from elsewhere import Imported as Renamed
@@ -36,7 +38,8 @@ def root(tmp_path: Path) -> Path:
 
 
 def findings(root: Path, target: str, *parameters: str) -> list[str]:
-    return [str(found) for found in check_hooks([Hook(target, "x:y", "why", parameters)], root)]
+    hook = Hook(target, "x:y", "why", parameters)
+    return [str(found) for found in check_hooks([hook], Folder(root))]
 
 
 @pytest.mark.parametrize(
@@ -71,12 +74,14 @@ def test_drift_is_found_and_named(
     assert findings(root, target, *parameters) == [f"{target}: {problem}"]
 
 
-def test_the_first_target_whose_module_is_there_is_chosen(root: Path) -> None:
-    hook = Hook("engine.moved:new", "x:y", "why", (), ("engine.core:Owner.method", "engine:top"))
-    (chosen,) = choose_targets([hook], root)
+def test_the_first_target_that_is_there_is_chosen(root: Path) -> None:
+    sources = Folder(root)
+    targets = ("engine.core:Owner.gone", "engine.core:Owner.method", "engine:top")
+    hook = Hook("engine.moved:new", "x:y", "why", (), targets)
+    (chosen,) = choose_targets([hook], sources)
     assert chosen.target == "engine.core:Owner.method"
-    assert check_hooks([chosen], root) == []
+    assert check_hooks([chosen], sources) == []
     gone = Hook("engine.moved:new", "x:y", "why", (), ("engine.too:gone",))
-    assert [str(found) for found in check_hooks(choose_targets([gone], root), root)] == [
+    assert [str(found) for found in check_hooks(choose_targets([gone], sources), sources)] == [
         "engine.moved:new: the module is gone"
     ]

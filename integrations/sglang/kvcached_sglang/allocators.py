@@ -8,8 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
-from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+
+try:
+    from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+    from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+except ModuleNotFoundError:  # one module up to 0.5.12
+    from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
 
 from kvcached_sglang.blocks import BlockPages
 from kvcached_sglang.free_list import FreeList

@@ -52,7 +52,7 @@ class ElasticEngine:
             config,
             group,
             name=startup.model_name(server_args),
-            engine=f"sglang {startup.installed()[0]}",
+            engine=f"sglang {startup.installed().release}",
         )
         self.backend = hardware.make_backend(device)
         self.memory: RankMemory | None = None

@@ -1,6 +1,7 @@
 """What we read of SGLang's requests, and how one goes back to the queue."""
 
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -13,20 +14,24 @@ def num_computed(request: Any) -> int:
 
 def give_up_part(scheduler: Any) -> None:
     """Send a prompt of which a part is computed back to the queue, and free that part."""
-    from sglang.srt.managers.schedule_batch import release_req
+    from sglang.srt.managers import schedule_batch
 
     request, scheduler.chunked_req = scheduler.chunked_req, None
     if request is None:
         return
     options = {
-        "req": request,
         "remaing_req_count": 0,
         "req_to_token_pool": scheduler.req_to_token_pool,
         "token_to_kv_pool_allocator": scheduler.token_to_kv_pool_allocator,
         "tree_cache": scheduler.tree_cache,
         "hisparse_coordinator": None,
     }
-    if "server_args" in signature(release_req).parameters:  # up to 0.5.15
-        options["server_args"] = scheduler.server_args
-    release_req(**options)
+    if hasattr(schedule_batch, "release_req"):
+        release = schedule_batch.release_req
+        if "server_args" in signature(release).parameters:  # up to 0.5.18
+            options["server_args"] = scheduler.server_args
+        release(req=request, **options)
+    else:  # 0.5.12 has it for a request of a batch alone
+        batch = SimpleNamespace(reqs=[request], **options)
+        schedule_batch.ScheduleBatch.release_req(batch, 0, 0, scheduler.server_args)
     scheduler._add_request_to_queue(request, is_retracted=True)

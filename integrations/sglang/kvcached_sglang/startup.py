@@ -3,14 +3,21 @@
 import logging
 import os
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 from kvcached_core.config import SWITCH, Enable, read_config, read_switch
 from kvcached_core.errors import ConfigError, UnsupportedEngineError
 from kvcached_core.names import safe_name
-from kvcached_patches import Hook, Patcher, check_hooks, choose_targets
+from kvcached_patches import (
+    HookError,
+    Installed,
+    Patcher,
+    check_installed,
+    find_installed,
+    hooks_of,
+    report,
+)
 from kvcached_patches import sglang as table
 
 logger = logging.getLogger("sglang.kvcached")
@@ -75,18 +82,20 @@ def start() -> None:
         if read_switch() is Enable.OFF:
             return
         read_config()
-        release, root = installed()
-        hooks = choose_targets(table.HOOKS, root)
-        if os.environ.get(CHECKED) != release:
-            check_release(release, hooks, root)
+        engine = installed()
+        if os.environ.get(CHECKED) != engine.release:
+            check_release(engine)
     except ConfigError as error:
         raise SystemExit(f"kvcached: {error}") from error
     except UnsupportedEngineError as error:
         refuse(error)
         return
-    os.environ[CHECKED] = release
-    _patcher = Patcher(hooks)
-    _patcher.apply()
+    os.environ[CHECKED] = engine.release
+    _patcher = Patcher(hooks_of(engine, table.HOOKS))
+    try:
+        _patcher.apply()
+    except HookError as error:
+        raise SystemExit(f"kvcached: {error}") from error
 
 
 def refuse(error: UnsupportedEngineError) -> None:
@@ -98,40 +107,29 @@ def refuse(error: UnsupportedEngineError) -> None:
     raise SystemExit(f"kvcached: {error}") from error
 
 
-def installed() -> tuple[str, Path]:
-    """Return the release of the installed SGLang and the folder that its package is in.
+def installed() -> Installed:
+    """Return the installed SGLang.
 
     Raises:
         UnsupportedEngineError: If there is none.
     """
-    try:
-        found = distribution(table.PACKAGE)
-    except PackageNotFoundError as error:
+    found = find_installed(table.OLDEST_RELEASES, table.PACKAGE)
+    if found is None:
         raise UnsupportedEngineError(
             "no SGLang is installed; install it into this environment, or unset ENABLE_KVCACHED"
-        ) from error
-    return found.version, Path(str(found.locate_file("")))
+        )
+    return found
 
 
-def check_release(release: str, hooks: tuple[Hook, ...], root: Path) -> None:
-    """Refuse a release that our hooks do not fit.
+def check_release(engine: Installed) -> None:
+    """Refuse a release that has no lock or is not what its lock says.
 
     Raises:
         UnsupportedEngineError: With every finding, and what to do.
     """
-    oldest, newest = table.OLDEST_RELEASE, table.NEWEST_RELEASE
-    number = tuple(int(part) for part in release.split(".")[:3] if part.isdigit())
-    advice = f"install SGLang {_text(oldest)} to {_text(newest)}, or set ENABLE_KVCACHED=auto or 0"
-    if not oldest <= number <= newest:
-        raise UnsupportedEngineError(
-            f"SGLang {release} is not supported, {_text(oldest)} to {_text(newest)} are; {advice}"
-        )
-    findings = check_hooks(hooks, root)
+    findings = check_installed(engine, (*table.FLAG_HOOKS, *table.HOOKS))
     if findings:
-        lines = "".join(f"\n  - {finding}" for finding in findings)
-        raise UnsupportedEngineError(
-            f"SGLang {release} does not fit our hooks: {lines}\n  {advice}"
-        )
+        raise UnsupportedEngineError(report("SGLang", engine, findings))
 
 
 def check_configuration(runner: Any) -> None:
@@ -171,7 +169,3 @@ def _obstacles(runner: Any) -> Iterator[str]:
         )
     if getattr(runner, "mambaish_config", None) is not None:
         yield "mamba or linear attention: its states lie in a pool of their own; not served yet"
-
-
-def _text(release: tuple[int, ...]) -> str:
-    return ".".join(str(part) for part in release)

@@ -53,7 +53,7 @@ class ElasticEngine:
             config,
             name=config.name,
             default_name=startup.model_name(vllm_config),
-            engine=f"vllm {startup.installed_release()}",
+            engine=f"vllm {startup.installed().release}",
             answer=self._on_ring,
         )
         atexit.register(self.close)

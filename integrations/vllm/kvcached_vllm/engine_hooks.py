@@ -82,7 +82,7 @@ def engine_core_post_step(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        engine = _engine_of(self)
+        engine: ElasticEngine | None = getattr(self, "kvcached", None)
         if engine is not None:
             engine.answer()
             if not self.scheduler.has_unfinished_requests():
@@ -192,13 +192,15 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
 
     @functools.wraps(original)
     def wrapper(self: Any, request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self.block_pool, "owed_pages", 0) and not self.block_pool.pay():
+        pool = self.block_pool
+        is_elastic = hasattr(pool, "owed_pages")
+        if is_elastic and pool.owed_pages and not pool.pay():
             return None
         blocks = original(self, request, num_new_tokens, *args, **kwargs)
-        if blocks is not None or not hasattr(self.block_pool, "pages"):
+        if blocks is not None or not is_elastic:
             return blocks
         missing = _missing_blocks(self, request, num_new_tokens, kwargs)
-        if not self.block_pool.pages.reserve_blocks(missing, is_urgent=True):
+        if not pool.pages.reserve_blocks(missing, is_urgent=True):
             return None
         return original(self, request, num_new_tokens, *args, **kwargs)
 
@@ -246,8 +248,8 @@ def get_num_skipped_tokens(original: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(original)
     def wrapper(self: Any, num_computed_tokens: int) -> int:
         num_skipped = original(self, num_computed_tokens)
-        if hasattr(self.block_pool, "pages"):
-            return max(num_skipped - MAX_TILE_TOKENS, 0)
-        return num_skipped
+        if not num_skipped or not hasattr(self.block_pool, "pages"):
+            return num_skipped
+        return num_skipped - MAX_TILE_TOKENS if num_skipped > MAX_TILE_TOKENS else 0
 
     return wrapper

@@ -4,7 +4,6 @@ import atexit
 import logging
 import os
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,15 @@ from kvcached_core.config import SWITCH, Enable, read_config, read_switch
 from kvcached_core.errors import ConfigError, UnsupportedEngineError
 from kvcached_core.ledger import sweep
 from kvcached_core.names import safe_name
-from kvcached_patches import Patcher, check_hooks
+from kvcached_patches import (
+    HookError,
+    Installed,
+    Patcher,
+    check_installed,
+    find_installed,
+    hooks_of,
+    report,
+)
 from kvcached_patches import vllm as table
 
 logger = logging.getLogger("vllm.kvcached")
@@ -37,9 +44,9 @@ def start() -> None:
         if switch is Enable.OFF:
             return
         config = read_config()
-        release = installed_release()
-        if os.environ.get(CHECKED) != release:
-            check_release(release)
+        engine = installed()
+        if os.environ.get(CHECKED) != engine.release:
+            check_release(engine)
             # vLLM kills its engine core at shutdown; who started it sees that it is gone.
             atexit.register(sweep, config.dir)
     except ConfigError as error:
@@ -47,9 +54,12 @@ def start() -> None:
     except UnsupportedEngineError as error:
         refuse(error)
         return
-    os.environ[CHECKED] = release
-    _patcher = Patcher(table.HOOKS)
-    _patcher.apply()
+    os.environ[CHECKED] = engine.release
+    _patcher = Patcher(hooks_of(engine, table.HOOKS))
+    try:
+        _patcher.apply()
+    except HookError as error:
+        raise SystemExit(f"kvcached: {error}") from error
 
 
 def refuse(error: UnsupportedEngineError) -> None:
@@ -61,42 +71,30 @@ def refuse(error: UnsupportedEngineError) -> None:
     raise SystemExit(f"kvcached: {error}") from error
 
 
-def installed_release() -> str:
-    """Return the release of the installed vLLM.
+def installed() -> Installed:
+    """Return the installed vLLM.
 
     Raises:
         UnsupportedEngineError: If there is none.
     """
-    for name in table.DISTRIBUTIONS:
-        try:
-            return distribution(name).version
-        except PackageNotFoundError:
-            continue
-    raise UnsupportedEngineError(
-        f"no vLLM is installed (looked for {' and '.join(table.DISTRIBUTIONS)}); install one into "
-        "this environment, or unset ENABLE_KVCACHED"
-    )
+    found = find_installed(table.OLDEST_RELEASES, table.PACKAGE)
+    if found is None:
+        raise UnsupportedEngineError(
+            f"no vLLM is installed (looked for {' and '.join(table.OLDEST_RELEASES)}); install one "
+            "into this environment, or unset ENABLE_KVCACHED"
+        )
+    return found
 
 
-def check_release(release: str) -> None:
-    """Refuse a release that our hooks do not fit.
+def check_release(engine: Installed) -> None:
+    """Refuse a release that has no lock or is not what its lock says.
 
     Raises:
         UnsupportedEngineError: With every finding, and what to do.
     """
-    number = tuple(
-        int(part) for part in release.split("+", maxsplit=1)[0].split(".")[:2] if part.isdigit()
-    )
-    oldest, newest = table.OLDEST_RELEASE, table.NEWEST_RELEASE
-    advice = f"install vLLM {_text(oldest)} to {_text(newest)}, or set ENABLE_KVCACHED=auto or 0"
-    if not oldest <= number <= newest:
-        raise UnsupportedEngineError(
-            f"vLLM {release} is not supported, {_text(oldest)} to {_text(newest)} are; {advice}"
-        )
-    findings = check_hooks(table.HOOKS, _source_root())
+    findings = check_installed(engine, table.HOOKS)
     if findings:
-        lines = "".join(f"\n  - {finding}" for finding in findings)
-        raise UnsupportedEngineError(f"vLLM {release} does not fit our hooks: {lines}\n  {advice}")
+        raise UnsupportedEngineError(report("vLLM", engine, findings))
 
 
 def check_configuration(vllm_config: Any) -> None:
@@ -157,18 +155,3 @@ def _is_rocm(device: str) -> bool:
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_rocm())
-
-
-def _source_root() -> Path:
-    for name in table.DISTRIBUTIONS:
-        try:
-            root = Path(str(distribution(name).locate_file("")))
-        except PackageNotFoundError:
-            continue
-        if (root / table.PACKAGE).is_dir():
-            return root
-    raise UnsupportedEngineError("vLLM's metadata is installed, but its files are not beside it")
-
-
-def _text(release: tuple[int, ...]) -> str:
-    return ".".join(str(part) for part in release)

@@ -106,7 +106,7 @@ def worker_load_model(original: Callable[..., None]) -> Callable[..., None]:
                 device_of(self),
                 read_config(),
                 name=startup.model_name(self.vllm_config),
-                engine=f"vllm {startup.installed_release()}",
+                engine=f"vllm {startup.installed().release}",
                 static_bytes=static_bytes(self.vllm_config),
             )
             self.kvcached_arrival.make_room()

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-NUM_PAGES = 512
+NUM_PAGES = 1024
 
 if "launch_server" in " ".join(sys.orig_argv) or "multiprocessing" in " ".join(sys.orig_argv):
     from kvcached_sglang.blocks import BlockPages

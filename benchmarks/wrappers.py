@@ -1,0 +1,90 @@
+"""What our wrappers add to a call on the scheduler's path, beside what they do there.
+
+    python benchmarks/wrappers.py --json benchmarks/results/wrappers.json
+
+Each wrapper of ours gets a function that does nothing, and that function is called alone in turn.
+Around a request or a step with nothing to do, that is all we cost.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from machine import describe_machine
+
+from kvcached_vllm import engine_hooks, worker_hooks
+
+NUM_CALLS = 20_000
+NUM_PAIRS = 31
+CLOCK = time.perf_counter
+
+
+class Owner:
+    """Has what the wrappers look at, and nothing to do."""
+
+    def __init__(self) -> None:
+        pages = SimpleNamespace(drain=lambda: None)
+        self.block_pool = SimpleNamespace(owed_pages=0, pages=pages)
+        self.kv_cache_manager = self
+        self.kvcached = SimpleNamespace(is_warming_up=False, debug=False, answer=lambda: None)
+        self.scheduler = SimpleNamespace(has_unfinished_requests=lambda: True)
+
+
+def no_work(_self: Any, *_args: Any, **_kwargs: Any) -> int:
+    """Do nothing."""
+    return 1
+
+
+def pass_on(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function and do nothing: what any wrapper costs here."""
+
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(self, *args, **kwargs)
+
+    return wrapper
+
+
+CASES: dict[str, tuple[Callable[[Any], Any], tuple[Any, ...]]] = {
+    "a wrapper that only passes on": (pass_on, (None, 1)),
+    "allocate_slots, per request": (engine_hooks.kv_cache_manager_allocate_slots, (None, 1)),
+    "get_num_skipped_tokens, per request": (engine_hooks.get_num_skipped_tokens, (1,)),
+    "schedule, per step": (engine_hooks.scheduler_schedule, ()),
+    "post_step, per step": (engine_hooks.engine_core_post_step, (True,)),
+    "execute_model, per step": (worker_hooks.worker_execute_model, (SimpleNamespace(),)),
+}
+
+
+def seconds(call: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+    """Return the seconds of one call."""
+    owner = Owner()
+    start = CLOCK()
+    for _ in range(NUM_CALLS):
+        call(owner, *arguments)
+    return (CLOCK() - start) / NUM_CALLS
+
+
+def main() -> None:
+    """Measure, print, write JSON."""
+    made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("--json", type=Path, required=True)
+    options = made.parse_args()
+    added: dict[str, float] = {}
+    for label, (wrap, arguments) in CASES.items():
+        wrapped = wrap(no_work)
+        pairs = [
+            seconds(wrapped, arguments) - seconds(no_work, arguments) for _ in range(NUM_PAIRS)
+        ]
+        added[label] = statistics.median(pairs) * 1e6
+        print(f"{label}: {added[label]:.2f} us more")
+    results = {"machine": describe_machine(), "added_us_per_call": added}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

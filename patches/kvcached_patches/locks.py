@@ -1,0 +1,119 @@
+"""Locks: what each engine release has where we hook it, as data beside the code."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from kvcached_patches.check import check_hooks, choose_targets, compare, describe_hooks
+from kvcached_patches.hook import Finding, Hook
+from kvcached_patches.sources import Sources
+from kvcached_patches.symbols import Symbol
+
+FOLDER = Path(__file__).parent / "locks"
+
+
+@dataclass(frozen=True)
+class Lock:
+    """One release of one engine.
+
+    Attributes:
+        distribution: The package on the index.
+        release: Its version, without a local part.
+        wheel: The file that was read.
+        symbols: What each target is there.
+        aliases: For each name that is rebound, the other modules that have it under that name.
+    """
+
+    distribution: str
+    release: str
+    wheel: str = ""
+    symbols: dict[str, Symbol] = field(default_factory=dict)
+    aliases: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """Where it is kept."""
+        return FOLDER / f"{self.distribution}-{self.release}.json"
+
+    def write(self) -> None:
+        """Write it to its file."""
+        FOLDER.mkdir(exist_ok=True)
+        text = json.dumps(asdict(self), indent=1, sort_keys=True)
+        self.path.write_text(text + "\n")
+
+
+def read_lock(distribution: str, release: str) -> Lock | None:
+    """Return the lock of a release, or None if there is none."""
+    path = Lock(distribution, public(release)).path
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text())
+    symbols = {
+        target: Symbol(known["signature"], tuple(known["decorators"]), known["body"])
+        for target, known in values.pop("symbols").items()
+    }
+    return Lock(**values, symbols=symbols)
+
+
+def locked_releases(distribution: str) -> list[str]:
+    """Return the releases that have a lock, the oldest first."""
+    prefix = f"{distribution}-"
+    names = (path.stem.removeprefix(prefix) for path in FOLDER.glob(f"{prefix}[0-9]*.json"))
+    return sorted(names, key=order)
+
+
+def public(release: str) -> str:
+    """Return a version without its local part."""
+    return release.partition("+")[0]
+
+
+def order(release: str) -> tuple[int, ...]:
+    """Return what versions are sorted by: their numbers, post releases behind."""
+    parts = public(release).replace("post", "").replace("rc", "-").split(".")
+    return tuple(int(part) if part.isdigit() else -1 for part in parts)
+
+
+def nearest(distribution: str, release: str) -> str | None:
+    """Return the newest locked release that is not newer, else the oldest, else None."""
+    releases = locked_releases(distribution)
+    older = [known for known in releases if order(known) <= order(release)]
+    return older[-1] if older else next(iter(releases), None)
+
+
+def locked_hooks(hooks: Iterable[Hook], lock: Lock) -> tuple[Hook, ...]:
+    """Return `hooks` with their targets in a locked release; nothing of the engine is read."""
+    chosen = []
+    for hook in hooks:
+        targets = (hook.target, *hook.alternatives)
+        target = next((name for name in targets if name in lock.symbols), hook.target)
+        decorators = lock.symbols[target].decorators if target in lock.symbols else ()
+        chosen.append(replace(hook, target=target, alternatives=(), num_decorators=len(decorators)))
+    return tuple(chosen)
+
+
+def examine(
+    hooks: Iterable[Hook], distribution: str, release: str, sources: Sources
+) -> list[Finding]:
+    """Return why `hooks` may not be applied to a release.
+
+    A release is served if it has a lock and is what the lock says it is.
+    """
+    chosen = choose_targets(hooks, sources)
+    findings = check_hooks(chosen, sources)
+    lock = read_lock(distribution, release)
+    if lock is None:
+        closest = nearest(distribution, release)
+        text = f"no lock; the nearest is that of {closest}" if closest else "no lock"
+        return [Finding(f"{distribution} {release}", text), *findings]
+    found = describe_hooks(chosen, sources)
+    known = {finding.target for finding in findings}
+    differing = compare(chosen, lock.symbols, found, exactly=False)
+    return [*findings, *(one for one in differing if one.target not in known)]
+
+
+def check_lock(lock: Lock, hooks: Iterable[Hook], sources: Sources) -> list[Finding]:
+    """Return where a release differs from its lock in anything at all."""
+    chosen = choose_targets(hooks, sources)
+    found = describe_hooks(chosen, sources)
+    return [*check_hooks(chosen, sources), *compare(chosen, lock.symbols, found, exactly=True)]

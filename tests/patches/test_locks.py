@@ -1,0 +1,156 @@
+"""A lock says what a release is; a planted drift is refused with the right finding."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from kvcached_patches import Hook, locks
+from kvcached_patches.aliases import aliases
+from kvcached_patches.check import choose_targets, describe_hooks
+from kvcached_patches.engines import DISTRIBUTIONS, ENGINES
+from kvcached_patches.hook import REBIND, REPLACE, WRAP
+from kvcached_patches.locks import Lock, check_lock, examine, locked_hooks
+from kvcached_patches.sources import Folder, Sources, Wheel
+
+CORE = """
+from engine.parts import Part
+
+class Owner:
+    @traced(span="x")
+    def method(self, request, tokens=1):
+        # what it does
+        return tokens
+
+    def swapped(self):
+        return 1
+"""
+USER = "from engine.parts import Part as P\n"
+HOOKS = (
+    Hook("engine.core:Owner.method", "x:y", "why", ("tokens",)),
+    Hook("engine.core:Owner.swapped", "x:y", "why", how=REPLACE, adr=1),
+    Hook("engine.core:Part", "x:y", "why", how=REBIND, adr=1),
+)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(locks, "FOLDER", tmp_path / "locks")
+    return tmp_path / "locks"
+
+
+def engine(root: Path, core: str = CORE) -> Folder:
+    package = root / "site" / "engine"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "__init__.py").touch()
+    (package / "parts.py").write_text("class Part:\n    pass\n")
+    (package / "core.py").write_text(core)
+    (package / "user.py").write_text(USER)
+    return Folder(root / "site")
+
+
+def lock(sources: Sources, release: str = "1.0.0") -> Lock:
+    chosen = choose_targets(HOOKS, sources)
+    made = Lock("engine", release, "", describe_hooks(chosen, sources))
+    made.write()
+    return made
+
+
+def findings(root: Path, core: str, release: str = "1.0.0") -> list[str]:
+    return [str(found) for found in examine(HOOKS, "engine", release, engine(root, core))]
+
+
+def test_a_release_that_is_what_its_lock_says_fits(tmp_path: Path) -> None:
+    made = lock(engine(tmp_path))
+    assert findings(tmp_path, CORE) == []
+    assert check_lock(made, HOOKS, engine(tmp_path)) == []
+    assert findings(tmp_path, CORE, "1.0.0+cpu") == []
+
+
+def test_comments_and_blank_lines_are_no_drift(tmp_path: Path) -> None:
+    made = lock(engine(tmp_path))
+    changed = CORE.replace("# what it does", "# what else it does\n")
+    assert check_lock(made, HOOKS, engine(tmp_path, changed)) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("tokens=1", "num_tokens=1", "it has no parameter tokens"),
+        ("request, tokens", "request, extra, tokens", "it is @traced"),
+        ('@traced(span="x")', "@cached", "it is @cached"),
+        ("class Owner", "class Other", "Owner is not defined there"),
+        ("from engine.parts", "from engine.moved", "it is from engine.moved import Part"),
+        ("return 1", "return 2", "its body is not the locked one"),
+    ],
+)
+def test_planted_drift_is_refused_with_its_finding(
+    tmp_path: Path, old: str, new: str, problem: str
+) -> None:
+    lock(engine(tmp_path))
+    found = findings(tmp_path, CORE.replace(old, new))
+    assert found
+    assert all(problem in text for text in found)
+
+
+def test_a_body_that_still_runs_inside_ours_may_change_but_not_unseen(tmp_path: Path) -> None:
+    made = lock(engine(tmp_path))
+    changed = CORE.replace("return tokens", "return tokens + 1")
+    assert findings(tmp_path, changed) == []
+    (found,) = check_lock(made, HOOKS, engine(tmp_path, changed))
+    assert str(found) == "engine.core:Owner.method: its body is not the locked one"
+
+
+def test_a_release_without_a_lock_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    sources = engine(tmp_path)
+    for release in ("1.0.0", "1.0.0.post1", "1.2.0"):
+        lock(sources, release)
+    assert findings(tmp_path, CORE, "1.1.0") == [
+        "engine 1.1.0: no lock; the nearest is that of 1.0.0.post1"
+    ]
+    assert findings(tmp_path, CORE, "0.9.0")[0].endswith("the nearest is that of 1.0.0")
+
+
+def test_a_wheel_reads_as_the_folder_does(tmp_path: Path) -> None:
+    sources = engine(tmp_path)
+    with zipfile.ZipFile(tmp_path / "engine.whl", "w") as wheel:
+        for file in sources.root.rglob("*.py"):
+            wheel.write(file, file.relative_to(sources.root))
+    packed = Wheel(tmp_path / "engine.whl")
+    assert describe_hooks(HOOKS, packed) == describe_hooks(HOOKS, sources)
+    assert set(packed.modules("engine")) == set(sources.modules("engine"))
+
+
+def test_a_lock_holds_no_line_of_the_engine(tmp_path: Path) -> None:
+    text = lock(engine(tmp_path)).path.read_text()
+    assert "return" not in text
+    assert "# what it does" not in text
+
+
+def test_who_else_has_a_rebound_name_is_found(tmp_path: Path) -> None:
+    assert aliases(HOOKS, engine(tmp_path), "engine") == {"engine.core:Part": ["engine.user"]}
+
+
+def test_a_locked_hook_knows_its_target_and_the_engines_own_decorators(tmp_path: Path) -> None:
+    made = lock(engine(tmp_path))
+    moved = Hook("engine.new:method", "x:y", "why", (), ("engine.core:Owner.method",))
+    (chosen,) = locked_hooks([moved], made)
+    assert (chosen.target, chosen.num_decorators) == ("engine.core:Owner.method", 1)
+
+
+def test_everything_below_a_wrapped_method_has_a_decision_record() -> None:
+    records = Path(__file__).parents[2] / "docs" / "adr"
+    for served in ENGINES.values():
+        for hook in served.hooks:
+            assert hook.how == WRAP or list(records.glob(f"{hook.adr:04}-*.md")), hook.target
+
+
+def test_each_lock_in_the_package_is_of_a_package_that_we_serve() -> None:
+    kept = Path(locks.__file__).parent / "locks"
+    found = [json.loads(path.read_text()) for path in kept.glob("*.json")]
+    assert {one["distribution"] for one in found} == set(DISTRIBUTIONS)
+    for one in found:
+        hooks = DISTRIBUTIONS[one["distribution"]].hooks
+        chosen = locked_hooks(hooks, Lock(one["distribution"], one["release"]))
+        assert len(chosen) == len(one["symbols"]) == len(hooks)
