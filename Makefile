@@ -15,11 +15,12 @@ VLLM_READY := $(VLLM_RELEASES:%=$(VLLM_VENV)-%/.ready)
 
 GPU_VENV ?= .venv-gpu
 GPU_PYTHON ?= $(GPU_VENV)/bin/python
-GPU_SGLANG_PYTHON ?= $(GPU_PYTHON)
+GPU_SGLANG_VENV ?= .venv-gpu-sglang
+GPU_SGLANG_PYTHON ?= $(GPU_SGLANG_VENV)/bin/python
 export VLLM_PYTHON := $(abspath $(BIN)/python)
 export SGLANG_PYTHON := $(abspath $(SGLANG_VENV)-0.5.23/bin/python)
 
-.PHONY: setup demo test lint bench gpu-check check-locks new-engines clean
+.PHONY: setup demo test lint bench gpu-check two-gpus-check check-locks new-engines clean
 
 setup: $(READY)
 
@@ -67,11 +68,13 @@ bench: $(READY)
 	$(BIN)/python benchmarks/host_memory.py --json benchmarks/results/host_memory.json
 	$(BIN)/python benchmarks/cpu_throughput.py --json benchmarks/results/cpu_throughput.json
 
-# On a machine with a GPU, for the last of its checks with two. GPU_PYTHON=python3 uses an environment
-# that has vLLM already, GPU_SGLANG_PYTHON one that has SGLang.
+# On a machine with a GPU. GPU_PYTHON=python3 uses an environment that has vLLM already,
+# GPU_SGLANG_PYTHON one that has SGLang.
 gpu-check:
 	[ -x "$$(command -v $(GPU_PYTHON))" ] || examples/gpu_engine/install.sh $(GPU_VENV)
-	SGLANG_PYTHON=$(GPU_SGLANG_PYTHON) PYTHONPATH=$${PYTHONPATH:-}:tests $(GPU_PYTHON) -m pytest -m gpu tests/gpu
+	[ -x "$$(command -v $(GPU_SGLANG_PYTHON))" ] || \
+	  examples/gpu_engine/install.sh $(GPU_SGLANG_VENV) sglang==0.5.15
+	SGLANG_PYTHON=$(GPU_SGLANG_PYTHON) PYTHONPATH=$${PYTHONPATH:-}:tests $(GPU_PYTHON) -m pytest -m gpu --ignore tests/gpu/test_two_gpus.py tests/gpu
 	$(GPU_PYTHON) benchmarks/vmm.py --json benchmarks/results/vmm.json
 	$(GPU_PYTHON) benchmarks/attention.py --json benchmarks/results/attention.json
 	$(GPU_PYTHON) benchmarks/vllm_steps.py --json benchmarks/results/vllm_steps.json
@@ -82,5 +85,10 @@ gpu-check:
 	$(GPU_PYTHON) benchmarks/pressure.py --gpu --json benchmarks/results/pressure_gpu.json
 	$(GPU_PYTHON) benchmarks/dry_pool.py --gpu --seconds 300 --json benchmarks/results/dry_pool_gpu.json
 
+# On a machine with two GPUs.
+two-gpus-check:
+	[ -x "$$(command -v $(GPU_PYTHON))" ] || examples/gpu_engine/install.sh $(GPU_VENV)
+	PYTHONPATH=$${PYTHONPATH:-}:tests $(GPU_PYTHON) -m pytest -m gpu tests/gpu/test_two_gpus.py
+
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV)-* $(VLLM_VENV)-* $(GPU_VENV) demo build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SGLANG_VENV)-* $(VLLM_VENV)-* $(GPU_VENV) $(GPU_SGLANG_VENV) demo build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Installs vLLM for NVIDIA GPUs, kvcached and what the GPU checks need into a virtual environment.
+# Installs an engine for NVIDIA GPUs, kvcached and what the GPU checks need into a virtual environment.
 #
-#     examples/gpu_engine/install.sh .venv-gpu
+#     examples/gpu_engine/install.sh .venv-gpu [vllm==0.26.0]
+#     examples/gpu_engine/install.sh .venv-gpu-sglang sglang==0.5.15
 #
-# VLLM names another release, for example VLLM=0.27.1. It downloads several GB.
+# It downloads several GB.
 set -euo pipefail
 venv=${1:?the folder of the virtual environment}
+engine=${2:-vllm==0.26.0}
 root=$(cd "$(dirname "$0")/../.." && pwd)
 
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
@@ -17,4 +19,4 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 [ -z "${PIP_FIND_LINKS:-}" ] || export UV_FIND_LINKS=${UV_FIND_LINKS:-$PIP_FIND_LINKS}
 
 "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" ${DRY_RUN:+--dry-run} \
-  "vllm==${VLLM:-0.26.0}" --editable "$root[cuda,demo]" --group "$root/pyproject.toml:dev"
+  "$engine" --editable "$root[cuda,demo]" --group "$root/pyproject.toml:dev"
