@@ -36,6 +36,8 @@ class Core:
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
         self.model_executor = self
+        self.is_busy = False
+        self.scheduler = SimpleNamespace(has_unfinished_requests=lambda: self.is_busy)
         self.input_queue = SimpleNamespace(put_nowait=lambda _item: None)
         self._idle_state_callbacks: list[Any] = []
 
@@ -148,3 +150,28 @@ def test_after_the_last_request_pages_linger_and_an_alarm_is_set(engine: Elastic
     del engine.core.input_queue  # an engine in the caller's process cannot be woken
     engine.end_burst()
     assert pool.pages.num_resident_pages == 2
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_an_idle_engine_waits_until_its_first_pages_are_gone_and_a_busy_one_does_not(
+    engine: ElasticEngine, monkeypatch: pytest.MonkeyPatch, *, is_busy: bool
+) -> None:
+    monkeypatch.setattr(engine_module, "FIRST_PAGES", 2)
+    place(engine)
+    pool = build_pool(engine)
+    blocks = pool.get_new_blocks(150)
+    engine.flush()
+    pool.free_blocks(blocks)
+    engine.core.is_busy = is_busy
+    page_bytes = engine.instance.page_bytes
+    seat = engine.instance.seat(FIRST)
+    with Ledger(Path(seat.ledger_path)) as ledger:
+        ledger.settle(seat.row, mapped_bytes=5 * page_bytes, used_bytes=0, cached_bytes=0)
+        assert ledger.ask(seat.row, 4 * page_bytes) == 4 * page_bytes
+        engine.core.calls.clear()
+        engine.answer()
+        assert ledger.wanted(seat.row).asked_bytes == 0
+    unmapped = [len(call[1].unmap_pages) for call in engine.core.calls if len(call) > 1]
+    names = [call[0] for call in engine.core.calls]
+    assert names == ["apply_orders", *([] if is_busy else ["settle_orders"])]
+    assert unmapped == [4]

@@ -157,9 +157,11 @@ class ElasticEngine:
             return
         asked_pages, owed_pages = self.instance.wanted_pages()
         if asked_pages:
+            # An idle engine has nothing better to do than to see its first pages go.
+            is_idle = not self.core.scheduler.has_unfinished_requests()
             num_released = 0
             for num_released in self.pool.release_one_by_one(asked_pages):
-                if num_released == FIRST_PAGES:
+                if num_released == FIRST_PAGES and is_idle:
                     self._give()
                     self._call_workers(settle_orders)
             self.pool.owed_pages = max(min(asked_pages - num_released, owed_pages), 0)
