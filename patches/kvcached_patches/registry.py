@@ -3,6 +3,7 @@
 Of a wheel of hundreds of megabytes only the files that are asked for are read, and kept.
 """
 
+import contextlib
 import json
 import os
 import tempfile
@@ -17,7 +18,7 @@ from remotezip import RemoteZip
 from kvcached_patches.locks import Lock, order
 from kvcached_patches.sources import Sources, Wheel
 
-INDEX = os.environ.get("KVCACHED_INDEX_URL", "https://pypi.org/simple")
+INDEX = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvcached" / "engines"
 PLATFORMS = ("x86_64.whl", "none-any.whl")
 TIMEOUT_SECONDS = 60
@@ -43,12 +44,13 @@ class Release:
 
 def releases(distribution: str) -> dict[str, Release]:
     """Return a wheel of each release on the index, by version, the oldest first."""
-    answer = requests.get(
-        f"{INDEX}/{distribution}/",
-        headers={"Accept": "application/vnd.pypi.simple.v1+json"},
-        timeout=TIMEOUT_SECONDS,
-    )
-    answer.raise_for_status()
+    with _index():
+        answer = requests.get(
+            f"{INDEX}/{distribution}/",
+            headers={"Accept": "application/vnd.pypi.simple.v1+json"},
+            timeout=TIMEOUT_SECONDS,
+        )
+        answer.raise_for_status()
     found = {}
     for file in answer.json()["files"]:
         name, version = file["filename"], _version(file["filename"])
@@ -67,7 +69,7 @@ def url_of(lock: Lock) -> str:
 def whole_wheel(release: Release) -> Wheel:
     """Return a release's wheel, downloaded to a file that is gone when nobody has it open."""
     with tempfile.NamedTemporaryFile(suffix=".whl") as file:
-        with requests.get(release.url, stream=True, timeout=TIMEOUT_SECONDS) as answer:
+        with _index(), requests.get(release.url, stream=True, timeout=TIMEOUT_SECONDS) as answer:
             answer.raise_for_status()
             for block in answer.iter_content(1 << 20):
                 file.write(block)
@@ -97,7 +99,7 @@ class RemoteSources(Sources):
             url = (
                 self._release.url or releases(self._release.distribution)[self._release.version].url
             )
-            with RemoteZip(url) as wheel:
+            with _index(), RemoteZip(url) as wheel:
                 _write(kept, wheel.read(name))
         return kept.read_bytes()
 
@@ -110,11 +112,19 @@ class RemoteSources(Sources):
             kept = self._folder / NAMES
             if not kept.is_file():
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                with RemoteZip(self._release.url) as wheel:
+                with _index(), RemoteZip(self._release.url) as wheel:
                     names = [name for name in wheel.namelist() if name.endswith(".py")]
                 _write(kept, json.dumps(names).encode())
             self._names = frozenset(json.loads(kept.read_text()))
         return self._names
+
+
+@contextlib.contextmanager
+def _index() -> Iterator[None]:
+    try:
+        yield
+    except requests.RequestException as error:
+        raise SystemExit(f"the package index at {INDEX} cannot be read: {error}") from error
 
 
 def _write(path: Path, content: bytes) -> None:
