@@ -127,8 +127,8 @@ def test_a_dry_pool_means_waiting_not_failing(
 
 def test_a_limit_holds_on_an_idle_server_without_a_request(pair: Pair) -> None:
     pair.burst("sglang")
-    await_that(lambda: pair.view("sglang").used_bytes <= PAGE, 2)
-    await_that(lambda: pair.view("sglang").cached_bytes > 6 * PAGE, 5)
+    await_that(lambda: pair.view("sglang").used_bytes <= PAGE, 10)
+    await_that(lambda: pair.view("sglang").cached_bytes > 6 * PAGE, 10)
     limit = 5 * PAGE
     answer = set_limit("sglang", "25%", directory=pair.workspace / "kv")
     assert answer.outcome is Outcome.APPLIED
