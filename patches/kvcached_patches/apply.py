@@ -17,9 +17,17 @@ class Patcher:
 
     A hook is applied at once where its module is imported already, and right after the import where
     it is not, so that a process pays only for the engine modules that it uses.
+
+    Args:
+        hooks: What to apply.
+        on_misfit: Told why, when a hook does not fit and all are taken back; by default the error
+            is raised where the module is imported.
     """
 
-    def __init__(self, hooks: Iterable[Hook]) -> None:
+    def __init__(
+        self, hooks: Iterable[Hook], on_misfit: Callable[[HookError], None] | None = None
+    ) -> None:
+        self._on_misfit = on_misfit
         self._waiting: dict[str, list[Hook]] = {}
         for hook in hooks:
             self._waiting.setdefault(hook.module, []).append(hook)
@@ -55,7 +63,10 @@ class Patcher:
                 self._done.append(_Patch(hook, module))
         except Exception as error:
             self.revert()
-            raise HookError(f"{module.__name__} cannot be hooked: {error}") from error
+            misfit = HookError(f"{module.__name__} cannot be hooked: {error}")
+            if self._on_misfit is None:
+                raise misfit from error
+            self._on_misfit(misfit)
 
     def revert(self) -> None:
         """Put every original back, last replaced first.

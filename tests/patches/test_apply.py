@@ -128,6 +128,19 @@ def test_a_second_plugin_on_the_same_method_is_refused_and_nothing_is_changed(
     assert (dict(vars(module.Owner)), dict(vars(module))) == before
 
 
+def test_who_is_told_of_a_misfit_decides_and_nothing_stays_applied(
+    engine: Callable[[], Any],
+) -> None:
+    module = engine()
+    told: list[str] = []
+    missing = Hook("toy_engine:Owner.gone", HERE, "why")
+    patcher = Patcher([FUNCTION, missing], on_misfit=lambda error: told.append(str(error)))
+    patcher.apply()
+    assert told == ["toy_engine cannot be hooked: toy_engine:Owner.gone is not defined there"]
+    assert patcher.applied == []
+    assert module.function() == "original"
+
+
 @pytest.mark.parametrize(("num_decorators", "fits"), [(1, True), (0, False)])
 def test_the_engines_own_decorators_are_known_from_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, num_decorators: int, fits: bool

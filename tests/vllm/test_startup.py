@@ -32,9 +32,13 @@ print("registered", *sorted(name for name in set(sys.modules) - before if "vllm"
 
 
 def register(**environ: str) -> "subprocess.CompletedProcess[str]":
+    return run(REGISTER, **environ)
+
+
+def run(script: str, **environ: str) -> "subprocess.CompletedProcess[str]":
     kept = {name: value for name, value in os.environ.items() if "KVCACHED" not in name}
     return subprocess.run(
-        [sys.executable, "-c", REGISTER],
+        [sys.executable, "-c", script],
         env={**kept, **environ},
         capture_output=True,
         text=True,
@@ -73,6 +77,34 @@ def test_bad_settings_end_the_process_with_a_message(environ: dict[str, str], me
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+BESIDE_ANOTHER = """
+import vllm.v1.core.kv_cache_manager as module
+owner = module.KVCacheManager
+original = owner.allocate_slots
+owner.allocate_slots = lambda *args, **kwargs: [original(*args, **kwargs)]
+before = dict(vars(owner))
+import kvcached_vllm
+try:
+    kvcached_vllm.register()
+finally:
+    print("unchanged", dict(vars(owner)) == before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("switch", "code", "message"),
+    [("1", 1, "kvcached: "), ("auto", 0, "kvcached is off, vLLM serves unpatched: ")],
+)
+def test_beside_another_plugin_on_the_same_method_nothing_is_changed(
+    switch: str, code: int, message: str
+) -> None:
+    done = run(BESIDE_ANOTHER, ENABLE_KVCACHED=switch)
+    assert done.returncode == code, done.stderr
+    assert "unchanged True" in done.stdout
+    assert message in done.stderr
+    assert "KVCacheManager.allocate_slots was wrapped by somebody else already" in done.stderr
 
 
 def fake_release(folder: Path, release: str) -> dict[str, str]:

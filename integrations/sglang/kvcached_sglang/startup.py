@@ -10,7 +10,6 @@ from kvcached_core.config import SWITCH, Enable, read_config, read_switch
 from kvcached_core.errors import ConfigError, UnsupportedEngineError
 from kvcached_core.names import safe_name
 from kvcached_patches import (
-    HookError,
     Installed,
     Patcher,
     check_installed,
@@ -91,11 +90,11 @@ def start() -> None:
         refuse(error)
         return
     os.environ[CHECKED] = engine.release
-    _patcher = Patcher(hooks_of(engine, table.HOOKS))
-    try:
-        _patcher.apply()
-    except HookError as error:
-        raise SystemExit(f"kvcached: {error}") from error
+    _patcher = Patcher(
+        hooks_of(engine, table.HOOKS),
+        on_misfit=lambda error: refuse(UnsupportedEngineError(str(error))),
+    )
+    _patcher.apply()
 
 
 def refuse(error: UnsupportedEngineError) -> None:
