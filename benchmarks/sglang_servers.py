@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_servers import FIGURES, instance_view, make_shape
+
 from kvcached_core.cli.demo.model import make_model
 from kvcached_core.cli.demo.server import SGLANG_HOST_OPTIONS, SGLangServer
-from kvcached_core.ledger import Ledger
 from kvcached_core.ledger_view import InstanceView
 from kvcached_core.units import MIB
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from helpers.shapes import make_shape
 
 PYTHON = os.environ.get("SGLANG_PYTHON", sys.executable)
 KV_BYTES_PER_TOKEN = 128 * 1024
@@ -29,13 +27,6 @@ GPU_OPTIONS = (
     *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
     *("--grammar-backend", "none", "--log-level", "info", "--cuda-graph-max-bs", "256"),
 )
-FIGURES = {
-    "output_throughput": "output throughput",
-    "mean_ttft_ms": "mean TTFT",
-    "p99_ttft_ms": "p99 TTFT",
-    "mean_tpot_ms": "mean TPOT",
-    "p99_tpot_ms": "p99 TPOT",
-}
 
 
 @dataclass
@@ -84,9 +75,7 @@ class SGLangSetting:
 
     def view(self, name: str) -> InstanceView:
         """Return what the ledger says of an instance."""
-        (path,) = (self.folder / "kv").glob("*.ledger")
-        with Ledger(path) as ledger:
-            return next(view for view in ledger.view().instances if view.name == name)
+        return instance_view(self.folder, name)
 
     def bench(  # noqa: PLR0917  the workload is a tuple
         self, server: SGLangServer, num_in: int, num_out: int, rate: str, num: int, seed: int

@@ -100,9 +100,7 @@ class Setting:
 
     def view(self, name: str) -> InstanceView:
         """Return what the ledger says of an instance."""
-        (path,) = (self.folder / "kv").glob("*.ledger")
-        with Ledger(path) as ledger:
-            return next(view for view in ledger.view().instances if view.name == name)
+        return instance_view(self.folder, name)
 
     def bench(  # noqa: PLR0917  the workload is a tuple
         self, server: EngineServer, num_in: int, num_out: int, rate: str, num: int, seed: int
@@ -129,6 +127,13 @@ class Setting:
             result = asyncio.run(main_async(parser.parse_args(words)))
         figures = {key: result[key] for key in (*FIGURES, "completed", "duration")}
         return figures | {"failed": num - result["completed"]}
+
+
+def instance_view(folder: Path, name: str) -> InstanceView:
+    """Return what the one ledger of a run in `folder` says of an instance."""
+    (path,) = (folder / "kv").glob("*.ledger")
+    with Ledger(path) as ledger:
+        return next(view for view in ledger.view().instances if view.name == name)
 
 
 def wait_all(servers: list[EngineServer]) -> dict[str, float]:

@@ -23,7 +23,7 @@ class Engine:
 
 ENGINES = {
     "vllm": Engine("vllm", vllm.OLDEST_RELEASES, vllm.HOOKS),
-    "sglang": Engine("sglang", sglang.OLDEST_RELEASES, (*sglang.FLAG_HOOKS, *sglang.HOOKS)),
+    "sglang": Engine("sglang", sglang.OLDEST_RELEASES, sglang.ALL_HOOKS),
 }
 DISTRIBUTIONS = {
     distribution: engine for engine in ENGINES.values() for distribution in engine.oldest

@@ -4,6 +4,7 @@ Of a wheel of hundreds of megabytes only the files that are asked for are read, 
 """
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
@@ -42,6 +43,7 @@ class Release:
     url: str
 
 
+@functools.cache
 def releases(distribution: str) -> dict[str, Release]:
     """Return a wheel of each release on the index, by version, the oldest first."""
     with _index():

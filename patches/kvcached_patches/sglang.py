@@ -83,3 +83,5 @@ HOOKS = (
         (f"{_WEIGHTS}.release_memory_occupation",),
     ),
 )
+
+ALL_HOOKS = (*FLAG_HOOKS, *HOOKS)

@@ -12,6 +12,6 @@ def findings() -> Iterator[tuple[bool, str]]:
         "SGLang",
         table.OLDEST_RELEASES,
         table.PACKAGE,
-        (*table.FLAG_HOOKS, *table.HOOKS),
+        table.ALL_HOOKS,
         "SGLANG_PLUGINS",
     )

@@ -126,7 +126,7 @@ def check_release(engine: Installed) -> None:
     Raises:
         UnsupportedEngineError: With every finding, and what to do.
     """
-    findings = check_installed(engine, (*table.FLAG_HOOKS, *table.HOOKS))
+    findings = check_installed(engine, table.ALL_HOOKS)
     if findings:
         raise UnsupportedEngineError(report("SGLang", engine, findings))
 
