@@ -9,14 +9,13 @@ round, the median of all rounds. A second vanilla server, the control, shows the
 
 import argparse
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from machine import describe_gpu, describe_machine
 from sglang_servers import SGLangSetting
-from vllm_overhead import CONTROL, ELASTIC, VANILLA, print_summary, summary
-from vllm_servers import QUIET_SECONDS, Record, wait_all
+from vllm_overhead import CONTROL, ELASTIC, VANILLA, begin, play_round, print_summary, summary
+from vllm_servers import Record
 
 from kvcached_core.units import GIB
 
@@ -38,23 +37,11 @@ def serve(setting: SGLangSetting, record: Record, names: list[str], options: Any
     }
     workloads = TINY_WORKLOADS if setting.tiny else WORKLOADS
     try:
-        record.add(ready_seconds=wait_all(list(servers.values())))
-        start = setting.view(ELASTIC)
-        page_bytes = start.page_bytes
-        record.add(page_bytes=page_bytes, pages_after_start=start.resident_bytes / page_bytes)
-        print(f"ready: {record.results['ready_seconds']}", flush=True)
-        num_in, num_out, _, num = next(iter(workloads.values()))
-        for server in servers.values():  # the first requests of a server are slow
-            setting.bench(server, num_in, num_out, "inf", min(num, 100), seed=0)
+        begin(setting, record, servers, next(iter(workloads.values())))
         rounds: dict[str, list[dict[str, Any]]] = {label: [] for label in workloads}
         for number in range(options.rounds):
-            turn = number % len(names)
-            order = names[turn:] + names[:turn]
             for label, workload in workloads.items():
-                figures = {n: setting.bench(servers[n], *workload, seed=number + 1) for n in order}
-                time.sleep(QUIET_SECONDS)
-                held = setting.view(ELASTIC).resident_bytes / page_bytes
-                rounds[label].append(figures | {"pages_after": held})
+                rounds[label].append(play_round(setting, servers, workload, number))
                 record.add(**{label: summary(rounds[label], names)})
                 print_summary(label, record.results[label], names)
     finally:

@@ -9,6 +9,7 @@ round, the median of all rounds. A second vanilla server, the control, shows the
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_servers import (
@@ -33,29 +34,42 @@ def serve(setting: Setting, record: Record, num_rounds: int, names: list[str]) -
         for name in names
     }
     try:
-        record.add(ready_seconds=wait_all(list(servers.values())))
-        start = setting.view(ELASTIC)
-        page_bytes = start.page_bytes
-        record.add(page_bytes=page_bytes, pages_after_start=start.resident_bytes / page_bytes)
-        print(f"ready: {record.results['ready_seconds']}", flush=True)
-        _, num_in, num_out, _, num = setting.workloads[0]
-        for server in servers.values():  # the first requests of a server and of the client are slow
-            setting.bench(server, num_in, num_out, "inf", min(num, 100), seed=0)
+        begin(setting, record, servers, setting.workloads[0][1:])
         for label, *workload in setting.workloads:
             rounds: list[dict[str, Any]] = []
             for number in range(num_rounds):
-                turn = number % len(names)
-                order = names[turn:] + names[:turn]
-                figures = {n: setting.bench(servers[n], *workload, seed=number + 1) for n in order}
-                time.sleep(QUIET_SECONDS)
-                held = setting.view(ELASTIC).resident_bytes / page_bytes
-                rounds.append(figures | {"pages_after": held})
+                rounds.append(play_round(setting, servers, workload, number))
                 record.add(**{label: summary(rounds, names)})
             print_summary(label, record.results[label], names)
         record.add(preemptions={n: metric(s, PREEMPTIONS) for n, s in servers.items()})
     finally:
         for server in servers.values():
             server.kill()
+
+
+def begin(setting: Any, record: Record, servers: dict[str, Any], workload: tuple[Any, ...]) -> None:
+    """Wait until all servers answer, say what they hold, and warm them and the client up."""
+    record.add(ready_seconds=wait_all(list(servers.values())))
+    start = setting.view(ELASTIC)
+    page_bytes = start.page_bytes
+    record.add(page_bytes=page_bytes, pages_after_start=start.resident_bytes / page_bytes)
+    print(f"ready: {record.results['ready_seconds']}", flush=True)
+    num_in, num_out, _, num = workload
+    for server in servers.values():  # the first requests of a server and of the client are slow
+        setting.bench(server, num_in, num_out, "inf", min(num, 100), seed=0)
+
+
+def play_round(
+    setting: Any, servers: dict[str, Any], workload: Sequence[Any], number: int
+) -> dict[str, Any]:
+    """Send a workload to each server, another one first each time; return all figures."""
+    names = list(servers)
+    turn = number % len(names)
+    order = names[turn:] + names[:turn]
+    figures = {n: setting.bench(servers[n], *workload, seed=number + 1) for n in order}
+    time.sleep(QUIET_SECONDS)
+    view = setting.view(ELASTIC)
+    return figures | {"pages_after": view.resident_bytes / view.page_bytes}
 
 
 def summary(rounds: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
