@@ -67,18 +67,22 @@ class RankMemory:
         self.keeper.wait()
 
     def before_step(self, orders: PageOrders) -> None:
-        """Map what the step needs, and begin with what the next ones will need."""
+        """Map what the step needs."""
         counts = orders.num_used_pages, orders.num_cached_pages
         has_new_counts, self._counts = counts != self._counts, counts
         if orders.map_pages or orders.ready_pages:
             self._map_now(orders.map_pages + orders.ready_pages)
-        if orders.spare_pages:
-            self.keeper.map_soon(orders.spare_pages)
         if has_new_counts and not orders.map_pages:
             self._report(PageChanges())
 
     def after_step(self, orders: PageOrders) -> None:
-        """Let go of what no step behind this one reads: it is unmapped when this one is done."""
+        """Begin with what the next steps will need, and let go of what none of them reads.
+
+        Only when the step is launched: the thread that maps takes turns at the interpreter's lock
+        with the launches, and a prefill has thousands. Pages are unmapped when the step is done.
+        """
+        if orders.spare_pages:
+            self.keeper.map_soon(orders.spare_pages)
         if orders.unmap_pages:
             fence = self.backend.fence(self._current_stream())
             self.keeper.unmap_behind(orders.unmap_pages, fence)

@@ -160,7 +160,10 @@ def test_on_a_gpu_spare_pages_cost_the_engines_thread_no_driver_call(
     ledger.reserve(0, 4 * PAGE, PAGE)
     statistics = gpu_memory.backend.statistics
     before = statistics.num_calls_of_thread(threading.get_ident())
-    gpu_memory.before_step(PageOrders(spare_pages=[1, 2, 3, 4], num_used_pages=1))
+    orders = PageOrders(spare_pages=[1, 2, 3, 4], num_used_pages=1)
+    gpu_memory.before_step(orders)
+    assert gpu_memory.arena.resident_pages == [0]  # not beside the launches of this step
+    gpu_memory.after_step(orders)
     gpu_memory.keeper.wait()
     gpu_memory.before_step(PageOrders(ready_pages=[1, 2], num_used_pages=3))
     assert statistics.num_calls_of_thread(threading.get_ident()) == before

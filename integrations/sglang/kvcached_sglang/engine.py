@@ -17,7 +17,7 @@ from kvcached_sglang.blocks import BlockPages
 from kvcached_sglang.free_list import FreeList
 from kvcached_sglang.pools import PoolShape
 from kvcached_sglang.ranks import Wanted, join_ranks
-from kvcached_sglang.requests import give_up_part, num_computed
+from kvcached_sglang.requests import give_up_part, is_busy, num_computed, reopen
 
 logger = logging.getLogger("sglang.kvcached")
 
@@ -61,6 +61,7 @@ class ElasticEngine:
         self._reported = (0, 0)
         self._reported_at = 0.0
         self._held_since: float | None = None
+        self._is_ahead_due = False
         self._forward_stream: Any = None
         atexit.register(self.close)
 
@@ -138,6 +139,11 @@ class ElasticEngine:
             return
         # A batch runs on this stream beside the next schedule, and reads what was freed for it.
         self._forward_stream = getattr(scheduler, "forward_stream", None)
+        # Only now: mapping beside a batch's launches would hold them up.
+        is_ahead_due, self._is_ahead_due = self._is_ahead_due, False
+        if is_ahead_due and is_busy(scheduler):
+            free_list.pages.map_ahead(free_list.num_free_blocks)
+        reopen(scheduler)
         wanted = self.ranks.look()
         if wanted is not None:
             self.answer(wanted, free_list, scheduler.tree_cache)
@@ -169,15 +175,14 @@ class ElasticEngine:
         return True
 
     def end_schedule(self, scheduler: Any, *, has_batch: bool) -> None:
-        """Give back what was promised and not used, and see to spare and empty pages."""
+        """Give back what was promised and not used, and see to empty pages."""
         free_list = self.free_list
         if free_list is None:
             return
         free_list.is_bound = False
         pages = free_list.pages
         pages.cancel()
-        if has_batch:
-            pages.map_ahead(free_list.num_free_blocks)
+        self._is_ahead_due = has_batch
         is_live = has_batch or bool(scheduler.running_batch.reqs)
         if pages.is_surplus_due(free_list.num_free_blocks, is_live=is_live):
             keep = pages.max_spare_pages if is_live else NUM_QUIET_PAGES
@@ -246,6 +251,7 @@ class ElasticEngine:
     def _carry_out(self, orders: PageOrders) -> None:
         orders.num_used_pages, orders.num_cached_pages = self._reported
         self.memory.before_step(orders)  # type: ignore[union-attr]
+        self.memory.after_step(orders)  # type: ignore[union-attr]
 
     def _unmap(self, pages: list[int]) -> None:
         if pages:

@@ -12,6 +12,22 @@ def num_computed(request: Any) -> int:
     return len(request.prefix_indices)  # up to 0.5.15
 
 
+def is_busy(scheduler: Any) -> bool:
+    """Return whether there are requests that will take more memory soon."""
+    running = scheduler.running_batch.reqs
+    return bool(running or scheduler.waiting_queue or scheduler.chunked_req is not None)
+
+
+def reopen(scheduler: Any) -> None:
+    """Let requests in again after one found no memory while nothing ran.
+
+    Up to 0.5.15 only a request that ends opens what that closed: on a device of its own an engine
+    with nothing running is never short of memory.
+    """
+    if not scheduler.running_batch.reqs:
+        scheduler.running_batch.batch_is_full = False
+
+
 def give_up_part(scheduler: Any) -> None:
     """Send a prompt of which a part is computed back to the queue, and free that part."""
     from sglang.srt.managers import schedule_batch
