@@ -185,11 +185,8 @@ class ElasticBlockPool(BlockPool):
         yield from range(1, num_idle + 1)
         if num_idle == max_pages:
             return
-        queued = self._queued_by_page()
-        cached = set(pages.pages_in(CACHED))
-        going = islice((page for page in queued if page in cached), max_pages - num_idle)
-        for number, page in enumerate(list(going), num_idle + 1):
-            blocks = queued[page]
+        going = islice(self._cached_pages(), max_pages - num_idle)
+        for number, (page, blocks) in enumerate(going, num_idle + 1):
             for block in blocks:
                 self.free_block_queue.remove(block)
                 self._maybe_evict_cached_block(block)
@@ -219,20 +216,20 @@ class ElasticBlockPool(BlockPool):
             blocks.extend(evicted)
         return blocks
 
-    def _queued_by_page(self) -> dict[int, list[KVCacheBlock]]:
-        """Return the evictable blocks of each page, the page that was unused for longest first."""
-        queued: dict[int, list[KVCacheBlock]] = {}
-        ids_per_page, latest = self._ids_per_page, -1
+    def _cached_pages(self) -> Iterator[tuple[int, list[KVCacheBlock]]]:
+        """Yield each cached page and its blocks, the page that was unused for longest first.
+
+        The queue has the oldest block first, so a page comes when its youngest block does.
+        """
+        pages, ids_per_page = self.pages, self._ids_per_page
+        seen: dict[int, list[KVCacheBlock]] = {page: [] for page in pages.pages_in(CACHED)}
         for block in self.free_block_queue.get_all_free_blocks():
             page = block.block_id // ids_per_page
-            if page == latest:
-                queued[page].append(block)
-                continue
-            latest = page
-            blocks = queued.pop(page, [])  # and back at the end: this block is younger
-            blocks.append(block)
-            queued[page] = blocks
-        return queued
+            blocks = seen.get(page)
+            if blocks is not None:
+                blocks.append(block)
+                if len(blocks) == pages.num_evictable[page]:
+                    yield page, blocks
 
     def _unqueue(self, block: KVCacheBlock) -> None:
         self.free_block_queue.remove(block)
