@@ -20,7 +20,7 @@ from profiles import Profile, gpu, host, open_ledger, parser
 
 from kvcached_core.cli.demo.load import Completion, make_burst, send
 from kvcached_core.cli.demo.memory import Recorder
-from kvcached_core.cli.demo.server import EngineServer
+from kvcached_core.cli.demo.server import EngineServer, ServerError
 from kvcached_core.units import GIB, MIB
 
 NAMES = ("first", "second", "third")
@@ -92,9 +92,16 @@ class DryPool:
             await asyncio.to_thread(self._wait_ready, name)
 
     def _wait_ready(self, name: str) -> None:
-        while self.servers[name].process.poll() is not None:
-            time.sleep(0.1)  # killed, and not started again yet
-        self.servers[name].wait_ready()
+        while True:
+            server = self.servers[name]
+            try:
+                server.wait_ready()
+            except ServerError:
+                if server is not self.victim:
+                    raise
+                time.sleep(0.1)  # killed, and not started again yet
+            else:
+                return
 
     @staticmethod
     def _count(outcome: Outcome, answers: list[Completion], *, is_victim: bool) -> None:
@@ -109,7 +116,7 @@ class DryPool:
 
     def _kill_and_restart(self) -> None:
         held = self._resident(VICTIM)
-        self.victim = self.servers[VICTIM]
+        self.victim = self.servers[VICTIM]  # before the kill: who waits for it asks
         self.victim.kill()
         start = time.monotonic()
         while self._resident(VICTIM):
@@ -139,7 +146,7 @@ def main() -> None:
             for server in pool.servers.values():
                 server.wait_ready()
             (path,) = (pool.workspace / "kv").glob("*.ledger")
-            with Recorder(path) as recorder:
+            with Recorder(path, lambda _path: open_ledger(pool.workspace)) as recorder:
                 asyncio.run(pool.run())
         finally:
             for server in pool.servers.values():

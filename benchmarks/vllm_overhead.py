@@ -24,6 +24,8 @@ from vllm_servers import (
     wait_all,
 )
 
+from kvcached_core.units import GIB
+
 VANILLA, ELASTIC, CONTROL = "vanilla", "elastic", "control"
 
 
@@ -112,9 +114,11 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--no-control", action="store_true", help="leave the control out")
+    arguments.add_argument("--kv-gib", type=int, help="KV cache of each server")
     options = arguments.parse_args()
     names = [VANILLA, ELASTIC] + ([] if options.no_control else [CONTROL])
     with bench_run(options) as (setting, record):
+        setting.kv_bytes = options.kv_gib * GIB if options.kv_gib else setting.kv_bytes
         serve(setting, record, options.rounds, names)
 
 

@@ -170,6 +170,8 @@ def sleep(llm: Any, worker: Any, level: int, generate: Any) -> dict[str, Any]:
     import torch
 
     report: dict[str, Any] = {}
+    model = getattr(worker, "worker", worker).model_runner.model
+    weights = {name: value.cpu() for name, value in model.named_parameters()}
     before = free_bytes()
     llm.sleep(level)
     report["freed_bytes"] = free_bytes() - before
@@ -179,8 +181,10 @@ def sleep(llm: Any, worker: Any, level: int, generate: Any) -> dict[str, Any]:
     del neighbour
     torch.cuda.empty_cache()
     llm.wake_up()
-    if level == 2:
-        give_weights(worker)
+    if level == 2:  # the weights are gone, too, and whoever wakes the engine loads them again
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                value.copy_(weights[name])
     report["tokens"] = generate()
     return report
 

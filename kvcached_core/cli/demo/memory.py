@@ -1,6 +1,7 @@
 """Recording who held how much, while the demo runs."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,10 +40,16 @@ class Recording:
 
 
 class Recorder(Background):
-    """Samples a ledger in a thread of its own until its block ends."""
+    """Samples a ledger in a thread of its own until its block ends.
 
-    def __init__(self, ledger_path: Path) -> None:
+    Args:
+        ledger_path: The ledger.
+        open_ledger: How it is opened; on a GPU with what reads the device's free memory.
+    """
+
+    def __init__(self, ledger_path: Path, open_ledger: Callable[[Path], Ledger] = Ledger) -> None:
         super().__init__()
+        self._open_ledger = open_ledger
         self.recording = Recording()
         self._path = ledger_path
         self._start = time.monotonic()
@@ -58,7 +65,7 @@ class Recorder(Background):
     def _run(self) -> None:
         while not self._end.wait(SAMPLE_SECONDS):
             try:
-                with Ledger(self._path) as ledger:
+                with self._open_ledger(self._path) as ledger:
                     view = ledger.view()
             except LedgerError:
                 continue  # no engine has made it yet, or the last one left
