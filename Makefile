@@ -40,14 +40,12 @@ $(VLLM_VENV)-%/.ready: pyproject.toml $(wildcard examples/cpu_engine/*.*)
 demo: $(READY) $(if $(findstring sglang,$(ENGINES)),$(SGLANG_VENV)-0.5.23/.ready)
 	$(BIN)/kvcached demo $(if $(ENGINES),--engines $(ENGINES))
 
-# With 0.5.15 the long prompt did not end in 400 s: it computes 40 to 80 tokens a second in parts on a
-# CPU, but whether that is all was not settled (README, limits).
 test: $(READY) $(VLLM_READY) $(SGLANG_READY)
 	$(BIN)/python -m pytest
 	$(VLLM_VENV)-0.28.0/bin/python -m pytest tests/vllm/test_offline.py tests/vllm/test_block_pool.py
 	$(SGLANG_VENV)-0.5.23/bin/python -m pytest -m sglang tests/sglang
 	$(SGLANG_VENV)-0.5.15/bin/python -m pytest -m "sglang and not vllm" tests/sglang \
-	  -k "not 1-none and not 16-radix and not long_prompts"
+	  -k "not 1-none and not 16-radix"
 
 # Every lock against its wheel on the package index; only the files that are needed are read, and kept.
 check-locks: $(READY)
@@ -63,12 +61,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python benchmarks/block_pool.py --json benchmarks/results/block_pool.json
-	$(BIN)/python benchmarks/wrappers.py --json benchmarks/results/wrappers.json
-	$(BIN)/python benchmarks/ledger.py --json benchmarks/results/ledger.json
-	$(BIN)/python benchmarks/pressure.py --json benchmarks/results/pressure.json
-	$(BIN)/python benchmarks/host_memory.py --json benchmarks/results/host_memory.json
-	$(BIN)/python benchmarks/cpu_throughput.py --json benchmarks/results/cpu_throughput.json
+	$(BIN)/python -m benchmarks run all-host
 
 # On a machine with a GPU. GPU_PYTHON=python3 uses an environment that has vLLM already,
 # GPU_SGLANG_PYTHON one that has SGLang.
@@ -77,15 +70,7 @@ gpu-check:
 	[ -x "$$(command -v $(GPU_SGLANG_PYTHON))" ] || \
 	  examples/gpu_engine/install.sh $(GPU_SGLANG_VENV) sglang==0.5.15
 	SGLANG_PYTHON=$(GPU_SGLANG_PYTHON) PYTHONPATH=$${PYTHONPATH:-}:tests $(GPU_PYTHON) -m pytest -m gpu --ignore tests/gpu/test_two_gpus.py tests/gpu
-	$(GPU_PYTHON) benchmarks/vmm.py --json benchmarks/results/vmm.json
-	$(GPU_PYTHON) benchmarks/attention.py --json benchmarks/results/attention.json
-	$(GPU_PYTHON) benchmarks/vllm_steps.py --json benchmarks/results/vllm_steps.json
-	$(GPU_PYTHON) benchmarks/vllm_overhead.py --json benchmarks/results/vllm_overhead.json
-	SGLANG_PYTHON=$(GPU_SGLANG_PYTHON) $(GPU_PYTHON) benchmarks/sglang_overhead.py --json benchmarks/results/sglang_overhead.json
-	SGLANG_PYTHON=$(GPU_SGLANG_PYTHON) $(GPU_PYTHON) benchmarks/beside_sglang.py --json benchmarks/results/beside_sglang.json
-	$(GPU_PYTHON) benchmarks/vllm_neighbours.py --json benchmarks/results/vllm_neighbours.json
-	$(GPU_PYTHON) benchmarks/pressure.py --gpu --json benchmarks/results/pressure_gpu.json
-	$(GPU_PYTHON) benchmarks/dry_pool.py --gpu --seconds 300 --json benchmarks/results/dry_pool_gpu.json
+	SGLANG_PYTHON=$(GPU_SGLANG_PYTHON) $(GPU_PYTHON) -m benchmarks run all-gpu
 
 # On a machine with two GPUs.
 two-gpus-check:

@@ -106,27 +106,54 @@ class Setting:
         self, server: EngineServer, num_in: int, num_out: int, rate: str, num: int, seed: int
     ) -> dict[str, Any]:
         """Run `vllm bench serve` against a server and return its figures."""
-        from vllm.benchmarks.serve import add_cli_args, main_async
+        return bench_serve(server, self.model, num_in, num_out, rate, num, seed)
 
-        try:
-            from vllm.utils.argparse_utils import FlexibleArgumentParser
-        except ImportError:
-            from vllm.utils import FlexibleArgumentParser
-        parser = FlexibleArgumentParser()
-        add_cli_args(parser)
-        words = [
-            *("--backend", "openai", "--base-url", server.url, "--endpoint", "/v1/completions"),
-            *("--model", server.name, "--tokenizer", str(self.model)),
-            *("--dataset-name", "random", "--random-input-len", str(num_in)),
-            *("--random-output-len", str(num_out), "--num-prompts", str(num)),
-            *("--request-rate", rate, "--seed", str(seed), "--ignore-eos", "--disable-tqdm"),
-            *("--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99"),
-        ]
-        silent = io.StringIO()
-        with contextlib.redirect_stdout(silent):
-            result = asyncio.run(main_async(parser.parse_args(words)))
-        figures = {key: result[key] for key in (*FIGURES, "completed", "duration")}
-        return figures | {"failed": num - result["completed"]}
+
+def bench_serve(  # noqa: PLR0917  the workload is a tuple
+    server: EngineServer,
+    model: Path,
+    num_in: int,
+    num_out: int,
+    rate: str,
+    num: int,
+    seed: int,
+    *,
+    is_even: bool = False,
+) -> dict[str, Any]:
+    """Run `vllm bench serve` against a server and return its figures.
+
+    Args:
+        server: The server.
+        model: The model's folder, for its tokenizer.
+        num_in: Tokens of each prompt.
+        num_out: Tokens of each answer.
+        rate: Requests per second, or `inf`.
+        num: How many.
+        seed: Of prompts and arrivals.
+        is_even: Whether requests come at even distances; otherwise at random ones.
+    """
+    from vllm.benchmarks.serve import add_cli_args, main_async
+
+    try:
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+    except ImportError:
+        from vllm.utils import FlexibleArgumentParser
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    words = [
+        *("--backend", "openai", "--base-url", server.url, "--endpoint", "/v1/completions"),
+        *("--model", server.name, "--tokenizer", str(model)),
+        *("--dataset-name", "random", "--random-input-len", str(num_in)),
+        *("--random-output-len", str(num_out), "--num-prompts", str(num)),
+        *("--request-rate", rate, "--seed", str(seed), "--ignore-eos", "--disable-tqdm"),
+        *("--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99"),
+        *(("--burstiness", "1e6") if is_even else ()),
+    ]
+    silent = io.StringIO()
+    with contextlib.redirect_stdout(silent):
+        result = asyncio.run(main_async(parser.parse_args(words)))
+    figures = {key: result[key] for key in (*FIGURES, "completed", "duration")}
+    return figures | {"failed": num - result["completed"]}
 
 
 def instance_view(folder: Path, name: str) -> InstanceView:

@@ -39,7 +39,7 @@ py-modules = []
 END
 install --no-deps "$metadata"
 rm -r "$metadata"
-install --editable "$root[demo]" --group "$root/pyproject.toml:dev"
+install --editable "$root[bench]" --group "$root/pyproject.toml:dev"
 
 # Nothing else compiles what uv installed, and each engine process would do it again: 30 s a start.
 PYTHONDONTWRITEBYTECODE='' "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null || true

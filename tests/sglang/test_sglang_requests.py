@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from kvcached_sglang.requests import is_busy, reopen
 
 pytestmark = pytest.mark.sglang

@@ -1,0 +1,83 @@
+"""Every benchmark: what it shows and how it is run. Scripts and their arguments, as data."""
+
+from dataclasses import dataclass
+
+HOST, GPU = "host", "GPU"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A script of this folder.
+
+    Attributes:
+        name: What `run` is told.
+        script: Its path in this folder.
+        where: `host` or `GPU`.
+        shows: What it measures.
+        arguments: What it is started with, before what the caller adds.
+        output: The argument that names where results go.
+        result: The result's name in the results folder.
+    """
+
+    name: str
+    script: str
+    where: str
+    shows: str
+    arguments: tuple[str, ...] = ()
+    output: str = "--json"
+    result: str = ""
+
+    @property
+    def result_name(self) -> str:
+        """The file or folder of its results."""
+        return self.result or f"{self.name}.json"
+
+
+BENCHMARKS = (
+    Benchmark("block_pool", "block_pool.py", HOST, "vLLM's block pool and ours, call by call"),
+    Benchmark("wrappers", "wrappers.py", HOST, "what our wrappers add to the scheduler's path"),
+    Benchmark("ledger", "ledger.py", HOST, "one operation of the ledger, alone and contended"),
+    Benchmark("pressure", "pressure.py", HOST, "how soon an idle engine gives memory back"),
+    Benchmark("host_memory", "host_memory.py", HOST, "mapping host memory, ledger views, imports"),
+    Benchmark("cpu_throughput", "cpu_throughput.py", HOST, "the CPU engine's throughput with us"),
+    Benchmark("dry_pool", "dry_pool.py", HOST, "ten minutes in which all want more than there is"),
+    Benchmark(
+        "multi_model_host",
+        "multi_model/run.py",
+        HOST,
+        "several models on one pool, mode by mode: a rehearsal, its times prove nothing",
+        ("--profile", "host", "--cross-check", "1"),
+        output="--out",
+        result="multi_model/host",
+    ),
+    Benchmark("vmm", "vmm.py", GPU, "the driver's costs by the size of a handle"),
+    Benchmark("attention", "attention.py", GPU, "attention over scattered pages"),
+    Benchmark("vllm_steps", "vllm_steps.py", GPU, "a step of vLLM with us and without"),
+    Benchmark("vllm_overhead", "vllm_overhead.py", GPU, "vLLM's servers with us and without"),
+    Benchmark("sglang_overhead", "sglang_overhead.py", GPU, "SGLang's servers with us and without"),
+    Benchmark("beside_sglang", "beside_sglang.py", GPU, "vLLM beside SGLang, and one killed"),
+    Benchmark("vllm_neighbours", "vllm_neighbours.py", GPU, "starts and bursts beside neighbours"),
+    Benchmark(
+        "pressure_gpu",
+        "pressure.py",
+        GPU,
+        "how soon an idle engine gives memory back",
+        ("--gpu",),
+    ),
+    Benchmark(
+        "dry_pool_gpu",
+        "dry_pool.py",
+        GPU,
+        "five minutes in which all want more than there is",
+        ("--gpu", "--seconds", "300"),
+    ),
+    Benchmark(
+        "multi_model",
+        "multi_model/run.py",
+        GPU,
+        "three 8B models on 80 GB, mode by mode: the headline figures",
+        ("--profile", "gpu", "--cap-gib", "74.5", "--cross-check", "2", "8"),
+        output="--out",
+        result="multi_model/gpu",
+    ),
+)

@@ -1,0 +1,184 @@
+"""The servers of one mode: started, sampled, stopped, and gone whatever happens."""
+
+import contextlib
+import csv
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+from multi_model import client
+from multi_model.gpu import Gpu
+from multi_model.modes import ELASTIC, SGLANG, SLEEP_SWAP, Plan, Site
+from profiles import open_ledger
+from sglang_servers import PYTHON as SGLANG_PYTHON
+
+from kvcached_core.cli.demo.server import EngineServer, SGLangServer
+from kvcached_core.errors import LedgerError
+from kvcached_core.ledger import Ledger
+
+SAMPLE_SECONDS = 0.25
+READY_SECONDS = 600.0
+
+
+@dataclass
+class Samples:
+    """What each instance held, sample by sample, in bytes; and what the device had in use."""
+
+    seconds: list[float] = field(default_factory=list)
+    resident_bytes: list[list[int]] = field(default_factory=list)
+    device_bytes: list[int] = field(default_factory=list)
+
+    def write(self, path: Path, names: Sequence[str]) -> None:
+        """Write the samples as a table, a line each."""
+        with path.open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["seconds", *names, "device_bytes"])
+            for row in zip(self.seconds, self.resident_bytes, self.device_bytes, strict=True):
+                table.writerow([f"{row[0]:.2f}", *row[1], row[2]])
+
+
+class Fleet:
+    """The servers of one mode.
+
+    Args:
+        mode: The mode's name.
+        plans: How each is started.
+        site: Where.
+        models: The folder of each model.
+        folder: For logs and the ledger.
+    """
+
+    def __init__(
+        self, mode: str, plans: Sequence[Plan], site: Site, models: Sequence[Path], folder: Path
+    ) -> None:
+        self.mode = mode
+        self.plans = plans
+        self.site = site
+        self.folder = folder
+        self._models = models
+        self._stack = contextlib.ExitStack()
+        self.servers: list[EngineServer] = []
+
+    def __enter__(self) -> Self:
+        """Start all and wait until they answer; stop those that were started if one does not."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for number, plan in enumerate(self.plans):
+                self._start(number, plan)
+                if plan.starts_alone:
+                    self._wait(self.servers[-1])
+                if self.mode == SLEEP_SWAP and number:
+                    self.sleep(number)
+            for server in self.servers:
+                self._wait(server)
+            if self.mode == ELASTIC and self.site.pool_bytes is not None and not self.site.is_host:
+                self._stack.enter_context(self._ballast(self.site.pool_bytes))
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop all."""
+        self._stack.close()
+
+    @property
+    def names(self) -> list[str]:
+        """The instances' names."""
+        return [plan.name for plan in self.plans]
+
+    @property
+    def targets(self) -> list[client.Target]:
+        """Where each model is served."""
+        dialects = {True: client.SGLANG, False: client.OPENAI}
+        return [
+            client.Target(server.url, plan.name, dialects[plan.kind == SGLANG])
+            for server, plan in zip(self.servers, self.plans, strict=True)
+        ]
+
+    def sleep(self, model: int) -> None:
+        """Put a vLLM server to sleep: its weights go to the host, its KV cache is gone."""
+        self._post(model, "/sleep?level=1")
+
+    def wake_up(self, model: int) -> None:
+        """Wake it up."""
+        self._post(model, "/wake_up")
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[Samples]:
+        """Sample memory while the block runs."""
+        samples = Samples()
+        end = threading.Event()
+        thread = threading.Thread(target=self._sample, args=(samples, end), daemon=True)
+        thread.start()
+        try:
+            yield samples
+        finally:
+            end.set()
+            thread.join()
+
+    def _start(self, number: int, plan: Plan) -> None:
+        make = SGLangServer if plan.kind == SGLANG else EngineServer
+        more = {"python": SGLANG_PYTHON} if plan.kind == SGLANG else {}
+        environ = {"VLLM_LOGGING_LEVEL": "WARNING"} | plan.environ
+        server = make(
+            plan.name,
+            self._models[number],
+            self.folder,
+            environ=environ,
+            arguments=plan.arguments,
+            core=number,
+            options=plan.options,
+            **more,
+        )
+        self.servers.append(server)
+        self._stack.callback(server.kill)
+
+    @staticmethod
+    def _wait(server: EngineServer) -> None:
+        server.wait_ready(READY_SECONDS)
+
+    def _post(self, model: int, path: str) -> None:
+        httpx.post(self.servers[model].url + path, timeout=60).raise_for_status()
+
+    @contextlib.contextmanager
+    def _ballast(self, pool_bytes: int) -> Iterator[None]:
+        """Promise a row of our own all but `pool_bytes`; no memory is taken."""
+        with open_ledger(self.folder) as ledger:
+            row = ledger.register(name="ballast", engine="benchmark")
+            held = sum(view.resident_bytes for view in ledger.view().instances)
+            spare_bytes = max(ledger.free_bytes(row) + held - pool_bytes, 0)
+            ledger.reserve(row, spare_bytes, 1)
+            try:
+                yield
+            finally:
+                ledger.unregister(row)
+
+    def _sample(self, samples: Samples, end: threading.Event) -> None:
+        gpu = None if self.site.is_host else Gpu()
+        start = time.monotonic()
+        while not end.wait(SAMPLE_SECONDS):
+            samples.resident_bytes.append(self._resident_bytes())
+            samples.device_bytes.append(gpu.used_bytes() if gpu else 0)
+            samples.seconds.append(time.monotonic() - start)
+
+    def _resident_bytes(self) -> list[int]:
+        if self.mode != ELASTIC:
+            return [plan.kv_bytes or 0 for plan in self.plans]
+        try:
+            (path,) = (self.folder / "kv").glob("*.ledger")
+            with Ledger(path) as ledger:
+                views = {view.name: view.resident_bytes for view in ledger.view().instances}
+        except (LedgerError, ValueError):
+            views = {}
+        return [views.get(name, 0) for name in self.names]

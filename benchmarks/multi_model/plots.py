@@ -1,0 +1,89 @@
+"""The report's pictures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from multi_model.client import Record
+from multi_model.fleet import Samples
+from multi_model.metrics import GOAL, SCALES, tpots, ttfts
+from multi_model.workloads import Workload, arrivals_per_second
+
+from kvcached_core.units import GIB
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+SIZE = (7.0, 3.6)
+
+
+def cdfs(path: Path, title: str, records: Mapping[str, Sequence[Record]]) -> None:
+    """Draw how TTFT and TPOT are distributed, a line for each mode."""
+    figure, axes = plt.subplots(1, 2, figsize=SIZE, layout="constrained", sharey=True)
+    for axis, name, values in zip(axes, ("TTFT", "TPOT"), (ttfts, tpots), strict=True):
+        for mode, of_mode in records.items():
+            found = np.sort(np.asarray(values(of_mode))) * 1e3
+            axis.step(found, np.linspace(0, 1, len(found)), where="post", label=mode)
+        axis.set(xscale="log", xlabel=f"{name}, ms")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("share of requests")
+    axes[0].legend()
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def attainments(path: Path, title: str, attained: Mapping[str, Sequence[float]]) -> None:
+    """Draw the share of requests within each scale of the service level."""
+    figure, axis = plt.subplots(figsize=SIZE, layout="constrained")
+    for mode, of_mode in attained.items():
+        axis.plot(SCALES, np.asarray(of_mode) * 100, marker=".", label=mode)
+    axis.axhline(GOAL * 100, color="grey", linewidth=0.8, linestyle=":")
+    axis.set(title=title, xlabel="scale of the service level", ylabel="requests within, %")
+    axis.set_ylim(0, 102)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _save(figure, path)
+
+
+def memory(
+    path: Path, title: str, samples: Samples, names: Sequence[str], total_bytes: int
+) -> None:
+    """Draw what each instance held, stacked, against what there is."""
+    figure, axis = plt.subplots(figsize=SIZE, layout="constrained")
+    held = np.asarray(samples.resident_bytes, dtype=float).T / GIB
+    axis.stackplot(samples.seconds, held, labels=names, alpha=0.8)
+    axis.axhline(total_bytes / GIB, color="black", linewidth=0.8, label="what there is")
+    axis.set(title=title, xlabel="seconds", ylabel="KV memory, GiB")
+    axis.set_ylim(0, total_bytes / GIB * 1.1)
+    axis.legend(loc="upper right")
+    _save(figure, path)
+
+
+def rates(path: Path, workload: Workload, names: Sequence[str]) -> None:
+    """Draw how many requests come in each second."""
+    figure, axis = plt.subplots(figsize=SIZE, layout="constrained")
+    for name, counts in zip(names, arrivals_per_second(workload), strict=True):
+        axis.step(range(len(counts)), counts, where="post", label=name)
+    axis.set(title=f"{workload.name}: arrivals", xlabel="seconds", ylabel="requests per second")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _save(figure, path)
+
+
+def curve(path: Path, title: str, ratios: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Draw how many times sooner elastic's first tokens come, over the peak rate of the ramp."""
+    figure, axis = plt.subplots(figsize=SIZE, layout="constrained")
+    for name, points in ratios.items():
+        axis.plot(*zip(*points, strict=True), marker="o", label=name)
+    axis.axhline(1.0, color="grey", linewidth=0.8)
+    axis.set(title=title, xlabel="peak, requests per second", ylabel="static / elastic")
+    axis.set_yscale("log")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    _save(figure, path)
+
+
+def _save(figure: "plt.Figure", path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,40 @@
+"""The list of benchmarks and the command that runs them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from catalog import BENCHMARKS
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_every_script_is_in_the_list_and_is_there() -> None:
+    folder = ROOT / "benchmarks"
+    scripts = {benchmark.script for benchmark in BENCHMARKS}
+    assert all((folder / script).exists() for script in scripts)
+    runnable = {path.name for path in folder.glob("*.py") if "\ndef main()" in path.read_text()}
+    assert runnable - {"__main__.py"} == {script for script in scripts if "/" not in script}
+
+
+def test_list_names_all() -> None:
+    listed = run("list").stdout
+    assert all(benchmark.name in listed for benchmark in BENCHMARKS)
+
+
+@pytest.mark.parametrize("words", [["run", "nothing"], ["report", "/nowhere"]])
+def test_what_is_not_there_is_named(words: list[str]) -> None:
+    done = run(*words)
+    assert done.returncode
+    assert words[1] in done.stderr
