@@ -287,7 +287,7 @@ def engine(options: Any) -> dict[str, Any]:
             time.sleep(0.02)  # let the other one have the turn
     with lock.open() as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
-        kernels = {name: profile(driver, load) for name, load in loads.items() if not load.rate}
+        kernels = {name: profile(driver, load) for name, load in loads.items()}
     calls: dict[str, Any] = {}
     if is_elastic:
         worker = core.model_executor.driver_worker.worker
