@@ -180,8 +180,9 @@ class Row(_Words):
 
     @property
     def excess_bytes(self) -> int:
-        """What is held above the limit."""
-        return max(self.resident_bytes - self.limit_bytes, 0) if self.limit_bytes >= 0 else 0
+        """What is held, or promised and about to be mapped, above the limit."""
+        held_bytes = self.resident_bytes + self.promised_bytes
+        return max(held_bytes - self.limit_bytes, 0) if self.limit_bytes >= 0 else 0
 
     @property
     def is_live(self) -> bool:

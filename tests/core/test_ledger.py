@@ -377,6 +377,14 @@ def test_who_waits_is_named_when_memory_comes_free(ledger: Ledger) -> None:
     assert ledger.settle(holder, unmapped_bytes=PAGE, used_bytes=0, cached_bytes=GIB) == []
 
 
+def test_a_lowered_limit_counts_what_is_about_to_be_mapped(ledger: Ledger) -> None:
+    row = ledger.register(name="a", engine="test")
+    fill(ledger, row, 3 * PAGE, used=3 * PAGE)
+    assert ledger.reserve(row, PAGE, PAGE) == PAGE  # ordered, and mapped behind the limit's back
+    ledger.set_policy(row, Policy(limit_bytes=2 * PAGE))
+    assert ledger.wanted(row).owed_bytes == 2 * PAGE
+
+
 def test_a_lowered_limit_is_owed(ledger: Ledger) -> None:
     row = ledger.register(name="a", engine="test")
     fill(ledger, row, 4 * PAGE, used=4 * PAGE)

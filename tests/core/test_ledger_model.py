@@ -49,7 +49,7 @@ class Model:
 
     @property
     def excess(self) -> int:
-        return max(self.resident - self.limit, 0)
+        return max(self.held - self.limit, 0)
 
 
 class Process:
