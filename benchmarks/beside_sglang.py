@@ -138,9 +138,9 @@ def main() -> None:
                 server.wait_ready()
             (path,) = (both.workspace / "kv").glob("*.ledger")
             with Recorder(path) as recorder:
-                for name in () if options.only_kill else (VLLM, SGLANG, VLLM, SGLANG):
-                    both.send(f"burst on {name}", name)
                 if not options.only_kill:
+                    for name in (VLLM, SGLANG, VLLM, SGLANG):
+                        both.send(f"burst on {name}", name)
                     both.send("bursts on both", VLLM, SGLANG)
             peaks = {name: recorder.recording.peak_bytes(name) for name in both.servers}
             both.facts["peak_bytes"] = peaks

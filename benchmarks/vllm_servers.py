@@ -78,9 +78,7 @@ class Setting:
         """Start a server with at most `kv_bytes` of KV cache; a vanilla one seizes them."""
         sizes: tuple[str, ...] = ()
         if not elastic:
-            utilization = "0.5" if self.tiny else "0.05"
-            sizes = ("--kv-cache-memory-bytes", str(kv_bytes or self.kv_bytes))
-            sizes += ("--gpu-memory-utilization", utilization)
+            sizes = seizing(kv_bytes or self.kv_bytes, is_host=self.tiny)
         environ = self.environ | {"ENABLE_KVCACHED": str(int(elastic)), "KVCACHED_NAME": name}
         environ["KVCACHED_DIR"] = str(self.folder / "kv")
         if elastic and kv_bytes is not None:
@@ -107,6 +105,12 @@ class Setting:
     ) -> dict[str, Any]:
         """Run `vllm bench serve` against a server and return its figures."""
         return bench_serve(server, self.model, num_in, num_out, rate, num, seed)
+
+
+def seizing(kv_bytes: int, *, is_host: bool) -> tuple[str, ...]:
+    """Return the arguments with which a vanilla vLLM server seizes exactly `kv_bytes`."""
+    utilization = "0.5" if is_host else "0.05"
+    return ("--kv-cache-memory-bytes", str(kv_bytes), "--gpu-memory-utilization", utilization)
 
 
 def bench_serve(  # noqa: PLR0917  the workload is a tuple

@@ -62,9 +62,13 @@ class RankMemory:
 
     def carry_out(self, orders: PageOrders) -> None:
         """Map and unmap, and return when it is done: only between steps."""
+        self.apply(orders)
+        self.keeper.wait()
+
+    def apply(self, orders: PageOrders) -> None:
+        """Carry out orders between two steps; only what the next one needs is waited for."""
         self.before_step(orders)
         self.after_step(orders)
-        self.keeper.wait()
 
     def before_step(self, orders: PageOrders) -> None:
         """Map what the step needs."""

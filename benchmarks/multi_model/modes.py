@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vllm_servers import seizing
+
 from kvcached_core.cli.demo.server import HOST_OPTIONS, SGLANG_HOST_OPTIONS
 from kvcached_core.units import GIB, format_bytes
 
@@ -165,8 +167,7 @@ def _seizing(kind: str, site: Site, kv_bytes: int | None, part: float) -> tuple[
         fraction = "0.3" if site.is_host else "0.9"
         tokens = str(kv_bytes // site.kv_bytes_per_token)
         return ("--max-total-tokens", tokens, "--mem-fraction-static", fraction)
-    utilization = "0.5" if site.is_host else "0.05"
-    return ("--kv-cache-memory-bytes", str(kv_bytes), "--gpu-memory-utilization", utilization)
+    return seizing(kv_bytes, is_host=site.is_host)
 
 
 def describe(site: Site) -> str:

@@ -22,7 +22,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0 }
 td, th { padding: .2rem .8rem; text-align: right }
 th { border-bottom: 1px solid #888 } td:first-child, th:first-child { text-align: left }
-img { max-width: 100% } .bad { color: #b00 }
+img { max-width: 100% }
 """
 
 
@@ -75,7 +75,7 @@ def _summarize(folder: Path, key: str, fact: dict[str, Any]) -> dict[str, Any]:
     if found:
         plots.cdfs(folder / f"{key}-latency.png", fact["name"], found)
     if levels is not None:
-        attained = {mode: metrics.attainment(records, levels) for mode, records in found.items()}
+        attained = {mode: figures["attainment"] for mode, figures in modes.items()}
         plots.attainments(folder / f"{key}-attainment.png", fact["name"], attained)
     return fact | {"modes": modes, "ratios": _ratios(modes, found, levels)}
 

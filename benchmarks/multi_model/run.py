@@ -1,7 +1,7 @@
 """Run real engines side by side on one device, in several modes, under one schedule.
 
-    python -m benchmarks run multi_model --profile host --out benchmarks/results/multi_model/host
-    python -m benchmarks run multi_model --profile gpu --workloads ramp:8 ramp:16 arena:4
+    python -m benchmarks run multi_model_host
+    python -m benchmarks run multi_model -- --workloads ramp:8 ramp:16 arena:4
 
 A run adds to its folder: raw records, samples of memory, a summary, pictures, a report. Modes may
 be run at different times; the report is made of all that are there.
@@ -10,6 +10,7 @@ be run at different times; the report is made of all that are there.
 import argparse
 import asyncio
 import contextlib
+import functools
 import itertools
 import json
 import signal
@@ -81,8 +82,9 @@ class Run:
     workspace: Path
     cross_check_rates: tuple[float, ...] = ()
 
+    @functools.cached_property
     def models(self) -> list[Path]:
-        """Make the models and return their folders."""
+        """The folders of the models, which are made on first use."""
         if self.site.is_host:
             return [
                 make_model(self.workspace / f"model{number}", seed=number)
@@ -109,7 +111,7 @@ class Run:
 
     def cross_check(self, fleet: Fleet, rates: Sequence[float]) -> None:
         """Compare our client with vLLM's on one model: text prompts, sent at even distances."""
-        lengths, model = LENGTHS[self.profile], self.models()[0]
+        lengths, model = LENGTHS[self.profile], self.models[0]
         tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
         found = []
         for rate in rates:
@@ -159,7 +161,7 @@ class Run:
             write_records(Path(f"{self.folder.of(ALONE, workload)}.csv"), found)
 
     def _fleet(self, mode: str, plans: list[Plan]) -> Fleet:
-        return Fleet(mode, plans, self.site, self.models(), self.workspace / mode)
+        return Fleet(mode, plans, self.site, self.models, self.workspace / mode)
 
     def _replay(self, mode: str, fleet: Fleet, workload: Workload, progress: Progress) -> None:
         files = self.folder.of(mode, workload)

@@ -1,6 +1,5 @@
 """What is asked of the models and when: schedules of requests, from formulas and from traces."""
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -139,9 +138,6 @@ def _workload(name: str, num_models: int, requests: Iterable[Request]) -> Worklo
 def arrivals_per_second(workload: Workload) -> list[list[int]]:
     """Return how many requests come in each second, model by model."""
     counts = [[0] * (int(workload.seconds) + 1) for _ in range(workload.num_models)]
-    for model, group in itertools.groupby(
-        sorted(workload.requests, key=lambda request: request.model), lambda r: r.model
-    ):
-        for request in group:
-            counts[model][int(request.at_seconds)] += 1
+    for request in workload.requests:
+        counts[request.model][int(request.at_seconds)] += 1
     return counts

@@ -250,8 +250,7 @@ class ElasticEngine:
 
     def _carry_out(self, orders: PageOrders) -> None:
         orders.num_used_pages, orders.num_cached_pages = self._reported
-        self.memory.before_step(orders)  # type: ignore[union-attr]
-        self.memory.after_step(orders)  # type: ignore[union-attr]
+        self.memory.apply(orders)  # type: ignore[union-attr]
 
     def _unmap(self, pages: list[int]) -> None:
         if pages:

@@ -76,9 +76,7 @@ class WorkerMemory(RankMemory):
 
 def apply_orders(worker: Any, orders: PageOrders) -> None:
     """Carry out orders between two steps; vLLM's `collective_rpc` calls this in each worker."""
-    memory = memory_of(worker)
-    memory.before_step(orders)
-    memory.after_step(orders)
+    memory_of(worker).apply(orders)
 
 
 def settle_orders(worker: Any) -> None:
