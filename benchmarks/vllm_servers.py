@@ -29,7 +29,7 @@ from kvcached_core.ledger_view import InstanceView
 from kvcached_core.units import GIB, MIB
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from helpers.shapes import make_shape
+from helpers.shapes import kv_bytes_per_token, make_shape
 
 FIGURES = {
     "output_throughput": "output throughput",
@@ -61,7 +61,7 @@ class Setting:
         else:
             self.model = make_shape(folder / "llama-8b", "llama-8b")
             self.kv_bytes = 24 * GIB
-            self.kv_bytes_per_token = 128 * 1024
+            self.kv_bytes_per_token = kv_bytes_per_token("llama-8b")
             self.workloads = [
                 ("512/128 at saturation", 512, 128, "inf", 500),
                 ("512/128 at 8 req/s", 512, 128, "8", 160),

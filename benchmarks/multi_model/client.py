@@ -17,6 +17,8 @@ VOCABULARY = range(3, 500)
 Prompt = list[int] | str
 # A request that has not ended by then counts as failed.
 REQUEST_SECONDS = 600.0
+# Servers close a connection that is idle for 5 seconds: a request sent at that moment is lost.
+IDLE_CONNECTION_SECONDS = 2.0
 
 
 @dataclass
@@ -150,7 +152,7 @@ async def replay(
         for request in workload.requests
     ]
     timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_SECONDS)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         start = time.perf_counter() + 0.1
         tasks = [

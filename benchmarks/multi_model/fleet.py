@@ -12,9 +12,9 @@ from typing import Self
 
 import httpx
 from multi_model import client
+from multi_model.ballast import Ballast
 from multi_model.gpu import Gpu
 from multi_model.modes import ELASTIC, SGLANG, SLEEP_SWAP, Plan, Site
-from profiles import open_ledger
 from sglang_servers import PYTHON as SGLANG_PYTHON
 
 from kvcached_core.cli.demo.server import EngineServer, SGLangServer
@@ -63,6 +63,7 @@ class Fleet:
         self._models = models
         self._stack = contextlib.ExitStack()
         self.servers: list[EngineServer] = []
+        self._ballast: Ballast | None = None
 
     def __enter__(self) -> Self:
         """Start all and wait until they answer; stop those that were started if one does not."""
@@ -77,7 +78,8 @@ class Fleet:
             for server in self.servers:
                 self._wait(server)
             if self.mode == ELASTIC and self.site.pool_bytes is not None and not self.site.is_host:
-                self._stack.enter_context(self._ballast(self.site.pool_bytes))
+                self._ballast = Ballast(self.folder, self.site.pool_bytes)
+                self._stack.callback(self._ballast.close)
         except BaseException:
             self._stack.close()
             raise
@@ -105,6 +107,11 @@ class Fleet:
             client.Target(server.url, plan.name, dialects[plan.kind == SGLANG])
             for server, plan in zip(self.servers, self.plans, strict=True)
         ]
+
+    def share_out(self) -> None:
+        """Leave the elastic engines of a GPU no more than the pool, whatever else has grown."""
+        if self._ballast is not None:
+            self._ballast.adjust()
 
     def sleep(self, model: int) -> None:
         """Put a vLLM server to sleep: its weights go to the host, its KV cache is gone."""
@@ -150,19 +157,6 @@ class Fleet:
 
     def _post(self, model: int, path: str) -> None:
         httpx.post(self.servers[model].url + path, timeout=60).raise_for_status()
-
-    @contextlib.contextmanager
-    def _ballast(self, pool_bytes: int) -> Iterator[None]:
-        """Promise a row of our own all but `pool_bytes`; no memory is taken."""
-        with open_ledger(self.folder) as ledger:
-            row = ledger.register(name="ballast", engine="benchmark")
-            held = sum(view.resident_bytes for view in ledger.view().instances)
-            spare_bytes = max(ledger.free_bytes(row) + held - pool_bytes, 0)
-            ledger.reserve(row, spare_bytes, 1)
-            try:
-                yield
-            finally:
-                ledger.unregister(row)
 
     def _sample(self, samples: Samples, end: threading.Event) -> None:
         gpu = None if self.site.is_host else Gpu()

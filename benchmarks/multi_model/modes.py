@@ -45,6 +45,7 @@ class Site:
         cap_bytes: The part of it that this run may use; the rest is left alone.
         caching: Whether prefix caching is on.
         options: More arguments of every server.
+        page_bytes: The page size that elastic engines aim at; the default where it is empty.
     """
 
     is_host: bool
@@ -54,6 +55,7 @@ class Site:
     cap_bytes: int = 0
     caching: bool = False
     options: tuple[str, ...] = ()
+    page_bytes: str = ""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ def _caching(kind: str, *, is_on: bool) -> tuple[str, ...]:
 
 def _elastic(name: str, kind: str, site: Site) -> tuple[tuple[str, ...], dict[str, str]]:
     environ = {"ENABLE_KVCACHED": "1", "KVCACHED_NAME": name}
+    if site.page_bytes:
+        environ["KVCACHED_PAGE_BYTES"] = site.page_bytes
     if site.is_host:
         environ["KVCACHED_HOST_POOL"] = str(site.pool_bytes)
     elif site.cap_bytes < site.device_bytes:

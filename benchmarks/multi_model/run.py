@@ -52,7 +52,7 @@ from multi_model.settings import (
     HOST_POOL_BYTES,
     HOST_WORKLOADS,
     LENGTHS,
-    LLAMA_8B_KV_BYTES_PER_TOKEN,
+    SHAPES,
     Folder,
     make_workload,
     slug,
@@ -60,7 +60,7 @@ from multi_model.settings import (
 from multi_model.workloads import Workload
 from rich.progress import Progress
 from tokenizers import Tokenizer
-from vllm_servers import bench_serve, make_shape
+from vllm_servers import bench_serve, kv_bytes_per_token, make_shape
 
 from kvcached_core.cli.demo.model import KV_BYTES_PER_TOKEN, make_model
 from kvcached_core.cli.demo.server import EngineServer
@@ -80,6 +80,7 @@ class Run:
     workloads: list[Workload]
     folder: Folder
     workspace: Path
+    shape: str
     cross_check_rates: tuple[float, ...] = ()
 
     @functools.cached_property
@@ -90,7 +91,7 @@ class Run:
                 make_model(self.workspace / f"model{number}", seed=number)
                 for number in range(len(self.kinds))
             ]
-        return [make_shape(self.workspace / "model", "llama-8b")] * len(self.kinds)
+        return [make_shape(self.workspace / "model", self.shape)] * len(self.kinds)
 
     def plans(self, mode: str) -> list[Plan]:
         """Return how the servers of a mode are started."""
@@ -117,7 +118,7 @@ class Run:
         for rate in rates:
             steady = schedules.constant(
                 rate,
-                lengths.constant_seconds,
+                lengths.cross_check_seconds,
                 num_models=1,
                 num_in=lengths.num_in,
                 num_out=lengths.num_out,
@@ -168,6 +169,7 @@ class Run:
         gpu = None if self.site.is_host else Gpu()
         joules = gpu.joules() if gpu else None
         gate = turns(fleet) if mode == SLEEP_SWAP else None
+        fleet.share_out()
         with fleet.sampling() as samples, bar(progress, mode, workload) as on_done:
             records = asyncio.run(replay(workload, fleet.targets, gate=gate, on_done=on_done))
         write_records(files.with_name(f"{files.name}.csv"), records)
@@ -259,17 +261,19 @@ def site_of(options: argparse.Namespace) -> Site:
             pool_bytes=pool_bytes or HOST_POOL_BYTES,
             caching=options.caching,
             options=more,
+            page_bytes=options.page_bytes,
         )
     device_bytes = Gpu().total_bytes
     cap_bytes = int(options.cap_gib * GIB) if options.cap_gib else device_bytes
     return Site(
         is_host=False,
-        kv_bytes_per_token=LLAMA_8B_KV_BYTES_PER_TOKEN,
+        kv_bytes_per_token=kv_bytes_per_token(options.shape),
         pool_bytes=pool_bytes,
         device_bytes=device_bytes,
         cap_bytes=min(cap_bytes, device_bytes),
         caching=options.caching,
         options=more,
+        page_bytes=options.page_bytes,
     )
 
 
@@ -297,8 +301,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--workloads", nargs="+", metavar="NAME:NUMBER")
     made.add_argument("--num-models", nargs="+", type=int, help="one run with each; 3 on a GPU")
     made.add_argument("--engines", nargs="+", choices=(VLLM, SGLANG), default=[VLLM])
-    made.add_argument("--pool-gib", type=float, help="what all KV caches may hold together")
-    made.add_argument("--cap-gib", type=float, help="how much of the GPU this run may use")
+    made.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="of the GPU's models")
+    memory = made.add_mutually_exclusive_group()
+    memory.add_argument("--pool-gib", type=float, help="what all KV caches may hold together")
+    memory.add_argument("--cap-gib", type=float, help="how much of the GPU this run may use")
+    made.add_argument("--page-bytes", default="", help="of elastic engines, such as 2MiB")
     made.add_argument("--caching", action="store_true", help="prefix caching on")
     made.add_argument("--seconds", type=float, help="of constant, arena and azure")
     made.add_argument(
@@ -329,7 +336,13 @@ def main(words: Sequence[str] | None = None) -> None:
                 rehearse(run, options.modes)
             return
         machine = describe_machine() if options.profile == HOST else describe_gpu()
-        folder.add(machine=machine, shared=describe(runs[0].site), caching=options.caching)
+        folder.add(
+            machine=machine,
+            model="tiny" if options.profile == HOST else options.shape,
+            shared=describe(runs[0].site),
+            caching=options.caching,
+            page_bytes=options.page_bytes or "default",
+        )
         with Progress() as progress:
             for run, mode in itertools.product(runs, options.modes):
                 run.play(mode, progress)
@@ -357,6 +370,7 @@ def make_runs(options: argparse.Namespace, folder: Folder, workspace: Path) -> I
             workloads,
             folder,
             workspace / f"{num_models}-models",
+            options.shape,
             tuple(options.cross_check),
         )
         for mode in options.modes:

@@ -13,11 +13,12 @@ from multi_model.workloads import Workload
 from kvcached_core.units import MIB
 
 HOST, GPU = "host", "gpu"
-LLAMA_8B_KV_BYTES_PER_TOKEN = 128 * 1024
 # Of the host's profile: tiny models, few and short requests.
 HOST_POOL_BYTES = 256 * MIB
 HOST_WORKLOADS = ("ramp:2", "constant:1")
-GPU_WORKLOADS = ("constant:4", "ramp:8", "ramp:16", "ramp:24", "ramp-together:8", "arena:4")
+GPU_WORKLOADS = ("constant:4", "constant:8", "ramp:16", "ramp:24", "ramp:32", "ramp-together:6")
+# The models of the GPU's profile.
+SHAPES = ("llama-8b", "llama-1b")
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,10 @@ class Lengths:
     num_out: int
     num_out_together: int
     constant_seconds: float
+    cross_check_seconds: float
 
 
-LENGTHS = {HOST: Lengths(128, 32, 64, 4.0), GPU: Lengths(256, 256, 2048, 30.0)}
+LENGTHS = {HOST: Lengths(128, 32, 64, 4.0, 4.0), GPU: Lengths(256, 256, 2048, 30.0, 15.0)}
 
 
 class Folder:

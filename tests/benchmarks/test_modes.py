@@ -47,6 +47,13 @@ def test_elastic_engines_get_no_size_and_one_headroom() -> None:
     assert not vllm.starts_alone
 
 
+def test_a_page_size_is_told_to_elastic_engines_alone() -> None:
+    site = replace(POOL, page_bytes="2MiB")
+    assert plans("elastic", site, "vllm")[0].environ["KVCACHED_PAGE_BYTES"] == "2MiB"
+    assert "KVCACHED_PAGE_BYTES" not in plans("static", site, "vllm")[0].environ
+    assert "KVCACHED_PAGE_BYTES" not in plans("elastic", POOL, "vllm")[0].environ
+
+
 def test_prefix_caching_is_off_or_on_for_every_engine() -> None:
     off = plans("static", POOL, "vllm", "sglang")
     assert "--no-enable-prefix-caching" in off[0].arguments

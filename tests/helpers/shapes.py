@@ -27,6 +27,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
+    "llama-1b": LLAMA
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
     "llama-small": LLAMA
     | {
         "hidden_size": 1024,
@@ -167,6 +177,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 32000,
     },
 }
+
+
+def kv_bytes_per_token(shape: str) -> int:
+    """Return what keys and values of a token take in all layers of a Llama-like `shape`."""
+    config = SHAPES[shape]
+    values = config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    return int(2 * values * 2)  # keys and values, bfloat16
 
 
 def make_shape(folder: Path, shape: str) -> Path:
