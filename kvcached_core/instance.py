@@ -128,7 +128,8 @@ class Instance:
         Args:
             num_pages: Pages that are wanted.
             is_urgent: Whether a request has to wait without them.
-            num_spare: Pages that are welcome beyond them; nobody is asked for these.
+            num_spare: Pages that are welcome beyond them; nobody is asked for these, and who waits
+                comes first.
 
         Returns:
             How many pages were promised, the same on all devices.
@@ -139,7 +140,13 @@ class Instance:
         taken: list[tuple[Device, int]] = []
         for device, ledger in self._ledgers.items():
             unit_bytes = self._unit_bytes(device)
-            promised = ledger.reserve(self._rows[device], granted * unit_bytes, unit_bytes)
+            needed = min(num_pages, granted)
+            promised = ledger.reserve(
+                self._rows[device],
+                needed * unit_bytes,
+                unit_bytes,
+                spare_bytes=(granted - needed) * unit_bytes,
+            )
             granted = promised // unit_bytes
             taken.append((device, granted))
         for device, num_taken in taken:

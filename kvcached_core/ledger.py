@@ -218,11 +218,17 @@ class Ledger:
             row.num_notices += 1
             row.num_changes += 1
 
-    def reserve(self, index: int, num_bytes: int, unit_bytes: int) -> int:
+    def reserve(self, index: int, num_bytes: int, unit_bytes: int, *, spare_bytes: int = 0) -> int:
         """Promise up to `num_bytes`, in whole units, and return how many bytes it is.
 
         A promise never takes the instance over its limit, all instances over the capacity, or
         another one's floor.
+
+        Args:
+            index: The instance's row.
+            num_bytes: What it needs.
+            unit_bytes: What a promise is a multiple of.
+            spare_bytes: What it would like on top: granted only of what no other one waits for.
         """
         with self._lock:
             base = self._base(index)
@@ -231,10 +237,13 @@ class Ledger:
                 self._reap()
             room = self._room(base)
             granted = num_bytes if room >= num_bytes else max(room // unit_bytes * unit_bytes, 0)
+            if spare_bytes:
+                left = room - granted - (self._waiting_bytes() - words[base + WAITING])
+                granted += min(spare_bytes, max(left // unit_bytes * unit_bytes, 0))
             words[base + PROMISED] += granted
             if granted < num_bytes:
                 self._rows[index].num_refused += 1
-            else:
+            elif granted:
                 words[base + WAITING] = 0
             self._keep(index, base)
             return granted
@@ -480,10 +489,13 @@ class Ledger:
         row.num_notices += 1
         return more
 
-    def _waiting(self) -> list[int]:
+    def _waiting_bytes(self) -> int:
         words = self._words
         end = HEADER_WORDS + words[layout.NUM_USED_ROWS] * ROW_WORDS
-        if not sum(words[HEADER_WORDS + WAITING : end : ROW_WORDS]):
+        return sum(words[HEADER_WORDS + WAITING : end : ROW_WORDS])
+
+    def _waiting(self) -> list[int]:
+        if not self._waiting_bytes():
             return []
         return [row.index for row in self._live_rows() if row.waiting_bytes]
 

@@ -40,7 +40,7 @@ class PageSource(Protocol):
         """Promise up to `num_pages` pages, and up to `num_spare` more; return how many it is.
 
         Only an urgent wish, one without which a request has to wait, may make others give memory;
-        the spare ones never do.
+        the spare ones never do, and are left to who waits for memory.
         """
 
     def cancel(self, num_pages: int) -> None:
@@ -315,7 +315,7 @@ class PagePool(Generic[Block]):
     def _open_spare(self, num_pages: int) -> None:
         missing = min(num_pages, len(self._unmapped)) - self.num_promised
         if missing > 0:
-            self.num_promised += self._source.reserve(missing, is_urgent=False)
+            self.num_promised += self._source.reserve(0, is_urgent=False, num_spare=missing)
         for _ in range(min(num_pages, self.num_promised)):
             self.open(is_spare=True)
         self._settle()

@@ -69,6 +69,20 @@ def test_a_refusal_on_the_last_device_leaves_nothing_on_the_first(
     assert view(instance, first).promised_bytes == 0
 
 
+def test_spare_pages_are_left_to_a_neighbour_that_waits_on_any_device(
+    start: Callable[..., Instance],
+) -> None:
+    first, last = device("a", 8), device("b", 8)
+    neighbour = start([last], name="neighbour")
+    instance = start([first, last])
+    assert instance.reserve(6, is_urgent=False) == 6
+    assert neighbour.reserve(4, is_urgent=True) == 2
+    instance.cancel(3)
+    assert instance.reserve(0, is_urgent=False, num_spare=4) == 1
+    assert instance.reserve(1, is_urgent=False, num_spare=4) == 1
+    assert view(instance, first).promised_bytes == view(instance, last).promised_bytes == 5 * PAGE
+
+
 def test_ranks_that_share_a_device_are_promised_a_page_each(start: Callable[..., Instance]) -> None:
     instance = start([HOUSE, HOUSE])
     assert instance.reserve(10, is_urgent=False) == 4

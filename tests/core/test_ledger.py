@@ -377,6 +377,30 @@ def test_who_waits_is_named_when_memory_comes_free(ledger: Ledger) -> None:
     assert ledger.settle(holder, unmapped_bytes=PAGE, used_bytes=0, cached_bytes=GIB) == []
 
 
+def test_spare_memory_is_left_to_who_waits_for_it(ledger: Ledger) -> None:
+    holder = ledger.register(name="holder", engine="test")
+    asker = ledger.register(name="asker", engine="test")
+    fill(ledger, holder, GIB, used=GIB)
+    assert ledger.reserve(asker, 3 * PAGE, PAGE) == 0
+    ledger.ask_peers(asker, 3 * PAGE)
+    ledger.settle(holder, unmapped_bytes=4 * PAGE, used_bytes=GIB - 4 * PAGE, cached_bytes=0)
+    assert ledger.reserve(holder, 0, PAGE, spare_bytes=4 * PAGE) == PAGE
+    ledger.cancel(holder, PAGE)
+    assert ledger.reserve(holder, 2 * PAGE, PAGE, spare_bytes=4 * PAGE) == 2 * PAGE  # it needs them
+    ledger.cancel(holder, 2 * PAGE)
+    assert ledger.reserve(asker, 3 * PAGE, PAGE, spare_bytes=4 * PAGE) == 4 * PAGE
+    assert ledger.view().instances[1].waiting_bytes == 0
+
+
+def test_who_waits_goes_on_waiting_when_there_is_nothing_to_spare(ledger: Ledger) -> None:
+    holder = ledger.register(name="holder", engine="test")
+    asker = ledger.register(name="asker", engine="test")
+    fill(ledger, holder, GIB, used=GIB)
+    ledger.ask_peers(asker, PAGE)
+    assert ledger.reserve(asker, 0, PAGE, spare_bytes=4 * PAGE) == 0
+    assert ledger.view().instances[1].waiting_bytes == PAGE
+
+
 def test_a_lowered_limit_counts_what_is_about_to_be_mapped(ledger: Ledger) -> None:
     row = ledger.register(name="a", engine="test")
     fill(ledger, row, 3 * PAGE, used=3 * PAGE)

@@ -78,20 +78,27 @@ class BlockPages:
         """Return the ids of all blocks on open pages, without the padding block."""
         return self._ids_of(sorted(self._open))[1:]
 
-    def reserve_blocks(self, num_blocks: int, *, is_urgent: bool) -> None:
-        """Ask for the pages of so many more blocks than are ready."""
+    def reserve_blocks(self, num_blocks: int, *, is_spare: bool = False) -> None:
+        """Ask for the pages of so many more blocks than are ready.
+
+        Args:
+            num_blocks: What shall be ready.
+            is_spare: No request waits for them; otherwise others are asked to give memory.
+        """
         missing = num_blocks - self.num_ready_blocks
         wanted = -(-missing // self.geometry.blocks_per_page)
         wanted = min(wanted, len(self._unmapped) - self.num_promised)
-        if wanted > 0:
-            self.num_promised += self._source.reserve(wanted, is_urgent=is_urgent)
+        if wanted > 0 and is_spare:
+            self.num_promised += self._source.reserve(0, is_urgent=False, num_spare=wanted)
+        elif wanted > 0:
+            self.num_promised += self._source.reserve(wanted, is_urgent=True)
 
     def open_blocks(self, num_blocks: int) -> torch.Tensor:
         """Open pages for up to `num_blocks` blocks, asking for them if need be; return the ids.
 
         They may be used by the next step.
         """
-        self.reserve_blocks(num_blocks, is_urgent=True)
+        self.reserve_blocks(num_blocks)
         orders = PageOrders()
         opened: list[int] = []
         per_page = self.geometry.blocks_per_page
@@ -115,7 +122,7 @@ class BlockPages:
         num_free = num_free_blocks // per_page + len(self._spare)
         if num_free >= self.min_spare_pages:
             return
-        self.reserve_blocks((self.max_spare_pages - num_free) * per_page, is_urgent=False)
+        self.reserve_blocks((self.max_spare_pages - num_free) * per_page, is_spare=True)
         ordered = [heappop(self._unmapped) for _ in range(self.num_promised)]
         self.num_promised = 0
         if ordered:

@@ -153,7 +153,7 @@ class ElasticEngine:
             give_up_part(scheduler)
         missing = self._blocks_needed(scheduler, free_list) - free_list.num_free_blocks
         if missing > 0:
-            free_list.pages.reserve_blocks(missing, is_urgent=True)
+            free_list.pages.reserve_blocks(missing)
             # What is not promised cannot be counted on: an allocation that fails ends SGLang.
             free_list.is_bound = free_list.pages.num_ready_blocks < missing
 
