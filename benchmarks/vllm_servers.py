@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 from machine import describe_gpu, describe_machine
@@ -113,8 +113,20 @@ def seizing(kv_bytes: int, *, is_host: bool) -> tuple[str, ...]:
     return ("--kv-cache-memory-bytes", str(kv_bytes), "--gpu-memory-utilization", utilization)
 
 
+class Named(Protocol):
+    """A server's address and what its model is called."""
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+
+
 def bench_serve(  # noqa: PLR0917  the workload is a tuple
-    server: EngineServer,
+    server: Named,
     model: Path,
     num_in: int,
     num_out: int,
