@@ -29,17 +29,30 @@ READY_SECONDS = 600.0
 class Samples:
     """What each instance held, sample by sample, in bytes; and what the device had in use."""
 
+    names: list[str]
     seconds: list[float] = field(default_factory=list)
     resident_bytes: list[list[int]] = field(default_factory=list)
     device_bytes: list[int] = field(default_factory=list)
 
-    def write(self, path: Path, names: Sequence[str]) -> None:
+    def write(self, path: Path) -> None:
         """Write the samples as a table, a line each."""
         with path.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
-            table.writerow(["seconds", *names, "device_bytes"])
+            table.writerow(["seconds", *self.names, "device_bytes"])
             for row in zip(self.seconds, self.resident_bytes, self.device_bytes, strict=True):
                 table.writerow([f"{row[0]:.2f}", *row[1], row[2]])
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Return what `write` wrote."""
+        with path.open(newline="", encoding="utf-8") as file:
+            head, *rows = csv.reader(file)
+        return cls(
+            head[1:-1],
+            [float(row[0]) for row in rows],
+            [[int(cell) for cell in row[1:-1]] for row in rows],
+            [int(row[-1]) for row in rows],
+        )
 
 
 class Fleet:
@@ -124,7 +137,7 @@ class Fleet:
     @contextlib.contextmanager
     def sampling(self) -> Iterator[Samples]:
         """Sample memory while the block runs."""
-        samples = Samples()
+        samples = Samples(self.names)
         end = threading.Event()
         thread = threading.Thread(target=self._sample, args=(samples, end), daemon=True)
         thread.start()

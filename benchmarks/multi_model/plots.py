@@ -8,7 +8,6 @@ import numpy as np
 from multi_model.client import Record
 from multi_model.fleet import Samples
 from multi_model.metrics import GOAL, SCALES, tpots, ttfts
-from multi_model.workloads import Workload, arrivals_per_second
 
 from kvcached_core.units import GIB
 
@@ -46,26 +45,27 @@ def attainments(path: Path, title: str, attained: Mapping[str, Sequence[float]])
     _save(figure, path)
 
 
-def memory(
-    path: Path, title: str, samples: Samples, names: Sequence[str], total_bytes: int
-) -> None:
+def memory(path: Path, title: str, samples: Samples, total_bytes: int | None) -> None:
     """Draw what each instance held, stacked, against what there is."""
     figure, axis = plt.subplots(figsize=SIZE, layout="constrained")
     held = np.asarray(samples.resident_bytes, dtype=float).T / GIB
-    axis.stackplot(samples.seconds, held, labels=names, alpha=0.8)
-    axis.axhline(total_bytes / GIB, color="black", linewidth=0.8, label="what there is")
+    total = (total_bytes or max(map(sum, samples.resident_bytes))) / GIB
+    axis.stackplot(samples.seconds, held, labels=samples.names, alpha=0.8)
+    axis.axhline(total, color="black", linewidth=0.8, label="what there is")
     axis.set(title=title, xlabel="seconds", ylabel="KV memory, GiB")
-    axis.set_ylim(0, total_bytes / GIB * 1.1)
+    axis.set_ylim(0, total * 1.1)
     axis.legend(loc="upper right")
     _save(figure, path)
 
 
-def rates(path: Path, workload: Workload, names: Sequence[str]) -> None:
-    """Draw how many requests come in each second."""
+def rates(path: Path, title: str, records: Sequence[Record], num_models: int) -> None:
+    """Draw how many requests came in each second."""
     figure, axis = plt.subplots(figsize=SIZE, layout="constrained")
-    for name, counts in zip(names, arrivals_per_second(workload), strict=True):
-        axis.step(range(len(counts)), counts, where="post", label=name)
-    axis.set(title=f"{workload.name}: arrivals", xlabel="seconds", ylabel="requests per second")
+    seconds = range(int(max(record.due_seconds for record in records)) + 2)
+    for model in range(num_models):
+        due = [record.due_seconds for record in records if record.model == model]
+        axis.stairs(np.histogram(due, seconds)[0], seconds, label=f"m{model}")
+    axis.set(title=f"{title}: arrivals", xlabel="seconds", ylabel="requests per second")
     axis.grid(alpha=0.3)
     axis.legend()
     _save(figure, path)

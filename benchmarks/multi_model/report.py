@@ -1,7 +1,6 @@
 """The summary of a run's folder, its pictures, and one page with all of it."""
 
 import base64
-import csv
 import html
 import itertools
 import json
@@ -13,6 +12,7 @@ from typing import Any
 
 from multi_model import metrics, plots
 from multi_model.client import Record, read_records
+from multi_model.fleet import Samples
 from multi_model.modes import ALONE, ELASTIC, MODES, STATIC
 
 # Below it two clients are taken to measure the same.
@@ -39,8 +39,12 @@ def write_report(folder: Path) -> None:
         "shared": facts.get("shared"),
         "page_bytes": facts.get("page_bytes"),
         "caching": facts.get("caching"),
+        "remark": facts.get("remark", ""),
         "cross_check": [_compare(found) for found in facts.get("cross_check", [])],
-        "workloads": {key: _summarize(folder, key, fact) for key, fact in workloads.items()},
+        "workloads": {
+            key: _summarize(folder, key, fact, facts.get("pool_bytes"))
+            for key, fact in workloads.items()
+        },
     }
     summary["ramp"] = _ramp_curve(summary["workloads"])
     summary["models_at_99_percent"] = _num_models(summary["workloads"])
@@ -58,7 +62,9 @@ def _is_workload(fact: Any) -> bool:
     return isinstance(fact, dict) and "num_requests" in fact
 
 
-def _summarize(folder: Path, key: str, fact: dict[str, Any]) -> dict[str, Any]:
+def _summarize(
+    folder: Path, key: str, fact: dict[str, Any], pool_bytes: int | None
+) -> dict[str, Any]:
     found = {
         mode: read_records(folder / mode / f"{key}.csv")
         for mode in MODES
@@ -73,8 +79,12 @@ def _summarize(folder: Path, key: str, fact: dict[str, Any]) -> dict[str, Any]:
         ]
     modes = {}
     for mode, records in found.items():
-        modes[mode] = metrics.summarize(records, levels) | _memory(folder / mode, key)
-        if mode == ALONE:  # replayed one after the other: what they come to together says nothing
+        title = f"{mode}: {fact['name']}"
+        memory = _memory(folder / mode, key, title, pool_bytes)
+        modes[mode] = metrics.summarize(records, levels) | memory
+        if mode != ALONE:
+            plots.rates(folder / f"{key}-rates.png", fact["name"], records, num_models)
+        else:  # replayed one after the other: what they come to together says nothing
             for name in ("requests_per_second", "tokens_per_second", "goodput_per_second"):
                 modes[mode].pop(name, None)
     if found:
@@ -85,16 +95,15 @@ def _summarize(folder: Path, key: str, fact: dict[str, Any]) -> dict[str, Any]:
     return fact | {"modes": modes, "ratios": _ratios(modes, found, levels)}
 
 
-def _memory(folder: Path, key: str) -> dict[str, Any]:
+def _memory(folder: Path, key: str, title: str, pool_bytes: int | None) -> dict[str, Any]:
     facts = folder / f"{key}.json"
     found: dict[str, Any] = json.loads(facts.read_text()) if facts.exists() else {}
-    samples = folder / f"{key}-memory.csv"
-    if samples.exists():
-        with samples.open(newline="", encoding="utf-8") as file:
-            rows = [[float(cell) for cell in row] for row in list(csv.reader(file))[1:]]
-        held = [sum(row[1:-1]) for row in rows]
-        if held:
-            found |= {"peak_bytes": max(held), "mean_bytes": statistics.mean(held)}
+    path = folder / f"{key}-memory.csv"
+    samples = Samples.read(path) if path.exists() else Samples([])
+    if samples.seconds:
+        held = [sum(row) for row in samples.resident_bytes]
+        found |= {"peak_bytes": max(held), "mean_bytes": statistics.mean(held)}
+        plots.memory(path.with_suffix(".png"), title, samples, pool_bytes)
     return found
 
 
@@ -182,8 +191,9 @@ def _machine(summary: dict[str, Any]) -> str:
         f"shared: {summary['shared']}",
         f"pages: {summary['page_bytes']}",
         f"prefix caching: {summary['caching']}",
+        summary["remark"],
     ]
-    return f"<p>{html.escape('; '.join(words))}</p>"
+    return f"<p>{html.escape('; '.join(filter(None, words)))}</p>"
 
 
 def _table(modes: dict[str, Any]) -> str:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_gpu, describe_machine
-from multi_model import plots
 from multi_model import workloads as schedules
 from multi_model.client import Record, TakingTurns, replay, write_records
 from multi_model.fleet import Fleet
@@ -173,11 +172,7 @@ class Run:
         with fleet.sampling() as samples, bar(progress, mode, workload) as on_done:
             records = asyncio.run(replay(workload, fleet.targets, gate=gate, on_done=on_done))
         write_records(files.with_name(f"{files.name}.csv"), records)
-        samples.write(files.with_name(f"{files.name}-memory.csv"), fleet.names)
-        if samples.seconds:
-            total = self.site.pool_bytes or max(map(sum, samples.resident_bytes))
-            picture = files.with_name(f"{files.name}-memory.png")
-            plots.memory(picture, f"{mode}: {workload.name}", samples, fleet.names, total)
+        samples.write(files.with_name(f"{files.name}-memory.csv"))
         spent = gpu.joules() if gpu else None
         facts = {
             "joules": None if spent is None or joules is None else spent - joules,
@@ -340,6 +335,7 @@ def main(words: Sequence[str] | None = None) -> None:
             machine=machine,
             model="tiny" if options.profile == HOST else options.shape,
             shared=describe(runs[0].site),
+            pool_bytes=runs[0].site.pool_bytes,
             caching=options.caching,
             page_bytes=options.page_bytes or "default",
         )
@@ -379,8 +375,6 @@ def make_runs(options: argparse.Namespace, folder: Folder, workspace: Path) -> I
             folder_of = {"num_requests": len(workload.requests), "num_models": num_models}
             if not options.dry_run:
                 folder.add(**{slug(workload): folder_of | {"name": workload.name}})
-                names = [f"m{model}" for model in range(num_models)]
-                plots.rates(folder.path / f"{slug(workload)}-rates.png", workload, names)
         yield run
 
 

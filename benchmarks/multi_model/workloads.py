@@ -133,11 +133,3 @@ def _ramps(name: str, peak: int, starts: Sequence[float], num_in: int, num_out: 
 def _workload(name: str, num_models: int, requests: Iterable[Request]) -> Workload:
     ordered = sorted(requests, key=lambda request: (request.at_seconds, request.model))
     return Workload(name, num_models, tuple(ordered))
-
-
-def arrivals_per_second(workload: Workload) -> list[list[int]]:
-    """Return how many requests come in each second, model by model."""
-    counts = [[0] * (int(workload.seconds) + 1) for _ in range(workload.num_models)]
-    for request in workload.requests:
-        counts[request.model][int(request.at_seconds)] += 1
-    return counts
