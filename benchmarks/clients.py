@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 from aiohttp import web
 from machine import describe_machine
 from multi_model import workloads
@@ -103,8 +104,6 @@ def serve(port: int) -> None:
 
 def compare(url: str, model: Path, rate: int) -> dict[str, float]:
     """Return what each client adds to the server's own mean time to the first token, in ms."""
-    import httpx
-
     steady = workloads.constant(rate, SECONDS, num_models=1, num_in=NUM_IN, num_out=NUM_OUT)
     num = len(steady.requests)
     added: dict[str, list[float]] = {"ours": [], "vllm_bench_serve": []}

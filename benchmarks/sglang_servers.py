@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_servers import FIGURES, instance_view, make_shape
+from vllm_servers import FIGURES, instance_view, kv_bytes_per_token, make_shape
 
 from kvcached_core.cli.demo.model import make_model
 from kvcached_core.cli.demo.server import SGLANG_HOST_OPTIONS, SGLangServer
@@ -21,7 +21,7 @@ from kvcached_core.ledger_view import InstanceView
 from kvcached_core.units import MIB
 
 PYTHON = os.environ.get("SGLANG_PYTHON", sys.executable)
-KV_BYTES_PER_TOKEN = 128 * 1024
+KV_BYTES_PER_TOKEN = kv_bytes_per_token("llama-8b")
 GPU_OPTIONS = (
     *("--load-format", "dummy", "--dtype", "bfloat16", "--context-length", "8192"),
     *("--attention-backend", "triton", "--sampling-backend", "pytorch"),

@@ -17,7 +17,6 @@ class Ballast:
         self._ledger = open_ledger(folder)
         self._row = self._ledger.register(name="ballast", engine="benchmark")
         self._pool_bytes = pool_bytes
-        self._bytes = 0
         self.adjust()
 
     def adjust(self) -> None:
@@ -26,11 +25,9 @@ class Ballast:
         shared = sum(view.resident_bytes + view.promised_bytes for view in others)
         beyond = self._ledger.free_bytes(self._row) + shared - self._pool_bytes
         if beyond > 0:
-            self._bytes += self._ledger.reserve(self._row, beyond, 1)
+            self._ledger.reserve(self._row, beyond, 1)
         else:
-            surplus = min(-beyond, self._bytes)
-            self._ledger.cancel(self._row, surplus)
-            self._bytes -= surplus
+            self._ledger.cancel(self._row, -beyond)
 
     def close(self) -> None:
         """Give the row back."""
