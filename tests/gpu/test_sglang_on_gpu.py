@@ -127,17 +127,25 @@ def test_tokens_are_vanillas_and_memory_follows_the_load(tmp_path: Path, name: s
     assert max(after_start, after_last) <= 2
 
 
-def test_released_memory_comes_back_with_the_next_request(tmp_path: Path) -> None:
-    """`--enable-memory-saver` beside us: the KV cache is ours, the rest is the saver's."""
-    server = start(tmp_path, "--disable-radix-cache", elastic=True)
+@pytest.mark.parametrize(
+    ("flags", "tags"),
+    [((), ["kv_cache"]), (("--enable-memory-saver",), ["kv_cache", "cuda_graph"])],
+    ids=["alone", "beside the memory saver"],
+)
+def test_released_memory_comes_back_with_the_next_request(
+    tmp_path: Path, flags: tuple[str, ...], tags: list[str]
+) -> None:
+    """With `--enable-memory-saver` the KV cache is ours and the rest is the saver's."""
+    server = start(tmp_path, "--disable-radix-cache", *flags, elastic=True)
     prompts = mixed_prompts(20, 900)
     try:
         server.process.wait_ready(240)
         before = server.ask(prompts)
         url = server.process.url
-        httpx.post(f"{url}/release_memory_occupation", json={"tags": ["kv_cache"]}, timeout=60)
-        assert pages(server) == 1
-        httpx.post(f"{url}/resume_memory_occupation", json={"tags": ["kv_cache"]}, timeout=60)
+        for verb in ("release", "resume"):
+            address = f"{url}/{verb}_memory_occupation"
+            httpx.post(address, json={"tags": tags}, timeout=60).raise_for_status()
+            assert pages(server) == 1
         assert server.ask(prompts) == before
     finally:
         server.process.kill()
