@@ -74,11 +74,51 @@ def many_requests(pool: Any, rounds: int) -> float:
     return seconds / rounds
 
 
+def fill_cache(pool: Any, num_blocks: int) -> None:
+    """Leave so many blocks of a request in the prefix cache."""
+    from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
+
+    blocks = pool.get_new_blocks(num_blocks)
+    for block in blocks:
+        name = BlockHash(time.perf_counter_ns().to_bytes(16) + block.block_id.to_bytes(16))
+        block_hash = make_block_hash_with_group_id(name, 0)
+        block.set_block_hash(block_hash)
+        pool.cached_block_hash_to_block.insert(block_hash, block)
+    pool.free_blocks(reversed(blocks))
+
+
+def evict(pool: Any, num_pages: int) -> None:
+    """Evict the oldest cached blocks: for a request, or with us together with their pages."""
+    if hasattr(pool, "release_pages"):
+        pool.release_pages(num_pages)
+    else:
+        pool.free_blocks(pool.get_new_blocks(num_pages * GEOMETRY.blocks_per_page))
+
+
+def one_eighth_of_a_cache(pool: Any, rounds: int) -> float:
+    """Return seconds per block to evict an eighth of a full prefix cache."""
+    num_blocks = (NUM_PAGES - 1) * GEOMETRY.blocks_per_page
+    seconds = 0.0
+    num_rounds = max(rounds // 4096, 1)
+    for _ in range(num_rounds):
+        pool.reset_prefix_cache()
+        for _ in range(num_blocks // 64):
+            fill_cache(pool, 64)
+        if hasattr(pool, "pages"):
+            pool.pages.drain()  # as at the end of each schedule
+        start = time.perf_counter()
+        evict(pool, NUM_PAGES // 8)
+        seconds += time.perf_counter() - start
+    pool.reset_prefix_cache()
+    return seconds / num_rounds / (NUM_PAGES // 8 * GEOMETRY.blocks_per_page)
+
+
 CASES: dict[str, Callable[[Any, int], float]] = {
     "get_new_blocks(1) + free_blocks": one_block,
     "one request of 80 blocks": one_request,
     "64 decoding requests, per block": many_requests,
 }
+CACHING_CASES = {"an eighth of a full cache evicted, per block": one_eighth_of_a_cache}
 
 
 def main() -> None:
@@ -91,7 +131,8 @@ def main() -> None:
     results = []
     for caching in (False, True):
         pools = make_pools(caching=caching)
-        for case, measure in CASES.items():
+        cases = CASES | CACHING_CASES if caching else CASES
+        for case, measure in cases.items():
             seconds: dict[str, list[float]] = {name: [] for name in pools}
             for _ in range(options.pairs):
                 for name, pool in pools.items():
@@ -100,7 +141,7 @@ def main() -> None:
             ratio = medians["kvcached"] / medians["vanilla"]
             results.append({"case": case, "caching": caching, "seconds": medians, "ratio": ratio})
             print(
-                f"{case:34} caching={caching!s:5} vanilla {medians['vanilla'] * 1e6:8.3f} us  "
+                f"{case:44} caching={caching!s:5} vanilla {medians['vanilla'] * 1e6:8.3f} us  "
                 f"kvcached {medians['kvcached'] * 1e6:8.3f} us  ratio {ratio:.2f}"
             )
     if options.json:

@@ -219,17 +219,21 @@ class ElasticBlockPool(BlockPool):
     def _cached_pages(self) -> Iterator[tuple[int, list[KVCacheBlock]]]:
         """Yield each cached page and its blocks, the page that was unused for longest first.
 
-        The queue has the oldest block first, so a page comes when its youngest block does.
+        The queue has the oldest block first, so a page comes when its youngest block does. Whoever
+        wants few pages of a large cache walks only a part of it. The blocks that are yielded may
+        leave the queue: those that come next are on other pages.
         """
         pages, ids_per_page = self.pages, self._ids_per_page
         seen: dict[int, list[KVCacheBlock]] = {page: [] for page in pages.pages_in(CACHED)}
-        for block in self.free_block_queue.get_all_free_blocks():
+        block: Any = self.free_block_queue.fake_free_list_head.next_free_block
+        while (following := block.next_free_block) is not None:  # the tail, no block, has none
             page = block.block_id // ids_per_page
             blocks = seen.get(page)
             if blocks is not None:
                 blocks.append(block)
                 if len(blocks) == pages.num_evictable[page]:
                     yield page, blocks
+            block = following
 
     def _unqueue(self, block: KVCacheBlock) -> None:
         self.free_block_queue.remove(block)
