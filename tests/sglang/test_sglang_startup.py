@@ -21,7 +21,7 @@ load_plugins()
 from sglang.srt.server_args import prepare_server_args
 import kvcached_sglang.startup as startup
 try:
-    prepare_server_args(sys.argv[1:])
+    print("one pool", prepare_server_args(sys.argv[1:]).disable_hybrid_swa_memory)
 finally:
     import sglang.srt.mem_cache.allocator.token
     names = startup._patcher.applied if startup._patcher else []
@@ -52,6 +52,7 @@ def test_the_flags_are_in_the_help() -> None:
 def test_without_the_flag_nothing_is_patched(model: Any) -> None:
     done = run(PARSE, "--model-path", str(model), "--device", "cpu")
     assert "applied 0" in done.stdout, done.stderr
+    assert "one pool False" in done.stdout
 
 
 def test_the_flag_patches_and_reaches_spawned_processes(model: Any) -> None:
@@ -62,9 +63,19 @@ def test_the_flag_patches_and_reaches_spawned_processes(model: Any) -> None:
     )
     assert "applied 0" not in done.stdout
     assert "'ENABLE_KVCACHED': '1'" in done.stdout, done.stderr
+    assert "one pool True" in done.stdout
     assert "'KVCACHED_LIMIT': '1GiB'" in done.stdout
     assert "'KVCACHED_NAME': 'here'" in done.stdout
     assert "'KVCACHED_PRIORITY': '3'" in done.stdout
+
+
+@pytest.mark.parametrize(("switch", "is_one_pool"), [("1", "True"), ("auto", "False")])
+def test_the_variable_makes_one_pool_of_sliding_windows_as_the_flag_does(
+    model: Any, switch: str, is_one_pool: str
+) -> None:
+    done = run(PARSE, "--model-path", str(model), "--device", "cpu", ENABLE_KVCACHED=switch)
+    assert "applied 0" not in done.stdout
+    assert f"one pool {is_one_pool}" in done.stdout, done.stderr
 
 
 def test_bad_settings_end_the_process_although_sglang_swallows_exceptions() -> None:
@@ -89,6 +100,10 @@ def runner(**changes: Any) -> Any:
     return SimpleNamespace(
         server_args=SimpleNamespace(**{**arguments, **changes}),
         device="cpu",
+        model_config=SimpleNamespace(
+            hf_config=SimpleNamespace(architectures=[changes.get("model", "LlamaForCausalLM")]),
+            hf_text_config=SimpleNamespace(sliding_window=64),
+        ),
         is_hybrid_swa=changes.get("is_hybrid_swa", False),
         mambaish_config=changes.get("mambaish_config"),
     )
@@ -105,7 +120,12 @@ def test_a_plain_configuration_is_served() -> None:
         ({"enable_hierarchical_cache": True}, "remove --enable-hierarchical-cache"),
         ({"disaggregation_mode": "prefill"}, "--disaggregation-mode null"),
         ({"speculative_algorithm": "EAGLE"}, "remove --speculative-algorithm"),
-        ({"is_hybrid_swa": True}, "set --disable-hybrid-swa-memory"),
+        (
+            {"is_hybrid_swa": True, "model": "LagunaForCausalLM"},
+            "set --disable-hybrid-swa-memory",
+        ),
+        ({"is_hybrid_swa": True, "model": "MiMoV2FlashForCausalLM"}, "GptOssForCausalLM, Laguna"),
+        ({"is_hybrid_swa": False, "model": "MiMoV2FlashForCausalLM"}, "may differ in size"),
         ({"mambaish_config": object()}, "mamba or linear attention"),
     ],
 )

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,16 @@ OBSTACLES = {
     ),
     "dllm_algorithm": (None, "diffusion models: not served yet; remove --dllm-algorithm"),
 }
+
+# Mixes of full and sliding-window layers, all of one size: they are right in one pool, too.
+ONE_POOL_MODELS = frozenset(
+    {
+        "GptOssForCausalLM",
+        "LagunaForCausalLM",
+        "Llama4ForConditionalGeneration",
+        "MellumForCausalLM",
+    }
+)
 
 _flags: Patcher | None = None
 _patcher: Patcher | None = None
@@ -161,10 +172,23 @@ def _obstacles(runner: Any) -> Iterator[str]:
             yield reason
     if str(runner.device) not in ("cpu", "cuda"):
         yield f"device {runner.device}: only NVIDIA GPUs and CPUs are served"
-    if getattr(runner, "is_hybrid_swa", False):
+    if not _fits_one_pool(runner.model_config):
+        yield (
+            "full and sliding-window layers that may differ in size need two pools: not served yet;"
+            f" of such mixes {', '.join(sorted(ONE_POOL_MODELS))} are"
+        )
+    elif getattr(runner, "is_hybrid_swa", False):
         yield (
             "a mix of full and sliding-window layers in two pools: not served yet; set "
             "--disable-hybrid-swa-memory, and all layers share one pool"
         )
     if getattr(runner, "mambaish_config", None) is not None:
         yield "mamba or linear attention: its states lie in a pool of their own; not served yet"
+
+
+def _fits_one_pool(model_config: Any) -> bool:
+    from sglang.srt.configs.model_config import is_hybrid_swa_model
+
+    models = model_config.hf_config.architectures
+    known = (models, model_config.hf_text_config)[: len(signature(is_hybrid_swa_model).parameters)]
+    return not is_hybrid_swa_model(*known) or not ONE_POOL_MODELS.isdisjoint(models)
