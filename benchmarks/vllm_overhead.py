@@ -5,6 +5,10 @@
 One vanilla and one elastic server of the same capacity run side by side and get the same requests
 in turn, from vLLM's own `vllm bench serve`. Each figure is a ratio to the vanilla run of the same
 round, the median of all rounds. A second vanilla server, the control, shows the noise.
+
+    python benchmarks/vllm_overhead.py --json calm.json --also calm KVCACHED_IDLE_SECONDS=10
+
+compares a second elastic server with other settings in the same rounds.
 """
 
 import statistics
@@ -29,20 +33,26 @@ from kvcached_core.units import GIB
 VANILLA, ELASTIC, CONTROL = "vanilla", "elastic", "control"
 
 
-def serve(setting: Setting, record: Record, num_rounds: int, names: list[str]) -> None:
-    """Compare the servers in `names`."""
+Variables = dict[str, str]
+
+
+def serve(setting: Setting, record: Record, num_rounds: int, names: dict[str, Variables]) -> None:
+    """Compare the servers in `names`, each with its own variables."""
     servers = {
-        name: setting.start(name, elastic=name == ELASTIC, kv_bytes=setting.kv_bytes)
-        for name in names
+        name: setting.start(
+            name, elastic=name not in (VANILLA, CONTROL), kv_bytes=setting.kv_bytes, **more
+        )
+        for name, more in names.items()
     }
+    record.add(variables=names)
     try:
         begin(setting, record, servers, setting.workloads[0][1:])
         for label, *workload in setting.workloads:
             rounds: list[dict[str, Any]] = []
             for number in range(num_rounds):
                 rounds.append(play_round(setting, servers, workload, number))
-                record.add(**{label: summary(rounds, names)})
-            print_summary(label, record.results[label], names)
+                record.add(**{label: summary(rounds, list(names))})
+            print_summary(label, record.results[label], list(names))
         record.add(preemptions={n: metric(s, PREEMPTIONS) for n, s in servers.items()})
     finally:
         for server in servers.values():
@@ -71,7 +81,14 @@ def play_round(
     figures = {n: setting.bench(servers[n], *workload, seed=number + 1) for n in order}
     time.sleep(QUIET_SECONDS)
     view = setting.view(ELASTIC)
-    return figures | {"pages_after": view.resident_bytes / view.page_bytes}
+    mapped = {name: mapped_pages(setting, name) for name in names if name not in (VANILLA, CONTROL)}
+    return figures | {"pages_after": view.resident_bytes / view.page_bytes, "mapped_so_far": mapped}
+
+
+def mapped_pages(setting: Any, name: str) -> float:
+    """Return how many pages a server has mapped since it started."""
+    view = setting.view(name)
+    return float(view.num_mapped_bytes / view.page_bytes)
 
 
 def summary(rounds: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
@@ -115,10 +132,24 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--no-control", action="store_true", help="leave the control out")
     arguments.add_argument("--kv-gib", type=int, help="KV cache of each server")
+    arguments.add_argument(
+        "--also",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "VARIABLE=VALUE"),
+        help="another elastic server, with these settings",
+    )
+    arguments.add_argument("--only", nargs="+", help="the workloads, by parts of their names")
     options = arguments.parse_args()
-    names = [VANILLA, ELASTIC] + ([] if options.no_control else [CONTROL])
+    names: dict[str, Variables] = {VANILLA: {}, ELASTIC: {}}
+    names |= {} if options.no_control else {CONTROL: {}}
+    names |= {name: dict(word.split("=", 1) for word in words) for name, *words in options.also}
     with bench_run(options) as (setting, record):
         setting.kv_bytes = options.kv_gib * GIB if options.kv_gib else setting.kv_bytes
+        if options.only:
+            wanted = options.only
+            setting.workloads = [w for w in setting.workloads if any(o in w[0] for o in wanted)]
         serve(setting, record, options.rounds, names)
 
 

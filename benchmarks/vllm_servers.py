@@ -74,8 +74,17 @@ class Setting:
             self.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(runner - 1)
             self.workloads = self.workloads[:1]
 
-    def start(self, name: str, *, elastic: bool, kv_bytes: int | None = None) -> EngineServer:
-        """Start a server with at most `kv_bytes` of KV cache; a vanilla one seizes them."""
+    def start(
+        self, name: str, *, elastic: bool, kv_bytes: int | None = None, **more: str
+    ) -> EngineServer:
+        """Start a server with at most `kv_bytes` of KV cache; a vanilla one seizes them.
+
+        Args:
+            name: Its name.
+            elastic: Whether it is ours.
+            kv_bytes: What it may hold.
+            more: More variables.
+        """
         sizes: tuple[str, ...] = ()
         if not elastic:
             sizes = seizing(kv_bytes or self.kv_bytes, is_host=self.tiny)
@@ -83,6 +92,7 @@ class Setting:
         environ["KVCACHED_DIR"] = str(self.folder / "kv")
         if elastic and kv_bytes is not None:
             environ["KVCACHED_LIMIT"] = str(kv_bytes)
+        environ |= more
         options: dict[str, Any] = {"options": ()}
         if self.tiny:
             self.num_started += 1

@@ -23,6 +23,7 @@ from typing import Any
 from vllm_servers import Record, Setting, bench_run, parser
 
 from kvcached_core.units import GIB, MIB
+from kvcached_vllm.worker import inner_worker
 
 VANILLA, CONTROL = "vanilla", "control"
 # CUDA graphs for decoding and no compilation, which takes a minute and is not what is compared.
@@ -100,7 +101,11 @@ def steps(setting: Setting, record: Record, options: Any) -> None:
             print_kernels(kernels[0], kernels[1], name)
         for figure, value in medians.items():
             shown = "  ".join(f"{name} {of_name[figure]:.4f}" for name, of_name in ratios.items())
-            print(f"  {figure:30} vanilla {value:10.3f}  {shown}", flush=True)
+            print(f"  {figure:40} vanilla {value:10.3f}  {shown}", flush=True)
+        for name in ratios:
+            for figure in ("steps with driver calls", "steps with driver calls, median us"):
+                value = statistics.median(run[figure] for run in runs[name])
+                print(f"  {figure:40} {name} {value:10.3f}", flush=True)
 
 
 def compare(
@@ -124,10 +129,17 @@ def compare(
 
 
 class Stopwatch:
-    """Times the parts of an engine's step, in the engine's own thread."""
+    """Times the parts of an engine's step, in the engine's own thread.
 
-    def __init__(self, core: Any) -> None:
+    Args:
+        core: The engine core.
+        count_calls: Returns how often the driver was called so far, in whatever thread.
+    """
+
+    def __init__(self, core: Any, count_calls: Callable[[], int]) -> None:
         self.starts: list[float] = []
+        self.num_calls: list[int] = []
+        self._count_calls = count_calls
         self.seconds: dict[str, list[float]] = {part: [] for part in PARTS}
         for owner, part in zip(
             (core.scheduler, core.model_executor, core.scheduler), PARTS, strict=True
@@ -141,6 +153,7 @@ class Stopwatch:
             self.seconds[part].append(time.perf_counter() - start)
             if part == PARTS[0]:
                 self.starts.append(start)
+                self.num_calls.append(self._count_calls())
             return result
 
         return timed
@@ -151,7 +164,14 @@ class Stopwatch:
         medians = {f"{part}, median us": _median(self.seconds[part]) for part in PARTS}
         medians["step to step, median us"] = _median(between)
         medians["step to step, longest ms"] = max(between, default=0.0) * 1e3
+        has_calls = [after > before for before, after in itertools.pairwise(self.num_calls)]
+        with_calls = list(itertools.compress(between, has_calls))
+        without = [span for span, has in zip(between, has_calls, strict=True) if not has]
+        medians["steps without driver calls, median us"] = _median(without)
+        medians["steps with driver calls, median us"] = _median(with_calls)
+        medians["steps with driver calls"] = len(with_calls)
         self.starts.clear()
+        self.num_calls.clear()
         for values in self.seconds.values():
             values.clear()
         return medians
@@ -168,7 +188,14 @@ class Driver:
         self._engine = llm.llm_engine
         self._tiny = tiny
         self._num_requests = 0
-        self.watch = Stopwatch(self._engine.engine_core.engine_core)
+        core = self._engine.engine_core.engine_core
+        memory = getattr(inner_worker(core.model_executor.driver_worker), "kvcached", None)
+        self.verbs = memory.backend.statistics.verbs if memory is not None else {}
+        self.watch = Stopwatch(core, self.count_calls)
+
+    def count_calls(self) -> int:
+        """Return how often the driver was called so far; always 0 without us."""
+        return sum(found.num_calls for found in list(self.verbs.values()))
 
     def run(self, load: Load) -> tuple[dict[str, float], list[list[int]]]:
         """Carry out a load; return its figures and the tokens of each request."""
@@ -288,16 +315,11 @@ def engine(options: Any) -> dict[str, Any]:
     with lock.open() as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         kernels = {name: profile(driver, load) for name, load in loads.items()}
-    calls: dict[str, Any] = {}
-    if is_elastic:
-        worker = core.model_executor.driver_worker.worker
-        statistics_ = worker.kvcached.backend.statistics
-        calls = {verb: found.num_calls for verb, found in statistics_.verbs.items()}
     return {
         "runs": runs,
         "tokens": tokens,
         "kernels": kernels,
-        "calls": calls,
+        "calls": {verb: found.num_calls for verb, found in driver.verbs.items()},
         "is_asynchronous": bool(core.async_scheduling),
     }
 
