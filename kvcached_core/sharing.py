@@ -1,9 +1,10 @@
 """Who gives memory to whom: the rules, as functions of the rows.
 
-Memory that nobody needs goes first, whoever holds it. Cached blocks come next, from the lowest
-priority, and among equals from who was unused longest. Live requests stop only for an instance
-below its floor, or where their own is over its limit. Nobody is asked below its own floor: what it
-gave would be kept free for it.
+Memory that nobody needs goes first, whoever holds it; who waits itself, with requests that run,
+needs what it has idle, and gives of it until both hold the same. Cached blocks come next, from the
+lowest priority, and among equals from who was unused longest. Live requests stop only for an
+instance below its floor, or where their own is over its limit. Nobody is asked below its own floor:
+what it gave would be kept free for it.
 """
 
 from collections.abc import Iterable
@@ -56,9 +57,8 @@ def shares(asker: Row, peers: Iterable[Row], num_bytes: int) -> list[Share]:
     for is_idle in (True, False):
         for share in found:
             row = share.row
-            idle = row.resident_bytes - row.used_bytes - row.cached_bytes - row.coming_bytes
-            idle = max(idle, 0)
-            give = min(idle if is_idle else row.cached_bytes, left[row.index], num_bytes)
+            spare = _idle_to_give(row, asker) if is_idle else row.cached_bytes
+            give = min(spare, left[row.index], num_bytes)
             share.give_bytes += give
             left[row.index] -= give
             num_bytes -= give
@@ -118,5 +118,19 @@ def _check_floors(name: str, floor: int, peers: Iterable[Row], capacity_bytes: i
         )
 
 
+def _idle_to_give(row: Row, asker: Row) -> int:
+    idle = row.resident_bytes - row.used_bytes - row.cached_bytes - row.coming_bytes
+    is_short = row.waiting_bytes and row.used_bytes > row.page_bytes  # page 0 is always used
+    if is_short and row.priority >= asker.priority:
+        # It stopped a request for these pages, and would stop the next one if it gave them.
+        half = (_held(row) - _held(asker)) // 2
+        idle = min(idle, half - half % max(row.page_bytes, 1))
+    return max(idle, 0)
+
+
 def _above_floor(row: Row) -> int:
-    return max(row.resident_bytes + row.promised_bytes - row.floor_bytes, 0)
+    return max(_held(row) - row.floor_bytes, 0)
+
+
+def _held(row: Row) -> int:
+    return row.resident_bytes + row.promised_bytes

@@ -16,6 +16,7 @@ from multi_model.ballast import Ballast
 from multi_model.gpu import Gpu
 from multi_model.modes import ELASTIC, SGLANG, SLEEP_SWAP, Plan, Site
 from sglang_servers import PYTHON as SGLANG_PYTHON
+from vllm_servers import PREEMPTIONS, metric
 
 from kvcached_core.cli.demo.server import EngineServer, SGLangServer
 from kvcached_core.errors import LedgerError
@@ -133,6 +134,14 @@ class Fleet:
     def wake_up(self, model: int) -> None:
         """Wake it up."""
         self._post(model, "/wake_up")
+
+    def num_preemptions(self) -> list[int | None]:
+        """Return how often each vLLM server has preempted a request so far."""
+        kinds = [plan.kind for plan in self.plans]
+        return [
+            None if kind == SGLANG else int(metric(server, PREEMPTIONS))
+            for server, kind in zip(self.servers, kinds, strict=True)
+        ]
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[Samples]:

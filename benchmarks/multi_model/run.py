@@ -169,6 +169,7 @@ class Run:
         joules = gpu.joules() if gpu else None
         gate = turns(fleet) if mode == SLEEP_SWAP else None
         fleet.share_out()
+        before = fleet.num_preemptions()
         with fleet.sampling() as samples, bar(progress, mode, workload) as on_done:
             records = asyncio.run(replay(workload, fleet.targets, gate=gate, on_done=on_done))
         write_records(files.with_name(f"{files.name}.csv"), records)
@@ -177,6 +178,10 @@ class Run:
         facts = {
             "joules": None if spent is None or joules is None else spent - joules,
             "num_turns": gate.num_turns if gate else None,
+            "num_preemptions": [
+                None if was is None or now is None else now - was
+                for was, now in zip(before, fleet.num_preemptions(), strict=True)
+            ],
         }
         files.with_name(f"{files.name}.json").write_text(json.dumps(facts) + "\n")
         time.sleep(QUIET_SECONDS)
@@ -303,6 +308,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--page-bytes", default="", help="of elastic engines, such as 2MiB")
     made.add_argument("--caching", action="store_true", help="prefix caching on")
     made.add_argument("--seconds", type=float, help="of constant, arena and azure")
+    made.add_argument("--num-out", type=int, help="tokens of each answer, but for arena and azure")
     made.add_argument(
         "--cross-check",
         nargs="+",
@@ -356,9 +362,10 @@ def make_runs(options: argparse.Namespace, folder: Folder, workspace: Path) -> I
     for num_models in options.num_models or [2 if is_host else 3]:
         kinds = list(itertools.islice(itertools.cycle(options.engines), num_models))
         names = options.workloads or (HOST_WORKLOADS if is_host else GPU_WORKLOADS)
-        workloads = [
-            make_workload(name, num_models, options.profile, options.seconds) for name in names
-        ]
+        lengths = LENGTHS[options.profile]
+        if options.num_out:
+            lengths = replace(lengths, num_out=options.num_out, num_out_together=options.num_out)
+        workloads = [make_workload(name, num_models, lengths, options.seconds) for name in names]
         run = Run(
             site,
             options.profile,

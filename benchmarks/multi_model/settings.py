@@ -64,14 +64,13 @@ def slug(workload: Workload) -> str:
     return "".join(sign if sign.isalnum() or sign in ".=" else "-" for sign in words)
 
 
-def make_workload(words: str, num_models: int, profile: str, seconds: float | None) -> Workload:
+def make_workload(words: str, num_models: int, lengths: Lengths, seconds: float | None) -> Workload:
     """Return the workload that `NAME:NUMBER` names.
 
     Raises:
         ModeError: If there is none of that name, or the number is none.
     """
     name, _, number = words.partition(":")
-    lengths = LENGTHS[profile]
     try:
         value = float(number or 1)
     except ValueError:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multi_model import workloads
 from multi_model.modes import ModeError
-from multi_model.settings import make_workload
+from multi_model.settings import HOST, LENGTHS, make_workload
 from multi_model.traces import TraceRequest, read_arena, read_azure
 
 
@@ -70,4 +70,4 @@ def test_a_model_gets_a_share_by_what_it_needs() -> None:
 @pytest.mark.parametrize("words", ["ramps:3", "ramp:many", ""])
 def test_an_unknown_workload_is_refused_by_name(words: str) -> None:
     with pytest.raises(ModeError, match=f"workload '{words}'"):
-        make_workload(words, 3, "host", None)
+        make_workload(words, 3, LENGTHS[HOST], None)

@@ -28,6 +28,22 @@ def test_idle_memory_goes_before_anybodys_cache() -> None:
     assert asked(asker, [low, high], 6) == {high.index: (4, 0), low.index: (2, 0)}
 
 
+def test_who_waits_itself_gives_of_its_idle_memory_until_both_hold_the_same() -> None:
+    short = {"used_bytes": 60, "resident_bytes": 20, "waiting_bytes": 10, "page_bytes": 4}
+    asker, peer = rows({"used_bytes": 50}, short)
+    assert asked(asker, [peer], 30) == {peer.index: (12, 0)}
+    asker.resident_bytes = 80
+    assert asked(asker, [peer], 30) == {}
+    asker.priority = 1
+    assert asked(asker, [peer], 30) == {peer.index: (20, 0)}
+
+
+def test_who_waits_with_nothing_running_gives_all_its_idle_memory() -> None:
+    idle = {"used_bytes": 4, "resident_bytes": 20, "waiting_bytes": 10, "page_bytes": 4}
+    asker, peer = rows({"used_bytes": 50}, idle)
+    assert asked(asker, [peer], 30) == {peer.index: (20, 0)}
+
+
 def test_the_lowest_priority_gives_first_and_among_equals_who_was_unused_longest() -> None:
     asker, high, recent, old = rows(
         {},
