@@ -7,6 +7,7 @@ from collections.abc import Callable, ItemsView, Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from kvcached_core.arrival import LOOK_SECONDS, PATIENCE_SECONDS
 from kvcached_core.config import Config
 from kvcached_core.devices import Device, open_ledger
 from kvcached_core.ledger import Ledger, doorbell_path
@@ -158,6 +159,16 @@ class Instance:
             self._ask_peers(num_pages - granted)
         return granted
 
+    def reserve_first_page(self) -> bool:
+        """Return whether one page was promised; wait for neighbours as long as a start may."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not self.reserve(1, is_urgent=True):
+            if time.monotonic() > deadline:
+                return False
+            self._rang.wait(LOOK_SECONDS)
+            self._rang.clear()
+        return True
+
     def cancel(self, num_pages: int) -> None:
         """Take back a promise of `num_pages` pages on every rank."""
         for device in self._ledgers:
@@ -195,11 +206,6 @@ class Instance:
                 num_pages * self._unit_bytes(device),
                 num_asked=self._num_asked.get(device),
             )
-
-    def wait_for_ring(self, seconds: float) -> None:
-        """Return when somebody rings, or after `seconds`."""
-        self._rang.wait(seconds)
-        self._rang.clear()
 
     def set_alarm(self, seconds: float) -> None:
         """Call `answer` once in `seconds`; an alarm that is set already is replaced."""

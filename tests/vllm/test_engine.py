@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kvcached_core import instance
 from kvcached_core.arena import Arena
 from kvcached_core.config import HOST, Config, read_config
 from kvcached_core.devices import Device
@@ -93,7 +94,7 @@ def test_each_rank_reports_to_the_ledger_of_its_own_device(engine: ElasticEngine
 def test_a_start_without_room_for_a_page_says_what_is_missing(
     engine: ElasticEngine, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(instance, "PATIENCE_SECONDS", 0.05)
     place(engine)
     engine.reserve(1 << 20, is_urgent=False)
     vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="m", max_model_len=2048))

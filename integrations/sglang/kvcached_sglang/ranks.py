@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kvcached_core.arrival import LOOK_SECONDS, PATIENCE_SECONDS
 from kvcached_core.config import Config
 from kvcached_core.devices import Device
 from kvcached_core.instance import Instance, Seat
@@ -91,15 +90,9 @@ class Ranks:
         return granted
 
     def reserve_first_page(self) -> bool:
-        """Return whether the first page was promised; wait for neighbours as a start may."""
-        granted = 0
-        if self.instance is not None:
-            deadline = time.monotonic() + PATIENCE_SECONDS
-            while not (granted := self.instance.reserve(1, is_urgent=True)):
-                if time.monotonic() > deadline:
-                    break
-                self.instance.wait_for_ring(LOOK_SECONDS)
-        return bool(self._share([granted])[0])
+        """See `Instance.reserve_first_page`."""
+        is_granted = self.instance is not None and self.instance.reserve_first_page()
+        return bool(self._share([int(is_granted)])[0])
 
     def cancel(self, num_pages: int) -> None:
         """See `PageSource.cancel`."""

@@ -2,13 +2,11 @@
 
 import atexit
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from kvcached_core.arrival import LOOK_SECONDS, PATIENCE_SECONDS
 from kvcached_core.config import HOST, Config
 from kvcached_core.devices import Device
 from kvcached_core.errors import ConfigError, UnsupportedEngineError
@@ -90,7 +88,7 @@ class ElasticEngine:
             num_pages=num_pages,
             least_pages=ceil((least_blocks + 1) / geometry.blocks_per_page),
         )
-        if not self._reserve_first_page():
+        if not self.instance.reserve_first_page():
             raise ConfigError(
                 f"there is no room for this engine's first page: needed {geometry.page_bytes} "
                 f"bytes, available {self.instance.free_bytes()}; stop another engine or raise "
@@ -195,14 +193,6 @@ class ElasticEngine:
     def _pool_settings(self) -> str:
         is_host = self.devices[0].kind == HOST
         return "KVCACHED_HOST_POOL or KVCACHED_LIMIT" if is_host else "KVCACHED_LIMIT"
-
-    def _reserve_first_page(self) -> bool:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not self.reserve(1, is_urgent=True):
-            if time.monotonic() > deadline:
-                return False
-            self.instance.wait_for_ring(LOOK_SECONDS)
-        return True
 
     def _give(self) -> None:
         orders = self._drain(is_last=False)
