@@ -118,7 +118,7 @@ class Instance:
             unit_bytes = self._unit_bytes(device)
             ledger.describe(
                 self._rows[device],
-                page_bytes=page_bytes,
+                page_bytes=unit_bytes,
                 virtual_bytes=num_pages * unit_bytes,
                 least_bytes=least_pages * unit_bytes,
             )

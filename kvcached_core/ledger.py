@@ -124,7 +124,7 @@ class Ledger:
         Args:
             name: The instance's name, which no other live instance of the device has.
             engine: The engine and its release.
-            page_bytes: Bytes of a page, or 0 while it is not known.
+            page_bytes: Bytes of a page on all of its ranks here, or 0 while it is not known.
             virtual_bytes: Bytes that the engine believes to have, or 0 while it is not known.
             policy: Limit, floor and priority.
             static_bytes: What it is about to allocate beside its KV cache: nobody else is promised

@@ -59,6 +59,12 @@ def test_a_promise_is_the_same_on_all_devices(start: Callable[..., Instance]) ->
     assert view(instance, roomy).promised_bytes == view(instance, tight).promised_bytes == 0
 
 
+def test_a_page_counts_for_all_ranks_on_a_device(start: Callable[..., Instance]) -> None:
+    both, single = device("a", 8), device("b", 8)
+    instance = start([both, both, single])
+    assert view(instance, both).page_bytes == 2 * view(instance, single).page_bytes == 2 * PAGE
+
+
 def test_a_refusal_on_the_last_device_leaves_nothing_on_the_first(
     start: Callable[..., Instance],
 ) -> None:
