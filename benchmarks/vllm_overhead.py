@@ -32,16 +32,18 @@ from kvcached_core.units import GIB
 
 VANILLA, ELASTIC, CONTROL = "vanilla", "elastic", "control"
 
-
 Variables = dict[str, str]
+
+
+def is_elastic(name: str) -> bool:
+    """Return whether a server of this name is ours."""
+    return name not in (VANILLA, CONTROL)
 
 
 def serve(setting: Setting, record: Record, num_rounds: int, names: dict[str, Variables]) -> None:
     """Compare the servers in `names`, each with its own variables."""
     servers = {
-        name: setting.start(
-            name, elastic=name not in (VANILLA, CONTROL), kv_bytes=setting.kv_bytes, **more
-        )
+        name: setting.start(name, elastic=is_elastic(name), kv_bytes=setting.kv_bytes, **more)
         for name, more in names.items()
     }
     record.add(variables=names)
@@ -80,15 +82,10 @@ def play_round(
     order = names[turn:] + names[:turn]
     figures = {n: setting.bench(servers[n], *workload, seed=number + 1) for n in order}
     time.sleep(QUIET_SECONDS)
-    view = setting.view(ELASTIC)
-    mapped = {name: mapped_pages(setting, name) for name in names if name not in (VANILLA, CONTROL)}
-    return figures | {"pages_after": view.resident_bytes / view.page_bytes, "mapped_so_far": mapped}
-
-
-def mapped_pages(setting: Any, name: str) -> float:
-    """Return how many pages a server has mapped since it started."""
-    view = setting.view(name)
-    return float(view.num_mapped_bytes / view.page_bytes)
+    views = {name: setting.view(name) for name in names if is_elastic(name)}
+    pages_after = views[ELASTIC].resident_bytes / views[ELASTIC].page_bytes
+    mapped = {name: view.num_mapped_bytes / view.page_bytes for name, view in views.items()}
+    return figures | {"pages_after": pages_after, "mapped_so_far": mapped}
 
 
 def summary(rounds: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:

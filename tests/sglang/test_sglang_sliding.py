@@ -27,7 +27,6 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 NUM_BURSTS = 4
 WINDOW_TOKENS = 64
 
-
 LAYERS = ["sliding_attention"] * 5 + ["full_attention"]
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
