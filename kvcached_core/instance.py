@@ -176,11 +176,13 @@ class Instance:
 
     def has_news(self) -> bool:
         """Return whether somebody wants something new of this instance. Takes no lock."""
-        seen = {device: ledger.num_notices(self._rows[device]) for device, ledger in self._items}
-        if seen == self._seen:
-            return False
-        self._seen = seen
-        return True
+        has_news = False
+        for device, ledger in self._ledgers.items():
+            num_notices = ledger.num_notices(self._rows[device])
+            if num_notices != self._seen.get(device):
+                self._seen[device] = num_notices
+                has_news = True
+        return has_news
 
     def wanted_pages(self) -> tuple[int, int]:
         """Return how many pages others, or the limit, want back from this instance.

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from itertools import islice, takewhile
+from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 from kvcached_core.errors import PageStateError
@@ -116,6 +116,7 @@ class PagePool(Generic[Block]):
         self.dirty: set[int] = set()
         self.current: list[Block] = []
         self._current_page = -1
+        self._num_current = 0  # free blocks of the current page when its books were up to date
         self._unmapped = list(range(num_pages))
         self._states = [UNMAPPED] * num_pages
         self._num_in_state = [num_pages, 0, 0, 0]
@@ -265,11 +266,12 @@ class PagePool(Generic[Block]):
             is_last: Nobody will call again soon, so idle pages are due now.
         """
         self._settle()
-        num_idle, is_live = len(self._idle), self._is_live
-        if num_idle > self._num_kept:
+        num_idle, is_live, num_kept = len(self._idle), self._is_live, self._num_kept
+        if num_idle > num_kept:
             at_most = MAX_CLOSED_PAGES if is_live else num_idle
             num_due = num_idle if is_last else self._num_due_pages(at_most)
-            self.close_idle(num_due, keep=self._num_kept)
+            if num_due:
+                self.close_idle(num_due, keep=num_kept)
         elif num_idle < self.min_spare_pages and is_live:
             self._open_spare(self.max_spare_pages - num_idle)
         if self.num_promised:
@@ -280,11 +282,11 @@ class PagePool(Generic[Block]):
         has_pages = (
             orders.map_pages or orders.ready_pages or orders.spare_pages or orders.unmap_pages
         )
+        if not has_pages and counts == self._reported:
+            return None
         now = self._clock()
-        if not has_pages:
-            is_fresh = self._is_live and now < self._reported_at + REPORT_SECONDS
-            if counts == self._reported or is_fresh:
-                return None
+        if not has_pages and self._is_live and now < self._reported_at + REPORT_SECONDS:
+            return None
         self._reported_at = now
         orders.num_used_pages, orders.num_cached_pages = self._reported = counts
         self._orders = PageOrders()
@@ -309,8 +311,12 @@ class PagePool(Generic[Block]):
 
     def _num_due_pages(self, at_most: int) -> int:
         latest = self._clock() - self._idle_seconds
-        oldest = islice(self._idle.values(), at_most)
-        return sum(1 for _ in takewhile(lambda since: since <= latest, oldest))
+        num_due = 0
+        for since in self._idle.values():
+            if since > latest or num_due == at_most:
+                break
+            num_due += 1
+        return num_due
 
     def _open_spare(self, num_pages: int) -> None:
         missing = min(num_pages, len(self._unmapped)) - self.num_promised
@@ -333,6 +339,7 @@ class PagePool(Generic[Block]):
             self._need(page)
         self._current_page = page
         self.current = self.free_lists[page]
+        self._num_current = len(self.current)
         return True
 
     def _need(self, page: int) -> None:
@@ -363,8 +370,11 @@ class PagePool(Generic[Block]):
 
     def _settle(self) -> None:
         current = self._current_page
-        if current >= 0:
+        if current >= 0 and len(self.current) != self._num_current:
             self.dirty.add(current)
+            self._num_current = len(self.current)
+        if not self.dirty:
+            return
         blocks_per_page = self.geometry.blocks_per_page
         states, entered = self._states, self._entered
         for page in self.dirty:

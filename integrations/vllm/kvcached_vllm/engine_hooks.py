@@ -193,11 +193,11 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
     @functools.wraps(original)
     def wrapper(self: Any, request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
         pool = self.block_pool
-        is_elastic = hasattr(pool, "owed_pages")
-        if is_elastic and pool.owed_pages and not pool.pay():
+        owed_pages: int | None = getattr(pool, "owed_pages", None)  # only our pool has it
+        if owed_pages and not pool.pay():
             return None
         blocks = original(self, request, num_new_tokens, *args, **kwargs)
-        if blocks is not None or not is_elastic:
+        if blocks is not None or owed_pages is None:
             return blocks
         missing = _missing_blocks(self, request, num_new_tokens, kwargs)
         if not pool.pages.reserve_blocks(missing, is_urgent=True):
