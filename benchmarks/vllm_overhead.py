@@ -12,6 +12,7 @@ compares a second elastic server with other settings in the same rounds.
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -145,8 +146,11 @@ def main() -> None:
     with bench_run(options) as (setting, record):
         setting.kv_bytes = options.kv_gib * GIB if options.kv_gib else setting.kv_bytes
         if options.only:
+            names_of_all = [label for label, *_ in setting.workloads]
             wanted = options.only
             setting.workloads = [w for w in setting.workloads if any(o in w[0] for o in wanted)]
+            if not setting.workloads:
+                sys.exit(f"--only {' '.join(wanted)}: no such workload; there are {names_of_all}")
         serve(setting, record, options.rounds, names)
 
 

@@ -72,7 +72,6 @@ class Setting:
             self.arguments += ("--enforce-eager",)
         if runner is not None:
             self.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(runner - 1)
-            self.workloads = self.workloads[:1]
 
     def start(
         self, name: str, *, elastic: bool, kv_bytes: int | None = None, **more: str
