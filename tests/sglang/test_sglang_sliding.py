@@ -5,67 +5,17 @@ told to: on a CPU SGLang 0.5.15 reads the window's pool at ids of the other one,
 """
 
 import asyncio
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers.sglang_engine import mixed_bursts, start_sglang
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LagunaConfig,
-    LagunaForCausalLM,
-)
-
-from kvcached_core.cli.demo.model import make_model
+from helpers.sglang_models import WINDOW_TOKENS, gemma, laguna, save
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 
 NUM_BURSTS = 4
-WINDOW_TOKENS = 64
-
-LAYERS = ["sliding_attention"] * 5 + ["full_attention"]
-SIZES: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": len(LAYERS),
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "sliding_window": WINDOW_TOKENS,
-    "layer_types": LAYERS,
-    "max_position_embeddings": 4096,
-}
-
-
-def gemma() -> Any:
-    """Return a tiny Gemma 3."""
-    return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, query_pre_attn_scalar=32))
-
-
-def laguna() -> Any:
-    """Return a tiny Laguna without experts."""
-    return LagunaForCausalLM(LagunaConfig(**SIZES, mlp_layer_types=["dense"] * len(LAYERS)))
-
-
-def save(make: Callable[[], Any], folder: Path) -> Path:
-    """Write a model with random weights, and a tokenizer, to `folder`."""
-    make_model(folder, seed=1)
-    torch.manual_seed(0)
-    model = make()
-    with torch.no_grad():
-        for name, weights in model.named_parameters():
-            if weights.dim() > 1:
-                weights.normal_(0, 1.0 if "embed" in name else weights.shape[1] ** -0.5)
-    model.float().save_pretrained(folder)
-    file = folder / "config.json"
-    named = json.loads(file.read_text()) | {"architectures": [type(model).__name__]}
-    file.write_text(json.dumps(named))
-    return folder
 
 
 @pytest.mark.parametrize("make", [gemma, laguna])

@@ -1,0 +1,94 @@
+"""Tiny models whose KV cache is not keys and values of one kind for each layer, with weights."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LagunaConfig,
+    LagunaForCausalLM,
+)
+
+from kvcached_core.cli.demo.model import make_model
+
+WINDOW_TOKENS = 64
+
+LAYERS = ["sliding_attention"] * 5 + ["full_attention"]
+MIX: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": len(LAYERS),
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "sliding_window": WINDOW_TOKENS,
+    "layer_types": LAYERS,
+    "max_position_embeddings": 4096,
+}
+# SGLang's kernels know latents of these sizes; on a CPU it asks for a scaled rotary embedding.
+LATENT: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 2,
+    "moe_layer_freq": 1,
+    "max_position_embeddings": 4096,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+        "original_max_position_embeddings": 2048,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    },
+}
+
+
+def gemma() -> Any:
+    """Return a tiny Gemma 3."""
+    return Gemma3ForCausalLM(Gemma3TextConfig(**MIX, query_pre_attn_scalar=32))
+
+
+def laguna() -> Any:
+    """Return a tiny Laguna without experts."""
+    return LagunaForCausalLM(LagunaConfig(**MIX, mlp_layer_types=["dense"] * len(LAYERS)))
+
+
+def deepseek() -> Any:
+    """Return a tiny DeepSeek-V2 without experts: latent keys and values (MLA)."""
+    return DeepseekV2ForCausalLM(DeepseekV2Config(**LATENT))
+
+
+def save(make: Callable[[], Any], folder: Path) -> Path:
+    """Write a model with random weights, and a tokenizer, to `folder`."""
+    make_model(folder, seed=1)
+    torch.manual_seed(0)
+    model = make()
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if weights.dim() > 1:
+                weights.normal_(0, 1.0 if "embed" in name else weights.shape[1] ** -0.5)
+    model.float().save_pretrained(folder)
+    file = folder / "config.json"
+    named = json.loads(file.read_text()) | {"architectures": [type(model).__name__]}
+    file.write_text(json.dumps(named))
+    return folder

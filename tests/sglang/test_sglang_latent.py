@@ -1,0 +1,59 @@
+"""A model of latent keys and values (MLA), served by SGLang with the flag and without.
+
+SGLang 0.5.15 cannot import its own DeepSeek models on a CPU. SGLang's other attention backend for
+CPUs reads a latent as if it were keys and values, so both servers interpret the GPU's kernels.
+"""
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+from helpers.sglang_engine import mixed_bursts, resident_by_proc, start_sglang
+from helpers.sglang_models import deepseek, save
+
+from kvcached_core.cli.demo.load import Burst
+from kvcached_core.ledger import Ledger
+
+pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
+
+NUM_PROMPT_TOKENS = 80  # an interpreted kernel is slow
+NUM_OUTPUT_TOKENS = 8
+SETTLE_SECONDS = 10.0
+
+
+def test_tokens_of_a_latent_model_are_vanillas_and_its_memory_goes(tmp_path: Path) -> None:
+    model = save(deepseek, tmp_path / "model")
+    arguments = ("--disable-radix-cache", "--attention-backend", "triton")
+    servers = [
+        start_sglang(name, model, tmp_path, *arguments, elastic=elastic, core=int(elastic))
+        for name, elastic in (("elastic", True), ("vanilla", False))
+    ]
+    prompts = mixed_bursts()[0].prompts
+    burst = Burst(tuple(prompt[-NUM_PROMPT_TOKENS:] for prompt in prompts), NUM_OUTPUT_TOKENS)
+    try:
+        for server in servers:
+            server.wait_ready(200)
+        found = [
+            [
+                (completion.error, completion.token_ids)
+                for completion in asyncio.run(server.send(burst))
+            ]
+            for server in servers
+        ]
+        (path,) = (tmp_path / "kv").glob("*.ledger")
+        with Ledger(path) as ledger:
+            (view,) = ledger.view().instances
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while (resident := resident_by_proc(servers[0])) > 2 * view.page_bytes:
+            assert time.monotonic() < deadline, resident
+            time.sleep(0.05)
+        log = servers[0].log.read_text()
+    finally:
+        for server in servers:
+            server.kill()
+    assert "kvcached: process" in log
+    assert "leak detected" not in log
+    assert found[0] == found[1]
+    assert {error for error, _ in found[0]} == {None}
+    assert len({tuple(tokens) for _, tokens in found[0]}) == len(found[0])
