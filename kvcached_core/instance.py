@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, ItemsView, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -190,7 +190,7 @@ class Instance:
         The second number is the part for which requests have to stop if nothing else is left.
         """
         found = []
-        for device, ledger in self._items:
+        for device, ledger in self._ledgers.items():
             wanted = ledger.wanted(self._rows[device])
             self._num_asked[device] = wanted.num_asked
             found.append((wanted, self._unit_bytes(device)))
@@ -237,10 +237,6 @@ class Instance:
                 ledger.unregister(self._rows[device])
             ledger.close()
         self._ledgers = {}
-
-    @property
-    def _items(self) -> ItemsView[Device, Ledger]:
-        return self._ledgers.items()
 
     def _on_ring(self) -> None:
         self._refused_until = 0.0

@@ -285,7 +285,7 @@ class PagePool(Generic[Block]):
         if not has_pages and counts == self._reported:
             return None
         now = self._clock()
-        if not has_pages and self._is_live and now < self._reported_at + REPORT_SECONDS:
+        if not has_pages and is_live and now < self._reported_at + REPORT_SECONDS:
             return None
         self._reported_at = now
         orders.num_used_pages, orders.num_cached_pages = self._reported = counts
