@@ -1,5 +1,6 @@
 """Real SGLang servers on a CPU, and what they are asked."""
 
+import asyncio
 import random
 import re
 from pathlib import Path
@@ -60,6 +61,15 @@ def resident_of_ranks(server: EngineServer) -> list[int]:
     return [
         resident_bytes(int(start, 16), int(end, 16) - int(start, 16), pid)
         for pid, start, end in ADDRESSES.findall(server.log.read_text())
+    ]
+
+
+def answers(server: EngineServer, bursts: list[Burst]) -> list[tuple[str | None, list[int]]]:
+    """Send one burst after the other; return the error and the tokens of each request."""
+    return [
+        (completion.error, completion.token_ids)
+        for burst in bursts
+        for completion in asyncio.run(server.send(burst))
     ]
 
 

@@ -15,6 +15,7 @@ from transformers import (
     LagunaForCausalLM,
 )
 
+from helpers.shapes import SHAPES
 from kvcached_core.cli.demo.model import make_model
 
 WINDOW_TOKENS = 64
@@ -33,22 +34,14 @@ MIX: dict[str, Any] = {
     "max_position_embeddings": 4096,
 }
 # SGLang's kernels know latents of these sizes; on a CPU it asks for a scaled rotary embedding.
-LATENT: dict[str, Any] = {
+LATENT: dict[str, Any] = SHAPES["mla"] | {
     "vocab_size": 512,
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
-    "kv_lora_rank": 512,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "n_routed_experts": 8,
     "first_k_dense_replace": 2,
-    "moe_layer_freq": 1,
-    "max_position_embeddings": 4096,
     "rope_scaling": {
         "rope_type": "yarn",
         "type": "yarn",

@@ -4,13 +4,12 @@ SGLang 0.5.15 cannot import its own DeepSeek models on a CPU. SGLang's other att
 CPUs reads a latent as if it were keys and values, so both servers interpret the GPU's kernels.
 """
 
-import asyncio
-import time
 from pathlib import Path
 
 import pytest
-from helpers.sglang_engine import mixed_bursts, resident_by_proc, start_sglang
+from helpers.sglang_engine import answers, mixed_bursts, resident_by_proc, start_sglang
 from helpers.sglang_models import deepseek, save
+from helpers.waiting import await_that
 
 from kvcached_core.cli.demo.load import Burst
 from kvcached_core.ledger import Ledger
@@ -34,20 +33,11 @@ def test_tokens_of_a_latent_model_are_vanillas_and_its_memory_goes(tmp_path: Pat
     try:
         for server in servers:
             server.wait_ready(200)
-        found = [
-            [
-                (completion.error, completion.token_ids)
-                for completion in asyncio.run(server.send(burst))
-            ]
-            for server in servers
-        ]
+        found = [answers(server, [burst]) for server in servers]
         (path,) = (tmp_path / "kv").glob("*.ledger")
         with Ledger(path) as ledger:
             (view,) = ledger.view().instances
-        deadline = time.monotonic() + SETTLE_SECONDS
-        while (resident := resident_by_proc(servers[0])) > 2 * view.page_bytes:
-            assert time.monotonic() < deadline, resident
-            time.sleep(0.05)
+        await_that(lambda: resident_by_proc(servers[0]) <= 2 * view.page_bytes, SETTLE_SECONDS)
         log = servers[0].log.read_text()
     finally:
         for server in servers:

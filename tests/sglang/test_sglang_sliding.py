@@ -4,13 +4,12 @@ SGLang serves Gemma 3 from one pool and Laguna from two, of which our flag makes
 told to: on a CPU SGLang 0.5.15 reads the window's pool at ids of the other one, and ends.
 """
 
-import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.sglang_engine import mixed_bursts, start_sglang
+from helpers.sglang_engine import answers, mixed_bursts, start_sglang
 from helpers.sglang_models import WINDOW_TOKENS, gemma, laguna, save
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -39,14 +38,7 @@ def test_tokens_of_a_sliding_window_mix_are_vanillas(
     try:
         for server in servers:
             server.wait_ready()
-        found = [
-            [
-                (completion.error, completion.token_ids)
-                for burst in bursts
-                for completion in asyncio.run(server.send(burst))
-            ]
-            for server in servers
-        ]
+        found = [answers(server, bursts) for server in servers]
         logs = [server.log.read_text() for server in servers]
     finally:
         for server in servers:

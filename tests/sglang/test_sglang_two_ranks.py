@@ -1,7 +1,6 @@
 """Two tensor-parallel ranks, a scheduler each, decide alike: same pages, vanilla's tokens."""
 
 import asyncio
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from helpers.sglang_engine import (
     resident_of_ranks,
     start_sglang,
 )
+from helpers.waiting import await_that
 
 from kvcached_core.cli.demo.load import Burst, Completion
 from kvcached_core.cli.demo.server import SGLangServer
@@ -101,9 +101,6 @@ def test_a_limit_lowered_under_load_stops_the_same_requests_on_both(pair: Pair) 
 
 def test_killing_the_server_gives_the_memory_of_both_back(pair: Pair) -> None:
     pair.server.kill()
-    deadline = time.monotonic() + 2
     with Ledger(pair.directory / "host.ledger") as ledger:
-        while ledger.view().instances:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        await_that(lambda: not ledger.view().instances, 2)
         assert ledger.view().free_bytes == POOL

@@ -7,12 +7,13 @@ with it. The tests follow each other on the same two servers; each leaves both i
 import asyncio
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from helpers.process_memory import resident_bytes
+from helpers.waiting import await_that
 
 from kvcached_core.cli.demo.load import Burst, Completion, make_burst, send
 from kvcached_core.cli.demo.memory import Recorder
@@ -96,15 +97,6 @@ def make(name: str) -> Burst:
         num_output_tokens=NUM_OUTPUT_TOKENS,
         seed="ab".index(name),
     )
-
-
-def await_that(condition: Callable[[], bool], seconds: float) -> float:
-    """Return after how long `condition` held; fail if it takes longer than `seconds`."""
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < seconds, "it did not come true in time"
-        time.sleep(0.01)
-    return time.monotonic() - start
 
 
 @pytest.fixture(scope="module")
