@@ -29,6 +29,11 @@ HOOKS = (
         alternatives=(f"{_PLAN}._profile_available_bytes",),
     ),
     Hook(
+        "sglang.srt.mem_cache.memory_pool:KVCache.__init__",
+        "kvcached_sglang.hooks:kv_cache_init",
+        "refuse a pool of more than keys and values before it takes memory",
+    ),
+    Hook(
         "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool._create_buffers",
         "kvcached_sglang.hooks:create_buffers",
         "put keys and values on our arena",

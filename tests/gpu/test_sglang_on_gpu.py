@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from helpers.gpu_offline import mixed_prompts
+from helpers.sglang_models import deepseek, lfm2, save
 from helpers.weights import make_weights
 
 from kvcached_core.cli.demo.server import SGLangServer
@@ -45,6 +46,11 @@ CASES = {
     "no radix, eager": ("--disable-radix-cache", "--disable-cuda-graph"),
     "no radix, blocks of 16": ("--disable-radix-cache", "--page-size", "16"),
 }
+OTHER_MODELS = {
+    "latent": (deepseek, ("--disable-radix-cache",)),
+    "hybrid": (lfm2, ("--disable-radix-cache", "--max-mamba-cache-size", "256")),
+    "hybrid, radix": (lfm2, ("--max-mamba-cache-size", "512")),
+}
 
 
 @dataclass
@@ -68,8 +74,11 @@ class Server:
             return view
 
 
-def start(folder: Path, *arguments: str, elastic: bool) -> Server:
-    model = make_weights(MODELS / "llama-8b", "llama-8b")
+def llama() -> Path:
+    return make_weights(MODELS / "llama-8b", "llama-8b")
+
+
+def start(model: Path, folder: Path, *arguments: str, elastic: bool) -> Server:
     name = "elastic" if elastic else "vanilla"
     flags = ("--enable-kvcached", "--kvcached-name", name)
     sizes = ("--max-total-tokens", str(VANILLA_TOKENS), "--mem-fraction-static", "0.75")
@@ -107,10 +116,8 @@ def pages_at_rest(server: Server) -> float:
     return pages(server)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_tokens_are_vanillas_and_memory_follows_the_load(tmp_path: Path, name: str) -> None:
-    prompts = mixed_prompts(200, 900)
-    servers = [start(tmp_path, *CASES[name], elastic=elastic) for elastic in (False, True)]
+def check(model: Path, folder: Path, prompts: list[list[int]], *arguments: str) -> None:
+    servers = [start(model, folder, *arguments, elastic=elastic) for elastic in (False, True)]
     found: list[Any] = []
     try:
         for server in servers:
@@ -118,7 +125,7 @@ def test_tokens_are_vanillas_and_memory_follows_the_load(tmp_path: Path, name: s
         ours = servers[1]
         after_start = pages_at_rest(ours)
         found = [[server.ask(prompts), server.ask(prompts)] for server in servers]
-        if "--disable-radix-cache" not in CASES[name]:
+        if "--disable-radix-cache" not in arguments:
             assert pages(ours) > 2
             httpx.post(f"{ours.process.url}/flush_cache").raise_for_status()
         after_last = pages_at_rest(ours)
@@ -138,6 +145,18 @@ def test_tokens_are_vanillas_and_memory_follows_the_load(tmp_path: Path, name: s
     assert max(after_start, after_last) <= NUM_PAGES_AT_REST
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_are_vanillas_and_memory_follows_the_load(tmp_path: Path, name: str) -> None:
+    check(llama(), tmp_path, mixed_prompts(200, 900), *CASES[name])
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_tokens_of_other_models_are_vanillas(tmp_path: Path, name: str) -> None:
+    make, arguments = OTHER_MODELS[name]
+    prompts = [[3 + token % 500 for token in prompt] for prompt in mixed_prompts(200, 900)]
+    check(save(make, tmp_path / "model"), tmp_path, prompts, *arguments)
+
+
 @pytest.mark.parametrize(
     ("flags", "tags"),
     [((), ["kv_cache"]), (("--enable-memory-saver",), ["kv_cache", "cuda_graph"])],
@@ -147,7 +166,7 @@ def test_released_memory_comes_back_with_the_next_request(
     tmp_path: Path, flags: tuple[str, ...], tags: list[str]
 ) -> None:
     """With `--enable-memory-saver` the KV cache is ours and the rest is the saver's."""
-    server = start(tmp_path, "--disable-radix-cache", *flags, elastic=True)
+    server = start(llama(), tmp_path, "--disable-radix-cache", *flags, elastic=True)
     prompts = mixed_prompts(20, 900)
     try:
         server.process.wait_ready(240)

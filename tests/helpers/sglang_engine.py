@@ -14,6 +14,8 @@ POOL = 512 * MIB
 POOL_TOKENS = 16 * 1024  # 32 KiB each
 ADDRESSES = re.compile(r"process (\d+) has addresses (0x[0-9a-f]+) to (0x[0-9a-f]+)")
 NUM_BURSTS = 10
+NUM_SHORT_TOKENS = 80
+NUM_ANSWER_TOKENS = 8
 
 
 def start_sglang(
@@ -85,6 +87,14 @@ def mixed_bursts() -> list[Burst]:
         ]
         bursts.append(Burst(tuple(prompts), 4 + 2 * number))
     return bursts
+
+
+def short_bursts() -> list[Burst]:
+    """Return the same prompts, cut for servers that interpret a kernel."""
+    return [
+        Burst(tuple(prompt[-NUM_SHORT_TOKENS:] for prompt in burst.prompts), NUM_ANSWER_TOKENS)
+        for burst in mixed_bursts()
+    ]
 
 
 def _tokens(source: random.Random) -> tuple[int, ...]:

@@ -13,6 +13,8 @@ from transformers import (
     Gemma3TextConfig,
     LagunaConfig,
     LagunaForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
 )
 
 from helpers.shapes import SHAPES
@@ -54,6 +56,20 @@ LATENT: dict[str, Any] = SHAPES["mla"] | {
         "mscale_all_dim": 0.707,
     },
 }
+# Layers of keys and values, and layers of a short convolution with a state for each request.
+HYBRID: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 1024,
+    "intermediate_size": 256,
+    "block_auto_adjust_ff_dim": False,
+    "num_hidden_layers": 6,
+    "layer_types": ["conv", "full_attention", "full_attention"] * 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "conv_L_cache": 3,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
 
 
 def gemma() -> Any:
@@ -69,6 +85,11 @@ def laguna() -> Any:
 def deepseek() -> Any:
     """Return a tiny DeepSeek-V2 without experts: latent keys and values (MLA)."""
     return DeepseekV2ForCausalLM(DeepseekV2Config(**LATENT))
+
+
+def lfm2() -> Any:
+    """Return a tiny LFM2: attention and short convolutions by turns."""
+    return Lfm2ForCausalLM(Lfm2Config(**HYBRID))
 
 
 def save(make: Callable[[], Any], folder: Path) -> Path:

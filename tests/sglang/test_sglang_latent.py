@@ -7,17 +7,14 @@ CPUs reads a latent as if it were keys and values, so both servers interpret the
 from pathlib import Path
 
 import pytest
-from helpers.sglang_engine import answers, mixed_bursts, resident_by_proc, start_sglang
+from helpers.sglang_engine import answers, resident_by_proc, short_bursts, start_sglang
 from helpers.sglang_models import deepseek, save
 from helpers.waiting import await_that
 
-from kvcached_core.cli.demo.load import Burst
 from kvcached_core.ledger import Ledger
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 
-NUM_PROMPT_TOKENS = 80  # an interpreted kernel is slow
-NUM_OUTPUT_TOKENS = 8
 SETTLE_SECONDS = 10.0
 
 
@@ -28,12 +25,10 @@ def test_tokens_of_a_latent_model_are_vanillas_and_its_memory_goes(tmp_path: Pat
         start_sglang(name, model, tmp_path, *arguments, elastic=elastic, core=int(elastic))
         for name, elastic in (("elastic", True), ("vanilla", False))
     ]
-    prompts = mixed_bursts()[0].prompts
-    burst = Burst(tuple(prompt[-NUM_PROMPT_TOKENS:] for prompt in prompts), NUM_OUTPUT_TOKENS)
     try:
         for server in servers:
             server.wait_ready(200)
-        found = [answers(server, [burst]) for server in servers]
+        found = [answers(server, short_bursts()[:1]) for server in servers]
         (path,) = (tmp_path / "kv").glob("*.ledger")
         with Ledger(path) as ledger:
             (view,) = ledger.view().instances

@@ -2,15 +2,19 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from sglang.srt.mem_cache import memory_pool
+from sglang.srt.mem_cache.memory_pool import KVCache, MHATokenToKVPoolFP4
 
 from kvcached_core.arena import Arena
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.geometry import choose_geometry
 from kvcached_core.vmm.host import HostBackend
-from kvcached_sglang import pools
+from kvcached_sglang import engine as engines
+from kvcached_sglang import hooks, pools
 
 pytestmark = pytest.mark.sglang
 
@@ -69,3 +73,38 @@ def test_layers_of_different_sizes_are_refused() -> None:
 
     with pytest.raises(UnsupportedEngineError, match=r"\[32, 64\]"):
         pools.measure(make, ROWS, 1)
+
+
+def test_of_sglangs_own_pools_those_of_more_than_keys_and_values_are_refused_by_name() -> None:
+    others = [
+        value
+        for name, value in vars(memory_pool).items()
+        if isinstance(value, type) and issubclass(value, KVCache) and name not in pools.SERVED_POOLS
+    ]
+    assert len(others) > 2
+    for pool in others:
+        with pytest.raises(SystemExit, match=f"in a {pool.__name__}, which cannot be elastic"):
+            pools.check_class(pool)
+    for name in pools.SERVED_POOLS:
+        pools.check_class(getattr(memory_pool, name))
+
+
+def test_a_pool_of_more_than_keys_and_values_ends_the_start_before_it_takes_memory() -> None:
+    arguments = {
+        "size": ROWS,
+        "page_size": 1,
+        "dtype": torch.float16,
+        "head_num": 2,
+        "head_dim": 16,
+        "layer_num": 1,
+        "device": "cpu",
+        "enable_memory_saver": False,
+    }
+    with (
+        patch.object(engines, "_engine", object()),
+        patch.object(KVCache, "__init__", hooks.kv_cache_init(KVCache.__init__)),
+        patch.object(MHATokenToKVPoolFP4, "_create_buffers") as create_buffers,
+        pytest.raises(SystemExit, match="MHATokenToKVPoolFP4"),
+    ):
+        MHATokenToKVPoolFP4(**arguments)
+    create_buffers.assert_not_called()

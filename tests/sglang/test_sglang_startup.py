@@ -97,6 +97,7 @@ def test_other_releases_are_refused_with_those_that_are_served(release: str) -> 
 
 def runner(**changes: Any) -> Any:
     arguments = {name: allowed for name, (allowed, _) in startup.OBSTACLES.items()}
+    arguments |= {"disable_radix_cache": False, "max_running_requests": None}
     return SimpleNamespace(
         server_args=SimpleNamespace(**{**arguments, **changes}),
         device="cpu",
@@ -109,8 +110,21 @@ def runner(**changes: Any) -> Any:
     )
 
 
-def test_a_plain_configuration_is_served() -> None:
-    startup.check_configuration(runner())
+HYBRID = {"mambaish_config": object()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        HYBRID | {"max_mamba_cache_size": 20},
+        HYBRID | {"disable_radix_cache": True, "max_running_requests": 16},
+    ],
+)
+def test_a_plain_configuration_and_a_hybrid_of_fixed_states_are_served(
+    changes: dict[str, Any],
+) -> None:
+    startup.check_configuration(runner(**changes))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +140,8 @@ def test_a_plain_configuration_is_served() -> None:
         ),
         ({"is_hybrid_swa": True, "model": "MiMoV2FlashForCausalLM"}, "GptOssForCausalLM, Laguna"),
         ({"is_hybrid_swa": False, "model": "MiMoV2FlashForCausalLM"}, "may differ in size"),
-        ({"mambaish_config": object()}, "mamba or linear attention"),
+        (HYBRID, "set --max-mamba-cache-size"),
+        (HYBRID | {"disable_radix_cache": True}, "set --max-mamba-cache-size"),
     ],
 )
 def test_what_cannot_be_served_is_named_with_the_setting(

@@ -17,7 +17,7 @@ from kvcached_sglang.blocks import BlockPages
 from kvcached_sglang.free_list import FreeList
 from kvcached_sglang.pools import PoolShape
 from kvcached_sglang.ranks import Wanted, join_ranks
-from kvcached_sglang.requests import give_up_part, is_busy, num_computed, reopen
+from kvcached_sglang.requests import evictable_tokens, give_up_part, is_busy, num_computed, reopen
 
 logger = logging.getLogger("sglang.kvcached")
 
@@ -166,7 +166,7 @@ class ElasticEngine:
         chunk = min(missing, scheduler.chunked_prefill_size or missing)
         num_running = len(scheduler.running_batch.reqs)
         needed = chunk + (num_running + 1) * free_list.block_tokens
-        available = free_list.available_tokens() + scheduler.tree_cache.evictable_size()
+        available = free_list.available_tokens() + evictable_tokens(scheduler.tree_cache)
         if available >= needed:
             self._held_since = None
             return False
@@ -226,7 +226,7 @@ class ElasticEngine:
         from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
         before = free_list.num_free_blocks
-        if not tree_cache.evictable_size():
+        if not evictable_tokens(tree_cache):
             return False
         num_blocks = num_pages * free_list.pages.geometry.blocks_per_page
         tree_cache.evict(EvictParams(num_tokens=num_blocks * free_list.block_tokens))
@@ -262,7 +262,7 @@ class ElasticEngine:
             return
         self._reported_at = now
         per_page = free_list.pages.geometry.blocks_per_page
-        num_cached = tree_cache.evictable_size() // free_list.block_tokens
+        num_cached = evictable_tokens(tree_cache) // free_list.block_tokens
         num_used = free_list.num_taken_blocks - num_cached + 1
         num_open = free_list.pages.num_open_pages
         used_pages = min(ceil(num_used / per_page), num_open)

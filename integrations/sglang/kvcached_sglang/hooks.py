@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvcached_core.errors import UnsupportedEngineError
+from kvcached_core.units import GIB
 from kvcached_sglang import pools, startup
 from kvcached_sglang.engine import engine, start_engine
 
@@ -21,7 +22,28 @@ def profile_available_bytes(original: Callable[..., int]) -> Callable[..., int]:
         except UnsupportedEngineError as error:
             startup.refuse(error)
             return original(self, *args, **kwargs)
-        return start_engine(self).virtual_bytes
+        virtual_bytes = start_engine(self).virtual_bytes
+        if startup.has_states(self):
+            # The states' pool stays SGLang's own, and the original is what would have sized it.
+            size_states = getattr(self, "_handle_max_mamba_cache", None)
+            size_states = size_states or self.handle_max_mamba_cache  # up to 0.5.15
+            return int(size_states(virtual_bytes / GIB) * GIB)
+        return virtual_bytes
+
+    return wrapper
+
+
+def kv_cache_init(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `KVCache.__init__`: a pool of more than keys and values ends the start, not yet made.
+
+    What a pool keeps beside its planes, it finds by the same ids, of which we make more.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        if engine() is not None:
+            pools.check_class(type(self))
+        original(self, *args, **kwargs)
 
     return wrapper
 
@@ -56,7 +78,10 @@ def allocator_init(original: Callable[..., None]) -> Callable[..., None]:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         pool = self.get_kvcache()
-        ours = getattr(pool, "kvcached", None)
+        if engine() is not None:
+            pools.check_class(type(pool))
+        # A hybrid's pool has one of keys and values inside; its states lie elsewhere.
+        ours = getattr(getattr(pool, "full_kv_pool", pool), "kvcached", None)
         if ours is not None and ours.free_list is None:
             ours.adopt(self)
 

@@ -11,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 from kvcached_core.arena import Arena
 from kvcached_core.errors import UnsupportedEngineError
 
+SERVED_POOLS = frozenset({"MHATokenToKVPool", "MLATokenToKVPool", "HybridLinearKVPool"})
+
 
 @dataclass(frozen=True)
 class PoolShape:
@@ -93,6 +95,19 @@ class MakePlanes(TorchFunctionMode):
         if shape[0] == self._num_rows and len(shape) > 1:
             return WantedPlanes(1, shape, dtype)
         return WantedPlanes(2, shape, dtype) if shape[0] == 2 else None  # noqa: PLR2004  K and V
+
+
+def check_class(pool: type) -> None:
+    """End the process unless a pool of this class holds keys and values alone, as we lay them out.
+
+    SGLang catches exceptions where it makes its pools, and this is no error of its own.
+    """
+    if pool.__name__ not in SERVED_POOLS:
+        raise SystemExit(
+            f"kvcached: SGLang would keep this model's KV cache in a {pool.__name__}, which cannot "
+            f"be elastic; {', '.join(sorted(SERVED_POOLS))} can be. Start without "
+            "--enable-kvcached and with ENABLE_KVCACHED=0"
+        )
 
 
 def measure(

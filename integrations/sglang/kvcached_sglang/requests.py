@@ -12,6 +12,13 @@ def num_computed(request: Any) -> int:
     return len(request.prefix_indices)  # up to 0.5.15
 
 
+def evictable_tokens(tree_cache: Any) -> int:
+    """Return the tokens of the prefix cache that no request holds, and keys and values are of."""
+    if tree_cache.supports_mamba():
+        return int(tree_cache.full_evictable_size())  # up to 0.5.15 such a cache has no other name
+    return int(tree_cache.evictable_size())
+
+
 def is_busy(scheduler: Any) -> bool:
     """Return whether there are requests that will take more memory soon."""
     running = scheduler.running_batch.reqs

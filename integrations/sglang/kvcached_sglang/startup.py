@@ -160,6 +160,11 @@ def check_configuration(runner: Any) -> None:
         )
 
 
+def has_states(runner: Any) -> bool:
+    """Return whether layers keep a state for each request, beside keys and values of others."""
+    return getattr(runner, "mambaish_config", None) is not None
+
+
 def model_name(server_args: Any) -> str:
     """Return the last part of the model's name or path."""
     return safe_name(Path(str(server_args.served_model_name or server_args.model_path)).name)
@@ -182,8 +187,17 @@ def _obstacles(runner: Any) -> Iterator[str]:
             "a mix of full and sliding-window layers in two pools: not served yet; set "
             "--disable-hybrid-swa-memory, and all layers share one pool"
         )
-    if getattr(runner, "mambaish_config", None) is not None:
-        yield "mamba or linear attention: its states lie in a pool of their own; not served yet"
+    if has_states(runner) and not _has_fixed_states(arguments):
+        yield (
+            "mamba or linear attention: SGLang would take a share of the device for the states at "
+            "once; set --max-mamba-cache-size to how many it shall keep"
+        )
+
+
+def _has_fixed_states(arguments: Any) -> bool:
+    if getattr(arguments, "max_mamba_cache_size", None) is not None:
+        return True
+    return arguments.disable_radix_cache and arguments.max_running_requests is not None
 
 
 def _fits_one_pool(model_config: Any) -> bool:
