@@ -150,12 +150,3 @@ def test_what_cannot_be_served_is_named_with_the_setting(
     with pytest.raises(UnsupportedEngineError, match="cannot be served elastically") as caught:
         startup.check_configuration(runner(**changes))
     assert reason in str(caught.value)
-
-
-def test_auto_goes_on_unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ENABLE_KVCACHED", "auto")
-    startup.refuse(UnsupportedEngineError("because"))
-    assert os.environ["ENABLE_KVCACHED"] == "0"
-    monkeypatch.setenv("ENABLE_KVCACHED", "1")
-    with pytest.raises(SystemExit, match="because"):
-        startup.refuse(UnsupportedEngineError("because"))

@@ -176,15 +176,6 @@ def test_configurations_that_cannot_be_served_are_named(
         startup.check_configuration(configuration(**changes))
 
 
-def test_auto_switches_children_off_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ENABLE_KVCACHED", "auto")
-    startup.refuse(UnsupportedEngineError("because"))
-    assert os.environ["ENABLE_KVCACHED"] == "0"
-    monkeypatch.setenv("ENABLE_KVCACHED", "1")
-    with pytest.raises(SystemExit, match="because"):
-        startup.refuse(UnsupportedEngineError("because"))
-
-
 def test_a_pool_of_another_size_ends_the_start_with_both_sizes(tmp_path: Path) -> None:
     from kvcached_vllm.engine import ElasticEngine
 

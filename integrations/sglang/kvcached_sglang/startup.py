@@ -3,11 +3,13 @@
 import logging
 import os
 from collections.abc import Iterator
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from kvcached_core.config import SWITCH, Enable, read_config, read_switch
+from kvcached_core import refusal
+from kvcached_core.config import Enable, read_config, read_switch
 from kvcached_core.errors import ConfigError, UnsupportedEngineError
 from kvcached_core.names import safe_name
 from kvcached_patches import (
@@ -21,6 +23,7 @@ from kvcached_patches import (
 from kvcached_patches import sglang as table
 
 logger = logging.getLogger("sglang.kvcached")
+refuse = partial(refusal.refuse, engine="SGLang", logger=logger)
 
 # Says to the processes that this one starts that the source files were checked already.
 CHECKED = "_KVCACHED_SGLANG_CHECKED"
@@ -108,15 +111,6 @@ def start() -> None:
     _patcher.apply()
 
 
-def refuse(error: UnsupportedEngineError) -> None:
-    """End the process with a report, or say under `auto` that it goes on without us."""
-    if read_switch() is Enable.AUTO:
-        os.environ[SWITCH] = "0"
-        logger.warning("kvcached is off, SGLang serves unpatched: %s", error)
-        return
-    raise SystemExit(f"kvcached: {error}") from error
-
-
 def installed() -> Installed:
     """Return the installed SGLang.
 
@@ -151,13 +145,7 @@ def check_configuration(runner: Any) -> None:
     Raises:
         UnsupportedEngineError: With every reason and the setting to change.
     """
-    reasons = list(_obstacles(runner))
-    if reasons:
-        lines = "".join(f"\n  - {reason}" for reason in reasons)
-        raise UnsupportedEngineError(
-            f"this configuration cannot be served elastically: {lines}\n"
-            "  change it, or set ENABLE_KVCACHED=auto or 0"
-        )
+    refusal.check_configuration(_obstacles(runner))
 
 
 def has_states(runner: Any) -> bool:

@@ -4,10 +4,12 @@ import atexit
 import logging
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kvcached_core.config import SWITCH, Enable, read_config, read_switch
+from kvcached_core import refusal
+from kvcached_core.config import Enable, read_config, read_switch
 from kvcached_core.errors import ConfigError, UnsupportedEngineError
 from kvcached_core.ledger import sweep
 from kvcached_core.names import safe_name
@@ -22,6 +24,7 @@ from kvcached_patches import (
 from kvcached_patches import vllm as table
 
 logger = logging.getLogger("vllm.kvcached")
+refuse = partial(refusal.refuse, engine="vLLM", logger=logger)
 
 # Says to the processes that this one starts that the source files were checked already.
 CHECKED = "_KVCACHED_VLLM_CHECKED"
@@ -61,15 +64,6 @@ def start() -> None:
     _patcher.apply()
 
 
-def refuse(error: UnsupportedEngineError) -> None:
-    """End the process with a report, or say under `auto` that it goes on without us."""
-    if read_switch() is Enable.AUTO:
-        os.environ[SWITCH] = "0"
-        logger.warning("kvcached is off, vLLM serves unpatched: %s", error)
-        return
-    raise SystemExit(f"kvcached: {error}") from error
-
-
 def installed() -> Installed:
     """Return the installed vLLM.
 
@@ -102,13 +96,7 @@ def check_configuration(vllm_config: Any) -> None:
     Raises:
         UnsupportedEngineError: With every reason and the setting to change.
     """
-    reasons = list(_obstacles(vllm_config))
-    if reasons:
-        lines = "".join(f"\n  - {reason}" for reason in reasons)
-        raise UnsupportedEngineError(
-            f"this configuration cannot be served elastically: {lines}\n"
-            "  change it, or set ENABLE_KVCACHED=auto or 0"
-        )
+    refusal.check_configuration(_obstacles(vllm_config))
 
 
 def can_serve(vllm_config: Any) -> bool:

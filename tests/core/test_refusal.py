@@ -1,0 +1,33 @@
+"""Where an engine cannot be served elastically: the end with every reason, or a warning."""
+
+import logging
+import os
+
+import pytest
+
+from kvcached_core.errors import UnsupportedEngineError
+from kvcached_core.refusal import check_configuration, refuse
+
+LOGGER = logging.getLogger("kvcached.test")
+ERROR = UnsupportedEngineError("because")
+
+
+def test_auto_goes_on_unpatched_with_one_warning_and_so_do_the_children(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ENABLE_KVCACHED", "auto")
+    refuse(ERROR, engine="vLLM", logger=LOGGER)
+    assert os.environ["ENABLE_KVCACHED"] == "0"
+    assert caplog.messages == ["kvcached is off, vLLM serves unpatched: because"]
+
+
+def test_switched_on_the_process_ends_with_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENABLE_KVCACHED", "1")
+    with pytest.raises(SystemExit, match="kvcached: because"):
+        refuse(ERROR, engine="vLLM", logger=LOGGER)
+
+
+def test_a_configuration_is_refused_with_every_reason() -> None:
+    check_configuration([])
+    with pytest.raises(UnsupportedEngineError, match=r"(?s)\n  - one\n  - two\n.*auto or 0"):
+        check_configuration(iter(["one", "two"]))
