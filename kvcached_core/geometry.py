@@ -137,3 +137,20 @@ def choose_geometry(
         while ids % num_planes >= MAX_WASTE * ids:
             ids += step
     return Geometry(block_bytes, num_planes, ids, ids // num_planes)
+
+
+def fit_geometry(*, block_bytes: int, num_planes: int, page_bytes: int) -> Geometry:
+    """Return the geometry of a second pool whose pages are those of a first one.
+
+    Raises:
+        GeometryError: If no whole number of blocks is as large as a page, or too much of it would
+            be wasted.
+    """
+    ids, rest = divmod(page_bytes, block_bytes)
+    if rest or ids < num_planes or ids % num_planes >= MAX_WASTE * ids:
+        raise GeometryError(
+            f"pages of {page_bytes} bytes do not fit {num_planes} planes of blocks of "
+            f"{block_bytes} bytes; a block has to divide a page, of which less than "
+            f"{MAX_WASTE:.0%} may be left"
+        )
+    return Geometry(block_bytes, num_planes, ids, ids // num_planes)

@@ -58,6 +58,13 @@ HOOKS = (
         (f"{_ALLOCATOR}:PagedTokenToKVPoolAllocator.__init__",),
     ),
     Hook(
+        "sglang.srt.mem_cache.allocator.swa:SWATokenToKVPoolAllocator.__init__",
+        "kvcached_sglang.hooks:two_pools_init",
+        "map the ids of one pool to those of another over sparse ids",
+        ("kvcache",),
+        ("sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator.__init__",),
+    ),
+    Hook(
         "sglang.srt.managers.scheduler:Scheduler.get_next_batch_to_run",
         "kvcached_sglang.hooks:get_next_batch_to_run",
         "take promises before a schedule, give back what it did not use, and answer neighbours",

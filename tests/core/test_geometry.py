@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvcached_core.errors import GeometryError
-from kvcached_core.geometry import MAX_WASTE, Geometry, choose_geometry
+from kvcached_core.geometry import MAX_WASTE, Geometry, choose_geometry, fit_geometry
 from kvcached_core.units import MIB
 
 GRANULARITY = 2 * MIB
@@ -122,3 +122,24 @@ def test_sizes_that_are_not_positive_are_refused_by_name(name: str) -> None:
     arguments = {"block_bytes": 1, "num_planes": 1, "granularity_bytes": 1, name: 0}
     with pytest.raises(GeometryError, match=f"{name}=0"):
         choose_geometry(**arguments)
+
+
+@given(shapes, st.integers(1, 130))
+def test_a_second_pool_of_blocks_of_one_size_fits_the_pages_of_the_first_or_is_refused(
+    shape: tuple[int, int], num_planes: int
+) -> None:
+    first = choose(shape)
+    sizes = {"block_bytes": shape[0], "num_planes": num_planes, "page_bytes": first.page_bytes}
+    num_left = first.ids_per_page % num_planes
+    if first.ids_per_page < num_planes or num_left >= MAX_WASTE * first.ids_per_page:
+        with pytest.raises(GeometryError, match=f"do not fit {num_planes} planes"):
+            fit_geometry(**sizes)
+    else:
+        second = fit_geometry(**sizes)
+        assert second.page_bytes == first.page_bytes
+        assert second.waste < MAX_WASTE
+
+
+def test_a_second_pool_whose_blocks_do_not_divide_a_page_is_refused() -> None:
+    with pytest.raises(GeometryError, match="a block has to divide a page"):
+        fit_geometry(block_bytes=1536, num_planes=2, page_bytes=16 * MIB)

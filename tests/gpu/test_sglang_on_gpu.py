@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from helpers.gpu_offline import mixed_prompts
-from helpers.sglang_models import deepseek, lfm2, save
+from helpers.sglang_models import deepseek, laguna, lfm2, save
 from helpers.weights import make_weights
 
 from kvcached_core.cli.demo.server import SGLangServer
@@ -50,6 +50,8 @@ OTHER_MODELS = {
     "latent": (deepseek, ("--disable-radix-cache",)),
     "hybrid": (lfm2, ("--disable-radix-cache", "--max-mamba-cache-size", "256")),
     "hybrid, radix": (lfm2, ("--max-mamba-cache-size", "512")),
+    "two pools": (laguna, ("--disable-radix-cache",)),
+    "two pools, radix": (laguna, ()),
 }
 
 

@@ -77,9 +77,15 @@ def gemma() -> Any:
     return Gemma3ForCausalLM(Gemma3TextConfig(**MIX, query_pre_attn_scalar=32))
 
 
-def laguna() -> Any:
+def laguna(layers: list[str] = LAYERS) -> Any:
     """Return a tiny Laguna without experts."""
-    return LagunaForCausalLM(LagunaConfig(**MIX, mlp_layer_types=["dense"] * len(LAYERS)))
+    mix = MIX | {"layer_types": layers, "num_hidden_layers": len(layers)}
+    return LagunaForCausalLM(LagunaConfig(**mix, mlp_layer_types=["dense"] * len(layers)))
+
+
+def small_laguna() -> Any:
+    """Return one of two layers, which is served soon where kernels are interpreted."""
+    return laguna(LAYERS[-2:])
 
 
 def deepseek() -> Any:

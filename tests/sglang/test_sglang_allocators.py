@@ -198,5 +198,5 @@ def test_closed_pages_count_only_while_sglang_adds_up() -> None:
 
 def test_nothing_is_available_while_pages_are_owed() -> None:
     _, ours, _ = build(1)
-    ours.free_list.owed_pages = 1
+    ours.free_list.is_owing = True
     assert ours.available_size() == 0

@@ -70,3 +70,20 @@ def test_surplus_is_due_after_its_time_and_not_before() -> None:
     now[0] = 1.0
     assert ours.is_surplus_due(16, is_live=False)
     assert not ours.is_surplus_due(8, is_live=False)
+
+
+def test_two_pools_take_their_pages_from_the_same_ones_and_share_padding_alone() -> None:
+    unmapped = list(range(1, 8))
+    orders: list[PageOrders] = []
+    first, second = (
+        BlockPages(GEOMETRY, 8, Source(), orders.append, "cpu", unmapped=unmapped) for _ in range(2)
+    )
+    assert first.all_ids().tolist() == second.all_ids().tolist() == []
+    ids = first.open_blocks(9)
+    second.open_blocks(1)
+    assert [order.map_pages for order in orders] == [[1, 2], [3]]
+    _, closed = first.close(ids, 1)
+    assert closed == [2]
+    second.open_blocks(8)
+    assert orders[-1].map_pages == [2]
+    assert (first.num_open_blocks, second.num_open_blocks) == (8, 16)

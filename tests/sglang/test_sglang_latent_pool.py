@@ -45,9 +45,8 @@ def test_latent_planes_lie_in_pages_and_keep_what_is_written_to_open_ones(tmp_pa
     ):
         pool = build()
     vanilla = build()
-    memory, geometry = ours.memory, ours.geometry
+    memory, (geometry,) = ours.memory, ours.layout.geometries
     assert memory is not None
-    assert geometry is not None
     assert geometry.num_planes == NUM_LAYERS
     assert geometry.block_bytes == (LATENT + ROPE) * 2
     assert memory.arena.resident_pages == [0]

@@ -7,7 +7,14 @@ from unittest.mock import patch
 import pytest
 import torch
 from sglang.srt.mem_cache import memory_pool
-from sglang.srt.mem_cache.memory_pool import KVCache, MHATokenToKVPoolFP4
+from sglang.srt.mem_cache.memory_pool import (
+    HybridLinearKVPool,
+    KVCache,
+    MHATokenToKVPool,
+    MHATokenToKVPoolFP4,
+    MLATokenToKVPool,
+)
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from kvcached_core.arena import Arena
 from kvcached_core.errors import UnsupportedEngineError
@@ -49,8 +56,8 @@ def test_each_plane_holds_what_is_written_to_it_alone(make: Callable[[Any], None
     )
     arena = Arena(backend, geometry, -(-ROWS // geometry.blocks_per_page))
     arena.map(range(arena.num_pages))
-    pool.rows = pools.num_rows(shape, arena)
-    pools.lay_out(lambda: make(pool), shape, arena)
+    pool.rows = pools.num_rows(shape, geometry, arena.num_pages)
+    pools.lay_out(lambda: make(pool), shape, geometry, arena)
     ids = torch.tensor([geometry.block_id(index) for index in range(ROWS)])
     for number, plane in enumerate(pool.made):
         assert plane.shape == (pool.rows, 2, 16)
@@ -85,8 +92,8 @@ def test_of_sglangs_own_pools_those_of_more_than_keys_and_values_are_refused_by_
     for pool in others:
         with pytest.raises(SystemExit, match=f"in a {pool.__name__}, which cannot be elastic"):
             pools.check_class(pool)
-    for name in pools.SERVED_POOLS:
-        pools.check_class(getattr(memory_pool, name))
+    for pool in (MHATokenToKVPool, MLATokenToKVPool, HybridLinearKVPool, SWAKVPool):
+        pools.check_class(pool)
 
 
 def test_a_pool_of_more_than_keys_and_values_ends_the_start_before_it_takes_memory() -> None:

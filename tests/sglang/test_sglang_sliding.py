@@ -1,49 +1,102 @@
-"""Full and sliding-window layers that share one pool: SGLang's own choice, or ours.
+"""Full and sliding-window layers, in one pool or in two that share an arena.
 
-SGLang serves Gemma 3 from one pool and Laguna from two, of which our flag makes one. Vanilla is
-told to: on a CPU SGLang 0.5.15 reads the window's pool at ids of the other one, and ends.
+SGLang serves Gemma 3 from one pool and Laguna from two, or from one if it is told to. Its other
+attention backend for CPUs reads the window's pool at ids of the other one, which is right by chance
+as long as both hand out the same; so with two pools both servers interpret the GPU's kernels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.sglang_engine import answers, mixed_bursts, start_sglang
-from helpers.sglang_models import WINDOW_TOKENS, gemma, laguna, save
+from helpers.sglang_engine import (
+    answers,
+    mixed_bursts,
+    resident_by_proc,
+    short_bursts,
+    start_sglang,
+)
+from helpers.sglang_models import WINDOW_TOKENS, gemma, laguna, save, small_laguna
+from helpers.waiting import await_that
+
+from kvcached_core.cli.demo.load import Burst
+from kvcached_core.cli.demo.server import SGLangServer
+from kvcached_core.control import Outcome, trim
+from kvcached_core.units import MIB
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 
 NUM_BURSTS = 4
+PAGE = 16 * MIB
+SETTLE_SECONDS = 10.0
+NO_RADIX = ("--disable-radix-cache",)
+TWO_POOLS = ("--attention-backend", "triton")
 
 
-@pytest.mark.parametrize("make", [gemma, laguna])
-def test_tokens_of_a_sliding_window_mix_are_vanillas(
-    tmp_path: Path, make: Callable[[], Any]
-) -> None:
-    model = save(make, tmp_path / "model")
+@dataclass
+class Twins:
+    """The same server with kvcached and without."""
+
+    elastic: SGLangServer
+    vanilla: SGLangServer
+
+    def check(self, bursts: list[Burst]) -> None:
+        """Compare what both answer; some prompt has to be longer than the window."""
+        assert max(len(prompt) for burst in bursts for prompt in burst.prompts) > WINDOW_TOKENS
+        with ThreadPoolExecutor() as pool:  # each has a core of its own
+            found = list(pool.map(partial(answers, bursts=bursts), (self.elastic, self.vanilla)))
+        assert found[0] == found[1]
+        assert {error for error, _ in found[0]} == {None}
+
+
+@contextmanager
+def started(make: Callable[[], Any], folder: Path, *arguments: str) -> Iterator[Twins]:
+    model = save(make, folder / "model")
     servers = [
-        start_sglang("elastic", model, tmp_path, "--disable-radix-cache", core=0),
-        start_sglang(
-            "vanilla",
-            model,
-            tmp_path,
-            *("--disable-radix-cache", "--disable-hybrid-swa-memory"),
-            elastic=False,
-            core=1,
-        ),
+        start_sglang(name, model, folder, *arguments, elastic=name == "elastic", core=core)
+        for core, name in enumerate(("elastic", "vanilla"))
     ]
-    bursts = mixed_bursts()[:NUM_BURSTS]
-    assert max(len(prompt) for burst in bursts for prompt in burst.prompts) > WINDOW_TOKENS
     try:
         for server in servers:
-            server.wait_ready()
-        found = [answers(server, bursts) for server in servers]
-        logs = [server.log.read_text() for server in servers]
+            server.wait_ready(200)
+        yield Twins(*servers)
+        log = servers[0].log.read_text()
     finally:
         for server in servers:
             server.kill()
-    assert "kvcached: process" in logs[0]
-    assert ["swa size" in log for log in logs] == [False, False]
-    assert found[0] == found[1]
-    assert {error for error, _ in found[0]} == {None}
+    assert "kvcached: process" in log
+    assert "leak detected" not in log
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments"), [(gemma, ()), (laguna, ("--disable-hybrid-swa-memory",))]
+)
+def test_tokens_of_a_mix_in_one_pool_are_vanillas(
+    tmp_path: Path, make: Callable[[], Any], arguments: tuple[str, ...]
+) -> None:
+    with started(make, tmp_path, *NO_RADIX, *arguments) as twins:
+        twins.check(mixed_bursts()[:NUM_BURSTS])
+        assert "swa size" not in twins.elastic.log.read_text()
+
+
+def test_tokens_of_a_mix_in_two_pools_are_vanillas_and_its_memory_goes(tmp_path: Path) -> None:
+    with started(small_laguna, tmp_path, *NO_RADIX, *TWO_POOLS) as twins:
+        twins.check(short_bursts()[:2])
+        await_that(lambda: resident_by_proc(twins.elastic) <= 2 * PAGE, SETTLE_SECONDS)
+        twins.check(short_bursts()[2:3])
+        assert "swa size" in twins.elastic.log.read_text()
+
+
+def test_the_radix_cache_of_two_pools_gives_its_memory_when_asked(tmp_path: Path) -> None:
+    with started(small_laguna, tmp_path, *TWO_POOLS) as twins:
+        twins.check(short_bursts()[:2])
+        assert resident_by_proc(twins.elastic) > 2 * PAGE
+        (trimmed,) = trim([], directory=tmp_path / "kv", wait_seconds=SETTLE_SECONDS)
+        assert trimmed.outcome is Outcome.APPLIED
+        assert resident_by_proc(twins.elastic) == trimmed.after_bytes <= 2 * PAGE
+        twins.check(short_bursts()[:1])

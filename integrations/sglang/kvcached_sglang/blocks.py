@@ -19,7 +19,7 @@ class BlockPages:
 
     Args:
         geometry: What lies in a page.
-        num_pages: Pages of the pool's virtual size; page 0 is open.
+        num_pages: Pages of the arena; page 0 is open.
         source: Who promises pages.
         carry_out: Maps what a step needs before it returns, the rest behind its back.
         device: Where SGLang keeps its free list.
@@ -27,6 +27,9 @@ class BlockPages:
             are mapped ahead of need ...
         max_spare_pages: ... until so many are free; empty pages above that go back.
         idle_seconds: How long they stay before.
+        num_quiet_pages: Empty pages that stay when no request is left.
+        unmapped: The unmapped pages as a heap, where two pools take theirs from the same ones. Then
+            page 0 is for the padding block of either, and no other.
         clock: Returns seconds; for tests.
     """
 
@@ -41,6 +44,8 @@ class BlockPages:
         min_spare_pages: int = 0,
         max_spare_pages: int = 0,
         idle_seconds: float = 0.0,
+        num_quiet_pages: int = NUM_QUIET_PAGES,
+        unmapped: list[int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.geometry = geometry
@@ -48,25 +53,27 @@ class BlockPages:
         self.min_spare_pages = min_spare_pages
         self.max_spare_pages = max(max_spare_pages, min_spare_pages)
         self.idle_seconds = idle_seconds
+        self.num_quiet_pages = num_quiet_pages
         self.num_promised = 0
         self._source = source
         self._carry_out = carry_out
         self._device = device
         self._clock = clock
-        self._open = {0}
+        self.num_padding_blocks = int(unmapped is None)
+        self._open = {0} if unmapped is None else set()
         self._spare: list[int] = []  # ordered to be mapped soon; no block of theirs is listed
-        self._unmapped = list(range(1, num_pages))
+        self._unmapped = list(range(1, num_pages)) if unmapped is None else unmapped
         heapify(self._unmapped)
         self._surplus_since: float | None = None
 
     @property
     def num_open_blocks(self) -> int:
         """Blocks on open pages, without the padding block."""
-        return len(self._open) * self.geometry.blocks_per_page - 1
+        return len(self._open) * self.geometry.blocks_per_page - self.num_padding_blocks
 
     @property
     def num_open_pages(self) -> int:
-        """Open pages, page 0 included."""
+        """Open pages, page 0 included unless it is for padding alone."""
         return len(self._open)
 
     @property
@@ -76,7 +83,7 @@ class BlockPages:
 
     def all_ids(self) -> torch.Tensor:
         """Return the ids of all blocks on open pages, without the padding block."""
-        return self._ids_of(sorted(self._open))[1:]
+        return self._ids_of(sorted(self._open))[self.num_padding_blocks :]
 
     def reserve_blocks(self, num_blocks: int, *, is_spare: bool = False) -> None:
         """Ask for the pages of so many more blocks than are ready.
@@ -137,7 +144,7 @@ class BlockPages:
 
     def is_surplus_due(self, num_free_blocks: int, *, is_live: bool) -> bool:
         """Return whether there may be empty pages that should go back by now: cheap, and often."""
-        kept = self.max_spare_pages if is_live else NUM_QUIET_PAGES
+        kept = self.max_spare_pages if is_live else self.num_quiet_pages
         per_page = self.geometry.blocks_per_page
         if num_free_blocks + len(self._spare) * per_page < (kept + 1) * per_page:
             self._surplus_since = None

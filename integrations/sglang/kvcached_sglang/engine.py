@@ -3,21 +3,27 @@
 import atexit
 import logging
 import time
-from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import HOST, Config, read_config
-from kvcached_core.errors import ConfigError
-from kvcached_core.geometry import Geometry, choose_geometry
+from kvcached_core.geometry import Geometry
 from kvcached_core.page_pool import NUM_QUIET_PAGES, REPORT_SECONDS, PageOrders
 from kvcached_core.rank_memory import RankMemory
-from kvcached_core.units import format_bytes
 from kvcached_sglang import hardware, startup
 from kvcached_sglang.blocks import BlockPages
-from kvcached_sglang.free_list import FreeList
-from kvcached_sglang.pools import PoolShape
+from kvcached_sglang.layout import Layout
 from kvcached_sglang.ranks import Wanted, join_ranks
-from kvcached_sglang.requests import evictable_tokens, give_up_part, is_busy, num_computed, reopen
+from kvcached_sglang.requests import (
+    evictable_of_pools,
+    evictable_tokens,
+    give_up_part,
+    is_busy,
+    num_computed,
+    reopen,
+)
+
+if TYPE_CHECKING:
+    from kvcached_sglang.free_list import FreeList
 
 logger = logging.getLogger("sglang.kvcached")
 
@@ -38,13 +44,19 @@ class ElasticEngine:
         context_tokens: The longest request.
         config: Ours.
         group: SGLang's group of the ranks that share the model.
+        num_pools: 1, or 2 where layers with a sliding window have a pool of their own.
     """
 
     def __init__(
-        self, device: Any, server_args: Any, context_tokens: int, config: Config, group: Any
+        self,
+        device: Any,
+        server_args: Any,
+        context_tokens: int,
+        config: Config,
+        group: Any,
+        num_pools: int = 1,
     ) -> None:
         self.config = config
-        self.context_tokens = context_tokens
         self.server_args = server_args
         self.device = hardware.find_device(device, config)
         self.ranks = join_ranks(
@@ -54,10 +66,17 @@ class ElasticEngine:
             name=startup.model_name(server_args),
             engine=f"sglang {startup.installed().release}",
         )
-        self.backend = hardware.make_backend(device)
-        self.memory: RankMemory | None = None
-        self.free_list: FreeList | None = None
-        self.geometry: Geometry | None = None
+        self.layout = Layout(
+            self.ranks,
+            hardware.make_backend(device),
+            self.device,
+            config,
+            context_tokens,
+            num_pools,
+            self._stream,
+        )
+        self.free_lists: list[FreeList] = []  # that of the pool of all layers first
+        self._owed_pages = 0
         self._reported = (0, 0)
         self._reported_at = 0.0
         self._held_since: float | None = None
@@ -66,107 +85,73 @@ class ElasticEngine:
         atexit.register(self.close)
 
     @property
-    def virtual_bytes(self) -> int:
-        """What SGLang is told that it has for its KV cache, in bytes."""
-        return self.config.virtual_bytes(self.ranks.capacity_bytes)
+    def memory(self) -> RankMemory | None:
+        """This rank's memory, once SGLang made its first pool."""
+        return self.layout.memory
 
-    def place(self, shape: PoolShape) -> RankMemory:
-        """Choose the geometry and make the arena, with page 0 mapped.
-
-        Raises:
-            ConfigError: If there is no room for the first page.
-        """
-        geometry = choose_geometry(
-            block_bytes=shape.block_bytes,
-            num_planes=shape.num_planes,
-            granularity_bytes=self.backend.granularity_bytes,
-            target_page_bytes=self.config.page_bytes,
-        )
-        per_page = geometry.blocks_per_page
-        num_pages = -(-shape.num_blocks // per_page)
-        geometry.check_ids(num_pages)
-        least_blocks = min(ceil(self.context_tokens / shape.block_tokens), shape.num_blocks - 1)
-        self.geometry = geometry
-        self.ranks.describe(
-            page_bytes=geometry.page_bytes,
-            num_pages=num_pages,
-            least_pages=ceil((least_blocks + 1) / per_page),
-        )
-        if not self.ranks.reserve_first_page():
-            setting = "KVCACHED_HOST_POOL or " if self.device.kind == HOST else ""
-            raise ConfigError(
-                f"there is no room for this engine's first page of {geometry.page_bytes} bytes; "
-                f"stop another engine or raise {setting}KVCACHED_LIMIT"
-            )
-        self.memory = RankMemory(geometry, num_pages, self.ranks.seat, self.backend, self._stream)
-        logger.info("kvcached: %s", self.memory.addresses)
-        logger.info(
-            "kvcached: %d pages of %s, %d blocks of %d tokens each, of %s that %s has",
-            num_pages,
-            format_bytes(geometry.page_bytes),
-            per_page,
-            shape.block_tokens,
-            format_bytes(self.ranks.capacity_bytes),
-            self.device.name,
-        )
-        return self.memory
-
-    def adopt(self, allocator: Any) -> None:
+    def adopt(self, allocator: Any, geometry: Geometry) -> None:
         """Give an allocator the blocks of our pages."""
-        if self.memory is None or self.geometry is None:
-            raise RuntimeError("SGLang built its allocator before its KV pool")
         from kvcached_sglang.allocators import make_elastic
 
         low, high = self.config.spare_pages(self.device.kind)
         pages = BlockPages(
-            self.geometry,
-            self.memory.arena.num_pages,
+            geometry,
+            self.layout.num_pages,
             self.ranks,
             self._carry_out,
             allocator.device,
             min_spare_pages=low,
             max_spare_pages=high,
             idle_seconds=self.config.idle_seconds,
+            num_quiet_pages=0 if self.free_lists else NUM_QUIET_PAGES,
+            unmapped=self.layout.unmapped,
             clock=self.ranks.clock,
         )
-        per_page = self.geometry.blocks_per_page
-        self.free_list = make_elastic(allocator, pages, lambda: self.ranks.room_pages * per_page)
+        per_page = geometry.blocks_per_page
+        free_list = make_elastic(allocator, pages, lambda: self.ranks.room_pages * per_page)
+        self.free_lists.append(free_list)
 
     def begin_schedule(self, scheduler: Any) -> None:
         """Give what others want, and take a promise of what this schedule may need at most."""
-        free_list = self.free_list
-        if free_list is None:
+        if not self.free_lists:
             return
         # A batch runs on this stream beside the next schedule, and reads what was freed for it.
         self._forward_stream = getattr(scheduler, "forward_stream", None)
         # Only now: mapping beside a batch's launches would hold them up.
         is_ahead_due, self._is_ahead_due = self._is_ahead_due, False
         if is_ahead_due and is_busy(scheduler):
-            free_list.pages.map_ahead(free_list.num_free_blocks)
+            for free_list in self.free_lists:
+                free_list.pages.map_ahead(free_list.num_free_blocks)
         reopen(scheduler)
         wanted = self.ranks.look()
         if wanted is not None:
-            self.answer(wanted, free_list, scheduler.tree_cache)
+            self.answer(wanted, scheduler.tree_cache)
         self.pay(scheduler.tree_cache)
         if self._held_since is not None and self.ranks.clock() > self._held_since + HOLD_SECONDS:
             self._held_since = None
             give_up_part(scheduler)
-        missing = self._blocks_needed(scheduler, free_list) - free_list.num_free_blocks
-        if missing > 0:
-            free_list.pages.reserve_blocks(missing)
-            # What is not promised cannot be counted on: an allocation that fails ends SGLang.
-            free_list.is_bound = free_list.pages.num_ready_blocks < missing
+        num_needed = self._blocks_needed(scheduler)
+        for free_list in self.free_lists:
+            missing = num_needed - free_list.num_free_blocks
+            if missing > 0:
+                free_list.pages.reserve_blocks(missing)
+                # What is not promised cannot be counted on: an allocation that fails ends SGLang.
+                free_list.is_bound = free_list.pages.num_ready_blocks < missing
 
     def must_hold(self, scheduler: Any) -> bool:
         """Return whether a prompt that was begun has to wait, because its next part has no room."""
-        free_list, request = self.free_list, scheduler.chunked_req
-        if free_list is None or request is None:
+        request = scheduler.chunked_req
+        if not self.free_lists or request is None:
             return False
         missing = len(request.origin_input_ids) + len(request.output_ids) - num_computed(request)
         chunk = min(missing, scheduler.chunked_prefill_size or missing)
         num_running = len(scheduler.running_batch.reqs)
-        needed = chunk + (num_running + 1) * free_list.block_tokens
-        available = free_list.available_tokens() + evictable_tokens(scheduler.tree_cache)
+        needed = chunk + (num_running + 1) * self.free_lists[0].block_tokens
+        evictable = evictable_of_pools(scheduler.tree_cache, self.layout.num_pools)
+        available = min(
+            free_list.available_tokens() + num_tokens
+            for free_list, num_tokens in zip(self.free_lists, evictable, strict=True)
+        )
         if available >= needed:
             self._held_since = None
             return False
@@ -176,34 +161,31 @@ class ElasticEngine:
 
     def end_schedule(self, scheduler: Any, *, has_batch: bool) -> None:
         """Give back what was promised and not used, and see to empty pages."""
-        free_list = self.free_list
-        if free_list is None:
-            return
-        free_list.is_bound = False
-        pages = free_list.pages
-        pages.cancel()
         self._is_ahead_due = has_batch
         is_live = has_batch or bool(scheduler.running_batch.reqs)
-        if pages.is_surplus_due(free_list.num_free_blocks, is_live=is_live):
-            keep = pages.max_spare_pages if is_live else NUM_QUIET_PAGES
-            self._unmap(free_list.release(pages.num_pages, keep=keep))
-        self._report(free_list, scheduler.tree_cache)
+        for free_list in self.free_lists:
+            free_list.is_bound = False
+            pages = free_list.pages
+            pages.cancel()
+            if pages.is_surplus_due(free_list.num_free_blocks, is_live=is_live):
+                keep = pages.max_spare_pages if is_live else pages.num_quiet_pages
+                self._unmap(free_list.release(self.layout.num_pages, keep=keep))
+        self._report(scheduler.tree_cache)
 
-    def answer(self, wanted: Wanted, free_list: FreeList, tree_cache: Any) -> None:
+    def answer(self, wanted: Wanted, tree_cache: Any) -> None:
         """Give what others or the limit want: empty pages, then cached blocks, then requests'."""
-        num_given = self._give(free_list, tree_cache, wanted.asked_pages)
-        free_list.owed_pages = max(min(wanted.asked_pages - num_given, wanted.owed_pages), 0)
+        num_given = self._give(tree_cache, wanted.asked_pages)
+        self._owe(max(min(wanted.asked_pages - num_given, wanted.owed_pages), 0))
 
     def pay(self, tree_cache: Any) -> None:
         """Give more of what is owed: requests may have stopped for it."""
-        free_list = self.free_list
-        if free_list is not None and free_list.owed_pages:
-            free_list.owed_pages -= self._give(free_list, tree_cache, free_list.owed_pages)
+        if self._owed_pages:
+            self._owe(self._owed_pages - self._give(tree_cache, self._owed_pages))
 
     def empty(self) -> None:
         """Give everything back but page 0; return when it is done."""
-        if self.free_list is not None and self.memory is not None:
-            self._unmap(self.free_list.release(self.free_list.pages.num_pages))
+        if self.memory is not None:
+            self._unmap(self._release(self.layout.num_pages))
             self.memory.keeper.wait()
 
     def close(self) -> None:
@@ -211,30 +193,40 @@ class ElasticEngine:
         atexit.unregister(self.close)
         self.ranks.close()
 
-    def _give(self, free_list: FreeList, tree_cache: Any, num_pages: int) -> int:
-        closed = free_list.release(num_pages) if num_pages else []
-        while len(closed) < num_pages and self._evict(
-            free_list, tree_cache, num_pages - len(closed)
-        ):
-            closed += free_list.release(num_pages - len(closed))
+    def _owe(self, num_pages: int) -> None:
+        self._owed_pages = num_pages
+        for free_list in self.free_lists:
+            free_list.is_owing = num_pages > 0
+
+    def _release(self, num_pages: int) -> list[int]:
+        closed: list[int] = []
+        for free_list in self.free_lists:
+            if len(closed) < num_pages:
+                closed += free_list.release(num_pages - len(closed))
+        return closed
+
+    def _give(self, tree_cache: Any, num_pages: int) -> int:
+        closed = self._release(num_pages)
+        while len(closed) < num_pages and self._evict(tree_cache, num_pages - len(closed)):
+            closed += self._release(num_pages - len(closed))
         self.ranks.answer(len(closed))
         self._unmap(closed)
         return len(closed)
 
-    @staticmethod
-    def _evict(free_list: FreeList, tree_cache: Any, num_pages: int) -> bool:
+    def _evict(self, tree_cache: Any, num_pages: int) -> bool:
         from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
-        before = free_list.num_free_blocks
+        before = [free_list.num_free_blocks for free_list in self.free_lists]
         if not evictable_tokens(tree_cache):
             return False
+        free_list = self.free_lists[0]
         num_blocks = num_pages * free_list.pages.geometry.blocks_per_page
         tree_cache.evict(EvictParams(num_tokens=num_blocks * free_list.block_tokens))
-        return free_list.num_free_blocks > before
+        return before != [free_list.num_free_blocks for free_list in self.free_lists]
 
-    def _blocks_needed(self, scheduler: Any, free_list: FreeList) -> int:
-        """Return the blocks that the next batch takes at most."""
-        block_tokens = free_list.block_tokens
+    def _blocks_needed(self, scheduler: Any) -> int:
+        """Return the blocks that the next batch takes at most, of each pool."""
+        block_tokens = self.free_lists[0].block_tokens
         budget = self.server_args.max_prefill_tokens
         batches = (scheduler.running_batch, scheduler.last_batch)
         num_blocks = sum(len(batch.reqs) for batch in batches if batch is not None)
@@ -256,19 +248,20 @@ class ElasticEngine:
         if pages:
             self.memory.after_step(PageOrders(unmap_pages=pages))  # type: ignore[union-attr]
 
-    def _report(self, free_list: FreeList, tree_cache: Any) -> None:
+    def _report(self, tree_cache: Any) -> None:
         now = time.monotonic()
-        if now < self._reported_at + REPORT_SECONDS:
+        if not self.free_lists or now < self._reported_at + REPORT_SECONDS:
             return
         self._reported_at = now
-        per_page = free_list.pages.geometry.blocks_per_page
-        num_cached = evictable_tokens(tree_cache) // free_list.block_tokens
-        num_used = free_list.num_taken_blocks - num_cached + 1
-        num_open = free_list.pages.num_open_pages
-        used_pages = min(ceil(num_used / per_page), num_open)
-        counts = used_pages, min(ceil(num_cached / per_page), num_open - used_pages)
-        if counts != self._reported:
-            self._reported = counts
+        evictable = evictable_of_pools(tree_cache, self.layout.num_pools)
+        counts = [
+            free_list.count_pages(num_tokens)
+            for free_list, num_tokens in zip(self.free_lists, evictable, strict=True)
+        ]
+        page_0 = int(self.layout.num_pools > 1)
+        reported = page_0 + sum(used for used, _ in counts), sum(cached for _, cached in counts)
+        if reported != self._reported:
+            self._reported = reported
             self._carry_out(PageOrders())
 
     def _stream(self) -> int:
@@ -298,6 +291,7 @@ def start_engine(runner: Any) -> ElasticEngine:
             runner.model_config.context_len,
             read_config(),
             get_tp_group(),
+            num_pools=2 if startup.has_two_pools(runner) else 1,
         )
     return _engine
 

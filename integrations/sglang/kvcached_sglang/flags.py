@@ -4,11 +4,7 @@ import argparse
 import os
 from typing import Any
 
-from kvcached_core.config import Enable, read_switch
 from kvcached_sglang import startup
-
-# SGLang's name for one pool of all layers in place of one for those with a sliding window.
-ONE_POOL = "disable_hybrid_swa_memory"
 
 FLAGS = {
     "--kvcached-limit": ("KVCACHED_LIMIT", "The most it may hold: 24GiB, 50%% or none."),
@@ -49,8 +45,6 @@ class SwitchOn(argparse.Action):
         if os.environ["ENABLE_KVCACHED"].strip() in ("", "0"):
             os.environ["ENABLE_KVCACHED"] = "1"
         startup.start()
-        if read_switch() is Enable.ON:
-            setattr(namespace, ONE_POOL, True)
 
 
 def server_args_add_cli_args(original: Any) -> Any:
@@ -59,8 +53,6 @@ def server_args_add_cli_args(original: Any) -> Any:
 
     def wrapper(parser: argparse.ArgumentParser) -> None:
         add(parser)
-        if read_switch() is Enable.ON:
-            parser.set_defaults(**{ONE_POOL: True})
         group = parser.add_argument_group("kvcached")
         group.add_argument(
             "--enable-kvcached",

@@ -29,7 +29,7 @@ class FreeList:
     ) -> None:
         self.pages = pages
         self.block_tokens: int = allocator.page_size
-        self.owed_pages = 0  # to be given back, by stopping requests if it must be
+        self.is_owing = False  # pages are to be given back, by stopping requests if it must be
         self.is_nominal = False  # while SGLang adds up its tokens: closed pages count, too
         self.is_bound = False  # while a schedule counts only on what is promised
         self._allocator = allocator
@@ -53,12 +53,21 @@ class FreeList:
         largest = int(self._allocator.size) // self.block_tokens - num_taken
         if self.is_nominal:
             return largest * self.block_tokens
-        if self.owed_pages:
+        if self.is_owing:
             return 0  # free blocks here and there do not pay whole pages
         num_blocks = num_free + self.pages.num_ready_blocks
         if not self.is_bound:
             num_blocks += self._room()
         return min(num_blocks, largest) * self.block_tokens
+
+    def count_pages(self, num_cached_tokens: int) -> tuple[int, int]:
+        """Return how many open pages' worth is used, and how many more are cached, by tokens."""
+        per_page = self.pages.geometry.blocks_per_page
+        num_cached = num_cached_tokens // self.block_tokens
+        num_used = self.num_taken_blocks - num_cached + self.pages.num_padding_blocks
+        num_open = self.pages.num_open_pages
+        used_pages = min(-(-num_used // per_page), num_open)
+        return used_pages, min(-(-num_cached // per_page), num_open - used_pages)
 
     def open(self, num_blocks: int) -> None:
         """Open pages until so many blocks are free, as far as they are promised."""

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from kvcached_core.errors import UnsupportedEngineError
+from kvcached_core.errors import GeometryError, UnsupportedEngineError
 from kvcached_core.units import GIB
 from kvcached_sglang import pools, startup
 from kvcached_sglang.engine import engine, start_engine
@@ -22,7 +22,7 @@ def profile_available_bytes(original: Callable[..., int]) -> Callable[..., int]:
         except UnsupportedEngineError as error:
             startup.refuse(error)
             return original(self, *args, **kwargs)
-        virtual_bytes = start_engine(self).virtual_bytes
+        virtual_bytes = start_engine(self).layout.virtual_bytes
         if startup.has_states(self):
             # The states' pool stays SGLang's own, and the original is what would have sized it.
             size_states = getattr(self, "_handle_max_mamba_cache", None)
@@ -54,7 +54,7 @@ def create_buffers(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapper(self: Any) -> None:
         ours = engine()
-        if ours is None or ours.memory is not None:
+        if ours is None or ours.layout.is_complete:
             original(self)
             return
         layout = getattr(self, "kv_cache_layout", "nhd")
@@ -62,11 +62,14 @@ def create_buffers(original: Callable[..., None]) -> Callable[..., None]:
             raise SystemExit(f"kvcached: the KV layout {layout!r} cannot be served; unset it")
         make = functools.partial(original, self)
         num_rows = self.size + self.page_size
-        shape = pools.measure(make, num_rows, self.page_size)
-        memory = ours.place(shape)
-        self.size = pools.num_rows(shape, memory.arena) - self.page_size
-        pools.lay_out(make, shape, memory.arena)
-        self.kvcached = ours
+        try:
+            shape = pools.measure(make, num_rows, self.page_size)
+            geometry, arena = ours.layout.place(shape)
+        except (GeometryError, UnsupportedEngineError) as error:
+            raise SystemExit(f"kvcached: {error}; start with ENABLE_KVCACHED=0") from error
+        self.size = pools.num_rows(shape, geometry, arena.num_pages) - self.page_size
+        pools.lay_out(make, shape, geometry, arena)
+        self.kvcached = geometry
 
     return wrapper
 
@@ -77,13 +80,35 @@ def allocator_init(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        pool = self.get_kvcache()
-        if engine() is not None:
-            pools.check_class(type(pool))
+        ours, pool = engine(), self.get_kvcache()
+        if ours is None:
+            return
+        pools.check_class(type(pool))
         # A hybrid's pool has one of keys and values inside; its states lie elsewhere.
-        ours = getattr(getattr(pool, "full_kv_pool", pool), "kvcached", None)
-        if ours is not None and ours.free_list is None:
-            ours.adopt(self)
+        geometry = getattr(getattr(pool, "full_kv_pool", pool), "kvcached", None)
+        if geometry is not None and len(ours.free_lists) < ours.layout.num_pools:
+            ours.adopt(self, geometry)
+
+    return wrapper
+
+
+def two_pools_init(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `__init__` of the allocator of two pools: its map covers the ids of elastic pages."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if engine() is None:
+            return
+        pool = self.get_kvcache()
+        pools.check_class(type(pool))
+        if getattr(pool, "swa_req_ring_size", None) is not None:
+            raise SystemExit("kvcached: a ring of window tokens for each request is not served")
+        mapping = self.full_to_swa_index_mapping
+        longer = mapping.new_zeros(pool.full_kv_pool.size + self.page_size + 1)
+        longer[-1] = -1  # no token before a prompt's first, in either pool
+        self.full_to_swa_index_mapping = longer
+        pool.register_mapping(longer)
 
     return wrapper
 
@@ -132,14 +157,15 @@ def get_pool_stats(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        free_list = getattr(self.token_to_kv_pool_allocator, "free_list", None)
-        if free_list is None:
-            return original(self, *args, **kwargs)
-        free_list.is_nominal = True
+        ours = engine()
+        free_lists = ours.free_lists if ours is not None else []
+        for free_list in free_lists:
+            free_list.is_nominal = True
         try:
             return original(self, *args, **kwargs)
         finally:
-            free_list.is_nominal = False
+            for free_list in free_lists:
+                free_list.is_nominal = False
 
     return wrapper
 
@@ -152,13 +178,12 @@ def retract_decode(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(self.token_to_kv_pool_allocator, "free_list"):
-            return original(self, *args, **kwargs)
         ours, check = engine(), self.check_decode_mem
+        if ours is None:
+            return original(self, *args, **kwargs)
 
         def pay_and_check(selected_indices: Any = None) -> bool:
-            if ours is not None:
-                ours.pay(self.tree_cache)
+            ours.pay(self.tree_cache)
             return bool(check(selected_indices=selected_indices))
 
         def check_but_keep_the_last(selected_indices: Any = None) -> bool:

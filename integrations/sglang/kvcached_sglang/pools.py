@@ -10,8 +10,11 @@ from torch.overrides import TorchFunctionMode
 
 from kvcached_core.arena import Arena
 from kvcached_core.errors import UnsupportedEngineError
+from kvcached_core.geometry import Geometry
 
-SERVED_POOLS = frozenset({"MHATokenToKVPool", "MLATokenToKVPool", "HybridLinearKVPool"})
+SERVED_POOLS = frozenset(
+    {"MHATokenToKVPool", "MLATokenToKVPool", "HybridLinearKVPool", "SWAKVPool"}
+)
 
 
 @dataclass(frozen=True)
@@ -134,15 +137,16 @@ def measure(
     return PoolShape(len(rows), rows_per_plane, rows[0], block_tokens)
 
 
-def num_rows(shape: PoolShape, arena: Arena) -> int:
+def num_rows(shape: PoolShape, geometry: Geometry, num_pages: int) -> int:
     """Return the tokens of the id space: how long each plane has to be."""
-    return arena.geometry.num_ids(arena.num_pages) * shape.block_tokens
+    return geometry.num_ids(num_pages) * shape.block_tokens
 
 
-def lay_out(create_buffers: Callable[[], None], shape: PoolShape, arena: Arena) -> None:
+def lay_out(
+    create_buffers: Callable[[], None], shape: PoolShape, geometry: Geometry, arena: Arena
+) -> None:
     """Let `create_buffers` make its planes, each as long as the id space, in the arena."""
-    geometry = arena.geometry
-    placed = 0
+    whole, placed = arena.tensor(), 0
 
     def place(wanted: WantedPlanes) -> torch.Tensor:
         nonlocal placed
@@ -153,9 +157,9 @@ def lay_out(create_buffers: Callable[[], None], shape: PoolShape, arena: Arena) 
         strides = [prod(rows[index + 1 :]) for index in range(len(rows))]
         if wanted.num_planes > 1:
             strides.insert(0, geometry.run_bytes // itemsize)
-        return arena.tensor().view(wanted.dtype).as_strided(wanted.shape, strides, offset)
+        return whole.view(wanted.dtype).as_strided(wanted.shape, strides, offset)
 
-    with MakePlanes(num_rows(shape, arena), place):
+    with MakePlanes(num_rows(shape, geometry, arena.num_pages), place):
         create_buffers()
     if placed != shape.num_planes:
         raise UnsupportedEngineError(f"{placed} planes were made, expected {shape.num_planes}")

@@ -13,10 +13,18 @@ def num_computed(request: Any) -> int:
 
 
 def evictable_tokens(tree_cache: Any) -> int:
-    """Return the tokens of the prefix cache that no request holds, and keys and values are of."""
-    if tree_cache.supports_mamba():
+    """Return the tokens of the prefix cache that no request holds: of the pool of all layers."""
+    if tree_cache.supports_mamba() or tree_cache.supports_swa():
         return int(tree_cache.full_evictable_size())  # up to 0.5.15 such a cache has no other name
     return int(tree_cache.evictable_size())
+
+
+def evictable_of_pools(tree_cache: Any, num_pools: int) -> list[int]:
+    """Return the same for each pool: full layers' first, then that of sliding windows."""
+    sizes = [evictable_tokens(tree_cache)]
+    if num_pools > 1:
+        sizes.append(int(tree_cache.swa_evictable_size()))
+    return sizes
 
 
 def is_busy(scheduler: Any) -> bool:

@@ -71,6 +71,10 @@ ONE_POOL_MODELS = frozenset(
     }
 )
 
+# Attention that reads the window's pool at ids of that pool. SGLang's others read it at ids of the
+# other one: right as long as both hand out the same ones, which ours never do.
+TWO_POOL_BACKENDS = frozenset({"fa3", "fa4", "flashinfer", "triton", "trtllm_mha"})
+
 _flags: Patcher | None = None
 _patcher: Patcher | None = None
 
@@ -148,6 +152,11 @@ def check_configuration(runner: Any) -> None:
     refusal.check_configuration(_obstacles(runner))
 
 
+def has_two_pools(runner: Any) -> bool:
+    """Return whether layers with a sliding window have a pool of their own."""
+    return bool(getattr(runner, "is_hybrid_swa", False))
+
+
 def has_states(runner: Any) -> bool:
     """Return whether layers keep a state for each request, beside keys and values of others."""
     return getattr(runner, "mambaish_config", None) is not None
@@ -165,21 +174,28 @@ def _obstacles(runner: Any) -> Iterator[str]:
             yield reason
     if str(runner.device) not in ("cpu", "cuda"):
         yield f"device {runner.device}: only NVIDIA GPUs and CPUs are served"
-    if not _fits_one_pool(runner.model_config):
+    if not has_two_pools(runner) and not _fits_one_pool(runner.model_config):
         yield (
-            "full and sliding-window layers that may differ in size need two pools: not served yet;"
-            f" of such mixes {', '.join(sorted(ONE_POOL_MODELS))} are"
+            "full and sliding-window layers that may differ in size need two pools; remove "
+            f"--disable-hybrid-swa-memory, which is right for {', '.join(sorted(ONE_POOL_MODELS))}"
         )
-    elif getattr(runner, "is_hybrid_swa", False):
-        yield (
-            "a mix of full and sliding-window layers in two pools: not served yet; set "
-            "--disable-hybrid-swa-memory, and all layers share one pool"
-        )
+    if has_two_pools(runner):
+        served = ", ".join(sorted(TWO_POOL_BACKENDS))
+        for backend in sorted(_attention_backends(arguments) - TWO_POOL_BACKENDS):
+            yield (
+                f"attention backend {backend}: it reads the window's pool at ids of the other one; "
+                f"set --attention-backend to one of {served}, or --disable-hybrid-swa-memory"
+            )
     if has_states(runner) and not _has_fixed_states(arguments):
         yield (
             "mamba or linear attention: SGLang would take a share of the device for the states at "
             "once; set --max-mamba-cache-size to how many it shall keep"
         )
+
+
+def _attention_backends(arguments: Any) -> set[str]:
+    names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    return {value for name in names if (value := getattr(arguments, name, None)) is not None}
 
 
 def _has_fixed_states(arguments: Any) -> bool:
