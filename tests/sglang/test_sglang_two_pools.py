@@ -206,3 +206,28 @@ def is_open(pages: Any, page: int) -> bool:
 
 TestTwoPools = TwoPools.TestCase
 TestTwoPools.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
+
+
+def test_more_than_there_is_is_promised_to_both_pools_alike(tmp_path: Path) -> None:
+    engine, allocator = build_elastic(tmp_path / "kv")
+    request = SimpleNamespace(
+        origin_input_ids=[7] * 300,
+        output_ids=[],
+        sampling_params=SimpleNamespace(max_new_tokens=8),
+    )
+    scheduler = SimpleNamespace(
+        running_batch=SimpleNamespace(reqs=[]),
+        last_batch=None,
+        chunked_req=None,
+        waiting_queue=[request] * 4,
+        tree_cache=None,
+    )
+    engine.begin_schedule(scheduler)
+    assert allocator.full_available_size() >= 2 * NUM_WINDOW_TOKENS - 100
+    assert allocator.swa_available_size() == NUM_WINDOW_TOKENS
+    for pool in (allocator.get_kvcache().full_kv_pool, allocator.get_kvcache().swa_kv_pool):
+        pool.k_buffer.clear()
+        pool.v_buffer.clear()
+    assert engine.memory is not None
+    engine.memory.close()
+    engine.close()

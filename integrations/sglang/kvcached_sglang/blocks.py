@@ -92,9 +92,16 @@ class BlockPages:
             num_blocks: What shall be ready.
             is_spare: No request waits for them; otherwise others are asked to give memory.
         """
+        self.reserve_pages(self.pages_for(num_blocks), is_spare=is_spare)
+
+    def pages_for(self, num_blocks: int) -> int:
+        """Return the pages that are missing until so many more blocks are ready."""
         missing = num_blocks - self.num_ready_blocks
-        wanted = -(-missing // self.geometry.blocks_per_page)
-        wanted = min(wanted, len(self._unmapped) - self.num_promised)
+        return max(-(-missing // self.geometry.blocks_per_page), 0)
+
+    def reserve_pages(self, num_pages: int, *, is_spare: bool = False) -> None:
+        """Ask for so many pages; see `reserve_blocks`."""
+        wanted = min(num_pages, len(self._unmapped) - self.num_promised)
         if wanted > 0 and is_spare:
             self.num_promised += self._source.reserve(0, is_urgent=False, num_spare=wanted)
         elif wanted > 0:

@@ -130,13 +130,7 @@ class ElasticEngine:
         if self._held_since is not None and self.ranks.clock() > self._held_since + HOLD_SECONDS:
             self._held_since = None
             give_up_part(scheduler)
-        num_needed = self._blocks_needed(scheduler)
-        for free_list in self.free_lists:
-            missing = num_needed - free_list.num_free_blocks
-            if missing > 0:
-                free_list.pages.reserve_blocks(missing)
-                # What is not promised cannot be counted on: an allocation that fails ends SGLang.
-                free_list.is_bound = free_list.pages.num_ready_blocks < missing
+        self._reserve(self._blocks_needed(scheduler))
 
     def must_hold(self, scheduler: Any) -> bool:
         """Return whether a prompt that was begun has to wait, because its next part has no room."""
@@ -192,6 +186,21 @@ class ElasticEngine:
         """Leave the ledger."""
         atexit.unregister(self.close)
         self.ranks.close()
+
+    def _reserve(self, num_blocks: int) -> None:
+        """Take a promise of so many blocks of each pool, or of what there is for both alike."""
+        missing = [num_blocks - free_list.num_free_blocks for free_list in self.free_lists]
+        pages = [free_list.pages for free_list in self.free_lists]
+        wanted = [one.pages_for(number) for one, number in zip(pages, missing, strict=True)]
+        room = self.ranks.room_pages
+        if len(pages) > 1 and sum(wanted) > room:  # the first one would take all there is
+            for one, number in zip(pages, wanted, strict=True):
+                one.reserve_pages(room * number // sum(wanted))
+        for free_list, number in zip(self.free_lists, missing, strict=True):
+            if number > 0:
+                free_list.pages.reserve_blocks(number)
+                # What is not promised cannot be counted on: an allocation that fails ends SGLang.
+                free_list.is_bound = free_list.pages.num_ready_blocks < number
 
     def _owe(self, num_pages: int) -> None:
         self._owed_pages = num_pages
