@@ -147,7 +147,7 @@ def fit_geometry(*, block_bytes: int, num_planes: int, page_bytes: int) -> Geome
             be wasted.
     """
     ids, rest = divmod(page_bytes, block_bytes)
-    if rest or ids < num_planes or ids % num_planes >= MAX_WASTE * ids:
+    if rest or ids % num_planes >= MAX_WASTE * ids:
         raise GeometryError(
             f"pages of {page_bytes} bytes do not fit {num_planes} planes of blocks of "
             f"{block_bytes} bytes; a block has to divide a page, of which less than "

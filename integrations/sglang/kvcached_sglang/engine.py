@@ -190,17 +190,22 @@ class ElasticEngine:
     def _reserve(self, num_blocks: int) -> None:
         """Take a promise of so many blocks of each pool, or of what there is for both alike."""
         missing = [num_blocks - free_list.num_free_blocks for free_list in self.free_lists]
-        pages = [free_list.pages for free_list in self.free_lists]
-        wanted = [one.pages_for(number) for one, number in zip(pages, missing, strict=True)]
-        room = self.ranks.room_pages
-        if len(pages) > 1 and sum(wanted) > room:  # the first one would take all there is
-            for one, number in zip(pages, wanted, strict=True):
-                one.reserve_pages(room * number // sum(wanted))
+        if len(missing) > 1:
+            self._split_room(missing)
         for free_list, number in zip(self.free_lists, missing, strict=True):
             if number > 0:
                 free_list.pages.reserve_blocks(number)
                 # What is not promised cannot be counted on: an allocation that fails ends SGLang.
                 free_list.is_bound = free_list.pages.num_ready_blocks < number
+
+    def _split_room(self, missing: list[int]) -> None:
+        """Where there are fewer pages than both pools want, promise each its share first."""
+        pages = [free_list.pages for free_list in self.free_lists]
+        wanted = [one.pages_for(number) for one, number in zip(pages, missing, strict=True)]
+        room = self.ranks.room_pages
+        if sum(wanted) > room:
+            for one, number in zip(pages, wanted, strict=True):
+                one.reserve_pages(room * number // sum(wanted))
 
     def _owe(self, num_pages: int) -> None:
         self._owed_pages = num_pages
