@@ -3,6 +3,8 @@
 import asyncio
 import random
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from helpers.process_memory import resident_bytes
@@ -14,6 +16,7 @@ POOL = 512 * MIB
 POOL_TOKENS = 16 * 1024  # 32 KiB each
 ADDRESSES = re.compile(r"process (\d+) has addresses (0x[0-9a-f]+) to (0x[0-9a-f]+)")
 NUM_BURSTS = 10
+READY_SECONDS = 200.0
 NUM_SHORT_TOKENS = 80
 NUM_ANSWER_TOKENS = 8
 
@@ -51,6 +54,30 @@ def start_sglang(
         ),
         core=core,
     )
+
+
+@contextmanager
+def twins(
+    model: Path, workspace: Path, *arguments: str
+) -> Iterator[tuple[SGLangServer, SGLangServer]]:
+    """Run the same server with kvcached and without, each on a core of its own.
+
+    At the end the elastic one's log has to say that it is, and of no leak.
+    """
+    elastic, vanilla = servers = [
+        start_sglang(name, model, workspace, *arguments, elastic=name == "elastic", core=core)
+        for core, name in enumerate(("elastic", "vanilla"))
+    ]
+    try:
+        for server in servers:
+            server.wait_ready(READY_SECONDS)
+        yield elastic, vanilla
+        log = elastic.log.read_text()
+    finally:
+        for server in servers:
+            server.kill()
+    assert "kvcached: process" in log
+    assert "leak detected" not in log
 
 
 def resident_by_proc(server: EngineServer) -> int:

@@ -11,12 +11,12 @@ import tempfile
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from helpers.sglang_elastic import hooked, make_engine
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -28,9 +28,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from kvcached_core.config import read_config
 from kvcached_core.units import MIB
-from kvcached_sglang import engine as engines
 from kvcached_sglang import hooks
 from kvcached_sglang.engine import ElasticEngine
 from kvcached_sglang.ranks import Wanted
@@ -139,25 +137,12 @@ def build(cache: Any, block_tokens: int) -> Parts:
 
 
 def build_elastic(cache: Any, block_tokens: int, directory: Path) -> tuple[ElasticEngine, Parts]:
-    config = read_config(
-        {
-            "KVCACHED_DIR": str(directory),
-            "KVCACHED_HOST_POOL": str(PAGE_BYTES * NUM_PAGES),
-            "KVCACHED_PAGE_BYTES": str(PAGE_BYTES),
-        }
-    )
-    arguments = SimpleNamespace(served_model_name="m", model_path="m", max_prefill_tokens=1024)
-    ours = ElasticEngine("cpu", arguments, 64, config, SimpleNamespace(world_size=1))
-    make_buffers = hooks.create_buffers(MHATokenToKVPool._create_buffers)
-    adopt = [
-        patch.object(kind, "__init__", hooks.allocator_init(kind.__init__))
-        for kind in (TokenToKVPoolAllocator, PagedTokenToKVPoolAllocator)
-    ]
-    with (
-        patch.object(engines, "_engine", ours),
-        patch.object(MHATokenToKVPool, "_create_buffers", make_buffers),
-        adopt[0],
-        adopt[1],
+    ours = make_engine(directory, host_pool=PAGE_BYTES * NUM_PAGES, page_bytes=PAGE_BYTES)
+    with hooked(
+        ours,
+        (MHATokenToKVPool, "_create_buffers", hooks.create_buffers),
+        (TokenToKVPoolAllocator, "__init__", hooks.allocator_init),
+        (PagedTokenToKVPoolAllocator, "__init__", hooks.allocator_init),
     ):
         return ours, build(cache, block_tokens)
 

@@ -7,7 +7,7 @@ CPUs reads a latent as if it were keys and values, so both servers interpret the
 from pathlib import Path
 
 import pytest
-from helpers.sglang_engine import answers, resident_by_proc, short_bursts, start_sglang
+from helpers.sglang_engine import answers, resident_by_proc, short_bursts, twins
 from helpers.sglang_models import deepseek, save
 from helpers.waiting import await_that
 
@@ -21,24 +21,12 @@ SETTLE_SECONDS = 10.0
 def test_tokens_of_a_latent_model_are_vanillas_and_its_memory_goes(tmp_path: Path) -> None:
     model = save(deepseek, tmp_path / "model")
     arguments = ("--disable-radix-cache", "--attention-backend", "triton")
-    servers = [
-        start_sglang(name, model, tmp_path, *arguments, elastic=elastic, core=int(elastic))
-        for name, elastic in (("elastic", True), ("vanilla", False))
-    ]
-    try:
-        for server in servers:
-            server.wait_ready(200)
+    with twins(model, tmp_path, *arguments) as servers:
         found = [answers(server, short_bursts()[:1]) for server in servers]
         (path,) = (tmp_path / "kv").glob("*.ledger")
         with Ledger(path) as ledger:
             (view,) = ledger.view().instances
         await_that(lambda: resident_by_proc(servers[0]) <= 2 * view.page_bytes, SETTLE_SECONDS)
-        log = servers[0].log.read_text()
-    finally:
-        for server in servers:
-            server.kill()
-    assert "kvcached: process" in log
-    assert "leak detected" not in log
     assert found[0] == found[1]
     assert {error for error, _ in found[0]} == {None}
     assert len({tuple(tokens) for _, tokens in found[0]}) == len(found[0])

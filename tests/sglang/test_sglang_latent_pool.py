@@ -1,19 +1,15 @@
 """SGLang's pool of latent keys and values (MLA) over our arena: one plane for each layer."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
+from helpers.sglang_elastic import hooked, make_engine
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
-from kvcached_core.config import read_config
 from kvcached_core.units import MIB
-from kvcached_sglang import engine as engines
 from kvcached_sglang import hooks
-from kvcached_sglang.engine import ElasticEngine
 
 pytestmark = pytest.mark.sglang
 
@@ -35,14 +31,8 @@ def build() -> Any:
 
 
 def test_latent_planes_lie_in_pages_and_keep_what_is_written_to_open_ones(tmp_path: Path) -> None:
-    config = read_config({"KVCACHED_DIR": str(tmp_path / "kv"), "KVCACHED_HOST_POOL": "64MiB"})
-    arguments = SimpleNamespace(served_model_name="m", model_path="m", max_prefill_tokens=1024)
-    ours = ElasticEngine("cpu", arguments, 64, config, SimpleNamespace(world_size=1))
-    make_buffers = hooks.create_buffers(MLATokenToKVPool._create_buffers)
-    with (
-        patch.object(engines, "_engine", ours),
-        patch.object(MLATokenToKVPool, "_create_buffers", make_buffers),
-    ):
+    ours = make_engine(tmp_path / "kv", host_pool=64 * MIB)
+    with hooked(ours, (MLATokenToKVPool, "_create_buffers", hooks.create_buffers)):
         pool = build()
     vanilla = build()
     memory, (geometry,) = ours.memory, ours.layout.geometries

@@ -5,10 +5,8 @@ attention backend for CPUs reads the window's pool at ids of the other one, whic
 as long as both hand out the same; so with two pools both servers interpret the GPU's kernels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from helpers.sglang_engine import (
     mixed_bursts,
     resident_by_proc,
     short_bursts,
-    start_sglang,
+    twins,
 )
 from helpers.sglang_models import WINDOW_TOKENS, gemma, laguna, save, small_laguna
 from helpers.waiting import await_that
@@ -38,39 +36,13 @@ NO_RADIX = ("--disable-radix-cache",)
 TWO_POOLS = ("--attention-backend", "triton")
 
 
-@dataclass
-class Twins:
-    """The same server with kvcached and without."""
-
-    elastic: SGLangServer
-    vanilla: SGLangServer
-
-    def check(self, bursts: list[Burst]) -> None:
-        """Compare what both answer; some prompt has to be longer than the window."""
-        assert max(len(prompt) for burst in bursts for prompt in burst.prompts) > WINDOW_TOKENS
-        with ThreadPoolExecutor() as pool:  # each has a core of its own
-            found = list(pool.map(partial(answers, bursts=bursts), (self.elastic, self.vanilla)))
-        assert found[0] == found[1]
-        assert {error for error, _ in found[0]} == {None}
-
-
-@contextmanager
-def started(make: Callable[[], Any], folder: Path, *arguments: str) -> Iterator[Twins]:
-    model = save(make, folder / "model")
-    servers = [
-        start_sglang(name, model, folder, *arguments, elastic=name == "elastic", core=core)
-        for core, name in enumerate(("elastic", "vanilla"))
-    ]
-    try:
-        for server in servers:
-            server.wait_ready(200)
-        yield Twins(*servers)
-        log = servers[0].log.read_text()
-    finally:
-        for server in servers:
-            server.kill()
-    assert "kvcached: process" in log
-    assert "leak detected" not in log
+def check(servers: tuple[SGLangServer, SGLangServer], bursts: list[Burst]) -> None:
+    """Compare what both answer; some prompt has to be longer than the window."""
+    assert max(len(prompt) for burst in bursts for prompt in burst.prompts) > WINDOW_TOKENS
+    with ThreadPoolExecutor() as pool:  # each has a core of its own
+        found = list(pool.map(partial(answers, bursts=bursts), servers))
+    assert found[0] == found[1]
+    assert {error for error, _ in found[0]} == {None}
 
 
 @pytest.mark.parametrize(
@@ -79,24 +51,24 @@ def started(make: Callable[[], Any], folder: Path, *arguments: str) -> Iterator[
 def test_tokens_of_a_mix_in_one_pool_are_vanillas(
     tmp_path: Path, make: Callable[[], Any], arguments: tuple[str, ...]
 ) -> None:
-    with started(make, tmp_path, *NO_RADIX, *arguments) as twins:
-        twins.check(mixed_bursts()[:NUM_BURSTS])
-        assert "swa size" not in twins.elastic.log.read_text()
+    with twins(save(make, tmp_path / "model"), tmp_path, *NO_RADIX, *arguments) as servers:
+        check(servers, mixed_bursts()[:NUM_BURSTS])
+        assert "swa size" not in servers[0].log.read_text()
 
 
 def test_tokens_of_a_mix_in_two_pools_are_vanillas_and_its_memory_goes(tmp_path: Path) -> None:
-    with started(small_laguna, tmp_path, *NO_RADIX, *TWO_POOLS) as twins:
-        twins.check(short_bursts()[:2])
-        await_that(lambda: resident_by_proc(twins.elastic) <= 2 * PAGE, SETTLE_SECONDS)
-        twins.check(short_bursts()[2:3])
-        assert "swa size" in twins.elastic.log.read_text()
+    with twins(save(small_laguna, tmp_path / "model"), tmp_path, *NO_RADIX, *TWO_POOLS) as servers:
+        check(servers, short_bursts()[:2])
+        await_that(lambda: resident_by_proc(servers[0]) <= 2 * PAGE, SETTLE_SECONDS)
+        check(servers, short_bursts()[2:3])
+        assert "swa size" in servers[0].log.read_text()
 
 
 def test_the_radix_cache_of_two_pools_gives_its_memory_when_asked(tmp_path: Path) -> None:
-    with started(small_laguna, tmp_path, *TWO_POOLS) as twins:
-        twins.check(short_bursts()[:2])
-        assert resident_by_proc(twins.elastic) > 2 * PAGE
+    with twins(save(small_laguna, tmp_path / "model"), tmp_path, *TWO_POOLS) as servers:
+        check(servers, short_bursts()[:2])
+        assert resident_by_proc(servers[0]) > 2 * PAGE
         (trimmed,) = trim([], directory=tmp_path / "kv", wait_seconds=SETTLE_SECONDS)
         assert trimmed.outcome is Outcome.APPLIED
-        assert resident_by_proc(twins.elastic) == trimmed.after_bytes <= 2 * PAGE
-        twins.check(short_bursts()[:1])
+        assert resident_by_proc(servers[0]) == trimmed.after_bytes <= 2 * PAGE
+        check(servers, short_bursts()[:1])

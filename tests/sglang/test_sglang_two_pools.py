@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
+from helpers.sglang_elastic import hooked, make_engine
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -29,9 +29,7 @@ from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
-from kvcached_core.config import read_config
 from kvcached_core.units import MIB
-from kvcached_sglang import engine as engines
 from kvcached_sglang import hooks
 from kvcached_sglang.engine import ElasticEngine
 from kvcached_sglang.ranks import Wanted
@@ -63,26 +61,26 @@ def build() -> Any:
 
 
 def build_elastic(directory: Path) -> tuple[ElasticEngine, Any]:
-    config = read_config(
-        {
-            "KVCACHED_DIR": str(directory),
-            "KVCACHED_HOST_POOL": str(PAGE_BYTES * NUM_PAGES),
-            "KVCACHED_PAGE_BYTES": str(PAGE_BYTES),
-        }
+    ours = make_engine(
+        directory, num_pools=2, host_pool=PAGE_BYTES * NUM_PAGES, page_bytes=PAGE_BYTES
     )
-    arguments = SimpleNamespace(served_model_name="m", model_path="m", max_prefill_tokens=1024)
-    group = SimpleNamespace(world_size=1)
-    ours = ElasticEngine("cpu", arguments, 64, config, group, num_pools=2)
-    wrapped = (
+    with hooked(
+        ours,
         (MHATokenToKVPool, "_create_buffers", hooks.create_buffers),
         (TokenToKVPoolAllocator, "__init__", hooks.allocator_init),
         (SWATokenToKVPoolAllocator, "__init__", hooks.two_pools_init),
-    )
-    patches = [
-        patch.object(owner, name, wrap(getattr(owner, name))) for owner, name, wrap in wrapped
-    ]
-    with patch.object(engines, "_engine", ours), patches[0], patches[1], patches[2]:
+    ):
         return ours, build()
+
+
+def close(engine: ElasticEngine, allocator: Any) -> None:
+    pool = allocator.get_kvcache()
+    for part in (pool.full_kv_pool, pool.swa_kv_pool):
+        part.k_buffer.clear()
+        part.v_buffer.clear()
+    assert engine.memory is not None
+    engine.memory.close()
+    engine.close()
 
 
 @dataclass
@@ -179,11 +177,7 @@ class TwoPools(RuleBasedStateMachine):
         assert set(self.engine.memory.arena.resident_pages) == {0} | of_full | of_window
 
     def teardown(self) -> None:
-        for pool in (self.ours.get_kvcache().full_kv_pool, self.ours.get_kvcache().swa_kv_pool):
-            pool.k_buffer.clear()
-            pool.v_buffer.clear()
-        self.engine.memory.close()
-        self.engine.close()
+        close(self.engine, self.ours)
         self.folder.cleanup()
 
 
@@ -225,9 +219,4 @@ def test_more_than_there_is_is_promised_to_both_pools_alike(tmp_path: Path) -> N
     engine.begin_schedule(scheduler)
     assert allocator.full_available_size() >= 2 * NUM_WINDOW_TOKENS - 100
     assert allocator.swa_available_size() == NUM_WINDOW_TOKENS
-    for pool in (allocator.get_kvcache().full_kv_pool, allocator.get_kvcache().swa_kv_pool):
-        pool.k_buffer.clear()
-        pool.v_buffer.clear()
-    assert engine.memory is not None
-    engine.memory.close()
-    engine.close()
+    close(engine, allocator)

@@ -1,0 +1,37 @@
+"""Our engine over SGLang's own pools and allocators, without a server."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+from kvcached_core.config import read_config
+from kvcached_sglang import engine as engines
+from kvcached_sglang.engine import ElasticEngine
+
+Hooked = tuple[type, str, Callable[[Any], Any]]
+
+
+def make_engine(directory: Path, num_pools: int = 1, **settings: int) -> ElasticEngine:
+    """Return an engine of one rank on the host; `settings` are ours without their prefix."""
+    variables = {f"KVCACHED_{name.upper()}": str(value) for name, value in settings.items()}
+    return ElasticEngine(
+        "cpu",
+        SimpleNamespace(served_model_name="m", model_path="m", max_prefill_tokens=1024),
+        64,
+        read_config({"KVCACHED_DIR": str(directory)} | variables),
+        SimpleNamespace(world_size=1),
+        num_pools,
+    )
+
+
+@contextmanager
+def hooked(engine: ElasticEngine, *hooks: Hooked) -> Iterator[None]:
+    """Let SGLang's classes find `engine`; each hook is an owner, a method's name, and our hook."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(engines, "_engine", engine))
+        for owner, name, wrap in hooks:
+            stack.enter_context(patch.object(owner, name, wrap(getattr(owner, name))))
+        yield
