@@ -3,21 +3,15 @@
 import logging
 import os
 import threading
-import time
 
 from kvcached_core.config import Config
 from kvcached_core.devices import Device, open_ledger
 from kvcached_core.ledger import doorbell_path
 from kvcached_core.names import safe_name
-from kvcached_core.pressure import Doorbell, ask_peers
-from kvcached_core.units import format_bytes
+from kvcached_core.pressure import Doorbell, wake
+from kvcached_core.room import PATIENCE_SECONDS, Need, make_room
 
 logger = logging.getLogger("kvcached")
-
-# How long a start waits for neighbours. They ring when they gave something; what others than
-# engines free on a device nobody tells, so it looks by itself too.
-PATIENCE_SECONDS = 10.0
-LOOK_SECONDS = 0.25
 
 
 class Arrival:
@@ -54,26 +48,18 @@ class Arrival:
     def make_room(self, patience_seconds: float = PATIENCE_SECONDS) -> bool:
         """Let neighbours give what is missing; return whether there is room now.
 
-        They give idle pages and cached blocks, never what their requests use.
+        They give idle pages and cached blocks, never what their requests use. What is announced
+        stays so, also where there is no room: the start goes on.
         """
-        deadline = time.monotonic() + patience_seconds
-        while (missing := self.static_bytes - self._ledger.free_bytes(self._row)) > 0:
-            if time.monotonic() > deadline:
-                logger.warning(
-                    "kvcached: %s are missing on %s for an engine that starts with %s; it goes on",
-                    format_bytes(missing),
-                    self._ledger.device,
-                    format_bytes(self.static_bytes),
-                )
-                return False
-            self._rang.clear()
-            ask_peers(self._ledger, self._row, missing)
-            self._rang.wait(LOOK_SECONDS)
-        return True
+        need = Need(self._ledger, self._row, self.static_bytes)
+        shortage = make_room([need], self._rang, patience_seconds)
+        if shortage is not None:
+            logger.warning("kvcached: %s; the start of this engine goes on", shortage)
+        return shortage is None
 
     def shrink(self, static_bytes: int) -> None:
         """Announce only `static_bytes` more: the rest is allocated and seen by everybody."""
-        self._ledger.announce(self._row, static_bytes)
+        wake(self._ledger, self._ledger.announce(self._row, static_bytes))
 
     def close(self) -> None:
         """Take the announcement back: what it was for is allocated, or will not be."""

@@ -16,7 +16,7 @@ from kvcached_core.ledger_open import ledger_paths
 from kvcached_core.ledger_view import DeviceView, InstanceView
 from kvcached_core.names import check_name
 from kvcached_core.nvml import GPU_PREFIXES, free_memory_reader
-from kvcached_core.pressure import ask_peers, wake
+from kvcached_core.pressure import wake
 from kvcached_core.sharing import Policy
 from kvcached_core.units import format_bytes, parse_bytes
 
@@ -136,7 +136,7 @@ def set_floor(
         for place in places:
             missing = _missing_to_floor(place, place.now())
             if missing:
-                ask_peers(place.ledger, place.view.row, missing)
+                wake(place.ledger, place.ledger.ask_for_floor(place.view.row, missing))
         return _wait(places, _missing_to_floor, wait_seconds)
 
 

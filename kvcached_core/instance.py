@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from kvcached_core.arrival import LOOK_SECONDS, PATIENCE_SECONDS
 from kvcached_core.config import Config
 from kvcached_core.devices import Device, open_ledger
 from kvcached_core.ledger import Ledger, doorbell_path
 from kvcached_core.pressure import Doorbell, ask_peers, wake
+from kvcached_core.room import LOOK_SECONDS, PATIENCE_SECONDS, Need, Shortage, make_room
 from kvcached_core.sharing import Policy
 
 # Who was refused asks again when it is rung, or after this time: what others than engines free on a
@@ -168,6 +168,47 @@ class Instance:
             self._rang.wait(LOOK_SECONDS)
             self._rang.clear()
         return True
+
+    def make_room(
+        self, static_bytes: int, patience_seconds: float = PATIENCE_SECONDS
+    ) -> Shortage | None:
+        """Announce what each rank is about to allocate beside its KV cache, and ask for it.
+
+        Neighbours give idle pages and cached blocks, never what their requests use, and nobody is
+        promised what is announced. Without room the announcement is taken back. Blocks the calling
+        thread, the scheduler's, for up to `patience_seconds`.
+
+        Args:
+            static_bytes: Bytes on each rank, such as weights that come back from sleep.
+            patience_seconds: How long neighbours may take.
+
+        Returns:
+            None if there is room: call `announce(0)` when it is allocated. Otherwise what is
+            missing, and who holds how much.
+        """
+        needs = [
+            Need(ledger, self._rows[device], static_bytes * self._num_ranks[device])
+            for device, ledger in self._ledgers.items()
+        ]
+        shortage = make_room(needs, self._rang, patience_seconds)
+        if shortage is not None:
+            self.announce(0)
+        return shortage
+
+    def announce(self, static_bytes: int) -> None:
+        """Say what each rank is still about to allocate beside its KV cache, in bytes.
+
+        Less than before leaves the rest to others, who are woken if they wait.
+        """
+        for device, ledger in self._ledgers.items():
+            num_bytes = static_bytes * self._num_ranks[device]
+            wake(ledger, ledger.announce(self._rows[device], num_bytes))
+
+    def clear_waiting(self) -> None:
+        """Say that nothing of this instance waits for memory any more, on any device."""
+        self._refused_until = 0.0
+        for device, ledger in self._ledgers.items():
+            ledger.clear_waiting(self._rows[device])
 
     def cancel(self, num_pages: int) -> None:
         """Take back a promise of `num_pages` pages on every rank."""

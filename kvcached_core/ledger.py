@@ -176,11 +176,24 @@ class Ledger:
             row.least_bytes = least_bytes
             self._keep(index, row.base)
 
-    def announce(self, index: int, static_bytes: int) -> None:
-        """Say what the process is still about to allocate beside its KV cache, in bytes."""
+    def announce(self, index: int, static_bytes: int) -> list[int]:
+        """Say what the process is still about to allocate beside its KV cache, in bytes.
+
+        Returns:
+            The rows that wait for memory, if this leaves more than before; ring their bells.
+        """
         with self._lock:
             row = self._row(index)
+            is_less = static_bytes < row.static_bytes
             row.static_bytes = static_bytes
+            self._keep(index, row.base)
+            return self._waiting() if is_less else []
+
+    def clear_waiting(self, index: int) -> None:
+        """Say that nothing of this instance waits for memory any more."""
+        with self._lock:
+            row = self._row(index)
+            row.waiting_bytes = 0
             self._keep(index, row.base)
 
     def join(self, index: int) -> None:
@@ -307,27 +320,35 @@ class Ledger:
             row = self._row(index)
             return self._ask(row, min(num_bytes, row.resident_bytes - row.used_bytes))
 
-    def ask_peers(self, index: int, num_bytes: int) -> list[int]:
+    def ask_peers(self, index: int, num_bytes: int, *, is_static: bool = False) -> list[int]:
         """Ask the other instances for `num_bytes` together (see `sharing.shares`), and wait.
 
         What the own limit would refuse anyway, and what is on its way already, is not asked for.
+
+        Args:
+            index: The row in whose name they are asked.
+            num_bytes: What it lacks.
+            is_static: Whether it is for what was announced. No limit counts that, and nobody's
+                requests stop for it.
 
         Returns:
             The rows that were asked for more than before; ring their bells.
         """
         with self._lock:
             row = self._row(index)
-            wanted = min(num_bytes, self._room_below_limit(row))
+            wanted = num_bytes if is_static else min(num_bytes, self._room_below_limit(row))
             row.waiting_bytes = max(wanted, 0)
-            peers = [other for other in self._live_rows() if other.index != index]
-            asked = []
-            coming_bytes = sum(peer.coming_bytes for peer in peers)
-            for share in sharing.shares(row, peers, max(wanted - coming_bytes, 0)):
-                peer = share.row
-                peer.owed_bytes = max(peer.owed_bytes, share.owed_bytes)
-                if self._ask(peer, share.give_bytes + share.owed_bytes):
-                    asked.append(peer.index)
-            return asked
+            return self._ask_peers(row, wanted, is_static=is_static)
+
+    def ask_for_floor(self, index: int, num_bytes: int) -> list[int]:
+        """Ask the other instances for what is missing to a floor; this row does not wait for it.
+
+        Returns:
+            The rows that were asked for more than before; ring their bells.
+        """
+        with self._lock:
+            row = self._row(index)
+            return self._ask_peers(row, min(num_bytes, self._room_below_limit(row)))
 
     def num_notices(self, index: int) -> int:
         """Return a number that grows whenever there is something new for the instance.
@@ -469,7 +490,7 @@ class Ledger:
 
     def _room(self, base: int) -> int:
         words = self._words
-        limit, free = words[base + LIMIT], self._free(base)
+        limit, free = words[base + LIMIT], self._free(base) - words[base + STATIC]
         if limit == NO_LIMIT:
             return free
         return min(free, limit - words[base + RESIDENT] - words[base + PROMISED])
@@ -479,6 +500,17 @@ class Ledger:
         if limit == NO_LIMIT:
             limit = self._header.capacity_bytes
         return limit - row.resident_bytes - row.promised_bytes
+
+    def _ask_peers(self, row: Row, num_bytes: int, *, is_static: bool = False) -> list[int]:
+        peers = [other for other in self._live_rows() if other.index != row.index]
+        asked = []
+        coming_bytes = sum(peer.coming_bytes for peer in peers)
+        for share in sharing.shares(row, peers, max(num_bytes - coming_bytes, 0)):
+            peer, owed_bytes = share.row, 0 if is_static else share.owed_bytes
+            peer.owed_bytes = max(peer.owed_bytes, owed_bytes)
+            if self._ask(peer, share.give_bytes + owed_bytes):
+                asked.append(peer.index)
+        return asked
 
     def _ask(self, row: Row, num_bytes: int) -> int:
         more = num_bytes - row.asked_bytes

@@ -76,9 +76,9 @@ class Doorbell:
             return _RING
 
 
-def ask_peers(ledger: Ledger, row: int, num_bytes: int) -> None:
+def ask_peers(ledger: Ledger, row: int, num_bytes: int, *, is_static: bool = False) -> None:
     """Ask the other instances for `num_bytes` in the name of `row`, and wake who can give."""
-    wake(ledger, ledger.ask_peers(row, num_bytes))
+    wake(ledger, ledger.ask_peers(row, num_bytes, is_static=is_static))
 
 
 def wake(ledger: Ledger, rows: Iterable[int]) -> None:

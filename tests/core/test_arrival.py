@@ -86,5 +86,6 @@ def test_where_nobody_can_give_the_start_goes_on_with_a_warning(
     ledger.settle(row, used_bytes=7 * PAGE, cached_bytes=0)
     arrival = arrive(config, 5)
     assert not arrival.make_room(patience_seconds=0.05)
-    assert "64 MiB are missing on host for an engine that starts with 80 MiB" in caplog.text
+    assert "64 MiB of 80 MiB are missing on host; it is held by neighbour (112 MiB)" in caplog.text
+    assert "the start of this engine goes on" in caplog.text
     arrival.close()
