@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from kvcached_core.errors import ConfigError
 from kvcached_core.geometry import DEFAULT_PAGE_BYTES
+from kvcached_core.host_memory import host_memory
 from kvcached_core.ledger_open import default_directory
 from kvcached_core.names import check_name
 from kvcached_core.sharing import MAX_PRIORITY, MIN_PRIORITY
@@ -33,14 +34,15 @@ class Enable(StrEnum):
 
 
 def host_memory_bytes() -> int:
-    """Return the machine's memory in bytes."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Return the host memory that this process may use, in bytes."""
+    return host_memory().usable_bytes
 
 
-def _size(name: str, whole_bytes: int | None = None) -> BeforeValidator:
+def _size(name: str, whole_bytes: Callable[[], int] | None = None) -> BeforeValidator:
     def parse(value: object) -> object:
         if isinstance(value, str):
-            return parse_bytes(value, what=PREFIX + name, whole_bytes=whole_bytes)
+            whole = None if whole_bytes is None else whole_bytes()
+            return parse_bytes(value, what=PREFIX + name, whole_bytes=whole)
         return value
 
     return BeforeValidator(parse)
@@ -75,7 +77,7 @@ class Config(BaseModel):
     name: str | None = Field(
         default=None, description="the instance's name; letters, digits, '.', '_', '-', up to 64"
     )
-    host_pool: Annotated[int, _size("HOST_POOL", host_memory_bytes())] = Field(
+    host_pool: Annotated[int, _size("HOST_POOL", host_memory_bytes)] = Field(
         default_factory=lambda: host_memory_bytes() // 2,
         gt=0,
         description="host backend: bytes that all engines share; the same for every engine",

@@ -42,6 +42,7 @@ def examine(directory: Path) -> list[Finding]:
         folder,
         *(_ledgers(directory) if folder.is_good else ()),
         _settings(),
+        _memory(),
         _driver(),
         *_engines(),
     ]
@@ -85,6 +86,29 @@ def _settings() -> Finding:
     except KVCachedError as error:
         return _bad("settings", str(error))
     return _good("settings", f"{SWITCH}={switch}; every KVCACHED_ variable is allowed")
+
+
+def _memory() -> Finding:
+    from kvcached_core.config import read_config
+    from kvcached_core.host_memory import host_memory
+
+    found = host_memory()
+    usable = f"{format_bytes(found.usable_bytes)} may be used"
+    if found.limited_by is not None:
+        usable += (
+            f" ({found.limited_by} limits it; the machine has {format_bytes(found.machine_bytes)})"
+        )
+    try:
+        pool_bytes = read_config().host_pool
+    except KVCachedError:
+        return _good("memory", usable)  # what is wrong with the settings is said there
+    if pool_bytes > found.usable_bytes:
+        return _bad(
+            "memory",
+            f"KVCACHED_HOST_POOL={format_bytes(pool_bytes)} is more than the process may use: "
+            f"{usable}; the kernel would end engines that fill it, so set it lower",
+        )
+    return _good("memory", f"{usable}; engines on the host share {format_bytes(pool_bytes)}")
 
 
 def _driver() -> Finding:

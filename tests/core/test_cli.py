@@ -14,7 +14,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
+from kvcached_core.cli.doctor import examine
 from kvcached_core.cli.top import History, bar, picture
+from kvcached_core.host_memory import HostMemory
 from kvcached_core.ledger import Ledger, doorbell_path
 from kvcached_core.ledger_open import ledger_directory
 from kvcached_core.pressure import Doorbell
@@ -133,6 +135,26 @@ def test_doctor_names_every_problem_and_fails_for_it(ledger: Ledger) -> None:
     folder.chmod(0o755)
     assert "is open to other users" in kvcached("doctor", directory=folder).stdout
     folder.chmod(0o700)
+
+
+def test_doctor_warns_of_a_pool_that_the_process_may_not_fill(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "memory.max"
+    monkeypatch.setattr(
+        "kvcached_core.host_memory.host_memory", lambda: HostMemory(24 * GIB, 3 * GIB, file)
+    )
+    monkeypatch.setenv("KVCACHED_HOST_POOL", "2GiB")
+    found = {finding.what: finding for finding in examine(tmp_path / "kv")}
+    assert found["memory"].is_good
+    assert found["memory"].text == (
+        f"3 GiB may be used ({file} limits it; the machine has 24 GiB); "
+        "engines on the host share 2 GiB"
+    )
+    monkeypatch.setenv("KVCACHED_HOST_POOL", "4GiB")
+    found = {finding.what: finding for finding in examine(tmp_path / "kv")}
+    assert not found["memory"].is_good
+    assert "KVCACHED_HOST_POOL=4 GiB is more than the process may use" in found["memory"].text
 
 
 def test_metrics_have_base_units_and_a_line_for_every_size(ledger: Ledger) -> None:
