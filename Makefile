@@ -20,7 +20,7 @@ GPU_SGLANG_PYTHON ?= $(GPU_SGLANG_VENV)/bin/python
 export VLLM_PYTHON := $(abspath $(BIN)/python)
 export SGLANG_PYTHON := $(abspath $(SGLANG_VENV)-0.5.23/bin/python)
 
-.PHONY: setup demo test lint bench gpu-check two-gpus-check check-locks new-engines clean
+.PHONY: setup demo test lint bench gpu-check two-gpus-check prometheus-check check-locks new-engines clean
 
 setup: $(READY)
 
@@ -62,6 +62,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks run all-host
+
+# A real Prometheus reads the metrics and the alerts: apt-get install prometheus.
+prometheus-check: $(READY)
+	$(BIN)/python -m pytest -m prometheus tests/core/test_prometheus.py
 
 # On a machine with a GPU. GPU_PYTHON=python3 uses an environment that has vLLM already,
 # GPU_SGLANG_PYTHON one that has SGLang.

@@ -70,7 +70,8 @@ class LedgerCollector:
         yield _filled(limit, limited, lambda row: row.limit_bytes or 0)
 
 
-_LABELS = ["device", "instance", "engine"]
+# Prometheus writes labels of its own, `instance` and `job`, over those of the same name.
+_LABELS = ["device", "engine_instance", "engine"]
 
 
 def _filled(

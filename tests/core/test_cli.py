@@ -160,7 +160,7 @@ def test_doctor_warns_of_a_pool_that_the_process_may_not_fill(
 def test_metrics_have_base_units_and_a_line_for_every_size(ledger: Ledger) -> None:
     text = kvcached("metrics", "--once", directory=ledger.path.parent).stdout
     samples = {
-        (sample.name, sample.labels.get("instance")): sample.value
+        (sample.name, sample.labels.get("engine_instance")): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }

@@ -1,37 +1,91 @@
-"""The examples for Prometheus and Grafana name metrics that there are."""
+"""The examples for Prometheus and Grafana name metrics and labels that there are, and keep."""
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
 from kvcached_core.cli.metrics import exposition
+from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.sharing import Policy
+from kvcached_core.units import GIB
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "observability"
 NAME = re.compile(r"kvcached_[a-z_]+")
+# What a Prometheus that is set up as by default says of who it scraped; labels of the same name
+# in what it reads are renamed (`honor_labels: false`).
+OF_THE_TARGET = {"instance": "127.0.0.1:9410", "job": "kvcached"}
 
 
-def exported(tmp_path: Path) -> set[str]:
-    lines = exposition(tmp_path).splitlines()
-    families = {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE")}
-    return set(families)
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    with Ledger(ledger_directory(tmp_path / "kv") / "host.ledger", GIB) as ledger:
+        ledger.register(name="llama", engine="vLLM 0.32.0", policy=Policy(GIB // 2))
+        yield ledger.path.parent
 
 
-def test_the_dashboard_shows_metrics_that_there_are(tmp_path: Path) -> None:
-    dashboard = json.loads((EXAMPLES / "grafana-dashboard.json").read_text())
-    used = {
-        name
-        for panel in dashboard["panels"]
-        for target in panel["targets"]
-        for name in NAME.findall(target["expr"])
+def scraped(folder: Path) -> dict[str, dict[str, str]]:
+    """Return the labels that each metric has once Prometheus has read it."""
+    return {
+        sample.name: {
+            **{
+                f"exported_{name}" if name in OF_THE_TARGET else name: value
+                for name, value in sample.labels.items()
+            },
+            **OF_THE_TARGET,
+        }
+        for family in text_string_to_metric_families(exposition(folder))
+        for sample in family.samples
     }
+
+
+def dashboard_targets() -> list[dict[str, str]]:
+    dashboard = json.loads((EXAMPLES / "grafana-dashboard.json").read_text())
+    return [target for panel in dashboard["panels"] for target in panel["targets"]]
+
+
+def alerts() -> str:
+    return (EXAMPLES / "alerts.yml").read_text()
+
+
+def test_an_instance_keeps_its_name_when_it_is_scraped(folder: Path) -> None:
+    labels = scraped(folder)
+    of_instances = {name for name in labels if not name.startswith("kvcached_device_")}
+    assert len(of_instances) > 10
+    for name in of_instances:
+        assert labels[name]["engine_instance"] == "llama"
+        assert labels[name]["device"] == "host"
+    assert not [name for found in labels.values() for name in found if name.startswith("exported_")]
+
+
+def test_the_dashboard_shows_metrics_that_there_are(folder: Path) -> None:
+    labels = scraped(folder)
+    used = {name for target in dashboard_targets() for name in NAME.findall(target["expr"])}
     assert len(used) > 10
-    assert used <= exported(tmp_path)
+    assert used <= set(labels)
 
 
-def test_the_alerts_watch_metrics_that_there_are(tmp_path: Path) -> None:
-    text = (EXAMPLES / "alerts.yml").read_text()
-    expressions = [line for line in text.splitlines() if line.strip().startswith("expr:")]
-    assert len(expressions) == text.count("- alert:") == 4
-    used = {name for line in expressions for name in NAME.findall(line)}
-    assert used
-    assert used <= exported(tmp_path)
+def test_the_dashboard_names_its_lines_by_labels_that_there_are(folder: Path) -> None:
+    labels = scraped(folder)
+    for target in dashboard_targets():
+        for metric in NAME.findall(target["expr"]):
+            selected = re.findall(r"(\w+)=~", target["expr"])
+            shown = re.findall(r"{{(\w+)}}", target["legendFormat"])
+            assert {*selected, *shown} <= set(labels[metric]) - set(OF_THE_TARGET)
+
+
+def test_the_alerts_watch_metrics_and_name_labels_that_there_are(folder: Path) -> None:
+    labels = scraped(folder)
+    rules = alerts().split("- alert:")[1:]
+    for rule in rules:
+        (expression,) = re.findall(r"expr: (.*)", rule)
+        metrics = NAME.findall(expression)
+        assert metrics
+        for metric in metrics:
+            assert set(re.findall(r"\$labels\.(\w+)", rule)) <= set(labels[metric])
+        is_of_a_device = metrics[0].startswith("kvcached_device_")
+        assert is_of_a_device or "$labels.engine_instance" in rule
