@@ -13,6 +13,7 @@ from kvcached_core.config import HOST, Config, read_config
 from kvcached_core.devices import Device
 from kvcached_core.errors import ConfigError
 from kvcached_core.ledger import Ledger
+from kvcached_core.sharing import Policy
 from kvcached_core.units import MIB
 from kvcached_core.vmm.host import HostBackend
 from kvcached_vllm import engine as engine_module
@@ -176,3 +177,111 @@ def test_an_idle_engine_waits_until_its_first_pages_are_gone_and_a_busy_one_does
     names = [call[0] for call in engine.core.calls]
     assert names == ["apply_orders", *([] if is_busy else ["settle_orders"])]
     assert unmapped == [4]
+
+
+def ledger_of(engine: ElasticEngine) -> Ledger:
+    return Ledger(Path(engine.instance.seat(FIRST).ledger_path))
+
+
+def live_blocks(engine: ElasticEngine, pool: Any, num_blocks: int) -> Any:
+    """Return blocks that requests hold, on pages that are reported as resident."""
+    blocks = pool.get_new_blocks(num_blocks)
+    for device in (FIRST, SECOND):
+        seat = engine.instance.seat(device)
+        with Ledger(Path(seat.ledger_path)) as ledger:
+            num_bytes = pool.pages.num_resident_pages * engine.instance.page_bytes
+            ledger.settle(seat.row, mapped_bytes=num_bytes, used_bytes=num_bytes, cached_bytes=0)
+    engine.flush()
+    return blocks
+
+
+def set_limit(engine: ElasticEngine, limit_bytes: int | None) -> None:
+    for device in (FIRST, SECOND):
+        seat = engine.instance.seat(device)
+        with Ledger(Path(seat.ledger_path)) as ledger:
+            ledger.set_policy(seat.row, Policy(limit_bytes))
+
+
+def test_a_limit_that_was_lifted_leaves_no_debt(engine: ElasticEngine) -> None:
+    place(engine)
+    pool = build_pool(engine)
+    live_blocks(engine, pool, 150)
+    engine.core.is_busy = True
+    set_limit(engine, 3 * engine.instance.page_bytes)
+    engine.answer()
+    assert pool.owed_pages > 0
+    set_limit(engine, None)
+    engine.answer()
+    assert pool.owed_pages == 0
+
+
+def test_what_is_owed_goes_when_the_last_request_leaves_it_behind(engine: ElasticEngine) -> None:
+    place(engine)
+    pool = build_pool(engine)
+    blocks = live_blocks(engine, pool, 150)
+    engine.core.is_busy = True
+    limit_pages = 3
+    set_limit(engine, limit_pages * engine.instance.page_bytes)
+    engine.answer()
+    assert pool.pages.num_resident_pages > limit_pages
+    pool.free_blocks(blocks)  # the last request ends, and no schedule follows
+    engine.core.is_busy = False
+    engine.core.calls.clear()
+    engine.end_burst()
+    assert pool.owed_pages == 0
+    assert pool.pages.num_resident_pages <= limit_pages
+    (call,) = engine.core.calls
+    assert len(call[1].unmap_pages) >= 1
+
+
+@pytest.fixture
+def neighbour(engine: ElasticEngine, config: Config) -> Iterator[ElasticEngine]:
+    """Return another engine that was promised all there is beside the first one's page."""
+    place(engine)
+    build_pool(engine)
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="n", max_model_len=2048))
+    made = ElasticEngine(vllm_config, config, [FIRST], Core())
+    made.place([plan(8)], 2 * MIB)
+    made.reserve(1 << 20, is_urgent=False)
+    yield made
+    made.close()
+
+
+def waiting_bytes(engine: ElasticEngine) -> int:
+    with ledger_of(engine) as ledger:
+        return next(view.waiting_bytes for view in ledger.view().instances if view.name == "m")
+
+
+@pytest.mark.usefixtures("neighbour")
+def test_an_engine_in_which_nothing_runs_does_not_wait_for_memory(engine: ElasticEngine) -> None:
+    engine.reserve(5, is_urgent=True)
+    assert waiting_bytes(engine) > 0
+    engine.end_burst()
+    assert waiting_bytes(engine) == 0
+
+
+@pytest.mark.usefixtures("neighbour")
+def test_an_engine_stops_to_wait_when_who_was_refused_is_gone_and_others_run(
+    engine: ElasticEngine,
+) -> None:
+    engine.core.is_busy = True
+    engine.reserve(5, is_urgent=True)
+    engine.end_schedule(num_waiting=0)  # refused in this very schedule: preempted, say
+    assert waiting_bytes(engine) > 0
+    engine.end_schedule(num_waiting=1)
+    assert waiting_bytes(engine) > 0
+    engine.end_schedule(num_waiting=0)
+    assert waiting_bytes(engine) == 0
+    assert not engine.is_waiting
+
+
+def test_rings_in_a_busy_engine_leave_one_wake_behind(engine: ElasticEngine) -> None:
+    place(engine)
+    build_pool(engine)
+    engine.core.is_busy = True
+    for _ in range(5):
+        engine._on_ring()
+    (callback,) = engine.core._idle_state_callbacks
+    callback(engine.core)
+    engine._on_ring()
+    assert len(engine.core._idle_state_callbacks) == 2  # the first one is the engine's to remove

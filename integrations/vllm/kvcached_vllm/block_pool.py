@@ -52,6 +52,7 @@ class ElasticBlockPool(BlockPool):
 
     blocks: Any
     num_gpu_blocks: int
+    engine: Any  # the `ElasticEngine` that built it
 
     def __init__(
         self,

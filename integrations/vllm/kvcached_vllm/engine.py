@@ -46,6 +46,9 @@ class ElasticEngine:
         self.geometry: Geometry | None = None
         self.pool: Any = None
         self.devices = devices
+        self._is_wake_pending = False
+        self.is_waiting = False  # as far as the ledger was told
+        self._is_refused_now = False  # in this schedule
         self.instance = Instance(
             devices,
             config,
@@ -58,7 +61,10 @@ class ElasticEngine:
 
     def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
         """See `PageSource.reserve`."""
-        return self.instance.reserve(num_pages, is_urgent=is_urgent, num_spare=num_spare)
+        granted = self.instance.reserve(num_pages, is_urgent=is_urgent, num_spare=num_spare)
+        if is_urgent and granted < num_pages:
+            self.is_waiting = self._is_refused_now = True
+        return granted
 
     def cancel(self, num_pages: int) -> None:
         """See `PageSource.cancel`."""
@@ -128,19 +134,36 @@ class ElasticEngine:
             idle_seconds=self.config.idle_seconds,
             **kwargs,
         )
+        self.pool.engine = self
         return self.pool
 
     def flush(self, *, is_last: bool = False) -> None:
         """Carry out now, between two steps, what the pool decided."""
         self._send(self._drain(is_last=is_last))
 
+    def end_schedule(self, num_waiting: int) -> None:
+        """Take back that this engine waits for memory, if nobody in it does any more.
+
+        Args:
+            num_waiting: Requests that wait to be scheduled; while there are any, one that was
+                refused may be among them.
+        """
+        is_refused, self._is_refused_now = self._is_refused_now, False
+        if not is_refused and not num_waiting:
+            self._clear_waiting()
+
     def end_burst(self) -> None:
         """Nothing runs any more: let idle pages linger, and see to it that they go in time.
 
-        An engine in the caller's process has no loop that could be woken, so its pages go now.
+        What is owed still goes now: the last requests left it in the cache. An engine in the
+        caller's process has no loop that could be woken, so all its idle pages go now.
         """
         if self.pool is None:
             return
+        if self.is_waiting:
+            self._clear_waiting()
+        if self.pool.owed_pages:
+            self.pool.pay()
         self.flush(is_last=not self._can_be_woken)
         due_seconds = self.pool.pages.seconds_until_due()
         if due_seconds is not None:
@@ -154,20 +177,22 @@ class ElasticEngine:
         if self.pool is None or not self.instance.has_news():
             return
         asked_pages, owed_pages = self.instance.wanted_pages()
+        # An idle engine has nothing better to do than to see its first pages go.
+        is_idle = not self.core.scheduler.has_unfinished_requests()
+        num_released = 0
+        for num_released in self.pool.release_one_by_one(asked_pages):
+            if num_released == FIRST_PAGES and is_idle:
+                self._give()
+                self._call_workers(settle_orders)
+        # Also when nothing is asked any more: a limit that was lifted leaves no debt.
+        self.pool.owed_pages = max(min(asked_pages - num_released, owed_pages), 0)
         if asked_pages:
-            # An idle engine has nothing better to do than to see its first pages go.
-            is_idle = not self.core.scheduler.has_unfinished_requests()
-            num_released = 0
-            for num_released in self.pool.release_one_by_one(asked_pages):
-                if num_released == FIRST_PAGES and is_idle:
-                    self._give()
-                    self._call_workers(settle_orders)
-            self.pool.owed_pages = max(min(asked_pages - num_released, owed_pages), 0)
             self._give()
 
     def empty(self) -> None:
         """Give everything back but page 0, before the engine sleeps; return when it is done."""
         if self.pool is not None:
+            self._clear_waiting()
             self.pool.release_pages(self.pool.pages.num_pages)
             self.flush()
             self._call_workers(settle_orders)
@@ -212,16 +237,23 @@ class ElasticEngine:
     def _on_ring(self) -> None:
         # Runs in the bell's thread: only the engine's own thread may touch its pool. A busy engine
         # sees what it is asked for after its step; an idle one has to be woken.
-        if self.pool is not None and self._can_be_woken:
+        # One callback is enough for all rings until it runs: it looks at what all of them asked.
+        if self.pool is not None and self._can_be_woken and not self._is_wake_pending:
             from vllm.v1.engine import EngineCoreRequestType
 
+            self._is_wake_pending = True
             self.core._idle_state_callbacks.append(lambda _core: self._wake())
             self.core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
     def _wake(self) -> None:
+        self._is_wake_pending = False  # before it looks: who rings from now on is heard again
         self.answer()
         if not self.core.scheduler.has_unfinished_requests():
             self.end_burst()
+
+    def _clear_waiting(self) -> None:
+        self.is_waiting = self._is_refused_now = False
+        self.instance.clear_waiting()
 
     def _check_one_request_fits(self, config: Any, geometry: Geometry, num_pages: int) -> int:
         """Return how many blocks the largest request needs."""

@@ -229,8 +229,14 @@ def scheduler_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
-        pages = getattr(self.kv_cache_manager.block_pool, "pages", None)
-        orders: PageOrders | None = pages.drain() if pages is not None else None
+        pool = self.kv_cache_manager.block_pool
+        pages = getattr(pool, "pages", None)
+        if pages is None:
+            return output
+        if pool.engine.is_waiting:
+            _, num_waiting = self.get_request_counts()
+            pool.engine.end_schedule(num_waiting)
+        orders: PageOrders | None = pages.drain()
         if orders is not None:
             setattr(output, ORDERS, orders)
         return output
