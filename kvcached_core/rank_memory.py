@@ -8,13 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvcached_core.arena import Arena
-from kvcached_core.errors import BackendError, LedgerError, OutOfMemoryError
+from kvcached_core.errors import BackendError, ConfigError, LedgerError, OutOfMemoryError
 from kvcached_core.geometry import Geometry
 from kvcached_core.instance import Seat
 from kvcached_core.ledger import Ledger
 from kvcached_core.page_keeper import PageChanges, PageKeeper
 from kvcached_core.page_pool import PageOrders
 from kvcached_core.pressure import ask_peers, wake
+from kvcached_core.room import PATIENCE_SECONDS as ROOM_SECONDS
+from kvcached_core.units import format_bytes
 from kvcached_core.vmm.backend import Backend
 from kvcached_core.vmm.metered import MeteredBackend
 
@@ -23,6 +25,8 @@ logger = logging.getLogger("kvcached")
 # How long a step waits for memory that was promised and that somebody outside the ledger took.
 PATIENCE_SECONDS = 30.0
 RETRY_SECONDS = 0.01
+# How often who warms up asks again: the bell of its instance is the scheduler's.
+ASK_SECONDS = 0.05
 
 
 class RankMemory:
@@ -59,6 +63,27 @@ class RankMemory:
         """Which addresses of which process these are, for an engine's log."""
         end = self.arena.address + self.arena.num_bytes
         return f"process {os.getpid()} has addresses {self.arena.address:#x} to {end:#x}"
+
+    def reserve_or_wait(self, num_pages: int) -> None:
+        """Have pages promised that no scheduler asked for, as an engine's warm-up touches them.
+
+        Raises:
+            ConfigError: If neighbours did not give them in the time that a start may take.
+        """
+        page_bytes = self.arena.geometry.page_bytes
+        missing_bytes = num_pages * page_bytes
+        deadline = time.monotonic() + ROOM_SECONDS
+        while missing_bytes:
+            missing_bytes -= self.ledger.reserve(self.seat.row, missing_bytes, page_bytes)
+            if missing_bytes and time.monotonic() > deadline:
+                raise ConfigError(
+                    f"there is no room for what this engine warms up on: needed {num_pages} pages "
+                    f"of {format_bytes(page_bytes)}, missing {format_bytes(missing_bytes)} on "
+                    f"{self.ledger.device}; stop another engine, or raise KVCACHED_LIMIT if set"
+                )
+            if missing_bytes:
+                ask_peers(self.ledger, self.seat.row, missing_bytes)
+                time.sleep(ASK_SECONDS)
 
     def carry_out(self, orders: PageOrders) -> None:
         """Map and unmap, and return when it is done: only between steps."""

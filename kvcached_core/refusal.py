@@ -1,11 +1,12 @@
 """What is said, and done, where an engine cannot be served elastically."""
 
+import contextlib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from kvcached_core.config import SWITCH, Enable, read_switch
-from kvcached_core.errors import UnsupportedEngineError
+from kvcached_core.errors import GeometryError, KVCachedError, UnsupportedEngineError
 
 
 def refuse(error: UnsupportedEngineError, *, engine: str, logger: logging.Logger) -> None:
@@ -26,6 +27,32 @@ def refuse(error: UnsupportedEngineError, *, engine: str, logger: logging.Logger
         logger.warning("kvcached is off, %s serves unpatched: %s", engine, error)
         return
     raise SystemExit(f"kvcached: {error}") from error
+
+
+@contextlib.contextmanager
+def one_message(engine: str) -> Iterator[None]:
+    """End the process with one message where a start fails inside, under `auto` as well.
+
+    For what comes after an engine was told sizes of ours. It cannot go on unpatched any more: its
+    own KV cache would take the virtual size, which is about the whole device. What arguments and
+    the model's configuration can tell is refused earlier, by `refuse`.
+
+    Args:
+        engine: The engine's name.
+
+    Raises:
+        SystemExit: In the place of every error of ours.
+    """
+    try:
+        yield
+    except (GeometryError, UnsupportedEngineError) as error:
+        raise SystemExit(
+            f"kvcached: {error}\n"
+            f"  {engine} chose its sizes for elastic pages already, so ENABLE_KVCACHED=auto cannot "
+            "go on without them; set ENABLE_KVCACHED=0 for this model"
+        ) from error
+    except KVCachedError as error:
+        raise SystemExit(f"kvcached: {error}") from error
 
 
 def check_configuration(reasons: Iterable[str]) -> None:

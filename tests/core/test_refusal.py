@@ -5,8 +5,14 @@ import os
 
 import pytest
 
-from kvcached_core.errors import UnsupportedEngineError
-from kvcached_core.refusal import check_configuration, refuse
+from kvcached_core.errors import (
+    ConfigError,
+    GeometryError,
+    KVCachedError,
+    LedgerError,
+    UnsupportedEngineError,
+)
+from kvcached_core.refusal import check_configuration, one_message, refuse
 
 LOGGER = logging.getLogger("kvcached.test")
 ERROR = UnsupportedEngineError("because")
@@ -31,3 +37,25 @@ def test_a_configuration_is_refused_with_every_reason() -> None:
     check_configuration([])
     with pytest.raises(UnsupportedEngineError, match=r"(?s)\n  - one\n  - two\n.*auto or 0"):
         check_configuration(iter(["one", "two"]))
+
+
+@pytest.mark.parametrize("switch", ["1", "auto"])
+@pytest.mark.parametrize("kind", [GeometryError, UnsupportedEngineError])
+def test_what_shows_after_the_sizes_were_chosen_ends_the_start_under_auto_too(
+    monkeypatch: pytest.MonkeyPatch, switch: str, kind: type[KVCachedError]
+) -> None:
+    monkeypatch.setenv("ENABLE_KVCACHED", switch)
+    with (
+        pytest.raises(SystemExit, match=r"(?s)kvcached: because\n.*set ENABLE_KVCACHED=0"),
+        one_message("vLLM"),
+    ):
+        raise kind("because")
+    assert os.environ["ENABLE_KVCACHED"] == switch
+
+
+@pytest.mark.parametrize("kind", [ConfigError, LedgerError])
+def test_a_start_that_fails_otherwise_ends_with_one_line(kind: type[KVCachedError]) -> None:
+    with pytest.raises(SystemExit, match=r"^kvcached: because$"), one_message("vLLM"):
+        raise kind("because")
+    with pytest.raises(ZeroDivisionError), one_message("vLLM"):
+        raise ZeroDivisionError

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from helpers.configurations import configuration, parallel
 
-from kvcached_vllm import startup, worker_hooks
+from kvcached_core.errors import UnsupportedEngineError
+from kvcached_vllm import engine_hooks, startup, worker_hooks
 from kvcached_vllm.engine_hooks import MAX_TILE_TOKENS, executor_sleep, get_num_skipped_tokens
 from kvcached_vllm.weights import OTHER_BYTES, static_bytes
 
@@ -119,6 +120,63 @@ def test_a_sleeping_engine_is_emptied_first() -> None:
     assert order == ["empty", "sleep"]
     executor_sleep(lambda _self, _level: order.append("sleep"))(SimpleNamespace(), 1)
     assert order == ["empty", "sleep", "sleep"]
+
+
+def plan_of(*tensors: Any) -> Any:
+    return SimpleNamespace(kv_cache_tensors=list(tensors), num_blocks=4)
+
+
+class Starting:
+    """An engine core and its executor around our hook, between plan and allocation."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.closed: list[bool] = []
+        self.engine = SimpleNamespace(
+            place=self.place, close=lambda: self.closed.append(True), explain_size=lambda: "size"
+        )
+        self.error: Exception | None = None
+        self.model_executor = SimpleNamespace(collective_rpc=lambda *_: [2 << 20])
+        self.allocate = Recorder()
+        self.engine.core = self
+        monkeypatch.setattr(engine_hooks, "_start_engine", lambda *_: self.engine)
+
+    def place(self, *_: Any) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def start(self, plans: list[Any]) -> None:
+        initialize = engine_hooks.executor_initialize_from_config(self.allocate)
+
+        def original(_core: Any, _config: Any) -> None:
+            initialize(self.model_executor, plans)
+
+        engine_hooks.engine_core_initialize_kv_caches(original)(self, object())
+
+
+def test_a_model_without_a_kv_cache_starts_and_leaves_the_ledger(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    core = Starting(monkeypatch)
+    with caplog.at_level("INFO"):
+        core.start([plan_of()])
+    assert core.closed == [True]
+    assert len(core.allocate.calls) == 1
+    assert not hasattr(core, "kvcached")
+    assert [text for text in caplog.messages if "no KV cache" in text] == caplog.messages
+    assert engine_hooks._starting.get() is None
+
+
+@pytest.mark.parametrize("switch", ["1", "auto"])
+def test_a_layout_that_is_refused_after_the_sizing_never_gets_an_allocation_of_that_size(
+    monkeypatch: pytest.MonkeyPatch, switch: str
+) -> None:
+    monkeypatch.setenv("ENABLE_KVCACHED", switch)
+    core = Starting(monkeypatch)
+    core.error = UnsupportedEngineError("the layers differ")
+    with pytest.raises(SystemExit, match=r"(?s)the layers differ.*set ENABLE_KVCACHED=0"):
+        core.start([plan_of(object())])
+    assert core.allocate.calls == []
+    assert core.closed == [True]
 
 
 def test_weights_are_known_from_their_files_or_from_the_shape(tmp_path: Any) -> None:

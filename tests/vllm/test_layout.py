@@ -129,7 +129,7 @@ def test_groups_that_overlay_each_other_share_planes() -> None:
 @pytest.mark.parametrize(
     ("plan", "reason"),
     [
-        (Plan([]), "no KV cache"),
+        (Plan([]), "a rank of this model has no KV cache"),
         (
             Plan([SeparateTensor(BLOCK_BYTES * NUM_BLOCKS, [LAYERS[0]], block_stride=1)]),
             "side by side",

@@ -9,7 +9,8 @@ from typing import Any, cast
 import pytest
 from helpers.fake_driver import FakeDriver, Result, tensors_on_the_host
 
-from kvcached_core.errors import UnmappedBlockError
+from kvcached_core import rank_memory
+from kvcached_core.errors import ConfigError, UnmappedBlockError
 from kvcached_core.geometry import choose_geometry
 from kvcached_core.instance import Seat
 from kvcached_core.ledger import Ledger
@@ -97,6 +98,31 @@ def test_warm_up_on_made_up_ids_is_mapped_and_given_back(
     assert memory.arena.resident_pages == [0]
     assert (seen(ledger).resident_bytes, seen(ledger).promised_bytes) == (PAGE, 0)
     assert not memory.is_warming_up
+
+
+def test_warm_up_waits_for_a_promise_and_maps_nothing_without_one(
+    memory: WorkerMemory, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_memory, "ROOM_SECONDS", 0.1)
+    other = ledger.register(name="b", engine="test")
+    held = ledger.reserve(other, 64 * PAGE, PAGE)
+    touches = step([[GEOMETRY.ids_per_page]])
+    with pytest.raises(ConfigError, match=r"needed 1 pages of .* missing .* on host"):
+        memory.map_for_warm_up(touches)
+    assert memory.arena.resident_pages == [0]
+
+    asked_peers = rank_memory.ask_peers
+
+    def give(*args: Any) -> None:
+        asked_peers(*args)
+        ledger.cancel(other, PAGE)  # the neighbour hears of it and gives a page
+
+    monkeypatch.setattr(rank_memory, "ask_peers", give)
+    memory.map_for_warm_up(touches)
+    assert sorted(memory.arena.resident_pages) == [0, 1]
+    rows = {view.name: view for view in ledger.view().instances}
+    assert sum(view.resident_bytes + view.promised_bytes for view in rows.values()) == 64 * PAGE
+    assert rows["b"].promised_bytes == held - PAGE
 
 
 def test_the_check_names_blocks_that_are_not_mapped_or_do_not_exist(memory: WorkerMemory) -> None:

@@ -1,24 +1,22 @@
 """What takes the place of vLLM's engine methods; each gets the original and returns a wrapper."""
 
 import functools
+import logging
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import read_config
-from kvcached_core.errors import (
-    BackendError,
-    ConfigError,
-    LedgerError,
-    PolicyError,
-    UnsupportedEngineError,
-)
+from kvcached_core.errors import UnsupportedEngineError
+from kvcached_core.refusal import one_message
 from kvcached_vllm import startup
 from kvcached_vllm.engine import ElasticEngine
 from kvcached_vllm.worker_hooks import device_of, granularity_of
 
 if TYPE_CHECKING:
     from kvcached_core.page_pool import PageOrders
+
+logger = logging.getLogger("vllm.kvcached")
 
 ORDERS = "kvcached_orders"
 
@@ -44,7 +42,8 @@ def engine_core_initialize_kv_caches(original: Callable[..., Any]) -> Callable[.
         self.kvcached = engine
         _starting.set(engine)
         try:
-            return original(self, vllm_config, *args, **kwargs)
+            with one_message("vLLM"):
+                return original(self, vllm_config, *args, **kwargs)
         except BaseException as error:
             _starting.set(None)
             if isinstance(error, ValueError):  # vLLM's own word that one request does not fit
@@ -62,10 +61,8 @@ def _start_engine(vllm_config: Any, core: Any) -> ElasticEngine | None:
         startup.refuse(error)
         return None
     devices = core.model_executor.collective_rpc(device_of)
-    try:
+    with one_message("vLLM"):
         return ElasticEngine(vllm_config, read_config(), devices, core)
-    except (BackendError, ConfigError, LedgerError, PolicyError) as error:
-        raise SystemExit(f"kvcached: {error}") from error
 
 
 def _engine_of(core: Any) -> ElasticEngine | None:
@@ -126,17 +123,13 @@ def executor_initialize_from_config(original: Callable[..., None]) -> Callable[.
     @functools.wraps(original)
     def wrapper(self: Any, kv_cache_configs: list[Any], *args: Any, **kwargs: Any) -> None:
         engine = _starting.get()
-        if engine is not None:
+        if engine is not None and not any(plan.kv_cache_tensors for plan in kv_cache_configs):
+            logger.info("kvcached: this model has no KV cache, so there is nothing to share")
+            _starting.set(None)
+            engine.core.__dict__.pop("kvcached").close()
+        elif engine is not None:
             self.kvcached = engine
-            try:
-                engine.place(kv_cache_configs, self.collective_rpc(granularity_of)[0])
-            except ConfigError as error:
-                raise SystemExit(f"kvcached: {error}") from error
-            except UnsupportedEngineError as error:
-                startup.refuse(error)
-                _starting.set(None)
-                del self.kvcached
-                engine.core.__dict__.pop("kvcached").close()
+            engine.place(kv_cache_configs, self.collective_rpc(granularity_of)[0])
         original(self, kv_cache_configs, *args, **kwargs)
 
     return wrapper

@@ -57,7 +57,9 @@ def plane_layout(kv_cache_config: Any) -> PlaneLayout:
     """
     tensors = kv_cache_config.kv_cache_tensors
     if not tensors:
-        raise UnsupportedEngineError("this model has no KV cache")
+        raise UnsupportedEngineError(
+            "a rank of this model has no KV cache; start it with fewer pipeline stages"
+        )
     if hasattr(tensors[0], "layers"):
         return _strided_layout(tensors, kv_cache_config.num_blocks)
     return _separate_layout(tensors, kv_cache_config.num_blocks)

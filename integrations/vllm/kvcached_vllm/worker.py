@@ -63,8 +63,7 @@ class WorkerMemory(RankMemory):
             for page in self.arena.geometry.pages_touched(block_id)
             if page < self.arena.num_pages and not self.arena.is_resident(page)
         }
-        page_bytes = self.arena.geometry.page_bytes
-        self.ledger.reserve(self.seat.row, len(touched) * page_bytes, page_bytes)
+        self.reserve_or_wait(len(touched))
         self.carry_out(PageOrders(map_pages=sorted(touched), num_used_pages=1))
 
     def end_warm_up(self) -> None:
