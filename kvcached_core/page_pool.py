@@ -10,13 +10,13 @@ live block, *cached* while it has only evictable ones, and *idle* while all its 
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 from kvcached_core.errors import PageStateError
 from kvcached_core.geometry import Geometry
+from kvcached_core.orders import PageOrders, PendingOrders
 
 Block = TypeVar("Block")
 
@@ -45,27 +45,6 @@ class PageSource(Protocol):
 
     def cancel(self, num_pages: int) -> None:
         """Take back a promise of `num_pages` pages that nobody mapped."""
-
-
-@dataclass
-class PageOrders:
-    """What the workers shall do, and what the pages are for once they did it.
-
-    Attributes:
-        map_pages: Pages to map before the step.
-        ready_pages: Pages that the step needs and that an earlier order named as spare.
-        spare_pages: Pages to map soon; no step uses them yet.
-        unmap_pages: Pages to unmap after the step.
-        num_used_pages: Resident pages that hold a block of a live request.
-        num_cached_pages: Resident pages that hold only cached blocks.
-    """
-
-    map_pages: list[int] = field(default_factory=list)
-    ready_pages: list[int] = field(default_factory=list)
-    spare_pages: list[int] = field(default_factory=list)
-    unmap_pages: list[int] = field(default_factory=list)
-    num_used_pages: int = 0
-    num_cached_pages: int = 0
 
 
 class PagePool(Generic[Block]):
@@ -115,7 +94,7 @@ class PagePool(Generic[Block]):
         self.num_free = 0
         self.dirty: set[int] = set()
         self.current: list[Block] = []
-        self._current_page = -1
+        self._current_page: int | None = None
         self._num_current = 0  # free blocks of the current page when its books were up to date
         self._unmapped = list(range(num_pages))
         self._states = [UNMAPPED] * num_pages
@@ -126,14 +105,13 @@ class PagePool(Generic[Block]):
         # until they come up; `_entered` says which pages have a valid one.
         self._by_fullness: list[tuple[int, int]] = []
         self._entered: set[int] = set()
-        self._orders = PageOrders()
+        self._orders = PendingOrders()
         self._reported = (0, 0)
-        self._reported_at = -REPORT_SECONDS
-        self._unready: set[int] = set()  # ordered as spare, and no step has needed them yet
+        self._reported_at: float | None = None
         self.num_promised = num_resident_pages
         for _ in range(num_resident_pages):
             self.open()
-        self._orders.map_pages.clear()
+        self._orders.forget()
 
     @property
     def num_resident_pages(self) -> int:
@@ -183,7 +161,6 @@ class PagePool(Generic[Block]):
             taken.extend(reversed(self.current[-count:]))
             del self.current[-count:]
         self.num_free -= len(taken)
-        self.dirty.add(self._current_page)
         return taken
 
     def take_from(self, page: int) -> Block:
@@ -208,17 +185,8 @@ class PagePool(Generic[Block]):
         page = heappop(self._unmapped)
         self.num_promised -= 1
         self._enter_state(page, IDLE)
-        if page in self._orders.unmap_pages:
-            self._orders.unmap_pages.remove(page)
+        if self._orders.open(page, is_spare=is_spare):
             self._source.cancel(1)
-            if not is_spare:
-                self._orders.ready_pages.append(page)
-        elif is_spare:
-            self._orders.spare_pages.append(page)
-        else:
-            self._orders.map_pages.append(page)
-        if is_spare:
-            self._unready.add(page)
         blocks = self._blocks_of_page(page)
         self.free_lists[page] = blocks[::-1]
         self.num_free += len(blocks)
@@ -236,17 +204,9 @@ class PagePool(Generic[Block]):
         if page == self._current_page:
             self._leave_current_page()
         self._entered.discard(page)
-        self._unready.discard(page)
         heappush(self._unmapped, page)
-        orders = self._orders
-        for not_begun in (orders.map_pages, orders.spare_pages):
-            if page in not_begun:
-                not_begun.remove(page)
-                self._source.cancel(1)
-                return
-        if page in orders.ready_pages:
-            orders.ready_pages.remove(page)
-        orders.unmap_pages.append(page)
+        if self._orders.close(page):
+            self._source.cancel(1)
 
     def close_idle(self, max_pages: int, *, keep: int = 0) -> int:
         """Close up to `max_pages` idle pages, the longest idle first; return how many it was."""
@@ -278,19 +238,14 @@ class PagePool(Generic[Block]):
             self._source.cancel(self.num_promised)
             self.num_promised = 0
         counts = self._num_in_state[USED], self._num_in_state[CACHED]
-        orders = self._orders
-        has_pages = (
-            orders.map_pages or orders.ready_pages or orders.spare_pages or orders.unmap_pages
-        )
+        has_pages = bool(self._orders)
         if not has_pages and counts == self._reported:
             return None
-        now = self._clock()
-        if not has_pages and is_live and now < self._reported_at + REPORT_SECONDS:
+        now, before = self._clock(), self._reported_at
+        if not has_pages and is_live and before is not None and now < before + REPORT_SECONDS:
             return None
-        self._reported_at = now
-        orders.num_used_pages, orders.num_cached_pages = self._reported = counts
-        self._orders = PageOrders()
-        return orders
+        self._reported_at, self._reported = now, counts
+        return self._orders.take(*counts)
 
     def seconds_until_due(self) -> float | None:
         """Return when the last of the surplus idle pages is due, or None if there is none."""
@@ -335,25 +290,16 @@ class PagePool(Generic[Block]):
                 return False
             page = self.open()
         self._entered.discard(page)
-        if page in self._unready:
-            self._need(page)
+        self._orders.need(page)
         self._current_page = page
         self.current = self.free_lists[page]
         self._num_current = len(self.current)
         return True
 
-    def _need(self, page: int) -> None:
-        self._unready.discard(page)
-        if page in self._orders.spare_pages:
-            self._orders.spare_pages.remove(page)
-            self._orders.map_pages.append(page)
-        else:
-            self._orders.ready_pages.append(page)
-
     def _leave_current_page(self) -> None:
-        if self._current_page >= 0:
+        if self._current_page is not None:
             self.dirty.add(self._current_page)
-        self._current_page = -1
+        self._current_page = None
         self.current = []
 
     def _fullest(self) -> int | None:
@@ -370,7 +316,7 @@ class PagePool(Generic[Block]):
 
     def _settle(self) -> None:
         current = self._current_page
-        if current >= 0 and len(self.current) != self._num_current:
+        if current is not None and len(self.current) != self._num_current:
             self.dirty.add(current)
             self._num_current = len(self.current)
         if not self.dirty:

@@ -12,8 +12,8 @@ from kvcached_core.errors import BackendError, ConfigError, LedgerError, OutOfMe
 from kvcached_core.geometry import Geometry
 from kvcached_core.instance import Seat
 from kvcached_core.ledger import Ledger
+from kvcached_core.orders import PageOrders
 from kvcached_core.page_keeper import PageChanges, PageKeeper
-from kvcached_core.page_pool import PageOrders
 from kvcached_core.pressure import ask_peers, wake
 from kvcached_core.room import PATIENCE_SECONDS as ROOM_SECONDS
 from kvcached_core.units import format_bytes

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvcached_core.errors import PageStateError
 from kvcached_core.geometry import Geometry
+from kvcached_core.orders import PageOrders
 from kvcached_core.page_pool import (
     CACHED,
     IDLE,
@@ -17,12 +18,14 @@ from kvcached_core.page_pool import (
     REPORT_SECONDS,
     UNMAPPED,
     USED,
-    PageOrders,
     PagePool,
 )
 
 GEOMETRY = Geometry(block_bytes=1024, num_planes=4, ids_per_page=16, blocks_per_page=4)
 NUM_PAGES = 6
+
+# A page of another number than is there would be one of these, less one, under a second name.
+NUMBERS_OF_PAGES = [7, 8, 15, 16, 31, 33]
 
 
 class CountingSource:
@@ -286,46 +289,153 @@ def test_only_idle_pages_can_be_closed() -> None:
         pool.close(0)
 
 
-class PagePoolMachine(RuleBasedStateMachine):
-    """Any sequence of taking, giving, caching and draining keeps the books."""
+@pytest.mark.parametrize("num_pages", NUMBERS_OF_PAGES)
+def test_a_full_pool_that_finds_nothing_and_gets_a_page_back_names_no_page_that_is_not_there(
+    num_pages: int,
+) -> None:
+    pool = make(num_pages, num_pages, num_resident_pages=1)
+    pool.take_from(0)
+    taken = grow(pool, num_pages * GEOMETRY.blocks_per_page)
+    assert pool.take(1) == []  # the engine evicts instead ...
+    last = [block for block in taken if GEOMETRY.page_of(block) == num_pages - 1]
+    give(pool, last)  # ... and preempts, in the same schedule
+    assert (orders := pool.drain()) is not None
+    assert (orders.map_pages, orders.unmap_pages) == (list(range(1, num_pages - 1)), [])
+    assert pool.pages_in(UNMAPPED) == [num_pages - 1]
+    assert sorted(pool._unmapped) == [num_pages - 1]
 
-    @initialize(left=st.integers(1, NUM_PAGES), low=st.integers(0, 2), high=st.integers(0, 2))
-    def start(self, left: int, low: int, high: int) -> None:
-        self.total = left
-        self.pool = make(left=left, min_spare_pages=low, max_spare_pages=high)
-        self.source = self.pool._source
+
+def test_a_promise_left_over_counts_towards_the_spare_pages() -> None:
+    pool = make(4, 4, min_spare_pages=1, max_spare_pages=2, num_resident_pages=1)
+    pool.take_from(0)
+    grow(pool, 3 + 4)  # pages 0 and 1
+    source = pool._source
+    pool.reserve_blocks(4)  # one page, which nobody opens
+    source.wishes.clear()  # type: ignore[attr-defined]
+    assert (orders := pool.drain()) is not None
+    assert orders.spare_pages == [2, 3]
+    assert source.wishes == [False]  # type: ignore[attr-defined]
+    assert source.num_promised == 4 - 1  # type: ignore[attr-defined]  # not told of the workers yet
+
+
+def test_near_a_full_pool_no_more_spare_pages_are_opened_than_there_are() -> None:
+    pool = make(3, 9, min_spare_pages=2, max_spare_pages=4, num_resident_pages=1)
+    pool.take_from(0)
+    grow(pool, 3 + 4)
+    pool.reserve_blocks(4)
+    pool._source.wishes.clear()  # type: ignore[attr-defined]
+    assert (orders := pool.drain()) is not None
+    assert orders.spare_pages == [2]
+    assert pool._source.wishes == []  # type: ignore[attr-defined]
+    assert (pool.num_promised, pool.pages_in(UNMAPPED)) == (0, [])
+
+
+def test_a_page_that_was_needed_and_closed_before_the_workers_were_told_has_one_order() -> None:
+    pool = make(min_spare_pages=1, num_resident_pages=1)
+    pool.take_from(0)
+    grow(pool, 4)
+    pool.drain()  # page 2 is a spare one
+    pool.min_spare_pages = 0  # or it is opened again at once
+    give(pool, grow(pool, 4))
+    pool.close(2)
+    assert (orders := pool.drain()) is not None
+    assert (orders.ready_pages, orders.unmap_pages) == ([], [2])
+
+
+class PagePoolMachine(RuleBasedStateMachine):
+    """Any sequence of taking, giving, caching and draining keeps the books.
+
+    The pool brings its books up to date when it is asked, so the machine does not ask after each
+    rule: `look` and `drain` are rules of their own.
+    """
+
+    @initialize(
+        num_pages=st.sampled_from(NUMBERS_OF_PAGES),
+        blocks_per_page=st.sampled_from([1, 2, 3, 4, 7, 64]),
+        share=st.integers(1, 4),
+        low=st.integers(0, 3),
+        high=st.integers(0, 3),
+    )
+    def start(self, num_pages: int, blocks_per_page: int, share: int, low: int, high: int) -> None:
+        self.num_pages = num_pages
+        self.geometry = Geometry(1024, 2, 2 * blocks_per_page + 1, blocks_per_page)
+        self.total = max(num_pages * share // 4, 1)  # less than the pool's virtual size, or all
+        self.source = CountingSource(self.total)
+        self.pool: PagePool[int] = PagePool(
+            self.geometry,
+            num_pages,
+            self.source,
+            self.blocks_of,
+            min_spare_pages=low,
+            max_spare_pages=high,
+        )
         self.sure: set[int] = set()
         self.live: list[int] = []
         self.queue: list[int] = []
         self.mapped: set[int] = set()
 
+    def blocks_of(self, page: int) -> list[int]:
+        assert 0 <= page < self.num_pages
+        first = page * self.geometry.ids_per_page
+        return list(range(first, first + self.geometry.blocks_per_page))
+
     @rule(num_blocks=st.integers(1, 10))
     def take(self, num_blocks: int) -> None:
+        self.grow(num_blocks)
+
+    @rule(num_pages=st.integers(1, 40))
+    def take_much(self, num_pages: int) -> None:
+        self.grow(num_pages * self.geometry.blocks_per_page)
+
+    @rule()
+    def take_all(self) -> None:
+        self.grow(self.num_pages * self.geometry.blocks_per_page)
+
+    def grow(self, num_blocks: int) -> None:
         free_before = self.pool.num_free
         blocks = grow(self.pool, num_blocks)
         assert len(blocks) >= min(num_blocks, free_before)
-        assert not set(blocks) & set(self.live + self.queue)
+        assert not set(blocks) & {*self.live, *self.queue}
         assert len(set(blocks)) == len(blocks)
         self.live += blocks
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), cache=st.booleans())
     def drop(self, data: st.DataObject, *, cache: bool) -> None:
-        block = data.draw(st.sampled_from(self.live))
-        self.live.remove(block)
-        page = GEOMETRY.page_of(block)
-        if cache:
-            self.queue.append(block)
-            self.pool.num_evictable[page] += 1
-            self.pool.dirty.add(page)
-        else:
-            self.pool.give(page, [block])
+        self.drop_blocks([data.draw(st.sampled_from(self.live))], cache=cache)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), cache=st.booleans())
+    def drop_a_page(self, data: st.DataObject, *, cache: bool) -> None:
+        pages = sorted({self.geometry.page_of(block) for block in self.live})
+        page = data.draw(st.sampled_from(pages))
+        mine = [block for block in self.live if self.geometry.page_of(block) == page]
+        self.drop_blocks(mine, cache=cache)
+
+    def drop_blocks(self, blocks: list[int], *, cache: bool) -> None:
+        gone = set(blocks)
+        self.live = [block for block in self.live if block not in gone]
+        for block in blocks:
+            page = self.geometry.page_of(block)
+            if cache:
+                self.queue.append(block)
+                self.pool.num_evictable[page] += 1
+                self.pool.dirty.add(page)
+            else:
+                self.pool.give(page, [block])
 
     @precondition(lambda self: self.queue)
     @rule()
     def hit(self) -> None:
-        block = self.queue.pop()
-        page = GEOMETRY.page_of(block)
+        self.use(self.queue.pop())
+
+    @precondition(lambda self: self.queue)
+    @rule()
+    def evict(self) -> None:
+        self.use(self.queue.pop(0))
+
+    def use(self, block: int) -> None:
+        page = self.geometry.page_of(block)
         self.pool.num_evictable[page] -= 1
         self.pool.dirty.add(page)
         self.live.append(block)
@@ -333,42 +443,69 @@ class PagePoolMachine(RuleBasedStateMachine):
     @rule()
     def evict_pages(self) -> None:
         for page in self.pool.pages_in(CACHED)[:1]:
-            mine = [block for block in self.queue if GEOMETRY.page_of(block) == page]
+            mine = [block for block in self.queue if self.geometry.page_of(block) == page]
             self.queue = [block for block in self.queue if block not in mine]
             self.pool.num_evictable[page] -= len(mine)
             self.pool.give(page, mine)
             self.pool.close(page)
 
+    @rule(num_pages=st.integers(0, 9))
+    def close_idle(self, num_pages: int) -> None:
+        self.pool.close_idle(num_pages)
+
     @rule()
     def drain(self) -> None:
         orders = self.pool.drain()
         if orders is not None:
+            told = orders.map_pages + orders.ready_pages + orders.spare_pages + orders.unmap_pages
+            assert len(set(told)) == len(told)  # a page has one order
+            assert set(told) <= set(range(self.num_pages))
             new = orders.map_pages + orders.spare_pages
             assert not set(new) & self.mapped
-            assert set(orders.unmap_pages) <= self.mapped | set(new)
-            assert set(orders.ready_pages) <= self.mapped
+            assert set(orders.unmap_pages + orders.ready_pages) <= self.mapped
             self.mapped = (self.mapped | set(new)) - set(orders.unmap_pages)
             self.sure |= {*orders.map_pages, *orders.ready_pages}
             self.sure -= set(orders.unmap_pages)
-            self.source.settle(len(new), len(orders.unmap_pages))  # type: ignore[attr-defined]
+            self.source.settle(len(new), len(orders.unmap_pages))
             assert orders.num_used_pages == len(self.pool.pages_in(USED))
-        assert self.source.num_promised == 0  # type: ignore[attr-defined]
-        assert self.source.num_left + len(self.mapped) == self.total  # type: ignore[attr-defined]
+        assert self.source.num_promised == 0
+        assert self.source.num_left + len(self.mapped) == self.total
         assert len(self.pool.pages_in(IDLE)) <= self.pool.max_spare_pages
-        backed = {GEOMETRY.page_of(block) for block in self.live + self.queue}
+        backed = {self.geometry.page_of(block) for block in self.live + self.queue}
         assert backed <= self.sure
 
-    @invariant()
-    def every_block_is_in_one_place(self) -> None:
-        if not hasattr(self, "pool"):
-            return
-        resident = [page for page in range(NUM_PAGES) if page not in self.pool.pages_in(UNMAPPED)]
-        assert len(resident) == self.pool.num_resident_pages
+    @rule()
+    def look(self) -> None:
+        states = {state: set(self.pool.pages_in(state)) for state in (USED, CACHED, IDLE)}
+        live = {self.geometry.page_of(block) for block in self.live}
+        cached = {self.geometry.page_of(block) for block in self.queue} - live
+        unmapped = self.pool.pages_in(UNMAPPED)
+        assert (states[USED], states[CACHED]) == (live, cached)
+        assert sorted(self.pool._unmapped) == unmapped
+        assert set(self.pool._idle) == states[IDLE]
+        assert self.pool.num_resident_pages == sum(map(len, states.values()))
+        assert self.pool.num_resident_pages + len(unmapped) == self.num_pages
         places = Counter(self.live) + Counter(self.queue)
         places += Counter(block for blocks in self.pool.free_lists for block in blocks)
         assert set(places.values()) <= {1}
         assert len(places) == self.pool.num_resident_blocks
         assert self.pool.num_free == sum(len(blocks) for blocks in self.pool.free_lists)
+
+    @invariant()
+    def no_page_and_no_promise_is_made_up(self) -> None:
+        """What can be seen without bringing the books up to date."""
+        if not hasattr(self, "pool"):
+            return
+        assert self.pool.dirty <= set(range(self.num_pages))
+        assert 0 <= self.pool.num_promised <= len(self.pool._unmapped)
+        assert self.source.num_left >= 0
+        assert min(self.pool.num_evictable) >= 0
+        assert min(self.pool._num_in_state) >= 0
+
+    def teardown(self) -> None:
+        if hasattr(self, "pool"):
+            self.look()
+            self.drain()
 
 
 TestPagePoolMachine = PagePoolMachine.TestCase

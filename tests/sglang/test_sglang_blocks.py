@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvcached_core.geometry import Geometry
-from kvcached_core.page_pool import PageOrders
+from kvcached_core.orders import PageOrders
 from kvcached_sglang.blocks import BlockPages
 
 pytestmark = pytest.mark.sglang

@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvcached_core.geometry import Geometry
+from kvcached_core.orders import PageOrders
 from kvcached_core.page_pool import CACHED, IDLE, UNMAPPED, USED
 
 pytestmark = pytest.mark.vllm
 
 GEOMETRY = Geometry(block_bytes=1024, num_planes=4, ids_per_page=16, blocks_per_page=4)
 NUM_PAGES = 8
-NUM_BLOCKS = NUM_PAGES * GEOMETRY.blocks_per_page
+NUMBERS_OF_PAGES = [7, 8, 15, 16, 31, 33]
+NUMBERS_OF_BLOCKS = [1, 2, 3, 4, 7, 64]  # a page
 BLOCK_SIZE = 4
 
 
@@ -24,14 +26,24 @@ class Source:
 
     def __init__(self, num_pages: int) -> None:
         self.num_left = num_pages
+        self.num_promised = 0
 
     def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
         granted = min(num_pages + num_spare, self.num_left)
         self.num_left -= granted
+        self.num_promised += granted
         return granted
 
     def cancel(self, num_pages: int) -> None:
+        assert num_pages <= self.num_promised
         self.num_left += num_pages
+        self.num_promised -= num_pages
+
+    def settle(self, orders: PageOrders | None) -> None:
+        """Do what the worker does when it carries out orders."""
+        if orders is not None:
+            self.num_promised -= len(orders.map_pages) + len(orders.spare_pages)
+            self.num_left += len(orders.unmap_pages)
 
 
 class FakeRequest:
@@ -39,7 +51,7 @@ class FakeRequest:
 
     def __init__(self, content: int, num_blocks: int) -> None:
         self.block_hashes = [
-            content.to_bytes(8, "big") + bytes([index]) for index in range(num_blocks)
+            content.to_bytes(8, "big") + index.to_bytes(2, "big") for index in range(num_blocks)
         ]
         self.all_token_ids = list(range(num_blocks * BLOCK_SIZE))
         self.lora_request = None
@@ -49,28 +61,102 @@ class FakeRequest:
         self.prompt_embeds = None
 
 
-def make_pools(num_left: int = NUM_PAGES - 1, *, caching: bool = True, events: bool = True) -> Any:
+def make_pools(
+    num_left: int = NUM_PAGES - 1,
+    *,
+    geometry: Geometry = GEOMETRY,
+    num_pages: int = NUM_PAGES,
+    caching: bool = True,
+    events: bool = True,
+    **options: Any,
+) -> Any:
     from vllm.v1.core.block_pool import BlockPool
 
     from kvcached_vllm.block_pool import ElasticBlockPool
 
-    vanilla = BlockPool(NUM_BLOCKS, caching, BLOCK_SIZE, events)
-    ours = ElasticBlockPool(GEOMETRY, Source(num_left), NUM_BLOCKS, caching, BLOCK_SIZE, events)
-    return vanilla, ours
+    sizes = num_pages * geometry.blocks_per_page, caching, BLOCK_SIZE, events
+    return BlockPool(*sizes), ElasticBlockPool(geometry, Source(num_left), *sizes, **options)
+
+
+def make_geometry(blocks_per_page: int) -> Geometry:
+    return Geometry(1024, 2, 2 * blocks_per_page + 1, blocks_per_page)
 
 
 def free_of(pool: Any) -> int:
     """Return what vLLM calls free: our unmapped blocks can be had as well."""
-    unmapped = len(pool.pages.pages_in(UNMAPPED)) * GEOMETRY.blocks_per_page
-    return int(pool.get_num_free_blocks() - pool.pages.num_promised_blocks + unmapped)
+    pages = pool.pages
+    num_unmapped = (pages.num_pages - pages.num_resident_pages) * pages.geometry.blocks_per_page
+    return int(pool.get_num_free_blocks() - pages.num_promised_blocks + num_unmapped)
+
+
+def hits_of(pool: Any, request: FakeRequest) -> list[Any]:
+    found: list[Any] = []
+    for block_hash in request.block_hashes:
+        cached = pool.get_cached_block(block_hash, [0])
+        if cached is None:
+            break
+        found += cached
+    return found
+
+
+def cache_blocks(pool: Any, request: FakeRequest, blocks: list[Any], num_hits: int) -> None:
+    """Let the prefix cache have what a request computed, all but its last block."""
+    pool.cache_full_blocks(
+        request=request,
+        blocks=blocks,
+        num_cached_blocks=num_hits,
+        num_full_blocks=max(len(blocks) - 1, num_hits),
+        block_size=BLOCK_SIZE,
+        kv_cache_group_id=0,
+    )
+
+
+def check_pages(pool: Any, live: list[Any]) -> None:
+    """Bring the books up to date and compare them with who holds which block."""
+    pages, geometry = pool.pages, pool.pages.geometry
+    states = {state: pages.pages_in(state) for state in (UNMAPPED, USED, CACHED, IDLE)}
+    assert sorted(page for found in states.values() for page in found) == list(
+        range(pages.num_pages)
+    )
+    assert sorted(pages._unmapped) == states[UNMAPPED]
+    assert set(pages._idle) == set(states[IDLE])
+    held = {geometry.page_of(block.block_id) for block in live} | {0}
+    queued = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
+    assert set(states[USED]) == held
+    assert set(states[CACHED]) == {geometry.page_of(block_id) for block_id in queued} - held
+    free = [block.block_id for blocks in pages.free_lists for block in blocks]
+    taken = {block.block_id for block in live}
+    assert len(free) == pages.num_free
+    places = sorted([*free, *queued, *taken, 0])
+    resident = [page for page in range(pages.num_pages) if page not in states[UNMAPPED]]
+    assert places == [
+        page * geometry.ids_per_page + index
+        for page in resident
+        for index in range(geometry.blocks_per_page)
+    ]
+    assert all(pool.blocks[block_id].ref_cnt == 0 for block_id in (*free, *queued))
+    assert all(pool.blocks[block.block_id] is block and block.ref_cnt > 0 for block in live)
 
 
 class BlockPoolMachine(RuleBasedStateMachine):
-    """Two pools side by side; `live` holds each request's blocks in both."""
+    """Two pools side by side; `live` holds each request's blocks in both.
 
-    @initialize(caching=st.booleans())
-    def start(self, *, caching: bool) -> None:
-        self.vanilla, self.ours = make_pools(caching=caching)
+    Several rules may run before the books of the pages are looked at.
+    """
+
+    @initialize(
+        caching=st.booleans(),
+        num_pages=st.sampled_from(NUMBERS_OF_PAGES),
+        blocks_per_page=st.sampled_from(NUMBERS_OF_BLOCKS),
+    )
+    def start(self, *, caching: bool, num_pages: int, blocks_per_page: int) -> None:
+        self.num_blocks = num_pages * blocks_per_page
+        self.vanilla, self.ours = make_pools(
+            num_pages - 1,
+            geometry=make_geometry(blocks_per_page),
+            num_pages=num_pages,
+            caching=caching,
+        )
         self.caching = caching
         self.live: list[tuple[int, list[Any], list[Any]]] = []
         self.contents = 0
@@ -80,8 +166,20 @@ class BlockPoolMachine(RuleBasedStateMachine):
 
     @rule(num_blocks=st.integers(0, 12), content=st.integers(0, 3))
     def allocate(self, num_blocks: int, content: int) -> None:
+        self.begin(num_blocks, content)
+
+    @rule(share=st.sampled_from([1, 2, 3]), content=st.integers(0, 3))
+    def allocate_much(self, share: int, content: int) -> None:
+        self.begin(self.num_blocks // share, content)
+
+    @rule()
+    def allocate_all(self) -> None:
+        """Fill the pool: what comes next has to evict, or finds nothing."""
+        self.begin(self.vanilla.get_num_free_blocks(), 4)
+
+    def begin(self, num_blocks: int, content: int) -> None:
         request = FakeRequest(content, num_blocks)
-        hit_v, hit_o = self.both(lambda pool: self.hits(pool, request))
+        hit_v, hit_o = self.both(lambda pool: hits_of(pool, request))
         assert len(hit_v) == len(hit_o)
         self.vanilla.touch(hit_v)
         self.ours.touch(hit_o)
@@ -99,24 +197,8 @@ class BlockPoolMachine(RuleBasedStateMachine):
         assert all(block.ref_cnt == 1 and block.block_hash is None for block in new_o)
         self.live.append((content, hit_v + new_v, hit_o + new_o))
         if self.caching:
-            for pool, blocks in ((self.vanilla, hit_v + new_v), (self.ours, hit_o + new_o)):
-                pool.cache_full_blocks(
-                    request=request,
-                    blocks=blocks,
-                    num_cached_blocks=len(hit_v),
-                    num_full_blocks=max(num_blocks - 1, len(hit_v)),
-                    block_size=BLOCK_SIZE,
-                    kv_cache_group_id=0,
-                )
-
-    def hits(self, pool: Any, request: FakeRequest) -> list[Any]:
-        found: list[Any] = []
-        for block_hash in request.block_hashes:
-            cached = pool.get_cached_block(block_hash, [0])
-            if cached is None:
-                break
-            found += cached
-        return found
+            cache_blocks(self.vanilla, request, hit_v + new_v, len(hit_v))
+            cache_blocks(self.ours, request, hit_o + new_o, len(hit_o))
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), as_generator=st.booleans())
@@ -137,7 +219,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
     def evict(self, content: int) -> None:
         request = FakeRequest(content, 3)
         for pool in (self.vanilla, self.ours):
-            for block in self.hits(pool, request):  # one by one: vLLM's own order is a set's
+            for block in hits_of(pool, request):  # one by one: vLLM's own order is a set's
                 pool.evict_blocks({block.block_id})
 
     @rule()
@@ -147,9 +229,16 @@ class BlockPoolMachine(RuleBasedStateMachine):
 
     @rule()
     def schedule_ends(self) -> None:
-        orders = self.ours.pages.drain()
-        if orders is not None:
-            self.ours.pages._source.num_left += len(orders.unmap_pages)
+        self.ours.pages._source.settle(self.ours.pages.drain())
+
+    @rule(num_pages=st.integers(0, 9))
+    def give_idle_pages(self, num_pages: int) -> None:
+        self.ours.pages.close_idle(num_pages)
+        self.schedule_ends()  # what is given goes at once
+
+    @rule()
+    def look_at_the_pages(self) -> None:
+        check_pages(self.ours, [block for _, _, blocks in self.live for block in blocks])
 
     @invariant()
     def answers_agree(self) -> None:
@@ -166,19 +255,146 @@ class BlockPoolMachine(RuleBasedStateMachine):
             assert getattr(event_o, "block_hashes", None) == getattr(event_v, "block_hashes", None)
 
     @invariant()
-    def every_live_block_is_on_a_used_page(self) -> None:
-        if not hasattr(self, "ours"):
-            return
-        used = set(self.ours.pages.pages_in(USED))
-        for _, _, blocks in self.live:
-            for block in blocks:
-                assert GEOMETRY.exists(block.block_id)
-                assert GEOMETRY.page_of(block.block_id) in used
-                assert self.ours.blocks[block.block_id] is block
+    def no_page_and_no_promise_is_made_up(self) -> None:
+        if hasattr(self, "ours"):
+            check_what_needs_no_settling(self.ours)
+
+    def teardown(self) -> None:
+        if hasattr(self, "ours"):
+            self.look_at_the_pages()
+
+
+def check_what_needs_no_settling(pool: Any) -> None:
+    pages = pool.pages
+    assert pages.dirty <= set(range(pages.num_pages))
+    assert 0 <= pages.num_promised <= len(pages._unmapped)
+    assert pages._source.num_left >= 0
+    assert min(pages.num_evictable) >= 0
 
 
 TestBlockPoolMachine = BlockPoolMachine.TestCase
-TestBlockPoolMachine.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestBlockPoolMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+class DryPoolMachine(RuleBasedStateMachine):
+    """One pool, and neighbours that take pages of its ledger and want more back."""
+
+    @initialize(
+        num_pages=st.sampled_from(NUMBERS_OF_PAGES),
+        blocks_per_page=st.sampled_from(NUMBERS_OF_BLOCKS),
+        share=st.sampled_from([1, 2, 4]),
+        low=st.integers(0, 2),
+        high=st.integers(0, 4),
+    )
+    def start(self, num_pages: int, blocks_per_page: int, share: int, low: int, high: int) -> None:
+        self.num_pages = num_pages
+        _, self.pool = make_pools(
+            (num_pages - 1) // share,
+            geometry=make_geometry(blocks_per_page),
+            num_pages=num_pages,
+            min_spare_pages=low,
+            max_spare_pages=high,
+        )
+        self.source = self.pool.pages._source
+        self.total = self.source.num_left + 1
+        self.num_of_neighbours = 0
+        self.mapped = {0}
+        self.live: list[list[Any]] = []
+
+    @rule(num_blocks=st.integers(0, 12), content=st.integers(0, 3), is_waiting=st.booleans())
+    def allocate(self, num_blocks: int, content: int, *, is_waiting: bool) -> None:
+        request = FakeRequest(content, num_blocks)
+        hits = hits_of(self.pool, request)
+        self.pool.touch(hits)
+        missing = num_blocks - len(hits)
+        if is_waiting:
+            self.pool.pages.reserve_blocks(missing, is_urgent=True)
+        try:
+            blocks = hits + self.pool.get_new_blocks(missing)
+        except ValueError:
+            assert missing > self.pool.get_num_free_blocks()
+            self.pool.free_blocks(reversed(hits))
+            return
+        assert len({block.block_id for block in blocks}) == num_blocks
+        self.live.append(blocks)
+        cache_blocks(self.pool, request, blocks, len(hits))
+
+    @rule()
+    def allocate_all(self) -> None:
+        self.live.append(self.pool.get_new_blocks(self.pool.get_num_free_blocks()))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.live) - 1))
+        self.pool.free_blocks(reversed(self.live.pop(index)))
+
+    @rule(num_pages=st.integers(0, 40))
+    def release(self, num_pages: int) -> None:
+        idle, cached = (len(self.pool.pages.pages_in(state)) for state in (IDLE, CACHED))
+        assert self.pool.release_pages(num_pages) == min(num_pages, idle + cached)
+
+    @rule(num_pages=st.integers(0, 4))
+    def owe_and_pay(self, num_pages: int) -> None:
+        idle, cached = (len(self.pool.pages.pages_in(state)) for state in (IDLE, CACHED))
+        self.pool.owed_pages = num_pages
+        assert self.pool.pay() == (num_pages <= idle + cached)
+        assert self.pool.owed_pages == max(num_pages - idle - cached, 0)
+
+    @rule(num_pages=st.integers(1, 8))
+    def a_neighbour_takes(self, num_pages: int) -> None:
+        taken = min(num_pages, self.source.num_left)
+        self.source.num_left -= taken
+        self.num_of_neighbours += taken
+
+    @rule()
+    def the_neighbours_give(self) -> None:
+        self.source.num_left += self.num_of_neighbours
+        self.num_of_neighbours = 0
+
+    @rule()
+    def schedule_ends(self) -> None:
+        orders = self.pool.pages.drain()
+        self.source.settle(orders)
+        if orders is not None:
+            new = {*orders.map_pages, *orders.spare_pages}
+            assert not new & self.mapped
+            assert self.mapped >= {*orders.unmap_pages, *orders.ready_pages}
+            self.mapped = (self.mapped | new) - {*orders.unmap_pages}
+        assert self.mapped <= set(range(self.num_pages))
+        assert self.source.num_promised == 0
+        assert self.source.num_left + self.num_of_neighbours + len(self.mapped) == self.total
+
+    @rule()
+    def look_at_the_pages(self) -> None:
+        check_pages(self.pool, [block for blocks in self.live for block in blocks])
+
+    @invariant()
+    def no_page_and_no_promise_is_made_up(self) -> None:
+        if hasattr(self, "pool"):
+            check_what_needs_no_settling(self.pool)
+
+    def teardown(self) -> None:
+        if hasattr(self, "pool"):
+            self.look_at_the_pages()
+            self.schedule_ends()
+
+
+TestDryPoolMachine = DryPoolMachine.TestCase
+TestDryPoolMachine.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize(("num_idle", "is_paid", "num_left"), [(2, True, 0), (1, False, 1)])
+def test_what_is_owed_is_paid_with_idle_pages_and_the_rest_stays_owed(
+    num_idle: int, num_left: int, *, is_paid: bool
+) -> None:
+    _, ours = make_pools(caching=False)
+    per_page = GEOMETRY.blocks_per_page
+    ours.get_new_blocks(per_page)
+    ours.free_blocks(ours.get_new_blocks(num_idle * per_page))
+    ours.owed_pages = 2
+    assert ours.pay() is is_paid
+    assert ours.owed_pages == num_left
 
 
 def cache(pool: Any, content: int, num_blocks: int) -> list[Any]:

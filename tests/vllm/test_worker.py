@@ -16,7 +16,7 @@ from kvcached_core.instance import Seat
 from kvcached_core.ledger import Ledger
 from kvcached_core.ledger_open import ledger_directory
 from kvcached_core.ledger_view import InstanceView
-from kvcached_core.page_pool import PageOrders
+from kvcached_core.orders import PageOrders
 from kvcached_core.units import MIB
 from kvcached_core.vmm.cuda import CudaBackend
 from kvcached_core.vmm.host import HostBackend

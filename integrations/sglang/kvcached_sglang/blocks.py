@@ -11,7 +11,8 @@ from heapq import heapify, heappop, heappush
 import torch
 
 from kvcached_core.geometry import Geometry
-from kvcached_core.page_pool import NUM_QUIET_PAGES, PageOrders, PageSource
+from kvcached_core.orders import PageOrders
+from kvcached_core.page_pool import NUM_QUIET_PAGES, PageSource
 
 
 class BlockPages:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import HOST, Config, read_config
 from kvcached_core.geometry import Geometry
-from kvcached_core.page_pool import NUM_QUIET_PAGES, REPORT_SECONDS, PageOrders
+from kvcached_core.orders import PageOrders
+from kvcached_core.page_pool import NUM_QUIET_PAGES, REPORT_SECONDS
 from kvcached_core.rank_memory import RankMemory
 from kvcached_sglang import hardware, startup
 from kvcached_sglang.blocks import BlockPages

@@ -18,7 +18,7 @@ from kvcached_vllm.layout import PLACEMENT, Placement, plane_layout
 from kvcached_vllm.worker import apply_orders, settle_orders
 
 if TYPE_CHECKING:
-    from kvcached_core.page_pool import PageOrders
+    from kvcached_core.orders import PageOrders
 
 logger = logging.getLogger("vllm.kvcached")
 

@@ -14,7 +14,7 @@ from kvcached_vllm.engine import ElasticEngine
 from kvcached_vllm.worker_hooks import device_of, granularity_of
 
 if TYPE_CHECKING:
-    from kvcached_core.page_pool import PageOrders
+    from kvcached_core.orders import PageOrders
 
 logger = logging.getLogger("vllm.kvcached")
 

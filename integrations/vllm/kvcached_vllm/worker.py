@@ -6,7 +6,7 @@ from typing import Any
 
 from kvcached_core.config import read_config
 from kvcached_core.errors import UnmappedBlockError
-from kvcached_core.page_pool import PageOrders
+from kvcached_core.orders import PageOrders
 from kvcached_core.rank_memory import RankMemory
 from kvcached_core.vmm.backend import Backend
 from kvcached_vllm.layout import Placement

@@ -17,7 +17,7 @@ from kvcached_vllm.weights import OTHER_BYTES, static_bytes
 from kvcached_vllm.worker import WorkerMemory, inner_worker, settle_orders
 
 if TYPE_CHECKING:
-    from kvcached_core.page_pool import PageOrders
+    from kvcached_core.orders import PageOrders
     from kvcached_core.vmm.backend import Backend
 
 logger = logging.getLogger("vllm.kvcached")
