@@ -190,10 +190,17 @@ def demo(
     engines: Annotated[str, typer.Option(help="Two of vllm and sglang.")] = "vllm,vllm",
 ) -> None:
     """Run two real servers on one pool and watch the memory follow the load."""
-    from kvcached_core.cli.demo.run import run_demo
+    from kvcached_core.cli.demo.watched import run_watched
     from kvcached_core.units import parse_bytes
 
-    raise typer.Exit(run_demo(output, parse_bytes(pool, what="--pool"), engines))
+    pool_bytes = parse_bytes(pool, what="--pool")
+
+    def work(workspace: Path) -> int:
+        from kvcached_core.cli.demo.run import run_demo
+
+        return run_demo(output, pool_bytes, engines, workspace=workspace)
+
+    raise typer.Exit(run_watched(work, prefix="kvcached-demo-"))
 
 
 def _end(answers: list[Answer]) -> None:

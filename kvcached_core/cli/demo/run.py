@@ -3,10 +3,8 @@
 import asyncio
 import contextlib
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,13 +62,14 @@ class Setup:
         return f"two {first} servers" if first == second else f"a {first} and a {second} server"
 
 
-def run_demo(output: Path, pool_bytes: int, engines: str = "vllm,vllm") -> int:
+def run_demo(output: Path, pool_bytes: int, engines: str = "vllm,vllm", *, workspace: Path) -> int:
     """Run the demo, write `memory.png` and `report.html` to `output`, return the exit code.
 
     Args:
         output: The folder.
         pool_bytes: The pool that both engines share.
         engines: The kinds of the two, with a comma between them.
+        workspace: A folder for the models, the ledger and the logs.
 
     Raises:
         DemoError: If an engine or a package is missing, or the pool is too small.
@@ -83,13 +82,12 @@ def run_demo(output: Path, pool_bytes: int, engines: str = "vllm,vllm") -> int:
 
     console = Console()
     start = time.monotonic()
-    with _workspace() as workspace:
-        console.print("Making two tiny Llama models and their tokenizer …")
-        models = [make_model(workspace / name, seed=seed) for seed, name in enumerate(NAMES, 1)]
-        bursts = _plan(pool_bytes)
-        setup = Setup(kinds, models, workspace, pool_bytes)
-        recording, answers = _run_elastic(console, setup, bursts)
-        vanilla = _run_vanilla(console, setup, bursts)
+    console.print("Making two tiny Llama models and their tokenizer …")
+    models = [make_model(workspace / name, seed=seed) for seed, name in enumerate(NAMES, 1)]
+    bursts = _plan(pool_bytes)
+    setup = Setup(kinds, models, workspace, pool_bytes)
+    recording, answers = _run_elastic(console, setup, bursts)
+    vanilla = _run_vanilla(console, setup, bursts)
     rows = judge(recording, answers, vanilla, pool_bytes)
     draw(recording, list(NAMES), pool_bytes, setup.title, output / "memory.png")
     write_page(rows, output / "memory.png", pool_bytes, output / "report.html")
@@ -153,22 +151,6 @@ def _is_installed(engine: str, python: str) -> bool:
             version(name)
             return True
     return False
-
-
-@contextlib.contextmanager
-def _workspace() -> Iterator[Path]:
-    """Yield a folder that is gone afterwards, also when a signal ends the demo."""
-
-    def end(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, end)
-    folder = Path(tempfile.mkdtemp(prefix="kvcached-demo-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _plan(pool_bytes: int) -> dict[str, "Burst"]:

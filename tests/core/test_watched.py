@@ -1,0 +1,161 @@
+"""What the demo starts is gone with it, however it ends; here it starts shells and not engines."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.waiting import await_that
+
+SECONDS = 30
+# Servers that will not end, one that hides in a session of its own behind a parent that is gone,
+# and one that ends when it is asked.
+WORK = """
+import contextlib, os, subprocess, sys, time
+from pathlib import Path
+from kvcached_core.cli.demo.watched import run_watched
+from kvcached_core.errors import KVCachedError
+
+mark, ended, how = sys.argv[1:]
+
+def work(folder):
+    if how == "code":
+        return 3
+    (folder / "kv").mkdir()
+    (folder / "kv" / "host.ledger").write_bytes(b"rows")
+    for script in (
+        f"trap '' INT TERM HUP; sleep {mark} & wait; wait",
+        f"setsid sh -c 'trap \\"\\" INT TERM HUP; sleep {mark} & sleep {mark}' & exit",
+        f"exec sleep {mark}",
+    ):
+        subprocess.Popen(["sh", "-c", script], start_new_session=True)
+    if how == "error":
+        raise KVCachedError("it went wrong")
+    try:
+        print("ready", os.getpid(), flush=True)
+        time.sleep(600)
+    finally:
+        Path(ended).touch()
+    return 0
+
+sys.exit(run_watched(work, prefix="kvcached-demo-"))
+"""
+
+
+class Demo:
+    """A stand-in for the demo, in a session of its own, and what it leaves behind."""
+
+    def __init__(self, scratch: Path, how: str = "") -> None:
+        self.scratch = scratch
+        self.ended = scratch.with_name("ended")
+        # No other process sleeps as long.
+        self.mark = f"{random.uniform(5e5, 6e5):.6f}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORK, self.mark, str(self.ended), how],
+            env={**os.environ, "TMPDIR": str(scratch)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def worker(self) -> int:
+        assert self.process.stdout
+        ready, pid = self.process.stdout.readline().split()
+        assert ready == "ready"
+        await_that(lambda: len(self.processes()) == 8, SECONDS)
+        return int(pid)
+
+    def processes(self) -> list[str]:
+        return list(self._named())
+
+    def leaves_nothing(self) -> bool:
+        return self.processes() == [] and list(self.scratch.iterdir()) == []
+
+    def _named(self) -> Iterator[str]:
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if self.mark.encode() in command:
+                yield f"{folder.name}: {command.decode()}"
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "signals",
+    [
+        [signal.SIGINT],
+        [signal.SIGTERM],
+        [signal.SIGHUP],
+        [signal.SIGINT, signal.SIGINT],
+        [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *[signal.SIGINT] * 5],
+    ],
+)
+def test_signals_end_it_and_leave_nothing(scratch: Path, signals: list[signal.Signals]) -> None:
+    demo = Demo(scratch)
+    demo.worker()
+    for number in signals:
+        demo.process.send_signal(number)
+    demo.process.communicate(timeout=SECONDS)
+    assert demo.leaves_nothing()
+    # Which of two that wait is taken first is the kernel's choice.
+    assert demo.process.returncode in {128 + number for number in signals}
+
+
+def test_one_signal_lets_the_work_end_in_its_own_way(scratch: Path) -> None:
+    demo = Demo(scratch)
+    demo.worker()
+    demo.process.send_signal(signal.SIGINT)
+    demo.process.communicate(timeout=SECONDS)
+    assert demo.process.returncode == 128 + signal.SIGINT
+    assert demo.ended.exists()
+
+
+def test_killed_with_all_of_its_group_it_leaves_nothing(scratch: Path) -> None:
+    demo = Demo(scratch)
+    demo.worker()
+    os.killpg(demo.process.pid, signal.SIGKILL)
+    demo.process.communicate(timeout=SECONDS)
+    await_that(demo.leaves_nothing, SECONDS)
+
+
+def test_a_worker_that_is_killed_leaves_nothing(scratch: Path) -> None:
+    demo = Demo(scratch)
+    os.kill(demo.worker(), signal.SIGKILL)
+    demo.process.communicate(timeout=SECONDS)
+    assert demo.leaves_nothing()
+    assert demo.process.returncode == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize("how", ["code", "error"])
+def test_its_exit_code_and_its_errors_are_those_of_the_work(scratch: Path, how: str) -> None:
+    demo = Demo(scratch, how)
+    _, errors = demo.process.communicate(timeout=SECONDS)
+    assert demo.leaves_nothing()
+    expected = (3, "") if how == "code" else (1, "kvcached: it went wrong\n")
+    assert (demo.process.returncode, errors) == expected
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_at_whatever_moment_it_ends_it_leaves_nothing(scratch: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    demo = Demo(scratch)
+    # From before it works to when everything runs: there is no event to wait for.
+    time.sleep(chance.uniform(0.05, 0.6))
+    for number in chance.choice([[signal.SIGKILL], [signal.SIGINT] * 2, [signal.SIGTERM]]):
+        demo.process.send_signal(number)
+    demo.process.communicate(timeout=SECONDS)
+    await_that(demo.leaves_nothing, SECONDS)
