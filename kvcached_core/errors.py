@@ -42,6 +42,10 @@ class PageStateError(KVCachedError, RuntimeError):
     """A page was mapped twice, or unmapped while it was not mapped."""
 
 
+class PageKeeperError(KVCachedError, RuntimeError):
+    """A thread that maps and unmaps pages has ended; the message and its cause say why."""
+
+
 class UnmappedBlockError(KVCachedError, LookupError):
     """A step names a block whose page is not mapped."""
 

@@ -8,7 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvcached_core.arena import Arena
-from kvcached_core.errors import BackendError, ConfigError, LedgerError, OutOfMemoryError
+from kvcached_core.errors import (
+    BackendError,
+    ConfigError,
+    LedgerError,
+    OutOfMemoryError,
+    PageKeeperError,
+)
 from kvcached_core.geometry import Geometry
 from kvcached_core.instance import Seat
 from kvcached_core.ledger import Ledger
@@ -24,7 +30,11 @@ logger = logging.getLogger("kvcached")
 
 # How long a step waits for memory that was promised and that somebody outside the ledger took.
 PATIENCE_SECONDS = 30.0
-RETRY_SECONDS = 0.01
+# It asks for it again and again, after a pause that doubles from the first of these to the second,
+# and says so once in the third.
+FIRST_PAUSE_SECONDS = 0.01
+LAST_PAUSE_SECONDS = 0.16
+LOG_SECONDS = 1.0
 # How often who warms up asks again: the bell of its instance is the scheduler's.
 ASK_SECONDS = 0.05
 
@@ -38,6 +48,9 @@ class RankMemory:
         seat: The instance's row in the ledger of the rank's device; page 0 is promised.
         backend: Where the memory comes from.
         current_stream: Returns the stream that the engine's steps are launched on.
+
+    Raises:
+        KVCachedError: If the ledger, the addresses or page 0 cannot be had; nothing is left behind.
     """
 
     def __init__(
@@ -49,14 +62,19 @@ class RankMemory:
         current_stream: Callable[[], int] = lambda: 0,
     ) -> None:
         self.seat = seat
-        self.ledger = Ledger(Path(seat.ledger_path))
-        self.ledger.join(seat.row)
         self.backend = MeteredBackend(backend)
-        self.arena = Arena(self.backend, geometry, num_pages)
         self._current_stream = current_stream
         self._counts = (0, 0)
-        self.keeper = PageKeeper(self.arena, self._report)
-        self.carry_out(PageOrders(map_pages=[0], num_used_pages=1))
+        with contextlib.ExitStack() as undo:
+            self.ledger = Ledger(Path(seat.ledger_path))
+            undo.callback(self.ledger.close)
+            self.ledger.join(seat.row)
+            self.arena = Arena(self.backend, geometry, num_pages)
+            undo.callback(self.arena.close)
+            self.keeper = PageKeeper(self.arena, self._report)
+            undo.callback(self.keeper.close)
+            self.carry_out(PageOrders(map_pages=[0], num_used_pages=1))
+            undo.pop_all()
 
     @property
     def addresses(self) -> str:
@@ -97,6 +115,7 @@ class RankMemory:
 
     def before_step(self, orders: PageOrders) -> None:
         """Map what the step needs."""
+        self.keeper.check()
         counts = orders.num_used_pages, orders.num_cached_pages
         has_new_counts, self._counts = counts != self._counts, counts
         if orders.map_pages or orders.ready_pages:
@@ -118,29 +137,42 @@ class RankMemory:
 
     def close(self) -> None:
         """Give everything back."""
-        self.keeper.close()
-        num_resident = len(self.arena.resident_pages)
-        with contextlib.suppress(BackendError):  # a device that failed has nothing to wait for
-            self.backend.fence(self._current_stream()).wait()
-        self.arena.close()
-        self._counts = (0, 0)
-        with contextlib.suppress(LedgerError):  # the engine may have left, and with it the row
-            self._report(PageChanges(num_unmapped=num_resident))
-        self.ledger.close()
+        with contextlib.ExitStack() as rest:
+            rest.callback(self.ledger.close)
+            with contextlib.suppress(PageKeeperError):  # it was logged, and raised to each step
+                self.keeper.close()
+            num_resident = len(self.arena.resident_pages)
+            with contextlib.suppress(BackendError):  # a device that failed has nothing to wait for
+                self.backend.fence(self._current_stream()).wait()
+            self.arena.close()
+            self._counts = (0, 0)
+            with contextlib.suppress(LedgerError):  # the engine may have left, and with it the row
+                self._report(PageChanges(num_unmapped=num_resident))
 
     def _map_now(self, pages: list[int]) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        started_at = time.monotonic()
+        log_at, pause_seconds = started_at, FIRST_PAUSE_SECONDS
         while True:
             try:
                 self.keeper.map_now(pages, self._current_stream())
             except OutOfMemoryError as error:
                 # The step is scheduled and its engine cannot take it back, so it waits.
-                if time.monotonic() > deadline:
+                now = time.monotonic()
+                if now > started_at + PATIENCE_SECONDS:
+                    logger.exception(
+                        "kvcached: %d pages were promised and found no memory in %d s, so this "
+                        "engine ends; others than engines took it: raise KVCACHED_HEADROOM",
+                        len(pages),
+                        PATIENCE_SECONDS,
+                    )
                     raise
-                logger.warning("kvcached: %s; asking the neighbours and trying again", error)
+                if now >= log_at:
+                    log_at = now + LOG_SECONDS
+                    logger.warning("kvcached: %s; asking the neighbours, trying again", error)
                 wanted_bytes = len(pages) * self.arena.geometry.page_bytes
                 ask_peers(self.ledger, self.seat.row, wanted_bytes)
-                time.sleep(RETRY_SECONDS)
+                time.sleep(pause_seconds)
+                pause_seconds = min(2 * pause_seconds, LAST_PAUSE_SECONDS)
             else:
                 return
 
@@ -151,7 +183,7 @@ class RankMemory:
             self.seat.row,
             mapped_bytes=changes.num_mapped * page_bytes,
             unmapped_bytes=changes.num_unmapped * page_bytes,
-            unneeded_bytes=changes.num_spared * page_bytes,
+            unneeded_bytes=(changes.num_spared + changes.num_stuck) * page_bytes,
             used_bytes=num_used * page_bytes,
             cached_bytes=num_cached * page_bytes,
         )

@@ -1,15 +1,17 @@
 """The page keeper: what a step needs is there when it returns, the rest happens behind its back."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 
 from kvcached_core.arena import Arena
-from kvcached_core.errors import OutOfMemoryError
+from kvcached_core.errors import BackendError, LedgerError, OutOfMemoryError, PageKeeperError
 from kvcached_core.geometry import choose_geometry
 from kvcached_core.page_keeper import PageChanges, PageKeeper
 from kvcached_core.units import MIB
+from kvcached_core.vmm.backend import Backend, Layer, Result
 from kvcached_core.vmm.faulty import FaultyBackend
 from kvcached_core.vmm.host import HostBackend
 from kvcached_core.vmm.metered import MeteredBackend
@@ -38,7 +40,8 @@ class Setup:
     def __init__(self) -> None:
         self.backend = MeteredBackend(FaultyBackend(HostBackend(), lambda *_: False))
         self.arena = Arena(self.backend, GEOMETRY, NUM_PAGES)
-        self.mapped = self.unmapped = self.spared = 0
+        self.mapped = self.unmapped = self.spared = self.stuck = 0
+        self.error: Exception | None = None
         self.threads: set[str] = set()
         self._lock = threading.Lock()
         self.keeper = PageKeeper(self.arena, self.report)
@@ -49,6 +52,9 @@ class Setup:
             self.mapped += changes.num_mapped
             self.unmapped += changes.num_unmapped
             self.spared += changes.num_spared
+            self.stuck += changes.num_stuck
+        if self.error is not None:
+            raise self.error
 
 
 @pytest.fixture
@@ -177,3 +183,172 @@ def test_threads_that_order_at_random_leave_what_was_ordered_last(setup: Setup) 
         wanted.update(dict.fromkeys(pages, up))
     setup.keeper.wait()
     assert sorted(setup.arena.resident_pages) == sorted(page for page, up in wanted.items() if up)
+
+
+class Recorder(Layer):
+    """A layer that writes down what is called, in which thread."""
+
+    def __init__(self, inner: Backend) -> None:
+        super().__init__(inner)
+        self.calls: list[tuple[str, str]] = []
+
+    def _call(
+        self, verb: str, num_bytes: int, function: Callable[..., Result], *args: object
+    ) -> Result:
+        self.calls.append((threading.current_thread().name, verb))
+        return function(*args)
+
+
+@pytest.mark.parametrize("is_spare", [False, True])
+def test_a_page_is_reported_when_its_zeros_are_there_and_not_before(*, is_spare: bool) -> None:
+    recorder = Recorder(HostBackend())
+    arena = Arena(recorder, GEOMETRY, NUM_PAGES)
+    thread = "kvcached-map" if is_spare else threading.current_thread().name
+
+    def report(_changes: PageChanges) -> None:
+        recorder.calls.append((threading.current_thread().name, "report"))
+
+    keeper = PageKeeper(arena, report)
+    if is_spare:
+        keeper.map_soon(range(9))
+        keeper.wait()
+    else:
+        keeper.map_now(range(9), 7)
+    verbs = [verb for name, verb in recorder.calls if name == thread]
+    ends = [number for number, verb in enumerate(verbs) if verb == "report"]
+    assert ends
+    behind = "synchronize" if is_spare else "join"
+    for start, end in pairwise([-1, *ends]):
+        batch = verbs[start + 1 : end]
+        assert batch[-1] == behind
+        assert "zero" in batch[:-1]
+    keeper.close()
+    arena.close()
+
+
+def test_a_page_whose_zeros_cannot_be_waited_for_is_not_mapped(setup: Setup) -> None:
+    faulty = setup.backend.inner
+    assert isinstance(faulty, FaultyBackend)
+    faulty.fails = lambda verb, _number: verb == "join"
+    with pytest.raises(OutOfMemoryError):
+        setup.keeper.map_now([1, 2])
+    assert setup.arena.resident_pages == []
+    assert setup.mapped == 0
+
+
+def test_a_page_that_cannot_be_unmapped_is_told_and_is_wanted_again_without_memory(
+    setup: Setup,
+) -> None:
+    faulty = setup.backend.inner
+    assert isinstance(faulty, FaultyBackend)
+    setup.keeper.map_now(range(6))
+    faulty.fails = lambda verb, _number: verb == "unmap"
+    setup.keeper.unmap_behind(range(6), passed())
+    setup.keeper.wait()
+    assert (setup.unmapped, setup.stuck, setup.spared) == (0, 6, 0)
+    setup.keeper.map_now([0, 1])  # each was promised again
+    assert setup.spared == 2
+    setup.keeper.map_now([0, 1])  # the same orders once more: nothing was promised
+    setup.keeper.map_soon([2])
+    setup.keeper.wait()
+    assert setup.spared == 3
+    faulty.fails = lambda *_: False
+    setup.keeper.unmap_behind(range(6), passed())
+    setup.keeper.wait()
+    assert (setup.mapped, setup.unmapped, setup.stuck, setup.spared) == (6, 6, 6, 3)
+
+
+def test_a_spare_page_wanted_while_its_unmap_fails_needs_no_memory(setup: Setup) -> None:
+    faulty = setup.backend.inner
+    assert isinstance(faulty, FaultyBackend)
+    setup.keeper.map_now([1])
+    begun, go_on = threading.Event(), threading.Event()
+
+    def fail(verb: str, _number: int) -> bool:
+        if verb == "unmap":
+            begun.set()
+            assert go_on.wait(30)
+        return verb == "unmap"
+
+    faulty.fails = fail
+    setup.keeper.unmap_behind([1], passed())
+    assert begun.wait(30)
+    setup.keeper.map_soon([1])
+    go_on.set()
+    setup.keeper.wait()
+    assert setup.arena.is_resident(1)
+    assert (setup.mapped, setup.unmapped, setup.stuck, setup.spared) == (1, 0, 1, 1)
+    faulty.fails = lambda *_: False
+
+
+def every_call(keeper: PageKeeper) -> list[Callable[[], None]]:
+    return [
+        lambda: keeper.map_now([1]),
+        lambda: keeper.map_soon([2]),
+        lambda: keeper.unmap_behind([3], passed()),
+        keeper.wait,
+        keeper.close,
+    ]
+
+
+@pytest.mark.parametrize("is_spare", [False, True])
+@pytest.mark.parametrize("error", [ValueError("released"), LedgerError("row is gone")])
+def test_a_thread_that_ends_ends_every_call_with_its_reason(
+    error: Exception, *, is_spare: bool
+) -> None:
+    setup = Setup()
+    setup.keeper.map_now([1])
+    setup.error = error
+    if is_spare:
+        setup.keeper.map_soon([1, 2])
+    else:
+        setup.keeper.unmap_behind([1], passed())
+    ending = setup.keeper._threads[0 if is_spare else 1]
+    ending.join(30)
+    for call in every_call(setup.keeper):
+        with pytest.raises(PageKeeperError, match=f"{type(error).__name__}: {error}") as caught:
+            call()
+        assert caught.value.__cause__ is error
+    assert not any(thread.is_alive() for thread in setup.keeper._threads)
+    setup.arena.close()
+
+
+def test_who_waits_for_a_page_is_told_when_the_thread_that_has_it_ends() -> None:
+    setup = Setup()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def report(_changes: PageChanges) -> None:
+        begun.set()
+        assert go_on.wait(30)
+        raise ValueError("released")
+
+    setup.keeper._report = report
+    setup.keeper.map_soon([1])
+    assert begun.wait(30)
+    threading.Timer(0.05, go_on.set).start()
+    with pytest.raises(PageKeeperError, match="ValueError: released"):
+        setup.keeper.map_now([1])
+    with pytest.raises(PageKeeperError):
+        setup.keeper.close()
+    setup.arena.close()
+
+
+def test_nothing_is_unmapped_behind_a_fence_that_failed(caplog: pytest.LogCaptureFixture) -> None:
+    setup = Setup()
+
+    class Broken:
+        def wait(self) -> None:
+            raise BackendError("cuEventSynchronize", "CUDA_ERROR_LAUNCH_FAILED", 0)
+
+    setup.keeper.map_now([1, 2])
+    setup.keeper.unmap_behind([1], Broken())
+    with pytest.raises(PageKeeperError, match="CUDA_ERROR_LAUNCH_FAILED"):
+        setup.keeper.wait()
+    with pytest.raises(PageKeeperError, match="has to be started again"):
+        setup.keeper.close()
+    assert setup.arena.resident_pages == [1, 2]
+    assert setup.unmapped == 0
+    assert [record.message for record in caplog.records] == [
+        "kvcached: a thread that maps and unmaps pages has ended"
+    ]
+    setup.arena.close()
