@@ -6,6 +6,7 @@ time was up; `doctor`: 1 if it found a problem.
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +26,6 @@ app = typer.Typer(
     name="kvcached",
     help="See and steer the KV memory that engines share.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -39,8 +39,23 @@ Directory = Annotated[
         readable=False,  # our own check says more
     ),
 ]
+NOBODY = "no instance runs"
+
+
+def _names(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the names that a shell completes: those of the instances that run."""
+    directory = context.params.get("directory") or default_directory()
+    with suppress(KVCachedError, OSError):
+        devices = control.devices(Path(directory))
+        found = {instance.name for view in devices for instance in view.instances}
+        return sorted(name for name in found if name.startswith(incomplete))
+    return []
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")]
-Name = Annotated[str, typer.Argument(help="The instance, as `kvcached list` names it.")]
+Name = Annotated[
+    str, typer.Argument(help="The instance, as `kvcached list` names it.", autocompletion=_names)
+]
 Timeout = Annotated[float, typer.Option(min=0.0, help="Seconds to wait until it holds.")]
 # A word that begins with a dash, such as a size of -1GiB, is an argument and no option.
 DASHES = {"ignore_unknown_options": True}
@@ -75,6 +90,8 @@ def list_instances(directory: Directory = default_directory(), as_json: AsJson =
     if as_json:
         typer.echo(to_json(devices))
         return
+    if not any(view.instances for view in devices):
+        typer.echo(NOBODY, err=True)
     for view in devices:
         for instance in view.instances:
             typer.echo(f"{view.device}\t{instance.name}\t{instance.engine}\tpid {instance.pid}")
@@ -136,7 +153,10 @@ def priority(
 
 @app.command()
 def trim(
-    names: Annotated[list[str] | None, typer.Argument(help="Instances; all if none.")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Instances; all if none.", autocompletion=_names),
+    ] = None,
     directory: Directory = default_directory(),
     keep: Annotated[
         str, typer.Option(help="What each may keep beside its requests' memory.")
@@ -147,9 +167,12 @@ def trim(
     from kvcached_core.units import parse_bytes
 
     keep_bytes = parse_bytes(keep, what="--keep")
-    _end(
-        control.trim(names or [], directory=directory, keep_bytes=keep_bytes, wait_seconds=timeout)
+    answers = control.trim(
+        names or [], directory=directory, keep_bytes=keep_bytes, wait_seconds=timeout
     )
+    if not answers:
+        typer.echo(f"{NOBODY}: nothing to trim", err=True)
+    _end(answers)
 
 
 @app.command()

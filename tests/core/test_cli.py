@@ -78,13 +78,41 @@ def test_bars_add_up_to_their_width(ledger: Ledger) -> None:
     console.file.close()
 
 
-def test_list_prints_a_line_each_and_nothing_where_nobody_runs(
-    ledger: Ledger, tmp_path: Path
-) -> None:
-    assert "host\tllama\tvllm 0.32.0\tpid" in kvcached("list", directory=ledger.path.parent).stdout
-    empty = kvcached("list", directory=tmp_path)
-    assert (empty.returncode, empty.stdout) == (0, "")
+def test_list_prints_a_line_for_each_instance(ledger: Ledger) -> None:
+    listed = kvcached("list", directory=ledger.path.parent)
+    assert listed.stdout.startswith("host\tllama\tvllm 0.32.0\tpid")
+    assert (listed.stdout.count("\n"), listed.stderr) == (1, "")
+
+
+def test_where_nobody_runs_that_is_said_and_not_taken_for_an_instance(tmp_path: Path) -> None:
+    said = {"list": "no instance runs\n", "trim": "no instance runs: nothing to trim\n"}
+    for command, text in said.items():
+        empty = kvcached(command, directory=tmp_path)
+        assert (empty.returncode, empty.stdout, empty.stderr) == (0, "", text)
     assert "no instance runs" in kvcached("top", directory=tmp_path).stdout
+
+
+def test_a_shell_completes_commands_and_the_names_of_instances(ledger: Ledger) -> None:
+    script = """
+        eval "$(kvcached --show-completion bash)"
+        for words in "kvcached do" "kvcached limit l" "kvcached trim q"; do
+            COMP_WORDS=($words) COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+            _kvcached_completion kvcached; echo "${COMPREPLY[@]}"
+        done
+    """
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={
+            **os.environ,
+            "PATH": f"{KVCACHED.parent}:{os.environ['PATH']}",
+            "KVCACHED_DIR": str(ledger.path.parent),
+            "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",  # then the option names the shell
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == ["doctor", "llama", ""]
 
 
 def test_trim_asks_and_waits_for_the_answer(ledger: Ledger) -> None:
