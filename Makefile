@@ -42,7 +42,8 @@ demo: $(READY) $(if $(findstring sglang,$(ENGINES)),$(SGLANG_VENV)-0.5.23/.ready
 
 test: $(READY) $(VLLM_READY) $(SGLANG_READY)
 	$(BIN)/python -m pytest
-	$(VLLM_VENV)-0.28.0/bin/python -m pytest tests/vllm/test_offline.py tests/vllm/test_block_pool.py
+	$(VLLM_VENV)-0.28.0/bin/python -m pytest tests/vllm/test_offline.py tests/vllm/test_block_pool.py \
+	  tests/vllm/test_sleeping.py::test_a_quantised_cache_is_zeroed_at_a_wake_only_where_it_is_mapped
 	$(SGLANG_VENV)-0.5.23/bin/python -m pytest -m sglang tests/sglang
 	$(SGLANG_VENV)-0.5.15/bin/python -m pytest -m "sglang and not vllm" tests/sglang \
 	  -k "not 1-none and not 16-radix and not latent_model and not (hybrid and none)"

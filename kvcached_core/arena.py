@@ -83,6 +83,12 @@ class Arena:
             self.backend.unmap(self._page_address(page), self._handles[page])
             self._release(self._handles.pop(page))
 
+    def zero(self) -> None:
+        """Fill the mapped pages with zeros, on torch's current stream, while no step runs."""
+        whole, page_bytes = self.tensor(), self.geometry.page_bytes
+        for page in self.resident_pages:
+            whole[page * page_bytes : (page + 1) * page_bytes].zero_()
+
     def tensor(self) -> "torch.Tensor":
         """Return an int8 tensor over the whole reservation."""
         return self.backend.tensor(self.address, self.num_bytes)

@@ -38,6 +38,10 @@ class OutOfMemoryError(BackendError, MemoryError):
     """The backend has no memory left for a page."""
 
 
+class NoRoomError(KVCachedError, MemoryError):
+    """There is no room for what an engine was about to allocate; nothing was allocated."""
+
+
 class PageStateError(KVCachedError, RuntimeError):
     """A page was mapped twice, or unmapped while it was not mapped."""
 

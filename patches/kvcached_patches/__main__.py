@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -81,6 +82,19 @@ def lock(names: Annotated[list[str], typer.Argument(help="such as vllm==0.32.0")
 
 
 @app.command()
+def relock(names: Names = None) -> None:
+    """Write locks anew after a hook was added, from single files on the index.
+
+    Who else has a name that is rebound stays as it was: a new name to rebind needs `lock`.
+    """
+    for old in _locks(names):
+        made, findings = _relocked(old)
+        if not _say(f"{old.distribution} {old.release}", findings):
+            raise typer.Exit(1)
+        made.write()
+
+
+@app.command()
 def show() -> None:
     """Show every hook: what, how and why, and in which releases it is locked."""
     for title, engine in ENGINES.items():
@@ -140,6 +154,17 @@ def new_engines() -> None:
             )
     console.print("no release without a lock" if good else "see above")
     raise typer.Exit(0 if good else 1)
+
+
+def _relocked(lock: Lock) -> tuple[Lock, list[Finding]]:
+    from kvcached_patches.registry import Release, RemoteSources, url_of
+
+    hooks = DISTRIBUTIONS[lock.distribution].hooks
+    release = Release(lock.distribution, lock.release, lock.wheel, url_of(lock))
+    sources = RemoteSources(release)
+    symbols = describe_hooks(choose_targets(hooks, sources), sources)
+    made = replace(lock, symbols=symbols)
+    return made, check_lock(made, hooks, sources)
 
 
 def _check_on_index(lock: Lock) -> tuple[Lock, list[Finding]]:

@@ -40,6 +40,12 @@ HOOKS = (
         "give all pages but page 0 back before the workers sleep",
     ),
     Hook(
+        "vllm.v1.executor.abstract:Executor.wake_up",
+        "kvcached_vllm.engine_hooks:executor_wake_up",
+        "have room for what wakes, or refuse the call, before the workers allocate",
+        ("tags",),
+    ),
+    Hook(
         "vllm.v1.core.kv_cache_manager:KVCacheManager.__init__",
         "kvcached_vllm.engine_hooks:kv_cache_manager_init",
         "tell the scheduler's own block pool from those of offloading connectors",
@@ -111,6 +117,11 @@ HOOKS = (
         "vllm.v1.worker.gpu_worker:Worker.sleep",
         "kvcached_vllm.worker_hooks:worker_sleep",
         "bear a neighbour that grows while this engine falls asleep",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu_worker:Worker.wake_up",
+        "kvcached_vllm.worker_hooks:worker_wake_up",
+        "zero only what is mapped of a quantised KV cache",
     ),
     Hook(
         "vllm.v1.worker.gpu_worker:Worker.shutdown",

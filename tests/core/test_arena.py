@@ -41,6 +41,19 @@ def test_a_block_written_through_its_plane_lands_in_its_page() -> None:
     arena.close()
 
 
+def test_zeroing_touches_the_mapped_pages_and_no_other() -> None:
+    arena = Arena(HostBackend(), GEOMETRY, 16)
+    arena.map([3, 0])
+    page_bytes = GEOMETRY.page_bytes
+    pages = [arena.tensor()[page * page_bytes : (page + 1) * page_bytes] for page in (0, 3)]
+    for page in pages:
+        page.fill_(7)
+    arena.zero()  # an access to an unmapped page would end the process
+    assert not any(page.any() for page in pages)
+    assert sorted(arena.resident_pages) == [0, 3]
+    arena.close()
+
+
 @pytest.mark.parametrize("verb", ["create", "map"])
 @pytest.mark.parametrize("number", range(4))
 def test_a_failure_at_any_step_of_mapping_leaves_nothing_behind(verb: str, number: int) -> None:

@@ -1,6 +1,7 @@
 """Engines in processes of their own, and how they ended."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ ENGINE_ENVIRON = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(TESTS),
+    "PYTHONPATH": ":".join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
 }
 
 

@@ -11,6 +11,7 @@ from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.refusal import one_message
 from kvcached_vllm import startup
 from kvcached_vllm.engine import ElasticEngine
+from kvcached_vllm.sleeping import asleep_bytes, room_to_wake
 from kvcached_vllm.worker_hooks import device_of, granularity_of
 
 if TYPE_CHECKING:
@@ -144,6 +145,21 @@ def executor_sleep(original: Callable[..., None]) -> Callable[..., None]:
         if engine is not None:
             engine.empty()
         original(self, *args, **kwargs)
+
+    return wrapper
+
+
+def executor_wake_up(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `Executor.wake_up`: room is made before anything is allocated, or the call refused."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, tags: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
+        engine: ElasticEngine | None = getattr(self, "kvcached", None)
+        if engine is None or not self.is_sleeping:
+            original(self, tags, *args, **kwargs)
+            return
+        with room_to_wake(engine.instance, self.collective_rpc(asleep_bytes, args=(tags,))):
+            original(self, tags, *args, **kwargs)
 
     return wrapper
 

@@ -13,6 +13,7 @@ from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.vmm.host import HostBackend
 from kvcached_vllm import startup
 from kvcached_vllm.layout import PLACEMENT, Placement, plane_layout, sparse_config
+from kvcached_vllm.sleeping import mapped_only
 from kvcached_vllm.weights import OTHER_BYTES, static_bytes
 from kvcached_vllm.worker import WorkerMemory, inner_worker, settle_orders
 
@@ -207,6 +208,17 @@ def worker_sleep(original: Callable[..., None]) -> Callable[..., None]:
             if "increased after sleeping" not in str(error):
                 raise
             logger.info("kvcached: a neighbour took more memory than this engine's sleep freed")
+
+    return wrapper
+
+
+def worker_wake_up(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `Worker.wake_up`: what it zeroes of the KV cache must be mapped."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        with mapped_only(self):
+            original(self, *args, **kwargs)
 
     return wrapper
 

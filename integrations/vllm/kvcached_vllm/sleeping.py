@@ -1,0 +1,89 @@
+"""Sleep and wake: what vLLM gives and takes beside its KV cache, through its own allocator."""
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+from kvcached_core.errors import NoRoomError
+from kvcached_core.instance import Instance
+from kvcached_core.room import PATIENCE_SECONDS
+from kvcached_vllm.worker import memory_of
+
+
+def bytes_to_wake(
+    allocations: Iterable[Any], tags: Collection[str] | None, deferrable: Collection[str] = ()
+) -> int:
+    """Return what vLLM's allocator will allocate at a wake, in bytes.
+
+    Args:
+        allocations: The values of `CuMemAllocator.pointer_to_data` while the engine sleeps.
+        tags: What is woken; None wakes everything.
+        deferrable: The tags that a wake may leave asleep, where a release says so; all others are
+            always woken.
+    """
+    return sum(
+        int(data.handle[1])  # the device, the size in bytes, the address, the driver's handle
+        for data in allocations
+        if getattr(data, "is_asleep", True)  # up to 0.24 all of them sleep, or none
+        and (not tags or data.tag in tags or (deferrable and data.tag not in deferrable))
+    )
+
+
+def asleep_bytes(_worker: Any, tags: Collection[str] | None) -> int:
+    """Return what a wake allocates in this worker's process; `collective_rpc` calls this."""
+    from vllm import device_allocator
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    allocator = CuMemAllocator.instance
+    if allocator is None:  # no sleep mode, or one that works in another way
+        return 0
+    deferrable = getattr(device_allocator, "DEFERRABLE_TAGS", ())
+    return bytes_to_wake(allocator.pointer_to_data.values(), tags, deferrable)
+
+
+@contextlib.contextmanager
+def room_to_wake(instance: Instance, num_bytes: Collection[int]) -> Iterator[None]:
+    """Announce what a wake allocates on each rank, and let neighbours make room for it.
+
+    Until the end of the block nobody else is promised these bytes.
+
+    Args:
+        instance: The engine's rows in the ledgers.
+        num_bytes: Of each rank, in bytes.
+
+    Raises:
+        NoRoomError: If neighbours do not give enough; nothing was allocated then.
+    """
+    if not any(num_bytes):
+        yield
+        return
+    shortage = instance.make_room(max(num_bytes), PATIENCE_SECONDS)
+    if shortage is not None:
+        raise NoRoomError(
+            f"kvcached: there is no room to wake up: {shortage}; this engine stays asleep, and may "
+            "be woken when others need less"
+        )
+    try:
+        yield
+    finally:
+        instance.announce(0)
+
+
+@contextlib.contextmanager
+def mapped_only(worker: Any) -> Iterator[None]:
+    """Let vLLM's wake zero the KV pages that are mapped, not the whole reserved range.
+
+    Up to 0.28 the V1 runner of a quantised KV cache fills all of `kv_caches` with zeros.
+    """
+    runner = worker.model_runner
+    if not hasattr(worker, "kvcached") or not hasattr(runner, "init_fp8_kv_scales"):
+        yield
+        return
+    kv_caches, runner.kv_caches = runner.kv_caches, []
+    try:
+        yield
+    finally:
+        runner.kv_caches = kv_caches
+    memory = memory_of(worker)
+    memory.keeper.wait()
+    memory.arena.zero()

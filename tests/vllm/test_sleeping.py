@@ -1,0 +1,283 @@
+"""Waking: what it takes is known, asked for and refused before vLLM allocates anything."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers.engines import Offline, finish
+from vllm.device_allocator import AllocationData
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.abstract import Executor
+
+from kvcached_core.config import HOST, Config, read_config
+from kvcached_core.devices import Device
+from kvcached_core.errors import NoRoomError
+from kvcached_core.instance import Instance
+from kvcached_core.units import MIB
+from kvcached_vllm import sleeping
+from kvcached_vllm.engine_hooks import executor_wake_up
+from kvcached_vllm.sleeping import asleep_bytes, bytes_to_wake
+
+pytestmark = pytest.mark.vllm
+
+FIRST, SECOND = Device(HOST, "first", 256 * MIB), Device(HOST, "second", 256 * MIB)
+HAS_STATE = hasattr(AllocationData((0, 1, 1, 0), "weights"), "is_asleep")
+
+
+def allocation(num_bytes: int, tag: str, *, is_asleep: bool = True) -> Any:
+    data = AllocationData((0, num_bytes, 1 << 40, 7), tag)
+    if HAS_STATE:
+        data.is_asleep = is_asleep
+    return data
+
+
+@pytest.mark.parametrize(
+    ("tags", "deferrable", "expected"),
+    [
+        (None, (), 111),
+        ([], (), 111),
+        (["weights"], (), 1),
+        (["kv_cache"], (), 10),
+        (["weights", "kv_cache"], (), 11),
+        # From 0.31 on everything but weights and KV cache comes back with whatever is woken.
+        (["weights"], ("weights", "kv_cache"), 101),
+        (None, ("weights", "kv_cache"), 111),
+    ],
+)
+def test_a_wake_takes_what_its_tags_hold_in_vllms_table(
+    tags: list[str] | None, deferrable: tuple[str, ...], expected: int
+) -> None:
+    table = [allocation(1, "weights"), allocation(10, "kv_cache"), allocation(100, "cudagraph")]
+    if HAS_STATE:
+        table.append(allocation(1000, "weights", is_asleep=False))  # woken by an earlier call
+    assert bytes_to_wake(table, tags, deferrable) == expected
+
+
+class Ranks(Executor):
+    """vLLM's executor with nothing behind it; what it calls is set on each."""
+
+
+Ranks.__abstractmethods__ = frozenset()
+
+
+class Sleepers:
+    """A real `EngineCore` and `Executor` as far as they sleep, over two workers' tables."""
+
+    def __init__(self, instance: Instance, tables: list[list[Any]]) -> None:
+        self.allocated: list[Any] = []
+        self.resumed: list[bool] = []
+        self.tables = tables
+        executor: Any = object.__new__(Ranks)
+        executor.sleeping_tags = {"weights", "kv_cache"}
+        executor.collective_rpc = self.call
+        if "is_sleeping" not in vars(Executor):  # a property, in newer releases
+            executor.is_sleeping = True
+        executor.kvcached = SimpleNamespace(instance=instance)
+        self.executor = executor
+        self.core: Any = object.__new__(EngineCore)
+        self.core.model_executor = executor
+        self.core.resume_scheduler = lambda: self.resumed.append(True)
+
+    def call(self, function: Any, *, args: Any = (), kwargs: Any = None) -> list[int]:
+        if callable(function):
+            return [bytes_to_wake(table, *args) for table in self.tables]
+        self.allocated.append((function, kwargs))
+        return []
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return read_config({"KVCACHED_DIR": str(tmp_path / "kv")})
+
+
+def join(config: Config, name: str, devices: list[Device]) -> Instance:
+    made = Instance(
+        devices, config, name=name, default_name=name, engine="vllm", answer=lambda: None
+    )
+    made.describe(page_bytes=16 * MIB, num_pages=16)
+    return made
+
+
+@pytest.fixture
+def sleeper(config: Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sleepers]:
+    monkeypatch.setattr(sleeping, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(Executor, "wake_up", executor_wake_up(Executor.wake_up))
+    instance = join(config, "sleeper", [FIRST, SECOND])
+    tables = [
+        [allocation(100 * MIB, "weights"), allocation(20 * MIB, "kv_cache")],
+        [allocation(120 * MIB, "weights"), allocation(20 * MIB, "kv_cache")],
+    ]
+    yield Sleepers(instance, tables)
+    instance.close()
+
+
+@pytest.fixture
+def neighbour(config: Config) -> Iterator[Instance]:
+    """Return an engine that holds all but 48 MiB of the second device."""
+    instance = join(config, "neighbour", [SECOND])
+    assert instance.reserve(13, is_urgent=False) == 13
+    yield instance
+    instance.close()
+
+
+def announced(instance: Instance) -> set[int]:
+    return {
+        row.static_bytes for ledger in instance._ledgers.values() for row in ledger.view().instances
+    }
+
+
+def test_a_wake_announces_while_it_allocates_and_not_longer(
+    sleeper: Sleepers, config: Config
+) -> None:
+    instance = sleeper.executor.kvcached.instance
+    seen = []
+    call = sleeper.call
+
+    def watch(function: Any, **rest: Any) -> list[int]:
+        if not callable(function):
+            seen.append(announced(instance))
+        return call(function, **rest)
+
+    sleeper.executor.collective_rpc = watch
+    sleeper.core.wake_up(None)
+    assert seen == [{140 * MIB}]  # of the rank that needs most, on both devices
+    assert announced(instance) == {0}
+    assert sleeper.resumed == [True]
+    assert not sleeper.executor.is_sleeping
+    assert config.dir.is_dir()
+
+
+def test_without_room_a_wake_is_refused_before_it_allocates_and_a_later_one_works(
+    sleeper: Sleepers, neighbour: Instance
+) -> None:
+    with pytest.raises(NoRoomError, match=r"92 MiB of 140 MiB are missing on second.*neighbour"):
+        sleeper.core.wake_up(None)
+    assert sleeper.allocated == []
+    assert sleeper.resumed == []
+    assert sleeper.executor.is_sleeping
+    assert announced(sleeper.executor.kvcached.instance) == {0}
+    neighbour.cancel(13)
+    sleeper.core.wake_up(None)
+    assert sleeper.allocated == [("wake_up", {"tags": None})]
+    assert sleeper.resumed == [True]
+
+
+@pytest.mark.usefixtures("neighbour")
+def test_what_is_woken_by_tags_needs_room_for_these_alone(sleeper: Sleepers) -> None:
+    with pytest.raises(NoRoomError, match="72 MiB of 120 MiB"):
+        sleeper.core.wake_up(["weights"])
+    sleeper.core.wake_up(["kv_cache"])
+    assert sleeper.allocated == [("wake_up", {"tags": ["kv_cache"]})]
+    assert sleeper.executor.is_sleeping
+
+
+def test_an_engine_that_is_awake_or_not_ours_is_left_to_vllm(sleeper: Sleepers) -> None:
+    sleeper.core.wake_up(None)
+    sleeper.core.wake_up(None)  # vLLM warns
+    assert len(sleeper.allocated) == 1
+    sleeper.executor.sleeping_tags = {"weights"}
+    if "is_sleeping" not in vars(Executor):
+        sleeper.executor.is_sleeping = True
+    del sleeper.executor.kvcached
+    sleeper.core.wake_up(None)
+    assert len(sleeper.allocated) == 2
+
+
+def test_a_worker_without_vllms_allocator_takes_nothing() -> None:
+    assert asleep_bytes(None, None) == 0
+
+
+def test_a_worker_says_what_its_allocators_table_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    allocator = CuMemAllocator()
+    allocator.pointer_to_data = {1: allocation(5, "weights"), 2: allocation(7, "kv_cache")}
+    monkeypatch.setattr(CuMemAllocator, "instance", allocator)
+    assert asleep_bytes(None, None) == 12
+    assert asleep_bytes(None, ["kv_cache"]) == 7
+
+
+WAKE_FP8 = """
+import sys
+from types import SimpleNamespace
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+from kvcached_core.arena import Arena
+from kvcached_core.geometry import choose_geometry
+from kvcached_core.vmm.host import HostBackend
+from kvcached_vllm.worker_hooks import worker_wake_up
+
+geometry = choose_geometry(block_bytes=65536, num_planes=4, granularity_bytes=2 << 20)
+arena = Arena(HostBackend(), geometry, 8)
+arena.map([0])
+arena.plane_tensor(0)[:geometry.run_bytes].fill_(7)
+real = hasattr(GPUModelRunner, "init_fp8_kv_scales")
+
+class Runner(GPUModelRunner):
+    def __init__(self):
+        self.cache_config = SimpleNamespace(cache_dtype="fp8")
+        self.compilation_config = SimpleNamespace(static_forward_context={})
+        self.kv_caches = [arena.plane_tensor(plane) for plane in range(4)]
+
+    if not real:  # what releases up to 0.28 do
+        def init_fp8_kv_scales(self):
+            for tensor in self.kv_caches:
+                tensor.zero_()
+
+class Sleeper(Worker):
+    def __init__(self):
+        self.model_runner = Runner()
+        self.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(enable_nccl_comm_suspend=False)
+        )
+        self._sleep_saved_buffers = self._sleep_saved_draft_buffers = {}
+        self._sleep_saved_parameters = {}
+        self.kvcached = SimpleNamespace(arena=arena, keeper=SimpleNamespace(wait=lambda: None))
+        backend = SimpleNamespace(resume=lambda tags: None)
+        self._sleep_mode_backend = backend
+        self._get_sleep_mode_backend = lambda: backend
+        self.synchronize_device = lambda: None
+        if not real:
+            backend.resume = lambda tags: self.model_runner.init_fp8_kv_scales()
+
+wake_up = worker_wake_up(Worker.wake_up) if sys.argv[1] == "hooked" else Worker.wake_up
+worker = Sleeper()
+wake_up(worker, tags=None)
+assert len(worker.model_runner.kv_caches) == 4
+assert not arena.plane_tensor(0)[:geometry.run_bytes].any()
+print("woken")
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("hooked", 0), ("vanilla", -11)])
+def test_a_quantised_cache_is_zeroed_at_a_wake_only_where_it_is_mapped(how: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WAKE_FP8, how], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr  # SIGSEGV: what CUDA calls an illegal access
+    assert ("woken" in done.stdout) == (how == "hooked")
+
+
+@pytest.mark.slow
+def test_a_request_to_a_sleeping_engine_waits_and_a_refused_wake_does_it_no_harm(
+    start_offline: Offline, tmp_path: Path
+) -> None:
+    environ = {
+        "ENABLE_KVCACHED": "1",
+        "KVCACHED_DIR": str(tmp_path / "kv"),
+        "KVCACHED_HOST_POOL": "512MiB",
+    }
+    ended = finish(start_offline(environ, script_name="sleeping"))
+    assert ended.returncode == 0, ended.errors
+    report = ended.report
+    for round_ in report["rounds"]:
+        assert "are missing on host" in round_["refusal"]
+        assert "neighbour (" in round_["refusal"]
+        assert round_["is_sleeping"]
+        assert round_["asleep_outputs"] == []
+        assert round_["tokens"] == report["tokens"]
+        assert round_["announced_bytes"] == [0]
