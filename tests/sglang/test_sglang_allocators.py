@@ -27,9 +27,11 @@ pytestmark = pytest.mark.sglang
 
 EXTENDS_ON_A_CPU = "alloc_extend_naive" in getsource(PagedTokenToKVPoolAllocator.alloc_extend)
 
-NUM_BLOCKS = 63  # without the padding block
 GEOMETRY = Geometry(block_bytes=16, num_planes=4, ids_per_page=33, blocks_per_page=8)
 NUM_PAGES = 8
+NUM_BLOCKS = NUM_PAGES * GEOMETRY.blocks_per_page - 1  # without the padding block
+NUMBERS_OF_PAGES = [7, 8, 15, 16, 31, 33]
+NUMBERS_OF_BLOCKS = [1, 2, 3, 4, 7, 64]  # a page
 
 
 @dataclass
@@ -37,44 +39,121 @@ class Source:
     """Promises what is left, and remembers what it promised."""
 
     num_left: int = NUM_PAGES - 1
+    num_promised: int = 0
     orders: list[PageOrders] = field(default_factory=list)
 
     def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
         granted = min(num_pages + num_spare, self.num_left)
         self.num_left -= granted
+        self.num_promised += granted
         return granted
 
     def cancel(self, num_pages: int) -> None:
+        assert 0 < num_pages <= self.num_promised
         self.num_left += num_pages
+        self.num_promised -= num_pages
 
 
-def build(block_tokens: int) -> tuple[Any, Any, Source]:
+def build(
+    block_tokens: int,
+    geometry: Geometry = GEOMETRY,
+    num_pages: int = NUM_PAGES,
+    num_left: int = NUM_PAGES - 1,
+) -> tuple[Any, Any, Source]:
     """Return SGLang's allocator, ours of the same size, and who promises it pages."""
 
     def one() -> Any:
-        size = NUM_BLOCKS * block_tokens
+        size = (num_pages * geometry.blocks_per_page - 1) * block_tokens
         if block_tokens == 1:
             return TokenToKVPoolAllocator(size, torch.float32, "cpu", None, need_sort=False)
         return PagedTokenToKVPoolAllocator(
             size, block_tokens, torch.float32, "cpu", None, need_sort=False
         )
 
-    source, ours = Source(), one()
-    pages = BlockPages(GEOMETRY, NUM_PAGES, source, source.orders.append, "cpu")
-    make_elastic(ours, pages, lambda: source.num_left * GEOMETRY.blocks_per_page)
+    source, ours = Source(num_left), one()
+    pages = BlockPages(geometry, num_pages, source, source.orders.append, "cpu")
+    make_elastic(ours, pages, lambda: source.num_left * geometry.blocks_per_page)
     return one(), ours, source
 
 
-class SameAnswers(RuleBasedStateMachine):
-    """Both allocators get the same calls."""
+class Elastic(RuleBasedStateMachine):
+    """Ours: what holds for a pool that may grow and for one whose ledger is dry."""
 
     block_tokens = 1
+    ours: Any
 
-    @initialize()
-    def start(self) -> None:
-        self.vanilla, self.ours, self.source = build(self.block_tokens)
-        self.taken: list[tuple[torch.Tensor, torch.Tensor]] = []
+    def begin(self, num_pages: int, blocks_per_page: int, num_left: int) -> Any:
+        """Make both; return SGLang's own."""
+        self.num_pages = num_pages
+        self.geometry = Geometry(16, 2, 2 * blocks_per_page + 1, blocks_per_page)
+        vanilla, self.ours, self.source = build(
+            self.block_tokens, self.geometry, num_pages, num_left
+        )
+        self.pages: BlockPages = self.ours.free_list.pages
+        self.total = num_left + 1
+        self.taken: list[tuple[Any, torch.Tensor]] = []
         self.mapped = {0}
+        self.num_of_neighbours = 0
+        return vanilla
+
+    def follow_orders(self) -> None:
+        for orders in self.source.orders:
+            new = {*orders.map_pages, *orders.spare_pages}
+            assert len(new) == len(orders.map_pages) + len(orders.spare_pages)
+            assert not self.mapped & new
+            self.mapped |= new
+            self.source.num_promised -= len(new)
+            assert self.mapped >= {*orders.ready_pages}
+        self.source.orders.clear()
+
+    def release(self, num_pages: int, keep: int) -> None:
+        held = {self.geometry.page_of(block) for block in self.blocks_taken()}
+        empty = self.mapped - held - {0}
+        spare = set(self.pages._spare)
+        closed = self.ours.free_list.release(num_pages, keep=keep)
+        assert len(set(closed)) == len(closed) == max(min(len(empty) - keep, num_pages), 0)
+        assert set(closed) <= empty
+        assert set(closed) >= spare or set(closed) <= spare  # what nobody used goes first
+        self.mapped.difference_update(closed)
+        self.source.num_left += len(closed)
+
+    def blocks_taken(self) -> set[int]:
+        return {i // self.block_tokens for _, ours in self.taken for i in ours.tolist()}
+
+    @invariant()
+    def every_page_is_in_one_place_and_promises_add_up(self) -> None:
+        if not hasattr(self, "ours"):
+            return
+        pages = self.pages
+        places = sorted([*pages._open, *pages._spare, *pages._unmapped])
+        assert places == list(range(self.num_pages))
+        assert {*pages._open, *pages._spare} == self.mapped
+        assert pages.num_promised == self.source.num_promised >= 0
+        held = self.source.num_left + self.source.num_promised + self.num_of_neighbours
+        assert held + len(self.mapped) == self.total
+
+    @invariant()
+    def every_block_of_an_open_page_is_free_or_somebodys(self) -> None:
+        if not hasattr(self, "ours"):
+            return
+        taken = self.blocks_taken()
+        tokens = [token for _, ours in self.taken for token in ours.tolist()]
+        assert len(set(tokens)) == len(tokens)
+        free = self.ours.free_pages.tolist()  # nothing waits to be sorted in
+        first, per_page = self.geometry.ids_per_page, self.geometry.blocks_per_page
+        existing = [page * first + i for page in self.pages._open for i in range(per_page)]
+        assert sorted([0, *free, *taken]) == sorted(existing)
+
+
+class SameAnswers(Elastic):
+    """Both allocators get the same calls."""
+
+    @initialize(
+        num_pages=st.sampled_from(NUMBERS_OF_PAGES),
+        blocks_per_page=st.sampled_from(NUMBERS_OF_BLOCKS),
+    )
+    def start(self, num_pages: int, blocks_per_page: int) -> None:
+        self.vanilla = self.begin(num_pages, blocks_per_page, num_pages - 1)
 
     @rule(num_blocks=st.integers(1, 40))
     def alloc(self, num_blocks: int) -> None:
@@ -100,12 +179,17 @@ class SameAnswers(RuleBasedStateMachine):
         self.ours.clear()
         self.taken.clear()
 
-    @rule(keep=st.integers(0, 3), num_pages=st.integers(0, NUM_PAGES))
-    def release(self, keep: int, num_pages: int) -> None:
-        closed = self.ours.free_list.release(num_pages, keep=keep)
-        assert len(closed) <= num_pages
-        self.mapped.difference_update(closed)
-        self.source.num_left += len(closed)
+    @rule()
+    def alloc_all(self) -> None:
+        num_tokens = self.vanilla.available_size()
+        theirs, ours = self.vanilla.alloc(num_tokens), self.ours.alloc(num_tokens)
+        assert len(ours) == len(theirs) == num_tokens
+        self.taken.append((theirs, ours))
+        self.follow_orders()
+
+    @rule(keep=st.integers(0, 3), num_pages=st.integers(0, 40))
+    def give(self, keep: int, num_pages: int) -> None:
+        self.release(num_pages, keep)
 
     @rule(num_free=st.integers(0, 40))
     def map_ahead(self, num_free: int) -> None:
@@ -121,23 +205,6 @@ class SameAnswers(RuleBasedStateMachine):
     @invariant()
     def available_tokens_are_the_same(self) -> None:
         assert self.ours.available_size() == self.vanilla.available_size()
-
-    @invariant()
-    def taken_ids_exist_on_mapped_pages_and_are_nobody_elses(self) -> None:
-        ids = [i // self.block_tokens for _, ours in self.taken for i in ours.tolist()]
-        blocks = ids if self.block_tokens == 1 else sorted(set(ids))
-        tokens = [i for _, ours in self.taken for i in ours.tolist()]
-        assert len(set(tokens)) == len(tokens)
-        assert 0 not in blocks
-        assert all(GEOMETRY.exists(block) for block in blocks)
-        assert {GEOMETRY.page_of(block) for block in blocks} <= self.mapped
-
-    def follow_orders(self) -> None:
-        for orders in self.source.orders:
-            assert not self.mapped.intersection(orders.map_pages + orders.spare_pages)
-            self.mapped.update(orders.map_pages, orders.spare_pages)
-            assert self.mapped.issuperset(orders.ready_pages)
-        self.source.orders.clear()
 
 
 class SameAnswersPaged(SameAnswers):
@@ -177,6 +244,85 @@ TestSameAnswers = SameAnswers.TestCase
 TestSameAnswers.settings = SETTINGS
 TestSameAnswersPaged = SameAnswersPaged.TestCase
 TestSameAnswersPaged.settings = SETTINGS
+
+
+class DryLedger(Elastic):
+    """Neighbours take pages and want more back; a schedule promises before it takes."""
+
+    @initialize(
+        num_pages=st.sampled_from(NUMBERS_OF_PAGES),
+        blocks_per_page=st.sampled_from(NUMBERS_OF_BLOCKS),
+        share=st.sampled_from([1, 2, 4]),
+        low=st.integers(0, 2),
+        high=st.integers(0, 4),
+    )
+    def start(self, num_pages: int, blocks_per_page: int, share: int, low: int, high: int) -> None:
+        self.begin(num_pages, blocks_per_page, (num_pages - 1) // share)
+        self.pages.min_spare_pages, self.pages.max_spare_pages = low, max(low, high)
+
+    @rule(num_blocks=st.integers(0, 100))
+    def begin_schedule(self, num_blocks: int) -> None:
+        self.pages.reserve_blocks(num_blocks)
+        self.ours.free_list.is_bound = self.pages.num_ready_blocks < num_blocks
+
+    @rule(num_blocks=st.integers(1, 100))
+    def alloc(self, num_blocks: int) -> None:
+        num_available = self.ours.available_size()
+        found = self.ours.alloc(num_blocks)
+        self.follow_orders()
+        assert found is not None or num_available < num_blocks
+        if found is not None:
+            self.taken.append((None, found))
+
+    @rule()
+    def alloc_all(self) -> None:
+        num_available = self.ours.available_size()
+        found = self.ours.alloc(num_available)
+        assert len(found) == num_available
+        self.taken.append((None, found))
+        self.follow_orders()
+
+    @precondition(lambda self: self.taken)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        self.ours.free(self.taken.pop(data.draw(st.integers(0, len(self.taken) - 1)))[1])
+
+    @rule(keep=st.integers(0, 3), num_pages=st.integers(0, 40))
+    def give(self, keep: int, num_pages: int) -> None:
+        self.release(num_pages, keep)
+
+    @rule()
+    def map_ahead(self) -> None:
+        self.pages.map_ahead(self.ours.free_list.num_free_blocks)
+        self.follow_orders()
+
+    @rule()
+    def end_schedule(self) -> None:
+        self.ours.free_list.is_bound = False
+        self.pages.cancel()
+        assert self.source.num_promised == 0
+
+    @rule(num_pages=st.integers(1, 8))
+    def a_neighbour_takes(self, num_pages: int) -> None:
+        taken = min(num_pages, self.source.num_left)
+        self.source.num_left -= taken
+        self.num_of_neighbours += taken
+
+    @rule()
+    def the_neighbours_give(self) -> None:
+        self.source.num_left += self.num_of_neighbours
+        self.num_of_neighbours = 0
+
+    @rule(num_cached=st.integers(0, 200))
+    def count_pages(self, num_cached: int) -> None:
+        free_list = self.ours.free_list
+        used, cached = free_list.count_pages(min(num_cached, free_list.num_taken_blocks))
+        assert used >= 1  # page 0 holds the padding block
+        assert 0 <= cached <= self.pages.num_open_pages - used
+
+
+TestDryLedger = DryLedger.TestCase
+TestDryLedger.settings = SETTINGS
 
 
 def test_the_fullest_page_comes_first_so_that_pages_empty_out() -> None:

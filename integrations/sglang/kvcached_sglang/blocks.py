@@ -183,15 +183,14 @@ class BlockPages:
         num_free = torch.bincount(free_ids // self.geometry.ids_per_page, minlength=self.num_pages)
         counts = num_free.tolist()
         per_page = self.geometry.blocks_per_page
-        empty = [page for page in self._open if page and counts[page] == per_page]
-        num_closed = max(min(len(empty) + len(spare) - keep, max_pages), 0)
-        empty.sort()
-        closed = [*empty, *spare][len(empty) + len(spare) - num_closed :] if num_closed else []
-        self._spare = [page for page in spare if page not in closed]
+        empty = sorted(page for page in self._open if page and counts[page] == per_page)
+        num_kept = max(len(empty) + len(spare) - max_pages, keep, 0)
+        closed = [*empty, *spare][num_kept:]
+        self._spare = spare[: max(num_kept - len(empty), 0)]
         self._open.difference_update(closed)
         for page in closed:
             heappush(self._unmapped, page)
-        return self._sorted(free_ids, num_free, [page for page in closed if page in empty]), closed
+        return self._sorted(free_ids, num_free, empty[num_kept:]), closed
 
     def _sorted(
         self, free_ids: torch.Tensor, num_free: torch.Tensor, closed: list[int]
