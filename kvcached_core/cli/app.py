@@ -110,11 +110,12 @@ def top(
         return
     from rich.console import Console
 
-    from kvcached_core.cli.top import picture, watch
+    from kvcached_core.cli.picture import Picture
+    from kvcached_core.cli.top import watch
 
     console = Console()
     if once or not console.is_terminal:
-        console.print(picture(control.devices(directory)))
+        console.print(Picture(control.devices(directory)))
     else:
         watch(console, lambda: control.devices(directory), interval)
 

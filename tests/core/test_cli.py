@@ -12,10 +12,8 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from rich.console import Console
 
 from kvcached_core.cli.doctor import examine
-from kvcached_core.cli.top import History, bar, picture
 from kvcached_core.host_memory import HostMemory
 from kvcached_core.ledger import Ledger, doorbell_path
 from kvcached_core.ledger_open import ledger_directory
@@ -65,17 +63,6 @@ def test_top_prints_a_plain_table_where_there_is_no_terminal(ledger: Ledger) -> 
     assert "\x1b" not in done.stdout
     for part in ("llama", "896 MiB free of 1 GiB", "128 MiB", "32 MiB", "80 MiB", "512 MiB"):
         assert part in done.stdout
-
-
-def test_bars_add_up_to_their_width(ledger: Ledger) -> None:
-    view = ledger.view()
-    text = bar(view.capacity_bytes, view.instances[0], width=64)
-    assert len(text) == 64
-    assert text.plain.count("█") == 8
-    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
-    console.print(picture([view]))
-    assert "llama" in console.export_text()
-    console.file.close()
 
 
 def test_list_prints_a_line_for_each_instance(ledger: Ledger) -> None:
@@ -218,16 +205,6 @@ def test_metrics_are_served_until_a_signal(ledger: Ledger) -> None:
         server.terminate()
     assert 'kvcached_used_bytes{device="host"' in text
     assert server.returncode == 0
-
-
-def test_rates_and_curves_come_from_what_was_seen(ledger: Ledger) -> None:
-    history = History()
-    history.add([ledger.view()], 0.0)
-    assert history.rate("host", "llama") is None
-    ledger.settle(0, unmapped_bytes=4 * PAGE, used_bytes=2 * PAGE, cached_bytes=PAGE)
-    history.add([ledger.view()], 2.0)
-    assert history.rate("host", "llama") == (0.0, 2 * PAGE)
-    assert history.curve("host", "llama", GIB) == "▁▁"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from kvcached_core.cli.top import picture
+from kvcached_core.cli.picture import Picture
 from kvcached_core.errors import KVCachedError
 from kvcached_core.units import format_bytes
 
@@ -245,7 +245,7 @@ async def _burst_and_watch(
     while not all(task.done() for task in tasks.values()):
         view = recorder.latest()
         if view is not None:
-            live.update(picture([view]))
+            live.update(Picture([view]))
         await asyncio.wait(tasks.values(), timeout=0.12)
     live.console.print(Text(f"{phase}: all answers are in", "dim"))
     await asyncio.sleep(IDLE_SECONDS)

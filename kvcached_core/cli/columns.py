@@ -1,0 +1,133 @@
+"""The columns of `kvcached top`: what each says, how wide it is, which are left out first."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.text import Text
+
+from kvcached_core.cli.history import CURVE_WIDTH, History
+from kvcached_core.ledger_view import DeviceView, InstanceView
+from kvcached_core.units import KIB
+
+NAME_WIDTH = 14  # the least; names get what the other columns leave
+SIZE_WIDTH = 8
+BAR_WIDTH = 20
+NUM_DIGITS = 3
+# A sign of its own for each state: without colours they must differ, too.
+SIGNS, ASCII_SIGNS = "█▒░·", "#=-."
+STYLES = ("green", "yellow", "bright_black", "bright_black")
+STATES = ("used", "cached", "idle", "free")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a column may show: an instance, its device, and what was seen before."""
+
+    device: DeviceView
+    row: InstanceView
+    history: History
+    is_ascii: bool
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a picture.
+
+    Attributes:
+        title: What stands above it.
+        width: How wide it is.
+        cell: Returns what it says of an instance.
+        is_number: Whether it stands to the right.
+        is_live: Whether it needs more than one sample.
+    """
+
+    title: str
+    width: int
+    cell: Callable[[Seen], Text | str]
+    is_number: bool = True
+    is_live: bool = False
+
+
+def short_bytes(num_bytes: float) -> str:
+    """Return a size in three digits and at most eight characters: `1.23 GiB`, `1000 MiB`."""
+    size, unit = float(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if abs(size) < KIB:
+            break
+        size, unit = size / KIB, larger
+    num_decimals = max(NUM_DIGITS - len(str(int(abs(size)))), 0)
+    text = f"{size:.{num_decimals}f}"
+    return f"{text.rstrip('0').rstrip('.') if num_decimals else text} {unit}"
+
+
+def shortened(text: str, width: int, *, is_ascii: bool = False) -> str:
+    """Return `text` in at most `width` characters; its beginning and its end tell it apart."""
+    if len(text) <= width:
+        return text
+    num_last = (width - 1) // 2
+    sign = "~" if is_ascii else "…"
+    return f"{text[: width - 1 - num_last]}{sign}{text[len(text) - num_last :]}"
+
+
+def bar(
+    capacity_bytes: int, instance: InstanceView, width: int = BAR_WIDTH, *, is_ascii: bool = False
+) -> Text:
+    """Return a bar of the device with the instance's used, cached and idle shares on it."""
+    signs = ASCII_SIGNS if is_ascii else SIGNS
+    sizes = (instance.used_bytes, instance.cached_bytes, instance.idle_bytes)
+    text = Text()
+    total_bytes = 0
+    for num_bytes, sign, style in zip(sizes, signs, STYLES, strict=False):
+        total_bytes += num_bytes
+        end = min(round(width * total_bytes / max(capacity_bytes, 1)), width)
+        text.append(sign * (end - len(text)), style)
+    return text.append(signs[-1] * (width - len(text)), STYLES[-1])
+
+
+def _size(title: str, read: Callable[[InstanceView], int | None], *, zero: str = "0 B") -> Column:
+    def cell(seen: Seen) -> str:
+        size = read(seen.row)
+        return "none" if size is None else short_bytes(size) if size else zero
+
+    return Column(title, SIZE_WIDTH, cell)
+
+
+def _curve(seen: Seen) -> str:
+    device, capacity_bytes = seen.device.device, seen.device.capacity_bytes
+    return seen.history.curve(device, seen.row.name, capacity_bytes, is_ascii=seen.is_ascii)
+
+
+def _rate(index: int, sign: str) -> Callable[[Seen], str]:
+    def cell(seen: Seen) -> str:
+        rate = seen.history.rate(seen.device.device, seen.row.name)
+        return "" if rate is None else sign + short_bytes(rate[index])
+
+    return cell
+
+
+INSTANCE = Column("instance", NAME_WIDTH, lambda seen: seen.row.name, is_number=False)
+MEMORY = Column(
+    "memory",
+    BAR_WIDTH,
+    lambda seen: bar(seen.device.capacity_bytes, seen.row, is_ascii=seen.is_ascii),
+    is_number=False,
+)
+# From left to right, and the order in which they are added as there is room.
+COLUMNS = {
+    1: INSTANCE,
+    7: MEMORY,
+    2: _size("resident", lambda row: row.resident_bytes),
+    3: _size("used", lambda row: row.used_bytes),
+    4: _size("cached", lambda row: row.cached_bytes),
+    5: _size("idle", lambda row: row.idle_bytes),
+    12: _size("promised", lambda row: row.promised_bytes),
+    9: _size("limit", lambda row: row.limit_bytes),
+    10: _size("floor", lambda row: row.floor_bytes, zero="none"),
+    13: Column("priority", 8, lambda seen: str(seen.row.priority)),
+    8: _size("waiting", lambda row: row.waiting_bytes, zero=""),
+    14: Column("refused", 7, lambda seen: str(seen.row.num_refused)),
+    15: Column("asked", 7, lambda seen: str(seen.row.num_asked)),
+    16: Column("mapped/s", 9, _rate(0, "+"), is_live=True),
+    17: Column("unmapped/s", 10, _rate(1, "-"), is_live=True),
+    11: Column("so far", CURVE_WIDTH, _curve, is_number=False, is_live=True),
+}

@@ -1,0 +1,146 @@
+"""The picture of `kvcached top`: as many columns as there is room for, none of them narrowed."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from kvcached_core.cli.columns import (
+    ASCII_SIGNS,
+    COLUMNS,
+    INSTANCE,
+    MEMORY,
+    NAME_WIDTH,
+    SIGNS,
+    STATES,
+    STYLES,
+    Column,
+    Seen,
+    bar,
+    shortened,
+)
+from kvcached_core.cli.history import History
+from kvcached_core.ledger_view import DeviceView, InstanceView
+from kvcached_core.units import format_bytes
+
+NOBODY = "no instance runs"
+LONG_BAR_WIDTH = 40
+LEAST_WIDTH = len("pid 4194304")  # which is as large as a pid gets
+
+
+class Picture:
+    """All devices and their instances: resident = used + cached + idle, and who may have what.
+
+    It is drawn for the terminal that it is printed on. Columns that do not fit are left out, the
+    least important first. In a low terminal an instance has one line instead of two, and instances
+    that do not fit are counted.
+
+    Args:
+        devices: What to show.
+        history: What was seen before; None for a picture that stands alone.
+    """
+
+    def __init__(self, devices: Sequence[DeviceView], history: History | None = None) -> None:
+        self._devices = [view for view in devices if view.instances]
+        self._history = history
+
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the parts; rich calls it."""
+        if not self._devices:
+            yield Text(NOBODY)
+            return
+        width, is_ascii = options.max_width, options.ascii_only
+        columns = self._columns(width)
+        lines_each, shown = self._fitting(options.height)
+        yield _table(columns, show_header=True)
+        for view, rows in shown:
+            yield _title(view, width, is_ascii=is_ascii)
+            for row in rows:
+                seen = Seen(view, row, self._history or History(), is_ascii)
+                yield _line(columns, seen)
+                if lines_each > 1:
+                    yield _second_line(columns, seen, width)
+        num_shown = sum(len(rows) for _, rows in shown)
+        num_left_out = sum(len(view.instances) for view in self._devices) - num_shown
+        if num_left_out:
+            yield Text(f"and {num_left_out} more, for which this terminal is too low", "dim")
+        yield _legend(is_ascii=is_ascii)
+
+    def _columns(self, width: int) -> list[Column]:
+        longest = max(len(row.name) for view in self._devices for row in view.instances)
+        chosen = {1: replace(INSTANCE, width=min(max(longest, LEAST_WIDTH), NAME_WIDTH))}
+        left = width - chosen[1].width
+        for number, column in sorted(COLUMNS.items()):
+            if number in chosen or (column.is_live and self._history is None):
+                continue
+            if column.width + 1 > left:
+                break
+            chosen[number] = column
+            left -= column.width + 1
+        name = chosen[1]
+        chosen[1] = replace(name, width=min(max(longest, name.width), name.width + left))
+        return [chosen[number] for number in COLUMNS if number in chosen]
+
+    def _fitting(
+        self, height: int | None
+    ) -> tuple[int, list[tuple[DeviceView, tuple[InstanceView, ...]]]]:
+        """Return how many lines each instance gets, and those that fit."""
+        rows = [(view, view.instances) for view in self._devices]
+        num_rows = sum(len(view.instances) for view in self._devices)
+        around = 2 + len(self._devices)  # the header, the legend, a title for each device
+        for lines_each in (2, 1):
+            if height is None or around + lines_each * num_rows <= height:
+                return lines_each, rows
+        left = height - 3 if height else 0  # the header, the legend, and what is left out
+        shown = []
+        for view, instances in rows:
+            fitting = instances[: max(left - 1, 0)]
+            if fitting:
+                shown.append((view, fitting))
+                left -= 1 + len(fitting)
+        return 1, shown
+
+
+def _table(columns: list[Column], *, show_header: bool) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=show_header)
+    for column in columns:
+        justify: JustifyMethod = "right" if column.is_number else "left"
+        table.add_column(column.title, width=column.width, justify=justify, no_wrap=True)
+    return table
+
+
+def _line(columns: list[Column], seen: Seen) -> Table:
+    table = _table(columns, show_header=False)
+    cells: list[Text] = []
+    for column in columns:
+        cell = column.cell(seen)
+        if isinstance(cell, str):
+            cell = Text(shortened(cell, column.width, is_ascii=seen.is_ascii))
+        cells.append(cell)
+    table.add_row(*cells)
+    return table
+
+
+def _second_line(columns: list[Column], seen: Seen, width: int) -> Text:
+    left = columns[0].width
+    if MEMORY in columns:
+        text = f"pid {seen.row.pid}, {seen.row.engine}"
+        return Text(shortened(text, width, is_ascii=seen.is_ascii), "dim")
+    room = min(width - left - 1, LONG_BAR_WIDTH)
+    drawn = bar(seen.device.capacity_bytes, seen.row, room, is_ascii=seen.is_ascii)
+    pid = shortened(f"pid {seen.row.pid}", left, is_ascii=seen.is_ascii)
+    return Text.assemble((f"{pid:<{left + 1}}", "dim"), drawn, no_wrap=True)
+
+
+def _title(view: DeviceView, width: int, *, is_ascii: bool) -> Text:
+    text = f": {format_bytes(view.free_bytes)} free of {format_bytes(view.capacity_bytes)}"
+    device = shortened(view.device, max(width - len(text), 1), is_ascii=is_ascii)
+    return Text(device + text, "italic", no_wrap=True)
+
+
+def _legend(*, is_ascii: bool) -> Text:
+    signs = ASCII_SIGNS if is_ascii else SIGNS
+    parts = zip(signs, STATES, STYLES, strict=True)
+    return Text.assemble(*((f"{sign} {state}  ", style) for sign, state, style in parts))
