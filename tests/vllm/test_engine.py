@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
 from kvcached_core import instance
 from kvcached_core.arena import Arena
@@ -39,9 +40,18 @@ class Core:
         self.calls: list[tuple[str, Any]] = []
         self.model_executor = self
         self.is_busy = False
-        self.scheduler = SimpleNamespace(has_unfinished_requests=lambda: self.is_busy)
+        self.published: list[Any] = []
+        self.pool: Any = SimpleNamespace(take_events=list)
+        self.scheduler = SimpleNamespace(
+            has_unfinished_requests=lambda: self.is_busy,
+            kv_cache_manager=SimpleNamespace(take_events=self.take_events),
+            kv_event_publisher=SimpleNamespace(publish=self.published.append),
+        )
         self.input_queue = SimpleNamespace(put_nowait=lambda _item: None)
         self._idle_state_callbacks: list[Any] = []
+
+    def take_events(self) -> Any:
+        return self.pool.take_events()
 
     def collective_rpc(self, function: Any, args: tuple[Any, ...] = ()) -> list[Any]:
         self.calls.append((function.__name__, *args))
@@ -105,13 +115,14 @@ def test_a_start_without_room_for_a_page_says_what_is_missing(
     late.close()
 
 
-def build_pool(engine: ElasticEngine) -> Any:
-    return engine.build_pool(
+def build_pool(engine: ElasticEngine, *, caching: bool = False) -> Any:
+    engine.core.pool = engine.build_pool(
         num_gpu_blocks=NUM_BLOCKS,
-        enable_caching=False,
+        enable_caching=caching,
         hash_block_size=16,
-        enable_kv_cache_events=False,
+        enable_kv_cache_events=caching,
     )
+    return engine.core.pool
 
 
 def test_what_the_pool_decided_goes_to_all_workers(engine: ElasticEngine) -> None:
@@ -285,3 +296,35 @@ def test_rings_in_a_busy_engine_leave_one_wake_behind(engine: ElasticEngine) -> 
     callback(engine.core)
     engine._on_ring()
     assert len(engine.core._idle_state_callbacks) == 2  # the first one is the engine's to remove
+
+
+@pytest.mark.parametrize("why", ["asked", "owed", "asleep"])
+def test_what_leaves_the_cache_of_an_idle_engine_is_published_when_it_leaves(
+    engine: ElasticEngine, why: str
+) -> None:
+    place(engine)
+    pool = build_pool(engine, caching=True)
+    blocks = live_blocks(engine, pool, 40)
+    for number, block in enumerate(blocks):
+        key = make_block_hash_with_group_id(BlockHash(b"%032d" % number), 0)
+        block._block_hash = key
+        pool.cached_block_hash_to_block.insert(key, block)
+    pool.free_blocks(blocks)
+    engine.publish_events()
+    assert engine.core.published == []  # nothing left the cache yet
+    if why == "asked":
+        row = engine.instance.seat(FIRST).row
+        with ledger_of(engine) as ledger:
+            ledger.settle(row, used_bytes=0, cached_bytes=0)
+            ledger.ask(row, 2 * engine.instance.page_bytes)
+        engine.answer()
+    elif why == "owed":
+        pool.owed_pages = 2
+        engine.end_burst()
+    else:
+        engine.empty()
+    (batch,) = engine.core.published
+    assert {type(event).__name__ for event in batch.events} == {"BlockRemoved"}
+    assert len(batch.events) >= 2
+    engine.publish_events()
+    assert len(engine.core.published) == 1

@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
@@ -164,6 +165,7 @@ class ElasticEngine:
             self._clear_waiting()
         if self.pool.owed_pages:
             self.pool.pay()
+            self.publish_events()
         self.flush(is_last=not self._can_be_woken)
         due_seconds = self.pool.pages.seconds_until_due()
         if due_seconds is not None:
@@ -188,6 +190,20 @@ class ElasticEngine:
         self.pool.owed_pages = max(min(asked_pages - num_released, owed_pages), 0)
         if asked_pages:
             self._give()
+            self.publish_events()
+
+    def publish_events(self) -> None:
+        """Tell who mirrors the prefix cache what left it: an idle engine makes no step that would.
+
+        Events of a step's own stay in order: vLLM publishes what is queued when a step ends.
+        """
+        scheduler = self.core.scheduler
+        events = scheduler.kv_cache_manager.take_events()
+        if events:
+            from vllm.distributed.kv_events import KVEventBatch
+
+            batch = KVEventBatch(ts=time.time(), events=events)
+            scheduler.kv_event_publisher.publish(batch)
 
     def empty(self) -> None:
         """Give everything back but page 0, before the engine sleeps; return when it is done."""
@@ -196,6 +212,7 @@ class ElasticEngine:
             self.pool.release_pages(self.pool.pages.num_pages)
             self.flush()
             self._call_workers(settle_orders)
+            self.publish_events()
 
     def explain_size(self) -> str:
         """Say where the size comes from that vLLM calls available memory."""

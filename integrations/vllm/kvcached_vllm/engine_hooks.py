@@ -98,6 +98,7 @@ def engine_core_reset_prefix_cache(original: Callable[..., bool]) -> Callable[..
         engine = _engine_of(self)
         if engine is not None:
             engine.flush(is_last=True)
+            engine.publish_events()
         return done
 
     return wrapper
