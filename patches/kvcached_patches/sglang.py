@@ -19,12 +19,40 @@ FLAG_HOOKS = (
         "add --enable-kvcached and its companions",
         ("parser",),
     ),
+    Hook(
+        "sglang.srt.server_args:ServerArgs.from_cli_args",
+        "kvcached_sglang.flags:server_args_from_cli_args",
+        "when all arguments are known, set our variables, and refuse what cannot be served",
+        ("args",),
+    ),
 )
 
 HOOKS = (
     Hook(
+        "sglang.srt.entrypoints.engine:Engine._launch_subprocesses",
+        "kvcached_sglang.start_hooks:launch_subprocesses",
+        "refuse what arguments alone can tell where there is no command line",
+        ("server_args",),
+    ),
+    Hook(
+        "sglang.srt.entrypoints.engine:_wait_for_scheduler_ready",
+        "kvcached_sglang.start_hooks:wait_for_scheduler_ready",
+        "add no traceback to a message of ours that ends a start",
+        ("scheduler_pipe_readers", "scheduler_procs"),
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler:Scheduler.__init__",
+        "kvcached_sglang.start_hooks:scheduler_init",
+        "let what of ours ends a start be one message",
+    ),
+    Hook(
+        "sglang.srt.model_executor.model_runner:ModelRunner.load_model",
+        "kvcached_sglang.start_hooks:load_model",
+        "decide whether we serve before anything is loaded or sized",
+    ),
+    Hook(
         "sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator._profile_available_bytes",
-        "kvcached_sglang.hooks:profile_available_bytes",
+        "kvcached_sglang.start_hooks:profile_available_bytes",
         "the virtual size comes from the limit and the device, never from free memory",
         alternatives=(f"{_PLAN}._profile_available_bytes",),
     ),

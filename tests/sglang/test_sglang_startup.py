@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kvcached_core.errors import UnsupportedEngineError
-from kvcached_sglang import startup
+from kvcached_sglang import obstacles, startup
 
 pytestmark = pytest.mark.sglang
 
@@ -23,11 +24,14 @@ import kvcached_sglang.startup as startup
 try:
     print("one pool", prepare_server_args(sys.argv[1:]).disable_hybrid_swa_memory)
 finally:
+    import sglang.srt.entrypoints.engine
     import sglang.srt.mem_cache.allocator.token
     names = startup._patcher.applied if startup._patcher else []
     print("applied", len(names))
     print({name: value for name, value in os.environ.items() if "KVCACHED" in name})
 """
+
+PARSE_ONLY = PARSE[: PARSE.index("import kvcached_sglang")] + "prepare_server_args(sys.argv[1:])"
 
 
 def run(script: str, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
@@ -69,6 +73,28 @@ def test_the_flag_patches_and_reaches_spawned_processes(model: Any) -> None:
     assert "'KVCACHED_PRIORITY': '3'" in done.stdout
 
 
+def test_flags_in_sglangs_configuration_file_do_the_same(model: Any, tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(
+        f"model-path: {model}\ndevice: cpu\nenable-kvcached: true\nkvcached-limit: 1GiB\n"
+        "kvcached-priority: 3\n"
+    )
+    done = run(PARSE, "--config", str(file))
+    assert "'ENABLE_KVCACHED': '1'" in done.stdout, done.stderr
+    assert "'KVCACHED_LIMIT': '1GiB'" in done.stdout
+    assert "'KVCACHED_PRIORITY': '3'" in done.stdout
+
+
+def test_a_refused_flag_of_sglangs_ends_the_start_with_one_message(model: Any) -> None:
+    refused = ("--enable-kvcached", "--enable-hierarchical-cache", "--pp-size", "2")
+    done = run(PARSE_ONLY, "--model-path", str(model), "--device", "cpu", *refused)
+    assert done.returncode == 1
+    assert done.stderr.count("kvcached: ") == 1
+    assert "HiCache: it copies" in done.stderr
+    assert "set --pp-size 1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("switch", ["1", "auto"])
 def test_the_variable_patches_as_the_flag_does(model: Any, switch: str) -> None:
     done = run(PARSE, "--model-path", str(model), "--device", "cpu", ENABLE_KVCACHED=switch)
@@ -94,7 +120,7 @@ def test_other_releases_are_refused_with_those_that_are_served(release: str) -> 
 
 
 def runner(**changes: Any) -> Any:
-    arguments = {name: allowed for name, (allowed, _) in startup.OBSTACLES.items()}
+    arguments = {name: allowed for name, (allowed, _) in obstacles.OBSTACLES.items()}
     arguments |= {"disable_radix_cache": False, "max_running_requests": None}
     return SimpleNamespace(
         server_args=SimpleNamespace(**{**arguments, **changes}),
@@ -124,7 +150,7 @@ HYBRID = {"mambaish_config": object()}
 def test_plain_models_mixes_and_hybrids_of_fixed_states_are_served(
     changes: dict[str, Any],
 ) -> None:
-    startup.check_configuration(runner(**changes))
+    startup.check_model(runner(**changes))
 
 
 @pytest.mark.parametrize(
@@ -150,5 +176,5 @@ def test_what_cannot_be_served_is_named_with_the_setting(
     changes: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(UnsupportedEngineError, match="cannot be served elastically") as caught:
-        startup.check_configuration(runner(**changes))
+        startup.check_model(runner(**changes))
     assert reason in str(caught.value)

@@ -13,6 +13,7 @@ from kvcached_core.rank_memory import RankMemory
 from kvcached_sglang import hardware, startup
 from kvcached_sglang.blocks import BlockPages
 from kvcached_sglang.layout import Layout
+from kvcached_sglang.obstacles import has_two_pools
 from kvcached_sglang.ranks import Wanted, join_ranks
 from kvcached_sglang.requests import (
     evictable_of_pools,
@@ -306,7 +307,7 @@ def start_engine(runner: Any) -> ElasticEngine:
             runner.model_config.context_len,
             read_config(),
             get_tp_group(),
-            num_pools=2 if startup.has_two_pools(runner) else 1,
+            num_pools=2 if has_two_pools(runner) else 1,
         )
     return _engine
 

@@ -1,50 +1,24 @@
-"""Our flags among SGLang's: each sets a variable, which all processes of the server inherit."""
+"""Our flags among SGLang's: they set variables, which all processes of the server inherit.
+
+They are plain flags, so that SGLang's `--config` file may have them, and nothing happens before all
+arguments are known: their order says nothing.
+"""
 
 import argparse
 import os
 from typing import Any
 
+from kvcached_core.config import SWITCH, Enable, read_switch
+from kvcached_core.errors import ConfigError
 from kvcached_sglang import startup
 
+SWITCH_FLAG = "--enable-kvcached"
 FLAGS = {
     "--kvcached-limit": ("KVCACHED_LIMIT", "The most it may hold: 24GiB, 50%% or none."),
     "--kvcached-floor": ("KVCACHED_FLOOR", "What it can always get back, such as 8GiB."),
     "--kvcached-priority": ("KVCACHED_PRIORITY", "-1000 to 1000; who has a lower one gives first."),
     "--kvcached-name": ("KVCACHED_NAME", "The instance's name in `kvcached top`."),
 }
-
-
-class SetVariable(argparse.Action):
-    """Sets the environment variable `const` to the flag's value."""
-
-    def __call__(
-        self,
-        _parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        _option: str | None = None,
-    ) -> None:
-        """See argparse."""
-        os.environ[str(self.const)] = str(values)
-        setattr(namespace, self.dest, values)
-
-
-class SwitchOn(argparse.Action):
-    """Switches kvcached on in this process and in those that it starts."""
-
-    def __call__(
-        self,
-        _parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        _values: Any,
-        _option: str | None = None,
-    ) -> None:
-        """See argparse."""
-        setattr(namespace, self.dest, True)
-        os.environ.setdefault("ENABLE_KVCACHED", "1")
-        if os.environ["ENABLE_KVCACHED"].strip() in ("", "0"):
-            os.environ["ENABLE_KVCACHED"] = "1"
-        startup.start()
 
 
 def server_args_add_cli_args(original: Any) -> Any:
@@ -55,13 +29,52 @@ def server_args_add_cli_args(original: Any) -> Any:
         add(parser)
         group = parser.add_argument_group("kvcached")
         group.add_argument(
-            "--enable-kvcached",
-            action=SwitchOn,
-            nargs=0,
-            default=False,
+            SWITCH_FLAG,
+            action="store_true",
             help="Share KV memory elastically with other engines on the device.",
         )
-        for flag, (variable, text) in FLAGS.items():
-            group.add_argument(flag, action=SetVariable, const=variable, help=text)
+        for flag, (_, text) in FLAGS.items():
+            group.add_argument(flag, help=text)
 
     return staticmethod(wrapper)
+
+
+def server_args_from_cli_args(original: Any) -> Any:
+    """Wrap `ServerArgs.from_cli_args`, a class method: all is known, and nothing done yet."""
+    build = original.__func__
+
+    def wrapper(cls: type, args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
+        take(args)
+        return build(cls, args, *rest, **kwargs)
+
+    return classmethod(wrapper)
+
+
+def take(arguments: argparse.Namespace) -> None:
+    """Set the variables that the flags stand for, hook SGLang, and refuse what cannot be served.
+
+    Raises:
+        SystemExit: With one message: a flag without the switch, a bad value, what cannot be served.
+    """
+    values = {flag: getattr(arguments, _destination(flag), None) for flag in FLAGS}
+    given = {flag: str(value) for flag, value in values.items() if value is not None}
+    try:
+        is_off = read_switch() is Enable.OFF
+    except ConfigError as error:
+        raise SystemExit(f"kvcached: {error}") from error
+    if getattr(arguments, _destination(SWITCH_FLAG), False):
+        if is_off:
+            os.environ[SWITCH] = "1"
+    elif given and is_off:
+        raise SystemExit(
+            f"kvcached: {', '.join(given)} would do nothing; add {SWITCH_FLAG}, "
+            f"set {SWITCH}=1, or remove it"
+        )
+    for flag, value in given.items():
+        os.environ[FLAGS[flag][0]] = value
+    startup.start()
+    startup.check_arguments(arguments)
+
+
+def _destination(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")

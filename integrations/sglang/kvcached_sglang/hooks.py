@@ -4,33 +4,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from kvcached_core.errors import GeometryError, UnsupportedEngineError
-from kvcached_core.units import GIB
 from kvcached_sglang import pools, startup
-from kvcached_sglang.engine import engine, start_engine
+from kvcached_sglang.engine import engine
 
 RUNNERS_KV_TAG = "kv_cache"
-
-
-def profile_available_bytes(original: Callable[..., int]) -> Callable[..., int]:
-    """Wrap `_profile_available_bytes`: the limit is the virtual size, not what is free."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> int:
-        try:
-            startup.check_configuration(self)
-        except UnsupportedEngineError as error:
-            startup.refuse(error)
-            return original(self, *args, **kwargs)
-        virtual_bytes = start_engine(self).layout.virtual_bytes
-        if startup.has_states(self):
-            # The states' pool stays SGLang's own, and the original is what would have sized it.
-            size_states = getattr(self, "_handle_max_mamba_cache", None)
-            size_states = size_states or self.handle_max_mamba_cache  # up to 0.5.15
-            return int(size_states(virtual_bytes / GIB) * GIB)
-        return virtual_bytes
-
-    return wrapper
 
 
 def kv_cache_init(original: Callable[..., None]) -> Callable[..., None]:
@@ -59,14 +36,12 @@ def create_buffers(original: Callable[..., None]) -> Callable[..., None]:
             return
         layout = getattr(self, "kv_cache_layout", "nhd")
         if layout != "nhd":
-            raise SystemExit(f"kvcached: the KV layout {layout!r} cannot be served; unset it")
+            startup.end(f"the KV layout {layout!r} cannot be served; unset it")
         make = functools.partial(original, self)
         num_rows = self.size + self.page_size
-        try:
+        with startup.one_message():
             shape = pools.measure(make, num_rows, self.page_size)
             geometry, arena = ours.layout.place(shape)
-        except (GeometryError, UnsupportedEngineError) as error:
-            raise SystemExit(f"kvcached: {error}; start with ENABLE_KVCACHED=0") from error
         self.size = pools.num_rows(shape, geometry, arena.num_pages) - self.page_size
         pools.lay_out(make, shape, geometry, arena)
         self.kvcached = geometry
@@ -103,7 +78,7 @@ def two_pools_init(original: Callable[..., None]) -> Callable[..., None]:
         pool = self.get_kvcache()
         pools.check_class(type(pool))
         if getattr(pool, "swa_req_ring_size", None) is not None:
-            raise SystemExit("kvcached: a ring of window tokens for each request is not served")
+            startup.end("a ring of window tokens for each request is not served")
         mapping = self.full_to_swa_index_mapping
         longer = mapping.new_zeros(pool.full_kv_pool.size + self.page_size + 1)
         longer[-1] = -1  # no token before a prompt's first, in either pool

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from kvcached_core.arena import Arena
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.geometry import Geometry
+from kvcached_sglang import startup
 
 SERVED_POOLS = frozenset(
     {"MHATokenToKVPool", "MLATokenToKVPool", "HybridLinearKVPool", "SWAKVPool"}
@@ -106,8 +107,8 @@ def check_class(pool: type) -> None:
     SGLang catches exceptions where it makes its pools, and this is no error of its own.
     """
     if pool.__name__ not in SERVED_POOLS:
-        raise SystemExit(
-            f"kvcached: SGLang would keep this model's KV cache in a {pool.__name__}, which cannot "
+        startup.end(
+            f"SGLang would keep this model's KV cache in a {pool.__name__}, which cannot "
             f"be elastic; {', '.join(sorted(SERVED_POOLS))} can be. Start without "
             "--enable-kvcached and with ENABLE_KVCACHED=0"
         )

@@ -12,9 +12,15 @@ from typing import Any
 
 from kvcached_core.config import Config
 from kvcached_core.devices import Device
+from kvcached_core.errors import KVCachedError
 from kvcached_core.instance import Instance, Seat
 
 MICROSECONDS = 1_000_000
+
+
+class FirstRankError(KVCachedError):
+    """Rank 0 could not enter the server in the ledgers, and has said why."""
+
 
 Share = Callable[[list[int]], list[int]]
 
@@ -123,6 +129,7 @@ def join_ranks(device: Device, config: Config, group: Any, *, name: str, engine:
 
     Raises:
         KVCachedError: On rank 0, as `Instance`.
+        FirstRankError: On the others, if rank 0 could not.
     """
 
     def enter(devices: list[Device]) -> Instance:
@@ -148,12 +155,19 @@ def _join_many(device: Device, group: Any, enter: Callable[[list[Device]], Insta
     first, channel = group.ranks[0], group.cpu_group
     devices: list[Any] = [None] * group.world_size
     distributed.all_gather_object(devices, device, group=channel)
-    instance = enter(devices) if group.rank_in_group == 0 else None
-    told: list[Any] = [None, None]
-    if instance is not None:
-        told = [[instance.seat(device) for device in devices], instance.capacity_bytes]
+    instance, problem = None, None
+    told: list[Any] = [None, None, None]
+    if group.rank_in_group == 0:
+        try:
+            instance = enter(devices)
+            seats = [instance.seat(device) for device in devices]
+            told = [seats, instance.capacity_bytes, None]
+        except KVCachedError as error:
+            problem, told[2] = error, str(error)
     distributed.broadcast_object_list(told, src=first, group=channel)
-    seats, capacity_bytes = told
+    seats, capacity_bytes, reason = told
+    if reason is not None:
+        raise problem or FirstRankError(f"rank 0 could not start: {reason}")
 
     def share(values: list[int]) -> list[int]:
         numbers = torch.tensor(values, dtype=torch.int64)

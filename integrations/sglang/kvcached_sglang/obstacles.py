@@ -1,0 +1,128 @@
+"""What of SGLang cannot be served elastically yet, each with the setting to change."""
+
+from collections.abc import Iterator
+from inspect import signature
+from typing import Any
+
+# What a server of these settings would do with KV memory is not ours to lay out.
+OBSTACLES = {
+    "pp_size": (1, "pipeline parallelism: not served yet; set --pp-size 1"),
+    "dp_size": (1, "data parallelism: start one server for each rank instead"),
+    "dcp_size": (1, "decode context parallelism: not served yet; set --dcp-size 1"),
+    "attn_cp_size": (1, "context parallelism: not served yet; set --attn-cp-size 1"),
+    "nnodes": (1, "several nodes: the ledger is one machine's; set --nnodes 1"),
+    "disaggregation_mode": (
+        "null",
+        "disaggregation: a transfer engine holds KV addresses; set --disaggregation-mode null",
+    ),
+    "enable_hierarchical_cache": (
+        False,
+        "HiCache: it copies while pages may go; remove --enable-hierarchical-cache",
+    ),
+    "enable_lmcache": (False, "LMCache: it holds KV addresses; remove --enable-lmcache"),
+    "enable_flexkv": (False, "FlexKV: it holds KV addresses; remove --enable-flexkv"),
+    "enable_hisparse": (False, "HiSparse: it has pools of its own; remove --enable-hisparse"),
+    "enable_unified_memory": (
+        False,
+        "unified memory: sub-pools share one region already; remove --enable-unified-memory",
+    ),
+    "enable_page_major_kv_layout": (
+        False,
+        "a block's layers lie side by side; remove --enable-page-major-kv-layout",
+    ),
+    "speculative_algorithm": (
+        None,
+        "speculative decoding: drafts have pools of their own; remove --speculative-algorithm",
+    ),
+    "dllm_algorithm": (None, "diffusion models: not served yet; remove --dllm-algorithm"),
+}
+DEVICES = ("cpu", "cuda")
+
+# Mixes of full and sliding-window layers, all of one size: they are right in one pool, too.
+ONE_POOL_MODELS = frozenset(
+    {
+        "GptOssForCausalLM",
+        "LagunaForCausalLM",
+        "Llama4ForConditionalGeneration",
+        "MellumForCausalLM",
+    }
+)
+
+# Attention that reads the window's pool at ids of that pool. SGLang's others read it at ids of the
+# other one: right as long as both hand out the same ones, which ours never do.
+TWO_POOL_BACKENDS = frozenset({"fa3", "fa4", "flashinfer", "triton", "trtllm_mha"})
+
+
+def argument_obstacles(arguments: Any) -> Iterator[str]:
+    """Yield why a server of these arguments cannot be served, and what to change.
+
+    Args:
+        arguments: What was parsed, or a `ServerArgs`.
+    """
+    for name, (allowed, reason) in OBSTACLES.items():
+        if getattr(arguments, name, allowed) != allowed:
+            yield reason
+    device = getattr(arguments, "device", None)
+    if device is not None and device.partition(":")[0] not in DEVICES:
+        yield f"device {device}: only NVIDIA GPUs and CPUs are served"
+
+
+def model_obstacles(runner: Any) -> Iterator[str]:
+    """Yield what only a model's configuration can tell.
+
+    Args:
+        runner: SGLang's model runner, or what plans the KV cache for it.
+    """
+    arguments = runner.server_args
+    if str(runner.device) not in DEVICES:
+        yield f"device {runner.device}: only NVIDIA GPUs and CPUs are served"
+    if not has_two_pools(runner) and not _fits_one_pool(runner.model_config):
+        yield (
+            "full and sliding-window layers that may differ in size need two pools; remove "
+            f"--disable-hybrid-swa-memory, which is right for {', '.join(sorted(ONE_POOL_MODELS))}"
+        )
+    if has_two_pools(runner):
+        served = ", ".join(sorted(TWO_POOL_BACKENDS))
+        for backend in sorted(_attention_backends(arguments) - TWO_POOL_BACKENDS):
+            yield (
+                f"attention backend {backend}: it reads the window's pool at ids of the other one; "
+                f"set --attention-backend to one of {served}, or --disable-hybrid-swa-memory"
+            )
+    if has_states(runner) and not _has_fixed_states(arguments):
+        yield (
+            "mamba or linear attention: SGLang would take a share of the device for the states at "
+            "once; set --max-mamba-cache-size to how many it shall keep"
+        )
+
+
+def has_two_pools(runner: Any) -> bool:
+    """Return whether layers with a sliding window have a pool of their own."""
+    return bool(getattr(runner, "is_hybrid_swa", False))
+
+
+def has_states(runner: Any) -> bool:
+    """Return whether layers keep a state for each request, beside keys and values of others."""
+    if hasattr(runner, "mambaish_config"):
+        return runner.mambaish_config is not None
+    from sglang.srt.configs.hybrid_arch import mambaish_config  # not the runner's from 0.5.16 on
+
+    return mambaish_config(runner.model_config) is not None
+
+
+def _attention_backends(arguments: Any) -> set[str]:
+    names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    return {value for name in names if (value := getattr(arguments, name, None)) is not None}
+
+
+def _has_fixed_states(arguments: Any) -> bool:
+    if getattr(arguments, "max_mamba_cache_size", None) is not None:
+        return True
+    return arguments.disable_radix_cache and arguments.max_running_requests is not None
+
+
+def _fits_one_pool(model_config: Any) -> bool:
+    from sglang.srt.configs.model_config import is_hybrid_swa_model
+
+    models = model_config.hf_config.architectures
+    known = (models, model_config.hf_text_config)[: len(signature(is_hybrid_swa_model).parameters)]
+    return not is_hybrid_swa_model(*known) or not ONE_POOL_MODELS.isdisjoint(models)

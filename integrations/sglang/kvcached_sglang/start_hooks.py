@@ -1,0 +1,101 @@
+"""What takes the place of SGLang's methods at a start, up to its first pool."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from kvcached_core.errors import KVCachedError, UnsupportedEngineError
+from kvcached_core.units import GIB
+from kvcached_sglang import obstacles, startup
+from kvcached_sglang.engine import engine, start_engine
+from kvcached_sglang.ranks import FirstRankError
+
+
+def launch_subprocesses(original: Any) -> Any:
+    """Wrap `Engine._launch_subprocesses`, a class method: SGLang's API has no command line."""
+    launch = original.__func__
+
+    def wrapper(cls: type, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+        startup.check_arguments(server_args)
+        return launch(cls, server_args, *args, **kwargs)
+
+    return classmethod(wrapper)
+
+
+def wait_for_scheduler_ready(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `_wait_for_scheduler_ready`: nothing is added to what a scheduler's process has said."""
+
+    @functools.wraps(original)
+    def wrapper(scheduler_pipe_readers: Any, scheduler_procs: Any) -> Any:
+        try:
+            return original(scheduler_pipe_readers, scheduler_procs)
+        except Exception:
+            if any(process.exitcode == startup.SAID for process in scheduler_procs):
+                raise SystemExit(1) from None
+            raise
+
+    return wrapper
+
+
+def scheduler_init(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `Scheduler.__init__`: what of ours ends a start is one message, said by one rank."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            original(self, *args, **kwargs)
+        except FirstRankError:
+            raise SystemExit(startup.SAID) from None
+        except KVCachedError as error:
+            _say(f"kvcached: {error}")
+        except SystemExit as error:
+            if not isinstance(error.code, str):
+                raise
+            _say(error.code)
+
+    return wrapper
+
+
+def load_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `ModelRunner.load_model`: before it is decided whether we serve; nothing is sized yet.
+
+    What fails after it ends the start, under `auto`, too: SGLang is told the virtual size then.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if engine() is None and startup.is_on():
+            try:
+                startup.check_model(self)
+            except UnsupportedEngineError as error:
+                startup.refuse_in_rank(error)
+            else:
+                start_engine(self)
+        return original(self, *args, **kwargs)
+
+    return wrapper
+
+
+def profile_available_bytes(original: Callable[..., int]) -> Callable[..., int]:
+    """Wrap `_profile_available_bytes`: the limit is the virtual size, not what is free."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> int:
+        ours = engine()
+        if ours is None:
+            return original(self, *args, **kwargs)
+        virtual_bytes = ours.layout.virtual_bytes
+        if obstacles.has_states(self):
+            # The states' pool stays SGLang's own, and the original is what would have sized it.
+            size_states = getattr(self, "_handle_max_mamba_cache", None)
+            size_states = size_states or self.handle_max_mamba_cache  # up to 0.5.15
+            return int(size_states(virtual_bytes / GIB) * GIB)
+        return virtual_bytes
+
+    return wrapper
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)  # noqa: T201  the process ends with it
+    raise SystemExit(startup.SAID) from None
