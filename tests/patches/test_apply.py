@@ -71,7 +71,9 @@ def test_revert_before_the_import_leaves_the_module_alone(engine: Callable[[], A
     finders = list(sys.meta_path)
     patcher = Patcher([METHOD])
     patcher.apply()
+    assert patcher.waits_for("toy_engine")
     patcher.revert()
+    assert not patcher.waits_for("toy_engine")
     assert sys.meta_path == finders
     assert engine().Owner().method("a") == "a"
 

@@ -12,7 +12,7 @@ from kvcached_core import instance
 from kvcached_core.arena import Arena
 from kvcached_core.config import HOST, Config, read_config
 from kvcached_core.devices import Device
-from kvcached_core.errors import ConfigError
+from kvcached_core.errors import ConfigError, PolicyError
 from kvcached_core.ledger import Ledger
 from kvcached_core.sharing import Policy
 from kvcached_core.units import MIB
@@ -243,6 +243,86 @@ def test_what_is_owed_goes_when_the_last_request_leaves_it_behind(engine: Elasti
     assert pool.pages.num_resident_pages <= limit_pages
     (call,) = engine.core.calls
     assert len(call[1].unmap_pages) >= 1
+
+
+def ask(engine: ElasticEngine, num_pages: int) -> None:
+    for device in (FIRST, SECOND):
+        seat = engine.instance.seat(device)
+        with Ledger(Path(seat.ledger_path)) as ledger:
+            ledger.settle(seat.row, used_bytes=0, cached_bytes=0)  # all of it is idle
+            ledger.ask(seat.row, num_pages * engine.instance.page_bytes)
+
+
+def coming_pages(engine: ElasticEngine) -> int:
+    with ledger_of(engine) as ledger:
+        (view,) = ledger.view().instances
+        return view.coming_bytes // engine.instance.page_bytes
+
+
+def test_what_is_coming_is_announced_before_the_workers_unmap_it(
+    engine: ElasticEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place(engine)
+    pool = build_pool(engine)
+    pool.pages.min_spare_pages = pool.pages.max_spare_pages = 0
+    blocks = live_blocks(engine, pool, 150)
+    pool.free_blocks(blocks)
+    engine.core.is_busy = True
+    ask(engine, 4)
+    announced: list[tuple[int, int]] = []
+
+    def unmap(_function: Any, args: tuple[Any, ...] = ()) -> list[Any]:
+        (orders,) = args
+        announced.append((coming_pages(engine), len(orders.unmap_pages)))
+        for device in (FIRST, SECOND):
+            seat = engine.instance.seat(device)
+            num_bytes = len(orders.unmap_pages) * engine.instance.page_bytes
+            with Ledger(Path(seat.ledger_path)) as ledger:
+                ledger.settle(seat.row, unmapped_bytes=num_bytes, used_bytes=0, cached_bytes=0)
+        return []
+
+    monkeypatch.setattr(engine.core, "collective_rpc", unmap)
+    engine.answer()
+    assert announced == [(4, 4)]
+    assert coming_pages(engine) == 0
+
+
+@pytest.mark.parametrize(("num_idle", "num_owed"), [(3, 1), (4, 0), (0, 4)])
+def test_what_idle_pages_pay_is_not_owed(
+    engine: ElasticEngine, num_idle: int, num_owed: int
+) -> None:
+    place(engine)
+    pool = build_pool(engine)
+    pool.pages.min_spare_pages = pool.pages.max_spare_pages = 0
+    engine.core.is_busy = True
+    per_page = pool.pages.geometry.blocks_per_page
+    blocks = live_blocks(engine, pool, 7 * per_page - 1)
+    assert pool.pages.num_resident_pages == 7
+    pool.free_blocks(blocks[(7 - num_idle) * per_page - 1 :])
+    set_limit(engine, 3 * engine.instance.page_bytes)
+    engine.answer()
+    assert pool.owed_pages == num_owed
+    assert pool.pages.num_resident_pages == 7 - num_idle
+
+
+def test_the_least_limit_holds_the_largest_request_and_the_null_block(
+    engine: ElasticEngine,
+) -> None:
+    plans = [plan(6), plan(8)]
+    per_page = 16 * MIB // BLOCK_BYTES // 8
+    num_pages = 3
+    spec = SimpleNamespace(
+        max_memory_usage_bytes=lambda _config: num_pages * per_page * BLOCK_BYTES,
+        page_size_bytes=BLOCK_BYTES,
+    )
+    for each in plans:
+        each.kv_cache_groups = [SimpleNamespace(kv_cache_spec=spec)]
+    engine.place(plans, 2 * MIB)
+    assert engine.geometry is not None
+    assert engine.geometry.blocks_per_page == per_page
+    with pytest.raises(PolicyError):
+        set_limit(engine, num_pages * engine.instance.page_bytes)
+    set_limit(engine, (num_pages + 1) * engine.instance.page_bytes)
 
 
 @pytest.fixture
