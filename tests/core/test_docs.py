@@ -1,0 +1,72 @@
+"""What the documents say of messages and defaults is what the code says."""
+
+import ast
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+from kvcached_core.config import PREFIX, Config, read_switch
+
+ROOT = Path(__file__).parents[2]
+MESSAGES = (ROOT / "docs" / "operations.md").read_text().split("## Messages at the start")[1]
+SETTINGS = (ROOT / "docs" / "configuration.md").read_text()
+PACKAGES = ("kvcached_core", "integrations", "patches")
+UNKNOWN = "…"  # what stands in a message for something that differs
+
+
+def documented_messages() -> list[str]:
+    rows = [line.split("|")[1] for line in MESSAGES.splitlines() if line.startswith("| `")]
+    found = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
+    return [message for message in found if " " in message]  # the others are names
+
+
+@functools.cache
+def said() -> list[str]:
+    """Return every text in the code, with a sign in the place of what is put into it."""
+    found = []
+    for package in PACKAGES:
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    parts = [
+                        str(part.value) if isinstance(part, ast.Constant) else UNKNOWN
+                        for part in node.values
+                    ]
+                    found.append("".join(parts))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return found
+
+
+def test_messages_are_documented() -> None:
+    assert len(documented_messages()) > 10
+
+
+@pytest.mark.parametrize("message", documented_messages())
+def test_a_documented_message_is_one_that_the_code_says(message: str) -> None:
+    for clause in message.split(";"):  # two texts may make a message
+        parts = [re.escape(part.strip()) for part in clause.split(UNKNOWN)]
+        pattern = re.compile(".*".join(parts), re.DOTALL)
+        assert any(pattern.search(text) for text in said())
+
+
+def documented_defaults() -> dict[str, str]:
+    rows = [line.split("|") for line in SETTINGS.splitlines() if line.startswith("| `")]
+    return {row[1].strip().strip("`"): row[2].strip() for row in rows}
+
+
+@pytest.mark.parametrize("field", ["limit", "floor", "priority", "headroom", "page_bytes"])
+def test_a_documented_default_is_the_codes(field: str) -> None:
+    told = documented_defaults()[f"{PREFIX}{field.upper()}"].strip("`")
+    assert getattr(Config(), field) == getattr(Config.model_validate({field: told}), field)
+
+
+def test_documented_times_and_switches_are_the_codes() -> None:
+    told = documented_defaults()
+    assert told[f"{PREFIX}IDLE_SECONDS"] == f"`{Config().idle_seconds:g}`"
+    assert told[f"{PREFIX}DEBUG"] == f"`{Config().debug:d}`"
+    assert told["ENABLE_KVCACHED"] == f"`{read_switch({})}`"
+    adr = (ROOT / "docs" / "adr" / "0004-idle-pages-linger.md").read_text()
+    assert f"`{PREFIX}IDLE_SECONDS` ({Config().idle_seconds:g})" in adr
