@@ -12,6 +12,13 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from kvcached_core.units import GIB
+
+# What an engine allocates beside weights before its KV cache: CUDA context, libraries, activations
+# of the profile run and CUDA graphs, about 2 GiB for an 8B model. What is wrong with it the
+# headroom has to bear.
+OTHER_BYTES = 2 * GIB
+
 # What holds a model's weights, the kind that engines prefer first. A folder may hold several
 # copies; `*.index.json` names the files of one.
 KINDS = ("*.safetensors", "*.bin", "*.pt", "*.pth")

@@ -117,10 +117,34 @@ HOOKS = (
     Hook(
         "sglang.srt.managers.scheduler_components.weight_updater:"
         "SchedulerWeightUpdaterManager.release_memory_occupation",
-        "kvcached_sglang.hooks:release_memory_occupation",
+        "kvcached_sglang.sleep_hooks:release_memory_occupation",
         "give all pages but page 0 back",
         ("recv_req",),
         (f"{_WEIGHTS}.release_memory_occupation",),
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler_components.weight_updater:"
+        "SchedulerWeightUpdaterManager.resume_memory_occupation",
+        "kvcached_sglang.sleep_hooks:resume_memory_occupation",
+        "make room for what comes back from sleep, or refuse before anything is touched",
+        ("recv_req",),
+        (f"{_WEIGHTS}.resume_memory_occupation",),
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_control_mixin:TokenizerControlMixin.init_communicators",
+        "kvcached_sglang.sleep_hooks:init_communicators",
+        "let a refused wake be an error of its caller",
+    ),
+    Hook(
+        "sglang.srt.utils.torch_memory_saver_adapter:_TorchMemorySaverAdapterReal.region",
+        "kvcached_sglang.sleep_hooks:saver_region",
+        "count what the memory saver holds, by tag",
+        ("tag",),
+    ),
+    Hook(
+        "sglang.srt.utils.torch_memory_saver_adapter:_TorchMemorySaverAdapterReal.cuda_graph",
+        "kvcached_sglang.sleep_hooks:saver_cuda_graph",
+        "count what captured graphs hold in the memory saver",
     ),
 )
 

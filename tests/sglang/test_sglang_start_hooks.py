@@ -5,11 +5,14 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from kvcached_core.errors import LedgerError, UnsupportedEngineError
+from kvcached_core.model_bytes import OTHER_BYTES
 from kvcached_sglang import engine as engines
 from kvcached_sglang import start_hooks, startup
 from kvcached_sglang.ranks import FirstRankError
+from kvcached_sglang.weights import static_bytes
 
 pytestmark = pytest.mark.sglang
 
@@ -98,3 +101,44 @@ def test_a_model_that_cannot_be_served_ends_the_start_with_nothing_loaded() -> N
 def test_under_auto_it_is_loaded_and_sized_as_sglang_does_it() -> None:
     happened = load(SimpleNamespace(), "auto", UnsupportedEngineError("a reason"))
     assert happened == ["checked", "loaded", "sized 3"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("cuda", ["room for 5", "loaded", f"announced {OTHER_BYTES}", "weights hold 12"]),
+        ("host", ["loaded"]),
+    ],
+)
+def test_on_a_gpu_neighbours_make_room_for_the_weights_first(
+    kind: str, expected: list[str]
+) -> None:
+    happened: list[str] = []
+    engine = SimpleNamespace(
+        device=SimpleNamespace(kind=kind),
+        make_room_for=lambda size: happened.append(f"room for {size}"),
+        ranks=SimpleNamespace(announce=lambda size: happened.append(f"announced {size}")),
+        saved=SimpleNamespace(at_least=lambda tag, size: happened.append(f"{tag} hold {size}")),
+    )
+    runner = SimpleNamespace(
+        model=torch.nn.Linear(2, 1), server_args=SimpleNamespace(enable_memory_saver=True)
+    )
+    with (
+        patch.object(engines, "_engine", engine),
+        patch.object(start_hooks, "static_bytes", lambda _: 5),
+    ):
+        start_hooks.load_model(lambda _: happened.append("loaded"))(runner)
+    assert happened == expected
+
+
+def test_the_room_that_is_asked_for_is_a_ranks_share_of_the_model() -> None:
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512, "num_attention_heads": 4}
+
+    def bytes_with(num_ranks: int) -> int:
+        model = SimpleNamespace(model_path="no/such", hf_config=shape, dtype=torch.bfloat16)
+        arguments = SimpleNamespace(tp_size=num_ranks)
+        return static_bytes(SimpleNamespace(server_args=arguments, model_config=model))
+
+    whole = bytes_with(1) - OTHER_BYTES
+    assert whole > 2 * 512 * 64 * 2
+    assert bytes_with(2) - OTHER_BYTES == whole // 2

@@ -5,7 +5,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from kvcached_core.config import HOST, Config, read_config
+from kvcached_core.config import CUDA, HOST, Config, read_config
 from kvcached_core.geometry import Geometry
 from kvcached_core.orders import PageOrders
 from kvcached_core.page_pool import NUM_QUIET_PAGES, REPORT_SECONDS
@@ -19,10 +19,12 @@ from kvcached_sglang.requests import (
     evictable_of_pools,
     evictable_tokens,
     give_up_part,
+    is_asleep,
     is_busy,
     num_computed,
     reopen,
 )
+from kvcached_sglang.saved_memory import SavedMemory
 
 if TYPE_CHECKING:
     from kvcached_sglang.free_list import FreeList
@@ -77,6 +79,7 @@ class ElasticEngine:
             num_pools,
             self._stream,
         )
+        self.saved = SavedMemory(hardware.reserved_bytes if self.device.kind == CUDA else lambda: 0)
         self.free_lists: list[FreeList] = []  # that of the pool of all layers first
         self._owed_pages = 0
         self._reported = (0, 0)
@@ -113,6 +116,16 @@ class ElasticEngine:
         free_list = make_elastic(allocator, pages, lambda: self.ranks.room_pages * per_page)
         self.free_lists.append(free_list)
 
+    def make_room_for(self, static_bytes: int) -> None:
+        """Let neighbours make room for what a start allocates first: the weights, above all.
+
+        Where there is not enough, the start goes on, and what it needs is promised to nobody else.
+        """
+        shortage = self.ranks.make_room(static_bytes)
+        if shortage is not None:
+            logger.warning("kvcached: %s; the start of this engine goes on", shortage)
+            self.ranks.announce(static_bytes)
+
     def begin_schedule(self, scheduler: Any) -> None:
         """Give what others want, and take a promise of what this schedule may need at most."""
         if not self.free_lists:
@@ -132,7 +145,8 @@ class ElasticEngine:
         if self._held_since is not None and self.ranks.clock() > self._held_since + HOLD_SECONDS:
             self._held_since = None
             give_up_part(scheduler)
-        self._reserve(self._blocks_needed(scheduler))
+        if not is_asleep(scheduler):
+            self._reserve(self._blocks_needed(scheduler))
 
     def must_hold(self, scheduler: Any) -> bool:
         """Return whether a prompt that was begun has to wait, because its next part has no room."""

@@ -34,3 +34,10 @@ def current_stream() -> int:
     import torch
 
     return int(torch.cuda.current_stream().cuda_stream)
+
+
+def reserved_bytes() -> int:
+    """Return what torch's allocator has of this process's GPU, in bytes."""
+    import torch
+
+    return int(torch.cuda.memory_reserved())

@@ -6,8 +6,7 @@ from typing import Any
 
 from kvcached_sglang import pools, startup
 from kvcached_sglang.engine import engine
-
-RUNNERS_KV_TAG = "kv_cache"
+from kvcached_sglang.requests import is_asleep
 
 
 def kv_cache_init(original: Callable[..., None]) -> Callable[..., None]:
@@ -106,16 +105,17 @@ def get_next_batch_to_run(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def get_new_batch_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `get_new_batch_prefill`: a prompt of which a part is computed waits for memory, too.
+    """Wrap `get_new_batch_prefill`: what needs memory that is not there waits.
 
-    SGLang goes on with it unasked, since it counted on the memory when the prompt began; a limit or
-    a neighbour may have taken it since.
+    A prompt of which a part is computed: SGLang goes on with it unasked, since it counted on the
+    memory when the prompt began; a limit or a neighbour may have taken it since. And every request
+    to an engine that sleeps.
     """
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         ours = engine()
-        if ours is None or not ours.must_hold(self):
+        if ours is None or not (is_asleep(self) or ours.must_hold(self)):
             return original(self, *args, **kwargs)
         running = [*args, *kwargs.values()]
         if not running:
@@ -177,20 +177,5 @@ def retract_decode(original: Callable[..., Any]) -> Callable[..., Any]:
             self.filter_batch(keep_indices=[])
             retracted = [*retracted, request]
         return retracted, ratio, aborted
-
-    return wrapper
-
-
-def release_memory_occupation(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the handler of `/release_memory_occupation`: all pages but page 0 go back."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
-        answer = original(self, recv_req, *args, **kwargs)
-        ours = engine()
-        tags = getattr(recv_req, "tags", None)
-        if ours is not None and (not tags or RUNNERS_KV_TAG in tags):
-            ours.empty()
-        return answer
 
     return wrapper

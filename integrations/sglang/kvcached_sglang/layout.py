@@ -112,6 +112,7 @@ class Layout:
         return geometry
 
     def _make_memory(self, geometry: Geometry) -> RankMemory:
+        self._ranks.announce(0)  # weights are there, and everybody sees them
         if not self._ranks.reserve_first_page():
             setting = "KVCACHED_HOST_POOL or " if self._device.kind == HOST else ""
             raise ConfigError(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from kvcached_core import room
 from kvcached_core.config import Config
 from kvcached_core.devices import Device
 from kvcached_core.errors import KVCachedError
@@ -41,13 +42,14 @@ class Wanted:
 class Ranks:
     """The ledgers as every rank sees them. A `PageSource`.
 
-    All ranks call `look`, `reserve` and `reserve_first_page` in the same order.
+    All ranks call `look`, `reserve`, `reserve_first_page` and `make_room` in the same order.
 
     Args:
         instance: The server in the ledgers; only rank 0 has it.
         seat: Where this rank reports what it maps.
         capacity_bytes: What instances may hold together on the device that has least.
         share: Returns rank 0's numbers on every rank.
+        largest: Returns the largest number of all ranks on every rank.
     """
 
     def __init__(
@@ -56,12 +58,14 @@ class Ranks:
         seat: Seat,
         capacity_bytes: int,
         share: Share = lambda values: values,
+        largest: Callable[[int], int] = lambda value: value,
     ) -> None:
         self.instance = instance
         self.seat = seat
         self.capacity_bytes = capacity_bytes
         self.room_pages = 0
         self._share = share
+        self._largest = largest
         self._microseconds = 0
 
     def describe(self, *, page_bytes: int, num_pages: int, least_pages: int) -> None:
@@ -99,6 +103,28 @@ class Ranks:
         """See `Instance.reserve_first_page`."""
         is_granted = self.instance is not None and self.instance.reserve_first_page()
         return bool(self._share([int(is_granted)])[0])
+
+    def make_room(self, static_bytes: int) -> str | None:
+        """Announce what each rank is about to allocate beside its KV cache, and ask for it.
+
+        Args:
+            static_bytes: What this rank is; the largest of all ranks counts for each.
+
+        Returns:
+            None if there is room: call `announce(0)` when it is allocated. Otherwise what is
+            missing and who holds it, as rank 0 found it.
+        """
+        needed_bytes = self._largest(static_bytes)
+        shortage = None
+        if needed_bytes and self.instance is not None:
+            shortage = self.instance.make_room(needed_bytes, room.PATIENCE_SECONDS)
+        (is_short,) = self._share([int(shortage is not None)])
+        return (str(shortage) if shortage is not None else "see rank 0") if is_short else None
+
+    def announce(self, static_bytes: int) -> None:
+        """See `Instance.announce`."""
+        if self.instance is not None:
+            self.instance.announce(static_bytes)
 
     def cancel(self, num_pages: int) -> None:
         """See `PageSource.cancel`."""
@@ -174,4 +200,9 @@ def _join_many(device: Device, group: Any, enter: Callable[[list[Device]], Insta
         distributed.broadcast(numbers, src=first, group=channel)
         return [int(number) for number in numbers.tolist()]
 
-    return Ranks(instance, seats[group.rank_in_group], capacity_bytes, share)
+    def largest(value: int) -> int:
+        number = torch.tensor([value], dtype=torch.int64)
+        distributed.all_reduce(number, op=distributed.ReduceOp.MAX, group=channel)
+        return int(number)
+
+    return Ranks(instance, seats[group.rank_in_group], capacity_bytes, share, largest)

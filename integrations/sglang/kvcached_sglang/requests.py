@@ -33,6 +33,12 @@ def is_busy(scheduler: Any) -> bool:
     return bool(running or scheduler.waiting_queue or scheduler.chunked_req is not None)
 
 
+def is_asleep(scheduler: Any) -> bool:
+    """Return whether something of the engine was released and not resumed."""
+    owner = getattr(scheduler, "weight_updater", scheduler)  # its own up to 0.5.12
+    return bool(getattr(owner, "offload_tags", ()))
+
+
 def reopen(scheduler: Any) -> None:
     """Let requests in again after one found no memory while nothing ran.
 

@@ -5,11 +5,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from kvcached_core.config import HOST
 from kvcached_core.errors import KVCachedError, UnsupportedEngineError
+from kvcached_core.model_bytes import OTHER_BYTES
 from kvcached_core.units import GIB
 from kvcached_sglang import obstacles, startup
 from kvcached_sglang.engine import engine, start_engine
 from kvcached_sglang.ranks import FirstRankError
+from kvcached_sglang.saved_memory import WEIGHTS
+from kvcached_sglang.weights import loaded_bytes, static_bytes
 
 
 def launch_subprocesses(original: Any) -> Any:
@@ -60,7 +64,8 @@ def scheduler_init(original: Callable[..., None]) -> Callable[..., None]:
 def load_model(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `ModelRunner.load_model`: before it is decided whether we serve; nothing is sized yet.
 
-    What fails after it ends the start, under `auto`, too: SGLang is told the virtual size then.
+    On a GPU neighbours make room for the weights, as in vLLM's worker. What fails after it ends the
+    start, under `auto`, too: SGLang is told the virtual size then.
     """
 
     @functools.wraps(original)
@@ -72,7 +77,15 @@ def load_model(original: Callable[..., Any]) -> Callable[..., Any]:
                 startup.refuse_in_rank(error)
             else:
                 start_engine(self)
-        return original(self, *args, **kwargs)
+        ours = engine()
+        if ours is None or ours.device.kind == HOST:
+            return original(self, *args, **kwargs)
+        ours.make_room_for(static_bytes(self))
+        answer = original(self, *args, **kwargs)
+        ours.ranks.announce(OTHER_BYTES)
+        if self.server_args.enable_memory_saver:
+            ours.saved.at_least(WEIGHTS, loaded_bytes(self.model))
+        return answer
 
     return wrapper
 

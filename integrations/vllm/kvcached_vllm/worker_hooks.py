@@ -10,11 +10,12 @@ from kvcached_core.arrival import Arrival
 from kvcached_core.config import CUDA, HOST, read_config
 from kvcached_core.devices import Device, cuda_device, host_device
 from kvcached_core.errors import UnsupportedEngineError
+from kvcached_core.model_bytes import OTHER_BYTES
 from kvcached_core.vmm.host import HostBackend
 from kvcached_vllm import startup
 from kvcached_vllm.layout import PLACEMENT, Placement, plane_layout, sparse_config
 from kvcached_vllm.sleeping import mapped_only
-from kvcached_vllm.weights import OTHER_BYTES, static_bytes
+from kvcached_vllm.weights import static_bytes
 from kvcached_vllm.worker import WorkerMemory, inner_worker, settle_orders
 
 if TYPE_CHECKING:

@@ -1,0 +1,113 @@
+"""Sleeping and waking: what SGLang's memory saver gives at a release comes back as a promise.
+
+The bytes that a wake will allocate are announced and asked for first. Where there is no room, the
+call is refused before anything of the engine is touched, and the engine sleeps on.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from kvcached_sglang.engine import engine
+from kvcached_sglang.saved_memory import ALL_TAGS, CUDA_GRAPH, KV_CACHE
+
+
+def saver_region(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `region` of SGLang's memory saver: what is allocated in it is counted."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, tag: str, *args: Any, **kwargs: Any) -> Any:
+        ours, region = engine(), original(self, tag, *args, **kwargs)
+        return region if ours is None else ours.saved.measured(tag, region)
+
+    return wrapper
+
+
+def saver_cuda_graph(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `cuda_graph` of SGLang's memory saver: what a capture allocates is counted."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, **kwargs: Any) -> Any:
+        ours, region = engine(), original(self, **kwargs)
+        tag = kwargs.get("tag", CUDA_GRAPH)
+        return region if ours is None else ours.saved.measured(tag, region)
+
+    return wrapper
+
+
+def release_memory_occupation(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the handler of `/release_memory_occupation`: all pages but page 0 go back."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, recv_req, *args, **kwargs)
+        ours = engine()
+        if ours is not None and KV_CACHE in _tags(recv_req):
+            ours.empty()
+        return answer
+
+    return wrapper
+
+
+def resume_memory_occupation(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the handler of `/resume_memory_occupation`: room is made first, or it is refused.
+
+    The scheduler's thread waits for neighbours here, for seconds at most; nothing runs meanwhile.
+    Every rank comes here, and all of them do the same.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
+        ours = engine()
+        if ours is None:
+            return original(self, recv_req, *args, **kwargs)
+        tags = _tags(recv_req)
+        awake = [tag for tag in tags if tag not in self.offload_tags]
+        if awake:
+            return _refused(f"{', '.join(awake)} cannot be resumed: not released")
+        shortage = ours.ranks.make_room(ours.saved.bytes_of(tags))
+        if shortage is not None:
+            return _refused(f"no room to wake up: {shortage}; the engine sleeps on")
+        try:
+            return original(self, recv_req, *args, **kwargs)
+        finally:
+            ours.ranks.announce(0)
+
+    return wrapper
+
+
+def init_communicators(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `init_communicators` of SGLang's front end: a refused wake is an error of its caller."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        make_refusable(self.resume_memory_occupation_communicator)
+
+    return wrapper
+
+
+def make_refusable(communicator: Any) -> None:
+    """Let calls through a communicator of SGLang's raise what the scheduler refuses them for."""
+    engines: Any = type(communicator)
+
+    class RefusableCommunicator(engines):
+        async def __call__(self, obj: Any) -> Any:
+            answers = await super().__call__(obj)
+            reasons = [answer.rid for answer in answers if answer.rid]
+            if reasons:
+                raise ValueError("; ".join(reasons))
+            return answers
+
+    communicator.__class__ = RefusableCommunicator
+
+
+def _refused(reason: str) -> Any:
+    # SGLang's answer has no field for a reason; no answer of this kind belongs to a request.
+    from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqOutput
+
+    return ResumeMemoryOccupationReqOutput(rid=f"kvcached: {reason}")
+
+
+def _tags(recv_req: Any) -> tuple[str, ...]:
+    return tuple(recv_req.tags or ALL_TAGS)
