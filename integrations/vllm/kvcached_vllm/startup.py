@@ -1,6 +1,5 @@
 """Whether we can serve this vLLM elastically, decided once before anything is changed."""
 
-import atexit
 import logging
 import os
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 from kvcached_core import refusal
 from kvcached_core.config import Enable, read_config, read_switch
 from kvcached_core.errors import ConfigError, UnsupportedEngineError
-from kvcached_core.ledger import sweep
+from kvcached_core.leaving import sweep_at_exit
 from kvcached_core.names import safe_name
 from kvcached_patches import (
     Installed,
@@ -49,14 +48,13 @@ def start() -> None:
         engine = installed()
         if os.environ.get(CHECKED) != engine.release:
             check_release(engine)
-            # vLLM kills its engine core at shutdown; who started it sees that it is gone.
-            atexit.register(sweep, config.dir)
     except ConfigError as error:
         raise SystemExit(f"kvcached: {error}") from error
     except UnsupportedEngineError as error:
         refuse(error)
         return
     os.environ[CHECKED] = engine.release
+    sweep_at_exit(config.dir)
     _patcher = Patcher(
         hooks_of(engine, table.HOOKS),
         on_misfit=lambda error: refuse(UnsupportedEngineError(str(error))),

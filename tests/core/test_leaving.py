@@ -1,0 +1,71 @@
+"""The files of a user's last engine are gone with its last process, whichever that is."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import multiprocessing, os, signal, sys
+from pathlib import Path
+from kvcached_core.leaving import sweep_at_exit
+from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_open import ledger_directory
+
+folder = Path(sys.argv[1])
+
+def core(ready, release):
+    sweep_at_exit(folder)
+    ledger = Ledger(ledger_directory(folder) / "host.ledger", 1 << 30)
+    ledger.register(name="a", engine="test")
+    ready.set()
+    release.wait()
+"""
+
+MAIN = """
+def files():
+    return sorted(os.listdir(folder))
+
+if __name__ == "__main__":
+    spawn = multiprocessing.get_context("spawn")
+    ready, release = spawn.Event(), spawn.Event()
+    child = spawn.Process(target=core, args=(ready, release), daemon=sys.argv[2] == "daemon")
+    child.start()
+    ready.wait()
+    sweep_at_exit(folder)
+    assert "host.ledger" in files()
+    END
+    if not child.daemon:
+        release.set()
+"""
+
+ENDS = {
+    "parent": "pass",  # its engine core is a child that it waits for, or ends itself
+    "core is killed": "os.kill(child.pid, signal.SIGKILL); child.join()",
+    "core first": "release.set(); child.join()",
+}
+
+
+def run(tmp_path: Path, end: str, kind: str) -> list[Path]:
+    script, folder = tmp_path / "engine.py", tmp_path / "kv"
+    script.write_text(SCRIPT + MAIN.replace("END", end))
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), kind],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return list(folder.iterdir())
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("kind", ["daemon", "joined"])
+def test_nothing_is_left_however_an_engine_ends(tmp_path: Path, end: str, kind: str) -> None:
+    assert run(tmp_path, ENDS[end], kind) == []
+
+
+def test_a_forked_child_that_ends_removes_nothing(tmp_path: Path) -> None:
+    end = "number = os.fork() or sys.exit(0); os.waitpid(number, 0); assert files()"
+    assert run(tmp_path, end, "joined") == []
