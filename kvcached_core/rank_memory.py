@@ -62,6 +62,7 @@ class RankMemory:
         current_stream: Callable[[], int] = lambda: 0,
     ) -> None:
         self.seat = seat
+        self._pid = os.getpid()
         self.backend = MeteredBackend(backend)
         self._current_stream = current_stream
         self._counts = (0, 0)
@@ -136,7 +137,9 @@ class RankMemory:
             self.keeper.unmap_behind(orders.unmap_pages, fence)
 
     def close(self) -> None:
-        """Give everything back."""
+        """Give everything back; in a forked child, which owns nothing, do nothing."""
+        if os.getpid() != self._pid:
+            return
         with contextlib.ExitStack() as rest:
             rest.callback(self.ledger.close)
             with contextlib.suppress(PageKeeperError):  # it was logged, and raised to each step

@@ -1,5 +1,7 @@
 """A worker's memory: orders, warm-up and the debug check, over a real ledger and host memory."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,6 +143,47 @@ def test_closing_gives_every_byte_back(ledger: Ledger) -> None:
     memory.carry_out(PageOrders(map_pages=[4], num_used_pages=2))
     memory.close()
     assert seen(ledger).resident_bytes == 0
+
+
+FORK = """
+import os, sys
+from pathlib import Path
+from kvcached_core.geometry import choose_geometry
+from kvcached_core.instance import Seat
+from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.rank_memory import RankMemory
+from kvcached_core.vmm.host import HostBackend
+
+geometry = choose_geometry(block_bytes=65536, num_planes=4, granularity_bytes=2 << 20)
+path = ledger_directory(Path(sys.argv[1])) / "host.ledger"
+ledger = Ledger(path, 1 << 30)
+row = ledger.register(name="a", engine="test")
+ledger.reserve(row, geometry.page_bytes, geometry.page_bytes)
+memory = RankMemory(geometry, 4, Seat(str(path), row, 1), HostBackend())
+number = os.fork()
+if number == 0:
+    memory.close()  # what an engine's own clean-up in the child does
+    os._exit(0)
+assert os.waitpid(number, 0)[1] == 0
+(view,) = ledger.view().instances
+assert view.resident_bytes == geometry.page_bytes, view
+memory.arena.tensor()[:8].fill_(1)
+memory.close()
+(view,) = ledger.view().instances
+assert view.resident_bytes == 0, view
+"""
+
+
+def test_a_forked_child_that_closes_takes_nothing_from_its_parent(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, str(tmp_path / "kv")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
