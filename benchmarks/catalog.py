@@ -57,6 +57,12 @@ BENCHMARKS = (
     Benchmark("vllm_overhead", "vllm_overhead.py", GPU, "vLLM's servers with us and without"),
     Benchmark("sglang_overhead", "sglang_overhead.py", GPU, "SGLang's servers with us and without"),
     Benchmark("beside_sglang", "beside_sglang.py", GPU, "vLLM beside SGLang, and one killed"),
+    Benchmark(
+        "wake_beside_neighbour",
+        "wake_beside_neighbour.py",
+        GPU,
+        "sleeping, and waking beside a neighbour that filled the device",
+    ),
     Benchmark("vllm_neighbours", "vllm_neighbours.py", GPU, "starts and bursts beside neighbours"),
     Benchmark(
         "pressure_gpu",

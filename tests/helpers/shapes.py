@@ -37,6 +37,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "tie_word_embeddings": True,
     },
+    "llama-3b": LLAMA
+    | {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
     "llama-small": LLAMA
     | {
         "hidden_size": 1024,
@@ -149,6 +158,28 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "vocab_size": 32000,
     },
+    "moe-20g": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 17,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    },
     "mamba": {
         "architectures": ["JambaForCausalLM"],
         "model_type": "jamba",
@@ -201,6 +232,17 @@ def make_shape(folder: Path, shape: str) -> Path:
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))  # noqa: S106
     tokenizer.pre_tokenizer = WhitespaceSplit()
     save_tokenizer(tokenizer, folder)
+    return folder
+
+
+def make_files(folder: Path, num_bytes: int) -> Path:
+    """Write weight files of this size with nothing in them, as a real checkpoint has them."""
+    names = [f"model-{number:05}-of-00005.safetensors" for number in range(1, 6)]
+    for name in names:
+        with (folder / name).open("wb") as file:
+            file.truncate(num_bytes // len(names))
+    index = {"weight_map": {f"layer.{number}": name for number, name in enumerate(names)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
 
