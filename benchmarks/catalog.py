@@ -63,6 +63,14 @@ BENCHMARKS = (
         GPU,
         "sleeping, and waking beside a neighbour that filled the device",
     ),
+    Benchmark(
+        "sglang_wake",
+        "sglang_wake.py",
+        GPU,
+        "SGLang's memory saver beside a neighbour that fills the device: 20 rounds",
+        output="--out",
+        result="sglang_wake",
+    ),
     Benchmark("vllm_neighbours", "vllm_neighbours.py", GPU, "starts and bursts beside neighbours"),
     Benchmark(
         "pressure_gpu",
