@@ -176,6 +176,24 @@ def test_configurations_that_cannot_be_served_are_named(
         startup.check_configuration(configuration(**changes))
 
 
+@pytest.mark.parametrize("layout", ["BLNHC", "BLHNC", "BHLNC", "LHBNC"])
+def test_a_layout_that_is_set_is_refused_before_anything_is_sized(
+    monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
+    assert not startup.can_serve(configuration())
+    with pytest.raises(UnsupportedEngineError, match=f"VLLM_KV_CACHE_LAYOUT={layout}"):
+        startup.check_configuration(configuration())
+
+
+@pytest.mark.parametrize("layout", ["", "LBNHC", "LBHNC", "NHD", "HND"])
+def test_layouts_with_a_layers_blocks_together_are_served(
+    monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
+    startup.check_configuration(configuration())
+
+
 def test_a_pool_of_another_size_ends_the_start_with_both_sizes(tmp_path: Path) -> None:
     from kvcached_vllm.engine import ElasticEngine
 

@@ -25,6 +25,9 @@ from kvcached_patches import vllm as table
 logger = logging.getLogger("vllm.kvcached")
 refuse = partial(refusal.refuse, engine="vLLM", logger=logger)
 
+# vLLM's own variable for how a KV cache lies in memory: L for layers, B for blocks.
+LAYOUT = "VLLM_KV_CACHE_LAYOUT"
+
 # Says to the processes that this one starts that the source files were checked already.
 CHECKED = "_KVCACHED_VLLM_CHECKED"
 
@@ -129,6 +132,9 @@ def _obstacles(vllm_config: Any) -> Iterator[str]:
         yield f"executor {backend}: set --distributed-executor-backend mp"
     if vllm_config.kv_transfer_config is not None:
         yield "a KV connector: it may hold addresses that we unmap; remove --kv-transfer-config"
+    layout = os.environ.get(LAYOUT)
+    if layout and len(layout) == len("LBNHC") and not layout.startswith("LB"):  # from 0.29 on
+        yield f"{LAYOUT}={layout}: a layer's blocks must lie together; unset it, or set LBNHC"
     attention = getattr(vllm_config, "attention_config", None)
     if getattr(attention, "hisparse_config", None) is not None:
         yield "HiSparse: it has block pools of its own; switch it off"
