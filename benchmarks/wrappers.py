@@ -29,7 +29,8 @@ class Owner:
 
     def __init__(self) -> None:
         pages = SimpleNamespace(drain=lambda: None)
-        self.block_pool = SimpleNamespace(owed_pages=0, pages=pages)
+        engine = SimpleNamespace(is_waiting=False)
+        self.block_pool = SimpleNamespace(owed_pages=0, pages=pages, engine=engine)
         self.kv_cache_manager = self
         self.kvcached = SimpleNamespace(is_warming_up=False, debug=False, answer=lambda: None)
         self.scheduler = SimpleNamespace(has_unfinished_requests=lambda: True)
