@@ -13,7 +13,7 @@ class Engine:
     Attributes:
         package: What it is imported as.
         oldest: For each package on the index, the oldest release that we serve.
-        hooks: What we hook.
+        hooks: What we hook, and what else of it we lean on.
     """
 
     package: str
@@ -22,7 +22,7 @@ class Engine:
 
 
 ENGINES = {
-    "vllm": Engine("vllm", vllm.OLDEST_RELEASES, vllm.HOOKS),
+    "vllm": Engine("vllm", vllm.OLDEST_RELEASES, vllm.LOCKED),
     "sglang": Engine("sglang", sglang.OLDEST_RELEASES, sglang.ALL_HOOKS),
 }
 DISTRIBUTIONS = {

@@ -1,8 +1,10 @@
-"""What a hook is."""
+"""What a hook is, and what else of an engine we lean on."""
 
 from dataclasses import dataclass
 
 WRAP, REBIND, REPLACE = "wrap", "rebind", "replace"
+# Not hooked, but locked: a symbol that we call or read, and a method that a subclass overrides.
+USE, OVERRIDE = "use", "override"
 
 
 class HookError(RuntimeError):
@@ -22,7 +24,9 @@ class Hook:
         alternatives: Where other releases define the same thing, in other modules or by other
             names; the first that is there is hooked.
         how: `WRAP` a method or function where it is defined, the original runs inside; `REBIND` a
-            name that a module imported; `REPLACE` a body, which then must be the locked one.
+            name that a module imported; `REPLACE` a body, which then must be the locked one. With
+            `USE` nothing is replaced, and the signature must be the locked one; with `OVERRIDE` a
+            subclass of ours stands in for it, and the body must be the locked one.
         adr: The decision record, for everything but `WRAP`.
         num_decorators: Decorators of the engine's own on the target; from its lock.
     """
@@ -45,6 +49,11 @@ class Hook:
     def path(self) -> list[str]:
         """The names that lead from the module to the target."""
         return self.target.partition(":")[2].split(".")
+
+
+def uses(why: str, *targets: str, how: str = USE) -> tuple[Hook, ...]:
+    """Return what we lean on beside the hooks, for the locks; nothing of it is replaced."""
+    return tuple(Hook(target, "", why, how=how) for target in targets)
 
 
 @dataclass(frozen=True)

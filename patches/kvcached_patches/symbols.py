@@ -31,6 +31,7 @@ def find(tree: ast.Module, path: list[str]) -> ast.AST | str:
     scope: ast.AST = tree
     for name in path:
         found = next((node for node in _members(scope) if name in _names(node)), None)
+        found = found or _attribute(scope, name)
         if found is None:
             return name
         scope = found
@@ -75,6 +76,18 @@ def _members(scope: ast.AST) -> Iterator[ast.stmt]:
                 yield from _members(node)
             else:
                 yield node
+
+
+def _attribute(scope: ast.AST, name: str) -> ast.stmt | None:
+    """Return the statement in a class's methods that gives its instances the attribute `name`."""
+    if not isinstance(scope, ast.ClassDef):
+        return None
+    for node in ast.walk(scope):
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(one, ast.Attribute) and one.attr == name for one in targets):
+                return node
+    return None
 
 
 def _names(node: ast.stmt) -> list[str]:

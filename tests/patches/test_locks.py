@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from kvcached_patches import Hook, locks
+from kvcached_patches import Hook, locks, sglang, vllm
 from kvcached_patches.aliases import aliases
 from kvcached_patches.check import choose_targets, describe_hooks
 from kvcached_patches.engines import DISTRIBUTIONS, ENGINES
-from kvcached_patches.hook import REBIND, REPLACE, WRAP
+from kvcached_patches.hook import OVERRIDE, REBIND, REPLACE, USE, WRAP, uses
 from kvcached_patches.locks import Lock, check_lock, examine, locked_hooks
 from kvcached_patches.sources import Folder, Sources, Wheel
 
@@ -102,6 +102,39 @@ def test_a_body_that_still_runs_inside_ours_may_change_but_not_unseen(tmp_path: 
     assert str(found) == "engine.core:Owner.method: its body is not the locked one"
 
 
+LEANED_ON = (
+    *uses("we call it", "engine.core:Owner.method", "engine.core:Owner.attribute"),
+    *uses("a subclass of ours stands in", "engine.core:Owner.swapped", how=OVERRIDE),
+)
+WITH_ATTRIBUTE = CORE + "\n    def __init__(self):\n        self.attribute: int = 1\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("", "", None),
+        ("return tokens", "return tokens + 1", None),  # what we call may do it in another way
+        ("tokens=1", "tokens=1, more=2", "engine.core:Owner.method: it is @traced"),
+        ("return 1", "return 2", "engine.core:Owner.swapped: its body is not the locked one"),
+        ("self.attribute:", "self.renamed:", "engine.core:Owner.attribute: attribute is not"),
+    ],
+)
+def test_what_we_lean_on_beside_the_hooks_is_locked_too(
+    tmp_path: Path, old: str, new: str, expected: str | None
+) -> None:
+    sources = engine(tmp_path, WITH_ATTRIBUTE)
+    Lock("engine", "1.0.0", "", describe_hooks(LEANED_ON, sources)).write()
+    changed = engine(tmp_path, WITH_ATTRIBUTE.replace(old, new))
+    found = [str(one) for one in examine(LEANED_ON, "engine", "1.0.0", changed)]
+    assert [text.startswith(expected or "") for text in found] == ([True] if expected else [])
+
+
+def test_what_we_lean_on_is_never_given_to_the_patcher() -> None:
+    for table in (vllm.HOOKS, sglang.ALL_HOOKS):
+        assert all(hook.replacement for hook in table)
+    assert not any(hook.replacement for hook in vllm.USES)
+
+
 def test_a_release_without_a_lock_is_refused_with_the_nearest(tmp_path: Path) -> None:
     sources = engine(tmp_path)
     for release in ("1.0.0", "1.0.0.post1", "1.2.0"):
@@ -143,7 +176,9 @@ def test_everything_below_a_wrapped_method_has_a_decision_record() -> None:
     records = Path(__file__).parents[2] / "docs" / "adr"
     for served in ENGINES.values():
         for hook in served.hooks:
-            assert hook.how == WRAP or list(records.glob(f"{hook.adr:04}-*.md")), hook.target
+            assert hook.how in (WRAP, USE, OVERRIDE) or list(records.glob(f"{hook.adr:04}-*.md")), (
+                hook.target
+            )
 
 
 def test_each_lock_in_the_package_is_of_a_package_that_we_serve() -> None:

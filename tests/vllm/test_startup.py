@@ -141,7 +141,7 @@ def test_a_release_whose_source_does_not_fit_is_refused_with_every_finding(
 ) -> None:
     with pytest.raises(UnsupportedEngineError) as caught:
         startup.check_release(replace(startup.installed(), root=tmp_path))
-    assert str(caught.value).count("the module is gone") == len(table.HOOKS)
+    assert str(caught.value).count("the module is gone") == len(table.LOCKED)
 
 
 def test_a_missing_engine_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,11 @@ class ElasticBlockPool(BlockPool):
                 collector.on_block_allocated(block)
         return blocks
 
-    def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock], *_: Any, **__: Any) -> None:
+    def free_blocks(
+        self,
+        ordered_blocks: Iterable[KVCacheBlock],
+        prepend: bool = False,  # noqa: ARG002, FBT001, FBT002  0.23's, for blocks without a hash
+    ) -> None:
         """Drop one reference to each block; vLLM orders them by who shall be evicted first."""
         pages, ids_per_page = self.pages, self._ids_per_page
         free_lists, mark_dirty = pages.free_lists, pages.dirty.add
