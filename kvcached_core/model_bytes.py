@@ -289,9 +289,12 @@ def _indexed_files(folder: Path, kind: str) -> set[str]:
 def _reader(config: Any) -> Callable[[str], int]:
     def of(name: str) -> int:
         value = _get(config, name, None)
-        if isinstance(value, list | tuple):  # one for each layer
-            value = sum(value) / len(value) if value else 0
-        return int(value or 0)
+        try:
+            if isinstance(value, list | tuple):  # one for each layer
+                value = sum(value) / len(value) if value else 0
+            return int(value or 0)
+        except (TypeError, ValueError):  # an estimate must not end a start
+            return 0
 
     return of
 

@@ -273,3 +273,10 @@ def test_a_model_that_is_nowhere_is_known_by_its_shape(tmp_path: Path) -> None:
     by_shape = shape_bytes(LLAMA_8B, 2)
     assert model_bytes(str(tmp_path / "gone"), LLAMA_8B, 2) == by_shape
     assert shape_bytes({}, 2).total_bytes == 0
+
+
+def test_odd_configurations_are_estimated_without_an_error() -> None:
+    per_layer = LLAMA_8B | {"num_key_value_heads": [8] * 16 + [4] * 16}
+    assert 0.9 < shape_bytes(per_layer, 2).total_bytes / shape_bytes(LLAMA_8B, 2).total_bytes < 1
+    assert shape_bytes(LLAMA_8B | {"intermediate_size": {"odd": 1}}, 2).total_bytes > 0
+    assert shape_bytes(LLAMA_8B | {"quantization_config": {"quant_method": None}}, 2).num_layers

@@ -204,3 +204,24 @@ def test_weights_are_known_from_their_files_or_from_the_shape(tmp_path: Any) -> 
     (tmp_path / "b.safetensors").write_bytes(b"x" * 400)
     (tmp_path / "old.bin").write_bytes(b"x" * 1000)
     assert static_bytes(config) == 500 + OTHER_BYTES
+
+
+def test_a_draft_models_weights_count_as_well_and_a_models_own_only_once(tmp_path: Any) -> None:
+    def model(name: str, num_bytes: int) -> Any:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"x" * num_bytes)
+        dtype = SimpleNamespace(itemsize=2)
+        return SimpleNamespace(model=str(folder), hf_config={}, dtype=dtype, revision=None)
+
+    target, draft = model("target", 1000), model("draft", 100)
+    speculative = SimpleNamespace(draft_model_config=draft, draft_tensor_parallel_size=1)
+    config = SimpleNamespace(
+        model_config=target,
+        parallel_config=SimpleNamespace(tensor_parallel_size=2, pipeline_parallel_size=1),
+        load_config=SimpleNamespace(download_dir=None),
+        speculative_config=speculative,
+    )
+    assert static_bytes(config) == 500 + 100 + OTHER_BYTES
+    speculative.draft_model_config = target  # ngrams: the target is its own draft
+    assert static_bytes(config) == 500 + OTHER_BYTES
