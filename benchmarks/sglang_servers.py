@@ -25,7 +25,7 @@ KV_BYTES_PER_TOKEN = kv_bytes_per_token("llama-8b")
 GPU_OPTIONS = (
     *("--load-format", "dummy", "--dtype", "bfloat16", "--context-length", "8192"),
     *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
-    *("--grammar-backend", "none", "--log-level", "info", "--cuda-graph-max-bs", "256"),
+    *("--grammar-backend", "none", "--log-level", "info", "--cuda-graph-max-bs-decode", "256"),
 )
 
 

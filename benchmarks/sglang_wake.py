@@ -40,7 +40,7 @@ OPTIONS = (
 FLAGS = {
     SLEEPER: (
         *("--enable-memory-saver", "--enable-weights-cpu-backup"),
-        *("--cuda-graph-max-bs", "8", "--max-running-requests", "32"),
+        *("--cuda-graph-max-bs-decode", "8", "--max-running-requests", "32"),
     ),
     NEIGHBOUR: ("--disable-cuda-graph", "--max-running-requests", "128"),
 }

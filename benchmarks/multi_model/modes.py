@@ -24,7 +24,7 @@ VLLM_GPU_OPTIONS = ("--load-format", "dummy", "--max-model-len", "4096")
 SGLANG_GPU_OPTIONS = (
     *("--load-format", "dummy", "--dtype", "bfloat16", "--context-length", "4096"),
     *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
-    *("--grammar-backend", "none", "--log-level", "info", "--cuda-graph-max-bs", "256"),
+    *("--grammar-backend", "none", "--log-level", "info", "--cuda-graph-max-bs-decode", "256"),
 )
 
 

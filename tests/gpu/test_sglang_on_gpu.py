@@ -31,7 +31,7 @@ TOP_PAGES = Path(__file__).parents[1] / "helpers" / "top_pages"
 OPTIONS = (
     *("--dtype", "bfloat16", "--context-length", "4096", "--attention-backend", "triton"),
     *("--sampling-backend", "pytorch", "--grammar-backend", "none", "--skip-tokenizer-init"),
-    *("--skip-server-warmup", "--log-level", "info", "--cuda-graph-max-bs", "64"),
+    *("--skip-server-warmup", "--log-level", "info", "--cuda-graph-max-bs-decode", "64"),
 )
 # Both have room for all prompts of a round, or they would schedule them differently. On a card of
 # 80 GB a fraction of 0.45 leaves 35,000 tokens beside two models, whatever is asked for.
