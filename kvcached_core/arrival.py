@@ -6,8 +6,10 @@ import threading
 
 from kvcached_core.config import Config
 from kvcached_core.devices import Device, open_ledger
-from kvcached_core.ledger import doorbell_path
-from kvcached_core.names import safe_name
+from kvcached_core.errors import LedgerError, NameTakenError
+from kvcached_core.ledger_file import RowKey
+from kvcached_core.ledger_open import doorbell_path
+from kvcached_core.names import numbered_names, safe_name
 from kvcached_core.pressure import Doorbell, wake
 from kvcached_core.room import PATIENCE_SECONDS, Need, make_room
 
@@ -24,6 +26,8 @@ class Arrival:
         engine: The engine and its release.
         static_bytes: Weights and what else comes before the KV cache.
 
+    In a child that the process forks it is nobody's: there closing it does nothing.
+
     Raises:
         LedgerError: If the ledger cannot be used.
     """
@@ -32,13 +36,10 @@ class Arrival:
         self, device: Device, config: Config, *, name: str, engine: str, static_bytes: int
     ) -> None:
         self.static_bytes = static_bytes
+        self._pid = os.getpid()
         self._ledger = open_ledger(device, config)
         try:
-            self._row = self._ledger.register(
-                name=safe_name(name, f"-starting-{os.getpid()}"),
-                engine=engine,
-                static_bytes=static_bytes,
-            )
+            self._row = self._register(safe_name(name, f"-starting-{self._pid}"), engine)
             self._rang = threading.Event()
             self._bell = Doorbell(doorbell_path(self._ledger.path, self._row), self._rang.set)
         except BaseException:
@@ -63,6 +64,21 @@ class Arrival:
 
     def close(self) -> None:
         """Take the announcement back: what it was for is allocated, or will not be."""
+        if os.getpid() != self._pid:
+            return
         self._bell.close()
-        self._ledger.unregister(self._row)
-        self._ledger.close()
+        try:
+            wake(self._ledger, self._ledger.unregister(self._row))
+        finally:
+            self._ledger.close()
+
+    def _register(self, name: str, engine: str) -> RowKey:
+        # In another PID namespace there may be another process with this number.
+        for numbered in numbered_names(name):
+            try:
+                return self._ledger.register(
+                    name=numbered, engine=engine, static_bytes=self.static_bytes
+                )
+            except NameTakenError:
+                continue
+        raise LedgerError(f"too many engines named {name!r} start at the same time")

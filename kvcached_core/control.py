@@ -6,9 +6,10 @@ Every function may be called again with the same arguments: it says how far thin
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kvcached_core.errors import BackendError, LedgerError, PolicyError
 from kvcached_core.ledger import Ledger
@@ -17,8 +18,10 @@ from kvcached_core.ledger_view import DeviceView, InstanceView
 from kvcached_core.names import check_name
 from kvcached_core.nvml import GPU_PREFIXES, free_memory_reader
 from kvcached_core.pressure import wake
-from kvcached_core.sharing import Policy
 from kvcached_core.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from kvcached_core.ledger_members import PolicyChange
 
 LOOK_SECONDS = 0.005
 PATIENCE_SECONDS = 2.0
@@ -95,12 +98,8 @@ def set_limit(
         LedgerError: If there is no such instance.
     """
     with _places(directory, [name]) as places:
-        refusal = _apply(
-            places,
-            [
-                replace(place.view.policy, limit_bytes=_size(limit, "limit", place))
-                for place in places
-            ],
+        refusal = _change(
+            places, [{"limit_bytes": _size(limit, "limit", place)} for place in places]
         )
         return refusal or _wait(places, lambda _, view: view.excess_bytes, wait_seconds)
 
@@ -124,19 +123,16 @@ def set_floor(
         LedgerError: If there is no such instance.
     """
     with _places(directory, [name]) as places:
-        refusal = _apply(
-            places,
-            [
-                replace(place.view.policy, floor_bytes=_size(floor, "floor", place) or 0)
-                for place in places
-            ],
+        refusal = _change(
+            places, [{"floor_bytes": _size(floor, "floor", place) or 0} for place in places]
         )
         if refusal is not None:
             return refusal
         for place in places:
             missing = _missing_to_floor(place, place.now())
             if missing:
-                wake(place.ledger, place.ledger.ask_for_floor(place.view.row, missing))
+                asked = place.ledger.ask_peers(place.view.row, missing, is_waiting=False)
+                wake(place.ledger, asked)
         return _wait(places, _missing_to_floor, wait_seconds)
 
 
@@ -147,9 +143,7 @@ def set_priority(name: str, priority: int, *, directory: Path) -> Answer:
         LedgerError: If there is no such instance.
     """
     with _places(directory, [name]) as places:
-        refusal = _apply(
-            places, [replace(place.view.policy, priority=priority) for place in places]
-        )
+        refusal = _change(places, [{"priority": priority} for _ in places])
         return refusal or _wait(places, lambda _place, _view: 0, 0.0)
 
 
@@ -216,18 +210,20 @@ def _size(text: str, what: str, place: _Place) -> int | None:
     return parse_bytes(text, what=what, whole_bytes=place.ledger.capacity_bytes)
 
 
-def _apply(places: list[_Place], policies: list[Policy]) -> Answer | None:
-    done: list[_Place] = []
+def _change(places: list[_Place], changes: list[dict[str, Any]]) -> Answer | None:
+    """Change words of an instance's policy on all its devices, or on none."""
+    done: list[tuple[_Place, PolicyChange]] = []
     try:
-        for place, policy in zip(places, policies, strict=True):
-            place.ledger.set_policy(place.view.row, policy)
-            done.append(place)
-    except PolicyError as error:
-        for place in done:
-            place.ledger.set_policy(place.view.row, place.view.policy)
+        for place, words in zip(places, changes, strict=True):
+            done.append((place, place.ledger.change_policy(place.view.row, **words)))
+    except (PolicyError, LedgerError) as error:
+        for place, change in done:
+            place.ledger.undo_policy(place.view.row, change)
+        if isinstance(error, LedgerError):
+            raise
         return Answer(places[0].view.name, Outcome.REFUSED, reason=str(error))
-    for place in places:
-        place.wake()
+    for place, change in done:
+        wake(place.ledger, {place.view.row, *change.waiting})
     return None
 
 

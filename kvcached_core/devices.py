@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from kvcached_core.config import CUDA, HOST, Config
 from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.ledger_file import NUM_ROWS, RowKey
+from kvcached_core.ledger_open import doorbell_path, ledger_directory
 from kvcached_core.nvml import GPU_PREFIXES, free_memory_reader
 
 
@@ -54,8 +55,10 @@ def open_ledger(device: Device, config: Config) -> Ledger:
     Raises:
         LedgerError: If it cannot be used.
     """
+    path = ledger_directory(config.dir) / f"{device.name}.ledger"
+    doorbell_path(path, RowKey(NUM_ROWS - 1, 0))  # its address has to fit
     return Ledger(
-        ledger_directory(config.dir) / f"{device.name}.ledger",
+        path,
         device.capacity_bytes(config),
         device.free_bytes(config),
     )

@@ -58,6 +58,14 @@ class LedgerError(KVCachedError, RuntimeError):
     """The ledger file cannot be used; the message says why and what to do."""
 
 
+class LedgerBusyError(LedgerError):
+    """Somebody holds a ledger's lock and does not go on."""
+
+
+class NameTakenError(LedgerError):
+    """A live instance of the device has this name already."""
+
+
 class PolicyError(KVCachedError, ValueError):
     """A limit, floor or priority is refused; the message says why and what is allowed."""
 

@@ -1,41 +1,35 @@
 """One engine in the ledgers of all its devices: what it is promised, it is promised on all."""
 
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import ceil
+from typing import TYPE_CHECKING
 
 from kvcached_core.config import Config
 from kvcached_core.devices import Device, open_ledger
-from kvcached_core.ledger import Ledger, doorbell_path
+from kvcached_core.ledger_open import doorbell_path
+from kvcached_core.names import numbered_names
 from kvcached_core.pressure import Doorbell, ask_peers, wake
 from kvcached_core.room import LOOK_SECONDS, PATIENCE_SECONDS, Need, Shortage, make_room
-from kvcached_core.sharing import Policy
+from kvcached_core.seats import Seat, leave_rows, take_rows
+
+if TYPE_CHECKING:
+    from kvcached_core.ledger import Ledger
+    from kvcached_core.ledger_file import RowKey
 
 # Who was refused asks again when it is rung, or after this time: what others than engines free on a
 # device nobody tells.
 REFUSAL_SECONDS = 0.05
 
 
-@dataclass(frozen=True)
-class Seat:
-    """Where a rank finds its device's ledger and its instance's row; travels to the workers.
-
-    Attributes:
-        ledger_path: The ledger of the rank's device.
-        row: The instance's row in it.
-        num_ranks: Ranks of the instance on that device: each maps every page.
-    """
-
-    ledger_path: str
-    row: int
-    num_ranks: int
-
-
 class Instance:
     """The rows of one engine, one for each device that its ranks use.
+
+    The scheduler's thread calls it. In a child that the process forks it is nobody's: there closing
+    it does nothing, and everything else is refused.
 
     Args:
         devices: The device of each rank.
@@ -64,7 +58,7 @@ class Instance:
         self.page_bytes = 0
         self._num_ranks = Counter(devices)
         self._ledgers: dict[Device, Ledger] = {}
-        self._rows: dict[Device, int] = {}
+        self._rows: dict[Device, RowKey] = {}
         self._bells: list[Doorbell] = []
         self._seen: dict[Device, int] = {}
         self._num_asked: dict[Device, int] = {}
@@ -72,23 +66,14 @@ class Instance:
         self._rang = threading.Event()
         self._refused_pages = 0
         self._refused_until = 0.0
+        self._pid = os.getpid()
         try:
             # One order for all instances, so that two of them never wait for each other.
             for device in sorted(self._num_ranks, key=lambda device: device.name):
                 self._ledgers[device] = open_ledger(device, config)
-            own_name = name or self._free_name(default_name)
+            names = [name] if name else numbered_names(default_name)
+            self._rows = take_rows(self._ledgers, names, engine=engine, config=config)
             for device, ledger in self._ledgers.items():
-                pool_bytes = device.capacity_bytes(config)
-                self._rows[device] = ledger.register(
-                    name=own_name,
-                    engine=engine,
-                    virtual_bytes=config.virtual_bytes(pool_bytes),
-                    policy=Policy(
-                        config.limit_bytes(pool_bytes),
-                        config.floor_bytes(pool_bytes),
-                        config.priority,
-                    ),
-                )
                 path = doorbell_path(ledger.path, self._rows[device])
                 self._bells.append(Doorbell(path, self._on_ring))
         except BaseException:
@@ -220,7 +205,7 @@ class Instance:
         has_news = False
         for device, ledger in self._ledgers.items():
             num_notices = ledger.num_notices(self._rows[device])
-            if num_notices != self._seen.get(device):
+            if num_notices != self._seen.get(device) or num_notices < 0:
                 self._seen[device] = num_notices
                 has_news = True
         return has_news
@@ -270,12 +255,14 @@ class Instance:
 
     def close(self) -> None:
         """Leave the ledgers."""
+        if os.getpid() != self._pid:
+            return
         for bell in self._bells:
             bell.close()
         self._bells = []
-        for device, ledger in self._ledgers.items():
-            if device in self._rows:
-                ledger.unregister(self._rows[device])
+        leave_rows(self._ledgers, self._rows)
+        self._rows = {}
+        for ledger in self._ledgers.values():
             ledger.close()
         self._ledgers = {}
 
@@ -298,9 +285,3 @@ class Instance:
         for device, ledger in self._ledgers.items():
             wanted = num_pages * self._unit_bytes(device)
             ask_peers(ledger, self._rows[device], wanted)
-
-    def _free_name(self, name: str) -> str:
-        views = [ledger.view() for ledger in self._ledgers.values()]
-        taken = {instance.name for view in views for instance in view.instances}
-        candidates = (name, *(f"{name}-{number}" for number in range(2, len(taken) + 3)))
-        return next(candidate for candidate in candidates if candidate not in taken)

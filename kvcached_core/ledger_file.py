@@ -1,78 +1,48 @@
-"""The layout of a ledger file: 64-bit words, a header and fixed rows, and the lock on it.
+"""The layout of a ledger file: 64-bit words, a header and fixed rows.
 
-Changing anything here needs a new `VERSION`.
+Changing anything here needs a new `VERSION`. Magic number and version stay the first two words, and
+the length stays as it is: an older kvcached that meets the file then sees another version, and
+leaves it alone.
 """
 
-import fcntl
-import os
-import struct
-import threading
+from typing import NamedTuple
 
 MAGIC = int.from_bytes(b"KVCACHE1", "little")
-VERSION = 3
+REMOVED = int.from_bytes(b"KVCGONE1", "little")  # in the place of MAGIC, before a file is unlinked
+VERSION = 4
 NUM_ROWS = 64
-NUM_HOLDERS = 4
 HEADER_WORDS = 64
 ROW_WORDS = 64
 NO_LIMIT = -1
 FILE_BYTES = 8 * (HEADER_WORDS + NUM_ROWS * ROW_WORDS)
 
-# Words of the header, and one of a row that an engine reads between every two steps.
-NUM_USED_ROWS, CAPACITY, LAST_REAP = 2, 3, 5
-NOTICES = 29
+# Words of the header. SEQUENCE counts the changes; while somebody writes, it is the negative number
+# of that process, as it sees itself. ALLOCATED grows by every byte that was promised or announced
+# and is allocated now: what a device said to be free before that is too much.
+NUM_USED_ROWS, CAPACITY, SEQUENCE, LIFETIME_TOKEN, ALLOCATED = 2, 3, 4, 6, 7
 
-_NAME_WORDS = 16
-_ENGINE_WORDS = 8
-_HOLDERS = 1
-_NAME = 40
-_ENGINE = _NAME + _NAME_WORDS
+# Words of a row that are read and written in every step, and what is summed over all rows; a row
+# without an instance has zeros there. TAKEN is RESIDENT + PROMISED + STATIC. GENERATION is first.
+LIMIT, FLOOR, RESIDENT, PROMISED, STATIC, TAKEN, WAITING = 2, 3, 5, 8, 9, 10, 11
+ASKED, OWED, NUM_ASKED, NOTICES, CHANGES, FREED = 12, 13, 15, 16, 17, 24
 
-
-def _flock(kind: int) -> bytes:
-    # struct flock: type, whence, start, length (0 is the whole file), pid (0 for this kind of lock)
-    return struct.pack("hhqqixxxx", kind, os.SEEK_SET, 0, 0, 0)
-
-
-# Where a row keeps what is read and written in every step, and what is summed over all rows; a dead
-# row has zeros there. TAKEN is RESIDENT + PROMISED + STATIC.
-STATE, LIMIT, FLOOR, RESIDENT, PROMISED, STATIC, WAITING, TAKEN, CHANGES = (
-    *(0, 9, 10, 12, 15, 25, 27, 31, 32),
-)
-
-_control, _WAIT, _DROP = fcntl.fcntl, fcntl.F_OFD_SETLKW, fcntl.F_OFD_SETLK
-_WRITE_LOCK = _flock(fcntl.F_WRLCK)
-_UNLOCK = _flock(fcntl.F_UNLCK)
+# Words 28 to 34 of a row are kept for what comes next, so that it needs no other version: bytes of
+# weights, of them needed and offered, bytes of a token, activations and their nanoseconds, holds.
+# Free are 27, 35 to 47, and 8 to 63 of the header.
+_NAME, _NAME_WORDS = 48, 8  # as long as a name may be
+_ENGINE, _ENGINE_WORDS = 56, 8
 
 
-class FileLock:
-    """A lock on a whole open file, for the processes and for the threads of this one."""
+class RowKey(NamedTuple):
+    """An instance's row, and which of the instances that ever had it.
 
-    __slots__ = ("_fd", "_threads")
+    Attributes:
+        number: Which row it is.
+        generation: No two instances of a device have the same.
+    """
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._threads = threading.Lock()
-
-    def __enter__(self) -> None:
-        self._threads.acquire()
-        try:
-            _control(self._fd, _WAIT, _WRITE_LOCK)
-        except BaseException:
-            self._threads.release()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        _control(self._fd, _DROP, _UNLOCK)
-        self._threads.release()
-
-    def drop(self) -> None:
-        """Let other processes have the file although this lock is still held by the thread."""
-        _control(self._fd, _DROP, _UNLOCK)
-
-    def take(self, fd: int) -> None:
-        """Lock another file in the place of this one; after `drop`."""
-        _control(fd, _WAIT, _WRITE_LOCK)
-        self._fd = fd
+    number: int
+    generation: int
 
 
 class _Word:
@@ -118,16 +88,19 @@ class Header(_Words):
     version = _Word(1)
     num_rows = _Word(NUM_USED_ROWS)  # rows from here on were never used
     capacity_bytes = _Word(CAPACITY)
-    headroom_bytes = _Word(4)
-    last_reap_ns = _Word(LAST_REAP)
+    sequence = _Word(SEQUENCE)
+    next_generation = _Word(5)
+    lifetime_token = _Word(LIFETIME_TOKEN)  # names the file whose locks tell which rows live
+    allocated_bytes = _Word(ALLOCATED)
 
     def __init__(self, words: memoryview) -> None:
         super().__init__(words, 0)
 
-    def initialise(self, capacity_bytes: int) -> None:
+    def initialise(self, capacity_bytes: int, first_generation: int) -> None:
         """Fill the header of a new file; the magic number comes last."""
         self.version = VERSION
         self.capacity_bytes = capacity_bytes
+        self.next_generation = first_generation
         self.magic = MAGIC
 
 
@@ -136,31 +109,33 @@ class Row(_Words):
 
     __slots__ = ("index",)
 
-    _state = _Word(STATE)
+    generation = _Word(0)
+    pid = _Word(1)  # of who registered, for people to read: nothing is decided by it
     limit_bytes = _Word(LIMIT)
     floor_bytes = _Word(FLOOR)
-    priority = _Word(11)
+    priority = _Word(4)
     resident_bytes = _Word(RESIDENT)
-    used_bytes = _Word(13)
-    cached_bytes = _Word(14)
+    used_bytes = _Word(6)
+    cached_bytes = _Word(7)
     promised_bytes = _Word(PROMISED)
-    asked_bytes = _Word(16)
-    last_used_ns = _Word(17)
-    page_bytes = _Word(18)
-    virtual_bytes = _Word(19)
-    num_mapped_bytes = _Word(20)
-    num_unmapped_bytes = _Word(21)
-    num_refused = _Word(22)  # promises that were not given in full
-    num_asked = _Word(23)  # times that others asked for memory
-    num_answered = _Word(24)
     static_bytes = _Word(STATIC)
-    coming_bytes = _Word(26)
-    waiting_bytes = _Word(WAITING)  # what it was refused and still wants
-    owed_bytes = _Word(28)  # part of what is asked: requests have to stop for it
-    num_notices = _Word(NOTICES)  # grows whenever there is something new to look at in the row
-    least_bytes = _Word(30)  # what one request of the largest size needs
     taken_bytes = _Word(TAKEN)
+    waiting_bytes = _Word(WAITING)  # what it was refused and still wants
+    asked_bytes = _Word(ASKED)
+    owed_bytes = _Word(OWED)  # part of what is asked: requests have to stop for it
+    coming_bytes = _Word(14)
+    num_asked = _Word(NUM_ASKED)  # times that others asked for memory
+    num_notices = _Word(NOTICES)  # grows whenever there is something new to look at in the row
     num_changes = _Word(CHANGES)
+    last_used_ns = _Word(18)
+    page_bytes = _Word(19)
+    virtual_bytes = _Word(20)
+    least_bytes = _Word(21)  # what one request of the largest size needs
+    num_mapped_bytes = _Word(22)
+    num_unmapped_bytes = _Word(23)
+    num_freed_bytes = _Word(FREED)  # unmapped, or promised and not needed
+    num_refused = _Word(25)  # promises that were not given in full
+    num_answered = _Word(26)
 
     def __init__(self, words: memoryview, index: int) -> None:
         super().__init__(words, HEADER_WORDS + index * ROW_WORDS)
@@ -172,6 +147,11 @@ class Row(_Words):
         row = cls(memoryview(copy).cast("q"), 0)
         row.base = 0
         return row
+
+    @property
+    def key(self) -> RowKey:
+        """The row's number and whose it is."""
+        return RowKey(self.index, self.generation)
 
     @property
     def unmet_floor_bytes(self) -> int:
@@ -187,11 +167,7 @@ class Row(_Words):
     @property
     def is_live(self) -> bool:
         """Whether an instance holds this row."""
-        return self._state == 1
-
-    @is_live.setter
-    def is_live(self, value: bool) -> None:
-        self._state = int(value)
+        return self.generation != 0
 
     @property
     def name(self) -> str:
@@ -210,16 +186,6 @@ class Row(_Words):
     @engine.setter
     def engine(self, value: str) -> None:
         self._set_text(_ENGINE, _ENGINE_WORDS, value)
-
-    def holder(self, number: int) -> tuple[int, int]:
-        """Return pid and start time of a process that keeps the row alive; the owner is 0."""
-        at = self.base + _HOLDERS + 2 * number
-        return self.words[at], self.words[at + 1]
-
-    def set_holder(self, number: int, pid: int, started: int) -> None:
-        """Set pid and start time of a process that keeps the row alive."""
-        at = self.base + _HOLDERS + 2 * number
-        self.words[at], self.words[at + 1] = pid, started
 
     def clear(self) -> None:
         """Empty the row; it has no instance afterwards."""

@@ -1,16 +1,37 @@
 """What the ledger knows at one moment, as values that stay as they are."""
 
+import os
+import time
 from dataclasses import dataclass
 
-from kvcached_core.ledger_file import NO_LIMIT, Row
+from kvcached_core.ledger_file import (
+    FILE_BYTES,
+    NO_LIMIT,
+    NUM_ROWS,
+    SEQUENCE,
+    Header,
+    Row,
+    RowKey,
+)
 from kvcached_core.sharing import Policy
+
+# A writer is done in some microseconds. One that was stopped, or ended in the middle, is not waited
+# for: what it wrote so far is what there is.
+_NUM_TRIES = 40
+_PAUSE_SECONDS = 5e-5
 
 
 @dataclass(frozen=True)
 class InstanceView:
-    """What the ledger knows of one instance at one moment; sizes in bytes."""
+    """What the ledger knows of one instance at one moment; sizes in bytes.
 
-    row: int
+    Attributes:
+        row: Its row, and which of the instances that ever had the row it is.
+        pid: The process that registered it, as that sees itself.
+        least_bytes: What one request of the largest size needs.
+    """
+
+    row: RowKey
     name: str
     engine: str
     pid: int
@@ -19,6 +40,7 @@ class InstanceView:
     priority: int
     page_bytes: int
     virtual_bytes: int
+    least_bytes: int
     resident_bytes: int
     used_bytes: int
     cached_bytes: int
@@ -76,17 +98,20 @@ class DeviceView:
 
 def view_of(row: Row) -> InstanceView:
     """Return what a row says now."""
-    resident, used, cached = row.resident_bytes, row.used_bytes, row.cached_bytes
+    resident = row.resident_bytes
+    used = min(row.used_bytes, resident)
+    cached = min(row.cached_bytes, resident - used)
     return InstanceView(
-        row=row.index,
+        row=row.key,
         name=row.name,
         engine=row.engine,
-        pid=row.holder(0)[0],
+        pid=row.pid,
         limit_bytes=None if row.limit_bytes == NO_LIMIT else row.limit_bytes,
         floor_bytes=row.floor_bytes,
         priority=row.priority,
         page_bytes=row.page_bytes,
         virtual_bytes=row.virtual_bytes,
+        least_bytes=row.least_bytes,
         resident_bytes=resident,
         used_bytes=used,
         cached_bytes=cached,
@@ -103,3 +128,26 @@ def view_of(row: Row) -> InstanceView:
         num_answered=row.num_answered,
         last_used_seconds=row.last_used_ns / 1e9,
     )
+
+
+def read_rows(fd: int) -> tuple[Header, list[Row]] | None:
+    """Return a copy of a ledger's header and of the rows that have an instance.
+
+    It takes no lock, so it holds nobody up, and nobody it: `None` is a file that was cut off.
+    """
+    for _ in range(_NUM_TRIES):
+        copy = os.pread(fd, FILE_BYTES, 0)
+        if len(copy) < FILE_BYTES:
+            return None
+        words = memoryview(copy).cast("q")
+        is_written = words[SEQUENCE] < 0
+        if (
+            not is_written
+            and os.pread(fd, 8, 8 * SEQUENCE) == copy[8 * SEQUENCE : 8 * SEQUENCE + 8]
+        ):
+            break
+        time.sleep(_PAUSE_SECONDS)
+    header = Header(words)
+    num_rows = min(max(header.num_rows, 0), NUM_ROWS)
+    rows = [Row(words, index) for index in range(num_rows)]
+    return header, [row for row in rows if row.is_live]

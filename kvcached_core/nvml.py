@@ -1,16 +1,22 @@
 """What NVML says of the GPUs: it needs no CUDA context, which would cost 300 MiB of the device."""
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from kvcached_core.errors import BackendError
+
+logger = logging.getLogger("kvcached")
 
 GPU_PREFIXES = ("GPU-", "MIG-")
 
 
 def free_memory_reader(name: str) -> Callable[[], int]:
     """Return a function that reads how many bytes of a GPU nobody has allocated.
+
+    It never fails: while the GPU does not answer, nothing counts as free, and one warning says so.
 
     Args:
         name: The GPU's UUID as `nvidia-smi -L` prints it.
@@ -19,12 +25,29 @@ def free_memory_reader(name: str) -> Callable[[], int]:
         BackendError: If NVML is missing or does not know the GPU.
     """
     nvml = _nvml()
-    try:
+    with _named(f"NVML, device {name}"):
         handle = nvml.nvmlDeviceGetHandleByUUID(name)
         nvml.nvmlDeviceGetMemoryInfo(handle)
-    except nvml.NVMLError as error:
-        raise BackendError(f"NVML, device {name}", str(error), 0) from error
-    return lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).free)
+    has_failed = False
+
+    def read() -> int:
+        nonlocal has_failed
+        try:
+            free_bytes = int(nvml.nvmlDeviceGetMemoryInfo(handle).free)
+        except nvml.NVMLError as error:
+            if not has_failed:
+                logger.warning(
+                    "kvcached: NVML does not say any more what is free on %s (%s); until it does, "
+                    "nothing counts as free there",
+                    name,
+                    error,
+                )
+            has_failed = True
+            return 0
+        has_failed = False
+        return free_bytes
+
+    return read
 
 
 def driver_version() -> str:
@@ -33,15 +56,34 @@ def driver_version() -> str:
     Raises:
         BackendError: If NVML is missing, or no driver is there.
     """
-    return str(_nvml().nvmlSystemGetDriverVersion())
+    nvml = _nvml()
+    with _named("nvmlSystemGetDriverVersion"):
+        return str(nvml.nvmlSystemGetDriverVersion())
 
 
 def gpus() -> Iterator[tuple[str, int]]:
-    """Yield the name of every GPU and the bytes of it that nobody has allocated."""
+    """Yield the name of every GPU and the bytes of it that nobody has allocated.
+
+    Raises:
+        BackendError: If NVML is missing, or a GPU does not answer.
+    """
     nvml = _nvml()
-    for number in range(nvml.nvmlDeviceGetCount()):
-        handle = nvml.nvmlDeviceGetHandleByIndex(number)
-        yield str(nvml.nvmlDeviceGetName(handle)), int(nvml.nvmlDeviceGetMemoryInfo(handle).free)
+    with _named("nvmlDeviceGetCount"):
+        num_gpus = nvml.nvmlDeviceGetCount()
+    for number in range(num_gpus):
+        with _named(f"NVML, GPU {number}"):
+            handle = nvml.nvmlDeviceGetHandleByIndex(number)
+            found = str(nvml.nvmlDeviceGetName(handle)), nvml.nvmlDeviceGetMemoryInfo(handle).free
+        yield found[0], int(found[1])
+
+
+@contextmanager
+def _named(call: str) -> Iterator[None]:
+    """Turn NVML's errors into ours."""
+    try:
+        yield
+    except _nvml().NVMLError as error:
+        raise BackendError(call, str(error), 0) from error
 
 
 @functools.cache

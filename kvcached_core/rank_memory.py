@@ -16,12 +16,12 @@ from kvcached_core.errors import (
     PageKeeperError,
 )
 from kvcached_core.geometry import Geometry
-from kvcached_core.instance import Seat
 from kvcached_core.ledger import Ledger
 from kvcached_core.orders import PageOrders
 from kvcached_core.page_keeper import PageChanges, PageKeeper
 from kvcached_core.pressure import ask_peers, wake
 from kvcached_core.room import PATIENCE_SECONDS as ROOM_SECONDS
+from kvcached_core.seats import Seat
 from kvcached_core.units import format_bytes
 from kvcached_core.vmm.backend import Backend
 from kvcached_core.vmm.metered import MeteredBackend

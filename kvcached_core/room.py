@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_file import RowKey
 from kvcached_core.ledger_view import DeviceView
 from kvcached_core.pressure import ask_peers, wake
 from kvcached_core.units import format_bytes
@@ -45,7 +46,7 @@ class Need:
     """What the instance in a row is about to allocate on its device, in bytes."""
 
     ledger: Ledger
-    row: int
+    row: RowKey
     static_bytes: int
 
     @property

@@ -9,9 +9,9 @@ what it gave would be kept free for it.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvcached_core.errors import PolicyError
-from kvcached_core.ledger_file import Row
 from kvcached_core.units import format_bytes
 
 MIN_PRIORITY, MAX_PRIORITY = -1000, 1000
@@ -35,41 +35,103 @@ class Policy:
 NO_POLICY = Policy()
 
 
+class Standing(Protocol):
+    """What the rules look at of an instance, sizes in bytes; they change nothing of it."""
+
+    @property
+    def index(self) -> int:
+        """The number of its row."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def priority(self) -> int:
+        """Who has a lower one gives first."""
+
+    @property
+    def last_used_ns(self) -> int:
+        """When its pages were for something else the last time."""
+
+    @property
+    def floor_bytes(self) -> int:
+        """What it can always get back."""
+
+    @property
+    def unmet_floor_bytes(self) -> int:
+        """What is missing to that."""
+
+    @property
+    def least_bytes(self) -> int:
+        """What its largest request needs."""
+
+    @property
+    def page_bytes(self) -> int:
+        """A page, on all its ranks."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """What it has mapped."""
+
+    @property
+    def promised_bytes(self) -> int:
+        """What it is about to map."""
+
+    @property
+    def used_bytes(self) -> int:
+        """What requests hold of it."""
+
+    @property
+    def cached_bytes(self) -> int:
+        """What only the prefix cache holds."""
+
+    @property
+    def coming_bytes(self) -> int:
+        """What it is about to unmap."""
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What it lacks itself."""
+
+
 @dataclass
 class Share:
     """What one instance is asked for.
 
     Attributes:
-        row: The instance.
+        index: The number of its row.
         give_bytes: Idle and cached bytes.
         owed_bytes: Bytes for which requests have to stop.
     """
 
-    row: Row
+    index: int
     give_bytes: int = 0
     owed_bytes: int = 0
 
 
-def shares(asker: Row, peers: Iterable[Row], num_bytes: int) -> list[Share]:
+def shares(asker: Standing, peers: Iterable[Standing], num_bytes: int) -> list[Share]:
     """Return who shall give how much, so that `asker` gets `num_bytes` if there are as many."""
-    found = [Share(row) for row in sorted(peers, key=lambda row: (row.priority, row.last_used_ns))]
-    left = {share.row.index: _above_floor(share.row) for share in found}
+    found = [
+        (peer, Share(peer.index))
+        for peer in sorted(peers, key=lambda peer: (peer.priority, peer.last_used_ns))
+    ]
+    left = {peer.index: _above_floor(peer) for peer, _ in found}
     for is_idle in (True, False):
-        for share in found:
-            row = share.row
-            spare = _idle_to_give(row, asker) if is_idle else row.cached_bytes
-            give = min(spare, left[row.index], num_bytes)
+        for peer, share in found:
+            spare = _idle_to_give(peer, asker) if is_idle else peer.cached_bytes
+            give = min(spare, left[peer.index], num_bytes)
             share.give_bytes += give
-            left[row.index] -= give
+            left[peer.index] -= give
             num_bytes -= give
     num_bytes = min(num_bytes, asker.unmet_floor_bytes)
-    for share in found:
-        share.owed_bytes = min(share.row.used_bytes, left[share.row.index], num_bytes)
+    for peer, share in found:
+        share.owed_bytes = min(peer.used_bytes, left[peer.index], num_bytes)
         num_bytes -= share.owed_bytes
-    return [share for share in found if share.give_bytes or share.owed_bytes]
+    return [share for _, share in found if share.give_bytes or share.owed_bytes]
 
 
-def check(row: Row, policy: Policy, peers: Iterable[Row], capacity_bytes: int) -> None:
+def check(row: Standing, policy: Policy, peers: Iterable[Standing], capacity_bytes: int) -> None:
     """Refuse a policy that the instance could not live with, or that cannot be promised.
 
     Args:
@@ -105,7 +167,7 @@ def check(row: Row, policy: Policy, peers: Iterable[Row], capacity_bytes: int) -
     _check_floors(name, floor, peers, capacity_bytes)
 
 
-def _check_floors(name: str, floor: int, peers: Iterable[Row], capacity_bytes: int) -> None:
+def _check_floors(name: str, floor: int, peers: Iterable[Standing], capacity_bytes: int) -> None:
     others = {other.name: other.floor_bytes for other in peers if other.floor_bytes}
     total = floor + sum(others.values())
     if floor and total > capacity_bytes:
@@ -118,7 +180,7 @@ def _check_floors(name: str, floor: int, peers: Iterable[Row], capacity_bytes: i
         )
 
 
-def _idle_to_give(row: Row, asker: Row) -> int:
+def _idle_to_give(row: Standing, asker: Standing) -> int:
     idle = row.resident_bytes - row.used_bytes - row.cached_bytes - row.coming_bytes
     is_short = row.waiting_bytes and row.used_bytes > row.page_bytes  # page 0 is always used
     if is_short and row.priority >= asker.priority:
@@ -128,9 +190,9 @@ def _idle_to_give(row: Row, asker: Row) -> int:
     return max(idle, 0)
 
 
-def _above_floor(row: Row) -> int:
+def _above_floor(row: Standing) -> int:
     return max(_held(row) - row.floor_bytes, 0)
 
 
-def _held(row: Row) -> int:
+def _held(row: Standing) -> int:
     return row.resident_bytes + row.promised_bytes

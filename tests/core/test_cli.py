@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvcached_core.cli.doctor import examine
 from kvcached_core.host_memory import HostMemory
-from kvcached_core.ledger import Ledger, doorbell_path
-from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_open import doorbell_path, ledger_directory
 from kvcached_core.pressure import Doorbell
 from kvcached_core.sharing import Policy
 from kvcached_core.units import GIB, MIB
@@ -103,13 +103,14 @@ def test_a_shell_completes_commands_and_the_names_of_instances(ledger: Ledger) -
 
 
 def test_trim_asks_and_waits_for_the_answer(ledger: Ledger) -> None:
-    def give() -> None:
-        ledger.settle(
-            0, unmapped_bytes=ledger.wanted(0).asked_bytes, used_bytes=2 * PAGE, cached_bytes=PAGE
-        )
-        ledger.answer(0)
+    row = ledger.view().instances[0].row
 
-    bell = Doorbell(doorbell_path(ledger.path, 0), give)
+    def give() -> None:
+        given = ledger.wanted(row).asked_bytes
+        ledger.settle(row, unmapped_bytes=given, used_bytes=2 * PAGE, cached_bytes=PAGE)
+        ledger.answer(row)
+
+    bell = Doorbell(doorbell_path(ledger.path, row), give)
     done = kvcached("trim", "llama", "--keep", "32MiB", directory=ledger.path.parent)
     bell.close()
     assert (done.returncode, done.stdout) == (0, "llama: applied, 128 MiB -> 64 MiB\n")

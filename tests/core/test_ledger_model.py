@@ -17,6 +17,7 @@ from helpers.ledger_child import OPERATIONS, PAGE
 
 from kvcached_core.errors import PolicyError
 from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_file import RowKey
 from kvcached_core.ledger_open import ledger_directory
 from kvcached_core.ledger_view import DeviceView
 from kvcached_core.sharing import Policy
@@ -62,7 +63,7 @@ class Process:
         self.child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.row = self.receive()
+        self.row = RowKey(*self.receive())
 
     def send(self, operation: str, num: int) -> None:
         assert self.child.stdin is not None
@@ -154,7 +155,7 @@ class World:
         floors = floor + sum(p.model.floor for p in self.processes if p is not process)
         policy = Policy(None if limit == NONE else limit * PAGE, floor * PAGE)
         try:
-            self.ledger.set_policy(process.row, policy)
+            self.ledger.change_policy(process.row, **vars(policy))
         except PolicyError:
             assert floor > limit or (floor and floors > CAPACITY), policy
         else:

@@ -60,9 +60,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeNVML:
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
     with Ledger(ledger_directory(tmp_path / "kv") / f"{GPU}.ledger", 78 * GIB) as ledger:
-        ledger.register(name="llama", engine="vLLM 0.26.0")
-        ledger.reserve(0, 10 * GIB, GIB)
-        ledger.settle(0, mapped_bytes=8 * GIB, used_bytes=8 * GIB, cached_bytes=0)
+        row = ledger.register(name="llama", engine="vLLM 0.26.0")
+        ledger.reserve(row, 10 * GIB, GIB)
+        ledger.settle(row, mapped_bytes=8 * GIB, used_bytes=8 * GIB, cached_bytes=0)
         yield ledger
 
 

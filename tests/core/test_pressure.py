@@ -29,7 +29,7 @@ def test_a_socket_left_by_a_dead_process_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_path_too_long_for_a_socket_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(LedgerError, match="shorter than 80"):
+    with pytest.raises(LedgerError, match="up to 107 bytes long"):
         Doorbell(tmp_path / ("x" * 120), lambda: None)
 
 

@@ -14,11 +14,12 @@ from kvcached_core.config import HOST, read_config
 from kvcached_core.devices import Device
 from kvcached_core.errors import BackendError, OutOfMemoryError, PageKeeperError
 from kvcached_core.geometry import choose_geometry
-from kvcached_core.instance import Instance, Seat
+from kvcached_core.instance import Instance
 from kvcached_core.ledger import Ledger
 from kvcached_core.ledger_view import InstanceView
 from kvcached_core.orders import PageOrders
 from kvcached_core.rank_memory import LOG_SECONDS, PATIENCE_SECONDS, RankMemory
+from kvcached_core.seats import Seat
 from kvcached_core.units import MIB
 from kvcached_core.vmm.backend import Fence, Result
 from kvcached_core.vmm.faulty import FaultyBackend

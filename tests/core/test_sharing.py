@@ -17,7 +17,7 @@ def rows(*sizes: dict[str, int]) -> list[Row]:
 
 def asked(asker: Row, peers: list[Row], num_bytes: int) -> dict[int, tuple[int, int]]:
     found = shares(asker, peers, num_bytes)
-    return {share.row.index: (share.give_bytes, share.owed_bytes) for share in found}
+    return {share.index: (share.give_bytes, share.owed_bytes) for share in found}
 
 
 def test_idle_memory_goes_before_anybodys_cache() -> None:

@@ -30,8 +30,8 @@ def others_folder(tmp_path: Path) -> Iterator[Path]:
         return
     let_through(tmp_path)
     with Ledger(ledger_directory(tmp_path / "kv") / "host.ledger", GIB) as ledger:
-        ledger.register(name="llama", engine="vLLM")
-        ledger.reserve(0, 64 * MIB, MIB)
+        row = ledger.register(name="llama", engine="vLLM")
+        ledger.reserve(row, 64 * MIB, MIB)
         before = ledger.view()
         yield ledger.path.parent
         assert ledger.view() == before

@@ -69,7 +69,7 @@ class Child:
 
     def storm(self, num: int) -> float:
         """Do `num` operations of its own choice; return the longest one's seconds."""
-        source = random.Random(num + self.row)
+        source = random.Random(num + self.row.number)
         longest = 0.0
         for _ in range(num):
             operation = getattr(self, source.choice(OPERATIONS))

@@ -14,7 +14,6 @@ from kvcached_core.config import HOST, Config, read_config
 from kvcached_core.devices import Device
 from kvcached_core.errors import ConfigError, PolicyError
 from kvcached_core.ledger import Ledger
-from kvcached_core.sharing import Policy
 from kvcached_core.units import MIB
 from kvcached_core.vmm.host import HostBackend
 from kvcached_vllm import engine as engine_module
@@ -210,7 +209,7 @@ def set_limit(engine: ElasticEngine, limit_bytes: int | None) -> None:
     for device in (FIRST, SECOND):
         seat = engine.instance.seat(device)
         with Ledger(Path(seat.ledger_path)) as ledger:
-            ledger.set_policy(seat.row, Policy(limit_bytes))
+            ledger.change_policy(seat.row, limit_bytes=limit_bytes)
 
 
 def test_a_limit_that_was_lifted_leaves_no_debt(engine: ElasticEngine) -> None:

@@ -9,7 +9,7 @@ import torch
 from kvcached_core.arena import Arena
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.geometry import choose_geometry
-from kvcached_core.instance import Seat
+from kvcached_core.seats import Seat
 from kvcached_core.units import MIB
 from kvcached_core.vmm.host import HostBackend
 from kvcached_vllm.layout import Placement, plane_layout, sparse_config

@@ -14,11 +14,11 @@ from helpers.fake_driver import FakeDriver, Result, tensors_on_the_host
 from kvcached_core import rank_memory
 from kvcached_core.errors import ConfigError, UnmappedBlockError
 from kvcached_core.geometry import choose_geometry
-from kvcached_core.instance import Seat
 from kvcached_core.ledger import Ledger
 from kvcached_core.ledger_open import ledger_directory
 from kvcached_core.ledger_view import InstanceView
 from kvcached_core.orders import PageOrders
+from kvcached_core.seats import Seat
 from kvcached_core.units import MIB
 from kvcached_core.vmm.cuda import CudaBackend
 from kvcached_core.vmm.host import HostBackend
@@ -72,7 +72,7 @@ def test_page_zero_is_resident_from_the_start(memory: WorkerMemory, ledger: Ledg
 def test_orders_map_before_and_unmap_after_and_may_come_twice(
     memory: WorkerMemory, ledger: Ledger
 ) -> None:
-    ledger.reserve(0, 2 * PAGE, PAGE)
+    ledger.reserve(seen(ledger).row, 2 * PAGE, PAGE)
     orders = PageOrders(map_pages=[3, 5], num_used_pages=2, num_cached_pages=1)
     for _ in range(2):
         apply_orders(SimpleNamespace(kvcached=memory), orders)
@@ -209,12 +209,12 @@ def gpu_memory(ledger: Ledger, driver: FakeDriver) -> Iterator[WorkerMemory]:
 def test_on_a_gpu_a_page_goes_when_the_step_behind_it_is_done(
     gpu_memory: WorkerMemory, driver: FakeDriver, ledger: Ledger
 ) -> None:
-    ledger.reserve(0, 2 * PAGE, PAGE)
+    ledger.reserve(seen(ledger).row, 2 * PAGE, PAGE)
     gpu_memory.before_step(PageOrders(map_pages=[1, 2], num_used_pages=3))
     assert driver.calls["cuStreamWaitEvent"] == 2  # page 0, and this step
     driver.idle.clear()
     gpu_memory.after_step(PageOrders(unmap_pages=[1, 2], num_used_pages=1))
-    ledger.reserve(0, PAGE, PAGE)
+    ledger.reserve(seen(ledger).row, PAGE, PAGE)
     gpu_memory.before_step(PageOrders(map_pages=[1], num_used_pages=2))
     assert driver.mapped_bytes == 3 * PAGE  # page 1 was needed again, page 2 waits for its fence
     driver.idle.set()
@@ -226,7 +226,7 @@ def test_on_a_gpu_a_page_goes_when_the_step_behind_it_is_done(
 def test_on_a_gpu_spare_pages_cost_the_engines_thread_no_driver_call(
     gpu_memory: WorkerMemory, ledger: Ledger
 ) -> None:
-    ledger.reserve(0, 4 * PAGE, PAGE)
+    ledger.reserve(seen(ledger).row, 4 * PAGE, PAGE)
     statistics = gpu_memory.backend.statistics
     before = statistics.num_calls_of_thread(threading.get_ident())
     orders = PageOrders(spare_pages=[1, 2, 3, 4], num_used_pages=1)
@@ -242,7 +242,7 @@ def test_on_a_gpu_spare_pages_cost_the_engines_thread_no_driver_call(
 def test_a_step_waits_for_memory_that_somebody_outside_took(
     gpu_memory: WorkerMemory, driver: FakeDriver, ledger: Ledger
 ) -> None:
-    ledger.reserve(0, PAGE, PAGE)
+    ledger.reserve(seen(ledger).row, PAGE, PAGE)
     first = driver.calls["cuMemCreate"]
     driver.fails = lambda name, number: (
         Result.CUDA_ERROR_OUT_OF_MEMORY if name == "cuMemCreate" and number < first + 3 else None

@@ -14,7 +14,8 @@ from kvcached_core import room
 from kvcached_core.config import Config
 from kvcached_core.devices import Device
 from kvcached_core.errors import KVCachedError
-from kvcached_core.instance import Instance, Seat
+from kvcached_core.instance import Instance
+from kvcached_core.seats import Seat
 
 MICROSECONDS = 1_000_000
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.geometry import Geometry
-from kvcached_core.instance import Seat
+from kvcached_core.seats import Seat
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,301 @@
+"""A process that is stopped with the lock stops nobody else, and nothing it held up is lost."""
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.waiting import await_that
+
+from kvcached_core import control, ledger_entry
+from kvcached_core.errors import LedgerBusyError
+from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_file import SEQUENCE, RowKey
+from kvcached_core.ledger_lock import FileLock
+from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.ledger_view import InstanceView
+from kvcached_core.units import GIB, MIB
+
+PAGE = 16 * MIB
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from kvcached_core.ledger import Ledger
+ledger = Ledger(Path(sys.argv[1]), 1 << 30)
+ledger._enter_patiently()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+class StoppedHolder:
+    """A process that has the lock and is stopped."""
+
+    def __init__(self, path: Path) -> None:
+        self.child = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.child.stdout is not None
+        assert self.child.stdout.readline() == "held\n"
+        self.child.send_signal(signal.SIGSTOP)
+
+    def end(self) -> None:
+        self.child.kill()
+        self.child.communicate()
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    with Ledger(ledger_directory(tmp_path / "kv") / "host.ledger", GIB) as opened:
+        yield opened
+
+
+@pytest.fixture
+def row(ledger: Ledger) -> RowKey:
+    key = ledger.register(name="a", engine="test", page_bytes=PAGE)
+    assert ledger.reserve(key, 8 * PAGE, PAGE) == 8 * PAGE
+    ledger.settle(key, mapped_bytes=4 * PAGE, used_bytes=PAGE, cached_bytes=PAGE)
+    ledger.ask(key, 3 * PAGE)
+    return key
+
+
+@pytest.fixture
+def holder(ledger: Ledger, row: RowKey) -> Iterator[StoppedHolder]:
+    stopped = StoppedHolder(ledger.path)
+    yield stopped
+    stopped.end()
+
+
+def only(ledger: Ledger) -> InstanceView:
+    (seen,) = ledger.view().instances
+    return seen
+
+
+def test_a_scheduler_goes_on_and_is_promised_nothing(
+    ledger: Ledger, row: RowKey, holder: StoppedHolder
+) -> None:
+    assert ledger.reserve(row, PAGE, PAGE) == 0
+    assert ledger.ask_peers(row, PAGE) == []
+    assert ledger.wanted(row).asked_bytes == 3 * PAGE
+    assert ledger.room_bytes(row) == GIB - 8 * PAGE
+    assert ledger.num_notices(row) == 1
+    holder.end()
+    assert ledger.reserve(row, PAGE, PAGE) == PAGE
+
+
+def test_a_scheduler_waits_once_and_not_again_until_it_had_the_lock(
+    ledger: Ledger, row: RowKey, holder: StoppedHolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    acquire = FileLock.acquire
+
+    def note(lock: FileLock, seconds: float) -> bool:
+        waited.append(seconds)
+        return acquire(lock, seconds)
+
+    monkeypatch.setattr(FileLock, "acquire", note)
+    for _ in range(3):
+        ledger.reserve(row, PAGE, PAGE)
+    assert waited == [ledger_entry.SCHEDULER_SECONDS, 0.0, 0.0]
+    assert ledger_entry.SCHEDULER_SECONDS <= 0.005
+    holder.end()
+    ledger.reserve(row, PAGE, PAGE)
+    ledger.reserve(row, PAGE, PAGE)
+    assert waited[-1] == ledger_entry.SCHEDULER_SECONDS
+
+
+def test_what_could_not_be_written_is_written_when_the_lock_is_free(
+    ledger: Ledger, row: RowKey, holder: StoppedHolder
+) -> None:
+    assert ledger.cancel(row, PAGE) == []
+    ledger.answer(row, 2 * PAGE, num_asked=ledger.wanted(row).num_asked)
+    ledger.settle(row, mapped_bytes=PAGE, used_bytes=2 * PAGE, cached_bytes=PAGE)
+    ledger.settle(row, unmapped_bytes=2 * PAGE, used_bytes=3 * PAGE, cached_bytes=0)
+    ledger.settle(row, unneeded_bytes=PAGE, used_bytes=2 * PAGE, cached_bytes=PAGE)
+    before = only(ledger)
+    assert (before.promised_bytes, before.resident_bytes) == (4 * PAGE, 4 * PAGE)
+    holder.end()
+    ledger.reserve(row, 0, PAGE)
+    after = only(ledger)
+    assert (after.promised_bytes, after.resident_bytes) == (PAGE, 3 * PAGE)
+    assert (after.used_bytes, after.cached_bytes) == (2 * PAGE, PAGE)
+    assert (after.asked_bytes, after.coming_bytes) == (0, 0)
+
+
+def test_an_idle_engine_writes_it_without_being_called_again(
+    ledger: Ledger, row: RowKey, holder: StoppedHolder
+) -> None:
+    ledger.cancel(row, 4 * PAGE)
+    holder.end()
+    await_that(lambda: only(ledger).promised_bytes == 0, 30.0)
+
+
+def test_an_answer_that_is_written_late_announces_only_what_is_still_to_come(
+    ledger: Ledger, row: RowKey
+) -> None:
+    with Ledger(ledger.path) as worker:
+        worker.join(row)
+        assert worker._lock.acquire(1.0)
+        ledger.answer(row, 3 * PAGE, num_asked=ledger.wanted(row).num_asked)
+        worker._lock.release()
+        ledger._is_held_up = True
+        worker.settle(row, unmapped_bytes=2 * PAGE, used_bytes=PAGE, cached_bytes=PAGE)
+        await_that(lambda: not ledger._pending.is_there, 30.0)
+        assert only(ledger).coming_bytes <= 3 * PAGE
+        worker.settle(row, unmapped_bytes=PAGE, used_bytes=PAGE, cached_bytes=0)
+        assert only(ledger).coming_bytes == 0
+
+
+def test_a_late_wish_to_wait_no_more_does_not_take_a_later_wish_back(
+    ledger: Ledger, row: RowKey
+) -> None:
+    peer = ledger.register(name="b", engine="test")
+    ledger.ask_peers(peer, PAGE)
+    stopped = StoppedHolder(ledger.path)
+    ledger.clear_waiting(peer)
+    stopped.end()
+    ledger.ask_peers(peer, 2 * PAGE)
+    assert {seen.name: seen.waiting_bytes for seen in ledger.view().instances}["b"] == 2 * PAGE
+
+
+def test_who_only_looks_needs_no_lock(
+    ledger: Ledger, row: RowKey, holder: StoppedHolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> bool:
+        raise AssertionError("who only looks took the lock")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    (device,) = control.devices(ledger.path.parent)
+    assert [seen.name for seen in device.instances] == ["a"]
+    assert device.instances[0].resident_bytes == 4 * PAGE
+
+
+def test_who_may_wait_says_who_has_the_lock(
+    ledger: Ledger, row: RowKey, holder: StoppedHolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_entry, "PATIENT_SECONDS", 0.05)
+    with pytest.raises(
+        LedgerBusyError, match=f"locked by process {holder.child.pid}, .*kill -CONT"
+    ):
+        ledger.change_policy(row, limit_bytes=PAGE)
+    with pytest.raises(LedgerBusyError, match="kill -CONT"):
+        ledger.register(name="b", engine="test")
+
+
+def test_the_next_one_heals_what_a_dead_writer_left_unfinished(
+    ledger: Ledger, row: RowKey, holder: StoppedHolder
+) -> None:
+    assert ledger._words[SEQUENCE] == -holder.child.pid
+    holder.end()
+    ledger._rows[row.number].taken_bytes = 0
+    seen = ledger.num_notices(row)
+    assert ledger.reserve(row, 0, PAGE) == 0
+    assert ledger._words[SEQUENCE] > 0
+    assert ledger.num_notices(row) > seen
+    assert ledger.free_bytes(row) == GIB - 8 * PAGE
+
+
+def test_a_reader_sees_no_row_in_the_middle_of_a_change(ledger: Ledger, row: RowKey) -> None:
+    end = threading.Event()
+
+    def change() -> None:
+        with Ledger(ledger.path) as worker:
+            worker.join(row)
+            while not end.is_set():
+                worker.settle(row, mapped_bytes=2 * PAGE, used_bytes=0, cached_bytes=6 * PAGE)
+                worker.settle(row, unmapped_bytes=2 * PAGE, used_bytes=4 * PAGE, cached_bytes=0)
+                worker.reserve(row, 2 * PAGE, PAGE)
+
+    writer = threading.Thread(target=change)
+    writer.start()
+    with Ledger(ledger.path) as reader:
+        for _ in range(2_000):
+            seen = only(reader)
+            assert (seen.resident_bytes, seen.used_bytes, seen.cached_bytes) in (
+                (4 * PAGE, PAGE, PAGE),
+                (4 * PAGE, 4 * PAGE, 0),
+                (6 * PAGE, 0, 6 * PAGE),
+            )
+    end.set()
+    writer.join()
+
+
+def test_a_device_is_asked_what_is_free_while_others_may_have_the_lock(ledger: Ledger) -> None:
+    asked = []
+
+    def free_bytes() -> int:
+        asked.append(ledger._enter(0.0))
+        ledger._exit()
+        return GIB
+
+    with Ledger(ledger.path, GIB, free_bytes) as gpu:
+        row = gpu.register(name="gpu", engine="test")
+        assert gpu.reserve(row, PAGE, PAGE) == PAGE
+        gpu.room_bytes(row)
+        gpu.free_bytes(row)
+        gpu.view()
+    assert asked == [True] * 4
+
+
+@pytest.mark.parametrize("what", ["mapped", "announced", "left"])
+def test_what_was_allocated_since_a_device_was_asked_is_not_promised_again(
+    ledger: Ledger, what: str
+) -> None:
+    neighbour = ledger.register(name="n", engine="test", static_bytes=5 * PAGE)
+    ledger.reserve(neighbour, 5 * PAGE, PAGE)
+    free_pages = 20
+
+    def allocate() -> None:
+        if what == "mapped":
+            ledger.settle(neighbour, mapped_bytes=5 * PAGE, used_bytes=0, cached_bytes=0)
+        elif what == "announced":
+            ledger.announce(neighbour, 0)
+        else:
+            ledger.unregister(neighbour)
+
+    def free_bytes() -> int:
+        seen = free_pages * PAGE
+        allocate()
+        return seen
+
+    with Ledger(ledger.path, GIB, free_bytes) as gpu:
+        row = gpu.register(name="gpu", engine="test")
+        granted = gpu.reserve(row, GIB, PAGE)
+    assert granted == (15 if what == "left" else 10) * PAGE
+
+
+class SignalError(Exception):
+    """What a signal's handler raises."""
+
+
+def test_a_signal_that_raises_anywhere_leaves_the_lock_free_for_the_next_call(
+    ledger: Ledger, row: RowKey
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise SignalError
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    num_interrupts = 0
+    try:
+        for number in range(500):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-5 + 1e-6 * (number % 50))
+                for _ in range(1_000):
+                    ledger.reserve(row, 0, PAGE)
+            except SignalError:
+                num_interrupts += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert num_interrupts > 400
+    ledger.reserve(row, 0, PAGE)
+    with Ledger(ledger.path) as other:
+        assert other._enter(0.0)
+        other._exit()
