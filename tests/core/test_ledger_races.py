@@ -1,0 +1,307 @@
+"""Races over a ledger: one ledger, no byte promised twice, nothing of a stranger changed.
+
+`KVCACHED_RACES=10000` runs each as often; without it they run often enough to find what is wrong
+every time.
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from kvcached_core import control
+from kvcached_core.config import HOST, read_config
+from kvcached_core.devices import Device
+from kvcached_core.errors import LedgerError
+from kvcached_core.instance import Instance
+from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.units import MIB
+
+NUM_RACES = int(os.environ.get("KVCACHED_RACES", "200"))
+PAGE = 16 * MIB
+CAPACITY = 64 * PAGE
+
+pytestmark = [
+    pytest.mark.timeout(3600),
+    pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning"),
+]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return ledger_directory(tmp_path / "kv") / "host.ledger"
+
+
+class Pair:
+    """Two threads that do something at the same time, again and again."""
+
+    def __init__(self) -> None:
+        self.start = threading.Barrier(2)
+        self.errors: list[BaseException] = []
+
+    def race(self, *actions: Callable[[int], None]) -> None:
+        """Do both for each number from 0 on; raise what one of them raised."""
+
+        def run(action: Callable[[int], None]) -> None:
+            try:
+                for number in range(NUM_RACES):
+                    self.start.wait(60)
+                    action(number)
+            except BaseException as error:  # noqa: BLE001  raised below
+                self.errors.append(error)
+                self.start.abort()
+
+        threads = [threading.Thread(target=run, args=(action,)) for action in actions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for error in self.errors:
+            if not isinstance(error, threading.BrokenBarrierError):
+                raise error
+
+
+def enter_and_leave(path: Path, name: str, promised: list[int], done: threading.Barrier) -> None:
+    """Open the ledger, be promised what there is, and leave when the other one was as far."""
+    with Ledger(path, CAPACITY) as ledger:
+        row = ledger.register(name=name, engine="test")
+        promised.append(ledger.reserve(row, CAPACITY, PAGE))
+        done.wait(60)
+        ledger.unregister(row)
+
+
+def test_engines_that_open_while_others_leave_share_one_ledger(path: Path) -> None:
+    promised: list[int] = []
+
+    def check() -> None:
+        assert sum(promised) == CAPACITY
+        promised.clear()
+
+    checked = threading.Barrier(2, action=check)
+
+    def work(name: str) -> Callable[[int], None]:
+        return lambda _number: enter_and_leave(path, name, promised, checked)
+
+    Pair().race(work("a"), work("b"))
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_leave_and_an_open_at_any_two_moments_are_about_one_ledger(path: Path) -> None:
+    with Ledger(path, CAPACITY) as first, Ledger(path, CAPACITY) as second:
+        rows: dict[str, object] = {}
+
+        def leave_and_come(number: int) -> None:
+            row = first.register(name="first", engine="test")
+            rows["first"] = first.reserve(row, CAPACITY, PAGE)
+            first.unregister(row)
+
+        def come_and_leave(number: int) -> None:
+            row = second.register(name="second", engine="test")
+            granted = second.reserve(row, CAPACITY, PAGE)
+            with Ledger(path, CAPACITY) as third:
+                other = third.register(name="third", engine="test")
+                assert granted + third.reserve(other, CAPACITY, PAGE) <= CAPACITY
+                third.unregister(other)
+            second.unregister(row)
+
+        Pair().race(leave_and_come, come_and_leave)
+
+
+def come_and_go(path: Path, name: str) -> None:
+    """Be in the ledger and leave it, often; whenever in it, it is the one at its path."""
+    for _ in range(NUM_RACES):
+        with Ledger(path, CAPACITY) as ledger:
+            row = ledger.register(name=name, engine="test")
+            assert os.path.samestat(os.fstat(ledger._fd), path.stat())
+            granted = ledger.reserve(row, CAPACITY, PAGE)
+            seen = ledger.view().instances
+            assert sum(view.promised_bytes for view in seen) <= CAPACITY
+            ledger.cancel(row, granted)
+            ledger.unregister(row)
+
+
+def test_processes_that_come_and_go_are_always_in_the_same_ledger(path: Path) -> None:
+    children = [
+        multiprocessing.get_context("fork").Process(target=come_and_go, args=(path, name))
+        for name in ("a", "b", "c")
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_late_report_never_reaches_the_next_one_in_its_row(path: Path) -> None:
+    with Ledger(path, CAPACITY) as ledger, Ledger(path) as worker:
+        ledger.register(name="stays", engine="test")
+        keys = {}
+        ready = threading.Barrier(2)
+
+        def change_hands(number: int) -> None:
+            keys["old"] = ledger.register(name="old", engine="test")
+            ready.wait(60)
+            ledger.unregister(keys["old"])
+            new = ledger.register(name="new", engine="test")
+            assert ledger.reserve(new, 4 * PAGE, PAGE) == 4 * PAGE
+            ledger.settle(new, mapped_bytes=4 * PAGE, used_bytes=4 * PAGE, cached_bytes=0)
+            ready.wait(60)
+            seen = next(view for view in ledger.view().instances if view.row == new)
+            assert (seen.resident_bytes, seen.used_bytes, seen.promised_bytes) == (
+                *(4 * PAGE, 4 * PAGE, 0),
+            )
+            ledger.unregister(new)
+
+        def report(number: int) -> None:
+            ready.wait(60)
+            with pytest.raises(LedgerError, match="has left"):
+                while True:  # before, while and after the row changes hands
+                    worker.settle(
+                        keys["old"], unmapped_bytes=4 * PAGE, used_bytes=0, cached_bytes=0
+                    )
+                    worker.cancel(keys["old"], 4 * PAGE)
+            ready.wait(60)
+
+        Pair().race(change_hands, report)
+
+
+def test_of_two_commands_at_once_both_hold(path: Path) -> None:
+    with Ledger(path, CAPACITY) as ledger:
+        row = ledger.register(name="a", engine="test", page_bytes=PAGE)
+
+        def limit(number: int) -> None:
+            text = str((1 + number % 40) * PAGE)
+            control.set_limit("a", text, directory=path.parent, wait_seconds=0.0)
+
+        def priority(number: int) -> None:
+            control.set_priority("a", number % 50, directory=path.parent)
+
+        numbers = count()
+
+        def check() -> None:
+            number = next(numbers)
+            (seen,) = ledger.view().instances
+            assert (seen.limit_bytes, seen.priority) == ((1 + number % 40) * PAGE, number % 50)
+
+        done = threading.Barrier(2, action=check)
+
+        def after(action: Callable[[int], None]) -> Callable[[int], None]:
+            def both(number: int) -> None:
+                action(number)
+                done.wait(60)
+
+            return both
+
+        Pair().race(after(limit), after(priority))
+        assert ledger.view().instances[0].row == row
+
+
+def test_engines_of_one_model_that_start_at_once_get_different_names(path: Path) -> None:
+    config = read_config({"KVCACHED_DIR": str(path.parent)})
+    pool = Device(HOST, "host", CAPACITY)
+    started: list[Instance] = []
+
+    def check() -> None:
+        with Ledger(path) as ledger:
+            seen = ledger.view().instances
+        assert {view.name for view in seen} == {"model", "model-2"}
+        assert sum(view.promised_bytes for view in seen) == CAPACITY
+
+    done = threading.Barrier(2, action=check)
+
+    def start(number: int) -> None:
+        instance = Instance(
+            [pool], config, name=None, default_name="model", engine="test", answer=lambda: None
+        )
+        instance.describe(page_bytes=PAGE, num_pages=64)
+        instance.reserve(64, is_urgent=False)
+        started.append(instance)
+        done.wait(60)
+        instance.close()
+
+    Pair().race(start, start)
+
+
+@pytest.fixture
+def forking(path: Path) -> Iterator[Ledger]:
+    with Ledger(path, CAPACITY) as ledger:
+        yield ledger
+
+
+def test_a_fork_at_any_point_takes_nothing_from_its_parent(forking: Ledger) -> None:
+    """The child ends as a script would: it closes what it believes to have."""
+    ledger, source = forking, random.Random(1)
+    row = ledger.register(name="parent", engine="test")
+    neighbour = ledger.register(name="neighbour", engine="test")
+    end = threading.Event()
+
+    def work() -> None:
+        while not end.is_set():
+            granted = ledger.reserve(row, 8 * PAGE, PAGE)
+            ledger.settle(row, mapped_bytes=granted, used_bytes=granted, cached_bytes=0)
+            ledger.settle(row, unmapped_bytes=granted, used_bytes=0, cached_bytes=0)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        for _ in range(NUM_RACES):
+            for _ in range(source.randrange(20)):
+                ledger.room_bytes(neighbour)
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(60)
+                try:
+                    ledger.unregister(row)
+                except LedgerError:
+                    ledger.close()
+                    os._exit(0)
+                os._exit(1)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        end.set()
+        worker.join()
+    seen = {view.name: view for view in ledger.view().instances}
+    assert set(seen) == {"parent", "neighbour"}
+    assert (seen["parent"].resident_bytes, seen["parent"].promised_bytes) == (0, 0)
+    assert ledger.reserve(neighbour, CAPACITY, PAGE) == CAPACITY
+
+
+def test_a_writer_killed_at_any_point_leaves_a_ledger_that_is_right(path: Path) -> None:
+    with Ledger(path, CAPACITY) as ledger:
+        row = ledger.register(name="stays", engine="test")
+        ledger.reserve(row, 8 * PAGE, PAGE)
+        ledger.settle(row, mapped_bytes=8 * PAGE, used_bytes=0, cached_bytes=8 * PAGE)
+        source = random.Random(2)
+        for number in range(NUM_RACES // 4):
+            reader, writer = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(60)
+                own = Ledger(path, CAPACITY)
+                key = own.register(name=f"child-{number}", engine="test")
+                os.write(writer, b"x")
+                while True:
+                    granted = own.reserve(key, 16 * PAGE, PAGE)
+                    own.settle(key, mapped_bytes=granted, used_bytes=granted, cached_bytes=0)
+                    own.ask_peers(key, 64 * PAGE)
+                    own.settle(key, unmapped_bytes=granted, used_bytes=0, cached_bytes=0)
+            assert os.read(reader, 1) == b"x"
+            for _ in range(source.randrange(200)):
+                ledger.room_bytes(row)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            os.close(reader)
+            os.close(writer)
+            ledger.cancel(row, 0)
+            assert [view.name for view in ledger.view().instances] == ["stays"]
+            ledger._look_around_ns = 0
+            assert ledger.reserve(row, CAPACITY, PAGE) == CAPACITY - 8 * PAGE
+            ledger.cancel(row, CAPACITY)
