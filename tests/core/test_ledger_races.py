@@ -21,6 +21,7 @@ from kvcached_core.devices import Device
 from kvcached_core.errors import LedgerError
 from kvcached_core.instance import Instance
 from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_file import RowKey
 from kvcached_core.ledger_open import ledger_directory
 from kvcached_core.units import MIB
 
@@ -140,6 +141,13 @@ def test_processes_that_come_and_go_are_always_in_the_same_ledger(path: Path) ->
     assert list(path.parent.iterdir()) == []
 
 
+def report_for_ever(worker: Ledger, row: RowKey) -> None:
+    """Report before, while and after the row changes hands."""
+    while True:
+        worker.settle(row, unmapped_bytes=4 * PAGE, used_bytes=0, cached_bytes=0)
+        worker.cancel(row, 4 * PAGE)
+
+
 def test_a_late_report_never_reaches_the_next_one_in_its_row(path: Path) -> None:
     with Ledger(path, CAPACITY) as ledger, Ledger(path) as worker:
         ledger.register(name="stays", engine="test")
@@ -163,11 +171,7 @@ def test_a_late_report_never_reaches_the_next_one_in_its_row(path: Path) -> None
         def report(number: int) -> None:
             ready.wait(60)
             with pytest.raises(LedgerError, match="has left"):
-                while True:  # before, while and after the row changes hands
-                    worker.settle(
-                        keys["old"], unmapped_bytes=4 * PAGE, used_bytes=0, cached_bytes=0
-                    )
-                    worker.cancel(keys["old"], 4 * PAGE)
+                report_for_ever(worker, keys["old"])
             ready.wait(60)
 
         Pair().race(change_hands, report)
