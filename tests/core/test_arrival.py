@@ -89,3 +89,13 @@ def test_where_nobody_can_give_the_start_goes_on_with_a_warning(
     assert "64 MiB of 80 MiB are missing on host; it is held by neighbour (112 MiB)" in caplog.text
     assert "the start of this engine goes on" in caplog.text
     arrival.close()
+
+
+def test_two_engines_of_one_process_number_in_two_namespaces_may_start_at_once(
+    config: Config,
+) -> None:
+    first, second = arrive(config, 1), arrive(config, 2)
+    assert first.make_room()
+    assert second.make_room()
+    first.close()
+    second.close()

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,3 +139,21 @@ def test_an_instance_on_two_devices_is_steered_on_both_or_on_none(
         assert pair[0].policy() == other.view().instances[0].policy == Policy()
         assert control.set_limit("a", "100%", directory=directory).outcome is Outcome.APPLIED
         assert other.view().instances[0].limit_bytes == 2 * GIB
+
+
+def test_a_refusal_on_one_device_leaves_what_somebody_decided_meanwhile_on_the_other(
+    directory: Path, pair: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Ledger(directory / "other.ledger", 2 * GIB) as other:
+        row = other.register(name="a", engine="test")
+        other.describe(row, page_bytes=PAGE, virtual_bytes=GIB, least_bytes=GIB)
+        undo = Ledger.undo_policy
+
+        def decide_first(ledger: Ledger, *args: Any) -> None:
+            pair[0].ledger.change_policy(pair[0].row, priority=9, limit_bytes=GIB)
+            undo(ledger, *args)
+
+        monkeypatch.setattr(Ledger, "undo_policy", decide_first)
+        refused = control.set_limit("a", "512MiB", directory=directory)
+    assert refused.outcome is Outcome.REFUSED
+    assert pair[0].policy() == Policy(limit_bytes=GIB, priority=9)

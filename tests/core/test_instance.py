@@ -194,3 +194,75 @@ def test_spare_pages_are_promised_if_they_are_free_and_asked_of_nobody(
     instance = start([HOUSE], name="asker")
     assert instance.reserve(2, is_urgent=True, num_spare=9) == 3
     assert view(instance, HOUSE).waiting_bytes == 0
+
+
+def test_a_smaller_wish_than_the_refused_one_is_granted_at_once(
+    start: Callable[..., Instance],
+) -> None:
+    start([HOUSE], name="holder").reserve(7, is_urgent=False)
+    asker = start([HOUSE], name="asker")
+    assert asker.reserve(4, is_urgent=True) == 1
+    asker.cancel(1)
+    assert asker.reserve(4, is_urgent=True) == 0  # it was refused just now
+    assert asker.reserve(1, is_urgent=True) == 1
+
+
+def hold(instance: Instance, num_pages: int) -> None:
+    assert instance.reserve(num_pages, is_urgent=False) == num_pages
+    seat = instance.seat(HOUSE)
+    with Ledger(Path(seat.ledger_path)) as ledger:
+        size = num_pages * instance.page_bytes
+        ledger.settle(seat.row, mapped_bytes=size, used_bytes=0, cached_bytes=size)
+
+
+def test_an_ask_between_looking_and_answering_stays(start: Callable[..., Instance]) -> None:
+    holder, asker = start([HOUSE], name="holder"), start([HOUSE], name="asker")
+    hold(holder, 8)
+    asker.reserve(1, is_urgent=True)
+    assert holder.wanted_pages()[0] == 1
+    asker.clear_waiting()
+    asker.reserve(2, is_urgent=True)
+    holder.answer(1)
+    assert holder.wanted_pages()[0] == 1
+
+
+def test_a_limit_that_is_not_whole_pages_is_met(start: Callable[..., Instance]) -> None:
+    instance = start([HOUSE])
+    hold(instance, 3)
+    seat = instance.seat(HOUSE)
+    with Ledger(Path(seat.ledger_path)) as ledger:
+        ledger.change_policy(seat.row, limit_bytes=2 * PAGE + PAGE // 2)
+    assert instance.wanted_pages() == (1, 1)
+
+
+def test_free_bytes_are_those_of_one_rank(start: Callable[..., Instance]) -> None:
+    start([HOUSE], name="neighbour").reserve(4, is_urgent=False)
+    assert start([HOUSE, HOUSE]).free_bytes() == 2 * PAGE
+
+
+def test_a_name_that_is_taken_on_the_last_device_leaves_no_row_on_the_first(
+    start: Callable[..., Instance], tmp_path: Path
+) -> None:
+    first, last = device("a", 8), device("b", 8)
+    start([last], name="model")
+    assert view(start([first, last]), first).name == "model-2"
+    with pytest.raises(LedgerError, match="'model'"):
+        start([first, last], name="model")
+    with Ledger(tmp_path / "kv" / "a.ledger") as ledger:
+        assert [seen.name for seen in ledger.view().instances] == ["model-2"]
+
+
+def test_news_of_a_row_that_is_gone_is_an_error_and_not_silence(
+    start: Callable[..., Instance],
+) -> None:
+    start([HOUSE], name="stays")
+    instance = start([HOUSE], name="goes")
+    seat = instance.seat(HOUSE)
+    instance.has_news()
+    assert not instance.has_news()
+    with Ledger(Path(seat.ledger_path)) as ledger:
+        ledger.unregister(seat.row)
+    for _ in range(2):
+        assert instance.has_news()
+        with pytest.raises(LedgerError, match="has left"):
+            instance.wanted_pages()

@@ -434,3 +434,67 @@ def test_the_room_is_what_would_be_promised_and_promises_nothing(ledger: Ledger)
     assert ledger.room_bytes(row) == 2 * PAGE
     assert ledger.reserve(row, 3 * PAGE, PAGE) == 2 * PAGE
     assert ledger.room_bytes(row) == ledger.room_bytes(other) == 0
+
+
+def test_who_waits_is_named_for_a_promise_that_needed_no_memory_and_for_one_taken_back(
+    ledger: Ledger,
+) -> None:
+    holder = ledger.register(name="holder", engine="test")
+    asker = ledger.register(name="asker", engine="test")
+    assert ledger.reserve(holder, GIB, PAGE) == GIB
+    ledger.ask_peers(asker, 3 * PAGE)
+    assert ledger.settle(holder, unneeded_bytes=PAGE, used_bytes=0, cached_bytes=0) == [asker]
+    assert ledger.cancel(holder, PAGE) == [asker]
+    assert ledger.unregister(holder) == [asker]
+
+
+def test_only_who_could_have_a_page_of_it_is_woken(ledger: Ledger) -> None:
+    holder = ledger.register(name="holder", engine="test")
+    large = ledger.register(name="large", engine="test", page_bytes=4 * PAGE)
+    small = ledger.register(name="small", engine="test", page_bytes=PAGE)
+    fill(ledger, holder, GIB, used=GIB)
+    ledger.ask_peers(large, 8 * PAGE)
+    ledger.ask_peers(small, 2 * PAGE)
+    free = {"used_bytes": GIB, "cached_bytes": 0}
+    assert ledger.settle(holder, unmapped_bytes=PAGE // 2, **free) == []
+    assert ledger.settle(holder, unmapped_bytes=PAGE, **free) == [small]
+    assert ledger.settle(holder, unmapped_bytes=3 * PAGE, **free) == [large, small]
+
+
+def test_who_waits_is_named_where_a_lower_floor_leaves_memory(ledger: Ledger) -> None:
+    owner = ledger.register(name="owner", engine="test", policy=Policy(floor_bytes=GIB))
+    asker = ledger.register(name="asker", engine="test")
+    ledger.ask_peers(asker, PAGE)
+    assert ledger.change_policy(owner, floor_bytes=0).waiting == [asker]
+
+
+def test_a_change_of_one_word_of_a_policy_leaves_the_others(ledger: Ledger) -> None:
+    row = ledger.register(name="a", engine="test", policy=Policy(4 * PAGE, PAGE, 3))
+    change = ledger.change_policy(row, limit_bytes=None)
+    assert (change.before, change.after) == (Policy(4 * PAGE, PAGE, 3), Policy(None, PAGE, 3))
+    ledger.change_policy(row, priority=5)
+    assert ledger.view().instances[0].policy == Policy(None, PAGE, 5)
+
+
+def test_taking_a_change_back_leaves_what_somebody_changed_since(ledger: Ledger) -> None:
+    row = ledger.register(name="a", engine="test")
+    change = ledger.change_policy(row, limit_bytes=4 * PAGE, priority=3)
+    ledger.change_policy(row, limit_bytes=8 * PAGE, floor_bytes=PAGE)
+    ledger.undo_policy(row, change)
+    assert ledger.view().instances[0].policy == Policy(8 * PAGE, PAGE, 0)
+
+
+def test_another_headroom_is_named_on_a_gpu(directory: Path) -> None:
+    with Ledger(directory / "GPU-1234.ledger", GIB) as ledger:
+        ledger.register(name="a", engine="test")
+        with pytest.raises(LedgerError, match="every engine the same KVCACHED_HEADROOM, or"):
+            Ledger(ledger.path, 2 * GIB)
+
+
+def test_a_folder_that_somebody_else_made_first_is_refused_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ledger_directory(tmp_path / "kv")
+    monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(LedgerError, match=r"belongs to user \d+\); set KVCACHED_DIR"):
+        ledger_directory(folder)

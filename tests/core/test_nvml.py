@@ -28,6 +28,7 @@ class FakeNVML:
 
     def __init__(self) -> None:
         self.free = 70 * GIB
+        self.is_lost = False
 
     def nvmlDeviceGetHandleByUUID(self, name: str) -> str:  # noqa: N802  the library's name
         if name != GPU:
@@ -35,9 +36,13 @@ class FakeNVML:
         return name
 
     def nvmlDeviceGetMemoryInfo(self, _handle: object) -> Any:  # noqa: N802  the same
+        if self.is_lost:
+            raise NVMLError("GPU is lost")
         return SimpleNamespace(total=80 * GIB, free=self.free)
 
     def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802  the same
+        if self.is_lost:
+            raise NVMLError("GPU is lost")
         return "580.1"
 
     def nvmlDeviceGetCount(self) -> int:  # noqa: N802  the same
@@ -109,3 +114,28 @@ def test_the_doctor_says_that_there_is_no_gpu(
     found = {finding.what: finding for finding in examine(tmp_path / "kv")}
     assert found["GPU"].is_good
     assert "engines here share host memory" in found["GPU"].text
+
+
+def test_a_gpu_that_does_not_answer_has_nothing_free_and_one_warning_says_so(
+    gpu: FakeNVML, ledger: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Ledger(ledger.path, free_bytes=nvml.free_memory_reader(GPU)) as engine:
+        row = engine.view().instances[0].row
+        gpu.is_lost = True
+        for _ in range(3):
+            assert engine.reserve(row, GIB, GIB) == 0
+            assert engine.room_bytes(row) == 0
+        assert caplog.text.count("NVML does not say any more what is free on GPU-0000") == 1
+        gpu.is_lost = False
+        assert engine.reserve(row, GIB, GIB) == GIB
+        gpu.is_lost = True
+        engine.reserve(row, GIB, GIB)
+        assert caplog.text.count("nothing counts as free there") == 2
+
+
+def test_errors_of_the_doctors_questions_are_ours(gpu: FakeNVML) -> None:
+    gpu.is_lost = True
+    with pytest.raises(BackendError, match=r"nvmlSystemGetDriverVersion failed: GPU is lost"):
+        nvml.driver_version()
+    with pytest.raises(BackendError, match="NVML, GPU 0 failed: GPU is lost"):
+        list(nvml.gpus())

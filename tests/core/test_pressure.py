@@ -1,13 +1,21 @@
 """A bell is heard, and leaves nothing behind."""
 
+import errno
+import socket
 import stat
 import threading
 from pathlib import Path
 
 import pytest
 
+from kvcached_core.config import HOST, read_config
+from kvcached_core.devices import Device, open_ledger
 from kvcached_core.errors import LedgerError
-from kvcached_core.pressure import Doorbell, ring
+from kvcached_core.instance import Instance
+from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_file import RowKey
+from kvcached_core.ledger_open import doorbell_path
+from kvcached_core.pressure import Doorbell, ring, wake
 
 
 def test_a_ring_is_heard_and_the_socket_goes_with_the_bell(tmp_path: Path) -> None:
@@ -40,3 +48,75 @@ def test_a_bell_whose_folder_is_gone_still_closes(tmp_path: Path) -> None:
     closing.start()
     closing.join(5)
     assert not closing.is_alive()
+
+
+GPU = "GPU-73e906f0-07b3-4d1c-9a2e-0123456789ab"
+
+
+@pytest.mark.parametrize("device", ["host", GPU, "MIG-" + GPU[4:]])
+def test_a_bell_is_heard_in_a_folder_of_80_characters(tmp_path: Path, device: str) -> None:
+    folder = tmp_path / ("x" * (79 - len(str(tmp_path))))
+    assert len(str(folder)) == 80
+    config = read_config({"KVCACHED_DIR": str(folder)})
+    heard = threading.Event()
+    instance = Instance(
+        [Device(HOST, device, 64)],
+        config,
+        name="a",
+        default_name="",
+        engine="test",
+        answer=heard.set,
+    )
+    with Ledger(folder / f"{device}.ledger") as ledger:
+        wake(ledger, [ledger.view().instances[0].row])
+    assert heard.wait(10)
+    instance.close()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_of_too_long_a_name_is_refused_before_anything_is_made_there(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / ("x" * 200)
+    config = read_config({"KVCACHED_DIR": str(folder)})
+    with pytest.raises(
+        LedgerError, match=r"too long by \d+ bytes.* up to 82 bytes"
+    ):
+        open_ledger(Device(HOST, GPU, 64), config)
+    assert list(folder.iterdir()) == []
+
+
+def test_two_gpus_have_bells_of_their_own(tmp_path: Path) -> None:
+    row = RowKey(3, 1)
+    other = GPU[:-1] + "c"
+    paths = {doorbell_path(tmp_path / f"{name}.ledger", row) for name in (GPU, other, "host")}
+    assert len(paths) == 3
+    assert tmp_path / "host.3.sock" in paths
+
+
+def test_ringing_makes_no_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = threading.Event()
+    bell = Doorbell(tmp_path / "a.sock", heard.set)
+    monkeypatch.setattr("socket.socket", None)
+    assert ring(bell.path)
+    assert heard.wait(10)
+    bell.close()
+
+
+def test_a_bell_that_cannot_be_made_leaves_no_socket_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[socket.socket] = []
+
+    class Counted(socket.socket):
+        def __init__(self, *args: int) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+        def connect(self, address: object) -> None:
+            raise OSError(errno.EACCES, "refused")
+
+    monkeypatch.setattr("socket.socket", Counted)
+    with pytest.raises(LedgerError, match="refused"):
+        Doorbell(tmp_path / "a.sock", lambda: None)
+    assert [each.fileno() for each in made] == [-1, -1]

@@ -69,3 +69,12 @@ def test_requests_stop_only_for_somebody_below_its_floor() -> None:
     assert asked(asker, [peer], 8) == {peer.index: (2, 5)}
     peer.floor_bytes = 9
     assert asked(asker, [peer], 8) == {peer.index: (2, 1)}
+
+
+def test_idle_memory_that_is_on_its_way_is_not_asked_for_again_but_of_the_next_one() -> None:
+    asker, first, second = rows(
+        {},
+        {"resident_bytes": 4, "coming_bytes": 2, "last_used_ns": 1},
+        {"cached_bytes": 9, "last_used_ns": 2},
+    )
+    assert asked(asker, [first, second], 4) == {first.index: (2, 0), second.index: (2, 0)}
