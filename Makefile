@@ -20,7 +20,7 @@ GPU_SGLANG_PYTHON ?= $(GPU_SGLANG_VENV)/bin/python
 export VLLM_PYTHON := $(abspath $(BIN)/python)
 export SGLANG_PYTHON := $(abspath $(SGLANG_VENV)-0.5.23/bin/python)
 
-.PHONY: setup demo test lint bench gpu-check two-gpus-check prometheus-check check-locks new-engines clean
+.PHONY: setup demo test lint bench mutants gpu-check two-gpus-check prometheus-check check-locks new-engines clean
 
 setup: $(READY)
 
@@ -60,6 +60,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Small faults, each planted in a copy of the tree: does a test see it? MUTANTS="keeper orders" plants
+# those whose names hold one of these; with --write it writes tests/mutants/results.json.
+mutants: $(READY) $(SGLANG_VENV)-0.5.23/.ready
+	$(BIN)/python tests/mutants/run.py $(MUTANTS)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks run all-host

@@ -130,7 +130,7 @@ def choose_geometry(
     target_ids = max(target_page_bytes // block_bytes, 1)
     exact_step = step * num_planes // gcd(step, num_planes)
     exact = exact_step * max(round(target_ids / exact_step), 1)
-    if target_ids <= 2 * exact and exact <= 2 * target_ids:
+    if exact <= 2 * target_ids:  # it is never less than half of it
         ids = exact
     else:
         ids = step * max(-(-target_ids // (2 * step)), -(-num_planes // step))

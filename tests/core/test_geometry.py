@@ -100,6 +100,21 @@ def test_every_plane_ends_inside_the_reservation(shape: tuple[int, int], num_pag
         assert end <= num_pages * geometry.page_bytes
 
 
+@given(shapes, st.integers(-10_000, -1))
+def test_no_negative_id_exists(shape: tuple[int, int], block_id: int) -> None:
+    assert not choose(shape).exists(block_id)
+
+
+@given(shapes, st.integers(1, 64))
+def test_a_page_is_not_far_from_the_target_unless_its_blocks_are(
+    shape: tuple[int, int], target_mib: int
+) -> None:
+    geometry = choose(shape, target_mib * MIB)
+    smallest = choose(shape, 1)
+    assert geometry.page_bytes >= target_mib * MIB // 2
+    assert geometry.page_bytes <= max(2 * target_mib * MIB, 2 * smallest.page_bytes)
+
+
 def test_llama_8b_has_pages_of_128_tokens() -> None:
     assert choose((65536, 32)) == Geometry(65536, 32, ids_per_page=256, blocks_per_page=8)
 

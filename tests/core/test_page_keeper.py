@@ -126,6 +126,43 @@ def test_waiting_for_a_fence_does_not_hold_up_mapping(setup: Setup) -> None:
     fence.passed.set()
 
 
+def test_a_page_goes_behind_its_own_fence_and_not_behind_an_earlier_one(setup: Setup) -> None:
+    setup.keeper.map_now([1, 2])
+    first, second = HeldFence(), HeldFence()
+    setup.keeper.unmap_behind([1], first)
+    assert first.reached.wait(30)
+    setup.keeper.unmap_behind([2], second)
+    first.passed.set()
+    assert second.reached.wait(30)
+    assert setup.arena.resident_pages == [2]
+    second.passed.set()
+    setup.keeper.wait()
+    assert setup.arena.resident_pages == []
+
+
+def test_a_page_given_back_while_it_is_mapped_ahead_goes_when_it_is_there(setup: Setup) -> None:
+    faulty = setup.backend.inner
+    assert isinstance(faulty, FaultyBackend)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(verb: str, _number: int) -> bool:
+        if verb == "create":
+            begun.set()
+            assert go_on.wait(30)
+        return False
+
+    faulty.fails = hold
+    setup.keeper.map_soon([1])
+    assert begun.wait(30)
+    fence = passed()
+    setup.keeper.unmap_behind([1], fence)
+    assert fence.reached.wait(30)
+    threading.Timer(0.05, go_on.set).start()
+    setup.keeper.wait()
+    assert setup.arena.resident_pages == []
+    assert (setup.mapped, setup.unmapped, setup.spared) == (1, 1, 0)
+
+
 def test_an_order_to_map_that_is_taken_back_is_reported(setup: Setup) -> None:
     first = HeldFence()
     setup.keeper.map_now([1])
@@ -256,6 +293,25 @@ def test_a_page_that_cannot_be_unmapped_is_told_and_is_wanted_again_without_memo
     setup.keeper.unmap_behind(range(6), passed())
     setup.keeper.wait()
     assert (setup.mapped, setup.unmapped, setup.stuck, setup.spared) == (6, 6, 6, 3)
+
+
+def test_a_page_that_stayed_and_is_given_back_again_and_kept_was_promised_once(
+    setup: Setup,
+) -> None:
+    faulty = setup.backend.inner
+    assert isinstance(faulty, FaultyBackend)
+    setup.keeper.map_now([1])
+    faulty.fails = lambda verb, _number: verb == "unmap"
+    setup.keeper.unmap_behind([1], passed())
+    setup.keeper.wait()
+    faulty.fails = lambda *_: False
+    fence = HeldFence()
+    setup.keeper.unmap_behind([1], fence)
+    setup.keeper.map_now([1])
+    fence.passed.set()
+    setup.keeper.wait()
+    assert setup.arena.is_resident(1)
+    assert (setup.unmapped, setup.stuck, setup.spared) == (0, 1, 1)
 
 
 def test_a_spare_page_wanted_while_its_unmap_fails_needs_no_memory(setup: Setup) -> None:

@@ -89,6 +89,16 @@ def test_the_next_block_comes_from_the_fullest_page() -> None:
     assert [GEOMETRY.page_of(pool.take(1)[0]) for _ in range(6)] == [1, 2, 2, 0, 0, 0]
 
 
+def test_a_page_that_was_full_once_and_emptied_since_is_not_the_fullest() -> None:
+    pool = make()
+    blocks = grow(pool, 12)
+    give(pool, [blocks[4]])
+    assert pool.pages_in(USED) == [0, 1, 2]  # page 1 is known with one free block
+    give(pool, [blocks[5], blocks[6]])
+    give(pool, [blocks[8], blocks[9]])
+    assert [GEOMETRY.page_of(block) for block in pool.take(3)] == [2, 2, 1]
+
+
 def test_counts_alone_are_told_seldom_while_requests_are_live_and_at_once_behind_them() -> None:
     now = [0.0]
     pool = make(max_spare_pages=4, clock=lambda: now[0], num_resident_pages=1)

@@ -23,7 +23,7 @@ from kvcached_core.seats import Seat
 from kvcached_core.units import MIB
 from kvcached_core.vmm.backend import Fence, Result
 from kvcached_core.vmm.faulty import FaultyBackend
-from kvcached_core.vmm.host import HostBackend
+from kvcached_core.vmm.host import HostBackend, HostFence
 
 GEOMETRY = choose_geometry(
     block_bytes=65536, num_planes=4, granularity_bytes=2 * MIB, target_page_bytes=2 * MIB
@@ -243,3 +243,63 @@ def test_what_else_fails_while_it_closes_the_ledger_is_let_go_of(seat: Seat) -> 
     with pytest.raises(BackendError):
         memory.close()
     assert len(os.listdir("/proc/self/fd")) < num_open  # noqa: PTH208
+
+
+class Streams(HostBackend):
+    """Remembers which streams it was to wait for, or to let wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joined: list[int] = []
+        self.fenced: list[int] = []
+
+    def join(self, stream: int) -> None:
+        self.joined.append(stream)
+
+    def fence(self, stream: int) -> HostFence:
+        self.fenced.append(stream)
+        return super().fence(stream)
+
+
+def test_pages_come_and_go_with_the_stream_of_the_steps(instance: Instance, seat: Seat) -> None:
+    backend, stream = Streams(), 7
+    memory = RankMemory(GEOMETRY, NUM_PAGES, seat, backend, lambda: stream)
+    assert backend.joined == [7]
+    instance.reserve(1, is_urgent=False)
+    stream = 9
+    memory.carry_out(PageOrders(map_pages=[1], num_used_pages=2))
+    memory.carry_out(PageOrders(unmap_pages=[1], num_used_pages=1))
+    assert (backend.joined, backend.fenced) == ([7, 9], [9])
+    memory.close()
+
+
+def test_a_spare_page_that_a_step_needs_is_there_before_it(instance: Instance, seat: Seat) -> None:
+    backend = faulty()
+    memory = RankMemory(GEOMETRY, NUM_PAGES, seat, backend)
+    instance.reserve(2, is_urgent=False)
+    backend.fails = lambda verb, _number: verb == "create"
+    memory.carry_out(PageOrders(spare_pages=[1, 2], num_used_pages=1))  # there is no memory yet
+    backend.fails = never
+    memory.before_step(PageOrders(ready_pages=[1], num_used_pages=2))
+    assert memory.arena.is_resident(1)
+    memory.close()
+
+
+def test_pages_of_ranks_on_one_device_are_counted_for_each(tmp_path: Path) -> None:
+    config = read_config({"KVCACHED_DIR": str(tmp_path / "kv")})
+    instance = Instance(
+        [POOL, POOL], config, name="a", default_name="", engine="test", answer=lambda: None
+    )
+    instance.describe(page_bytes=PAGE, num_pages=NUM_PAGES)
+    instance.reserve(3, is_urgent=False)
+    seat = instance.seat(POOL)
+    ranks = [RankMemory(GEOMETRY, NUM_PAGES, seat, HostBackend()) for _ in range(2)]
+    for memory in ranks:
+        memory.carry_out(PageOrders(map_pages=[1, 2], num_used_pages=2, num_cached_pages=1))
+    view = seen(seat)
+    sizes = view.resident_bytes, view.used_bytes, view.cached_bytes, view.promised_bytes
+    assert sizes == (6 * PAGE, 4 * PAGE, 2 * PAGE, 0)
+    for memory in ranks:
+        memory.close()
+    assert seen(seat).resident_bytes == 0
+    instance.close()

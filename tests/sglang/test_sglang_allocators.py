@@ -346,3 +346,30 @@ def test_nothing_is_available_while_pages_are_owed() -> None:
     _, ours, _ = build(1)
     ours.free_list.is_owing = True
     assert ours.available_size() == 0
+
+
+def test_no_more_is_available_than_sglang_has_room_for() -> None:
+    vanilla, ours, source = build(1)
+    source.num_left = 100  # there is more memory than the pool has pages
+    assert ours.available_size() == vanilla.available_size() == NUM_BLOCKS
+
+
+def test_pages_are_counted_by_the_blocks_on_them() -> None:
+    _, ours, _ = build(1)
+    ours.alloc(7 + 2 * 8)  # pages 0 to 2, with the padding block
+    count_pages = ours.free_list.count_pages
+    assert count_pages(0) == (3, 0)
+    assert count_pages(8) == (2, 1)
+    assert count_pages(7 + 2 * 8) == (1, 2)  # page 0 is used: it holds the padding block
+    assert count_pages(12) == (2, 1)  # 12 used, 12 cached: no page counts twice
+
+
+def test_blocks_that_wait_to_be_sorted_in_are_free_when_pages_are_wanted() -> None:
+    size = NUM_BLOCKS
+    source = Source()
+    ours: Any = TokenToKVPoolAllocator(size, torch.float32, "cpu", None, need_sort=True)
+    pages = BlockPages(GEOMETRY, NUM_PAGES, source, source.orders.append, "cpu")
+    make_elastic(ours, pages, lambda: 0)
+    ours.free(ours.alloc(7 + 2 * 8))
+    assert len(ours.release_pages) > 0
+    assert sorted(ours.free_list.release(8)) == [1, 2]

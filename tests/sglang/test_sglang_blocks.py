@@ -17,8 +17,10 @@ class Source:
 
     def __init__(self) -> None:
         self.num_promised = 0
+        self.wishes: list[tuple[int, bool, int]] = []
 
     def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
+        self.wishes.append((num_pages, is_urgent, num_spare))
         self.num_promised += num_pages + num_spare
         return num_pages + num_spare
 
@@ -70,6 +72,41 @@ def test_surplus_is_due_after_its_time_and_not_before() -> None:
     now[0] = 1.0
     assert ours.is_surplus_due(16, is_live=False)
     assert not ours.is_surplus_due(8, is_live=False)
+
+
+def test_the_time_of_surplus_begins_anew_when_there_was_none_in_between() -> None:
+    now = [0.0]
+    ours = BlockPages(
+        GEOMETRY, 8, Source(), lambda _: None, "cpu", idle_seconds=1.0, clock=lambda: now[0]
+    )
+    assert not ours.is_surplus_due(16, is_live=False)
+    now[0] = 0.9
+    assert not ours.is_surplus_due(0, is_live=False)
+    now[0] = 1.5
+    assert not ours.is_surplus_due(16, is_live=False)
+    now[0] = 2.5
+    assert ours.is_surplus_due(16, is_live=False)
+
+
+def test_nobody_is_asked_to_give_for_spare_pages_and_others_are_for_what_a_request_needs() -> None:
+    source = Source()
+    ours = BlockPages(
+        GEOMETRY, 8, source, lambda _: None, "cpu", min_spare_pages=1, max_spare_pages=2
+    )
+    ours.map_ahead(0)
+    ours.open_blocks(17)  # two spare pages and another one
+    assert source.wishes == [(0, False, 2), (1, True, 0)]
+
+
+def test_no_more_is_promised_than_the_pool_has() -> None:
+    source = Source()
+    ours = BlockPages(GEOMETRY, 8, source, lambda _: None, "cpu")
+    ours.reserve_blocks(1000)
+    ours.reserve_blocks(1000)
+    assert ours.num_promised == source.num_promised == 7
+    ours.cancel()
+    ours.cancel()
+    assert ours.num_promised == source.num_promised == 0
 
 
 def test_two_pools_take_their_pages_from_the_same_ones_and_share_padding_alone() -> None:

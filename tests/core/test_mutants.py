@@ -1,0 +1,64 @@
+"""The list of planted faults and what runs it: a stale entry is an error, and so is a lazy one."""
+
+from pathlib import Path
+
+import pytest
+from mutants.run import KILLED, SURVIVED, Mutant, MutantError, read_mutants, run_tests
+
+MUTANT = Mutant("m", "house.py", "roof = 1", "roof = 0", "It rains in.", ("test_house.py",))
+TEST = "from house import roof\n\n\ndef test_roof() -> None:\n    assert roof {} 1\n"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    (tmp_path / "house.py").write_text("roof = 1\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("what", "outcome"), [("==", KILLED), ("<=", SURVIVED)])
+def test_a_mutant_is_killed_by_a_test_that_sees_it(tree: Path, what: str, outcome: str) -> None:
+    (tree / "test_house.py").write_text(TEST.format(what))
+    (tree / "tests/mutants").mkdir(parents=True)
+    (tree / "tests/mutants/no_shrinking.py").touch()
+    assert run_tests(tree, MUTANT.tests, 60) == SURVIVED
+    MUTANT.plant(tree)
+    assert run_tests(tree, MUTANT.tests, 60) == outcome
+
+
+@pytest.mark.parametrize("text", ["", "wall = 1\n", "roof = 1\nroof = 1\n"])
+def test_a_text_that_is_not_there_once_is_an_error(tree: Path, text: str) -> None:
+    (tree / "house.py").write_text(text)
+    with pytest.raises(MutantError, match=r"m: its text is \d times in house.py, allowed is once"):
+        MUTANT.plant(tree)
+    assert (tree / "house.py").read_text() == text
+
+
+def test_tests_that_are_not_there_show_nothing(tree: Path) -> None:
+    with pytest.raises(MutantError, match="could not be run"):
+        run_tests(tree, ["test_garden.py"], 60)
+
+
+ENTRY = """
+[[mutant]]
+name = "m"
+file = "house.py"
+old = "a"
+new = "b"
+breaks = "It rains in."
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (ENTRY, "name the tests that see it, or say why none can"),
+        (ENTRY + 'tests = ["a"]\nequivalent = "so"\n', "name the tests"),
+        (2 * (ENTRY + 'tests = ["a"]\n'), "two mutants have this name"),
+    ],
+)
+def test_an_entry_says_who_sees_it_or_why_nobody_can(
+    tmp_path: Path, text: str, reason: str
+) -> None:
+    (tmp_path / "list.toml").write_text(text)
+    with pytest.raises(MutantError, match=reason):
+        read_mutants([tmp_path / "list.toml"])

@@ -1,0 +1,234 @@
+"""Whether the tests see small faults: plants each of a list in a copy of the tree and runs tests.
+
+Run it as `make mutants`. A mutant that its tests do not see has survived: a behaviour that no test
+looks at. What a mutant replaces has to be in its file exactly once, so that the list stays current.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from queue import SimpleQueue
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS = HERE / "results.json"
+FOLDERS = (".", "integrations/vllm", "integrations/sglang", "patches", "tests", "benchmarks")
+KILLED, SURVIVED, HUNG, EQUIVALENT = "killed", "survived", "killed by a timeout", "equivalent"
+
+
+class MutantError(ValueError):
+    """The list does not fit the tree; the message names the mutant and what to do."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One small fault.
+
+    Attributes:
+        name: What it is called.
+        file: Where it is planted.
+        old: The text that it replaces; it is in the file once.
+        new: What takes its place.
+        tests: What has to see it: tests that start no server.
+        breaks: What goes wrong with it.
+        equivalent: Why nothing can see it; then it is not run.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    breaks: str
+    tests: tuple[str, ...] = ()
+    equivalent: str = ""
+
+    def plant(self, tree: Path) -> None:
+        """Write the fault into a copy of the tree.
+
+        Raises:
+            MutantError: If what it replaces is not there exactly once.
+        """
+        path = tree / self.file
+        text = path.read_text() if path.is_file() else ""
+        if self.old == self.new or text.count(self.old) != 1:
+            raise MutantError(
+                f"{self.name}: its text is {text.count(self.old)} times in {self.file}, allowed is "
+                "once; bring it up to date or take it out"
+            )
+        path.write_text(text.replace(self.old, self.new))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a mutant, and in how many seconds."""
+
+    name: str
+    outcome: str
+    seconds: float
+
+
+def read_mutants(paths: Iterable[Path]) -> list[Mutant]:
+    """Return the mutants of some files.
+
+    Raises:
+        MutantError: If two have one name, or one says neither what has to see it nor why nothing
+            can.
+    """
+    entries = [entry for path in paths for entry in tomllib.loads(path.read_text())["mutant"]]
+    mutants = [Mutant(**{**entry, "tests": tuple(entry.get("tests", ()))}) for entry in entries]
+    names = [mutant.name for mutant in mutants]
+    for mutant in mutants:
+        if names.count(mutant.name) > 1:
+            raise MutantError(f"{mutant.name}: two mutants have this name")
+        if bool(mutant.tests) == bool(mutant.equivalent):
+            raise MutantError(f"{mutant.name}: name the tests that see it, or say why none can")
+    return mutants
+
+
+@contextmanager
+def copied_tree() -> Iterator[Path]:
+    """Yield a copy of what git knows, or would know, of the tree."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    with tempfile.TemporaryDirectory(prefix="kvcached-mutants-") as folder:
+        for name in filter(None, listed.stdout.split("\0")):
+            source, target = ROOT / name, Path(folder, name)
+            if source.is_file() and not name.startswith("benchmarks/results/"):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+        yield Path(folder)
+
+
+def run_tests(tree: Path, tests: Iterable[str], timeout_seconds: float) -> str:
+    """Return whether one of `tests` failed in `tree`: KILLED, SURVIVED or HUNG.
+
+    Raises:
+        MutantError: If the tests could not be run at all.
+    """
+    by_python: dict[str, list[str]] = {}
+    for test in tests:
+        is_sglang = test.startswith("tests/sglang/")
+        python = os.environ.get("SGLANG_PYTHON", "") if is_sglang else sys.executable
+        by_python.setdefault(python, []).append(test)
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(str(tree / folder) for folder in FOLDERS)
+    for python, chosen in by_python.items():
+        if not python:
+            raise MutantError("SGLANG_PYTHON names no interpreter; use make mutants")
+        arguments = ["-m", "pytest", "-x", "-q", "-m", "not gpu and not slow", *chosen]
+        try:
+            done = subprocess.run(
+                [python, *arguments, "-p", "no:cacheprovider", "-p", "mutants.no_shrinking"],
+                cwd=tree,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=timeout_seconds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return HUNG
+        # A fault at import stops the collection; a name that is not there is the list's fault.
+        if done.returncode not in (0, 1, 2) or "not found: " in done.stderr:
+            raise MutantError(
+                f"{chosen} could not be run: {done.stdout[-800:]}{done.stderr[-800:]}"
+            )
+        if done.returncode:
+            return KILLED
+    return SURVIVED
+
+
+def run(mutants: list[Mutant], num_at_a_time: int, timeout_seconds: float) -> Iterator[Result]:
+    """Yield what becomes of each mutant; each of those that run at a time has its own tree."""
+    with ThreadPoolExecutor(num_at_a_time) as pool, copied_tree() as original:
+        free: SimpleQueue[Path] = SimpleQueue()
+        for number in range(num_at_a_time):
+            free.put(Path(shutil.copytree(original, original.parent / f"{original.name}-{number}")))
+
+        def one(mutant: Mutant) -> Result:
+            if mutant.equivalent:
+                return Result(mutant.name, EQUIVALENT, 0.0)
+            tree, start = free.get(), time.monotonic()
+            try:
+                mutant.plant(tree)
+                outcome = run_tests(tree, mutant.tests, timeout_seconds)
+            finally:
+                shutil.copyfile(original / mutant.file, tree / mutant.file)
+                free.put(tree)
+            return Result(mutant.name, outcome, round(time.monotonic() - start, 1))
+
+        try:
+            yield from pool.map(one, mutants)
+        finally:
+            while not free.empty():
+                shutil.rmtree(free.get())
+
+
+def write_results(results: list[Result], mutants: list[Mutant]) -> None:
+    """Write what became of all mutants, with the date and the commit."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, check=True, text=True
+    )
+    known = {mutant.name: mutant for mutant in mutants}
+    report = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit.stdout.strip(),
+        "results": [
+            {**asdict(result), "file": known[result.name].file, "breaks": known[result.name].breaks}
+            for result in results
+        ],
+    }
+    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def main() -> int:
+    """Run the mutants; return 1 if one survived."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="only mutants whose name holds one of these")
+    parser.add_argument("--at-a-time", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one mutant")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    options = parser.parse_args()
+    mutants = read_mutants(sorted(HERE.glob("*.toml")))
+    chosen = [
+        mutant
+        for mutant in mutants
+        if not options.names or any(name in mutant.name for name in options.names)
+    ]
+    with copied_tree() as tree:
+        for mutant in chosen:  # all of the list is looked at before the first one is run
+            mutant.plant(tree)
+            shutil.copyfile(ROOT / mutant.file, tree / mutant.file)
+        every = sorted({test for mutant in chosen for test in mutant.tests})
+        if run_tests(tree, every, 10 * options.timeout) != SURVIVED:
+            raise MutantError("the tests fail without a fault, so they cannot show one")
+    results = []
+    for result in run(chosen, options.at_a_time, options.timeout):
+        results.append(result)
+        print(f"{result.outcome:20} {result.seconds:6.1f} s  {result.name}", flush=True)
+    if options.write:
+        write_results(results, mutants)
+    survived = [result.name for result in results if result.outcome == SURVIVED]
+    print(f"{len(results)} mutants, {len(survived)} survived: {', '.join(survived) or 'none'}")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
