@@ -27,19 +27,7 @@ NO_WEIGHTS = ("adapter_", "training_args", "optimizer", "scheduler", "scaler", "
 SECOND_COPY = "consolidated"
 
 # These have two matrices in an MLP, not three: no gate.
-UNGATED = {
-    "bloom",
-    "falcon",
-    "gpt2",
-    "gpt_bigcode",
-    "gpt_neox",
-    "gptj",
-    "mpt",
-    "nemotron",
-    "opt",
-    "phi",
-    "starcoder2",
-}
+UNGATED = {"bloom", "falcon", "gpt2", "gpt_neox", "gptj", "mpt", "opt", "phi", "starcoder2"}
 SCALE_BYTES = 2  # of a group of quantised weights
 
 
