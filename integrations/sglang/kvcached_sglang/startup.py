@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from kvcached_core import refusal
 from kvcached_core.config import SWITCH, Enable, read_config, read_switch
 from kvcached_core.errors import ConfigError, GeometryError, UnsupportedEngineError
+from kvcached_core.leaving import sweep_at_exit
 from kvcached_core.names import safe_name
 from kvcached_patches import (
     Installed,
@@ -53,7 +54,7 @@ def start() -> None:
     try:
         if read_switch() is Enable.OFF:
             return
-        read_config()
+        config = read_config()
         if _patcher is not None:
             return
         engine = installed()
@@ -65,6 +66,7 @@ def start() -> None:
         refuse(error)
         return
     os.environ[CHECKED] = engine.release
+    sweep_at_exit(config.dir)
     _patcher = Patcher(
         hooks_of(engine, table.HOOKS),
         on_misfit=lambda error: refuse(UnsupportedEngineError(str(error))),
