@@ -1,14 +1,18 @@
-"""What one operation on the ledger takes: alone, and beside seven processes that do the same.
+"""What one operation on the ledger takes: alone, beside others, and while nobody can have the lock.
 
     python benchmarks/ledger.py --json benchmarks/results/ledger.json
 
 Contending processes either pause between two operations, as engines do between two steps, or never
-stop, which on fewer cores than processes measures the machine's scheduler as well.
+stop, which on fewer cores than processes measures the machine's scheduler as well. Readers look
+without a pause, as `kvcached top` in a loop. A process that is stopped with the lock makes one call
+wait, and none after it.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
+import signal
 import statistics
 import tempfile
 import time
@@ -25,6 +29,7 @@ PAGE = 16 * MIB
 NUM_ALONE = 20_000
 NUM_CONTENDING = 3_000
 NUM_PROCESSES = 8
+NUM_STOPPED = 20
 PAUSES_SECONDS = {"pause of 1 ms": 1e-3, "pause of 0.2 ms": 2e-4, "no pause": 0.0}
 
 
@@ -46,13 +51,16 @@ def time_alone(path: Path) -> dict[str, dict[str, float]]:
     """Return what each operation takes when nobody else uses the ledger."""
     with Ledger(path, 64 * GIB) as ledger:
         row = ledger.register(name="alone", engine="benchmark")
-        times: dict[str, list[int]] = {"reserve": [], "cancel": [], "settle": [], "look": []}
+        names = ("reserve", "cancel", "settle", "look", "wanted", "room")
+        times: dict[str, list[int]] = {name: [] for name in names}
         for _ in range(NUM_ALONE):
             times["reserve"].append(timed(lambda: ledger.reserve(row, PAGE, PAGE)))
             times["cancel"].append(timed(lambda: ledger.cancel(row, PAGE)))
             settle = timed(lambda: ledger.settle(row, used_bytes=0, cached_bytes=0))
             times["settle"].append(settle)
             times["look"].append(timed(lambda: ledger.num_notices(row)))
+            times["wanted"].append(timed(lambda: ledger.wanted(row)))
+            times["room"].append(timed(lambda: ledger.room_bytes(row)))
         ledger.unregister(row)
     return {name: summary(values) for name, values in times.items()}
 
@@ -88,6 +96,68 @@ def time_contending(path: Path, pause_seconds: float) -> dict[str, float]:
     return summary(times)
 
 
+def look_for_ever(path: Path, started: Any) -> None:
+    """Read the ledger without a pause, in a process of its own."""
+    with Ledger(path) as ledger:
+        while True:
+            ledger.view()
+            started.set()
+
+
+def time_beside_readers(path: Path) -> dict[str, float]:
+    """Return what reserving and giving back takes beside two processes that only look."""
+    with Ledger(path, 64 * GIB) as ledger:
+        row = ledger.register(name="engine", engine="benchmark")
+        started = multiprocessing.Event()
+        readers = [
+            multiprocessing.Process(target=look_for_ever, args=(path, started)) for _ in range(2)
+        ]
+        for reader in readers:
+            reader.start()
+        started.wait()
+        times = []
+        for _ in range(NUM_CONTENDING):
+            times.append(timed(lambda: ledger.reserve(row, PAGE, PAGE)))
+            times.append(timed(lambda: ledger.cancel(row, PAGE)))
+            time.sleep(1e-3)
+        for reader in readers:
+            reader.kill()
+            reader.join()
+        ledger.unregister(row)
+    return summary(times)
+
+
+def hold(path: Path, held: Any) -> None:
+    """Take the lock, in a process of its own, and keep it."""
+    with Ledger(path, 64 * GIB) as ledger:
+        ledger._enter_patiently()  # noqa: SLF001  what is measured is that it does not come out
+        held.set()
+        signal.pause()
+
+
+def time_beside_stopped(path: Path) -> dict[str, list[float]]:
+    """Return what calls in a row take, in ms, while a stopped process has the lock."""
+    with Ledger(path, 64 * GIB) as ledger:
+        row = ledger.register(name="engine", engine="benchmark")
+        times: dict[str, list[float]] = {"first call": [], "later calls": []}
+        for _ in range(NUM_STOPPED):
+            held = multiprocessing.Event()
+            holder = multiprocessing.Process(target=hold, args=(path, held))
+            holder.start()
+            held.wait()
+            os.kill(holder.pid or 0, signal.SIGSTOP)
+            times["first call"].append(timed(lambda: ledger.reserve(row, PAGE, PAGE)) / 1e6)
+            for _ in range(10):
+                times["later calls"].append(timed(lambda: ledger.reserve(row, PAGE, PAGE)) / 1e6)
+                settle = timed(lambda: ledger.settle(row, used_bytes=0, cached_bytes=0))
+                times["later calls"].append(settle / 1e6)
+            holder.kill()
+            holder.join()
+            ledger.cancel(row, PAGE)
+        ledger.unregister(row)
+    return {name: [statistics.median(values), max(values)] for name, values in times.items()}
+
+
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -99,12 +169,17 @@ def main() -> None:
         results["alone"] = time_alone(ledger_path)
         for name, pause_seconds in PAUSES_SECONDS.items():
             results[f"8 processes, {name}"] = time_contending(ledger_path, pause_seconds)
+        results["beside 2 readers"] = time_beside_readers(ledger_path)
+        results["lock held by a stopped process, median and longest ms"] = time_beside_stopped(
+            ledger_path
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n")
     rows = {f"alone: {name}": values for name, values in results["alone"].items()}
-    rows |= {name: values for name, values in results.items() if name.startswith("8 processes")}
+    rows |= {name: values for name, values in results.items() if name.startswith(("8", "beside"))}
     for name, values in rows.items():
         print(f"{name:32}" + "".join(f"{key} {value:9.1f} us  " for key, value in values.items()))
+    print(results["lock held by a stopped process, median and longest ms"])
 
 
 if __name__ == "__main__":

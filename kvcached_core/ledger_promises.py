@@ -17,6 +17,7 @@ from kvcached_core.ledger_members import LedgerMembers
 from kvcached_core.ledger_room import free_bytes, room_bytes, waiting_bytes
 
 _LATER_SECONDS = 0.05
+_DEVICE_INTERVAL_NS = 1_000_000
 
 
 class LedgerPromises(LedgerMembers):
@@ -37,6 +38,7 @@ class LedgerPromises(LedgerMembers):
         free_bytes: Callable[[], int] | None = None,
     ) -> None:
         self._device_free_bytes = free_bytes
+        self._ask_device_ns = self._recent_bytes = 0
         self._late_writer: threading.Thread | None = None
         super().__init__(path, capacity_bytes)
 
@@ -171,12 +173,25 @@ class LedgerPromises(LedgerMembers):
         return free_bytes(self._words, self._rows, base, device_free_bytes)
 
     def room_bytes(self, row: RowKey) -> int:
-        """Return what the instance would be promised now, in bytes. It takes no lock."""
-        device_free_bytes = self._device_free_bytes and self._device_free_bytes()
+        """Return what the instance would be promised now, in bytes.
+
+        It takes no lock, and asks the device once a millisecond: an engine may look in each turn of
+        its loop.
+        """
+        device_free_bytes = self._recent_device_free_bytes()
         base = self._look(row)
         if base is None:
             return 0
         return max(room_bytes(self._words, self._rows, base, device_free_bytes), 0)
+
+    def _recent_device_free_bytes(self) -> int | None:
+        if self._device_free_bytes is None:
+            return None
+        now_ns = time.monotonic_ns()
+        if now_ns >= self._ask_device_ns:
+            self._ask_device_ns = now_ns + _DEVICE_INTERVAL_NS
+            self._recent_bytes = self._device_free_bytes()
+        return self._recent_bytes
 
     def _look(self, row: RowKey) -> int | None:
         """Return where the row lies; None if that needs the lock, and it is held for too long."""

@@ -79,9 +79,7 @@ def test_a_folder_of_too_long_a_name_is_refused_before_anything_is_made_there(
 ) -> None:
     folder = tmp_path / ("x" * 200)
     config = read_config({"KVCACHED_DIR": str(folder)})
-    with pytest.raises(
-        LedgerError, match=r"too long by \d+ bytes.* up to 82 bytes"
-    ):
+    with pytest.raises(LedgerError, match=r"too long by \d+ bytes.* up to 82 bytes"):
         open_ledger(Device(HOST, GPU, 64), config)
     assert list(folder.iterdir()) == []
 
