@@ -1,22 +1,26 @@
 """What `kvcached doctor` looks at: folder, ledgers, settings, driver, engines."""
 
-import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from kvcached_core import __version__, nvml
-from kvcached_core.errors import BackendError, KVCachedError
+from kvcached_core.errors import BackendError, KVCachedError, LedgerError
 from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_open import ledger_paths
+from kvcached_core.ledger_file import NUM_ROWS, RowKey
+from kvcached_core.ledger_open import WRITABLE, doorbell_path, ledger_paths
+from kvcached_core.pressure import Doorbell
 from kvcached_core.units import MIB, format_bytes
 
 # Adapters say here what they find: functions that return pairs of whether it is good, and a text.
 GROUP = "kvcached.doctor"
-LEAST_SPACE_BYTES = MIB
+HOST = "host"  # the ledger of host memory
+LONGEST_DEVICE = "GPU-00000000-0000-0000-0000-000000000000"
 
 
 @dataclass(frozen=True)
@@ -51,16 +55,39 @@ def examine(directory: Path) -> list[Finding]:
 def _folder(directory: Path) -> Finding:
     try:
         ledger_paths(directory)
-        if not directory.exists():
-            return _good("folder", f"{directory} is not there yet; the first engine makes it")
+        doorbell_path(directory / f"{LONGEST_DEVICE}.ledger", RowKey(NUM_ROWS - 1, 0))
+        _start_beside(directory)
     except KVCachedError as error:
         return _bad("folder", str(error))
+    if not directory.exists():
+        return _good("folder", f"{directory} is not there yet; the first engine makes it")
     free_bytes = shutil.disk_usage(directory).free
-    if not os.access(directory, os.W_OK):
-        return _bad("folder", f"{directory} is read-only; set KVCACHED_DIR to another")
-    if free_bytes < LEAST_SPACE_BYTES:
-        return _bad("folder", f"{directory} is full; free some of it")
     return _good("folder", f"{directory}, {format_bytes(free_bytes)} free")
+
+
+def _start_beside(directory: Path) -> None:
+    """Do what an engine does when it starts, in a folder beside its ledgers, and remove that.
+
+    Raises:
+        KVCachedError: If it cannot start there.
+    """
+    place = next(folder for folder in (directory, *directory.parents) if folder.exists())
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix=".doctor-", dir=place)
+    except OSError as error:
+        verb = "written" if place == directory else "made"
+        raise LedgerError(
+            f"KVCACHED_DIR={str(directory)!r} cannot be {verb}: {error.strerror}; {WRITABLE}"
+        ) from error
+    with scratch as name:
+        path = Path(name)
+        try:
+            with Ledger(path / "host.ledger", MIB) as ledger:
+                row = ledger.register(name="doctor", engine="none")
+                Doorbell(path / "s", lambda: None).close()
+                ledger.unregister(row)
+        except KVCachedError as error:
+            raise LedgerError(str(error).replace(name, str(directory))) from error
 
 
 def _ledgers(directory: Path) -> Iterator[Finding]:
@@ -71,10 +98,26 @@ def _ledgers(directory: Path) -> Iterator[Finding]:
         except KVCachedError as error:
             yield _bad(path.name, str(error))
             continue
-        names = ", ".join(instance.name for instance in view.instances) or "no instance"
-        yield _good(path.name, f"{format_bytes(view.capacity_bytes)} shared by {names}")
+        names = ", ".join(instance.name for instance in view.instances)
+        text = f"{format_bytes(view.capacity_bytes)} shared by {names or 'no instance'}"
+        if names and path.stem == HOST:
+            text += _other_pool(view.capacity_bytes)
+        yield _good(path.name, text)
     for path in sorted(directory.glob("*.damaged-*")):
         yield _bad(path.name, "a damaged ledger that was set aside; remove it")
+
+
+def _other_pool(capacity_bytes: int) -> str:
+    from kvcached_core.config import read_config
+
+    with suppress(KVCachedError):  # what is wrong with the settings is said there
+        own_bytes = read_config().host_pool
+        if own_bytes != capacity_bytes:
+            return (
+                f"; the settings here say {format_bytes(own_bytes)}, so an engine that is started "
+                f"beside them needs KVCACHED_HOST_POOL={capacity_bytes}"
+            )
+    return ""
 
 
 def _settings() -> Finding:

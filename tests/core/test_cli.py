@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvcached_core.cli.doctor import examine
-from kvcached_core.host_memory import HostMemory
 from kvcached_core.ledger import Ledger
 from kvcached_core.ledger_open import doorbell_path, ledger_directory
 from kvcached_core.pressure import Doorbell
@@ -135,42 +133,6 @@ def test_limit_floor_and_priority_say_what_became_of_them(ledger: Ledger) -> Non
     refused = kvcached("limit", "llama", "2GiB", directory=folder)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr.startswith("llama: refused: a limit of 2 GiB")
-
-
-def test_doctor_names_every_problem_and_fails_for_it(ledger: Ledger) -> None:
-    folder = ledger.path.parent
-    good = kvcached("doctor", directory=folder)
-    assert "ok    host.ledger: 1 GiB shared by llama" in good.stdout
-    (folder / "cut.ledger").write_bytes(b"nonsense")
-    bad = kvcached("doctor", "--json", directory=folder)
-    assert bad.returncode == 1
-    found = {row["what"]: row for row in json.loads(bad.stdout)}
-    assert not found["cut.ledger"]["is_good"]
-    assert "damaged" in found["cut.ledger"]["text"]
-    assert found["host.ledger"]["is_good"]
-    folder.chmod(0o755)
-    assert "is open to other users" in kvcached("doctor", directory=folder).stdout
-    folder.chmod(0o700)
-
-
-def test_doctor_warns_of_a_pool_that_the_process_may_not_fill(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    file = tmp_path / "memory.max"
-    monkeypatch.setattr(
-        "kvcached_core.host_memory.host_memory", lambda: HostMemory(24 * GIB, 3 * GIB, file)
-    )
-    monkeypatch.setenv("KVCACHED_HOST_POOL", "2GiB")
-    found = {finding.what: finding for finding in examine(tmp_path / "kv")}
-    assert found["memory"].is_good
-    assert found["memory"].text == (
-        f"3 GiB may be used ({file} limits it; the machine has 24 GiB); "
-        "engines on the host share 2 GiB"
-    )
-    monkeypatch.setenv("KVCACHED_HOST_POOL", "4GiB")
-    found = {finding.what: finding for finding in examine(tmp_path / "kv")}
-    assert not found["memory"].is_good
-    assert "KVCACHED_HOST_POOL=4 GiB is more than the process may use" in found["memory"].text
 
 
 def test_metrics_have_base_units_and_a_line_for_every_size(ledger: Ledger) -> None:

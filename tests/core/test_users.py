@@ -127,4 +127,7 @@ def test_a_read_only_folder_is_said_with_what_to_do(read_only_folder: Path) -> N
     )
     code, text = as_plain_user(partial(command("doctor"), read_only_folder))
     assert code == 1
-    assert f"{read_only_folder} is read-only; set KVCACHED_DIR to another" in text
+    assert (
+        f"KVCACHED_DIR='{read_only_folder}' cannot be written: Permission denied; "
+        "set KVCACHED_DIR to a folder that this user may write"
+    ) in text

@@ -1,0 +1,129 @@
+"""`kvcached doctor` says of a folder what an engine that starts would find."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvcached_core.cli.doctor import Finding, examine
+from kvcached_core.host_memory import HostMemory
+from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.units import GIB
+
+KVCACHED = Path(sys.executable).with_name("kvcached")
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    with Ledger(ledger_directory(tmp_path / "kv") / "host.ledger", GIB) as opened:
+        opened.register(name="llama", engine="vllm 0.32.0")
+        yield opened
+
+
+def found(directory: Path) -> dict[str, Finding]:
+    return {finding.what: finding for finding in examine(directory)}
+
+
+def problem(directory: Path) -> str:
+    folder = found(directory)["folder"]
+    assert not folder.is_good
+    return folder.text
+
+
+def test_the_command_names_every_problem_and_fails_for_it(ledger: Ledger) -> None:
+    folder = ledger.path.parent
+    command = [KVCACHED, "doctor", "--dir", folder]
+    good = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "ok    host.ledger: 1 GiB shared by llama" in good.stdout
+    (folder / "cut.ledger").write_bytes(b"nonsense")
+    bad = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    assert bad.returncode == 1
+    rows = {row["what"]: row for row in json.loads(bad.stdout)}
+    assert not rows["cut.ledger"]["is_good"]
+    assert "damaged" in rows["cut.ledger"]["text"]
+    assert rows["host.ledger"]["is_good"]
+
+
+def test_a_folder_in_which_engines_start_is_good_and_left_as_it_was(ledger: Ledger) -> None:
+    folder = ledger.path.parent
+    before, view = sorted(folder.iterdir()), ledger.view()
+    assert found(folder)["folder"].is_good
+    assert sorted(folder.iterdir()) == before
+    assert ledger.view() == view
+
+
+def test_a_folder_that_is_not_there_is_good_where_it_can_be_made(tmp_path: Path) -> None:
+    folder = found(tmp_path / "a" / "kv")["folder"]
+    assert folder.is_good
+    assert "the first engine makes it" in folder.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_bad(tmp_path: Path) -> None:
+    assert "set KVCACHED_DIR to a folder that this user may write" in problem(Path("/proc/kv"))
+    (tmp_path / "file").touch()
+    assert "Not a directory" in problem(tmp_path / "file" / "kv")
+    assert "is not a folder of this user" in problem(tmp_path / "file")
+
+
+def test_a_folder_that_others_may_look_into_is_bad(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    assert "is open to other users (mode 0755); allowed is 0700" in problem(tmp_path)
+
+
+def test_a_folder_whose_name_leaves_no_room_for_a_gpus_sockets_is_bad(tmp_path: Path) -> None:
+    assert "is too long" in problem(tmp_path / ("x" * 100))
+
+
+def test_a_folder_without_room_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert "No space left on device" in problem(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ledger_of_another_version_is_bad(ledger: Ledger) -> None:
+    words = memoryview(bytearray(ledger.path.read_bytes())).cast("q")
+    words[1] += 1
+    other = ledger.path.with_name("GPU-1.ledger")
+    other.write_bytes(words.tobytes())
+    finding = found(ledger.path.parent)["GPU-1.ledger"]
+    assert not finding.is_good
+    assert "version" in finding.text
+
+
+def test_a_pool_of_another_size_is_said(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVCACHED_HOST_POOL", "2GiB")
+    text = found(ledger.path.parent)["host.ledger"].text
+    assert "the settings here say 2 GiB" in text
+    assert f"KVCACHED_HOST_POOL={GIB}" in text
+    monkeypatch.setenv("KVCACHED_HOST_POOL", "1GiB")
+    assert found(ledger.path.parent)["host.ledger"].text == "1 GiB shared by llama"
+
+
+def test_a_pool_that_the_process_may_not_fill_is_bad(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "memory.max"
+    monkeypatch.setattr(
+        "kvcached_core.host_memory.host_memory", lambda: HostMemory(24 * GIB, 3 * GIB, file)
+    )
+    monkeypatch.setenv("KVCACHED_HOST_POOL", "2GiB")
+    memory = found(tmp_path / "kv")["memory"]
+    assert memory.is_good
+    assert memory.text == (
+        f"3 GiB may be used ({file} limits it; the machine has 24 GiB); "
+        "engines on the host share 2 GiB"
+    )
+    monkeypatch.setenv("KVCACHED_HOST_POOL", "4GiB")
+    memory = found(tmp_path / "kv")["memory"]
+    assert not memory.is_good
+    assert "KVCACHED_HOST_POOL=4 GiB is more than the process may use" in memory.text
