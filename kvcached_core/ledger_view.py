@@ -63,6 +63,21 @@ class InstanceView:
         return Policy(self.limit_bytes, self.floor_bytes, self.priority)
 
     @property
+    def index(self) -> int:
+        """The number of its row."""
+        return self.row.number
+
+    @property
+    def last_used_ns(self) -> int:
+        """When its pages were for something else the last time."""
+        return round(self.last_used_seconds * 1e9)
+
+    @property
+    def unmet_floor_bytes(self) -> int:
+        """What is missing to its floor."""
+        return max(self.floor_bytes - self.resident_bytes - self.promised_bytes, 0)
+
+    @property
     def excess_bytes(self) -> int:
         """What it holds above its limit."""
         return 0 if self.limit_bytes is None else max(self.resident_bytes - self.limit_bytes, 0)

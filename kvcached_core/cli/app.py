@@ -18,6 +18,7 @@ from kvcached_core.control import Answer, Outcome
 from kvcached_core.errors import KVCachedError
 from kvcached_core.ledger_open import default_directory
 from kvcached_core.ledger_view import DeviceView
+from kvcached_core.reach import pressure
 
 EXIT_FAILED = 1
 EXIT_INCOMPLETE = 3
@@ -62,9 +63,21 @@ DASHES = {"ignore_unknown_options": True}
 
 
 def to_json(devices: list[DeviceView]) -> str:
-    """Return the devices as JSON."""
+    """Return the devices as JSON: sizes in bytes, pressure as a share of 1."""
     return json.dumps(
-        {"devices": [{**asdict(view), "free_bytes": view.free_bytes} for view in devices]}, indent=2
+        {
+            "devices": [
+                {
+                    **asdict(view),
+                    "free_bytes": view.free_bytes,
+                    "instances": [
+                        {**asdict(row), "pressure": pressure(view, row)} for row in view.instances
+                    ],
+                }
+                for view in devices
+            ]
+        },
+        indent=2,
     )
 
 

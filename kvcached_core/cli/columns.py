@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import floor
 
 from rich.text import Text
 
 from kvcached_core.cli.history import CURVE_WIDTH, History
 from kvcached_core.ledger_view import DeviceView, InstanceView
+from kvcached_core.reach import pressure
 from kvcached_core.units import KIB
 
 NAME_WIDTH = 14  # the least; names get what the other columns leave
@@ -120,6 +122,9 @@ COLUMNS = {
     3: _size("used", lambda row: row.used_bytes),
     4: _size("cached", lambda row: row.cached_bytes),
     5: _size("idle", lambda row: row.idle_bytes),
+    6: Column(
+        "pressure", SIZE_WIDTH, lambda seen: f"{floor(100 * pressure(seen.device, seen.row))} %"
+    ),
     12: _size("promised", lambda row: row.promised_bytes),
     9: _size("limit", lambda row: row.limit_bytes),
     10: _size("floor", lambda row: row.floor_bytes, zero="none"),

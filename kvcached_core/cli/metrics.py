@@ -8,6 +8,7 @@ from pathlib import Path
 from kvcached_core import control
 from kvcached_core.errors import KVCachedError
 from kvcached_core.ledger_view import DeviceView, InstanceView
+from kvcached_core.reach import pressure
 
 try:
     from prometheus_client import CollectorRegistry, generate_latest, start_http_server
@@ -56,6 +57,15 @@ class LedgerCollector:
             for device in devices:
                 family.add_metric([device.device], value(device))
             yield family
+        full = GaugeMetricFamily(
+            PREFIX + "pressure",
+            "Used, of what it could use: 1 where it can get no more memory, or waits for it.",
+            labels=_LABELS,
+        )
+        for device in devices:
+            for row in device.instances:
+                full.add_metric([device.device, row.name, row.engine], pressure(device, row))
+        yield full
         rows = [(device.device, row) for device in devices for row in device.instances]
         for name, (text, read) in INSTANCE_GAUGES.items():
             gauge = GaugeMetricFamily(PREFIX + name, text, labels=_LABELS)

@@ -76,7 +76,7 @@ def titles(width: int) -> list[str]:
 def test_every_number_and_the_names_are_whole_from_60_columns_on(width: int) -> None:
     lines = drawn(width)
     assert max(map(len, lines)) <= width
-    assert {"instance", "resident", "used", "cached", "idle"} <= set(titles(width))
+    assert {"instance", "resident", "used", "cached", "idle", "pressure"} <= set(titles(width))
     text = "\n".join(lines)
     for whole in ("30.3 GiB", "20 GiB", "1.27 GiB", "1023 MiB", "1000 MiB", "23 MiB", "32 MiB"):
         assert whole in text
