@@ -121,7 +121,7 @@ HOOKS = (
     Hook(
         "vllm.v1.worker.gpu_worker:Worker.wake_up",
         "kvcached_vllm.worker_hooks:worker_wake_up",
-        "zero only what is mapped of a quantised KV cache",
+        "leave all asleep if it fails, and zero only what is mapped of a quantised KV cache",
     ),
     Hook(
         "vllm.v1.worker.gpu_worker:Worker.shutdown",
@@ -231,9 +231,13 @@ USES = (
         "vllm.v1.kv_cache_interface:KVCacheConfig.kv_cache_groups",
     ),
     *uses(
-        "what a wake allocates is read from it (kvcached_vllm/sleeping.py)",
+        "what a wake allocates is read from it, and taken back (kvcached_vllm/sleeping.py)",
         "vllm.device_allocator.cumem:CuMemAllocator.instance",
         "vllm.device_allocator.cumem:CuMemAllocator.pointer_to_data",
+        "vllm.device_allocator.cumem:CuMemAllocator.wake_up",
+        "vllm.device_allocator.cumem:create_and_map",
+        "vllm.device_allocator.cumem:unmap_and_release",
+        "vllm.device_allocator:AllocationData.cpu_backup_tensor",
         "vllm.device_allocator:AllocationData.handle",
         "vllm.device_allocator:AllocationData.tag",
         "vllm.v1.executor.abstract:Executor.is_sleeping",

@@ -21,6 +21,7 @@ from kvcached_core.units import MIB
 from kvcached_vllm import sleeping
 from kvcached_vllm.engine_hooks import executor_wake_up
 from kvcached_vllm.sleeping import asleep_bytes, bytes_to_wake
+from kvcached_vllm.worker_hooks import worker_wake_up
 
 pytestmark = pytest.mark.vllm
 
@@ -199,6 +200,75 @@ def test_a_worker_says_what_its_allocators_table_has(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(CuMemAllocator, "instance", allocator)
     assert asleep_bytes(None, None) == 12
     assert asleep_bytes(None, ["kv_cache"]) == 7
+
+
+class Memory:
+    """A device behind vLLM's real allocator: what it maps, and when it is full."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch
+        from vllm.device_allocator import cumem
+
+        self.mapped: set[int] = set()
+        self.restored: list[int] = []
+        self.capacity = 100
+        self.allocator = cumem.CuMemAllocator()
+        monkeypatch.setattr(cumem.CuMemAllocator, "instance", self.allocator)
+        monkeypatch.setattr(cumem, "create_and_map", self.map)
+        monkeypatch.setattr(cumem, "unmap_and_release", self.unmap)
+        copies = SimpleNamespace(cudaMemcpy=lambda to, *_: self.restored.append(to))
+        monkeypatch.setattr(cumem, "libcudart", copies)
+        if hasattr(torch, "accelerator"):
+            monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None, raising=False)
+        for address, tag in enumerate(["weights", "weights", "kv_cache", "weights"]):
+            data = allocation(1, tag)
+            data.handle = (0, 1, address, 7)
+            data.cpu_backup_tensor = torch.zeros(1) if tag == "weights" else None
+            self.allocator.pointer_to_data[address] = data
+
+    def map(self, handle: Any) -> None:
+        if handle[2] in self.mapped:
+            raise RuntimeError("CUDA Error: invalid argument")
+        if len(self.mapped) >= self.capacity:
+            raise RuntimeError("CUDA Error: out of memory")
+        self.mapped.add(handle[2])
+
+    def unmap(self, handle: Any) -> None:
+        self.mapped.remove(handle[2])
+
+    def wake(self, tags: list[str] | None = None) -> None:
+        wake_up = worker_wake_up(lambda _worker, tags: self.allocator.wake_up(tags))
+        wake_up(SimpleNamespace(kvcached=object(), model_runner=object()), tags)
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 2, 3])
+def test_a_wake_that_runs_out_of_memory_midway_leaves_all_asleep_and_can_be_tried_again(
+    monkeypatch: pytest.MonkeyPatch, capacity: int
+) -> None:
+    memory = Memory(monkeypatch)
+    memory.capacity = capacity
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            memory.wake()
+        assert memory.mapped == set()
+        assert asleep_bytes(None, None) == 4
+    memory.capacity = 100
+    memory.restored.clear()
+    memory.wake()
+    assert memory.mapped == {0, 1, 2, 3}
+    assert memory.restored == [0, 1, 3]  # the weights, from the copies that were kept
+    assert asleep_bytes(None, None) == 0
+
+
+def test_what_one_rank_or_call_woke_already_is_not_allocated_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = Memory(monkeypatch)
+    memory.wake(["weights"])
+    assert memory.mapped == {0, 1, 3}
+    memory.wake()
+    assert memory.mapped == {0, 1, 2, 3}
+    assert memory.restored == [0, 1, 3]
 
 
 WAKE_FP8 = """

@@ -70,13 +70,53 @@ def room_to_wake(instance: Instance, num_bytes: Collection[int]) -> Iterator[Non
 
 
 @contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """Let a wake that fails in vLLM's allocator leave everything asleep, as it was.
+
+    A stranger may take the memory behind our back. vLLM would keep what it allocated before, and
+    every later wake would allocate it again, which the driver refuses. What another call woke
+    already is not allocated again, either.
+    """
+    from vllm.device_allocator import cumem
+
+    allocator = cumem.CuMemAllocator.instance
+    if allocator is None:
+        yield
+        return
+    table = allocator.pointer_to_data
+    backups = {address: data.cpu_backup_tensor for address, data in table.items()}
+    done: list[int] = []
+    create_and_map = cumem.create_and_map
+
+    def create_once(handle: Any) -> None:
+        address = handle[2]
+        if getattr(table[address], "is_asleep", True):
+            create_and_map(handle)
+            done.append(address)
+
+    cumem.create_and_map = create_once
+    try:
+        yield
+    except BaseException:
+        for address in reversed(done):
+            data = table[address]
+            cumem.unmap_and_release(data.handle)
+            data.cpu_backup_tensor = backups[address]
+            if hasattr(data, "is_asleep"):
+                data.is_asleep = True
+        raise
+    finally:
+        cumem.create_and_map = create_and_map
+
+
+@contextlib.contextmanager
 def mapped_only(worker: Any) -> Iterator[None]:
     """Let vLLM's wake zero the KV pages that are mapped, not the whole reserved range.
 
     Up to 0.28 the V1 runner of a quantised KV cache fills all of `kv_caches` with zeros.
     """
     runner = worker.model_runner
-    if not hasattr(worker, "kvcached") or not hasattr(runner, "init_fp8_kv_scales"):
+    if not hasattr(runner, "init_fp8_kv_scales"):
         yield
         return
     kv_caches, runner.kv_caches = runner.kv_caches, []

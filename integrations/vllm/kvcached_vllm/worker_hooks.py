@@ -14,7 +14,7 @@ from kvcached_core.model_bytes import OTHER_BYTES
 from kvcached_core.vmm.host import HostBackend
 from kvcached_vllm import startup
 from kvcached_vllm.layout import PLACEMENT, Placement, plane_layout, sparse_config
-from kvcached_vllm.sleeping import mapped_only
+from kvcached_vllm.sleeping import all_or_none, mapped_only
 from kvcached_vllm.weights import static_bytes
 from kvcached_vllm.worker import WorkerMemory, inner_worker, settle_orders
 
@@ -214,11 +214,14 @@ def worker_sleep(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def worker_wake_up(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `Worker.wake_up`: what it zeroes of the KV cache must be mapped."""
+    """Wrap `Worker.wake_up`: all of it or none, and what it zeroes must be mapped."""
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        with mapped_only(self):
+        if not hasattr(self, "kvcached"):
+            original(self, *args, **kwargs)
+            return
+        with all_or_none(), mapped_only(self):
             original(self, *args, **kwargs)
 
     return wrapper
