@@ -125,6 +125,7 @@ def test_instances_keep_their_names_and_every_panel_has_data(prometheus: str) ->
     ("alert", "metric", "values"),
     [
         ("KVCachedInstanceWaitsForMemory", "kvcached_waiting_bytes", "1x20"),
+        ("KVCachedInstanceIsFull", "kvcached_pressure", "1x20"),
         ("KVCachedManyRefusals", "kvcached_refusals_total", "0+1200x20"),
     ],
 )
