@@ -105,18 +105,25 @@ def set_limit(
 
 
 def set_floor(
-    name: str, floor: str, *, directory: Path, wait_seconds: float = PATIENCE_SECONDS
+    name: str,
+    floor: str,
+    *,
+    directory: Path,
+    wait_seconds: float = PATIENCE_SECONDS,
+    is_forced: bool = False,
 ) -> Answer:
     """Set what an instance can always get back on each of its devices.
 
     Others are asked at once for idle and cached pages, as far as the floor is not free; their
-    requests stop for it only when the instance needs the memory.
+    requests stop for it only when the instance needs the memory. A floor that leaves no room for
+    the longest request of another instance is refused, unless it is forced.
 
     Args:
         name: The instance.
         floor: A size such as `24GiB`, a share such as `50%` of what all share, or `none`.
         directory: The folder of the ledgers.
         wait_seconds: How long to wait until it is free.
+        is_forced: Whether requests of others may have to wait for as long as the floor stays.
 
     Raises:
         ConfigError: If the floor is no size.
@@ -124,7 +131,11 @@ def set_floor(
     """
     with _places(directory, [name]) as places:
         refusal = _change(
-            places, [{"floor_bytes": _size(floor, "floor", place) or 0} for place in places]
+            places,
+            [
+                {"floor_bytes": _size(floor, "floor", place) or 0, "is_forced": is_forced}
+                for place in places
+            ],
         )
         if refusal is not None:
             return refusal

@@ -15,6 +15,7 @@ from kvcached_core.names import numbered_names
 from kvcached_core.pressure import Doorbell, ask_peers, wake
 from kvcached_core.room import LOOK_SECONDS, PATIENCE_SECONDS, Need, Shortage, make_room
 from kvcached_core.seats import Seat, leave_rows, take_rows
+from kvcached_core.waiting import WaitingLog, explain_wait
 
 if TYPE_CHECKING:
     from kvcached_core.ledger import Ledger
@@ -67,6 +68,7 @@ class Instance:
         self._refused_pages = 0
         self._refused_until = 0.0
         self._pid = os.getpid()
+        self._waiting_log = WaitingLog(self._explain_refusal)
         try:
             # One order for all instances, so that two of them never wait for each other.
             for device in sorted(self._num_ranks, key=lambda device: device.name):
@@ -96,7 +98,11 @@ class Instance:
         Args:
             page_bytes: Bytes of a page.
             num_pages: Pages of the pool.
-            least_pages: Pages that the largest request needs: no limit may be below them.
+            least_pages: Pages that the largest request needs: no limit may be below them, and the
+                floors of others have to leave them.
+
+        Raises:
+            PolicyError: If these floors do not.
         """
         self.page_bytes = page_bytes
         for device, ledger in self._ledgers.items():
@@ -122,6 +128,18 @@ class Instance:
         """
         if is_urgent and self._is_refused(num_pages):
             return 0
+        granted = self._promise(num_pages, num_spare, may_borrow=is_urgent)
+        if is_urgent and num_pages:
+            if granted < num_pages:
+                self._refused_pages = num_pages - granted
+                self._refused_until = time.monotonic() + REFUSAL_SECONDS
+                self._ask_peers(num_pages - granted)
+                self._waiting_log.refused()
+            else:
+                self._waiting_log.over()
+        return granted
+
+    def _promise(self, num_pages: int, num_spare: int, *, may_borrow: bool) -> int:
         granted = num_pages + num_spare
         taken: list[tuple[Device, int]] = []
         for device, ledger in self._ledgers.items():
@@ -132,22 +150,23 @@ class Instance:
                 needed * unit_bytes,
                 unit_bytes,
                 spare_bytes=(granted - needed) * unit_bytes,
+                is_waiting=may_borrow,
             )
             granted = promised // unit_bytes
             taken.append((device, granted))
         for device, num_taken in taken:
             if num_taken > granted:
                 self._cancel_on(device, num_taken - granted)
-        if granted < num_pages and is_urgent:
-            self._refused_pages = num_pages - granted
-            self._refused_until = time.monotonic() + REFUSAL_SECONDS
-            self._ask_peers(num_pages - granted)
         return granted
 
     def reserve_first_page(self) -> bool:
-        """Return whether one page was promised; wait for neighbours as long as a start may."""
+        """Return whether one page was promised; wait for neighbours as long as a start may.
+
+        It never comes back, so it is not borrowed from a floor.
+        """
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not self.reserve(1, is_urgent=True):
+        while not self._promise(1, 0, may_borrow=False):
+            self._ask_peers(1)
             if time.monotonic() > deadline:
                 return False
             self._rang.wait(LOOK_SECONDS)
@@ -192,6 +211,7 @@ class Instance:
     def clear_waiting(self) -> None:
         """Say that nothing of this instance waits for memory any more, on any device."""
         self._refused_until = 0.0
+        self._waiting_log.over()
         for device, ledger in self._ledgers.items():
             ledger.clear_waiting(self._rows[device])
 
@@ -273,6 +293,10 @@ class Instance:
 
     def _is_refused(self, num_pages: int) -> bool:
         return num_pages >= self._refused_pages and time.monotonic() < self._refused_until
+
+    def _explain_refusal(self) -> str:
+        views = [(ledger.view(), self._rows[device]) for device, ledger in self._ledgers.items()]
+        return "; ".join(explain_wait(view, row) for view, row in views)
 
     def _unit_bytes(self, device: Device) -> int:
         return self.page_bytes * self._num_ranks[device]

@@ -105,7 +105,10 @@ class Ledger(LedgerPromises):
             peers = self._peers(asker)
             coming_bytes = sum(peer.coming_bytes for peer in peers)
             asked = []
-            for share in sharing.shares(asker, peers, max(wanted - coming_bytes, 0)):
+            lacking = max(wanted - coming_bytes, 0)
+            # Weights that borrowed below a floor could not be given back to its owner.
+            may_borrow = is_waiting and not is_static
+            for share in sharing.shares(asker, peers, lacking, is_waiting=may_borrow):
                 peer, owed_bytes = self._rows[share.index], 0 if is_static else share.owed_bytes
                 peer.owed_bytes = max(peer.owed_bytes, owed_bytes)
                 if self._ask(peer, share.give_bytes + owed_bytes):

@@ -147,10 +147,17 @@ class LedgerMembers(LedgerEntry):
     def describe(
         self, row: RowKey, *, page_bytes: int, virtual_bytes: int, least_bytes: int = 0
     ) -> None:
-        """Say how large a page, the whole pool and the largest request are, in bytes."""
+        """Say how large a page, the whole pool and the largest request are, in bytes.
+
+        Raises:
+            PolicyError: If others' floors leave no room for the largest request.
+            LedgerError: If the instance has left.
+        """
         try:
             self._enter_patiently()
             found = self._row(row)
+            floors = {peer.name: peer.floor_bytes for peer in self._peers(found)}
+            sharing.check_longest(found.name, least_bytes, floors, self._header.capacity_bytes)
             found.page_bytes, found.virtual_bytes = page_bytes, virtual_bytes
             found.least_bytes = least_bytes
             self._keep(row, found.base)
@@ -174,11 +181,14 @@ class LedgerMembers(LedgerEntry):
         finally:
             self._exit()
 
-    def change_policy(self, row: RowKey, **changes: Any) -> PolicyChange:
+    def change_policy(
+        self, row: RowKey, *, is_forced: bool = False, **changes: Any
+    ) -> PolicyChange:
         """Change what is named of limit, floor and priority; the rest stays as it is now.
 
         Args:
             row: The instance.
+            is_forced: Whether a floor may leave no room for the longest request of another one.
             changes: Attributes of `Policy`.
 
         Raises:
@@ -190,7 +200,7 @@ class LedgerMembers(LedgerEntry):
             found = self._row(row)
             before = _policy(found)
             after = replace(before, **changes)
-            self._set_policy(found, after)
+            self._set_policy(found, after, is_forced=is_forced)
             self._tell(found)
             return PolicyChange(before, after, self._waiting())
         finally:
@@ -227,8 +237,9 @@ class LedgerMembers(LedgerEntry):
                 return row
         raise LedgerError(f"all {layout.NUM_ROWS} rows of {self.path} are taken by live instances")
 
-    def _set_policy(self, row: Row, policy: Policy) -> None:
-        sharing.check(row, policy, self._peers(row), self._header.capacity_bytes)
+    def _set_policy(self, row: Row, policy: Policy, *, is_forced: bool = False) -> None:
+        peers, capacity_bytes = self._peers(row), self._header.capacity_bytes
+        sharing.check(row, policy, peers, capacity_bytes, is_forced=is_forced)
         self._write_policy(row, policy)
 
     def _write_policy(self, row: Row, policy: Policy) -> None:

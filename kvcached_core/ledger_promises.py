@@ -42,17 +42,28 @@ class LedgerPromises(LedgerMembers):
         self._late_writer: threading.Thread | None = None
         super().__init__(path, capacity_bytes)
 
-    def reserve(self, row: RowKey, num_bytes: int, unit_bytes: int, *, spare_bytes: int = 0) -> int:
+    def reserve(
+        self,
+        row: RowKey,
+        num_bytes: int,
+        unit_bytes: int,
+        *,
+        spare_bytes: int = 0,
+        is_waiting: bool = False,
+    ) -> int:
         """Promise up to `num_bytes`, in whole units, and return how many bytes it is.
 
-        A promise never takes the instance over its limit, all instances over the capacity, or
-        another one's floor. Nothing is promised while the lock is held for too long.
+        A promise never takes the instance over its limit, or all instances over the capacity. What
+        is missing to another one's floor is promised only to a request that waits, and only as far
+        as the owner does not wait for it. Nothing is promised while the lock is held for too long.
 
         Args:
             row: The instance's row.
             num_bytes: What it needs.
             unit_bytes: What a promise is a multiple of.
-            spare_bytes: What it would like on top: granted only of what no other one waits for.
+            spare_bytes: What it would like on top: granted only of what no other one waits for, and
+                of no floor.
+            is_waiting: Whether a request waits for `num_bytes`.
 
         Raises:
             LedgerError: If the instance has left.
@@ -72,10 +83,12 @@ class LedgerPromises(LedgerMembers):
                 device_free_bytes -= words[ALLOCATED] - allocated_bytes
                 if words is not seen_words:
                     device_free_bytes = 0
-            room = room_bytes(words, self._rows, base, device_free_bytes)
+            room = unborrowed = room_bytes(words, self._rows, base, device_free_bytes)
+            if is_waiting and room < num_bytes:
+                room = room_bytes(words, self._rows, base, device_free_bytes, is_waiting=True)
             granted = num_bytes if room >= num_bytes else max(room // unit_bytes * unit_bytes, 0)
             if spare_bytes:
-                left = room - granted - (waiting_bytes(words) - words[base + WAITING])
+                left = unborrowed - granted - (waiting_bytes(words) - words[base + WAITING])
                 granted += min(spare_bytes, max(left // unit_bytes * unit_bytes, 0))
             words[base + PROMISED] += granted
             if granted < num_bytes:
@@ -173,7 +186,7 @@ class LedgerPromises(LedgerMembers):
         return free_bytes(self._words, self._rows, base, device_free_bytes)
 
     def room_bytes(self, row: RowKey) -> int:
-        """Return what the instance would be promised now, in bytes.
+        """Return what a request that waits would be promised now, in bytes.
 
         It takes no lock, and asks the device once a millisecond: an engine may look in each turn of
         its loop.
@@ -182,7 +195,7 @@ class LedgerPromises(LedgerMembers):
         base = self._look(row)
         if base is None:
             return 0
-        return max(room_bytes(self._words, self._rows, base, device_free_bytes), 0)
+        return max(room_bytes(self._words, self._rows, base, device_free_bytes, is_waiting=True), 0)
 
     def _recent_device_free_bytes(self) -> int | None:
         if self._device_free_bytes is None:

@@ -1,13 +1,16 @@
 """Who gives memory to whom: the rules, as functions of the rows.
 
-Memory that nobody needs goes first, whoever holds it; who waits itself, with requests that run,
-needs what it has idle, and gives of it until both hold the same. Cached blocks come next, from the
-lowest priority, and among equals from who was unused longest. Live requests stop only for an
-instance below its floor, or where their own is over its limit. Nobody is asked below its own floor:
-what it gave would be kept free for it.
+Memory that nobody needs goes first, whoever holds it. An instance that waits itself, with requests
+that run, needs what it has idle, and gives of it until both hold the same. Cached blocks come next,
+from the lowest priority, and among equals from the instance that was unused longest.
+
+A floor guarantees what requests hold and what they wait for. Idle pages and cached blocks below it
+are borrowed last, by an instance whose request waits, and only while their owner does not wait. The
+owner gets them back on demand: live requests of others stop for an instance below its floor, and
+for no other reason but a limit of their own.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -110,35 +113,55 @@ class Share:
     owed_bytes: int = 0
 
 
-def shares(asker: Standing, peers: Iterable[Standing], num_bytes: int) -> list[Share]:
-    """Return who shall give how much, so that `asker` gets `num_bytes` if there are as many."""
-    found = [
-        (peer, Share(peer.index))
-        for peer in sorted(peers, key=lambda peer: (peer.priority, peer.last_used_ns))
-    ]
-    left = {peer.index: _above_floor(peer) for peer, _ in found}
-    for is_idle in (True, False):
-        for peer, share in found:
-            spare = _idle_to_give(peer, asker) if is_idle else peer.cached_bytes
-            give = min(spare, left[peer.index], num_bytes)
-            share.give_bytes += give
-            left[peer.index] -= give
-            num_bytes -= give
+def shares(
+    asker: Standing, peers: Iterable[Standing], num_bytes: int, *, is_waiting: bool = True
+) -> list[Share]:
+    """Return who shall give how much, so that `asker` gets `num_bytes` if there are as many.
+
+    Args:
+        asker: The instance that lacks memory.
+        peers: The other instances of the device.
+        num_bytes: What it lacks.
+        is_waiting: Whether a request waits for it: then what others have idle or cached below their
+            floors is borrowed, too.
+    """
+    order = sorted(peers, key=lambda peer: (peer.priority, peer.last_used_ns))
+    found = [Share(peer.index) for peer in order]
+    idle = [_idle_to_give(peer, asker) for peer in order]
+    cached = [peer.cached_bytes for peer in order]
+    above_floor = [_above_floor(peer) for peer in order]
+    below_floor = [0 if peer.waiting_bytes else _held(peer) for peer in order]
+    for left in (above_floor, below_floor) if is_waiting else (above_floor,):
+        for spare in (idle, cached):
+            for number, share in enumerate(found):
+                give = max(min(spare[number], left[number], num_bytes), 0)
+                share.give_bytes += give
+                spare[number] -= give
+                above_floor[number] -= give
+                num_bytes -= give
     num_bytes = min(num_bytes, asker.unmet_floor_bytes)
-    for peer, share in found:
-        share.owed_bytes = min(peer.used_bytes, left[peer.index], num_bytes)
+    for number, share in enumerate(found):
+        share.owed_bytes = max(min(order[number].used_bytes, above_floor[number], num_bytes), 0)
         num_bytes -= share.owed_bytes
-    return [share for _, share in found if share.give_bytes or share.owed_bytes]
+    return [share for share in found if share.give_bytes or share.owed_bytes]
 
 
-def check(row: Standing, policy: Policy, peers: Iterable[Standing], capacity_bytes: int) -> None:
+def check(
+    row: Standing,
+    policy: Policy,
+    peers: Sequence[Standing],
+    capacity_bytes: int,
+    *,
+    is_forced: bool = False,
+) -> None:
     """Refuse a policy that the instance could not live with, or that cannot be promised.
 
     Args:
-        row: The instance.
+        row: The instance, as it is now.
         policy: What is wanted.
         peers: The other instances of the device.
         capacity_bytes: What all of them share.
+        is_forced: Whether a floor may leave no room for the longest request of another instance.
 
     Raises:
         PolicyError: With what is allowed; for floors, with the arithmetic.
@@ -165,19 +188,49 @@ def check(row: Standing, policy: Policy, peers: Iterable[Standing], capacity_byt
             f"{format_bytes(limit)}; the floor must not be above the limit"
         )
     _check_floors(name, floor, peers, capacity_bytes)
+    if floor > row.floor_bytes and not is_forced:
+        for other in peers:
+            floors = {peer.name: peer.floor_bytes for peer in peers if peer is not other}
+            check_longest(other.name, other.least_bytes, floors | {name: floor}, capacity_bytes)
+
+
+def check_longest(
+    name: str, longest_bytes: int, floors: Mapping[str, int], capacity_bytes: int
+) -> None:
+    """Refuse floors beside which the longest request of an instance could never be served.
+
+    Args:
+        name: The instance.
+        longest_bytes: What its longest request needs.
+        floors: The floors of the other instances of its device, by their names.
+        capacity_bytes: What all of them share.
+
+    Raises:
+        PolicyError: With the arithmetic.
+    """
+    kept_bytes = sum(floors.values())
+    if kept_bytes and longest_bytes > capacity_bytes - kept_bytes:
+        raise PolicyError(
+            f"the longest request of {name!r} needs {format_bytes(longest_bytes)}, but floors of "
+            f"{_terms(floors)} leave {format_bytes(max(capacity_bytes - kept_bytes, 0))} of the "
+            f"{format_bytes(capacity_bytes)} that all instances share, so it would wait for ever; "
+            f"lower a floor, or the length that {name!r} allows"
+        )
 
 
 def _check_floors(name: str, floor: int, peers: Iterable[Standing], capacity_bytes: int) -> None:
     others = {other.name: other.floor_bytes for other in peers if other.floor_bytes}
     total = floor + sum(others.values())
     if floor and total > capacity_bytes:
-        terms = [f"{format_bytes(floor)} ({name})"]
-        terms += [f"{format_bytes(size)} ({other})" for other, size in others.items()]
         raise PolicyError(
-            f"floors of {' + '.join(terms)} = {format_bytes(total)} are more than the "
+            f"floors of {_terms({name: floor} | others)} = {format_bytes(total)} are more than the "
             f"{format_bytes(capacity_bytes)} that all instances share; allowed for {name!r} are "
             f"up to {format_bytes(max(capacity_bytes - sum(others.values()), 0))}"
         )
+
+
+def _terms(floors: Mapping[str, int]) -> str:
+    return " + ".join(f"{format_bytes(size)} ({name})" for name, size in floors.items() if size)
 
 
 def _idle_to_give(row: Standing, asker: Standing) -> int:

@@ -150,9 +150,15 @@ def floor(
     size: Annotated[str, typer.Argument(help="Such as 24GiB, 50% or none.")],
     directory: Directory = default_directory(),
     timeout: Timeout = control.PATIENCE_SECONDS,
+    force: Annotated[
+        bool, typer.Option("--force", help="Even if another one's longest request has to wait.")
+    ] = False,
 ) -> None:
     """Set what an instance can always get back."""
-    _end([control.set_floor(name, size, directory=directory, wait_seconds=timeout)])
+    answer = control.set_floor(
+        name, size, directory=directory, wait_seconds=timeout, is_forced=force
+    )
+    _end([answer])
 
 
 @app.command(context_settings=DASHES)

@@ -123,6 +123,8 @@ def test_trim_says_when_the_time_was_up(ledger: Ledger) -> None:
 def test_limit_floor_and_priority_say_what_became_of_them(ledger: Ledger) -> None:
     folder = ledger.path.parent
     assert kvcached("floor", "llama", "64MiB", directory=folder).returncode == 0
+    assert kvcached("floor", "llama", "80MiB", "--force", directory=folder).returncode == 0
+    assert kvcached("floor", "llama", "64MiB", directory=folder).returncode == 0
     assert kvcached("priority", "llama", "-5", directory=folder).returncode == 0
     late = kvcached("limit", "llama", "96MiB", "--timeout", "0.1", directory=folder)
     assert (late.returncode, late.stdout) == (

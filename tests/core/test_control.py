@@ -105,6 +105,20 @@ def test_a_refusal_says_why_and_changes_nothing(
     assert control.set_priority("a", 5000, directory=directory).outcome is Outcome.REFUSED
 
 
+def test_a_floor_beside_which_a_neighbours_longest_request_never_fits_has_to_be_forced(
+    directory: Path, pair: tuple[Engine, Engine]
+) -> None:
+    ledger = pair[1].ledger
+    ledger.describe(pair[1].row, page_bytes=PAGE, virtual_bytes=GIB, least_bytes=GIB // 2)
+    refused = control.set_floor("a", "60%", directory=directory)
+    assert refused.outcome is Outcome.REFUSED
+    assert "the longest request of 'b' needs 512 MiB" in refused.reason
+    assert pair[0].policy() == Policy()
+    forced = control.set_floor("a", "60%", directory=directory, is_forced=True)
+    assert forced.outcome is Outcome.APPLIED
+    assert pair[0].policy().floor_bytes == GIB * 6 // 10
+
+
 def test_priorities_are_set(directory: Path, pair: tuple[Engine, Engine]) -> None:
     assert control.set_priority("a", -5, directory=directory).outcome is Outcome.APPLIED
     assert pair[0].policy().priority == -5

@@ -8,7 +8,7 @@ import pytest
 
 from kvcached_core.config import CUDA, HOST, read_config
 from kvcached_core.devices import Device, cuda_device
-from kvcached_core.errors import ConfigError, LedgerError
+from kvcached_core.errors import ConfigError, LedgerError, PolicyError
 from kvcached_core.instance import Instance
 from kvcached_core.ledger import Ledger
 from kvcached_core.ledger_view import InstanceView
@@ -266,3 +266,45 @@ def test_news_of_a_row_that_is_gone_is_an_error_and_not_silence(
         assert instance.has_news()
         with pytest.raises(LedgerError, match="has left"):
             instance.wanted_pages()
+
+
+def test_a_length_that_floors_leave_no_room_for_is_refused_at_the_start(
+    start: Callable[..., Instance],
+) -> None:
+    start([HOUSE], name="owner", KVCACHED_HOST_POOL="128MiB", KVCACHED_FLOOR="96MiB")
+    other = start([HOUSE], name="other", KVCACHED_HOST_POOL="128MiB")
+    other.describe(page_bytes=PAGE, num_pages=8, least_pages=2)
+    with pytest.raises(PolicyError, match=r"'other' needs 48 MiB, but floors of 96 MiB \(owner\)"):
+        other.describe(page_bytes=PAGE, num_pages=8, least_pages=3)
+
+
+def test_requests_borrow_of_a_floor_but_a_first_page_which_never_goes_back_does_not(
+    start: Callable[..., Instance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvcached_core.instance.PATIENCE_SECONDS", 0.0)
+    start([HOUSE], name="owner", KVCACHED_FLOOR="100%", KVCACHED_HOST_POOL="128MiB")
+    other = start([HOUSE], name="other", KVCACHED_HOST_POOL="128MiB")
+    assert not other.reserve_first_page()
+    assert other.reserve(1, is_urgent=False) == 0
+    assert other.reserve(1, is_urgent=True) == 1
+
+
+def test_a_wait_for_memory_is_said_with_who_holds_it(
+    start: Callable[..., Instance],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("kvcached_core.waiting.LOG_SECONDS", 0.0)
+    monkeypatch.setattr("kvcached_core.instance.REFUSAL_SECONDS", 0.0)
+    holder, asker = (start([HOUSE], name=name) for name in ("holder", "asker"))
+    assert holder.reserve(8, is_urgent=True) == 8
+    for _ in range(2):
+        assert asker.reserve(2, is_urgent=True) == 0
+    (text,) = [record.getMessage() for record in caplog.records]
+    assert "32 MiB are missing on host; it is held by holder (128 MiB), this one (0 B)" in text
+    holder.cancel(8)
+    assert asker.reserve(2, is_urgent=True) == 2
+    asker.cancel(2)
+    holder.reserve(8, is_urgent=True)
+    asker.reserve(2, is_urgent=True)
+    assert len(caplog.records) == 1  # another wait, not yet a long one

@@ -333,6 +333,53 @@ def test_a_floor_is_kept_free_for_its_owner(ledger: Ledger) -> None:
     assert ledger.reserve(owner, 4 * PAGE, PAGE) == 4 * PAGE
 
 
+def test_a_request_that_waits_borrows_of_a_floor_until_its_owner_waits(ledger: Ledger) -> None:
+    owner = ledger.register(name="owner", engine="test", policy=Policy(floor_bytes=4 * PAGE))
+    other = ledger.register(name="other", engine="test")
+    fill(ledger, other, GIB - 4 * PAGE, used=GIB - 4 * PAGE)
+    assert ledger.reserve(other, PAGE, PAGE) == 0
+    assert ledger.reserve(other, 0, PAGE, spare_bytes=PAGE) == 0
+    assert ledger.reserve(other, PAGE, PAGE, spare_bytes=PAGE, is_waiting=True) == PAGE
+    ledger.settle(other, mapped_bytes=PAGE, used_bytes=GIB - 3 * PAGE, cached_bytes=0)
+    assert ledger.reserve(owner, 4 * PAGE, PAGE, is_waiting=True) == 3 * PAGE
+    assert ledger.ask_peers(owner, PAGE) == [other]  # its requests stop for what was borrowed
+    assert ledger.wanted(other).owed_bytes == PAGE
+    ledger.settle(other, unmapped_bytes=PAGE, used_bytes=GIB - 4 * PAGE, cached_bytes=0)
+    assert ledger.reserve(other, PAGE, PAGE, is_waiting=True) == 0  # it is the owner's now
+    assert ledger.reserve(owner, PAGE, PAGE, is_waiting=True) == PAGE
+
+
+def test_a_request_that_waits_gets_what_lies_cached_below_a_floor(ledger: Ledger) -> None:
+    owner = ledger.register(name="owner", engine="test", policy=Policy(floor_bytes=GIB))
+    other = ledger.register(name="other", engine="test")
+    fill(ledger, owner, GIB, cached=GIB)
+    assert ledger.reserve(other, PAGE, PAGE, is_waiting=True) == 0
+    assert ledger.ask_peers(other, PAGE, is_waiting=False) == []
+    assert ledger.ask_peers(other, PAGE, is_static=True) == []  # weights could not go back
+    assert ledger.ask_peers(other, PAGE) == [owner]
+    waiting = ledger.settle(owner, unmapped_bytes=PAGE, used_bytes=0, cached_bytes=GIB - PAGE)
+    assert waiting == [other]
+    assert ledger.reserve(other, PAGE, PAGE, is_waiting=True) == PAGE
+
+
+def test_the_longest_request_of_each_instance_fits_beside_the_others_floors(
+    ledger: Ledger,
+) -> None:
+    owner = ledger.register(name="owner", engine="test", policy=Policy(floor_bytes=GIB // 2))
+    other = ledger.register(name="other", engine="test")
+    with pytest.raises(
+        PolicyError, match=r"'other' needs 528 MiB, but floors of 512 MiB \(owner\) leave 512 MiB"
+    ):
+        ledger.describe(other, page_bytes=PAGE, virtual_bytes=GIB, least_bytes=GIB // 2 + PAGE)
+    ledger.describe(other, page_bytes=PAGE, virtual_bytes=GIB, least_bytes=GIB // 2)
+    with pytest.raises(PolicyError, match="the longest request of 'other' needs 512 MiB"):
+        ledger.change_policy(owner, floor_bytes=GIB // 2 + PAGE)
+    with pytest.raises(PolicyError, match="the longest request of 'other' needs 512 MiB"):
+        ledger.register(name="third", engine="test", policy=Policy(floor_bytes=PAGE))
+    ledger.change_policy(owner, floor_bytes=GIB // 2 + PAGE, is_forced=True)
+    assert ledger.view().instances[0].floor_bytes == GIB // 2 + PAGE
+
+
 @pytest.mark.parametrize(
     ("policy", "message"),
     [

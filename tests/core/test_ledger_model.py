@@ -104,10 +104,12 @@ class World:
         victim.kill()
         self.processes.remove(victim)
 
-    def expected_grant(self, process: Process, num: int) -> int:
+    def expected_grant(self, process: Process, num: int, *, may_borrow: bool) -> int:
         mine = process.model
         others = [other.model for other in self.processes if other is not process]
-        free = CAPACITY - sum(other.held + other.unmet for other in others) - mine.held
+        free = CAPACITY - sum(other.held for other in others) - mine.held
+        if not may_borrow:
+            free -= sum(other.unmet for other in others)
         return max(min(num, free, mine.limit - mine.held), 0)
 
     def step(self) -> None:
@@ -126,8 +128,8 @@ class World:
 
     def expected(self, process: Process, operation: str, num: int) -> int:
         mine = process.model
-        if operation == "reserve":
-            granted = self.expected_grant(process, num)
+        if operation in ("reserve", "borrow"):
+            granted = self.expected_grant(process, num, may_borrow=operation == "borrow")
             mine.promised += granted
             return granted
         if operation in ("map", "cancel"):

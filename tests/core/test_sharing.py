@@ -1,7 +1,10 @@
 """Who gives memory to whom."""
 
+import pytest
+
+from kvcached_core.errors import PolicyError
 from kvcached_core.ledger_file import HEADER_WORDS, NUM_ROWS, ROW_WORDS, Row
-from kvcached_core.sharing import shares
+from kvcached_core.sharing import Policy, check, shares
 
 
 def rows(*sizes: dict[str, int]) -> list[Row]:
@@ -57,9 +60,53 @@ def test_the_lowest_priority_gives_first_and_among_equals_who_was_unused_longest
     assert asked(asker, peers, 30)[high.index] == (10, 0)
 
 
-def test_nobody_is_asked_below_its_floor() -> None:
+def test_what_lies_idle_or_cached_below_a_floor_is_borrowed_last() -> None:
+    asker, owner, other = rows(
+        {},
+        {"cached_bytes": 10, "resident_bytes": 2, "floor_bytes": 7, "priority": -1},
+        {"cached_bytes": 4},
+    )
+    assert asked(asker, [owner, other], 5) == {owner.index: (5, 0)}
+    assert asked(asker, [owner, other], 9) == {owner.index: (5, 0), other.index: (4, 0)}
+    assert asked(asker, [owner, other], 20) == {owner.index: (12, 0), other.index: (4, 0)}
+
+
+def test_nobody_is_asked_below_its_floor_for_what_nobody_waits_for() -> None:
     asker, peer = rows({}, {"cached_bytes": 10, "floor_bytes": 7})
+    (share,) = shares(asker, [peer], 10, is_waiting=False)
+    assert share.give_bytes == 3
+
+
+def test_an_owner_that_waits_itself_keeps_what_lies_below_its_floor() -> None:
+    asker, peer = rows({}, {"cached_bytes": 10, "floor_bytes": 7, "waiting_bytes": 1})
     assert asked(asker, [peer], 10) == {peer.index: (3, 0)}
+
+
+def test_requests_of_a_neighbour_are_never_stopped_below_its_floor() -> None:
+    asker, peer = rows(
+        {"floor_bytes": 20}, {"used_bytes": 10, "cached_bytes": 2, "floor_bytes": 11}
+    )
+    assert asked(asker, [peer], 12) == {peer.index: (2, 0)}
+    peer.floor_bytes = 4
+    assert asked(asker, [peer], 12) == {peer.index: (2, 6)}
+
+
+def test_a_floor_must_leave_room_for_the_longest_request_of_each_neighbour() -> None:
+    own, peer, third = rows(
+        {"least_bytes": 1},
+        {"least_bytes": 60, "floor_bytes": 10},
+        {"least_bytes": 10, "floor_bytes": 30},
+    )
+    for name, row in (("own", own), ("peer", peer), ("third", third)):
+        row.name = name
+    check(own, Policy(floor_bytes=10), [peer, third], 100)
+    with pytest.raises(
+        PolicyError, match=r"'peer' needs 60 B, but floors of 30 B \(third\) \+ 11 B"
+    ):
+        check(own, Policy(floor_bytes=11), [peer, third], 100)
+    check(own, Policy(floor_bytes=11), [peer, third], 100, is_forced=True)
+    own.floor_bytes = 20  # forced before: what does not make it worse is not refused for it
+    check(own, Policy(floor_bytes=15), [peer, third], 100)
 
 
 def test_requests_stop_only_for_somebody_below_its_floor() -> None:

@@ -17,7 +17,7 @@ from kvcached_core.vmm.host import HostBackend
 PAGE = 2 * 1024 * 1024
 NUM_PAGES = 64
 GEOMETRY = Geometry(block_bytes=128 * 1024, num_planes=4, ids_per_page=16, blocks_per_page=4)
-OPERATIONS = ("reserve", "map", "cancel", "free", "use", "answer")
+OPERATIONS = ("reserve", "borrow", "map", "cancel", "free", "use", "answer")
 
 
 class Child:
@@ -31,6 +31,12 @@ class Child:
 
     def reserve(self, num: int) -> int:
         granted = self.ledger.reserve(self.row, num * PAGE, PAGE) // PAGE
+        self.num_promised += granted
+        return granted
+
+    def borrow(self, num: int) -> int:
+        """Reserve for a request that waits: what is missing to others' floors, too."""
+        granted = self.ledger.reserve(self.row, num * PAGE, PAGE, is_waiting=True) // PAGE
         self.num_promised += granted
         return granted
 
