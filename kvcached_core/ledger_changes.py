@@ -33,6 +33,7 @@ class Changes:
         mapped_bytes: What was mapped.
         unmapped_bytes: What was unmapped.
         unneeded_bytes: Promises that needed no memory.
+        stuck_bytes: What could not be unmapped.
         counts: Used and cached bytes, the last that were told; None for none.
         answers: Answers to being asked.
         is_waiting_over: Whether nothing waits for memory any more.
@@ -42,6 +43,7 @@ class Changes:
     mapped_bytes: int = 0
     unmapped_bytes: int = 0
     unneeded_bytes: int = 0
+    stuck_bytes: int = 0
     counts: tuple[int, int] | None = None
     answers: list[Answer] = field(default_factory=list)
     is_waiting_over: bool = False
@@ -52,6 +54,7 @@ class Changes:
         self.mapped_bytes += later.mapped_bytes
         self.unmapped_bytes += later.unmapped_bytes
         self.unneeded_bytes += later.unneeded_bytes
+        self.stuck_bytes += later.stuck_bytes
         self.counts = later.counts or self.counts
         self.answers += later.answers
         self.is_waiting_over |= later.is_waiting_over
@@ -64,6 +67,7 @@ class Changes:
             row.waiting_bytes = 0
         row.promised_bytes = max(row.promised_bytes - self.unpromised_bytes, 0)
         write_moves(row, self.mapped_bytes, self.unmapped_bytes, self.unneeded_bytes)
+        write_stuck(row, self.stuck_bytes)
         if self.counts is not None:
             write_counts(row, *self.counts, now_ns)
         return self.mapped_bytes
@@ -80,6 +84,13 @@ def write_moves(row: Row, mapped_bytes: int, unmapped_bytes: int, unneeded_bytes
     row.num_mapped_bytes += mapped_bytes
     row.num_unmapped_bytes += unmapped_bytes
     row.num_freed_bytes += freed_bytes
+
+
+def write_stuck(row: Row, stuck_bytes: int) -> None:
+    """Write into the instance's row what could not be unmapped: it is not on its way any more."""
+    if stuck_bytes:
+        row.coming_bytes = max(row.coming_bytes - stuck_bytes, 0)
+        row.num_freed_bytes += stuck_bytes
 
 
 def write_counts(row: Row, used_bytes: int, cached_bytes: int, now_ns: int) -> None:

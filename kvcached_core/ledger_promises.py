@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvcached_core.errors import LedgerError
-from kvcached_core.ledger_changes import Answer, Changes, write_counts, write_moves
+from kvcached_core.ledger_changes import Answer, Changes, write_counts, write_moves, write_stuck
 from kvcached_core.ledger_file import ALLOCATED, FREED, PROMISED, WAITING, RowKey
 from kvcached_core.ledger_members import LedgerMembers
 from kvcached_core.ledger_room import free_bytes, room_bytes, waiting_bytes
@@ -125,6 +125,7 @@ class LedgerPromises(LedgerMembers):
         mapped_bytes: int = 0,
         unmapped_bytes: int = 0,
         unneeded_bytes: int = 0,
+        stuck_bytes: int = 0,
         used_bytes: int,
         cached_bytes: int,
     ) -> list[RowKey]:
@@ -132,7 +133,7 @@ class LedgerPromises(LedgerMembers):
 
         A promise shrinks by what was mapped and by what turned out not to be needed. Everything
         else that is resident is idle, so resident = used + cached + idle holds at every moment
-        anybody can see.
+        anybody can see. What is stuck could not be unmapped: nobody shall count on it.
 
         Returns:
             The rows that wait for memory and could have some, if some came free; ring their bells.
@@ -140,7 +141,7 @@ class LedgerPromises(LedgerMembers):
         now_ns = time.time_ns()
         try:
             if not self._enter():
-                changes = Changes(0, mapped_bytes, unmapped_bytes, unneeded_bytes)
+                changes = Changes(0, mapped_bytes, unmapped_bytes, unneeded_bytes, stuck_bytes)
                 changes.counts = used_bytes, cached_bytes
                 self._put_off(row, changes)
                 return []
@@ -148,6 +149,7 @@ class LedgerPromises(LedgerMembers):
             if mapped_bytes or unmapped_bytes or unneeded_bytes:
                 write_moves(found, mapped_bytes, unmapped_bytes, unneeded_bytes)
                 self._words[ALLOCATED] += mapped_bytes
+            write_stuck(found, stuck_bytes)
             write_counts(found, used_bytes, cached_bytes, now_ns)
             self._keep(row, base)
             return self._waiting() if unmapped_bytes or unneeded_bytes else []

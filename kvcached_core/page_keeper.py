@@ -18,6 +18,7 @@ from itertools import islice
 
 from kvcached_core.arena import Arena
 from kvcached_core.errors import BackendError, PageKeeperError
+from kvcached_core.forks import disown_in_children
 from kvcached_core.vmm.backend import Fence
 
 logger = logging.getLogger("kvcached")
@@ -83,6 +84,7 @@ class PageKeeper:
         ]
         for thread in self._threads:
             thread.start()
+        disown_in_children(self)
 
     def map_now(self, pages: Iterable[int], stream: int = 0) -> None:
         """Return when `pages` are mapped and `stream` may be given work on them.
@@ -161,6 +163,11 @@ class PageKeeper:
                 f"pages can no longer be mapped and unmapped, this engine has to be started again: "
                 f"{type(self._error).__name__}: {self._error}"
             ) from self._error
+
+    def disown(self) -> None:
+        """Refuse every call in a forked child, which has none of the threads; see `forks`."""
+        self._changed = threading.Condition()  # one of them may have had it
+        self._error = RuntimeError("a forked child owns nothing")
 
     def _wait(self) -> None:
         self._changed.wait()

@@ -186,7 +186,8 @@ class RankMemory:
             self.seat.row,
             mapped_bytes=changes.num_mapped * page_bytes,
             unmapped_bytes=changes.num_unmapped * page_bytes,
-            unneeded_bytes=(changes.num_spared + changes.num_stuck) * page_bytes,
+            unneeded_bytes=changes.num_spared * page_bytes,
+            stuck_bytes=changes.num_stuck * page_bytes,
             used_bytes=num_used * page_bytes,
             cached_bytes=num_cached * page_bytes,
         )

@@ -1,5 +1,7 @@
 """The page keeper: what a step needs is there when it returns, the rest happens behind its back."""
 
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -15,6 +17,9 @@ from kvcached_core.vmm.backend import Backend, Layer, Result
 from kvcached_core.vmm.faulty import FaultyBackend
 from kvcached_core.vmm.host import HostBackend
 from kvcached_core.vmm.metered import MeteredBackend
+
+# A thread that is gone is waited for by nobody, or for ever.
+pytestmark = pytest.mark.timeout(60)
 
 GEOMETRY = choose_geometry(
     block_bytes=65536, num_planes=8, granularity_bytes=2 * MIB, target_page_bytes=2 * MIB
@@ -161,6 +166,34 @@ def test_a_page_given_back_while_it_is_mapped_ahead_goes_when_it_is_there(setup:
     setup.keeper.wait()
     assert setup.arena.resident_pages == []
     assert (setup.mapped, setup.unmapped, setup.spared) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("is_spare", [False, True])
+def test_a_page_wanted_while_it_is_unmapped_is_mapped_again_when_it_is_gone(
+    setup: Setup, *, is_spare: bool
+) -> None:
+    faulty = setup.backend.inner
+    assert isinstance(faulty, FaultyBackend)
+    setup.keeper.map_now([1])
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(verb: str, _number: int) -> bool:
+        if verb == "unmap":
+            begun.set()
+            assert go_on.wait(30)
+        return False
+
+    faulty.fails = hold
+    setup.keeper.unmap_behind([1], passed())
+    assert begun.wait(30)
+    threading.Timer(0.05, go_on.set).start()
+    if is_spare:
+        setup.keeper.map_soon([1])
+    else:
+        setup.keeper.map_now([1])
+    setup.keeper.wait()
+    assert setup.arena.resident_pages == [1]
+    assert (setup.mapped, setup.unmapped, setup.spared) == (2, 1, 0)
 
 
 def test_an_order_to_map_that_is_taken_back_is_reported(setup: Setup) -> None:
@@ -408,3 +441,26 @@ def test_nothing_is_unmapped_behind_a_fence_that_failed(caplog: pytest.LogCaptur
         "kvcached: a thread that maps and unmaps pages has ended"
     ]
     setup.arena.close()
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_in_a_forked_child_every_call_is_refused_and_nothing_waits(setup: Setup) -> None:
+    fence = HeldFence()
+    setup.keeper.map_now([1])
+    setup.keeper.unmap_behind([1], fence)
+    assert fence.reached.wait(30)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)
+        num_refused = 0
+        for call in every_call(setup.keeper):
+            try:
+                call()
+            except PageKeeperError as error:
+                num_refused += "a forked child owns nothing" in str(error)
+        os._exit(num_refused)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code == len(every_call(setup.keeper))
+    fence.passed.set()
+    setup.keeper.wait()
+    assert setup.arena.resident_pages == []

@@ -254,6 +254,23 @@ def test_what_was_promised_and_not_used_goes_back() -> None:
     assert pool._source.num_left == NUM_PAGES - 1  # type: ignore[attr-defined]
 
 
+def test_a_promise_that_is_not_used_is_not_mapped_as_spare_pages() -> None:
+    pool = make(8, 8, min_spare_pages=1, num_resident_pages=1)
+    pool.take_from(0)
+    grow(pool, 3 + 4)  # pages 0 and 1
+    assert pool.reserve_blocks(16) == 16
+    assert (orders := pool.drain()) is not None
+    assert (orders.map_pages, orders.spare_pages) == ([1], [2])
+    assert pool._source.num_left == 8 - 2  # type: ignore[attr-defined]
+
+
+def test_no_more_is_promised_than_the_pool_has() -> None:
+    pool = make(6, 100, num_resident_pages=1)
+    assert pool.reserve_blocks(12) == 12
+    assert pool.reserve_blocks(100) == 8
+    assert pool.reserve_blocks(1) == 0
+
+
 def test_a_refused_promise_gives_what_there_is() -> None:
     pool = make(left=2)
     assert len(grow(pool, 20)) == 8
@@ -362,14 +379,14 @@ class PagePoolMachine(RuleBasedStateMachine):
     @initialize(
         num_pages=st.sampled_from(NUMBERS_OF_PAGES),
         blocks_per_page=st.sampled_from([1, 2, 3, 4, 7, 64]),
-        share=st.integers(1, 4),
+        share=st.integers(1, 6),
         low=st.integers(0, 3),
         high=st.integers(0, 3),
     )
     def start(self, num_pages: int, blocks_per_page: int, share: int, low: int, high: int) -> None:
         self.num_pages = num_pages
         self.geometry = Geometry(1024, 2, 2 * blocks_per_page + 1, blocks_per_page)
-        self.total = max(num_pages * share // 4, 1)  # less than the pool's virtual size, or all
+        self.total = max(num_pages * share // 4, 1)  # less than the pool's virtual size, or more
         self.source = CountingSource(self.total)
         self.pool: PagePool[int] = PagePool(
             self.geometry,
@@ -388,6 +405,10 @@ class PagePoolMachine(RuleBasedStateMachine):
         assert 0 <= page < self.num_pages
         first = page * self.geometry.ids_per_page
         return list(range(first, first + self.geometry.blocks_per_page))
+
+    @rule(num_blocks=st.integers(1, 200), is_urgent=st.booleans())
+    def promise(self, num_blocks: int, *, is_urgent: bool) -> None:
+        self.pool.reserve_blocks(num_blocks, is_urgent=is_urgent)
 
     @rule(num_blocks=st.integers(1, 10))
     def take(self, num_blocks: int) -> None:

@@ -179,15 +179,17 @@ def test_nobody_waits_for_a_page_that_cannot_be_unmapped(instance: Instance, sea
     memory.carry_out(PageOrders(map_pages=[1, 2, 3], num_used_pages=4))
     backend.fails = lambda verb, _number: verb == "unmap"
     instance.answer(3)
+    instance.reserve(2, is_urgent=False)  # for other pages
     assert seen(seat).coming_bytes == 3 * PAGE
     memory.carry_out(PageOrders(unmap_pages=[1, 2, 3], num_used_pages=1))
     view = seen(seat)
     assert (view.coming_bytes, view.resident_bytes, view.idle_bytes) == (0, 4 * PAGE, 3 * PAGE)
+    assert view.promised_bytes == 2 * PAGE
     backend.fails = never
     instance.reserve(1, is_urgent=False)
     memory.carry_out(PageOrders(map_pages=[2], num_used_pages=2))
     view = seen(seat)
-    assert (view.promised_bytes, view.resident_bytes) == (0, 4 * PAGE)
+    assert (view.promised_bytes, view.resident_bytes) == (2 * PAGE, 4 * PAGE)
     memory.close()
     assert seen(seat).resident_bytes == 0
 

@@ -155,9 +155,11 @@ def run_tests(tree: Path, tests: Iterable[str], timeout_seconds: float) -> str:
     return SURVIVED
 
 
-def run(mutants: list[Mutant], num_at_a_time: int, timeout_seconds: float) -> Iterator[Result]:
+def run(
+    original: Path, mutants: list[Mutant], num_at_a_time: int, timeout_seconds: float
+) -> Iterator[Result]:
     """Yield what becomes of each mutant; each of those that run at a time has its own tree."""
-    with ThreadPoolExecutor(num_at_a_time) as pool, copied_tree() as original:
+    with ThreadPoolExecutor(num_at_a_time) as pool:
         free: SimpleQueue[Path] = SimpleQueue()
         for number in range(num_at_a_time):
             free.put(Path(shutil.copytree(original, original.parent / f"{original.name}-{number}")))
@@ -212,17 +214,17 @@ def main() -> int:
         for mutant in mutants
         if not options.names or any(name in mutant.name for name in options.names)
     ]
-    with copied_tree() as tree:
+    with copied_tree() as original:
         for mutant in chosen:  # all of the list is looked at before the first one is run
-            mutant.plant(tree)
-            shutil.copyfile(ROOT / mutant.file, tree / mutant.file)
+            mutant.plant(original)
+            shutil.copyfile(ROOT / mutant.file, original / mutant.file)
         every = sorted({test for mutant in chosen for test in mutant.tests})
-        if run_tests(tree, every, 10 * options.timeout) != SURVIVED:
+        if run_tests(original, every, 10 * options.timeout) != SURVIVED:
             raise MutantError("the tests fail without a fault, so they cannot show one")
-    results = []
-    for result in run(chosen, options.at_a_time, options.timeout):
-        results.append(result)
-        print(f"{result.outcome:20} {result.seconds:6.1f} s  {result.name}", flush=True)
+        results = []
+        for result in run(original, chosen, options.at_a_time, options.timeout):
+            results.append(result)
+            print(f"{result.outcome:20} {result.seconds:6.1f} s  {result.name}", flush=True)
     if options.write:
         write_results(results, mutants)
     survived = [result.name for result in results if result.outcome == SURVIVED]
