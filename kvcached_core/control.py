@@ -5,19 +5,18 @@ Every function may be called again with the same arguments: it says how far thin
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcached_core.errors import BackendError, LedgerError, PolicyError
+from kvcached_core.errors import LedgerError, PolicyError
 from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_open import ledger_paths
 from kvcached_core.ledger_view import DeviceView, InstanceView
 from kvcached_core.names import check_name
-from kvcached_core.nvml import GPU_PREFIXES, free_memory_reader
 from kvcached_core.pressure import wake
+from kvcached_core.survey import open_ledgers, survey
 from kvcached_core.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -75,9 +74,15 @@ class _Place:
 
 
 def devices(directory: Path) -> list[DeviceView]:
-    """Return every device that has a ledger in `directory`; none is not an error."""
-    with _ledgers(directory) as ledgers:
-        return [ledger.view() for ledger in ledgers]
+    """Return every device that has a ledger in `directory`; none is not an error.
+
+    Raises:
+        LedgerError: If one of them cannot be read.
+    """
+    found = survey(directory)
+    if found.problems:
+        raise LedgerError(found.problems[0])
+    return found.devices
 
 
 def set_limit(
@@ -186,24 +191,10 @@ def trim(
 
 
 @contextmanager
-def _ledgers(directory: Path) -> Iterator[list[Ledger]]:
-    with ExitStack() as stack:
-        yield [stack.enter_context(_open(path)) for path in ledger_paths(directory)]
-
-
-def _open(path: Path) -> Ledger:
-    read = None
-    if path.stem.startswith(GPU_PREFIXES):
-        with suppress(BackendError):
-            read = free_memory_reader(path.stem)
-    return Ledger(path, free_bytes=read)
-
-
-@contextmanager
 def _places(directory: Path, names: Sequence[str]) -> Iterator[list[_Place]]:
     for name in names:
         check_name(name)
-    with _ledgers(directory) as ledgers:
+    with open_ledgers(directory) as ledgers:
         found = [_Place(ledger, view) for ledger in ledgers for view in ledger.view().instances]
         known = {place.view.name for place in found}
         unknown = [name for name in names if name not in known]

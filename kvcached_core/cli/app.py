@@ -17,8 +17,8 @@ from kvcached_core import __version__, control
 from kvcached_core.control import Answer, Outcome
 from kvcached_core.errors import KVCachedError
 from kvcached_core.ledger_open import default_directory
-from kvcached_core.ledger_view import DeviceView
 from kvcached_core.reach import pressure
+from kvcached_core.survey import Survey, survey
 
 EXIT_FAILED = 1
 EXIT_INCOMPLETE = 3
@@ -47,7 +47,7 @@ def _names(context: typer.Context, incomplete: str) -> list[str]:
     """Return the names that a shell completes: those of the instances that run."""
     directory = context.params.get("directory") or default_directory()
     with suppress(KVCachedError, OSError):
-        devices = control.devices(Path(directory))
+        devices = survey(Path(directory)).devices
         found = {instance.name for view in devices for instance in view.instances}
         return sorted(name for name in found if name.startswith(incomplete))
     return []
@@ -62,8 +62,8 @@ Timeout = Annotated[float, typer.Option(min=0.0, help="Seconds to wait until it 
 DASHES = {"ignore_unknown_options": True}
 
 
-def to_json(devices: list[DeviceView]) -> str:
-    """Return the devices as JSON: sizes in bytes, pressure as a share of 1."""
+def to_json(found: Survey) -> str:
+    """Return what was seen as JSON: sizes in bytes, pressure as a share of 1."""
     return json.dumps(
         {
             "devices": [
@@ -74,8 +74,9 @@ def to_json(devices: list[DeviceView]) -> str:
                         {**asdict(row), "pressure": pressure(view, row)} for row in view.instances
                     ],
                 }
-                for view in devices
-            ]
+                for view in found.devices
+            ],
+            "problems": found.problems,
         },
         indent=2,
     )
@@ -99,15 +100,16 @@ def _options(
 @app.command(name="list")
 def list_instances(directory: Directory = default_directory(), as_json: AsJson = False) -> None:
     """List the instances: a line each."""
-    devices = control.devices(directory)
+    found = survey(directory)
     if as_json:
-        typer.echo(to_json(devices))
-        return
-    if not any(view.instances for view in devices):
+        typer.echo(to_json(found))
+    elif not found.problems and not any(view.instances for view in found.devices):
         typer.echo(NOBODY, err=True)
-    for view in devices:
-        for instance in view.instances:
-            typer.echo(f"{view.device}\t{instance.name}\t{instance.engine}\tpid {instance.pid}")
+    else:
+        for view in found.devices:
+            for instance in view.instances:
+                typer.echo(f"{view.device}\t{instance.name}\t{instance.engine}\tpid {instance.pid}")
+    _end_for(found.problems)
 
 
 @app.command()
@@ -119,7 +121,9 @@ def top(
 ) -> None:
     """Show who holds how much: live on a terminal, once elsewhere."""
     if as_json:
-        typer.echo(to_json(control.devices(directory)))
+        found = survey(directory)
+        typer.echo(to_json(found))
+        _end_for(found.problems)
         return
     from rich.console import Console
 
@@ -127,10 +131,13 @@ def top(
     from kvcached_core.cli.top import watch
 
     console = Console()
-    if once or not console.is_terminal:
-        console.print(Picture(control.devices(directory)))
-    else:
-        watch(console, lambda: control.devices(directory), interval)
+    if not once and console.is_terminal:
+        watch(console, lambda: survey(directory), interval)
+        return
+    found = survey(directory)
+    if found.devices or not found.problems:
+        console.print(Picture(found.devices))
+    _end_for(found.problems)
 
 
 @app.command(context_settings=DASHES)
@@ -244,6 +251,13 @@ def demo(
         return run_demo(output, pool_bytes, engines, workspace=workspace)
 
     raise typer.Exit(run_watched(work, prefix="kvcached-demo-"))
+
+
+def _end_for(problems: list[str]) -> None:
+    for problem in problems:
+        typer.echo(f"kvcached: {problem}", err=True)
+    if problems:
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _end(answers: list[Answer]) -> None:

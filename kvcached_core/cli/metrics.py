@@ -5,10 +5,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from kvcached_core import control
 from kvcached_core.errors import KVCachedError
 from kvcached_core.ledger_view import DeviceView, InstanceView
 from kvcached_core.reach import pressure
+from kvcached_core.survey import survey
 
 try:
     from prometheus_client import CollectorRegistry, generate_latest, start_http_server
@@ -51,7 +51,13 @@ class LedgerCollector:
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric of every device and instance."""
-        devices = control.devices(self._directory)
+        found = survey(self._directory)
+        devices = found.devices
+        yield GaugeMetricFamily(
+            PREFIX + "unreadable_ledgers",
+            "Devices of which nothing is known; `kvcached doctor` says why.",
+            len(found.problems),
+        )
         for name, (text, value) in DEVICE_GAUGES.items():
             family = GaugeMetricFamily(PREFIX + name, text, labels=["device"])
             for device in devices:

@@ -40,18 +40,28 @@ class Picture:
     Args:
         devices: What to show.
         history: What was seen before; None for a picture that stands alone.
+        problems: What could not be seen, and why; a line each, as much of it as there is room for.
     """
 
-    def __init__(self, devices: Sequence[DeviceView], history: History | None = None) -> None:
+    def __init__(
+        self,
+        devices: Sequence[DeviceView],
+        history: History | None = None,
+        problems: Sequence[str] = (),
+    ) -> None:
         self._devices = [view for view in devices if view.instances]
         self._history = history
+        self._problems = problems
 
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the parts; rich calls it."""
-        if not self._devices:
-            yield Text(NOBODY)
-            return
         width, is_ascii = options.max_width, options.ascii_only
+        for problem in self._problems:
+            yield Text(shortened(problem, width, is_ascii=is_ascii), "red", no_wrap=True)
+        if not self._devices:
+            if not self._problems:
+                yield Text(NOBODY)
+            return
         columns = self._columns(width)
         lines_each, shown = self._fitting(options.height)
         yield _table(columns, show_header=True)
@@ -89,11 +99,13 @@ class Picture:
         """Return how many lines each instance gets, and those that fit."""
         rows = [(view, view.instances) for view in self._devices]
         num_rows = sum(len(view.instances) for view in self._devices)
-        around = 2 + len(self._devices)  # the header, the legend, a title for each device
+        # The header, the legend, a title for each device.
+        around = 2 + len(self._devices) + len(self._problems)
         for lines_each in (2, 1):
             if height is None or around + lines_each * num_rows <= height:
                 return lines_each, rows
-        left = height - 3 if height else 0  # the header, the legend, and what is left out
+        # The header, the legend, and what is left out.
+        left = height - 3 - len(self._problems) if height else 0
         shown = []
         for view, instances in rows:
             fitting = instances[: max(left - 1, 0)]

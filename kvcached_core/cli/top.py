@@ -9,19 +9,19 @@ from rich.live import Live
 
 from kvcached_core.cli.history import History
 from kvcached_core.cli.picture import Picture
-from kvcached_core.ledger_view import DeviceView
+from kvcached_core.survey import Survey
 
 
-def watch(console: Console, read: Callable[[], list[DeviceView]], interval_seconds: float) -> None:
+def watch(console: Console, read: Callable[[], Survey], interval_seconds: float) -> None:
     """Redraw until Ctrl-C, SIGTERM or SIGHUP; the terminal is left as it was."""
     history = History()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
 
     def next_picture() -> Picture:
-        devices = read()
-        history.add(devices, time.monotonic())
-        return Picture(devices, history)
+        found = read()
+        history.add(found.devices, time.monotonic())
+        return Picture(found.devices, history, found.problems)
 
     with Live(next_picture(), console=console, auto_refresh=False, screen=True) as live:
         try:

@@ -196,9 +196,24 @@ def test_wrong_use_ends_with_a_message_and_its_code(
 
 def test_a_damaged_ledger_is_a_message_not_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "host.ledger").write_bytes(b"nonsense")
-    done = kvcached("top", directory=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.startswith("kvcached: the ledger")
+    for command in ("top", "list"):
+        done = kvcached(command, directory=tmp_path)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("kvcached: the ledger")
+
+
+def test_a_damaged_ledger_hides_no_other_and_fails_the_command(ledger: Ledger) -> None:
+    folder = ledger.path.parent
+    (folder / "GPU-1.ledger").write_bytes(b"nonsense")
+    for arguments in (("list",), ("top",), ("top", "--json"), ("list", "--json")):
+        done = kvcached(*arguments, directory=folder)
+        assert done.returncode == 1
+        assert "llama" in done.stdout
+        assert done.stderr.startswith(f"kvcached: the ledger {folder}/GPU-1.ledger")
+    scraped = kvcached("metrics", "--once", directory=folder)
+    assert scraped.returncode == 0
+    assert 'kvcached_used_bytes{device="host"' in scraped.stdout
+    assert "kvcached_unreadable_ledgers 1.0" in scraped.stdout
 
 
 def test_the_command_imports_neither_torch_nor_an_engine(tmp_path: Path) -> None:

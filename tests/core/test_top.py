@@ -135,6 +135,20 @@ def test_what_does_not_fit_a_low_terminal_is_counted(height: int) -> None:
     assert ("pid" in "".join(lines)) == (height >= 10)
 
 
+def test_a_ledger_that_cannot_be_read_is_a_line_above_the_others() -> None:
+    console = Console(file=io.StringIO(), width=60, color_system=None)
+    problem = "the ledger /dev/shm/kvcached-1000/GPU-1.ledger is damaged: its first word is wrong"
+    for height in range(4, 14):
+        options = console.options.update(width=60, height=height)
+        lines = console.render_lines(Picture(DEVICES, problems=[problem]), options, pad=False)
+        texts = ["".join(segment.text for segment in line).rstrip() for line in lines]
+        assert len(texts) <= height
+        assert texts[0] == shortened(problem, 60)
+        assert texts[1].startswith("instance")
+    console.print(Picture([], problems=[problem]))
+    assert "no instance runs" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
     with Ledger(ledger_directory(tmp_path / "kv") / "host.ledger", GIB) as opened:
