@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import subprocess
 
+    from helpers.nursery import WarmProcess
+
 TESTS = Path(__file__).parents[1]
 ENGINE_ENVIRON = {
     "HF_HUB_OFFLINE": "1",
@@ -35,9 +37,19 @@ class Run:
         return json.loads(lines[-1])
 
 
-Offline = Callable[..., "subprocess.Popen[str]"]
+@dataclass(frozen=True)
+class Started:
+    """A script that runs, and the files with what it says."""
+
+    process: "WarmProcess | subprocess.Popen[bytes]"
+    output: Path
+    errors: Path
 
 
-def finish(process: "subprocess.Popen[str]") -> Run:
-    output, errors = process.communicate()
-    return Run(process.returncode, output, errors)
+Offline = Callable[..., Started]
+
+
+def finish(started: Started) -> Run:
+    """Wait for the script's end."""
+    code = started.process.wait()
+    return Run(code, *(file.read_text() for file in (started.output, started.errors)))

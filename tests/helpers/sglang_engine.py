@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from helpers.process_memory import resident_bytes
+from helpers.warm_servers import WarmSGLangServer
 from kvcached_core.cli.demo.load import Burst, make_burst
 from kvcached_core.cli.demo.server import EngineServer, SGLangServer
 from kvcached_core.units import MIB
@@ -29,8 +30,12 @@ def start_sglang(
     elastic: bool = True,
     core: int = 0,
     num_ranks: int = 1,
+    cold: bool = False,
 ) -> SGLangServer:
-    """Start a server that believes to have the whole pool."""
+    """Start a server that believes to have the whole pool.
+
+    It is forked from a parent that has imported SGLang, or started as users do if it is `cold`.
+    """
     environ = {
         "KVCACHED_DIR": str(workspace / "kv"),
         "KVCACHED_HOST_POOL": str(POOL),
@@ -41,7 +46,8 @@ def start_sglang(
         # On a CPU each rank wants a NUMA node, or to be told its cores.
         environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(num_ranks))
     flags = ("--enable-kvcached", "--kvcached-name", name) if elastic else ()
-    return SGLangServer(
+    kind = SGLangServer if cold else WarmSGLangServer
+    return kind(
         name,
         model,
         workspace,

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.engines import ENGINE_ENVIRON, TESTS, Offline
+from helpers.engines import ENGINE_ENVIRON, TESTS, Offline, Started
+from helpers.nursery import start_warm
 
 from kvcached_core.cli.demo.model import make_model
 
@@ -21,19 +23,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start_offline(model: Path, tmp_path: Path) -> Offline:
-    """Return a function that starts a script of `helpers`; `environ` switches kvcached on."""
+    """Return a function that starts a script of `helpers`; `environ` switches kvcached on.
+
+    It is forked from a parent that has imported vLLM, or started as users do if it is `cold`.
+    """
 
     def start(
-        environ: Mapping[str, str], script_name: str = "offline", **options: Any
-    ) -> "subprocess.Popen[str]":
-        script = TESTS / "helpers" / f"{script_name}.py"
+        environ: Mapping[str, str],
+        script_name: str = "offline",
+        *,
+        cold: bool = False,
+        **options: Any,
+    ) -> Started:
+        words = [str(TESTS / "helpers" / f"{script_name}.py"), str(model), json.dumps(options)]
         variables = {**os.environ, **ENGINE_ENVIRON, "TMPDIR": str(tmp_path), **environ}
-        return subprocess.Popen(
-            [sys.executable, str(script), str(model), json.dumps(options)],
-            env=variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        folder = Path(tempfile.mkdtemp(dir=tmp_path, prefix="run-"))
+        output, errors = folder / "output", folder / "errors"
+        with output.open("w") as out, errors.open("w") as err:
+            if cold:
+                process: Any = subprocess.Popen(
+                    [sys.executable, *words], env=variables, stdout=out, stderr=err
+                )
+            else:
+                process = start_warm(
+                    "vllm", words, variables, output=out.fileno(), errors=err.fileno()
+                )
+        return Started(process, output, errors)
 
     return start

@@ -1,7 +1,8 @@
 """Two real vLLM servers on one pool: memory moves between them, and nobody is lost.
 
 Server A runs as vLLM's default three processes without prefix caching, server B in two processes
-with it. The tests follow each other on the same two servers; each leaves both idle.
+with it. A's first start is as users start it; the others are forked from a parent that has imported
+vLLM. The tests follow each other on the same two servers; each leaves both idle.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from helpers.process_memory import resident_bytes
 from helpers.waiting import await_that
+from helpers.warm_servers import WarmServer
 
 from kvcached_core.cli.demo.load import Burst, Completion, make_burst, send
 from kvcached_core.cli.demo.memory import Recorder
@@ -59,7 +61,9 @@ class Pair:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if name == "a" else "0",
         }
         caching = "--no-enable-prefix-caching" if name == "a" else "--enable-prefix-caching"
-        self.servers[name] = EngineServer(
+        is_cold = name == "a" and name not in self.servers
+        kind = EngineServer if is_cold else WarmServer
+        self.servers[name] = kind(
             name,
             self.models[name],
             self.workspace,

@@ -80,10 +80,16 @@ class EngineServer:
             "TMPDIR": str(workspace),
             **environ,
         }
+        self.process = self.start_process(command, variables)
+
+    def start_process(
+        self, command: list[str], environ: Mapping[str, str]
+    ) -> "subprocess.Popen[bytes]":
+        """Start the first process, the leader of a session, with its output in `log`."""
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 command,
-                env=variables,
+                env=environ,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
