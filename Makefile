@@ -1,17 +1,23 @@
-# Every command sets itself up: the virtual environment is made on first use.
+# Every command sets itself up: the virtual environment is made on first use, and again when what it
+# is made from has changed: the hash of that is in the name of the file that says it is ready.
+hash_of = $(shell { echo $(CURDIR) $(PYTHON); cat pyproject.toml $(1); } | sha256sum | cut -c -12)
+
 VENV ?= .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+VLLM_HASH := $(call hash_of,$(sort $(wildcard examples/cpu_engine/*.*)))
+READY := $(VENV)/.ready-$(VLLM_HASH)
 
 # SGLang has an environment of its own for each release: its dependencies are not vLLM's.
 SGLANG_VENV ?= .venv-sglang
 SGLANG_RELEASES := 0.5.23 0.5.15
-SGLANG_READY := $(SGLANG_RELEASES:%=$(SGLANG_VENV)-%/.ready)
+SGLANG_HASH := $(call hash_of,$(sort $(wildcard examples/sglang_cpu/*.* examples/sglang_cpu/*/*.* \
+  examples/sglang_cpu/*/*/*.*)))
+SGLANG_READY := $(SGLANG_RELEASES:%=$(SGLANG_VENV)-%/.ready-$(SGLANG_HASH))
 
 # vLLM's CPU engine in the other of its two shapes of KV allocation.
 VLLM_VENV ?= .venv-vllm
 VLLM_RELEASES := 0.28.0
-VLLM_READY := $(VLLM_RELEASES:%=$(VLLM_VENV)-%/.ready)
+VLLM_READY := $(VLLM_RELEASES:%=$(VLLM_VENV)-%/.ready-$(VLLM_HASH))
 
 GPU_VENV ?= .venv-gpu
 GPU_PYTHON ?= $(GPU_VENV)/bin/python
@@ -20,33 +26,54 @@ GPU_SGLANG_PYTHON ?= $(GPU_SGLANG_VENV)/bin/python
 export VLLM_PYTHON := $(abspath $(BIN)/python)
 export SGLANG_PYTHON := $(abspath $(SGLANG_VENV)-0.5.23/bin/python)
 
-.PHONY: setup demo test lint bench mutants gpu-check two-gpus-check prometheus-check check-locks new-engines clean
+# uv compiles nothing: the first process that imports an engine leaves its byte code for the others.
+demo quick test test-every-release bench: export PYTHONDONTWRITEBYTECODE :=
+
+# Since when the tests count their time.
+ifndef STARTED
+STARTED := $(shell date +%s)
+endif
+export STARTED
+
+.PHONY: setup environments demo quick test test-every-release lint bench mutants gpu-check two-gpus-check \
+  prometheus-check check-locks new-engines clean
 
 setup: $(READY)
 
-$(READY): pyproject.toml examples/cpu_engine/install.sh examples/cpu_engine/overrides.txt
+environments: $(READY) $(SGLANG_READY) $(VLLM_READY)
+
+$(READY):
+	rm -f $(@D)/.ready*
 	examples/cpu_engine/install.sh $(VENV)
 	touch $@
 
-$(SGLANG_VENV)-%/.ready: pyproject.toml $(wildcard examples/sglang_cpu/*.* examples/sglang_cpu/*/*.*)
+$(SGLANG_VENV)-%/.ready-$(SGLANG_HASH):
+	rm -f $(@D)/.ready*
 	examples/sglang_cpu/install.sh $(SGLANG_VENV)-$* $*
 	touch $@
 
-$(VLLM_VENV)-%/.ready: pyproject.toml $(wildcard examples/cpu_engine/*.*)
+$(VLLM_VENV)-%/.ready-$(VLLM_HASH):
+	rm -f $(@D)/.ready*
 	examples/cpu_engine/install.sh $(VLLM_VENV)-$* $*
 	touch $@
 
 # ENGINES=vllm,sglang runs one of each.
-demo: $(READY) $(if $(findstring sglang,$(ENGINES)),$(SGLANG_VENV)-0.5.23/.ready)
+demo: $(READY) $(if $(findstring sglang,$(ENGINES)),$(firstword $(SGLANG_READY)))
 	$(BIN)/kvcached demo $(if $(ENGINES),--engines $(ENGINES))
 
-test: $(READY) $(VLLM_READY) $(SGLANG_READY)
-	$(BIN)/python -m pytest
-	$(VLLM_VENV)-0.28.0/bin/python -m pytest tests/vllm/test_offline.py tests/vllm/test_block_pool.py \
-	  tests/vllm/test_sleeping.py::test_a_quantised_cache_is_zeroed_at_a_wake_only_where_it_is_mapped
-	$(SGLANG_VENV)-0.5.23/bin/python -m pytest -m sglang tests/sglang
-	$(SGLANG_VENV)-0.5.15/bin/python -m pytest -m "sglang and not vllm" tests/sglang \
-	  -k "not 1-none and not 16-radix and not latent_model and not (hybrid and none)"
+# Without a server: what to run while working.
+quick: $(READY) $(firstword $(SGLANG_READY))
+	$(BIN)/python tests/run.py quick
+
+# What CI runs.
+test:
+	$(MAKE) --no-print-directory -j2 environments
+	$(BIN)/python tests/run.py test
+
+# What takes longer: the older releases in full, the full demo, the multi-model benchmark. For a release.
+test-every-release:
+	$(MAKE) --no-print-directory -j2 environments
+	$(BIN)/python tests/run.py every-release
 
 # Every lock against its wheel on the package index; only the files that are needed are read, and kept.
 check-locks: $(READY)
@@ -63,7 +90,7 @@ lint: $(READY)
 
 # Small faults, each planted in a copy of the tree: does a test see it? MUTANTS="keeper orders" plants
 # those whose names hold one of these; with --write it writes tests/mutants/results.json.
-mutants: $(READY) $(SGLANG_VENV)-0.5.23/.ready
+mutants: $(READY) $(firstword $(SGLANG_READY))
 	$(BIN)/python tests/mutants/run.py $(MUTANTS)
 
 bench: $(READY)

@@ -40,6 +40,3 @@ END
 install --no-deps "$metadata"
 rm -r "$metadata"
 install --editable "$root[bench]" --group "$root/pyproject.toml:dev"
-
-# Nothing else compiles what uv installed, and each engine process would do it again: 30 s a start.
-PYTHONDONTWRITEBYTECODE='' "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null || true

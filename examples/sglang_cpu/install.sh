@@ -27,6 +27,3 @@ install --requirement "$here/requirements.txt"
 install --no-deps "torchvision==0.29.2" "sglang==$release"
 install --no-deps "$here/stand_ins"
 install --editable "$root[demo]" --group "$root/pyproject.toml:dev"
-
-# Nothing else compiles what uv installed, and each engine process would do it again.
-PYTHONDONTWRITEBYTECODE='' "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null || true

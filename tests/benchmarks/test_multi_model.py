@@ -51,6 +51,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(tmp_path: Path) -> Non
     assert not (tmp_path / "multi_model").exists()
 
 
+@pytest.mark.every_release
 def test_every_request_of_every_mode_is_recorded_and_completed(folder: Path, summary: Any) -> None:
     for key, found in summary["workloads"].items():
         assert set(found["modes"]) == set(MODES)
@@ -60,6 +61,7 @@ def test_every_request_of_every_mode_is_recorded_and_completed(folder: Path, sum
             assert not [record.error for record in records if record.error]
 
 
+@pytest.mark.every_release
 def test_the_summary_has_all_figures(summary: Any) -> None:
     for found in summary["workloads"].values():
         for mode in ("static", "elastic"):
@@ -75,6 +77,7 @@ def test_the_summary_has_all_figures(summary: Any) -> None:
     assert [check["rate"] for check in summary["cross_check"]] == [1.0]
 
 
+@pytest.mark.every_release
 def test_the_report_is_one_page_with_its_pictures_inside(folder: Path, summary: Any) -> None:
     page = (folder / "report.html").read_text()
     for found in summary["workloads"].values():

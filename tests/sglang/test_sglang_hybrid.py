@@ -22,7 +22,11 @@ NUM_STATES = "60"
 SETTLE_SECONDS = 10.0
 
 
-@pytest.mark.parametrize("has_radix_cache", [True, False], ids=["radix", "none"])
+@pytest.mark.parametrize(
+    "has_radix_cache",
+    [pytest.param(True, marks=pytest.mark.older_release), False],
+    ids=["radix", "none"],
+)
 def test_tokens_of_a_hybrid_are_vanillas_and_its_memory_goes(
     tmp_path: Path, *, has_radix_cache: bool
 ) -> None:

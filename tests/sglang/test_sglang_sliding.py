@@ -64,6 +64,7 @@ def test_tokens_of_a_mix_in_two_pools_are_vanillas_and_its_memory_goes(tmp_path:
         assert "swa size" in servers[0].log.read_text()
 
 
+@pytest.mark.older_release
 def test_the_radix_cache_of_two_pools_gives_its_memory_when_asked(tmp_path: Path) -> None:
     with twins(save(small_laguna, tmp_path / "model"), tmp_path, *TWO_POOLS) as servers:
         check(servers, short_bursts()[:2])

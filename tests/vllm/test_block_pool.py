@@ -15,7 +15,7 @@ from kvcached_core.page_pool import CACHED, IDLE, UNMAPPED, USED
 from kvcached_patches import vllm
 from kvcached_patches.hook import OVERRIDE
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.older_release]
 
 GEOMETRY = Geometry(block_bytes=1024, num_planes=4, ids_per_page=16, blocks_per_page=4)
 NUM_PAGES = 8

@@ -55,6 +55,7 @@ def processes_naming(text: str) -> Iterator[str]:
 
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.every_release
 def test_the_demo_meets_its_bars_and_writes_its_report(tmp_path: Path, scratch: Path) -> None:
     demo = start_demo(tmp_path / "out", scratch)
     text, _ = demo.communicate(timeout=400)

@@ -21,7 +21,10 @@ def elastic(tmp_path: Path, **settings: str) -> dict[str, str]:
     }
 
 
-@pytest.fixture(params=[False, True], ids=["prefix caching off", "prefix caching on"])
+@pytest.fixture(
+    params=[False, pytest.param(True, marks=pytest.mark.older_release)],
+    ids=["prefix caching off", "prefix caching on"],
+)
 def reports(request: pytest.FixtureRequest, start_offline: Offline, tmp_path: Path) -> Any:
     """What vanilla and elastic vLLM report, run side by side."""
     caching = request.param

@@ -323,6 +323,7 @@ print("woken")
 """
 
 
+@pytest.mark.older_release
 @pytest.mark.parametrize(("how", "code"), [("hooked", 0), ("vanilla", -11)])
 def test_a_quantised_cache_is_zeroed_at_a_wake_only_where_it_is_mapped(how: str, code: int) -> None:
     done = subprocess.run(

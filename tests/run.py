@@ -1,0 +1,156 @@
+"""Run the tests of several environments, two pytest processes at a time (make quick, make test).
+
+    python tests/run.py quick|test|every-release
+
+It ends with the slowest tests, and with the time against the budget in `.ci/budget.toml`, which is
+a measure and not a bar: machines of one size have differed by more than twice.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, Queue
+
+ROOT = Path(__file__).parents[1]
+BUDGET = ROOT / ".ci" / "budget.toml"
+NUM_AT_A_TIME = 2
+NUM_SLOWEST = 25
+NOTHING_COLLECTED = 5
+DURATION = re.compile(r"^(\d+\.\d+)s (?:call|setup|teardown) +(\S.*)$", re.MULTILINE)
+COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped|xfailed|xpassed|warnings?)\b")
+LAST_LINE = re.compile(
+    r"^(?:=+ )?(.*\d+ (?:passed|failed|error|skipped).* in .*?)(?: =+)?$", re.MULTILINE
+)
+
+VLLM = ".venv/bin/python"
+OLDER_VLLM = ".venv-vllm-0.28.0/bin/python"
+SGLANG = ".venv-sglang-0.5.23/bin/python"
+OLDER_SGLANG = ".venv-sglang-0.5.15/bin/python"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of pytest."""
+
+    name: str
+    python: str
+    arguments: tuple[str, ...]
+
+    def run(self) -> subprocess.CompletedProcess[str]:
+        """Run it to its end."""
+        return subprocess.run(
+            [ROOT / self.python, "-m", "pytest", f"--durations={NUM_SLOWEST}", *self.arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+
+
+def marked(expression: str) -> tuple[str, ...]:
+    """Select tests by their marks, beside those that a plain pytest leaves out."""
+    return "-m", f"({expression}) and not gpu and not prometheus"
+
+
+WITHOUT_SERVERS = marked("not slow and not every_release")
+SERVERS = marked("slow and not every_release")
+OLDER_SGLANG_TESTS = marked("(not slow or older_release) and not vllm")
+FOLDERS = ("tests/core", "tests/patches", "tests/vllm", "tests/benchmarks")
+
+# The longest first: what is short fills the end.
+JOBS = {
+    "quick": [
+        Job("vLLM 0.32.0, without a server", VLLM, (*WITHOUT_SERVERS, *FOLDERS)),
+        Job("SGLang 0.5.23, without a server", SGLANG, (*WITHOUT_SERVERS, "tests/sglang")),
+    ],
+    "test": [
+        Job("SGLang 0.5.23, servers", SGLANG, (*SERVERS, "tests/sglang")),
+        Job("vLLM 0.32.0, servers", VLLM, (*SERVERS, *FOLDERS)),
+        Job("vLLM 0.32.0, without a server", VLLM, (*WITHOUT_SERVERS, *FOLDERS)),
+        Job("SGLang 0.5.15", OLDER_SGLANG, (*OLDER_SGLANG_TESTS, "tests/sglang")),
+        Job("SGLang 0.5.23, without a server", SGLANG, (*WITHOUT_SERVERS, "tests/sglang")),
+        Job("vLLM 0.28.0", OLDER_VLLM, (*marked("older_release"), "tests/vllm")),
+    ],
+    "every-release": [
+        Job("SGLang 0.5.15, all", OLDER_SGLANG, (*marked("not vllm"), "tests/sglang")),
+        Job("SGLang 0.5.23, the rest", SGLANG, (*marked("every_release"), "tests/sglang")),
+        Job("vLLM 0.32.0, the rest", VLLM, (*marked("every_release"), *FOLDERS)),
+        Job(
+            "vLLM 0.28.0, all",
+            OLDER_VLLM,
+            (*marked("older_release or slow"), "tests/vllm", "--ignore", "tests/vllm/test_demo.py"),
+        ),
+    ],
+}
+
+
+def run_all(jobs: list[Job]) -> Iterator[tuple[Job, int, str]]:
+    """Run the jobs, and yield each with its exit code and what it said when it ends."""
+    waiting: Queue[Job] = Queue()
+    ended: Queue[tuple[Job, int, str]] = Queue()
+    for job in jobs:
+        waiting.put(job)
+
+    def work() -> None:
+        while True:
+            try:
+                job = waiting.get_nowait()
+            except Empty:
+                return
+            print(f"# begins: {job.name}", flush=True)
+            done = job.run()
+            ended.put((job, done.returncode, done.stdout))
+
+    for _ in range(NUM_AT_A_TIME):
+        threading.Thread(target=work, daemon=True).start()
+    for _ in jobs:
+        yield ended.get()
+
+
+def clock(seconds: float) -> str:
+    """Write seconds as minutes and seconds."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def main() -> int:
+    """Run the jobs of one target; return the exit code."""
+    target = sys.argv[1]
+    began = float(os.environ.get("STARTED", time.time()))
+    counts: Counter[str] = Counter()
+    slowest: list[tuple[float, str]] = []
+    ends: list[str] = []
+    code = 0
+    for job, returncode, text in run_all(JOBS[target]):
+        print(f"\n##### {job.name} #####\n{text}", flush=True)
+        code = code or returncode
+        last = (LAST_LINE.findall(text) or ["no summary"])[-1]
+        ends.append(f"{job.name}: {last}" + f" (exit code {returncode})" * bool(returncode))
+        counts.update({what.rstrip("s"): int(number) for number, what in COUNT.findall(last)})
+        slowest += [(float(seconds), test) for seconds, test in DURATION.findall(text)]
+    print(f"\n===== slowest {NUM_SLOWEST} of all =====")
+    for seconds, test in sorted(slowest, reverse=True)[:NUM_SLOWEST]:
+        print(f"{seconds:7.2f}s {test}")
+    print("\n===== summary =====", *ends, sep="\n")
+    budget = tomllib.loads(BUDGET.read_text())[target] * 60
+    seconds = time.time() - began
+    verdict = "over" if seconds > budget else "within"
+    said = ", ".join(f"{number} {what}" for what, number in sorted(counts.items()))
+    print(
+        f"===== {said} in {seconds:.2f}s ({clock(seconds)}, environments included; {verdict} the "
+        f"budget of {clock(budget)}) =====",
+        flush=True,
+    )
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
