@@ -7,9 +7,10 @@ from kvcached_core.ledger_view import DeviceView, InstanceView
 def reachable_bytes(device: DeviceView, instance: InstanceView) -> int:
     """Return what an instance could use for requests on a device beside what they use now.
 
-    That is what it holds or is promised and no request uses, and up to its limit what it would be
-    promised now and what its neighbours would have to give: by the rules of `sharing`, so their
-    floors are kept, and their requests stop only where it is below its own floor.
+    That is what it holds or is promised and no request uses, and up to its limit what a request
+    that waits would be promised now and what its neighbours would have to give: by the rules of
+    `sharing`, so it borrows below the floors of those that do not wait, and requests of others stop
+    only where it is below its own floor.
 
     Args:
         device: The device.
@@ -21,7 +22,7 @@ def reachable_bytes(device: DeviceView, instance: InstanceView) -> int:
     free = device.capacity_bytes - spoken_for - sum(view.resident_bytes for view in everybody)
     if device.device_free_bytes is not None:
         free = min(free, device.device_free_bytes - spoken_for)
-    free -= sum(peer.unmet_floor_bytes for peer in peers)
+    free -= sum(min(peer.unmet_floor_bytes, peer.waiting_bytes) for peer in peers)
     given = sum(peer.coming_bytes for peer in peers) + sum(
         share.give_bytes + share.owed_bytes
         for share in sharing.shares(instance, peers, device.capacity_bytes)

@@ -62,11 +62,13 @@ def test_neighbours_give_what_is_idle_and_cached_and_keep_what_requests_use() ->
     assert pressure(device(mine, instance(1, used=90)), mine) == 1
 
 
-def test_neighbours_keep_their_floors() -> None:
+def test_neighbours_lend_below_their_floors_while_they_do_not_wait() -> None:
     mine = instance(used=10)
-    assert reachable(mine, instance(1, used=10, cached=40, floor=30)) == 40 + 20
-    # What is missing to a floor is promised to nobody else.
-    assert reachable(mine, instance(1, used=10, floor=70)) == 80 - 60
+    assert reachable(mine, instance(1, used=10, cached=40, floor=30)) == 40 + 40
+    assert reachable(mine, instance(1, used=10, floor=70)) == 80
+    # One that waits keeps what it waits for of its floor.
+    assert reachable(mine, instance(1, used=10, cached=40, floor=30, waiting=5)) == 40 + 20
+    assert reachable(mine, instance(1, used=10, floor=70, waiting=5)) == 80 - 5
 
 
 def test_below_its_floor_an_instance_reaches_what_the_requests_of_others_use() -> None:
@@ -171,7 +173,8 @@ class Engine:
 
     def take(self, num_pages: int) -> int:
         """Map as many pages for requests as are promised; ask the others for the rest."""
-        granted = self.ledger.reserve(self.row, num_pages * PAGE, PAGE) // PAGE
+        wanted = num_pages * PAGE
+        granted = self.ledger.reserve(self.row, wanted, PAGE, is_waiting=True) // PAGE
         if granted < num_pages:
             self.ledger.ask_peers(self.row, (num_pages - granted) * PAGE)
         self.used += granted
@@ -206,8 +209,8 @@ class Engine:
     [
         (Policy(), Policy(), 60, 40),
         (Policy(limit_bytes=30 * PAGE), Policy(), 60, 30),
-        (Policy(), Policy(floor_bytes=70 * PAGE), 60, 30),
-        (Policy(floor_bytes=50 * PAGE), Policy(), 80, 50),
+        (Policy(), Policy(floor_bytes=70 * PAGE), 60, 40),
+        (Policy(floor_bytes=50 * PAGE), Policy(limit_bytes=50 * PAGE), 80, 50),
     ],
 )
 def test_it_reaches_one_with_the_last_page_that_a_real_ledger_lets_an_instance_have(
