@@ -71,6 +71,7 @@ test:
 	$(BIN)/python tests/run.py test
 
 # What takes longer: the older releases in full, the full demo, the multi-model benchmark. For a release.
+# It needs a Prometheus, too: apt-get install prometheus.
 test-every-release:
 	$(MAKE) --no-print-directory -j2 environments
 	$(BIN)/python tests/run.py every-release

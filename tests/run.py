@@ -89,6 +89,8 @@ JOBS = {
             OLDER_VLLM,
             (*marked("older_release or slow"), "tests/vllm", "--ignore", "tests/vllm/test_demo.py"),
         ),
+        # It fails where Debian's `prometheus` is not installed.
+        Job("a real Prometheus", VLLM, ("-m", "prometheus", "tests/core/test_prometheus.py")),
     ],
 }
 
