@@ -1,9 +1,8 @@
 """Waking: what it takes is known, asked for and refused before vLLM allocates anything."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from signal import SIGSEGV
 from types import SimpleNamespace
 from typing import Any
 
@@ -241,6 +240,7 @@ class Memory:
         wake_up(SimpleNamespace(kvcached=object(), model_runner=object()), tags)
 
 
+@pytest.mark.older_release
 @pytest.mark.parametrize("capacity", [0, 1, 2, 3])
 def test_a_wake_that_runs_out_of_memory_midway_leaves_all_asleep_and_can_be_tried_again(
     monkeypatch: pytest.MonkeyPatch, capacity: int
@@ -271,66 +271,14 @@ def test_what_one_rank_or_call_woke_already_is_not_allocated_twice(
     assert memory.restored == [0, 1, 3]
 
 
-WAKE_FP8 = """
-import sys
-from types import SimpleNamespace
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-from vllm.v1.worker.gpu_worker import Worker
-from kvcached_core.arena import Arena
-from kvcached_core.geometry import choose_geometry
-from kvcached_core.vmm.host import HostBackend
-from kvcached_vllm.worker_hooks import worker_wake_up
-
-geometry = choose_geometry(block_bytes=65536, num_planes=4, granularity_bytes=2 << 20)
-arena = Arena(HostBackend(), geometry, 8)
-arena.map([0])
-arena.plane_tensor(0)[:geometry.run_bytes].fill_(7)
-real = hasattr(GPUModelRunner, "init_fp8_kv_scales")
-
-class Runner(GPUModelRunner):
-    def __init__(self):
-        self.cache_config = SimpleNamespace(cache_dtype="fp8")
-        self.compilation_config = SimpleNamespace(static_forward_context={})
-        self.kv_caches = [arena.plane_tensor(plane) for plane in range(4)]
-
-    if not real:  # what releases up to 0.28 do
-        def init_fp8_kv_scales(self):
-            for tensor in self.kv_caches:
-                tensor.zero_()
-
-class Sleeper(Worker):
-    def __init__(self):
-        self.model_runner = Runner()
-        self.vllm_config = SimpleNamespace(
-            model_config=SimpleNamespace(enable_nccl_comm_suspend=False)
-        )
-        self._sleep_saved_buffers = self._sleep_saved_draft_buffers = {}
-        self._sleep_saved_parameters = {}
-        self.kvcached = SimpleNamespace(arena=arena, keeper=SimpleNamespace(wait=lambda: None))
-        backend = SimpleNamespace(resume=lambda tags: None)
-        self._sleep_mode_backend = backend
-        self._get_sleep_mode_backend = lambda: backend
-        self.synchronize_device = lambda: None
-        if not real:
-            backend.resume = lambda tags: self.model_runner.init_fp8_kv_scales()
-
-wake_up = worker_wake_up(Worker.wake_up) if sys.argv[1] == "hooked" else Worker.wake_up
-worker = Sleeper()
-wake_up(worker, tags=None)
-assert len(worker.model_runner.kv_caches) == 4
-assert not arena.plane_tensor(0)[:geometry.run_bytes].any()
-print("woken")
-"""
-
-
 @pytest.mark.older_release
-@pytest.mark.parametrize(("how", "code"), [("hooked", 0), ("vanilla", -11)])
-def test_a_quantised_cache_is_zeroed_at_a_wake_only_where_it_is_mapped(how: str, code: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", WAKE_FP8, how], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == code, done.stderr  # SIGSEGV: what CUDA calls an illegal access
-    assert ("woken" in done.stdout) == (how == "hooked")
+@pytest.mark.parametrize(("is_hooked", "code"), [(True, 0), (False, -SIGSEGV)])
+def test_a_quantised_cache_is_zeroed_at_a_wake_only_where_it_is_mapped(
+    start_offline: Offline, *, is_hooked: bool, code: int
+) -> None:
+    ended = finish(start_offline({}, script_name="wake_quantised", hooked=is_hooked))
+    assert ended.returncode == code, ended.errors  # what CUDA calls an illegal access
+    assert ("woken" in ended.output) == is_hooked
 
 
 @pytest.mark.slow
