@@ -36,7 +36,11 @@ class CudaFence:
         flags = driver.api.CUevent_flags
         both = flags.CU_EVENT_BLOCKING_SYNC | flags.CU_EVENT_DISABLE_TIMING
         (self._event,) = driver.call("cuEventCreate", both)
-        driver.call("cuEventRecord", self._event, stream)
+        try:
+            driver.call("cuEventRecord", self._event, stream)
+        except BackendError:
+            driver.call("cuEventDestroy", self._event)
+            raise
 
     def wait(self) -> None:
         """Return when the work is done; without the interpreter's lock meanwhile."""

@@ -154,6 +154,14 @@ def test_a_fence_ends_when_the_stream_is_done_and_leaves_no_event(driver: FakeDr
     assert not driver._events
 
 
+def test_a_fence_that_cannot_be_made_leaves_no_event(driver: FakeDriver) -> None:
+    backend = open_backend(driver)
+    fail_once(driver, "cuEventRecord", 0, Result.CUDA_ERROR_ILLEGAL_ADDRESS)
+    with pytest.raises(BackendError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+        backend.fence(7)
+    assert not driver._events
+
+
 def test_joining_a_stream_leaves_no_event(driver: FakeDriver) -> None:
     open_backend(driver).join(7)
     assert driver.calls["cuStreamWaitEvent"] == 1

@@ -153,6 +153,14 @@ def test_who_opened_a_removed_file_makes_a_new_one_of_the_size_it_wanted(path: P
         assert [row.name for row in reader.view().instances] == ["second"]
 
 
+def test_who_only_looks_sees_the_next_file_when_the_last_user_has_left(path: Path) -> None:
+    with Ledger(path, GIB) as first, Ledger(path) as reader:
+        first.unregister(first.register(name="first", engine="test"))
+        with Ledger(path, GIB) as second:
+            second.register(name="second", engine="test")
+            assert [row.name for row in reader.view().instances] == ["second"]
+
+
 def test_another_size_is_refused_in_the_new_file_too(path: Path) -> None:
     with Ledger(path, GIB) as first, Ledger(path, GIB) as second:
         first.unregister(first.register(name="first", engine="test"))

@@ -202,6 +202,15 @@ def test_the_next_one_heals_what_a_dead_writer_left_unfinished(
     assert ledger.free_bytes(row) == GIB - 8 * PAGE
 
 
+def test_who_comes_next_heals_the_rows_of_others(
+    ledger: Ledger, row: RowKey, holder: StoppedHolder
+) -> None:
+    holder.end()
+    ledger._rows[row.number].taken_bytes = 0
+    other = ledger.register(name="b", engine="test")
+    assert ledger.free_bytes(other) == GIB - 8 * PAGE
+
+
 def test_a_reader_sees_no_row_in_the_middle_of_a_change(ledger: Ledger, row: RowKey) -> None:
     end = threading.Event()
 

@@ -184,19 +184,19 @@ def run(
 
 
 def write_results(results: list[Result], mutants: list[Mutant]) -> None:
-    """Write what became of all mutants, with the date and the commit."""
-    commit = subprocess.run(
+    """Write what became of `results`, and when; what is known of others of the list stays."""
+    head = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, check=True, text=True
     )
-    known = {mutant.name: mutant for mutant in mutants}
-    report = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit.stdout.strip(),
-        "results": [
-            {**asdict(result), "file": known[result.name].file, "breaks": known[result.name].breaks}
-            for result in results
-        ],
-    }
+    when = {"date": datetime.now(UTC).date().isoformat(), "commit": head.stdout.strip()}
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    found = {entry["name"]: entry for entry in before}
+    found |= {result.name: {**asdict(result), **when} for result in results}
+    report = [
+        {**found[mutant.name], "file": mutant.file, "breaks": mutant.breaks}
+        for mutant in mutants
+        if mutant.name in found
+    ]
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
 
 

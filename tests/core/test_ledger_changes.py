@@ -1,0 +1,58 @@
+"""Changes that wait for the lock: their sums say what they say one by one, and are written once."""
+
+import pytest
+
+from kvcached_core.ledger_changes import Answer, Changes, PendingChanges
+from kvcached_core.ledger_file import FILE_BYTES, Row, RowKey
+
+ROW, OTHER = RowKey(0, 7), RowKey(1, 8)
+CHANGES = [
+    Changes(answers=[Answer(coming_bytes=9, num_asked=None, freed_bytes=0)]),
+    Changes(unpromised_bytes=1, counts=(5, 3)),
+    Changes(mapped_bytes=20, unneeded_bytes=2),
+    Changes(unmapped_bytes=4, stuck_bytes=3, counts=(6, 2)),
+    Changes(is_waiting_over=True),
+]
+
+
+def fresh_row() -> Row:
+    row = Row(memoryview(bytearray(FILE_BYTES)).cast("q"), 0)
+    row.promised_bytes, row.resident_bytes, row.coming_bytes = 100, 50, 30
+    row.asked_bytes = row.waiting_bytes = 40
+    return row
+
+
+def test_the_sum_of_changes_says_what_they_say_one_by_one() -> None:
+    one_by_one, at_once, total = fresh_row(), fresh_row(), Changes()
+    for changes in CHANGES:
+        changes.write(one_by_one, 1)
+        total.add(Changes(**vars(changes)))
+    assert total.write(at_once, 1) == 20
+    for row in (one_by_one, at_once):
+        assert (row.promised_bytes, row.resident_bytes) == (100 - 1 - 20 - 2, 50 + 20 - 4)
+        assert (row.used_bytes, row.cached_bytes) == (6, 2)
+        assert (row.asked_bytes, row.waiting_bytes, row.num_freed_bytes) == (0, 0, 4 + 2 + 3)
+        assert row.coming_bytes == 30 + 9 - (4 + 2 + 3)
+
+
+def test_what_is_taken_is_gone_and_each_rows_own() -> None:
+    pending = PendingChanges()
+    assert not pending.is_there
+    pending.add(ROW, Changes(mapped_bytes=1))
+    pending.add(ROW, Changes(mapped_bytes=2))
+    pending.add(OTHER, Changes(unmapped_bytes=4))
+    assert pending.is_there
+    assert pending.take() == {ROW: Changes(mapped_bytes=3), OTHER: Changes(unmapped_bytes=4)}
+    assert not pending.is_there
+    pending.add(OTHER, Changes(unmapped_bytes=8))
+    assert pending.take() == {OTHER: Changes(unmapped_bytes=8)}
+
+
+@pytest.mark.parametrize("stuck_bytes", [0, 3, 500])
+def test_what_is_stuck_is_resident_and_promised_as_before_and_not_on_its_way(
+    stuck_bytes: int,
+) -> None:
+    row = fresh_row()
+    Changes(stuck_bytes=stuck_bytes).write(row, 1)
+    assert (row.promised_bytes, row.resident_bytes) == (100, 50)
+    assert row.coming_bytes == max(30 - stuck_bytes, 0)
