@@ -28,7 +28,7 @@ ASKED, OWED, NUM_ASKED, NOTICES, CHANGES, FREED = 12, 13, 15, 16, 17, 24
 
 # Words 28 to 34 of a row are kept for what comes next, so that it needs no other version: bytes of
 # weights, of them needed and offered, bytes of a token, activations and their nanoseconds, holds.
-# Free are 27, 35 to 47, and 8 to 63 of the header.
+# Free are 35 to 47, and 8 to 63 of the header.
 _NAME, _NAME_WORDS = 48, 8  # as long as a name may be
 _ENGINE, _ENGINE_WORDS = 56, 8
 
@@ -136,6 +136,7 @@ class Row(_Words):
     num_freed_bytes = _Word(FREED)  # unmapped, or promised and not needed
     num_refused = _Word(25)  # promises that were not given in full
     num_answered = _Word(26)
+    pid_namespace = _Word(27)  # in which `pid` means something; 0 where it could not be read
 
     def __init__(self, words: memoryview, index: int) -> None:
         super().__init__(words, HEADER_WORDS + index * ROW_WORDS)

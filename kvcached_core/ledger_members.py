@@ -10,7 +10,7 @@ from kvcached_core import sharing
 from kvcached_core.errors import LedgerError, NameTakenError
 from kvcached_core.ledger_entry import LedgerEntry
 from kvcached_core.ledger_file import NO_LIMIT, Row, RowKey
-from kvcached_core.ledger_lifetime import LifetimesReplacedError
+from kvcached_core.ledger_lifetime import LifetimesReplacedError, own_pid_namespace
 from kvcached_core.ledger_open import set_aside
 from kvcached_core.ledger_room import waiting_bytes, waiting_rows
 from kvcached_core.names import check_name
@@ -96,6 +96,7 @@ class LedgerMembers(LedgerEntry):
                     )
             row = self._free_row()
             row.name, row.engine, row.pid = name, engine, self._pid
+            row.pid_namespace = own_pid_namespace()
             self._set_policy(row, policy)
             row.page_bytes, row.virtual_bytes = page_bytes, virtual_bytes
             row.static_bytes = static_bytes

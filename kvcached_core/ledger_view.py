@@ -28,6 +28,7 @@ class InstanceView:
     Attributes:
         row: Its row, and which of the instances that ever had the row it is.
         pid: The process that registered it, as that sees itself.
+        pid_namespace: Where that number means something; 0 where nobody could tell.
         least_bytes: What one request of the largest size needs.
     """
 
@@ -35,6 +36,7 @@ class InstanceView:
     name: str
     engine: str
     pid: int
+    pid_namespace: int
     limit_bytes: int | None
     floor_bytes: int
     priority: int
@@ -121,6 +123,7 @@ def view_of(row: Row) -> InstanceView:
         name=row.name,
         engine=row.engine,
         pid=row.pid,
+        pid_namespace=row.pid_namespace,
         limit_bytes=None if row.limit_bytes == NO_LIMIT else row.limit_bytes,
         floor_bytes=row.floor_bytes,
         priority=row.priority,

@@ -13,7 +13,9 @@ from kvcached_core import __version__, nvml
 from kvcached_core.errors import BackendError, KVCachedError, LedgerError
 from kvcached_core.ledger import Ledger
 from kvcached_core.ledger_file import NUM_ROWS, RowKey
+from kvcached_core.ledger_lifetime import own_pid_namespace
 from kvcached_core.ledger_open import WRITABLE, doorbell_path, ledger_paths
+from kvcached_core.ledger_view import InstanceView
 from kvcached_core.pressure import Doorbell
 from kvcached_core.units import MIB, format_bytes
 
@@ -98,13 +100,19 @@ def _ledgers(directory: Path) -> Iterator[Finding]:
         except KVCachedError as error:
             yield _bad(path.name, str(error))
             continue
-        names = ", ".join(instance.name for instance in view.instances)
+        names = ", ".join(_named(instance) for instance in view.instances)
         text = f"{format_bytes(view.capacity_bytes)} shared by {names or 'no instance'}"
         if names and path.stem == HOST:
             text += _other_pool(view.capacity_bytes)
         yield _good(path.name, text)
     for path in sorted(directory.glob("*.damaged-*")):
         yield _bad(path.name, "a damaged ledger that was set aside; remove it")
+
+
+def _named(instance: InstanceView) -> str:
+    """Return an instance's name, and that its process id is not one of here."""
+    is_here = instance.pid_namespace in (0, own_pid_namespace())
+    return instance.name if is_here else f"{instance.name} (in another PID namespace)"
 
 
 def _other_pool(capacity_bytes: int) -> str:

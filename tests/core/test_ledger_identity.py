@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvcached_core import control
+from kvcached_core.cli.doctor import examine
 from kvcached_core.errors import LedgerError
 from kvcached_core.ledger import Ledger, sweep
 from kvcached_core.ledger_file import MAGIC, RowKey
@@ -309,6 +310,9 @@ def test_two_pid_namespaces_share_a_ledger_and_nobody_is_taken_for_dead(
         elsewhere.stdin.write("\n")
         elsewhere.stdin.flush()
         assert elsewhere.stdout.readline() == "elsewhere,here\n"
+    (found,) = (each for each in examine(path.parent) if each.what == "host.ledger")
+    assert found.is_good
+    assert found.text == "1 GiB shared by here, elsewhere (in another PID namespace)"
     assert ledger.reserve(row, GIB, PAGE) == GIB - (1 << 29)
     elsewhere.communicate()
     assert [seen.name for seen in ledger.view().instances] == ["here"]
