@@ -36,8 +36,8 @@ class FileLock:
     """A lock on a whole open file, for the processes and for the threads of this one.
 
     A signal's handler may raise between any two instructions of the main thread. So who locks calls
-    `release` in a `finally` around `acquire`, and what a thread has still after that, it gives back
-    when it comes again.
+    `release` in a `finally` around `acquire`; and a thread that has the lock still, because it was
+    interrupted on its way out, gets it again, and then gives all of it back.
 
     Args:
         fd: The file.
@@ -58,8 +58,6 @@ class FileLock:
         Raises:
             LedgerError: If the file is closed.
         """
-        if self.is_mine():
-            self.release()  # this thread was interrupted on its way out
         if not self._threads.acquire(blocking=False) and not (
             seconds and self._threads.acquire(timeout=seconds)
         ):

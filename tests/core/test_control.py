@@ -171,3 +171,18 @@ def test_a_refusal_on_one_device_leaves_what_somebody_decided_meanwhile_on_the_o
         refused = control.set_limit("a", "512MiB", directory=directory)
     assert refused.outcome is Outcome.REFUSED
     assert pair[0].policy() == Policy(limit_bytes=GIB, priority=9)
+
+
+def test_who_waits_is_woken_when_a_floor_is_lowered(
+    directory: Path, pair: tuple[Engine, Engine]
+) -> None:
+    control.set_floor("a", "512MiB", directory=directory)
+    rang = threading.Event()
+    waiting = pair[0].ledger.register(name="c", engine="test")
+    bell = Doorbell(doorbell_path(pair[0].ledger.path, waiting), rang.set)
+    pair[1].is_deaf.set()
+    assert pair[0].ledger.reserve(waiting, 40 * PAGE, PAGE) == 0
+    pair[0].ledger.ask_peers(waiting, 40 * PAGE)
+    control.set_floor("a", "none", directory=directory)
+    assert rang.wait(10)
+    bell.close()

@@ -218,8 +218,9 @@ def test_nobody_is_taken_for_dead_when_the_file_of_their_locks_was_removed(
         assert len(list(path.parent.glob("*.damaged-*"))) == 1
 
 
+@pytest.mark.parametrize("is_worker_first", [True, False])
 def test_of_two_processes_with_one_row_the_newer_copy_is_written_into_a_new_file(
-    ledger: Ledger, path: Path
+    ledger: Ledger, path: Path, *, is_worker_first: bool
 ) -> None:
     with Ledger(path) as worker:
         row = ledger.register(name="a", engine="test")
@@ -227,10 +228,9 @@ def test_of_two_processes_with_one_row_the_newer_copy_is_written_into_a_new_file
         assert ledger.reserve(row, 3 * PAGE, PAGE) == 3 * PAGE
         damage(path)
         with Ledger(path, GIB):
-            worker._enter_patiently()
-            worker._exit()
-            ledger._enter_patiently()
-            ledger._exit()
+            for each in (worker, ledger) if is_worker_first else (ledger, worker):
+                each._enter_patiently()
+                each._exit()
         (seen,) = ledger.view().instances
         assert seen.promised_bytes == 3 * PAGE
 

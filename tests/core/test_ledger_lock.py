@@ -1,5 +1,6 @@
 """A process that is stopped with the lock stops nobody else, and nothing it held up is lost."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -189,17 +190,55 @@ def test_who_may_wait_says_who_has_the_lock(
         ledger.register(name="b", engine="test")
 
 
-def test_the_next_one_heals_what_a_dead_writer_left_unfinished(
-    ledger: Ledger, row: RowKey, holder: StoppedHolder
-) -> None:
+def test_the_next_one_heals_what_a_dead_writer_left_unfinished(ledger: Ledger, row: RowKey) -> None:
+    other = ledger.register(name="b", engine="test")
+    holder = StoppedHolder(ledger.path)
     assert ledger._words[SEQUENCE] == -holder.child.pid
-    holder.end()
     ledger._rows[row.number].taken_bytes = 0
+    holder.end()
     seen = ledger.num_notices(row)
-    assert ledger.reserve(row, 0, PAGE) == 0
+    assert ledger.reserve(other, GIB, PAGE) == GIB - 8 * PAGE
     assert ledger._words[SEQUENCE] > 0
     assert ledger.num_notices(row) > seen
-    assert ledger.free_bytes(row) == GIB - 8 * PAGE
+
+
+def test_a_reader_waits_for_a_writer_and_not_for_one_that_does_not_go_on(
+    ledger: Ledger, row: RowKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, written = ledger._words, ledger._rows[row.number]
+    before = words[SEQUENCE]
+
+    def finish(_seconds: float) -> None:
+        written.used_bytes = 4 * PAGE
+        written.cached_bytes = 0
+        words[SEQUENCE] = before + 1
+
+    with Ledger(ledger.path) as reader:
+        words[SEQUENCE] = -1
+        written.used_bytes = 2 * PAGE
+        assert only(reader).used_bytes == 2 * PAGE  # that is all there is
+        monkeypatch.setattr("kvcached_core.ledger_view.time.sleep", finish)
+        assert (only(reader).used_bytes, only(reader).cached_bytes) == (4 * PAGE, 0)
+
+
+def test_a_reader_that_copied_while_somebody_wrote_copies_again(
+    ledger: Ledger, row: RowKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, pread = ledger._rows[row.number], os.pread
+    changes = [True]
+
+    def change_behind(fd: int, num_bytes: int, offset: int) -> bytes:
+        copy = pread(fd, num_bytes, offset)
+        if changes and num_bytes > 8:
+            changes.pop()
+            written.used_bytes = 4 * PAGE
+            written.cached_bytes = 0
+            ledger._words[SEQUENCE] += 1
+        return copy
+
+    with Ledger(ledger.path) as reader:
+        monkeypatch.setattr("os.pread", change_behind)
+        assert only(reader).used_bytes == 4 * PAGE
 
 
 def test_who_comes_next_heals_the_rows_of_others(
