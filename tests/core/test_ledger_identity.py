@@ -312,7 +312,7 @@ def test_two_pid_namespaces_share_a_ledger_and_nobody_is_taken_for_dead(
         assert elsewhere.stdout.readline() == "elsewhere,here\n"
     (found,) = (each for each in examine(path.parent) if each.what == "host.ledger")
     assert found.is_good
-    assert found.text == "1 GiB shared by here, elsewhere (in another PID namespace)"
+    assert "shared by here, elsewhere (in another PID namespace)" in found.text
     assert ledger.reserve(row, GIB, PAGE) == GIB - (1 << 29)
     elsewhere.communicate()
     assert [seen.name for seen in ledger.view().instances] == ["here"]
