@@ -91,12 +91,22 @@ def test_the_next_block_comes_from_the_fullest_page() -> None:
 
 def test_a_page_that_was_full_once_and_emptied_since_is_not_the_fullest() -> None:
     pool = make()
-    blocks = grow(pool, 12)
+    blocks = grow(pool, 16)
     give(pool, [blocks[4]])
-    assert pool.pages_in(USED) == [0, 1, 2]  # page 1 is known with one free block
+    assert pool.pages_in(USED) == [0, 1, 2, 3]  # page 1 is known with one free block
     give(pool, [blocks[5], blocks[6]])
-    give(pool, [blocks[8], blocks[9]])
-    assert [GEOMETRY.page_of(block) for block in pool.take(3)] == [2, 2, 1]
+    give(pool, [blocks[0], blocks[1]])
+    assert [GEOMETRY.page_of(block) for block in pool.take(3)] == [0, 0, 1]
+
+
+def test_the_page_that_is_idle_longest_goes_first() -> None:
+    pool = make()
+    blocks = grow(pool, 16)
+    for page in (2, 0, 1):
+        give(pool, blocks[4 * page : 4 * page + 4])
+        assert page in pool.pages_in(IDLE)
+    assert pool.close_idle(2) == 2
+    assert pool.pages_in(IDLE) == [1]
 
 
 def test_counts_alone_are_told_seldom_while_requests_are_live_and_at_once_behind_them() -> None:
