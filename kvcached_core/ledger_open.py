@@ -5,6 +5,7 @@ there before it is unlinked. Whoever still has such a file mapped sees that at i
 and opens the one in its place.
 """
 
+import errno
 import logging
 import mmap
 import os
@@ -129,7 +130,9 @@ def open_ledger_file(
         try:
             fd = os.open(path, flags, 0o600)
         except OSError as error:
-            hint = "" if capacity_bytes is None else f"; {WRITABLE}"
+            hint = f"; {WRITABLE}"
+            if capacity_bytes is None:
+                hint = "; its last engine has left" if error.errno == errno.ENOENT else ""
             raise LedgerError(
                 f"the ledger {path} cannot be opened: {error.strerror}{hint}"
             ) from error

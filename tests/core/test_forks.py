@@ -18,7 +18,7 @@ from kvcached_core.devices import Device
 from kvcached_core.errors import LedgerError
 from kvcached_core.instance import Instance
 from kvcached_core.ledger import Ledger
-from kvcached_core.pressure import ring
+from kvcached_core.pressure import Doorbell, ring
 from kvcached_core.units import MIB
 
 PAGE = 16 * MIB
@@ -82,6 +82,15 @@ def test_a_child_that_closes_its_parents_engine_changes_nothing(
     assert instance.reserve(8, is_urgent=False) == 5
     instance.cancel(7)
     arrival.close()
+
+
+def test_a_child_that_closes_its_parents_bell_leaves_it_ringing(tmp_path: Path) -> None:
+    rang = threading.Event()
+    bell = Doorbell(tmp_path / "a.sock", rang.set)
+    assert in_child(bell.close) == 0
+    assert ring(bell.path)
+    assert rang.wait(10)
+    bell.close()
 
 
 def test_a_child_that_ends_normally_changes_nothing(config: Config, tmp_path: Path) -> None:
@@ -160,13 +169,14 @@ if sys.argv[2] == "fork":
 else:
     pid = subprocess.Popen(["sleep", "60"], close_fds=False, stdin=subprocess.DEVNULL,
                            stdout=subprocess.DEVNULL).pid
+ledger._enter_patiently()
 print(pid, flush=True)
 sys.stdin.read()
 """
 
 
 @pytest.mark.parametrize("how", ["fork", "program"])
-def test_a_child_does_not_keep_its_dead_parents_row_alive(config: Config, how: str) -> None:
+def test_a_child_keeps_neither_its_dead_parents_row_nor_its_lock(config: Config, how: str) -> None:
     config.dir.mkdir(mode=0o700)
     path = config.dir / "host.ledger"
     parent = subprocess.Popen(
@@ -180,6 +190,7 @@ def test_a_child_does_not_keep_its_dead_parents_row_alive(config: Config, how: s
     try:
         with Ledger(path) as ledger:
             assert [seen.name for seen in ledger.view().instances] == ["parent"]
+            assert not ledger._enter(0.0)
             parent.kill()
             parent.wait()
             await_that(lambda: ledger.view().instances == (), 30.0)

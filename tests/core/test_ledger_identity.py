@@ -162,6 +162,22 @@ def test_who_only_looks_sees_the_next_file_when_the_last_user_has_left(path: Pat
             assert [row.name for row in reader.view().instances] == ["second"]
 
 
+def test_a_late_process_of_a_removed_file_makes_no_new_one(path: Path) -> None:
+    with Ledger(path, GIB) as owner, Ledger(path) as worker:
+        row = owner.register(name="a", engine="test")
+        worker.join(row)
+        owner.unregister(row)
+        for _ in range(2):
+            with pytest.raises(LedgerError, match="cannot be opened: No such file"):
+                worker.settle(row, used_bytes=0, cached_bytes=0)
+        assert list(path.parent.iterdir()) == []
+        with Ledger(path, GIB) as new:
+            other = new.register(name="b", engine="test")
+            with pytest.raises(LedgerError, match="has left"):
+                worker.settle(row, used_bytes=0, cached_bytes=0)
+            assert [seen.row for seen in new.view().instances] == [other]
+
+
 def test_another_size_is_refused_in_the_new_file_too(path: Path) -> None:
     with Ledger(path, GIB) as first, Ledger(path, GIB) as second:
         first.unregister(first.register(name="first", engine="test"))
