@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,25 +24,26 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:
 
 
 @pytest.fixture
-def others_folder(tmp_path: Path) -> Iterator[Path]:
+def reachable() -> Iterator[Path]:
+    """Yield a folder that others reach: every pytest that starts closes pytest's own to them."""
+    with tempfile.TemporaryDirectory(prefix="kvcached-users-") as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        yield folder
+
+
+@pytest.fixture
+def others_folder(reachable: Path) -> Iterator[Path]:
     """Yield a folder that is not the plain user's: our own if we are root, else one of root's."""
     if not IS_ROOT:
         yield Path("/usr")
         return
-    let_through(tmp_path)
-    with Ledger(ledger_directory(tmp_path / "kv") / "host.ledger", GIB) as ledger:
+    with Ledger(ledger_directory(reachable / "kv") / "host.ledger", GIB) as ledger:
         row = ledger.register(name="llama", engine="vLLM")
         ledger.reserve(row, 64 * MIB, MIB)
         before = ledger.view()
         yield ledger.path.parent
         assert ledger.view() == before
-
-
-def let_through(folder: Path) -> None:
-    """Let others reach what lies in one of pytest's folders."""
-    for parent in (folder, *folder.parents):
-        if parent.name.startswith(("pytest-", folder.name)):
-            parent.chmod(0o711)
 
 
 def as_plain_user(action: Callable[[], object]) -> tuple[int, str]:
@@ -106,9 +108,8 @@ def test_another_user_can_neither_read_nor_steer(
 
 
 @pytest.fixture
-def read_only_folder(tmp_path: Path) -> Iterator[Path]:
-    let_through(tmp_path)
-    folder = ledger_directory(tmp_path / "kv")
+def read_only_folder(reachable: Path) -> Iterator[Path]:
+    folder = ledger_directory(reachable / "kv")
     os.chown(folder, PLAIN_USER, -1)
     folder.chmod(0o500)
     yield folder
