@@ -69,6 +69,7 @@ class Instance:
         self._refused_until = 0.0
         self._pid = os.getpid()
         self._waiting_log = WaitingLog(self._explain_refusal)
+        self._asked_until = 0.0
         try:
             # One order for all instances, so that two of them never wait for each other.
             for device in sorted(self._num_ranks, key=lambda device: device.name):
@@ -158,6 +159,16 @@ class Instance:
             if num_taken > granted:
                 self._cancel_on(device, num_taken - granted)
         return granted
+
+    def ask(self, num_pages: int) -> None:
+        """Ask others for `num_pages` that a request waits for; nothing is promised yet.
+
+        Who asks again within `REFUSAL_SECONDS`, and was not rung, has been heard.
+        """
+        if time.monotonic() >= self._asked_until:
+            self._asked_until = time.monotonic() + REFUSAL_SECONDS
+            self._ask_peers(num_pages)
+            self._waiting_log.refused()
 
     def reserve_first_page(self) -> bool:
         """Return whether one page was promised; wait for neighbours as long as a start may.
@@ -287,7 +298,7 @@ class Instance:
         self._ledgers = {}
 
     def _on_ring(self) -> None:
-        self._refused_until = 0.0
+        self._refused_until = self._asked_until = 0.0
         self._rang.set()
         self._answer()
 

@@ -103,6 +103,12 @@ HOOKS = (
         "let a prompt that was begun wait for memory that was taken meanwhile",
     ),
     Hook(
+        "sglang.srt.managers.scheduler:Scheduler.run_batch",
+        "kvcached_sglang.hooks:run_batch",
+        "with KVCACHED_DEBUG, refuse a batch that names a block which is not mapped",
+        ("batch",),
+    ),
+    Hook(
         "sglang.srt.managers.scheduler_components.pool_stats_observer:"
         "SchedulerPoolStatsObserver.get_pool_stats",
         "kvcached_sglang.hooks:get_pool_stats",

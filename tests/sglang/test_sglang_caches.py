@@ -210,7 +210,7 @@ class SameCaches(RuleBasedStateMachine):
 
         before = self.pages.num_open_pages
         with patch.object(self.ours.cache, "evict", evict_and_note):
-            self.engine.answer(Wanted(num_pages, 0), self.ours.cache)
+            self.engine.giving.answer(Wanted(num_pages, 0), self.ours.cache)
         for num_tokens in evicted:
             self.theirs.evict(num_tokens)
         assert before - self.pages.num_open_pages >= 0

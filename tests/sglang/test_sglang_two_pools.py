@@ -149,7 +149,7 @@ class TwoPools(RuleBasedStateMachine):
             supports_swa=lambda: True,
             full_evictable_size=lambda: 0,
         )
-        self.engine.answer(Wanted(num_pages, 0), cache)
+        self.engine.giving.answer(Wanted(num_pages, 0), cache)
         self.engine.memory.keeper.wait()
 
     @invariant()
@@ -202,6 +202,14 @@ TestTwoPools = TwoPools.TestCase
 TestTwoPools.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
 
 
+NO_CACHE = SimpleNamespace(
+    supports_mamba=lambda: False,
+    supports_swa=lambda: True,
+    full_evictable_size=lambda: 0,
+    swa_evictable_size=lambda: 0,
+)
+
+
 def test_more_than_there_is_is_promised_to_both_pools_alike(tmp_path: Path) -> None:
     engine, allocator = build_elastic(tmp_path / "kv")
     request = SimpleNamespace(
@@ -214,7 +222,7 @@ def test_more_than_there_is_is_promised_to_both_pools_alike(tmp_path: Path) -> N
         last_batch=None,
         chunked_req=None,
         waiting_queue=[request] * 4,
-        tree_cache=None,
+        tree_cache=NO_CACHE,
     )
     engine.begin_schedule(scheduler)
     assert allocator.full_available_size() >= 2 * NUM_WINDOW_TOKENS - 100

@@ -6,25 +6,29 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import CUDA, HOST, Config, read_config
+from kvcached_core.errors import UnmappedBlockError
 from kvcached_core.geometry import Geometry
 from kvcached_core.orders import PageOrders
 from kvcached_core.page_pool import NUM_QUIET_PAGES, REPORT_SECONDS
 from kvcached_core.rank_memory import RankMemory
 from kvcached_sglang import hardware, startup
 from kvcached_sglang.blocks import BlockPages
+from kvcached_sglang.demand import demand_of, named_blocks, tokens_to_go_on
+from kvcached_sglang.giving import Giving
 from kvcached_sglang.layout import Layout
 from kvcached_sglang.obstacles import has_two_pools
-from kvcached_sglang.ranks import Wanted, join_ranks
+from kvcached_sglang.promises import Promises
+from kvcached_sglang.ranks import join_ranks
 from kvcached_sglang.requests import (
     evictable_of_pools,
     evictable_tokens,
     give_up_part,
     is_asleep,
     is_busy,
-    num_computed,
     reopen,
 )
 from kvcached_sglang.saved_memory import SavedMemory
+from kvcached_sglang.waiting import Waiting
 
 if TYPE_CHECKING:
     from kvcached_sglang.free_list import FreeList
@@ -34,9 +38,6 @@ logger = logging.getLogger("sglang.kvcached")
 # How long a prompt of which a part is computed waits while nothing else runs; then it gives that
 # part back, or two engines that hold a part each would wait for each other.
 HOLD_SECONDS = 2.0
-
-# How much of a request's answer an admission counts on, as SGLang's own policy does.
-MAX_ANSWER_TOKENS = 4096
 
 
 class ElasticEngine:
@@ -81,7 +82,9 @@ class ElasticEngine:
         )
         self.saved = SavedMemory(hardware.reserved_bytes if self.device.kind == CUDA else lambda: 0)
         self.free_lists: list[FreeList] = []  # that of the pool of all layers first
-        self._owed_pages = 0
+        self.waiting = Waiting(self.ranks)
+        self.promises = Promises(self.ranks, self.free_lists)
+        self.giving = Giving(self.ranks, self.free_lists, self._unmap)
         self._reported = (0, 0)
         self._reported_at = 0.0
         self._held_since: float | None = None
@@ -138,25 +141,32 @@ class ElasticEngine:
             for free_list in self.free_lists:
                 free_list.pages.map_ahead(free_list.num_free_blocks)
         reopen(scheduler)
-        wanted = self.ranks.look()
+        wanted = self.ranks.look(is_busy=is_busy(scheduler))
         if wanted is not None:
-            self.answer(wanted, scheduler.tree_cache)
-        self.pay(scheduler.tree_cache)
+            self.giving.answer(wanted, scheduler.tree_cache)
+        self.giving.pay(scheduler.tree_cache)
         if self._held_since is not None and self.ranks.clock() > self._held_since + HOLD_SECONDS:
             self._held_since = None
             give_up_part(scheduler)
         if not is_asleep(scheduler):
-            self._reserve(self._blocks_needed(scheduler))
+            tokens = self.free_lists[0].block_tokens
+            self.promises.take(
+                demand_of(scheduler, tokens, self.server_args.max_prefill_tokens),
+                evictable_tokens(scheduler.tree_cache),
+            )
 
     def must_hold(self, scheduler: Any) -> bool:
-        """Return whether a prompt that was begun has to wait, because its next part has no room."""
-        request = scheduler.chunked_req
-        if not self.free_lists or request is None:
+        """Return whether no prompt may be computed now.
+
+        One that was begun waits if its next part has no room, and a new one if a neighbour waits
+        for what was asked of this engine and comes free next.
+        """
+        if not self.free_lists:
             return False
-        missing = len(request.origin_input_ids) + len(request.output_ids) - num_computed(request)
-        chunk = min(missing, scheduler.chunked_prefill_size or missing)
-        num_running = len(scheduler.running_batch.reqs)
-        needed = chunk + (num_running + 1) * self.free_lists[0].block_tokens
+        if scheduler.chunked_req is None:
+            return self.giving.must_yield(scheduler)
+        needed = tokens_to_go_on(scheduler, self.free_lists[0].block_tokens)
+        is_running = bool(scheduler.running_batch.reqs) or scheduler.last_batch is not None
         evictable = evictable_of_pools(scheduler.tree_cache, self.layout.num_pools)
         available = min(
             free_list.available_tokens() + num_tokens
@@ -165,7 +175,7 @@ class ElasticEngine:
         if available >= needed:
             self._held_since = None
             return False
-        if self._held_since is None or num_running or scheduler.last_batch is not None:
+        if self._held_since is None or is_running:
             self._held_since = self.ranks.clock()  # what runs will end, and free something
         return True
 
@@ -180,95 +190,41 @@ class ElasticEngine:
             if pages.is_surplus_due(free_list.num_free_blocks, is_live=is_live):
                 keep = pages.max_spare_pages if is_live else pages.num_quiet_pages
                 self._unmap(free_list.release(self.layout.num_pages, keep=keep))
+        self.waiting.end_schedule(scheduler, has_batch=has_batch)
         self._report(scheduler.tree_cache)
 
-    def answer(self, wanted: Wanted, tree_cache: Any) -> None:
-        """Give what others or the limit want: empty pages, then cached blocks, then requests'."""
-        num_given = self._give(tree_cache, wanted.asked_pages)
-        self._owe(max(min(wanted.asked_pages - num_given, wanted.owed_pages), 0))
+    def check(self, scheduler: Any, batch: Any) -> None:
+        """Refuse a batch that names a block which is not mapped.
 
-    def pay(self, tree_cache: Any) -> None:
-        """Give more of what is owed: requests may have stopped for it."""
-        if self._owed_pages:
-            self._owe(self._owed_pages - self._give(tree_cache, self._owed_pages))
+        Raises:
+            UnmappedBlockError: With the block ids and their pages.
+        """
+        free_list, memory = self.free_lists[0], self.memory
+        geometry = free_list.pages.geometry
+        named = named_blocks(scheduler, batch, free_list.block_tokens).tolist()
+        wrong = [
+            block_id
+            for block_id in named
+            if not geometry.exists(block_id)
+            or not memory.arena.is_resident(geometry.page_of(block_id))  # type: ignore[union-attr]
+        ]
+        if wrong:
+            pages = sorted({geometry.page_of(block_id) for block_id in wrong})
+            raise UnmappedBlockError(
+                f"a batch uses unmapped blocks {wrong[:8]} of pages {pages[:8]}"
+            )
 
     def empty(self) -> None:
         """Give everything back but page 0; return when it is done."""
         if self.memory is not None:
-            self._unmap(self._release(self.layout.num_pages))
+            self.ranks.clear_waiting()
+            self._unmap(self.giving.release(self.layout.num_pages))
             self.memory.keeper.wait()
 
     def close(self) -> None:
         """Leave the ledger."""
         atexit.unregister(self.close)
         self.ranks.close()
-
-    def _reserve(self, num_blocks: int) -> None:
-        """Take a promise of so many blocks of each pool, or of what there is for both alike."""
-        missing = [num_blocks - free_list.num_free_blocks for free_list in self.free_lists]
-        if len(missing) > 1:
-            self._split_room(missing)
-        for free_list, number in zip(self.free_lists, missing, strict=True):
-            if number > 0:
-                free_list.pages.reserve_blocks(number)
-                # What is not promised cannot be counted on: an allocation that fails ends SGLang.
-                free_list.is_bound = free_list.pages.num_ready_blocks < number
-
-    def _split_room(self, missing: list[int]) -> None:
-        """Where there are fewer pages than both pools want, promise each its share first."""
-        pages = [free_list.pages for free_list in self.free_lists]
-        wanted = [one.pages_for(number) for one, number in zip(pages, missing, strict=True)]
-        room = self.ranks.room_pages
-        if sum(wanted) > room:
-            for one, number in zip(pages, wanted, strict=True):
-                one.reserve_pages(room * number // sum(wanted))
-
-    def _owe(self, num_pages: int) -> None:
-        self._owed_pages = num_pages
-        for free_list in self.free_lists:
-            free_list.is_owing = num_pages > 0
-
-    def _release(self, num_pages: int) -> list[int]:
-        closed: list[int] = []
-        for free_list in self.free_lists:
-            if len(closed) < num_pages:
-                closed += free_list.release(num_pages - len(closed))
-        return closed
-
-    def _give(self, tree_cache: Any, num_pages: int) -> int:
-        closed = self._release(num_pages)
-        while len(closed) < num_pages and self._evict(tree_cache, num_pages - len(closed)):
-            closed += self._release(num_pages - len(closed))
-        self.ranks.answer(len(closed))
-        self._unmap(closed)
-        return len(closed)
-
-    def _evict(self, tree_cache: Any, num_pages: int) -> bool:
-        from sglang.srt.mem_cache.base_prefix_cache import EvictParams
-
-        before = [free_list.num_free_blocks for free_list in self.free_lists]
-        if not evictable_tokens(tree_cache):
-            return False
-        free_list = self.free_lists[0]
-        num_blocks = num_pages * free_list.pages.geometry.blocks_per_page
-        tree_cache.evict(EvictParams(num_tokens=num_blocks * free_list.block_tokens))
-        return before != [free_list.num_free_blocks for free_list in self.free_lists]
-
-    def _blocks_needed(self, scheduler: Any) -> int:
-        """Return the blocks that the next batch takes at most, of each pool."""
-        block_tokens = self.free_lists[0].block_tokens
-        budget = self.server_args.max_prefill_tokens
-        batches = (scheduler.running_batch, scheduler.last_batch)
-        num_blocks = sum(len(batch.reqs) for batch in batches if batch is not None)
-        chunked = [scheduler.chunked_req] if scheduler.chunked_req is not None else []
-        for request in (*chunked, *scheduler.waiting_queue):
-            if budget <= 0:
-                break
-            length = len(request.origin_input_ids) + len(request.output_ids)
-            answer = min(request.sampling_params.max_new_tokens or 0, MAX_ANSWER_TOKENS)
-            num_blocks += -(-(length + answer) // block_tokens) + 1
-            budget -= length
-        return int(num_blocks)
 
     def _carry_out(self, orders: PageOrders) -> None:
         orders.num_used_pages, orders.num_cached_pages = self._reported

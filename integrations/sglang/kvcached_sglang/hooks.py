@@ -104,6 +104,19 @@ def get_next_batch_to_run(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def run_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Scheduler.run_batch`: with `KVCACHED_DEBUG` every block that it names is looked up."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        ours = engine()
+        if ours is not None and ours.config.debug and ours.free_lists:
+            ours.check(self, batch)
+        return original(self, batch, *args, **kwargs)
+
+    return wrapper
+
+
 def get_new_batch_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `get_new_batch_prefill`: what needs memory that is not there waits.
 
@@ -158,7 +171,7 @@ def retract_decode(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
 
         def pay_and_check(selected_indices: Any = None) -> bool:
-            ours.pay(self.tree_cache)
+            ours.giving.pay(self.tree_cache)
             return bool(check(selected_indices=selected_indices))
 
         def check_but_keep_the_last(selected_indices: Any = None) -> bool:

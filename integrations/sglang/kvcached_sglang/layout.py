@@ -62,8 +62,12 @@ class Layout:
 
     @property
     def virtual_bytes(self) -> int:
-        """What SGLang is told that it has for its KV cache, in bytes."""
-        return self._config.virtual_bytes(self._ranks.capacity_bytes)
+        """What SGLang is told that it has for its KV cache, in bytes: a rank's part of it.
+
+        Ranks on one device share what it has; a prompt has to fit into the part of one.
+        """
+        whole_bytes = self._config.virtual_bytes(self._ranks.capacity_bytes)
+        return whole_bytes // self._ranks.seat.num_ranks
 
     def place(self, shape: PoolShape) -> tuple[Geometry, Arena]:
         """Choose a pool's geometry; with the first one make the arena, with page 0 mapped.

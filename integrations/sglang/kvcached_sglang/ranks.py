@@ -19,12 +19,22 @@ from kvcached_core.seats import Seat
 
 MICROSECONDS = 1_000_000
 
+# How long what was seen in the ledgers holds, while nothing new is wanted of this server.
+LOOK_SECONDS = 0.001
+# Several ranks that have nothing to do tell each other what is new once in so many turns.
+NUM_IDLE_TURNS = 16
+
 
 class FirstRankError(KVCachedError):
     """Rank 0 could not enter the server in the ledgers, and has said why."""
 
 
 Share = Callable[[list[int]], list[int]]
+
+
+def alone(values: list[int]) -> list[int]:
+    """Return the numbers as they are: what a single rank has nobody to tell."""
+    return values
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Ranks:
         instance: Instance | None,
         seat: Seat,
         capacity_bytes: int,
-        share: Share = lambda values: values,
+        share: Share = alone,
         largest: Callable[[int], int] = lambda value: value,
     ) -> None:
         self.instance = instance
@@ -67,7 +77,12 @@ class Ranks:
         self.room_pages = 0
         self._share = share
         self._largest = largest
+        self._is_one_of_many = share is not alone
         self._microseconds = 0
+        self._looked_at = 0.0
+        self._num_idle_turns = 0
+        self._is_waiting = False  # as far as the ledger was told
+        self._is_refused = False  # in this schedule
 
     def describe(self, *, page_bytes: int, num_pages: int, least_pages: int) -> None:
         """See `Instance.describe`."""
@@ -76,16 +91,52 @@ class Ranks:
                 page_bytes=page_bytes, num_pages=num_pages, least_pages=least_pages
             )
 
-    def look(self) -> Wanted | None:
-        """Look at the ledgers and the clock; return what is wanted back, or None for no news."""
-        values = [0, 0, 0, 0, 0]
+    def look(self, *, is_busy: bool = True) -> Wanted | None:
+        """Look at the ledgers and the clock; return what is wanted back, or None for no news.
+
+        An idle scheduler does this in every turn of its loop, which never sleeps: it takes no lock
+        unless somebody wants something, and ranks take turns together, so all leave out the same.
+
+        Args:
+            is_busy: Whether there are requests; the same on every rank.
+        """
+        if is_busy:
+            self._num_idle_turns = 0
+        elif self._is_one_of_many:
+            self._num_idle_turns += 1
+            if self._num_idle_turns % NUM_IDLE_TURNS:
+                return None
+        values = [0, 0, 0, self.room_pages, 0]
         if self.instance is not None:
-            is_new = self.instance.has_news()
-            wanted = self.instance.wanted_pages() if is_new else (0, 0)
-            now = int(time.monotonic() * MICROSECONDS)
-            values = [is_new, *wanted, self.instance.room_pages(), now]
+            now = time.monotonic()
+            values[4] = int(now * MICROSECONDS)
+            if self.instance.has_news():
+                values[:3] = [1, *self.instance.wanted_pages()]
+            if values[0] or (is_busy and now >= self._looked_at + LOOK_SECONDS):
+                self._looked_at = now
+                values[3] = self.instance.room_pages()
         has_news, asked_pages, owed_pages, self.room_pages, self._microseconds = self._share(values)
         return Wanted(asked_pages, owed_pages) if has_news else None
+
+    def end_schedule(self, *, is_busy: bool) -> bool:
+        """Take back that this server waits for memory, if nothing of it does any more.
+
+        Args:
+            is_busy: Whether requests wait; one that was refused may be among them.
+
+        Returns:
+            Whether it waits.
+        """
+        is_refused, self._is_refused = self._is_refused, False
+        if self._is_waiting and not is_refused and not is_busy:
+            self.clear_waiting()
+        return self._is_waiting and is_busy
+
+    def clear_waiting(self) -> None:
+        """See `Instance.clear_waiting`."""
+        self._is_waiting = False
+        if self.instance is not None:
+            self.instance.clear_waiting()
 
     def clock(self) -> float:
         """Return the seconds of rank 0's clock at the last look."""
@@ -97,8 +148,18 @@ class Ranks:
         if self.instance is not None:
             granted = self.instance.reserve(num_pages, is_urgent=is_urgent, num_spare=num_spare)
         (granted,) = self._share([granted])
+        if is_urgent and num_pages:
+            self._is_refused = self._is_refused or granted < num_pages
+            self._is_waiting = granted < num_pages
         self.room_pages = max(self.room_pages - granted, 0)
         return granted
+
+    def ask(self, num_pages: int) -> None:
+        """See `Instance.ask`; every rank waits then, whoever asked."""
+        if num_pages > 0:
+            self._is_refused = self._is_waiting = True
+            if self.instance is not None:
+                self.instance.ask(num_pages)
 
     def reserve_first_page(self) -> bool:
         """See `Instance.reserve_first_page`."""

@@ -83,7 +83,7 @@ def load_model(original: Callable[..., Any]) -> Callable[..., Any]:
         ours.make_room_for(static_bytes(self))
         answer = original(self, *args, **kwargs)
         ours.ranks.announce(OTHER_BYTES)
-        if self.server_args.enable_memory_saver:
+        if getattr(self.server_args, "enable_memory_saver", False):
             ours.saved.at_least(WEIGHTS, loaded_bytes(self.model))
         return answer
 

@@ -1,0 +1,77 @@
+"""What the next batches of a SGLang scheduler take, and what lies where: read of it, in blocks."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvcached_sglang.requests import num_computed
+
+# How much of a request's answer an admission counts on, as SGLang's own policy does.
+MAX_ANSWER_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the next batch takes at most, in blocks of each pool.
+
+    Attributes:
+        num_running: For what runs, and for the prompt that was begun.
+        num_queued: For requests that wait, as many as a batch may take.
+        num_least: For the one of them that needs least; 0 if there is none.
+    """
+
+    num_running: int
+    num_queued: int
+    num_least: int
+
+
+def demand_of(scheduler: Any, block_tokens: int, prefill_tokens: int) -> Demand:
+    """Return what the next batch takes at most.
+
+    Args:
+        scheduler: SGLang's.
+        block_tokens: Tokens of a block.
+        prefill_tokens: The most tokens of prompts that a batch computes.
+    """
+    batches = (scheduler.running_batch, scheduler.last_batch)
+    num_running = sum(len(batch.reqs) for batch in batches if batch is not None)
+    if scheduler.chunked_req is not None:
+        num_blocks, length = _blocks_of(scheduler.chunked_req, block_tokens)
+        num_running += num_blocks
+        prefill_tokens -= length
+    queued = []
+    for request in scheduler.waiting_queue:
+        if prefill_tokens <= 0:
+            break
+        num_blocks, length = _blocks_of(request, block_tokens)
+        queued.append(num_blocks)
+        prefill_tokens -= length
+    return Demand(num_running, sum(queued), min(queued, default=0))
+
+
+def _blocks_of(request: Any, block_tokens: int) -> tuple[int, int]:
+    """Return the blocks of a request with its answer, and the tokens that it has."""
+    length = len(request.origin_input_ids) + len(request.output_ids)
+    answer = min(request.sampling_params.max_new_tokens or 0, MAX_ANSWER_TOKENS)
+    return -(-(length + answer) // block_tokens) + 1, length
+
+
+def tokens_to_go_on(scheduler: Any, block_tokens: int) -> int:
+    """Return the tokens that the next part of a prompt needs which was begun, beside what runs."""
+    request = scheduler.chunked_req
+    missing = len(request.origin_input_ids) + len(request.output_ids) - num_computed(request)
+    chunk = min(missing, scheduler.chunked_prefill_size or missing)
+    return int(chunk + (len(scheduler.running_batch.reqs) + 1) * block_tokens)
+
+
+def named_blocks(scheduler: Any, batch: Any, block_tokens: int) -> Any:
+    """Return the ids of all blocks that a batch reads or writes, as a tensor on the device."""
+    import torch
+
+    table = scheduler.req_to_token_pool.req_to_token
+    lengths = batch.seq_lens.tolist()
+    rows = batch.req_pool_indices.tolist()
+    named = [table[row, :length] for row, length in zip(rows, lengths, strict=True)]
+    if batch.out_cache_loc is not None:
+        named.append(batch.out_cache_loc)
+    tokens = torch.cat([part.reshape(-1).to(torch.int64) for part in named])
+    return torch.unique(tokens // block_tokens)

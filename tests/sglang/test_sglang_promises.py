@@ -1,0 +1,110 @@
+"""What is promised before a schedule: what the next batch may take, if it can be let in at all."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvcached_sglang.demand import Demand, demand_of
+from kvcached_sglang.promises import Promises
+
+pytestmark = pytest.mark.sglang
+
+BLOCKS_PER_PAGE = 8
+
+
+@dataclass
+class Source:
+    """The ledgers, with room for some pages."""
+
+    room_pages: int
+    asked: list[int] = field(default_factory=list)
+    promised: list[int] = field(default_factory=list)
+
+    def ask(self, num_pages: int) -> None:
+        self.asked.append(num_pages)
+
+
+class Blocks:
+    """A free list of blocks of one token, over pages of eight."""
+
+    block_tokens = 1
+
+    def __init__(self, source: Source, num_free_blocks: int) -> None:
+        self.is_bound = False
+        self.num_free_blocks = num_free_blocks
+        self.pages: Any = self
+        self.num_ready_blocks = 0
+        self._source = source
+
+    def available_tokens(self) -> int:
+        return self.num_free_blocks + self._source.room_pages * BLOCKS_PER_PAGE
+
+    def pages_for(self, num_blocks: int) -> int:
+        return max(-(-num_blocks // BLOCKS_PER_PAGE), 0)
+
+    def reserve_blocks(self, num_blocks: int) -> None:
+        granted = min(self.pages_for(num_blocks), self._source.room_pages)
+        self._source.promised.append(granted)
+        self._source.room_pages -= granted
+        self.num_ready_blocks += granted * BLOCKS_PER_PAGE
+
+
+def take(demand: Demand, *, room: int, free: int, evictable: int = 0) -> tuple[Source, Blocks]:
+    source = Source(room)
+    blocks: Any = Blocks(source, free)
+    Promises(source, [blocks]).take(demand, evictable)  # type: ignore[arg-type]
+    return source, blocks
+
+
+def test_the_whole_demand_is_promised_where_there_is_room() -> None:
+    source, blocks = take(Demand(2, 40, 10), room=10, free=2)
+    assert source.promised == [5]
+    assert not blocks.is_bound
+    assert not source.asked
+
+
+def test_what_there_is_is_promised_if_one_request_can_be_let_in() -> None:
+    source, blocks = take(Demand(2, 40, 10), room=2, free=0)
+    assert source.promised == [2]
+    assert blocks.is_bound
+
+
+def test_nothing_is_promised_for_requests_of_which_none_can_be_let_in() -> None:
+    source, blocks = take(Demand(2, 40, 30), room=2, free=2)
+    assert source.promised == []
+    assert source.asked == [3]  # 40 of 42 blocks are missing: five pages, with room for two
+    assert blocks.is_bound  # what is not promised is not counted on
+
+
+def test_what_runs_is_promised_its_next_blocks_all_the_same() -> None:
+    source, _ = take(Demand(10, 40, 30), room=2, free=2)
+    assert source.promised == [1]
+
+
+def test_cached_blocks_that_nobody_holds_may_let_one_in() -> None:
+    source, _ = take(Demand(2, 40, 30), room=2, free=2, evictable=14)
+    assert source.promised == [2]
+    assert not source.asked
+
+
+def request(num_tokens: int, num_answer_tokens: int) -> Any:
+    return SimpleNamespace(
+        origin_input_ids=[1] * num_tokens,
+        output_ids=[],
+        sampling_params=SimpleNamespace(max_new_tokens=num_answer_tokens),
+    )
+
+
+def test_the_demand_is_what_runs_and_as_many_prompts_as_a_batch_computes() -> None:
+    scheduler = SimpleNamespace(
+        running_batch=SimpleNamespace(reqs=[1, 2]),
+        last_batch=SimpleNamespace(reqs=[3]),
+        chunked_req=request(10, 2),
+        waiting_queue=[request(8, 4), request(20, 10_000), request(5, 5)],
+    )
+    demand = demand_of(scheduler, 4, prefill_tokens=30)
+    assert demand.num_running == 3 + (3 + 1)
+    assert demand.num_queued == (3 + 1) + (-(-(20 + 4096) // 4) + 1)
+    assert demand.num_least == 3 + 1
