@@ -39,7 +39,7 @@ OPTIONS = (
 )
 FLAGS = {
     SLEEPER: (
-        *("--enable-memory-saver", "--enable-weights-cpu-backup"),
+        *("--enable-memory-saver", "--enable-weights-cpu-backup", "--disable-radix-cache"),
         *("--cuda-graph-max-bs-decode", "8", "--max-running-requests", "32"),
     ),
     NEIGHBOUR: ("--disable-cuda-graph", "--max-running-requests", "128"),
