@@ -78,13 +78,6 @@ class LedgerEntry(LedgerStore):
             self._words[SEQUENCE] = self._sequence + 1
             lock.release()
 
-    def _is_time_to_look_around(self) -> bool:
-        now_ns = time.monotonic_ns()
-        if now_ns < self._look_around_ns:
-            return False
-        self._look_around_ns = now_ns + LOOK_INTERVAL_NS
-        return True
-
     def _catch_up(self) -> None:
         """Do what is seldom to be done before anything else."""
         if self._sequence < 0:

@@ -63,21 +63,25 @@ class FileLock:
         ):
             return False
         try:
-            if self._take(seconds):
-                return True
+            try:
+                _control(self._fd, _TRY, _WRITE_LOCK)  # nearly always all there is to do
+            except (OSError, ValueError):
+                if not self._take(seconds):
+                    self.release()
+                    return False
         except BaseException:
             self.release()
             raise
-        self.release()
-        return False
+        return True
 
     def release(self) -> None:
-        """Give the lock back, if this thread has it."""
-        while self.is_mine():
-            try:
-                if self._fd >= 0:
-                    _control(self._fd, _TRY, _UNLOCK)
-            finally:
+        """Give the lock back; this thread has it."""
+        try:
+            if self._fd >= 0:
+                _control(self._fd, _TRY, _UNLOCK)
+        finally:
+            self._threads.release()
+            while self.is_mine():
                 self._threads.release()
 
     def drop(self) -> None:
@@ -94,7 +98,8 @@ class FileLock:
 
     def close(self, seconds: float) -> int:
         """Wait for whoever uses the file in this process; return the descriptor to close."""
-        self.release()
+        if self.is_mine():
+            self.release()
         has_threads = self._threads.acquire(timeout=seconds)
         fd, self._fd = self._fd, -1
         if has_threads:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kvcached_core.errors import LedgerError
 from kvcached_core.ledger_changes import Answer, Changes, write_counts, write_moves, write_stuck
+from kvcached_core.ledger_entry import LOOK_INTERVAL_NS
 from kvcached_core.ledger_file import ALLOCATED, FREED, PROMISED, WAITING, RowKey
 from kvcached_core.ledger_members import LedgerMembers
 from kvcached_core.ledger_room import free_bytes, room_bytes, waiting_bytes
@@ -68,21 +69,17 @@ class LedgerPromises(LedgerMembers):
         Raises:
             LedgerError: If the instance has left.
         """
-        seen_words, allocated_bytes, device_free_bytes = self._words, 0, None
-        if self._device_free_bytes is not None:
-            if self._is_intact():
-                allocated_bytes = seen_words[ALLOCATED]
-            device_free_bytes = self._device_free_bytes()
+        now_ns = time.monotonic_ns()
+        is_looking_around = now_ns >= self._look_around_ns
+        if is_looking_around:
+            self._look_around_ns = now_ns + LOOK_INTERVAL_NS
+        device = None if self._device_free_bytes is None else self._ask_device()
         try:
-            if not self._enter(is_looking_around=self._is_time_to_look_around()):
+            if not self._enter(is_looking_around=is_looking_around):
                 return 0
             base = self._base(row)
             words = self._words
-            if device_free_bytes is not None:
-                # What was allocated since the device was asked is not free any more.
-                device_free_bytes -= words[ALLOCATED] - allocated_bytes
-                if words is not seen_words:
-                    device_free_bytes = 0
+            device_free_bytes = None if device is None else self._still_free_bytes(*device)
             room = unborrowed = room_bytes(words, self._rows, base, device_free_bytes)
             if is_waiting and room < num_bytes:
                 room = room_bytes(words, self._rows, base, device_free_bytes, is_waiting=True)
@@ -198,6 +195,18 @@ class LedgerPromises(LedgerMembers):
         if base is None:
             return 0
         return max(room_bytes(self._words, self._rows, base, device_free_bytes, is_waiting=True), 0)
+
+    def _ask_device(self) -> tuple[memoryview, int, int]:
+        """Return what the device says to be free, and what was allocated before it was asked."""
+        words = self._words
+        allocated_bytes = words[ALLOCATED] if self._is_intact() else 0
+        return words, allocated_bytes, self._device_free_bytes() if self._device_free_bytes else 0
+
+    def _still_free_bytes(self, words: memoryview, allocated_bytes: int, free_bytes: int) -> int:
+        """Return what is left of that under the lock; nothing counts if the file is another one."""
+        if words is not self._words:
+            return 0
+        return int(free_bytes - (words[ALLOCATED] - allocated_bytes))
 
     def _recent_device_free_bytes(self) -> int | None:
         if self._device_free_bytes is None:
