@@ -21,7 +21,9 @@ from kvcached_core.devices import Device
 from kvcached_core.errors import LedgerError
 from kvcached_core.instance import Instance
 from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_entry import SCHEDULER_SECONDS
 from kvcached_core.ledger_file import RowKey
+from kvcached_core.ledger_lock import FileLock
 from kvcached_core.ledger_open import ledger_directory
 from kvcached_core.units import MIB
 
@@ -278,6 +280,18 @@ def test_a_fork_at_any_point_takes_nothing_from_its_parent(forking: Ledger) -> N
     assert ledger.reserve(neighbour, CAPACITY, PAGE) == CAPACITY
 
 
+def work_for_ever(path: Path, ready: int) -> None:
+    """Do what an engine does, without a pause."""
+    ledger = Ledger(path, CAPACITY)
+    row = ledger.register(name="child", engine="test")
+    os.write(ready, b"x")
+    while True:
+        granted = ledger.reserve(row, 16 * PAGE, PAGE)
+        ledger.settle(row, mapped_bytes=granted, used_bytes=granted, cached_bytes=0)
+        ledger.ask_peers(row, 64 * PAGE)
+        ledger.settle(row, unmapped_bytes=granted, used_bytes=0, cached_bytes=0)
+
+
 def test_a_writer_killed_at_any_point_leaves_a_ledger_that_is_right(path: Path) -> None:
     with Ledger(path, CAPACITY) as ledger:
         row = ledger.register(name="stays", engine="test")
@@ -289,14 +303,7 @@ def test_a_writer_killed_at_any_point_leaves_a_ledger_that_is_right(path: Path) 
             pid = os.fork()
             if pid == 0:
                 signal.alarm(60)
-                own = Ledger(path, CAPACITY)
-                key = own.register(name=f"child-{number}", engine="test")
-                os.write(writer, b"x")
-                while True:
-                    granted = own.reserve(key, 16 * PAGE, PAGE)
-                    own.settle(key, mapped_bytes=granted, used_bytes=granted, cached_bytes=0)
-                    own.ask_peers(key, 64 * PAGE)
-                    own.settle(key, unmapped_bytes=granted, used_bytes=0, cached_bytes=0)
+                work_for_ever(path, writer)
             assert os.read(reader, 1) == b"x"
             for _ in range(source.randrange(200)):
                 ledger.room_bytes(row)
@@ -309,3 +316,47 @@ def test_a_writer_killed_at_any_point_leaves_a_ledger_that_is_right(path: Path) 
             ledger._look_around_ns = 0
             assert ledger.reserve(row, CAPACITY, PAGE) == CAPACITY - 8 * PAGE
             ledger.cancel(row, CAPACITY)
+
+
+def test_a_process_stopped_at_any_point_makes_a_scheduler_wait_once_at_most(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    acquire = FileLock.acquire
+
+    def note(lock: FileLock, seconds: float) -> bool:
+        waited.append(seconds)
+        return acquire(lock, seconds)
+
+    with Ledger(path, CAPACITY) as ledger:
+        row = ledger.register(name="stays", engine="test")
+        ready, ready_writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(3000)
+            work_for_ever(path, ready_writer)
+        assert os.read(ready, 1) == b"x"
+        monkeypatch.setattr(FileLock, "acquire", note)
+        source = random.Random(3)
+        num_held_up = 0
+        for _ in range(NUM_RACES):
+            for _ in range(source.randrange(50)):
+                ledger.room_bytes(row)
+            os.kill(pid, signal.SIGSTOP)
+            os.waitpid(pid, os.WUNTRACED)
+            waited.clear()
+            for _ in range(3):
+                granted = ledger.reserve(row, 4 * PAGE, PAGE)
+                ledger.cancel(row, granted)
+            if ledger._is_held_up:
+                num_held_up += 1
+                assert sum(waited) == SCHEDULER_SECONDS
+            assert ledger.view().free_bytes >= 0
+            os.kill(pid, signal.SIGCONT)
+            ledger._enter_patiently()
+            ledger._exit()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert num_held_up > 0
+        ledger._look_around_ns = 0
+        assert ledger.reserve(row, CAPACITY, PAGE) == CAPACITY
