@@ -1,9 +1,12 @@
 """The list of planted faults and what runs it: a stale entry is an error, and so is a lazy one."""
 
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from mutants.run import KILLED, SURVIVED, Mutant, MutantError, read_mutants, run_tests
+from mutants import run
+from mutants.run import KILLED, SURVIVED, Mutant, MutantError, Warm, read_mutants
 
 MUTANT = Mutant("m", "house.py", "roof = 1", "roof = 0", "It rains in.", ("test_house.py",))
 TEST = "from house import roof\n\n\ndef test_roof() -> None:\n    assert roof {} 1\n"
@@ -15,14 +18,23 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    with pytest.MonkeyPatch.context() as patch, closing(Warm()) as made:
+        patch.setitem(run.MODULES, "vllm", ())
+        yield made
+
+
 @pytest.mark.parametrize(("what", "outcome"), [("==", KILLED), ("<=", SURVIVED)])
-def test_a_mutant_is_killed_by_a_test_that_sees_it(tree: Path, what: str, outcome: str) -> None:
+def test_a_mutant_is_killed_by_a_test_that_sees_it(
+    warm: Warm, tree: Path, what: str, outcome: str
+) -> None:
     (tree / "test_house.py").write_text(TEST.format(what))
     (tree / "tests/mutants").mkdir(parents=True)
     (tree / "tests/mutants/no_shrinking.py").touch()
-    assert run_tests(tree, MUTANT.tests, 60) == SURVIVED
+    assert warm.run_tests(tree, MUTANT.tests, 60) == SURVIVED
     MUTANT.plant(tree)
-    assert run_tests(tree, MUTANT.tests, 60) == outcome
+    assert warm.run_tests(tree, MUTANT.tests, 60) == outcome
 
 
 @pytest.mark.parametrize("text", ["", "wall = 1\n", "roof = 1\nroof = 1\n"])
@@ -33,9 +45,9 @@ def test_a_text_that_is_not_there_once_is_an_error(tree: Path, text: str) -> Non
     assert (tree / "house.py").read_text() == text
 
 
-def test_tests_that_are_not_there_show_nothing(tree: Path) -> None:
+def test_tests_that_are_not_there_show_nothing(warm: Warm, tree: Path) -> None:
     with pytest.raises(MutantError, match="could not be run"):
-        run_tests(tree, ["test_garden.py"], 60)
+        warm.run_tests(tree, ["test_garden.py"], 60)
 
 
 ENTRY = """

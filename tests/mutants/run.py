@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,16 +16,41 @@ import time
 import tomllib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers.nursery import Nursery
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.json"
 FOLDERS = (".", "integrations/vllm", "integrations/sglang", "patches", "tests", "benchmarks")
+MODULES = {
+    "vllm": ("torch", "vllm.v1.core.block_pool", "vllm.v1.kv_cache_interface"),
+    "sglang": (
+        "torch",
+        "sglang.srt.mem_cache.allocator.paged",
+        "sglang.srt.mem_cache.allocator.token",
+        "sglang.srt.mem_cache.memory_pool",
+    ),
+}
+# What a process runs that is forked; the folders of its tree come first, whatever its parent has.
+PROGRAM = """
+import os, sys
+tree, *tests = sys.argv[1:]
+os.chdir(tree)
+sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
+import pytest
+options = ["-x", "-q", "-m", "not gpu and not slow", "-p", "no:cacheprovider"]
+code = int(pytest.main([*options, "-p", "mutants.no_shrinking", *tests]))
+sys.stdout.flush()
+os._exit(code)
+"""
 KILLED, SURVIVED, HUNG, EQUIVALENT = "killed", "survived", "killed by a timeout", "equivalent"
 
 
@@ -116,47 +142,70 @@ def copied_tree() -> Iterator[Path]:
         yield Path(folder)
 
 
-def run_tests(tree: Path, tests: Iterable[str], timeout_seconds: float) -> str:
-    """Return whether one of `tests` failed in `tree`: KILLED, SURVIVED or HUNG.
+class Warm:
+    """Starts pytest in processes that are forked from one that has imported the engine."""
 
-    Raises:
-        MutantError: If the tests could not be run at all.
-    """
-    by_python: dict[str, list[str]] = {}
-    for test in tests:
-        is_sglang = test.startswith("tests/sglang/")
-        python = os.environ.get("SGLANG_PYTHON", "") if is_sglang else sys.executable
-        by_python.setdefault(python, []).append(test)
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(str(tree / folder) for folder in FOLDERS)
-    for python, chosen in by_python.items():
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._parents: dict[str, Nursery] = {}
+
+    def run_tests(self, tree: Path, tests: Iterable[str], timeout_seconds: float) -> str:
+        """Return whether one of `tests` failed in `tree`: KILLED, SURVIVED or HUNG.
+
+        Raises:
+            MutantError: If the tests could not be run at all.
+        """
+        for engine in ("vllm", "sglang"):
+            is_sglang = engine == "sglang"
+            chosen = [test for test in tests if test.startswith("tests/sglang/") == is_sglang]
+            if chosen:
+                outcome = self._run_in_one(engine, tree, chosen, timeout_seconds)
+                if outcome != SURVIVED:
+                    return outcome
+        return SURVIVED
+
+    def _run_in_one(self, engine: str, tree: Path, tests: list[str], timeout_seconds: float) -> str:
+        with tempfile.TemporaryFile() as output, self._lock:
+            process = self._parent(engine).start(
+                ["-c", PROGRAM, str(tree), *tests], environ(tree), output.fileno(), output.fileno()
+            )
+            said = os.dup(output.fileno())
+        with os.fdopen(said, "rb") as text:
+            try:
+                code = process.wait(timeout_seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return HUNG
+            text.seek(0)
+            ending = text.read().decode(errors="replace")[-1500:]
+        # 2: a fault at import stops the collection. Otherwise it is the list's fault.
+        if code not in (0, 1, 2) or "not found: " in ending:
+            raise MutantError(f"{tests} could not be run ({code}): {ending}")
+        return KILLED if code else SURVIVED
+
+    def _parent(self, engine: str) -> Nursery:
+        python = sys.executable if engine == "vllm" else os.environ.get("SGLANG_PYTHON", "")
         if not python:
             raise MutantError("SGLANG_PYTHON names no interpreter; use make mutants")
-        arguments = ["-m", "pytest", "-x", "-q", "-m", "not gpu and not slow", *chosen]
-        try:
-            done = subprocess.run(
-                [python, *arguments, "-p", "no:cacheprovider", "-p", "mutants.no_shrinking"],
-                cwd=tree,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=timeout_seconds,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return HUNG
-        # A fault at import stops the collection; a name that is not there is the list's fault.
-        if done.returncode not in (0, 1, 2) or "not found: " in done.stderr:
-            raise MutantError(
-                f"{chosen} could not be run: {done.stdout[-800:]}{done.stderr[-800:]}"
-            )
-        if done.returncode:
-            return KILLED
-    return SURVIVED
+        if python not in self._parents:
+            self._parents[python] = Nursery(python, MODULES[engine], environ(ROOT))
+        return self._parents[python]
+
+    def close(self) -> None:
+        """End the processes that it forks from."""
+        for parent in self._parents.values():
+            parent.close()
+
+
+def environ(tree: Path) -> dict[str, str]:
+    """Return the environment of processes that run what is in `tree`."""
+    paths = os.pathsep.join(str(tree / folder) for folder in FOLDERS)
+    return {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": paths}
 
 
 def run(
-    original: Path, mutants: list[Mutant], num_at_a_time: int, timeout_seconds: float
+    warm: Warm, original: Path, mutants: list[Mutant], num_at_a_time: int, timeout_seconds: float
 ) -> Iterator[Result]:
     """Yield what becomes of each mutant; each of those that run at a time has its own tree."""
     with ThreadPoolExecutor(num_at_a_time) as pool:
@@ -170,7 +219,7 @@ def run(
             tree, start = free.get(), time.monotonic()
             try:
                 mutant.plant(tree)
-                outcome = run_tests(tree, mutant.tests, timeout_seconds)
+                outcome = warm.run_tests(tree, mutant.tests, timeout_seconds)
             finally:
                 shutil.copyfile(original / mutant.file, tree / mutant.file)
                 free.put(tree)
@@ -214,15 +263,15 @@ def main() -> int:
         for mutant in mutants
         if not options.names or any(name in mutant.name for name in options.names)
     ]
-    with copied_tree() as original:
+    with closing(Warm()) as warm, copied_tree() as original:
         for mutant in chosen:  # all of the list is looked at before the first one is run
             mutant.plant(original)
             shutil.copyfile(ROOT / mutant.file, original / mutant.file)
         every = sorted({test for mutant in chosen for test in mutant.tests})
-        if run_tests(original, every, 10 * options.timeout) != SURVIVED:
+        if warm.run_tests(original, every, 10 * options.timeout) != SURVIVED:
             raise MutantError("the tests fail without a fault, so they cannot show one")
         results = []
-        for result in run(original, chosen, options.at_a_time, options.timeout):
+        for result in run(warm, original, chosen, options.at_a_time, options.timeout):
             results.append(result)
             print(f"{result.outcome:20} {result.seconds:6.1f} s  {result.name}", flush=True)
     if options.write:
