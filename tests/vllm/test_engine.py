@@ -19,6 +19,7 @@ from kvcached_core.vmm.host import HostBackend
 from kvcached_vllm import engine as engine_module
 from kvcached_vllm.engine import ElasticEngine
 from kvcached_vllm.layout import PLACEMENT
+from kvcached_vllm.worker import WorkerMemory
 
 pytestmark = pytest.mark.vllm
 
@@ -407,3 +408,29 @@ def test_what_leaves_the_cache_of_an_idle_engine_is_published_when_it_leaves(
     assert len(batch.events) >= 2
     engine.publish_events()
     assert len(engine.core.published) == 1
+
+
+def test_four_ranks_on_one_device_share_a_row_and_each_maps_every_page(config: Config) -> None:
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="m", max_model_len=2048))
+    engine = ElasticEngine(vllm_config, config, [FIRST] * 4, Core())
+    plans = [plan(8) for _ in range(4)]
+    engine.place(plans, 2 * MIB)
+    pool = build_pool(engine)
+    ranks = [WorkerMemory(getattr(each, PLACEMENT), HostBackend()) for each in plans]
+    page_bytes = engine.instance.page_bytes
+    with ledger_of(engine) as ledger:
+        (view,) = ledger.view().instances
+        assert (view.resident_bytes, view.promised_bytes) == (4 * page_bytes, 0)
+        pool.get_new_blocks(40)
+        engine.flush()
+        (_, orders) = engine.core.calls[-1]
+        for rank in ranks:
+            rank.carry_out(orders)
+        (view,) = ledger.view().instances
+        num_pages = pool.pages.num_resident_pages
+        assert (view.resident_bytes, view.promised_bytes) == (4 * num_pages * page_bytes, 0)
+        for rank in ranks:
+            rank.close()
+        (view,) = ledger.view().instances
+        assert view.resident_bytes == 0
+    engine.close()
