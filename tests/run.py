@@ -61,6 +61,12 @@ def marked(expression: str) -> tuple[str, ...]:
     return "-m", f"({expression}) and not gpu and not prometheus"
 
 
+def without(files: tuple[str, ...]) -> tuple[str, ...]:
+    """Leave files out."""
+    return tuple(f"--ignore={file}" for file in files)
+
+
+INTERPRETED = tuple(f"tests/sglang/test_sglang_{n}.py" for n in ("sliding", "hybrid", "latent"))
 WITHOUT_SERVERS = marked("not slow and not every_release")
 SERVERS = marked("slow and not every_release")
 OLDER_SGLANG_TESTS = marked("(not slow or older_release) and not vllm")
@@ -73,8 +79,9 @@ JOBS = {
         Job("SGLang 0.5.23, without a server", SGLANG, (*WITHOUT_SERVERS, "tests/sglang")),
     ],
     "test": [
-        Job("SGLang 0.5.23, servers", SGLANG, (*SERVERS, "tests/sglang")),
+        Job("SGLang 0.5.23, servers", SGLANG, (*SERVERS, "tests/sglang", *without(INTERPRETED))),
         Job("vLLM 0.32.0, servers", VLLM, (*SERVERS, *FOLDERS)),
+        Job("SGLang 0.5.23, servers that interpret kernels", SGLANG, (*SERVERS, *INTERPRETED)),
         Job("vLLM 0.32.0, without a server", VLLM, (*WITHOUT_SERVERS, *FOLDERS)),
         Job("SGLang 0.5.15", OLDER_SGLANG, (*OLDER_SGLANG_TESTS, "tests/sglang")),
         Job("SGLang 0.5.23, without a server", SGLANG, (*WITHOUT_SERVERS, "tests/sglang")),

@@ -100,6 +100,14 @@ def test_a_module_is_run_as_the_interpreter_runs_it(nursery: Nursery, tmp_path: 
     assert "usage: python -m json.tool" in said(tmp_path)
 
 
+def test_code_is_run_as_the_interpreter_runs_it(nursery: Nursery, tmp_path: Path) -> None:
+    code = "import sys; print(__name__, sys.argv, sys.modules['__main__'].__dict__ is globals())"
+    with (tmp_path / "said").open("w") as output:
+        words = ["-B", "-c", code, "word"]
+        assert nursery.start(words, {}, output.fileno(), output.fileno()).wait(60) == 0
+    assert said(tmp_path) == "__main__ ['-c', 'word'] True\n"
+
+
 @pytest.mark.parametrize(
     ("script", "code"),
     [

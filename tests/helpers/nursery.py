@@ -23,6 +23,7 @@ from helpers.warm_parent import SECONDS_TO_FORK, Request, receive, send
 
 SCRIPT = Path(__file__).with_name("warm_parent.py")
 SECONDS_TO_IMPORT = 300.0
+SECONDS_TO_RUN = 300.0
 # What libraries read when they are imported: processes that differ in it have different parents.
 READ_AT_IMPORT = ("TRITON_INTERPRET", "OMP_NUM_THREADS", "SGLANG_USE_CPU_ENGINE")
 MODULES = {
@@ -188,6 +189,18 @@ def start_warm(
     """Start a process of `engine` from the parent that fits its environment."""
     read_at_import = tuple((name, environ.get(name)) for name in READ_AT_IMPORT)
     return nursery(engine, python, read_at_import).start(words, environ, output, errors)
+
+
+def run_warm(
+    engine: str, words: Sequence[str], environ: Mapping[str, str]
+) -> "subprocess.CompletedProcess[str]":
+    """Run a process of `engine` to its end, as `subprocess.run` does."""
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = start_warm(engine, words, environ, output=output.fileno(), errors=errors.fileno())
+        code = process.wait(SECONDS_TO_RUN)
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(list(words), code, output.read(), errors.read())
 
 
 @functools.cache

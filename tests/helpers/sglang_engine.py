@@ -3,15 +3,20 @@
 import asyncio
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from helpers.process_memory import resident_bytes
 from helpers.warm_servers import WarmSGLangServer
 from kvcached_core.cli.demo.load import Burst, make_burst
 from kvcached_core.cli.demo.server import EngineServer, SGLangServer
 from kvcached_core.units import MIB
+
+Answers = list[tuple[str | None, list[int]]]
+Models = Callable[[Callable[[], Any]], Path]
+Vanilla = Callable[..., Answers]
 
 POOL = 512 * MIB
 POOL_TOKENS = 16 * 1024  # 32 KiB each
@@ -63,27 +68,35 @@ def start_sglang(
 
 
 @contextmanager
-def twins(
-    model: Path, workspace: Path, *arguments: str
-) -> Iterator[tuple[SGLangServer, SGLangServer]]:
-    """Run the same server with kvcached and without, each on a core of its own.
-
-    At the end the elastic one's log has to say that it is, and of no leak.
-    """
-    elastic, vanilla = servers = [
-        start_sglang(name, model, workspace, *arguments, elastic=name == "elastic", core=core)
-        for core, name in enumerate(("elastic", "vanilla"))
-    ]
+def elastic_server(
+    model: Path, workspace: Path, *arguments: str, cold: bool = False
+) -> Iterator[SGLangServer]:
+    """Run a server with kvcached; at the end its log has to say that it is, and of no leak."""
+    server = start_sglang("elastic", model, workspace, *arguments, cold=cold)
     try:
-        for server in servers:
-            server.wait_ready(READY_SECONDS)
-        yield elastic, vanilla
-        log = elastic.log.read_text()
+        server.wait_ready(READY_SECONDS)
+        yield server
+        log = server.log.read_text()
+        assert server.process.poll() is None
     finally:
-        for server in servers:
-            server.kill()
+        server.kill()
     assert "kvcached: process" in log
     assert "leak detected" not in log
+
+
+def vanilla_answers(
+    model: Path, workspace: Path, bursts: Sequence[Burst], *arguments: str
+) -> Answers:
+    """Return what a server without kvcached answers."""
+    server = start_sglang("vanilla", model, workspace, *arguments, elastic=False, core=1)
+    try:
+        server.wait_ready(READY_SECONDS)
+        found = answers(server, bursts)
+    finally:
+        server.kill()
+    assert "kvcached: process" not in server.log.read_text()
+    assert {error for error, _ in found} == {None}
+    return found
 
 
 def resident_by_proc(server: EngineServer) -> int:
@@ -99,7 +112,7 @@ def resident_of_ranks(server: EngineServer) -> list[int]:
     ]
 
 
-def answers(server: EngineServer, bursts: list[Burst]) -> list[tuple[str | None, list[int]]]:
+def answers(server: EngineServer, bursts: Sequence[Burst]) -> Answers:
     """Send one burst after the other; return the error and the tokens of each request."""
     return [
         (completion.error, completion.token_ids)

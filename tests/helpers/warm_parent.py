@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 MAX_MESSAGE_BYTES = 1 << 20
@@ -60,18 +61,20 @@ class Request:
         paths = self.environ.get("PYTHONPATH", "").split(os.pathsep)
         sys.path[1:1] = [path for path in paths if path and path not in sys.path]
         logs = sys.modules.get("vllm.logger")
-        if logs is not None:
-            logs._configure_vllm_root_logger()  # it read the environment when it was imported
+        if logs is not None and not hasattr(logs, "configure_logging"):
+            logs._configure_vllm_root_logger()  # older releases read the environment at import
         sys.orig_argv = [sys.executable, *self.words]
         first, second, *more = [*self.words, ""]
         if first == "-m":
             sys.path[0] = self.directory
             sys.argv = ["-m", *more[:-1]]
             return lambda: runpy.run_module(second, run_name="__main__", alter_sys=True)
-        if "-c" in self.words:
-            place_of_code = self.words.index("-c") + 1
-            sys.argv = ["-c", *self.words[place_of_code + 1 :]]
-            return lambda: exec(self.words[place_of_code], {})  # noqa: S102  multiprocessing's own
+        if first.startswith("-"):  # options such as -B, then -c: so multiprocessing spawns
+            code = self.words[self.words.index("-c") + 1]
+            sys.path[0] = ""
+            sys.argv = ["-c", *self.words[self.words.index("-c") + 2 :]]
+            main = sys.modules["__main__"] = ModuleType("__main__")
+            return lambda: exec(code, vars(main))  # noqa: S102  as the interpreter does
         sys.path[0] = str(Path(first).parent)
         sys.argv = list(self.words)
         return lambda: runpy.run_path(first, run_name="__main__")

@@ -1,6 +1,6 @@
 """A hybrid, attention and short convolutions by turns, served with the flag and without.
 
-Its states lie in a pool of SGLang's own, beside elastic keys and values. Both servers interpret the
+Its states lie in a pool of SGLang's own, beside elastic keys and values. Servers interpret the
 kernels of the convolutions.
 """
 
@@ -8,8 +8,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from helpers.sglang_engine import answers, resident_by_proc, short_bursts, twins
-from helpers.sglang_models import lfm2, save
+from helpers.sglang_engine import (
+    Models,
+    Vanilla,
+    answers,
+    elastic_server,
+    resident_by_proc,
+    short_bursts,
+)
+from helpers.sglang_models import lfm2
 from helpers.waiting import await_that
 
 from kvcached_core.control import Outcome, trim
@@ -19,6 +26,7 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 
 PAGE = 16 * MIB
 NUM_STATES = "60"
+NO_RADIX = ("--disable-radix-cache",)
 SETTLE_SECONDS = 10.0
 
 
@@ -28,15 +36,15 @@ SETTLE_SECONDS = 10.0
     ids=["radix", "none"],
 )
 def test_tokens_of_a_hybrid_are_vanillas_and_its_memory_goes(
-    tmp_path: Path, *, has_radix_cache: bool
+    tmp_path: Path, models: Models, vanilla: Vanilla, *, has_radix_cache: bool
 ) -> None:
-    model = save(lfm2, tmp_path / "model")
-    caching = () if has_radix_cache else ("--disable-radix-cache",)
-    arguments = ("--max-mamba-cache-size", NUM_STATES, *caching)
+    model = models(lfm2)
+    flags = ("--max-mamba-cache-size", NUM_STATES)
     first, second = short_bursts()[:2]
-    with twins(model, tmp_path, *arguments) as servers:
-        elastic = servers[0]
-        found = [answers(server, [first, second]) for server in servers]
+    expected = vanilla(model, (first, second), *flags, *NO_RADIX)
+    caching = () if has_radix_cache else NO_RADIX
+    with elastic_server(model, tmp_path, *flags, *caching) as elastic:
+        assert answers(elastic, [first, second]) == expected
         if has_radix_cache:
             assert resident_by_proc(elastic) > 2 * PAGE
             (trimmed,) = trim([], directory=tmp_path / "kv", wait_seconds=SETTLE_SECONDS)
@@ -46,7 +54,5 @@ def test_tokens_of_a_hybrid_are_vanillas_and_its_memory_goes(
         again = answers(elastic, [first])
         httpx.post(f"{elastic.url}/flush_cache").raise_for_status()
         assert "Mamba Cache is allocated" in elastic.log.read_text()
-    assert found[0] == found[1]
-    assert again == found[0][: len(again)]
-    assert {error for error, _ in found[0]} == {None}
-    assert len({tuple(tokens) for _, tokens in found[0]}) == len(found[0])
+    assert again == expected[: len(again)]
+    assert len({tuple(tokens) for _, tokens in expected}) == len(expected)

@@ -7,8 +7,15 @@ CPUs reads a latent as if it were keys and values, so both servers interpret the
 from pathlib import Path
 
 import pytest
-from helpers.sglang_engine import answers, resident_by_proc, short_bursts, twins
-from helpers.sglang_models import deepseek, save
+from helpers.sglang_engine import (
+    Models,
+    Vanilla,
+    answers,
+    elastic_server,
+    resident_by_proc,
+    short_bursts,
+)
+from helpers.sglang_models import deepseek
 from helpers.waiting import await_that
 
 from kvcached_core.ledger import Ledger
@@ -18,15 +25,16 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 SETTLE_SECONDS = 10.0
 
 
-def test_tokens_of_a_latent_model_are_vanillas_and_its_memory_goes(tmp_path: Path) -> None:
-    model = save(deepseek, tmp_path / "model")
-    arguments = ("--disable-radix-cache", "--attention-backend", "triton")
-    with twins(model, tmp_path, *arguments) as servers:
-        found = [answers(server, short_bursts()[:1]) for server in servers]
+def test_tokens_of_a_latent_model_are_vanillas_and_its_memory_goes(
+    tmp_path: Path, models: Models, vanilla: Vanilla
+) -> None:
+    bursts = tuple(short_bursts()[:1])
+    flags = ("--disable-radix-cache", "--attention-backend", "triton")
+    expected = vanilla(models(deepseek), bursts, *flags)
+    with elastic_server(models(deepseek), tmp_path, *flags) as server:
+        assert answers(server, bursts) == expected
         (path,) = (tmp_path / "kv").glob("*.ledger")
         with Ledger(path) as ledger:
             (view,) = ledger.view().instances
-        await_that(lambda: resident_by_proc(servers[0]) <= 2 * view.page_bytes, SETTLE_SECONDS)
-    assert found[0] == found[1]
-    assert {error for error, _ in found[0]} == {None}
-    assert len({tuple(tokens) for _, tokens in found[0]}) == len(found[0])
+        await_that(lambda: resident_by_proc(server) <= 2 * view.page_bytes, SETTLE_SECONDS)
+    assert len({tuple(tokens) for _, tokens in expected}) == len(expected)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.nursery import run_warm
 
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_sglang import obstacles, startup
@@ -34,11 +35,21 @@ finally:
 PARSE_ONLY = PARSE[: PARSE.index("import kvcached_sglang")] + "prepare_server_args(sys.argv[1:])"
 
 
-def run(script: str, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+def variables(**environ: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if "KVCACHED" not in name}
+    return kept | {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"} | environ
+
+
+def run(script: str, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    """Run a script where SGLang is imported already: hooks are applied at once."""
+    return run_warm("sglang", ["-c", script, *arguments], variables(**environ))
+
+
+def run_cold(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run a script which imports SGLang: hooks are applied behind the import of each module."""
     return subprocess.run(
         [sys.executable, "-c", script, *arguments],
-        env={**kept, "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", **environ},
+        env=variables(),
         capture_output=True,
         text=True,
         check=False,
@@ -54,13 +65,13 @@ def test_the_flags_are_in_the_help() -> None:
 
 
 def test_without_the_flag_nothing_is_patched(model: Any) -> None:
-    done = run(PARSE, "--model-path", str(model), "--device", "cpu")
+    done = run_cold(PARSE, "--model-path", str(model), "--device", "cpu")
     assert "applied 0" in done.stdout, done.stderr
     assert "one pool False" in done.stdout
 
 
 def test_the_flag_patches_and_reaches_spawned_processes(model: Any) -> None:
-    done = run(
+    done = run_cold(
         PARSE,
         *("--model-path", str(model), "--device", "cpu", "--enable-kvcached"),
         *("--kvcached-limit", "1GiB", "--kvcached-name", "here", "--kvcached-priority", "3"),

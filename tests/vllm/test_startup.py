@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from helpers.configurations import configuration, parallel
+from helpers.nursery import run_warm
 
 from kvcached_core.config import read_config
 from kvcached_core.devices import host_device
@@ -35,11 +36,14 @@ def register(**environ: str) -> "subprocess.CompletedProcess[str]":
     return run(REGISTER, **environ)
 
 
+def variables(**environ: str) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if "KVCACHED" not in name} | environ
+
+
 def run(script: str, **environ: str) -> "subprocess.CompletedProcess[str]":
-    kept = {name: value for name, value in os.environ.items() if "KVCACHED" not in name}
     return subprocess.run(
         [sys.executable, "-c", script],
-        env={**kept, **environ},
+        env=variables(**environ),
         capture_output=True,
         text=True,
         check=False,
@@ -100,7 +104,7 @@ finally:
 def test_beside_another_plugin_on_the_same_method_nothing_is_changed(
     switch: str, code: int, message: str
 ) -> None:
-    done = run(BESIDE_ANOTHER, ENABLE_KVCACHED=switch)
+    done = run_warm("vllm", ["-c", BESIDE_ANOTHER], variables(ENABLE_KVCACHED=switch))
     assert done.returncode == code, done.stderr
     assert "unchanged True" in done.stdout
     assert message in done.stderr
