@@ -7,7 +7,6 @@ vLLM. The tests follow each other on the same two servers; each leaves both idle
 
 import asyncio
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ POOL = 512 * MIB
 SHARE = 0.7
 NUM_REQUESTS = 12
 NUM_OUTPUT_TOKENS = 64
+SETTLE_SECONDS = 10.0
 RANGE = re.compile(r"process (\d+) has addresses (0x[0-9a-f]+) to (0x[0-9a-f]+)")
 
 
@@ -150,7 +150,7 @@ def test_bursts_in_turn_peak_at_more_than_the_pool_together(
 
 def test_after_the_last_request_the_kernel_sees_two_pages_at_most(pair: Pair) -> None:
     page_bytes = pair.view("a").page_bytes
-    await_that(lambda: pair.view("a").resident_bytes <= 2 * page_bytes, 2)
+    await_that(lambda: pair.view("a").resident_bytes <= 2 * page_bytes, SETTLE_SECONDS)
     assert pair.resident_by_proc("a") == pair.view("a").resident_bytes <= 2 * page_bytes
 
 
@@ -158,7 +158,7 @@ def test_an_idle_servers_cache_makes_room_for_its_neighbour_and_answers_stay_rig
     pair: Pair, answers_alone: dict[str, list[list[int]]]
 ) -> None:
     check(pair.burst("b"), answers_alone)
-    await_that(lambda: pair.view("b").cached_bytes > POOL // 2, 5)
+    await_that(lambda: pair.view("b").cached_bytes > POOL // 2, SETTLE_SECONDS)
     cached_before = pair.view("b").cached_bytes
     check(pair.burst("a"), answers_alone)
     assert pair.view("b").cached_bytes < cached_before
@@ -168,7 +168,7 @@ def test_an_idle_servers_cache_makes_room_for_its_neighbour_and_answers_stay_rig
 
 def test_trim_empties_an_idle_servers_cache(pair: Pair) -> None:
     page_bytes = pair.view("b").page_bytes
-    await_that(lambda: pair.view("b").cached_bytes > 0, 5)
+    await_that(lambda: pair.view("b").cached_bytes > 0, SETTLE_SECONDS)
     (result,) = trim(["b"], directory=pair.directory, wait_seconds=5)
     assert result.outcome is Outcome.APPLIED
     assert result.after_bytes <= 2 * page_bytes
@@ -179,7 +179,7 @@ def test_a_limit_holds_on_an_idle_server_without_a_request(
     pair: Pair, answers_alone: dict[str, list[list[int]]]
 ) -> None:
     check(pair.burst("b"), answers_alone)
-    await_that(lambda: pair.view("b").cached_bytes > POOL // 2, 5)
+    await_that(lambda: pair.view("b").cached_bytes > POOL // 2, SETTLE_SECONDS)
     refused = set_limit("b", "16MiB", directory=pair.directory)
     assert (refused.outcome, refused.after_bytes) == (Outcome.REFUSED, 0)
     assert "largest request" in refused.reason
@@ -236,7 +236,11 @@ def test_killing_one_during_its_burst_frees_its_memory_and_leaves_the_other_alon
 ) -> None:
     trim([], directory=pair.directory, wait_seconds=5)
 
-    async def kill_during_bursts() -> tuple[list[Completion], list[Completion], float]:
+    def is_gone() -> bool:
+        with Ledger(pair.ledger_path) as ledger:
+            return all(view.name != "a" for view in ledger.view().instances)
+
+    async def kill_during_bursts() -> tuple[list[Completion], list[Completion]]:
         sends = [
             asyncio.create_task(send(pair.servers[name].url, name, make(name))) for name in "ab"
         ]
@@ -245,14 +249,11 @@ def test_killing_one_during_its_burst_frees_its_memory_and_leaves_the_other_alon
             assert not sends[0].done()
             await asyncio.sleep(0.02)
         pair.servers["a"].kill()
-        start = time.monotonic()
-        with Ledger(pair.ledger_path) as ledger:
-            while any(view.name == "a" for view in ledger.view().instances):
-                assert time.monotonic() - start < 2
-                await asyncio.sleep(0.01)
-        return *await asyncio.gather(*sends), time.monotonic() - start
+        await asyncio.to_thread(await_that, is_gone, SETTLE_SECONDS)
+        lost, kept = await asyncio.gather(*sends)
+        return lost, kept
 
-    lost, kept, seconds = asyncio.run(kill_during_bursts())
+    lost, kept = asyncio.run(kill_during_bursts())
     # What was answered before the kill was answered right.
     assert any(completion.error for completion in lost)
     assert all(
@@ -260,7 +261,6 @@ def test_killing_one_during_its_burst_frees_its_memory_and_leaves_the_other_alon
         for completion, expected in zip(lost, answers_alone["a"], strict=True)
     )
     check({"b": kept}, answers_alone)
-    assert seconds > 0
     pair.start("a").wait_ready()
     check(pair.burst("a"), answers_alone)
 
