@@ -25,7 +25,10 @@ SCRIPT = Path(__file__).with_name("warm_parent.py")
 SECONDS_TO_IMPORT = 300.0
 SECONDS_TO_RUN = 300.0
 # What libraries read when they are imported: processes that differ in it have different parents.
-READ_AT_IMPORT = ("TRITON_INTERPRET", "OMP_NUM_THREADS", "SGLANG_USE_CPU_ENGINE")
+READ_AT_IMPORT = {
+    "vllm": ("OMP_NUM_THREADS",),
+    "sglang": ("OMP_NUM_THREADS", "SGLANG_USE_CPU_ENGINE", "TRITON_INTERPRET"),
+}
 MODULES = {
     "vllm": (
         "vllm.entrypoints.cli.serve",
@@ -113,7 +116,7 @@ class Nursery:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, open(descriptor, "w") as log:  # noqa: PTH123  a descriptor
             self._process = subprocess.Popen(
-                [python, SCRIPT, str(theirs.fileno()), str(os.getpid()), *modules],
+                [python, SCRIPT, str(theirs.fileno()), *modules],
                 env={**environ, "PYTHONDONTWRITEBYTECODE": ""},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -187,7 +190,7 @@ def start_warm(
     python: str = sys.executable,
 ) -> WarmProcess:
     """Start a process of `engine` from the parent that fits its environment."""
-    read_at_import = tuple((name, environ.get(name)) for name in READ_AT_IMPORT)
+    read_at_import = tuple((name, environ.get(name)) for name in READ_AT_IMPORT[engine])
     return nursery(engine, python, read_at_import).start(words, environ, output, errors)
 
 

@@ -1,8 +1,8 @@
 """Run as a script: imports an engine once, then forks a process of it for each request.
 
-    python warm_parent.py CHANNEL PARENT MODULE...
+    python warm_parent.py CHANNEL MODULE...
 
-`CHANNEL` is the number of a socket, `PARENT` the process that reads its other end. A process that
+`CHANNEL` is the number of a socket; this process ends when its other end is closed. A process that
 is asked for differs from one that was started in what it has imported already, and in nothing else:
 it has the environment, folder and descriptors of the request, a session and a parent as it would
 have. What it spawns by multiprocessing is forked, too, by a twin from before it did anything.
@@ -22,7 +22,6 @@ import socket
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -194,20 +193,26 @@ def twin(channel: socket.socket, original: int) -> Program:
         if message is None:
             os._exit(0)
         check_threads()
+        pid_reader, pid_writer = os.pipe()
+        gate, opener = os.pipe()
         between = os.fork()
         if between:
-            os.waitpid(between, 0)
-            for each in descriptors:
+            for each in (pid_writer, gate, *descriptors):
                 os.close(each)
+            os.waitpid(between, 0)  # from now on the child is the original's, which may wait for it
+            os.close(opener)
+            with open(pid_reader) as pipe:  # noqa: PTH123  a descriptor
+                send(channel, int(pipe.read()))
             continue
-        between = os.getpid()
         pid = os.fork()
         if pid:
-            send(channel, pid)
-            os._exit(0)  # now the child is adopted by the original
+            os.write(pid_writer, str(pid).encode())
+            os._exit(0)
         channel.close()
-        while os.getppid() == between:
-            time.sleep(0.001)  # nothing tells of an adoption
+        for each in (pid_reader, pid_writer, opener):
+            os.close(each)
+        os.read(gate, 1)
+        os.close(gate)
         if os.getppid() != original:
             os._exit(1)  # it ended meanwhile
         end_with_parent()
@@ -230,10 +235,7 @@ def check_threads() -> None:
 def main() -> Program:
     """Import what is named, then serve requests."""
     channel = socket.socket(fileno=int(sys.argv[1]))
-    end_with_parent()
-    if os.getppid() != int(sys.argv[2]):
-        sys.exit("the parent ended before")
-    for name in sys.argv[3:]:
+    for name in sys.argv[2:]:
         import_module(name)
     check_threads()
     gc.collect()

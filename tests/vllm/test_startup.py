@@ -104,7 +104,9 @@ finally:
 def test_beside_another_plugin_on_the_same_method_nothing_is_changed(
     switch: str, code: int, message: str
 ) -> None:
-    done = run_warm("vllm", ["-c", BESIDE_ANOTHER], variables(ENABLE_KVCACHED=switch))
+    done = run_warm(
+        "vllm", ["-c", BESIDE_ANOTHER], variables(ENABLE_KVCACHED=switch, OMP_NUM_THREADS="1")
+    )
     assert done.returncode == code, done.stderr
     assert "unchanged True" in done.stdout
     assert message in done.stderr
