@@ -23,7 +23,7 @@ class Engine:
 
 ENGINES = {
     "vllm": Engine("vllm", vllm.OLDEST_RELEASES, vllm.LOCKED),
-    "sglang": Engine("sglang", sglang.OLDEST_RELEASES, sglang.ALL_HOOKS),
+    "sglang": Engine("sglang", sglang.OLDEST_RELEASES, sglang.LOCKED),
 }
 DISTRIBUTIONS = {
     distribution: engine for engine in ENGINES.values() for distribution in engine.oldest

@@ -12,6 +12,6 @@ def findings() -> Iterator[tuple[bool, str]]:
         "SGLang",
         table.OLDEST_RELEASES,
         table.PACKAGE,
-        table.ALL_HOOKS,
+        table.LOCKED,
         "SGLANG_PLUGINS",
     )

@@ -94,7 +94,7 @@ def check_release(engine: Installed) -> None:
     Raises:
         UnsupportedEngineError: With every finding, and what to do.
     """
-    findings = check_installed(engine, table.ALL_HOOKS)
+    findings = check_installed(engine, table.LOCKED)
     if findings:
         raise UnsupportedEngineError(report("SGLang", engine, findings))
 
