@@ -9,8 +9,18 @@ class Filling:
     """Methods that `POST /collective_rpc` reaches; vLLM mixes them into its worker."""
 
     def fill_weights(self) -> None:
-        """Fill the weights, the same each time, so that answers depend on the prompt."""
+        """Fill all weights, the same each time, so that answers depend on the prompt.
+
+        After a sleep of level 2 nothing of them is left, norms and biases included.
+        """
+        import torch
+
         give_weights(self)
+        model: Any = self.model_runner.model  # type: ignore[attr-defined]  # the worker's
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() < 2 and parameter.is_floating_point():
+                    parameter.fill_(1)
 
     def pretend_asleep(self, num_bytes: str) -> None:
         """Enter what a GPU's allocator would hold asleep into its table, where there is no GPU."""

@@ -34,7 +34,8 @@ def give_weights(worker: Any) -> None:
     import torch
 
     model = getattr(worker, "worker", worker).model_runner.model
-    generator = torch.Generator(device="cuda").manual_seed(0)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             if parameter.dim() < 2 or not parameter.is_floating_point():
