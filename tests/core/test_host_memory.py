@@ -115,6 +115,13 @@ def test_in_a_container_the_mount_is_its_own_cgroup(tree: Tree, own: str, shown:
     assert tree.memory() == HostMemory(MACHINE, 3 * GIB, file)
 
 
+def test_a_cgroup_inside_a_container_counts(tree: Tree) -> None:
+    tree.says("0::/pod/box/inner\n", V2_MOUNT.format(shown="/pod/box"))
+    tree.limit("memory.max", 4 * GIB)
+    file = tree.limit("inner/memory.max", 3 * GIB)
+    assert tree.memory() == HostMemory(MACHINE, 3 * GIB, file)
+
+
 def test_both_versions_count_where_both_are_mounted(tree: Tree) -> None:
     tree.says(
         "4:memory:/job\n0::/unit\n",

@@ -1,12 +1,13 @@
 """What the demo starts is gone with it, however it ends; here it starts shells and not engines."""
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,9 @@ def work(folder):
         print("ready", os.getpid(), flush=True)
         time.sleep(600)
     finally:
+        if how == "slow":
+            print("ending", flush=True)
+            sys.stdin.read()  # until the test has done what it wants to do meanwhile
         Path(ended).touch()
     return 0
 
@@ -58,11 +62,19 @@ class Demo:
         self.process = subprocess.Popen(
             [sys.executable, "-c", WORK, self.mark, str(self.ended), how],
             env={**os.environ, "TMPDIR": str(scratch)},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
+
+    def clean(self) -> None:
+        """End what a fault leaves behind."""
+        for process in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(process.partition(":")[0]), signal.SIGKILL)
+        self.process.communicate()
 
     def worker(self) -> int:
         assert self.process.stdout
@@ -87,11 +99,22 @@ class Demo:
                 yield f"{folder.name}: {command.decode()}"
 
 
+Start = Callable[..., Demo]
+
+
 @pytest.fixture
-def scratch(tmp_path: Path) -> Path:
+def start(tmp_path: Path) -> Iterator[Start]:
     folder = tmp_path / "scratch"
     folder.mkdir()
-    return folder
+    demos: list[Demo] = []
+
+    def start_one(how: str = "") -> Demo:
+        demos.append(Demo(folder, how))
+        return demos[-1]
+
+    yield start_one
+    for demo in demos:
+        demo.clean()
 
 
 @pytest.mark.parametrize(
@@ -104,8 +127,8 @@ def scratch(tmp_path: Path) -> Path:
         [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *[signal.SIGINT] * 5],
     ],
 )
-def test_signals_end_it_and_leave_nothing(scratch: Path, signals: list[signal.Signals]) -> None:
-    demo = Demo(scratch)
+def test_signals_end_it_and_leave_nothing(start: Start, signals: list[signal.Signals]) -> None:
+    demo = start()
     demo.worker()
     for number in signals:
         demo.process.send_signal(number)
@@ -115,8 +138,8 @@ def test_signals_end_it_and_leave_nothing(scratch: Path, signals: list[signal.Si
     assert demo.process.returncode in {128 + number for number in signals}
 
 
-def test_one_signal_lets_the_work_end_in_its_own_way(scratch: Path) -> None:
-    demo = Demo(scratch)
+def test_one_signal_lets_the_work_end_in_its_own_way(start: Start) -> None:
+    demo = start()
     demo.worker()
     demo.process.send_signal(signal.SIGINT)
     demo.process.communicate(timeout=SECONDS)
@@ -124,16 +147,29 @@ def test_one_signal_lets_the_work_end_in_its_own_way(scratch: Path) -> None:
     assert demo.ended.exists()
 
 
-def test_killed_with_all_of_its_group_it_leaves_nothing(scratch: Path) -> None:
-    demo = Demo(scratch)
+def test_a_second_signal_to_the_worker_does_not_interrupt_its_end(start: Start) -> None:
+    demo = start("slow")
+    worker = demo.worker()
+    os.kill(worker, signal.SIGTERM)
+    assert demo.process.stdout
+    assert demo.process.stdout.readline() == "ending\n"
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(worker, number)
+    demo.process.communicate(timeout=SECONDS)  # closes what it reads
+    assert demo.ended.exists()
+    assert demo.leaves_nothing()
+
+
+def test_killed_with_all_of_its_group_it_leaves_nothing(start: Start) -> None:
+    demo = start()
     demo.worker()
     os.killpg(demo.process.pid, signal.SIGKILL)
     demo.process.communicate(timeout=SECONDS)
     await_that(demo.leaves_nothing, SECONDS)
 
 
-def test_a_worker_that_is_killed_leaves_nothing(scratch: Path) -> None:
-    demo = Demo(scratch)
+def test_a_worker_that_is_killed_leaves_nothing(start: Start) -> None:
+    demo = start()
     os.kill(demo.worker(), signal.SIGKILL)
     demo.process.communicate(timeout=SECONDS)
     assert demo.leaves_nothing()
@@ -141,8 +177,8 @@ def test_a_worker_that_is_killed_leaves_nothing(scratch: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["code", "error"])
-def test_its_exit_code_and_its_errors_are_those_of_the_work(scratch: Path, how: str) -> None:
-    demo = Demo(scratch, how)
+def test_its_exit_code_and_its_errors_are_those_of_the_work(start: Start, how: str) -> None:
+    demo = start(how)
     _, errors = demo.process.communicate(timeout=SECONDS)
     assert demo.leaves_nothing()
     expected = (3, "") if how == "code" else (1, "kvcached: it went wrong\n")
@@ -150,9 +186,9 @@ def test_its_exit_code_and_its_errors_are_those_of_the_work(scratch: Path, how: 
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_at_whatever_moment_it_ends_it_leaves_nothing(scratch: Path, seed: int) -> None:
+def test_at_whatever_moment_it_ends_it_leaves_nothing(start: Start, seed: int) -> None:
     chance = random.Random(seed)
-    demo = Demo(scratch)
+    demo = start()
     # From before it works to when everything runs: there is no event to wait for.
     time.sleep(chance.uniform(0.05, 0.6))
     for number in chance.choice([[signal.SIGKILL], [signal.SIGINT] * 2, [signal.SIGTERM]]):
