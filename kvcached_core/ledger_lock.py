@@ -58,10 +58,11 @@ class FileLock:
         Raises:
             LedgerError: If the file is closed.
         """
-        if not self._threads.acquire(blocking=False) and not (
-            seconds and self._threads.acquire(timeout=seconds)
-        ):
-            return False
+        if not self._threads.acquire(blocking=False):
+            deadline = time.monotonic() + seconds
+            if not seconds or not self._threads.acquire(timeout=seconds):
+                return False
+            seconds = max(deadline - time.monotonic(), 0.0)
         try:
             try:
                 _control(self._fd, _TRY, _WRITE_LOCK)  # nearly always all there is to do

@@ -112,6 +112,40 @@ def test_a_scheduler_waits_once_and_not_again_until_it_had_the_lock(
     assert waited[-1] == ledger_entry.SCHEDULER_SECONDS
 
 
+def test_waiting_for_a_thread_and_for_a_process_is_not_longer_than_for_one(
+    ledger: Ledger, row: RowKey, holder: StoppedHolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, taken = ledger._lock, threading.Event()
+    waited: list[float] = []
+    clock = [0.0]
+
+    def hold() -> None:
+        with lock._threads:
+            taken.set()
+            await_that(lambda: bool(waiting), 30.0)
+            clock[0] += 3.0
+
+    class Time:
+        @staticmethod
+        def monotonic() -> float:
+            waiting.append(True)
+            return clock[0]
+
+        @staticmethod
+        def sleep(seconds: float) -> None:
+            waited.append(seconds)
+            clock[0] += seconds
+
+    waiting: list[bool] = []
+    monkeypatch.setattr("kvcached_core.ledger_lock.time", Time)
+    other = threading.Thread(target=hold)
+    other.start()
+    taken.wait(10)
+    assert not lock.acquire(3.5)
+    other.join()
+    assert sum(waited) == pytest.approx(0.5)
+
+
 def test_what_could_not_be_written_is_written_when_the_lock_is_free(
     ledger: Ledger, row: RowKey, holder: StoppedHolder
 ) -> None:
