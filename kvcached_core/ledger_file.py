@@ -26,9 +26,9 @@ NUM_USED_ROWS, CAPACITY, SEQUENCE, LIFETIME_TOKEN, ALLOCATED = 2, 3, 4, 6, 7
 LIMIT, FLOOR, RESIDENT, PROMISED, STATIC, TAKEN, WAITING = 2, 3, 5, 8, 9, 10, 11
 ASKED, OWED, NUM_ASKED, NOTICES, CHANGES, FREED = 12, 13, 15, 16, 17, 24
 
-# Words 28 to 34 of a row are kept for what comes next, so that it needs no other version: bytes of
-# weights, of them needed and offered, bytes of a token, activations and their nanoseconds, holds.
-# Free are 35 to 47, and 8 to 63 of the header.
+# Words of a row that are kept for what comes next, so that it needs no other version: 28 bytes of
+# weights, 29 what of them is needed, 30 what is offered; 31 bytes of a token; 32 activations, 33
+# their nanoseconds; 34 holds. Nobody has given 35 to 47 a name, or 8 to 63 of the header.
 _NAME, _NAME_WORDS = 48, 8  # as long as a name may be
 _ENGINE, _ENGINE_WORDS = 56, 8
 
