@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 BUDGET = ROOT / ".ci" / "budget.toml"
 NUM_AT_A_TIME = 2
 NUM_SLOWEST = 25
-NOTHING_COLLECTED = 5
 DURATION = re.compile(r"^(\d+\.\d+)s (?:call|setup|teardown) +(\S.*)$", re.MULTILINE)
+FAILED = re.compile(r"^(?:FAILED|ERROR) .*$", re.MULTILINE)
 COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped|xfailed|xpassed|warnings?)\b")
 LAST_LINE = re.compile(
     r"^(?:=+ )?(.*\d+ (?:passed|failed|error|skipped).* in .*?)(?: =+)?$", re.MULTILINE
@@ -44,16 +44,21 @@ class Job:
     python: str
     arguments: tuple[str, ...]
 
-    def run(self) -> subprocess.CompletedProcess[str]:
-        """Run it to its end."""
-        return subprocess.run(
+    def run(self) -> tuple[int, str]:
+        """Run it to its end and pass each line on; return the exit code and all lines."""
+        process = subprocess.Popen(
             [ROOT / self.python, "-m", "pytest", f"--durations={NUM_SLOWEST}", *self.arguments],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            check=False,
+            errors="replace",
         )
+        lines = []
+        for line in process.stdout or ():
+            print(f"{self.name} | {line}", end="", flush=True)
+            lines.append(line)
+        return process.wait(), "".join(lines)
 
 
 def marked(expression: str) -> tuple[str, ...]:
@@ -89,7 +94,6 @@ JOBS = {
     ],
     "every-release": [
         Job("SGLang 0.5.15, all", OLDER_SGLANG, (*marked("not vllm"), "tests/sglang")),
-        Job("SGLang 0.5.23, the rest", SGLANG, (*marked("every_release"), "tests/sglang")),
         Job("vLLM 0.32.0, the rest", VLLM, (*marked("every_release"), *FOLDERS)),
         Job(
             "vLLM 0.28.0, all",
@@ -103,7 +107,7 @@ JOBS = {
 
 
 def run_all(jobs: list[Job]) -> Iterator[tuple[Job, int, str]]:
-    """Run the jobs, and yield each with its exit code and what it said when it ends."""
+    """Run the jobs; yield each with its exit code and its lines when it has ended."""
     waiting: Queue[Job] = Queue()
     ended: Queue[tuple[Job, int, str]] = Queue()
     for job in jobs:
@@ -115,9 +119,7 @@ def run_all(jobs: list[Job]) -> Iterator[tuple[Job, int, str]]:
                 job = waiting.get_nowait()
             except Empty:
                 return
-            print(f"# begins: {job.name}", flush=True)
-            done = job.run()
-            ended.put((job, done.returncode, done.stdout))
+            ended.put((job, *job.run()))
 
     for _ in range(NUM_AT_A_TIME):
         threading.Thread(target=work, daemon=True).start()
@@ -136,19 +138,20 @@ def main() -> int:
     began = float(os.environ.get("STARTED", time.time()))
     counts: Counter[str] = Counter()
     slowest: list[tuple[float, str]] = []
+    failed: list[str] = []
     ends: list[str] = []
     code = 0
     for job, returncode, text in run_all(JOBS[target]):
-        print(f"\n##### {job.name} #####\n{text}", flush=True)
         code = code or returncode
         last = (LAST_LINE.findall(text) or ["no summary"])[-1]
         ends.append(f"{job.name}: {last}" + f" (exit code {returncode})" * bool(returncode))
         counts.update({what.rstrip("s"): int(number) for number, what in COUNT.findall(last)})
+        failed += [f"{job.name}: {line}" for line in FAILED.findall(text)]
         slowest += [(float(seconds), test) for seconds, test in DURATION.findall(text)]
     print(f"\n===== slowest {NUM_SLOWEST} of all =====")
     for seconds, test in sorted(slowest, reverse=True)[:NUM_SLOWEST]:
         print(f"{seconds:7.2f}s {test}")
-    print("\n===== summary =====", *ends, sep="\n")
+    print("\n===== summary =====", *failed, *ends, sep="\n")
     budget = tomllib.loads(BUDGET.read_text())[target] * 60
     seconds = time.time() - began
     verdict = "over" if seconds > budget else "within"
