@@ -78,7 +78,7 @@ def test_the_radix_cache_of_two_pools_gives_its_memory_when_asked(
     tmp_path: Path, models: Models, vanilla: Vanilla
 ) -> None:
     model, bursts = models(small_laguna), short_bursts()
-    expected = vanilla(model, tuple(bursts[:2]), *NO_RADIX, *TWO_POOLS)
+    expected = vanilla(model, tuple(bursts[:2]), *TWO_POOLS)
     with elastic_server(model, tmp_path, *TWO_POOLS) as server:
         check(server, bursts[:2], expected)
         assert resident_by_proc(server) > 2 * PAGE
