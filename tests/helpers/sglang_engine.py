@@ -12,6 +12,7 @@ from helpers.process_memory import resident_bytes
 from helpers.warm_servers import WarmSGLangServer
 from kvcached_core.cli.demo.load import Burst, make_burst
 from kvcached_core.cli.demo.server import EngineServer, SGLangServer
+from kvcached_core.control import Outcome, trim
 from kvcached_core.units import MIB
 
 Answers = list[tuple[str | None, list[int]]]
@@ -97,6 +98,13 @@ def vanilla_answers(
     assert "kvcached: process" not in server.log.read_text()
     assert {error for error, _ in found} == {None}
     return found
+
+
+def trims_to(server: EngineServer, directory: Path, num_bytes: int) -> bool:
+    """Return whether a trim leaves it so much at most; right behind an answer more is in use."""
+    (trimmed,) = trim([], directory=directory, wait_seconds=5)
+    assert trimmed.outcome is Outcome.APPLIED
+    return resident_by_proc(server) == trimmed.after_bytes <= num_bytes
 
 
 def resident_by_proc(server: EngineServer) -> int:
