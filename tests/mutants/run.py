@@ -46,7 +46,7 @@ tree, *tests = sys.argv[1:]
 os.chdir(tree)
 sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
 import pytest
-options = ["-x", "-q", "-m", "not gpu and not slow", "-p", "no:cacheprovider"]
+options = ["-x", "-q", "-m", "not gpu and not slow", "-p", "no:cacheprovider", "--assert=plain"]
 code = int(pytest.main([*options, "-p", "mutants.no_shrinking", *tests]))
 sys.stdout.flush()
 os._exit(code)
@@ -143,9 +143,14 @@ def copied_tree() -> Iterator[Path]:
 
 
 class Warm:
-    """Starts pytest in processes that are forked from one that has imported the engine."""
+    """Starts pytest in processes that are forked from one that has imported the engine.
+
+    Attributes:
+        said: The end of what the last one said.
+    """
 
     def __init__(self) -> None:
+        self.said = ""
         self._lock = Lock()
         self._parents: dict[str, Nursery] = {}
 
@@ -178,7 +183,7 @@ class Warm:
                 process.wait()
                 return HUNG
             text.seek(0)
-            ending = text.read().decode(errors="replace")[-1500:]
+            self.said = ending = text.read().decode(errors="replace")[-1500:]
         # 2: a fault at import stops the collection. Otherwise it is the list's fault.
         if code not in (0, 1, 2) or "not found: " in ending:
             raise MutantError(f"{tests} could not be run ({code}): {ending}")
@@ -189,7 +194,8 @@ class Warm:
         if not python:
             raise MutantError("SGLANG_PYTHON names no interpreter; use make mutants")
         if python not in self._parents:
-            self._parents[python] = Nursery(python, MODULES[engine], environ(ROOT))
+            alone = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # nobody forks threads
+            self._parents[python] = Nursery(python, MODULES[engine], environ(ROOT) | alone)
         return self._parents[python]
 
     def close(self) -> None:
@@ -269,7 +275,7 @@ def main() -> int:
             shutil.copyfile(ROOT / mutant.file, original / mutant.file)
         every = sorted({test for mutant in chosen for test in mutant.tests})
         if warm.run_tests(original, every, 10 * options.timeout) != SURVIVED:
-            raise MutantError("the tests fail without a fault, so they cannot show one")
+            raise MutantError(f"the tests fail without a fault, so they show none: {warm.said}")
         results = []
         for result in run(warm, original, chosen, options.at_a_time, options.timeout):
             results.append(result)
