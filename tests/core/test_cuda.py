@@ -1,5 +1,6 @@
 """The CUDA backend over a fake driver that keeps the real one's rules and can fail any call."""
 
+import ctypes
 import threading
 from typing import Any, cast
 
@@ -133,6 +134,14 @@ def test_a_page_costs_one_create_one_map_and_one_access(driver: FakeDriver) -> N
     arena.map(range(5))
     cost = dict.fromkeys(("cuMemCreate", "cuMemMap", "cuMemSetAccess"), 5)
     assert driver.calls - before == cost | {"cuMemsetD8Async": 1}
+    arena.close()
+
+
+def test_every_new_page_is_zeroed_wherever_it_lies(driver: FakeDriver) -> None:
+    arena = Arena(open_backend(driver), GEOMETRY, 8)
+    arena.map([5, 1, 2, 7])
+    for page in (5, 1, 2, 7):
+        assert not any(ctypes.string_at(arena.address + page * PAGE, PAGE))
     arena.close()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.waiting import await_that
 
 from kvcached_core import ledger_file
 from kvcached_core.errors import ConfigError, LedgerError, PolicyError
@@ -137,8 +138,13 @@ def test_bytes_of_a_killed_owner_come_back_within_a_moment(ledger: Ledger) -> No
     child.kill()
     child.communicate()
     granted = 0
-    while granted < GIB:
+
+    def is_all_promised() -> bool:
+        nonlocal granted
         granted += ledger.reserve(row, GIB - granted, PAGE)
+        return granted == GIB
+
+    await_that(is_all_promised, 30)
     assert [seen.name for seen in ledger.view().instances] == ["a"]
     assert not bell.exists()
 

@@ -402,6 +402,22 @@ def test_a_thread_that_ends_ends_every_call_with_its_reason(
     setup.arena.close()
 
 
+def test_who_closes_when_one_thread_has_ended_leaves_none_behind() -> None:
+    setup = Setup()
+    setup.keeper.map_now([1])
+    fence = HeldFence()
+    setup.keeper.unmap_behind([1], fence)
+    assert fence.reached.wait(30)
+    setup.error = ValueError("released")
+    setup.keeper.map_soon([2])
+    setup.keeper._threads[0].join(30)
+    threading.Timer(0.05, fence.passed.set).start()
+    with pytest.raises(PageKeeperError):
+        setup.keeper.close()
+    assert not any(thread.is_alive() for thread in setup.keeper._threads)
+    setup.arena.close()
+
+
 def test_who_waits_for_a_page_is_told_when_the_thread_that_has_it_ends() -> None:
     setup = Setup()
     begun, go_on = threading.Event(), threading.Event()

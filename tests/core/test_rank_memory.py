@@ -125,6 +125,7 @@ class VirtualTime:
     def sleep(self, seconds: float) -> None:
         self.sleeps.append(seconds)
         self.now += seconds
+        assert self.now < 1000, "it waits for ever"
 
 
 @pytest.fixture
