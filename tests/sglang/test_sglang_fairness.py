@@ -208,3 +208,26 @@ def test_long_requests_get_as_much_memory_as_short_ones(
     held = [server.num_tokens for server in servers]
     assert min(held) >= 0.7 * max(held)
     assert servers[1].num_retracted <= 3  # work that is lost
+
+
+def test_requests_are_let_in_again_when_a_neighbour_gave_something(
+    start: Callable[[int], Server], clock: Clock
+) -> None:
+    full, waiting = start(100), start(100)
+    for server in (full, waiting):
+        server.turn()
+        clock.now += TURN_SECONDS
+    assert waiting.scheduler.waiting_queue
+    waiting.scheduler.running_batch.reqs.append(Request(1, 1))  # SGLang's flag holds while one runs
+    waiting.scheduler.running_batch.batch_is_full = True
+    waiting.engine.begin_schedule(waiting.scheduler)
+    assert waiting.scheduler.running_batch.batch_is_full
+    waiting.engine.end_schedule(waiting.scheduler, has_batch=True)
+    for request in full.scheduler.running_batch.reqs:
+        full.free(request)
+    full.scheduler.running_batch.reqs.clear()
+    full.engine.empty()
+    clock.now += TURN_SECONDS
+    waiting.engine.begin_schedule(waiting.scheduler)
+    assert not waiting.scheduler.running_batch.batch_is_full
+    waiting.engine.end_schedule(waiting.scheduler, has_batch=True)

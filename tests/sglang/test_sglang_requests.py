@@ -16,12 +16,14 @@ def scheduler(**facts: Any) -> SimpleNamespace:
     return SimpleNamespace(**defaults | facts)
 
 
-def test_requests_are_let_in_again_when_nothing_runs() -> None:
+def test_requests_are_let_in_again_when_nothing_runs_or_memory_came() -> None:
     empty, running = scheduler(), scheduler(running=["request"])
     reopen(empty)
     reopen(running)
     assert not empty.running_batch.batch_is_full
     assert running.running_batch.batch_is_full  # a request that ends opens it
+    reopen(running, has_more=True)
+    assert not running.running_batch.batch_is_full
 
 
 @pytest.mark.parametrize(

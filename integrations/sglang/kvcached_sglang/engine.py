@@ -89,6 +89,7 @@ class ElasticEngine:
         self._reported_at = 0.0
         self._held_since: float | None = None
         self._is_ahead_due = False
+        self._room_pages = 0  # at the last schedule
         self._forward_stream: Any = None
         atexit.register(self.close)
 
@@ -140,8 +141,10 @@ class ElasticEngine:
         if is_ahead_due and is_busy(scheduler):
             for free_list in self.free_lists:
                 free_list.pages.map_ahead(free_list.num_free_blocks)
-        reopen(scheduler)
+        room_pages = self._room_pages
         wanted = self.ranks.look(is_busy=is_busy(scheduler))
+        self._room_pages = self.ranks.room_pages
+        reopen(scheduler, has_more=self._room_pages > room_pages)
         if wanted is not None:
             self.giving.answer(wanted, scheduler.tree_cache)
         self.giving.pay(scheduler.tree_cache)

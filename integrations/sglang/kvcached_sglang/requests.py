@@ -39,13 +39,17 @@ def is_asleep(scheduler: Any) -> bool:
     return bool(getattr(owner, "offload_tags", ()))
 
 
-def reopen(scheduler: Any) -> None:
-    """Let requests in again after one found no memory while nothing ran.
+def reopen(scheduler: Any, *, has_more: bool = False) -> None:
+    """Let requests in again after one found no memory.
 
-    Up to 0.5.15 only a request that ends opens what that closed: on a device of its own an engine
-    with nothing running is never short of memory.
+    Only a request that ends opens what that closed: an engine on a device of its own gets memory
+    from nobody else, and with nothing running it is never short of it.
+
+    Args:
+        scheduler: SGLang's.
+        has_more: Whether there is more memory than before, as a neighbour gave some.
     """
-    if not scheduler.running_batch.reqs:
+    if has_more or not scheduler.running_batch.reqs:
         scheduler.running_batch.batch_is_full = False
 
 
