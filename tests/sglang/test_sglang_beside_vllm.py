@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.sglang, pytest.mark.vllm, pytest.mark.slow, pytest.mar
 ROOT = Path(__file__).parents[2]
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON", str(ROOT / ".venv" / "bin" / "python"))
 PAGE = 16 * MIB
+NUM_ROUNDS = 4
 
 
 @dataclass
@@ -101,11 +102,16 @@ def check(answers: dict[str, list[Completion]], expected: dict[str, list[list[in
 def test_bursts_in_turn_peak_at_more_than_the_pool_together(
     pair: Pair, alone: dict[str, list[list[int]]]
 ) -> None:
+    def peaks() -> int:
+        return sum(recorder.recording.peak_bytes(name) for name in pair.servers)
+
     with Recorder(pair.ledger_path) as recorder:
-        for name in pair.servers:
-            check(pair.burst(name), alone)
-    peaks = [recorder.recording.peak_bytes(name) for name in pair.servers]
-    assert sum(peaks) >= 1.3 * POOL
+        for _ in range(NUM_ROUNDS):  # on a slow machine requests end before all of them run
+            for name in pair.servers:
+                check(pair.burst(name), alone)
+            if peaks() >= 1.3 * POOL:
+                break
+    assert peaks() >= 1.3 * POOL
     assert all(view.free_bytes >= 0 for view in recorder.recording.views)
 
 
