@@ -8,6 +8,7 @@ a measure and not a bar: machines of one size have differed by more than twice.
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -135,6 +136,9 @@ def clock(seconds: float) -> str:
 def main() -> int:
     """Run the jobs of one target; return the exit code."""
     target = sys.argv[1]
+    # A shell lets what it runs in the background ignore these; servers are stopped by them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     began = float(os.environ.get("STARTED", time.time()))
     counts: Counter[str] = Counter()
     slowest: list[tuple[float, str]] = []
