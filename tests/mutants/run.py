@@ -51,6 +51,7 @@ code = int(pytest.main([*options, "-p", "mutants.no_shrinking", *tests]))
 sys.stdout.flush()
 os._exit(code)
 """
+CODES_OF_FAILURE = 1, 2
 KILLED, SURVIVED, HUNG, EQUIVALENT = "killed", "survived", "killed by a timeout", "equivalent"
 
 
@@ -184,8 +185,9 @@ class Warm:
                 return HUNG
             text.seek(0)
             self.said = ending = text.read().decode(errors="replace")[-1500:]
-        # 2: a fault at import stops the collection. Otherwise it is the list's fault.
-        if code not in (0, 1, 2) or "not found: " in ending:
+        # 2: a fault at import stops the collection; below 0: it ended by a signal. Otherwise it is
+        # the list's fault.
+        if code > max(CODES_OF_FAILURE) or "not found: " in ending:
             raise MutantError(f"{tests} could not be run ({code}): {ending}")
         return KILLED if code else SURVIVED
 
@@ -238,12 +240,15 @@ def run(
                 shutil.rmtree(free.get())
 
 
-def write_results(results: list[Result], mutants: list[Mutant]) -> None:
+def now() -> dict[str, str]:
+    """Return the date and the commit of the tree, marked if it differs from that."""
+    words = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    said = subprocess.run(words, cwd=ROOT, capture_output=True, check=True, text=True)
+    return {"date": datetime.now(UTC).date().isoformat(), "commit": said.stdout.strip()}
+
+
+def write_results(results: list[Result], mutants: list[Mutant], when: dict[str, str]) -> None:
     """Write what became of `results`, and when; what is known of others of the list stays."""
-    head = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, check=True, text=True
-    )
-    when = {"date": datetime.now(UTC).date().isoformat(), "commit": head.stdout.strip()}
     before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     found = {entry["name"]: entry for entry in before}
     found |= {result.name: {**asdict(result), **when} for result in results}
@@ -269,6 +274,7 @@ def main() -> int:
         for mutant in mutants
         if not options.names or any(name in mutant.name for name in options.names)
     ]
+    when = now()
     with closing(Warm()) as warm, copied_tree() as original:
         for mutant in chosen:  # all of the list is looked at before the first one is run
             mutant.plant(original)
@@ -281,7 +287,7 @@ def main() -> int:
             results.append(result)
             print(f"{result.outcome:20} {result.seconds:6.1f} s  {result.name}", flush=True)
     if options.write:
-        write_results(results, mutants)
+        write_results(results, mutants, when)
     survived = [result.name for result in results if result.outcome == SURVIVED]
     print(f"{len(results)} mutants, {len(survived)} survived: {', '.join(survived) or 'none'}")
     return 1 if survived else 0

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from kvcached_patches import Hook
-from kvcached_patches.check import check_hooks, choose_targets
+from kvcached_patches.check import check_hooks, choose_targets, compare, describe_hooks
 from kvcached_patches.sources import Folder
 
 SOURCE = """
@@ -65,6 +65,7 @@ def test_what_is_there_fits(root: Path, target: str, parameters: tuple[str, ...]
         ("engine.core:Owner.gone", (), "gone is not defined there"),
         ("engine.core:Imported", (), "Imported is not defined there"),
         ("engine.core:Owner.method", ("request", "num_tokens"), "it has no parameter num_tokens"),
+        ("engine.core:Owner.method", ("requests", "tokens"), "it has no parameter requests"),
         ("engine.core:Owner", ("request",), "it is not a function"),
     ],
 )
@@ -85,3 +86,14 @@ def test_the_first_target_that_is_there_is_chosen(root: Path) -> None:
     assert [str(found) for found in check_hooks(choose_targets([gone], sources), sources)] == [
         "engine.moved:new: the module is gone"
     ]
+
+
+def test_what_a_lock_has_and_the_source_has_not_is_found(root: Path) -> None:
+    hooks = [Hook("engine.core:Owner.method", "x:y", "why"), Hook("engine:top", "x:y", "why")]
+    known = describe_hooks(hooks, Folder(root))
+    (root / "engine/core.py").write_text("")
+    left = describe_hooks(hooks, Folder(root))
+    for exactly in (False, True):
+        found = compare(hooks, known, left, exactly=exactly)
+        assert [str(one) for one in found] == ["engine.core:Owner.method: it is not there"]
+        assert compare(hooks, known, known, exactly=exactly) == []

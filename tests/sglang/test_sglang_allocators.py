@@ -373,3 +373,13 @@ def test_blocks_that_wait_to_be_sorted_in_are_free_when_pages_are_wanted() -> No
     ours.free(ours.alloc(7 + 2 * 8))
     assert len(ours.release_pages) > 0
     assert sorted(ours.free_list.release(8)) == [1, 2]
+
+
+def test_a_schedule_that_was_refused_counts_on_what_is_promised_alone() -> None:
+    _, ours, source = build(1)
+    source.num_left = 3
+    ours.free_list.pages.reserve_blocks(GEOMETRY.blocks_per_page)
+    num_there = 2 * GEOMETRY.blocks_per_page - 1
+    assert ours.available_size() == num_there + 2 * GEOMETRY.blocks_per_page
+    ours.free_list.is_bound = True
+    assert ours.available_size() == num_there

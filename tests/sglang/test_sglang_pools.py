@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from kvcached_core.arena import Arena
 from kvcached_core.errors import UnsupportedEngineError
-from kvcached_core.geometry import choose_geometry
+from kvcached_core.geometry import Geometry, choose_geometry
 from kvcached_core.vmm.host import HostBackend
 from kvcached_sglang import engine as engines
 from kvcached_sglang import hooks, pools
@@ -115,3 +115,9 @@ def test_a_pool_of_more_than_keys_and_values_ends_the_start_before_it_takes_memo
     ):
         MHATokenToKVPoolFP4(**arguments)
     create_buffers.assert_not_called()
+
+
+def test_a_plane_is_as_long_as_the_ids_of_its_pages() -> None:
+    shape = pools.PoolShape(num_planes=4, num_rows=100, row_bytes=16, block_tokens=2)
+    geometry = Geometry(block_bytes=32, num_planes=4, ids_per_page=33, blocks_per_page=8)
+    assert pools.num_rows(shape, geometry, 3) == (2 * 33 + 8) * 2

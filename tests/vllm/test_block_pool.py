@@ -500,3 +500,25 @@ def test_every_method_that_ours_overrides_is_locked_and_takes_what_vllms_takes()
         assert list(ours)[: len(theirs)] == list(theirs)
         kinds = {parameter.kind for parameter in ours.values()}
         assert not kinds & {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}
+
+
+def test_the_null_block_is_never_free_however_it_is_held() -> None:
+    _, ours = make_pools()
+    num_free = ours.get_num_free_blocks()
+    ours.null_block.ref_cnt = 0
+    ours.touch([ours.null_block])
+    ours.free_blocks([ours.null_block])
+    assert ours.get_num_free_blocks() == num_free
+    taken = ours.get_new_blocks(NUM_PAGES * GEOMETRY.blocks_per_page - 1)
+    assert ours.null_block not in taken
+
+
+def test_no_more_pages_are_given_than_are_wanted_idle_ones_first() -> None:
+    _, ours = make_pools()
+    per_page = GEOMETRY.blocks_per_page
+    ours.get_new_blocks(per_page - 1)  # page 0 is full
+    ours.free_blocks(reversed(cache(ours, 1, 3 * per_page)))
+    ours.free_blocks(ours.get_new_blocks(per_page))
+    assert (len(ours.pages.pages_in(IDLE)), len(ours.pages.pages_in(CACHED))) == (1, 3)
+    assert ours.release_pages(2) == 2
+    assert (len(ours.pages.pages_in(IDLE)), len(ours.pages.pages_in(CACHED))) == (0, 2)

@@ -125,6 +125,22 @@ def build_pool(engine: ElasticEngine, *, caching: bool = False) -> Any:
     return engine.core.pool
 
 
+def test_a_pool_has_blocks_of_whole_pages_alone(engine: ElasticEngine) -> None:
+    place(engine)
+    assert engine.geometry is not None
+    per_page = engine.geometry.blocks_per_page
+    num_blocks = 3 * per_page + 5
+    by_name = engine.build_pool(
+        num_gpu_blocks=num_blocks,
+        enable_caching=False,
+        hash_block_size=16,
+        enable_kv_cache_events=False,
+    )
+    by_place = engine.build_pool(num_blocks, False, 16, False)  # noqa: FBT003  vLLM's own
+    for pool in (by_name, by_place):
+        assert pool.num_gpu_blocks == len(list(pool.blocks)) == 3 * per_page
+
+
 def test_what_the_pool_decided_goes_to_all_workers(engine: ElasticEngine) -> None:
     place(engine)
     pool = build_pool(engine)
