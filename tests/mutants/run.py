@@ -43,6 +43,7 @@ MODULES = {
 PROGRAM = """
 import os, sys
 tree, *tests = sys.argv[1:]
+sys.dont_write_bytecode = True  # a file may change twice in a second
 os.chdir(tree)
 sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
 import pytest

@@ -159,3 +159,19 @@ def test_other_zeros_are_torchs_own() -> None:
         assert zeros.num_left == 1
         assert torch.zeros(64, dtype=torch.int8, device="cpu") is ours
         assert not torch.zeros(64, dtype=torch.int8).any()
+
+
+def test_tensors_that_begin_at_another_plane_stay_there() -> None:
+    plane_bytes = BLOCK_BYTES * NUM_BLOCKS
+    (first,) = strided_plan(layers=LAYERS[:2]).kv_cache_tensors
+    (second,) = strided_plan(layers=LAYERS[2:], offset=2 * plane_bytes).kv_cache_tensors
+    plan = Plan([first, second])
+    layout = plane_layout(plan)
+    assert (layout.num_planes, layout.first_planes) == (NUM_LAYERS, (0, 2))
+    geometry = choose_geometry(
+        block_bytes=BLOCK_BYTES, num_planes=NUM_LAYERS, granularity_bytes=2 * MIB
+    )
+    seat: Any = None
+    sparse = sparse_config(plan, layout, Placement(geometry, 4, seat))
+    offsets = [tensor.offset for tensor in sparse.kv_cache_tensors]
+    assert offsets == [0, 2 * geometry.run_bytes]

@@ -127,6 +127,14 @@ def test_warm_up_waits_for_a_promise_and_maps_nothing_without_one(
     assert rows["b"].promised_bytes == held - PAGE
 
 
+def test_warm_up_on_an_id_in_a_gap_maps_both_pages_that_it_may_reach(
+    memory: WorkerMemory, ledger: Ledger
+) -> None:
+    memory.map_for_warm_up(step([[GEOMETRY.blocks_per_page]]))
+    assert sorted(memory.arena.resident_pages) == [0, 1]
+    assert seen(ledger).resident_bytes == 2 * PAGE
+
+
 def test_the_check_names_blocks_that_are_not_mapped_or_do_not_exist(memory: WorkerMemory) -> None:
     memory.check_step(step([[1, 2]], [None]))
     with pytest.raises(UnmappedBlockError, match=rf"\[{GEOMETRY.ids_per_page}\] of pages \[1\]"):
