@@ -28,6 +28,7 @@ from kvcached_core.units import MIB
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
 
 POOL = 512 * MIB
+NUM_ROUNDS = 4
 SHARE = 0.7
 NUM_REQUESTS = 12
 NUM_OUTPUT_TOKENS = 64
@@ -134,12 +135,17 @@ def check(answers: dict[str, list[Completion]], expected: dict[str, list[list[in
 def test_bursts_in_turn_peak_at_more_than_the_pool_together(
     pair: Pair, answers_alone: dict[str, list[list[int]]]
 ) -> None:
+    def peaks() -> int:
+        return sum(recorder.recording.peak_bytes(name) for name in "ab")
+
     trim([], directory=pair.directory, wait_seconds=5)
     with Recorder(pair.ledger_path) as recorder:
-        check(pair.burst("a"), answers_alone)
-        check(pair.burst("b"), answers_alone)
-    peaks = [recorder.recording.peak_bytes(name) for name in "ab"]
-    assert sum(peaks) / POOL >= 1.3
+        for _ in range(NUM_ROUNDS):  # on a slow machine requests end before all of them run
+            check(pair.burst("a"), answers_alone)
+            check(pair.burst("b"), answers_alone)
+            if peaks() >= 1.3 * POOL:
+                break
+    assert peaks() >= 1.3 * POOL
     assert all(view.free_bytes >= 0 for view in recorder.recording.views)
     assert all(
         row.resident_bytes == row.used_bytes + row.cached_bytes + row.idle_bytes
@@ -209,16 +215,18 @@ def test_a_limit_lowered_under_load_is_held_by_preemption_and_nobody_is_lost(
     assert set_limit("a", "none", directory=pair.directory).outcome is Outcome.APPLIED
 
 
-def test_a_floor_is_freed_of_caches_and_stays_free(
+def test_a_floor_is_freed_of_caches_lent_to_requests_and_back_when_its_owner_wants_it(
     pair: Pair, answers_alone: dict[str, list[list[int]]]
 ) -> None:
     check(pair.burst("b"), answers_alone)
     assert pair.view("b").resident_bytes > 0.4 * POOL
     assert set_floor("a", "60%", directory=pair.directory).outcome is Outcome.APPLIED
+    assert pair.view("b").resident_bytes <= 0.4 * POOL
+    check(pair.burst("b"), answers_alone)
     with Recorder(pair.ledger_path) as recorder:
-        check(pair.burst("b"), answers_alone)
-    assert recorder.recording.peak_bytes("b") <= 0.4 * POOL
-    check(pair.burst("a"), answers_alone)
+        check(pair.burst("a", "b"), answers_alone)
+    few_bytes = 2 * pair.view("a").page_bytes
+    assert recorder.recording.peak_bytes("a") >= 0.6 * POOL - few_bytes
     assert set_floor("a", "none", directory=pair.directory).outcome is Outcome.APPLIED
 
 

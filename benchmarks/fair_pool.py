@@ -1,0 +1,129 @@
+"""Two equal servers under equal load on a pool that is too small for both: do both get on?
+
+    python benchmarks/fair_pool.py --engine sglang --json benchmarks/results/fair_pool_sglang.json
+
+Each of two real servers on host memory (tiny model, no prefix cache) has clients that send one
+request after the other for a minute. All of them together want more than the pool has. Counted is
+what each server completed, and for how much of the time less than a page was free.
+"""
+
+import argparse
+import asyncio
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from machine import describe_machine
+
+from kvcached_core.cli.demo.engines import KINDS
+from kvcached_core.cli.demo.load import make_burst
+from kvcached_core.cli.demo.memory import Recorder
+from kvcached_core.cli.demo.model import make_model
+from kvcached_core.cli.demo.server import EngineServer
+from kvcached_core.ledger import Ledger
+from kvcached_core.units import MIB
+
+NAMES = ("left", "right")
+NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 1000, 24
+PAGE_BYTES = 16 * MIB
+LEAST_SHARE = 0.8
+
+
+async def load(server: EngineServer, client: int, end: float) -> list[str | None]:
+    """Send one request after the other until the time is up; return each one's error or None."""
+    errors: list[str | None] = []
+    seed = 1000 * client
+    while time.monotonic() < end:
+        seed += 1
+        burst = make_burst(
+            num_requests=1,
+            num_prompt_tokens=NUM_PROMPT_TOKENS,
+            num_output_tokens=NUM_OUTPUT_TOKENS,
+            seed=seed,
+        )
+        (answer,) = await server.send(burst)
+        if time.monotonic() < end:
+            errors.append(answer.error)
+    return errors
+
+
+async def load_both(
+    servers: list[EngineServer], num_clients: int, seconds: float
+) -> list[list[str | None]]:
+    """Load both servers alike; return what became of the requests of each."""
+    end = time.monotonic() + seconds
+    both = [
+        asyncio.gather(
+            *(load(server, number * num_clients + client, end) for client in range(num_clients))
+        )
+        for number, server in enumerate(servers)
+    ]
+    return [[error for of_client in await one for error in of_client] for one in both]
+
+
+def main() -> None:
+    """Run, print, write JSON; fail if a request failed or one server got on much worse."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--engine", choices=KINDS, default="sglang")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--clients", type=int, default=8, help="of each server")
+    parser.add_argument("--pool-mib", type=int, default=256)
+    options = parser.parse_args()
+    pool_bytes = options.pool_mib * MIB
+    with tempfile.TemporaryDirectory(prefix="kv-") as folder:
+        workspace = Path(folder)
+        model = make_model(workspace / "model", seed=1)
+        servers: list[EngineServer] = []
+        try:
+            for core, name in enumerate(NAMES):
+                environ = {
+                    "ENABLE_KVCACHED": "1",
+                    "KVCACHED_DIR": str(workspace / "kv"),
+                    "KVCACHED_HOST_POOL": str(pool_bytes),
+                    "KVCACHED_NAME": name,
+                }
+                servers.append(
+                    KINDS[options.engine].start(
+                        name,
+                        model,
+                        workspace,
+                        environ=environ,
+                        pool_bytes=pool_bytes,
+                        is_vanilla=False,
+                        core=core,
+                    )
+                )
+            for server in servers:
+                server.wait_ready()
+            asyncio.run(load_both(servers, 1, 3.0))  # the first requests compile and map
+            (path,) = (workspace / "kv").glob("*.ledger")
+            with Recorder(path, Ledger) as recorder:
+                ended = asyncio.run(load_both(servers, options.clients, options.seconds))
+        finally:
+            for server in servers:
+                server.stop()
+    views = recorder.recording.views
+    completed = [sum(error is None for error in errors) for errors in ended]
+    results = {
+        "machine": describe_machine(),
+        "engine": options.engine,
+        "seconds": options.seconds,
+        "clients_of_each": options.clients,
+        "pool_bytes": pool_bytes,
+        "completed": dict(zip(NAMES, completed, strict=True)),
+        "fewer_by_more": min(completed) / max(*completed, 1),
+        "failed": sum(error is not None for errors in ended for error in errors),
+        "share_of_time_below_a_page_free": sum(view.free_bytes < PAGE_BYTES for view in views)
+        / len(views),
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps({key: results[key] for key in results if key != "machine"}, indent=2))
+    if results["failed"] or results["fewer_by_more"] < LEAST_SHARE:
+        raise SystemExit(f"requests failed, or one server completed less than {LEAST_SHARE:.0%}")
+
+
+if __name__ == "__main__":
+    main()
