@@ -93,7 +93,8 @@ class Ledger(LedgerPromises):
             is_waiting: Whether the instance waits for it, and is told when memory comes.
 
         Returns:
-            The rows that were asked for more than before; ring their bells.
+            The rows that were asked and have not answered; ring their bells. Who waits asks again
+            after a while, so that a ring which nobody heard costs that time and not more.
         """
         try:
             if not self._enter():
@@ -111,7 +112,10 @@ class Ledger(LedgerPromises):
             for share in sharing.shares(asker, peers, lacking, is_waiting=may_borrow):
                 peer, owed_bytes = self._rows[share.index], 0 if is_static else share.owed_bytes
                 peer.owed_bytes = max(peer.owed_bytes, owed_bytes)
-                if self._ask(peer, share.give_bytes + owed_bytes):
+                more_bytes = self._ask(peer, share.give_bytes + owed_bytes)
+                if not more_bytes and is_waiting and peer.asked_bytes:
+                    peer.num_notices += 1  # it has not answered: its bell may not have been heard
+                if more_bytes or (is_waiting and peer.asked_bytes):
                     asked.append(peer.key)
             return asked
         finally:

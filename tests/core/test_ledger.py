@@ -173,7 +173,11 @@ def test_asking_takes_from_the_longest_unused_and_only_what_nobody_needs(ledger:
     fill(ledger, young, 4 * PAGE, used=4 * PAGE)
     assert ledger.ask_peers(asker, 2 * PAGE) == [old]
     assert ledger.wanted(old).asked_bytes == 2 * PAGE
-    assert ledger.ask_peers(asker, 2 * PAGE) == []  # it was asked already
+    noticed = ledger.num_notices(old)
+    assert ledger.ask_peers(asker, 2 * PAGE) == [old]  # not for more, but it did not hear the ring
+    assert ledger.num_notices(old) > noticed
+    assert ledger.wanted(old).asked_bytes == 2 * PAGE
+    assert ledger.ask_peers(asker, 2 * PAGE, is_waiting=False) == []
     assert ledger.ask_peers(asker, 9 * PAGE) == [old]
     assert ledger.wanted(old).asked_bytes == 3 * PAGE
     assert ledger.wanted(young).asked_bytes == 0
