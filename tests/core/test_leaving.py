@@ -36,7 +36,7 @@ if __name__ == "__main__":
     sweep_at_exit(folder)
     assert "host.ledger" in files()
     END
-    if not child.daemon:
+    if not child.daemon and child.is_alive():  # set() would wait for a killed waiter for ever
         release.set()
 """
 
@@ -55,6 +55,7 @@ def run(tmp_path: Path, end: str, kind: str) -> list[Path]:
         capture_output=True,
         text=True,
         check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return list(folder.iterdir())
