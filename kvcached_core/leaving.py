@@ -2,14 +2,19 @@
 
 import contextlib
 import os
+import time
 from multiprocessing.util import Finalize
 from pathlib import Path
 
 from kvcached_core.errors import LedgerError
-from kvcached_core.ledger import sweep
+from kvcached_core.ledger import Ledger, sweep
 
 # Behind everything else that ends with a process: it waits for its children before this.
 _LAST = -1000
+
+# How long a process that ends waits for what is left of a killed engine: its workers hold its rows
+# until the kernel is done with them.
+_DYING_SECONDS, _LOOK_SECONDS = 1.0, 0.02
 
 _registered: set[tuple[int, Path]] = set()
 
@@ -27,5 +32,19 @@ def sweep_at_exit(directory: Path) -> None:
 
 
 def _sweep(directory: Path) -> None:
+    deadline = time.monotonic() + _DYING_SECONDS
     with contextlib.suppress(LedgerError, OSError):
         sweep(directory)
+        while _has_orphans(directory) and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
+            sweep(directory)
+
+
+def _has_orphans(directory: Path) -> bool:
+    """Return whether a row is held although who registered it does not run here any more."""
+    for path in directory.glob("*.ledger"):
+        with Ledger(path) as ledger:
+            pids = [instance.pid for instance in ledger.view().instances]
+        if any(not Path(f"/proc/{pid}").exists() for pid in pids):
+            return True
+    return False

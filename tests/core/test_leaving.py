@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from kvcached_core import leaving
+from kvcached_core.ledger_open import ledger_directory
+
 SCRIPT = """
 import multiprocessing, os, signal, sys
 from pathlib import Path
@@ -70,3 +73,45 @@ def test_nothing_is_left_however_an_engine_ends(tmp_path: Path, end: str, kind: 
 def test_a_forked_child_that_ends_removes_nothing(tmp_path: Path) -> None:
     end = "number = os.fork() or sys.exit(0); os.waitpid(number, 0); assert files()"
     assert run(tmp_path, end, "joined") == []
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from kvcached_core.ledger import Ledger
+from kvcached_core.ledger_file import RowKey
+
+ledger = Ledger(Path(sys.argv[1]), 1 << 30)
+if len(sys.argv) > 2:
+    ledger.join(RowKey(*map(int, sys.argv[2:])))
+    print("joined", flush=True)
+else:
+    print(*ledger.register(name="a", engine="test"), flush=True)
+sys.stdin.read()
+"""
+
+
+def start(path: Path, *words: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path), *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_workers_of_a_killed_engine_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ledger_directory(tmp_path / "kv")
+    core = start(folder / "host.ledger")
+    assert core.stdout is not None
+    worker = start(folder / "host.ledger", *core.stdout.readline().split())
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == "joined\n"
+    core.kill()
+    core.communicate()
+    monkeypatch.setattr(leaving.time, "sleep", lambda _seconds: worker.communicate())
+    leaving._sweep(folder)
+    worker.communicate()
+    assert list(folder.iterdir()) == []
