@@ -112,11 +112,11 @@ class Ledger(LedgerPromises):
             for share in sharing.shares(asker, peers, lacking, is_waiting=may_borrow):
                 peer, owed_bytes = self._rows[share.index], 0 if is_static else share.owed_bytes
                 peer.owed_bytes = max(peer.owed_bytes, owed_bytes)
-                more_bytes = self._ask(peer, share.give_bytes + owed_bytes)
-                if not more_bytes and is_waiting and peer.asked_bytes:
+                if not self._ask(peer, share.give_bytes + owed_bytes):
+                    if not (is_waiting and peer.asked_bytes):
+                        continue
                     peer.num_notices += 1  # it has not answered: its bell may not have been heard
-                if more_bytes or (is_waiting and peer.asked_bytes):
-                    asked.append(peer.key)
+                asked.append(peer.key)
             return asked
         finally:
             self._exit()

@@ -53,9 +53,15 @@ def parse_bytes(text: str, *, what: str, whole_bytes: int | None = None) -> int:
 
 def format_bytes(num_bytes: float) -> str:
     """Return `num_bytes` as people read it, in powers of 1024: `1.5 GiB`."""
+    size, unit = scale_bytes(num_bytes)
+    return f"{size:.2f}".rstrip("0").rstrip(".") + f" {unit}"
+
+
+def scale_bytes(num_bytes: float) -> tuple[float, str]:
+    """Return `num_bytes` in the largest unit up to GiB in which it is at least 1, and the unit."""
     size, unit = float(num_bytes), "B"
     for larger in ("KiB", "MiB", "GiB"):
         if abs(size) < KIB:
             break
         size, unit = size / KIB, larger
-    return f"{size:.2f}".rstrip("0").rstrip(".") + f" {unit}"
+    return size, unit

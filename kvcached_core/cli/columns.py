@@ -9,7 +9,7 @@ from rich.text import Text
 from kvcached_core.cli.history import CURVE_WIDTH, History
 from kvcached_core.ledger_view import DeviceView, InstanceView
 from kvcached_core.reach import pressure
-from kvcached_core.units import KIB
+from kvcached_core.units import scale_bytes
 
 NAME_WIDTH = 14  # the least; names get what the other columns leave
 SIZE_WIDTH = 8
@@ -52,11 +52,7 @@ class Column:
 
 def short_bytes(num_bytes: float) -> str:
     """Return a size in three digits and at most eight characters: `1.23 GiB`, `1000 MiB`."""
-    size, unit = float(num_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB"):
-        if abs(size) < KIB:
-            break
-        size, unit = size / KIB, larger
+    size, unit = scale_bytes(num_bytes)
     num_decimals = max(NUM_DIGITS - len(str(int(abs(size)))), 0)
     text = f"{size:.{num_decimals}f}"
     return f"{text.rstrip('0').rstrip('.') if num_decimals else text} {unit}"
