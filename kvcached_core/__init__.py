@@ -4,4 +4,4 @@ The core knows bytes, pages and processes. It imports no engine, and torch only 
 makes a tensor view.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -22,7 +22,7 @@ from kvcached_patches.locks import (
     order,
     read_lock,
 )
-from kvcached_patches.matrix import matrix, read_runs
+from kvcached_patches.matrix import list_runs, read_runs, ticks
 from kvcached_patches.policy import check_installed, find_installed
 from kvcached_patches.sources import Wheel
 
@@ -125,12 +125,20 @@ def show_aliases() -> None:
                 console.print(f"{distribution} {release} {target}: {', '.join(modules) or 'none'}")
 
 
+RecordedRuns = Annotated[Path, typer.Option(help="the recorded runs")]
+RUNS = Path("docs/support.json")
+
+
 @app.command("matrix")
-def show_matrix(
-    runs: Annotated[Path, typer.Option(help="the recorded runs")] = Path("docs/support.json"),
-) -> None:
-    """Print the support matrix of the README, from the locks and the recorded runs."""
-    typer.echo(matrix(read_runs(runs)))
+def show_matrix(runs: RecordedRuns = RUNS) -> None:
+    """Print the support table of the README, from the locks and the recorded runs."""
+    typer.echo(ticks(read_runs(runs)))
+
+
+@app.command("runs")
+def show_runs(runs: RecordedRuns = RUNS) -> None:
+    """Print the recorded runs as docs/support.md lists them."""
+    typer.echo(list_runs(read_runs(runs)))
 
 
 @app.command("new-engines")

@@ -1,6 +1,7 @@
-"""The support matrix: what is locked, what ran on a host and on a GPU, as three columns."""
+"""What is locked and what ran, in Markdown: a table of ticks, and the recorded runs as a list."""
 
 import json
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +10,10 @@ from kvcached_patches.locks import locked_releases, order, public
 
 HOST, GPU = "host", "gpu"
 TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
-HEAD = (
-    "| engine | releases | locked | run on host memory | run on a GPU |",
-    "|---|---|---|---|---|",
-)
+PLACES = {HOST: "CPU", GPU: "GPU"}
+YES, NO = "✓", ""
+HEAD = ("| engine | releases | locked | CPU | GPU |", "|---|---|:-:|:-:|:-:|")
+LINE_LENGTH = 110
 
 
 @dataclass(frozen=True)
@@ -41,32 +42,51 @@ def read_runs(path: Path) -> list[Run]:
     return [Run(**values) for values in json.loads(path.read_text())]
 
 
-def matrix(runs: list[Run]) -> str:
-    """Return the matrix as a table in Markdown; releases with the same cells share a line."""
+def ticks(runs: list[Run]) -> str:
+    """Return the table of all locked releases; releases with the same ticks share a line."""
     lines = list(HEAD)
     for engine, served in ENGINES.items():
-        locks: dict[str, list[str]] = {}
-        for distribution in served.oldest:
-            for release in locked_releases(distribution):
-                locks.setdefault(release, []).append(f"`{distribution}`")
-        rows: list[tuple[str, str, tuple[str, str, str]]] = []
-        for release in sorted(locks, key=order):
-            found = [
-                run
-                for run in runs
-                if run.distribution in served.oldest and public(run.release) == release
-            ]
-            cells = (", ".join(sorted(locks[release])), _cell(found, HOST), _cell(found, GPU))
+        rows: list[tuple[str, str, tuple[str, str]]] = []
+        for release in _releases(served.oldest):
+            places = {run.where for run in _of(runs, served.oldest, release)}
+            cells = (YES if HOST in places else NO, YES if GPU in places else NO)
             if rows and rows[-1][2] == cells:
                 rows[-1] = (rows[-1][0], release, cells)
             else:
                 rows.append((release, release, cells))
         for first, last, cells in rows:
             span = first if first == last else f"{first} to {last}"
-            lines.append(" | ".join([f"| {TITLES[engine]}", span, *cells]) + " |")
+            lines.append(" | ".join([f"| {TITLES[engine]}", span, YES, *cells]) + " |")
     return "\n".join(lines)
 
 
-def _cell(runs: list[Run], where: str) -> str:
-    found = [run for run in runs if run.where == where]
-    return "; ".join(f"{run.passed} ({run.device}, {run.date})" for run in found) or "not run"
+def list_runs(runs: list[Run]) -> str:
+    """Return what every release showed where it ran, a heading for each release."""
+    blocks = []
+    for engine, served in ENGINES.items():
+        for release in _releases(served.oldest):
+            found = _of(runs, served.oldest, release)
+            if not found:
+                continue
+            blocks.append(f"### {TITLES[engine]} {release}")
+            blocks.append("\n".join(_item(run) for run in found))
+    return "\n\n".join(blocks)
+
+
+def _releases(distributions: dict[str, str]) -> list[str]:
+    found = {release for name in distributions for release in locked_releases(name)}
+    return sorted(found, key=order)
+
+
+def _of(runs: list[Run], distributions: dict[str, str], release: str) -> list[Run]:
+    found = [
+        run for run in runs if run.distribution in distributions and public(run.release) == release
+    ]
+    return sorted(found, key=lambda run: (run.where == GPU, run.date))
+
+
+def _item(run: Run) -> str:
+    text = f"* {PLACES[run.where]} ({run.device}, {run.date}): {run.passed}."
+    return textwrap.fill(
+        text, LINE_LENGTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+    )

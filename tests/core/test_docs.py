@@ -1,4 +1,4 @@
-"""What the documents say of messages and defaults is what the code says."""
+"""What the documents say of messages, refusals and defaults is what the code says."""
 
 import ast
 import functools
@@ -12,6 +12,8 @@ from kvcached_core.config import PREFIX, Config, read_switch
 ROOT = Path(__file__).parents[2]
 MESSAGES = (ROOT / "docs" / "operations.md").read_text().split("## Messages at the start")[1]
 SETTINGS = (ROOT / "docs" / "configuration.md").read_text()
+SUPPORT = (ROOT / "docs" / "support.md").read_text()
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PACKAGES = ("kvcached_core", "integrations", "patches")
 UNKNOWN = "…"  # what stands in a message for something that differs
 
@@ -23,20 +25,19 @@ def documented_messages() -> list[str]:
 
 
 @functools.cache
-def said() -> list[str]:
-    """Return every text in the code, with a sign in the place of what is put into it."""
+def said(folder: Path) -> list[str]:
+    """Return every text in a folder's code, with a sign in the place of what is put into it."""
     found = []
-    for package in PACKAGES:
-        for file in (ROOT / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.JoinedStr):
-                    parts = [
-                        str(part.value) if isinstance(part, ast.Constant) else UNKNOWN
-                        for part in node.values
-                    ]
-                    found.append("".join(parts))
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    found.append(node.value)
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [
+                    str(part.value) if isinstance(part, ast.Constant) else UNKNOWN
+                    for part in node.values
+                ]
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
     return found
 
 
@@ -49,7 +50,7 @@ def test_a_documented_message_is_one_that_the_code_says(message: str) -> None:
     for clause in message.split(";"):  # two texts may make a message
         parts = [re.escape(part.strip()) for part in clause.split(UNKNOWN)]
         pattern = re.compile(".*".join(parts), re.DOTALL)
-        assert any(pattern.search(text) for text in said())
+        assert any(pattern.search(text) for name in PACKAGES for text in said(ROOT / name))
 
 
 def documented_defaults() -> dict[str, str]:
@@ -70,3 +71,34 @@ def test_documented_times_and_switches_are_the_codes() -> None:
     assert told["ENABLE_KVCACHED"] == f"`{read_switch({})}`"
     adr = (ROOT / "docs" / "adr" / "0004-idle-pages-linger.md").read_text()
     assert f"`{PREFIX}IDLE_SECONDS` ({Config().idle_seconds:g})" in adr
+
+
+def refused_flags() -> set[str]:
+    """Return every flag that a refusal tells to set or to remove."""
+    adapters = [ROOT / "integrations" / name for name in ("vllm", "sglang")]
+    texts = [text for adapter in adapters for text in said(adapter)]
+    return {flag for text in texts for flag in re.findall(r"(?:set|remove) (--[a-z][a-z-]+)", text)}
+
+
+def test_every_setting_that_a_refusal_names_is_in_the_list_of_refusals() -> None:
+    assert len(refused_flags()) > 15
+    refusals = SUPPORT.split("## What is refused")[1]
+    assert {flag for flag in refused_flags() if flag not in refusals} == set()
+
+
+def anchors(document: Path) -> set[str]:
+    """Return what a link may name of a document: its headings, as GitHub writes them."""
+    titles = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_link_leads_to_a_file_and_a_heading(document: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", document.read_text())
+    for link in links:
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link

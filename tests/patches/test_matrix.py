@@ -1,18 +1,25 @@
-"""The README's support matrix says what the locks and the recorded runs say, and no more."""
+"""What the documents say of support is what the locks and the recorded runs say, and no more."""
 
 import datetime as dt
 import re
 from pathlib import Path
 
+import pytest
+
 from kvcached_patches.locks import read_lock
-from kvcached_patches.matrix import GPU, HOST, matrix, read_runs
+from kvcached_patches.matrix import GPU, HOST, list_runs, read_runs, ticks
 
 ROOT = Path(__file__).parents[2]
 RUNS = read_runs(ROOT / "docs" / "support.json")
 
 
-def test_the_readme_has_the_generated_matrix() -> None:
-    assert matrix(RUNS) in (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("document", ["README.md", "docs/support.md"])
+def test_the_table_of_ticks_is_the_generated_one(document: str) -> None:
+    assert f"\n\n{ticks(RUNS)}\n\n" in (ROOT / document).read_text()
+
+
+def test_the_list_of_runs_is_the_generated_one() -> None:
+    assert f"\n\n{list_runs(RUNS)}\n\n" in (ROOT / "docs" / "support.md").read_text()
 
 
 def test_every_run_is_of_a_locked_release_and_has_a_date() -> None:
