@@ -19,6 +19,10 @@ VLLM_VENV ?= .venv-vllm
 VLLM_RELEASES := 0.28.0
 VLLM_READY := $(VLLM_RELEASES:%=$(VLLM_VENV)-%/.ready-$(VLLM_HASH))
 
+# What builds the documentation as a site; it has no engine.
+DOCS_VENV ?= .venv-docs
+DOCS_READY := $(DOCS_VENV)/.ready-$(call hash_of,)
+
 GPU_VENV ?= .venv-gpu
 GPU_PYTHON ?= $(GPU_VENV)/bin/python
 GPU_SGLANG_VENV ?= .venv-gpu-sglang
@@ -35,7 +39,7 @@ STARTED := $(shell date +%s)
 endif
 export STARTED
 
-.PHONY: setup environments demo quick test test-every-release lint bench mutants gpu-check two-gpus-check \
+.PHONY: setup environments demo quick test test-every-release lint docs bench mutants gpu-check two-gpus-check \
   prometheus-check check-locks new-engines clean
 
 setup: $(READY)
@@ -55,6 +59,12 @@ $(SGLANG_VENV)-%/.ready-$(SGLANG_HASH):
 $(VLLM_VENV)-%/.ready-$(VLLM_HASH):
 	rm -f $(@D)/.ready*
 	examples/cpu_engine/install.sh $(VLLM_VENV)-$* $*
+	touch $@
+
+$(DOCS_READY):
+	rm -f $(@D)/.ready*
+	[ -x $(DOCS_VENV)/bin/python ] || $${PYTHON:-python3} -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --no-compile ".[docs]"
 	touch $@
 
 # ENGINES=vllm,sglang runs one of each.
@@ -89,6 +99,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation as a site, without a warning and without a network. The variable silences an
+# advertisement.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+	@echo site/index.html
+
 # Small faults, each planted in a copy of the tree: does a test see it? MUTANTS="keeper orders" plants
 # those whose names hold one of these; with --write it writes tests/mutants/results.json.
 mutants: $(READY) $(firstword $(SGLANG_READY))
@@ -116,4 +132,4 @@ two-gpus-check:
 	PYTHONPATH=$${PYTHONPATH:-}:tests $(GPU_PYTHON) -m pytest -m gpu tests/gpu/test_two_gpus.py
 
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV)-* $(VLLM_VENV)-* $(GPU_VENV) $(GPU_SGLANG_VENV) demo build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SGLANG_VENV)-* $(VLLM_VENV)-* $(GPU_VENV) $(GPU_SGLANG_VENV) $(DOCS_VENV) demo site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
