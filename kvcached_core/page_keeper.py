@@ -138,12 +138,11 @@ class PageKeeper:
             self._fences.append(fence)
             self._changed.notify_all()
 
-    def wait(self) -> None:
-        """Return when no order is left."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Return when no order is left, or after so many seconds."""
         with self._changed:
+            self._changed.wait_for(self._is_at_rest, seconds)
             self.check()
-            while self._to_map or self._to_unmap or self._mapping or self._unmapping:
-                self._wait()
 
     def close(self) -> None:
         """Carry out what is left and stop the threads."""
@@ -168,6 +167,10 @@ class PageKeeper:
         """Refuse every call in a forked child, which has none of the threads; see `forks`."""
         self._changed = threading.Condition()  # one of them may have had it
         self._error = RuntimeError("a forked child owns nothing")
+
+    def _is_at_rest(self) -> bool:
+        has_orders = self._to_map or self._to_unmap or self._mapping or self._unmapping
+        return self._error is not None or not has_orders
 
     def _wait(self) -> None:
         self._changed.wait()

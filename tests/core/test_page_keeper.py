@@ -107,6 +107,17 @@ def test_a_page_stays_mapped_until_its_fence_is_passed(setup: Setup) -> None:
     assert setup.arena.resident_pages == [2, 3]
 
 
+def test_who_waits_for_a_while_goes_on_while_an_order_is_left(setup: Setup) -> None:
+    setup.keeper.map_now([1])
+    fence = HeldFence()
+    setup.keeper.unmap_behind([1], fence)
+    setup.keeper.wait(0.01)
+    assert setup.arena.resident_pages == [1]
+    fence.passed.set()
+    setup.keeper.wait(30)
+    assert setup.arena.resident_pages == []
+
+
 def test_a_page_needed_again_before_its_fence_is_passed_stays(setup: Setup) -> None:
     setup.keeper.map_now([1, 2, 3])
     fence = HeldFence()

@@ -39,6 +39,10 @@ logger = logging.getLogger("sglang.kvcached")
 # part back, or two engines that hold a part each would wait for each other.
 HOLD_SECONDS = 2.0
 
+# SGLang's loop never sleeps. In a turn that runs nothing it leaves the interpreter's lock for so
+# long to the threads that map and unmap: they would have to wait for it twice a page.
+STEP_ASIDE_SECONDS = 0.002
+
 
 class ElasticEngine:
     """The memory of one scheduler process, from its first size to its end.
@@ -195,6 +199,8 @@ class ElasticEngine:
                 self._unmap(free_list.release(self.layout.num_pages, keep=keep))
         self.waiting.end_schedule(scheduler, has_batch=has_batch)
         self._report(scheduler.tree_cache)
+        if not has_batch and scheduler.last_batch is None and self.memory is not None:
+            self.memory.keeper.wait(STEP_ASIDE_SECONDS)
 
     def check(self, scheduler: Any, batch: Any) -> None:
         """Refuse a batch that names a block which is not mapped.

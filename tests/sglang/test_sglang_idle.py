@@ -1,0 +1,128 @@
+"""A scheduler that has nothing to run leaves the interpreter to the threads that unmap."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers.sglang_elastic import hooked, make_engine
+from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+from kvcached_core.page_keeper import PageKeeper
+from kvcached_core.units import MIB
+from kvcached_core.vmm.host import HostBackend
+from kvcached_sglang import engine as engines
+from kvcached_sglang import hooks
+from kvcached_sglang.engine import ElasticEngine
+
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(60)]
+
+PAGE_TOKENS = 64
+NUM_PAGES = 16
+NUM_AT_REST = 2  # page 0, and one that a quiet engine keeps
+
+
+class NoCache:
+    """A prefix cache that is off."""
+
+    def supports_mamba(self) -> bool:
+        return False
+
+    def supports_swa(self) -> bool:
+        return False
+
+    def evictable_size(self) -> int:
+        return 0
+
+
+class Fence:
+    """A fence that is passed when the test says so."""
+
+    def __init__(self, passed: threading.Event) -> None:
+        self.passed = passed
+
+    def wait(self) -> None:
+        assert self.passed.wait(30)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[ElasticEngine]:
+    """Return an engine whose prompt of half the pool has just ended."""
+    made = make_engine(tmp_path, host_pool=NUM_PAGES * 2 * MIB, page_bytes=2 * MIB, idle_seconds=0)
+    with hooked(
+        made,
+        (MHATokenToKVPool, "_create_buffers", hooks.create_buffers),
+        (TokenToKVPoolAllocator, "__init__", hooks.allocator_init),
+    ):
+        size = NUM_PAGES * PAGE_TOKENS - 1
+        pool = MHATokenToKVPool(
+            size=size,
+            page_size=1,
+            dtype=torch.float32,
+            head_num=2,
+            head_dim=1024,
+            layer_num=2,
+            device="cpu",
+            enable_memory_saver=False,
+        )
+        allocator = TokenToKVPoolAllocator(size, torch.float32, "cpu", pool, need_sort=False)
+    allocator.free(allocator.alloc(NUM_PAGES // 2 * PAGE_TOKENS))
+    yield made
+    pool.k_buffer.clear()
+    pool.v_buffer.clear()
+    assert made.memory is not None
+    made.memory.close()
+    made.close()
+
+
+@pytest.fixture
+def stepped_aside(
+    engine: ElasticEngine, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[threading.Event]:
+    """Return what is set when the scheduler's thread waits; nothing is unmapped before."""
+    assert engine.memory is not None
+    engine.memory.keeper.wait()
+    event = threading.Event()
+    wait = PageKeeper.wait
+
+    def wait_and_say_so(keeper: PageKeeper, seconds: float | None = None) -> None:
+        event.set()
+        wait(keeper, seconds)
+
+    monkeypatch.setattr(HostBackend, "fence", lambda _self, _stream: Fence(event))
+    monkeypatch.setattr(PageKeeper, "wait", wait_and_say_so)
+    monkeypatch.setattr(engines, "STEP_ASIDE_SECONDS", 30)
+    yield event
+    event.set()
+
+
+def turn(engine: ElasticEngine, **state: Any) -> None:
+    idle = {"last_batch": None, "chunked_req": None, "waiting_queue": [], "tree_cache": NoCache()}
+    scheduler = SimpleNamespace(running_batch=SimpleNamespace(reqs=[]), **(idle | state))
+    engine.begin_schedule(scheduler)
+    engine.end_schedule(scheduler, has_batch=False)
+
+
+def num_resident(engine: ElasticEngine) -> int:
+    assert engine.memory is not None
+    return len(engine.memory.arena.resident_pages)
+
+
+def test_pages_are_given_back_in_the_turn_that_closed_them(
+    engine: ElasticEngine, stepped_aside: threading.Event
+) -> None:
+    assert num_resident(engine) > NUM_PAGES // 2
+    turn(engine)
+    assert num_resident(engine) == NUM_AT_REST
+    assert stepped_aside.is_set()
+
+
+def test_a_turn_whose_last_batch_has_to_be_looked_at_goes_on(
+    engine: ElasticEngine, stepped_aside: threading.Event
+) -> None:
+    turn(engine, last_batch=SimpleNamespace(reqs=[]))
+    assert not stepped_aside.is_set()
