@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from machine import describe_gpu
 
-from kvcached_core.arena import Arena
-from kvcached_core.geometry import Geometry, choose_geometry
+from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.geometry import Geometry, choose_geometry
+from kvcached_core.memory.vmm.cuda import CudaBackend
 from kvcached_core.units import GIB, MIB
-from kvcached_core.vmm.cuda import CudaBackend
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_TOKENS = 32, 32, 8, 128, 16
 BLOCK_BYTES = BLOCK_TOKENS * NUM_KV_HEADS * 2 * HEAD_SIZE * 2

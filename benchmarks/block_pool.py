@@ -10,7 +10,7 @@ from typing import Any
 
 from machine import describe_machine
 
-from kvcached_core.geometry import Geometry
+from kvcached_core.memory.geometry import Geometry
 
 GEOMETRY = Geometry(block_bytes=65536, num_planes=32, ids_per_page=256, blocks_per_page=8)
 NUM_PAGES = 1024

@@ -21,7 +21,7 @@ from kvcached_core.cli.demo.load import make_burst
 from kvcached_core.cli.demo.memory import Recorder
 from kvcached_core.cli.demo.model import make_model
 from kvcached_core.cli.demo.server import EngineServer
-from kvcached_core.ledger import Ledger
+from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.units import MIB
 
 NAMES = ("left", "right")

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from machine import describe_machine
 
-from kvcached_core.arena import Arena
-from kvcached_core.geometry import Geometry
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import ledger_directory
+from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.geometry import Geometry
+from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import GIB, MIB
-from kvcached_core.vmm.host import HostBackend
 
 IMPORT = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
 
@@ -75,7 +75,7 @@ def imports() -> dict[str, float]:
     results = {}
     for module in (
         "kvcached_core",
-        "kvcached_core.ledger",
+        "kvcached_core.ledger.ledger",
         "kvcached_core.config",
         "kvcached_vllm",
     ):

@@ -22,7 +22,7 @@ from typing import Any
 
 from machine import describe_machine
 
-from kvcached_core.ledger import Ledger
+from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.units import GIB, MIB
 
 PAGE = 16 * MIB

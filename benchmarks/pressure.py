@@ -22,10 +22,11 @@ from profiles import Profile, gpu, host, open_ledger, parser
 from kvcached_core import control
 from kvcached_core.cli.demo.load import make_burst, send
 from kvcached_core.cli.demo.server import EngineServer
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_open import doorbell_path
-from kvcached_core.ledger_view import InstanceView
-from kvcached_core.pressure import Doorbell, ask_peers
+from kvcached_core.ledger.bell import Doorbell
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import doorbell_path
+from kvcached_core.ledger.shortage import ask_peers
+from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB, MIB
 
 NUM_ASKS = 5

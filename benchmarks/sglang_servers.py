@@ -17,7 +17,7 @@ from vllm_servers import FIGURES, instance_view, kv_bytes_per_token, make_shape
 
 from kvcached_core.cli.demo.model import make_model
 from kvcached_core.cli.demo.server import SGLANG_HOST_OPTIONS, SGLangServer
-from kvcached_core.ledger_view import InstanceView
+from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
 
 PYTHON = os.environ.get("SGLANG_PYTHON", sys.executable)

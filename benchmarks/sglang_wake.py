@@ -28,7 +28,7 @@ from profiles import open_ledger
 from sglang_servers import PYTHON
 
 from kvcached_core.cli.demo.server import SGLangServer
-from kvcached_core.ledger_view import InstanceView
+from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB, MIB
 
 SLEEPER, NEIGHBOUR = "sleeper", "neighbour"

@@ -16,7 +16,7 @@ from vllm_servers import SMALL_FOLDER, Record
 from kvcached_core.cli.demo.load import Completion, make_burst
 from kvcached_core.cli.demo.model import KV_BYTES_PER_TOKEN, make_model
 from kvcached_core.cli.demo.server import HOST_OPTIONS, EngineServer
-from kvcached_core.ledger_view import DeviceView, InstanceView
+from kvcached_core.ledger.view import DeviceView, InstanceView
 from kvcached_core.units import GIB, MIB
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -25,7 +25,7 @@ from vllm_servers import (
 
 from kvcached_core.cli.demo.background import Background
 from kvcached_core.cli.demo.server import EngineServer
-from kvcached_core.ledger import Ledger
+from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.units import MIB
 
 BURST_SHARE = 0.6
@@ -133,7 +133,7 @@ def kv_space(setting: Setting, names: list[str]) -> int:
     held = sum(setting.view(name).resident_bytes for name in names)
     if setting.tiny:
         return 512 * MIB
-    from kvcached_core.nvml import free_memory_reader
+    from kvcached_core.ledger.nvml import free_memory_reader
 
     (path,) = (setting.folder / "kv").glob("*.ledger")
     with Ledger(path) as ledger:

@@ -24,8 +24,8 @@ from machine import describe_gpu, describe_machine
 
 from kvcached_core.cli.demo.model import make_model
 from kvcached_core.cli.demo.server import EngineServer
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_view import InstanceView
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB, MIB
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from machine import describe_gpu
 
-from kvcached_core.arena import Arena
 from kvcached_core.cli.demo.background import Background
-from kvcached_core.geometry import choose_geometry
+from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.geometry import choose_geometry
+from kvcached_core.memory.vmm.cuda import CudaBackend
+from kvcached_core.memory.vmm.metered import MeteredBackend
 from kvcached_core.units import GIB, MIB
-from kvcached_core.vmm.cuda import CudaBackend
-from kvcached_core.vmm.metered import MeteredBackend
 
 HANDLE_MIB = (2, 16, 64, 256)
 VERBS = ("create", "map", "unmap", "release")
@@ -184,8 +184,8 @@ def fresh_memory_is_zero(backend: CudaBackend) -> bool:
 
 def time_nvml() -> float:
     """Return the microseconds of asking NVML for the free memory."""
-    from kvcached_core.devices import cuda_device
-    from kvcached_core.nvml import free_memory_reader
+    from kvcached_core.ledger.nvml import free_memory_reader
+    from kvcached_core.memory.devices import cuda_device
 
     properties = torch.cuda.get_device_properties(0)
     read = free_memory_reader(cuda_device(str(properties.uuid), properties.total_memory).name)

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,12 +10,15 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kvcached_core.errors import ConfigError
-from kvcached_core.geometry import DEFAULT_PAGE_BYTES
-from kvcached_core.host_memory import host_memory
-from kvcached_core.ledger_open import default_directory
-from kvcached_core.names import check_name
-from kvcached_core.sharing import MAX_PRIORITY, MIN_PRIORITY
-from kvcached_core.units import format_bytes, parse_bytes
+from kvcached_core.units import (
+    DEFAULT_PAGE_BYTES,
+    MAX_PRIORITY,
+    MIN_PRIORITY,
+    check_name,
+    default_directory,
+    format_bytes,
+    parse_bytes,
+)
 
 PREFIX = "KVCACHED_"
 SWITCH = "ENABLE_KVCACHED"
@@ -33,17 +36,9 @@ class Enable(StrEnum):
     AUTO = "auto"
 
 
-def host_memory_bytes() -> int:
-    """Return the host memory that this process may use, in bytes."""
-    return host_memory().usable_bytes
-
-
-def _size(name: str, whole_bytes: Callable[[], int] | None = None) -> BeforeValidator:
+def _size(name: str) -> BeforeValidator:
     def parse(value: object) -> object:
-        if isinstance(value, str):
-            whole = None if whole_bytes is None else whole_bytes()
-            return parse_bytes(value, what=PREFIX + name, whole_bytes=whole)
-        return value
+        return parse_bytes(value, what=PREFIX + name) if isinstance(value, str) else value
 
     return BeforeValidator(parse)
 
@@ -77,10 +72,10 @@ class Config(BaseModel):
     name: str | None = Field(
         default=None, description="the instance's name; letters, digits, '.', '_', '-', up to 64"
     )
-    host_pool: Annotated[int, _size("HOST_POOL", host_memory_bytes)] = Field(
-        default_factory=lambda: host_memory_bytes() // 2,
-        gt=0,
-        description="host backend: bytes that all engines share; the same for every engine",
+    host_pool: Annotated[Annotated[int, Field(gt=0)] | str, _size_or_share("HOST_POOL")] = Field(
+        default="50%",
+        description="host backend: bytes that all engines share, a size or a share of what a "
+        "process may use; the same for every engine",
     )
     limit: Annotated[int | str | None, _size_or_share("LIMIT"), BeforeValidator(_none)] = Field(
         default=None, description="ceiling of this instance: a size, a share of the pool, or 'none'"
@@ -127,6 +122,20 @@ class Config(BaseModel):
         if self.max_spare_pages is not None:
             low, high = min(low, self.max_spare_pages), self.max_spare_pages
         return low, high
+
+    def host_pool_bytes(self, usable_bytes: int) -> int:
+        """Return the bytes that all engines on the host share; a share is one of `usable_bytes`.
+
+        Raises:
+            ConfigError: If it is nothing.
+        """
+        if isinstance(self.host_pool, int):
+            return self.host_pool
+        what = PREFIX + "HOST_POOL"
+        pool_bytes = parse_bytes(self.host_pool, what=what, whole_bytes=usable_bytes)
+        if not pool_bytes:
+            raise ConfigError(f"{what}={self.host_pool!r} is not allowed; it must be more than 0")
+        return pool_bytes
 
     def headroom_bytes(self, device_bytes: int) -> int:
         """Return the bytes of a device of `device_bytes` that KV caches leave free."""

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.errors import LedgerError, PolicyError
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_view import DeviceView, InstanceView
-from kvcached_core.names import check_name
-from kvcached_core.pressure import wake
-from kvcached_core.survey import open_ledgers, survey
-from kvcached_core.units import format_bytes, parse_bytes
+from kvcached_core.ledger.bell import wake
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.survey import open_ledgers, survey
+from kvcached_core.ledger.view import DeviceView, InstanceView
+from kvcached_core.units import check_name, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from kvcached_core.ledger_members import PolicyChange
+    from kvcached_core.ledger.members import PolicyChange
 
 LOOK_SECONDS = 0.005
 PATIENCE_SECONDS = 2.0

@@ -1,7 +1,9 @@
-"""Sizes as people write them, and back."""
+"""Sizes and names as people write them, and what stands where nothing is written."""
 
+import os
 import re
 from decimal import Decimal
+from pathlib import Path
 
 from kvcached_core.errors import ConfigError
 
@@ -9,6 +11,9 @@ KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 ALL_PERCENT = 100
+DEFAULT_PAGE_BYTES = 16 * MIB
+MIN_PRIORITY, MAX_PRIORITY = -1000, 1000
+MAX_NAME_LENGTH = 64
 
 _FACTORS = {
     "": 1,
@@ -27,6 +32,29 @@ _FACTORS = {
     "tib": 1 << 40,
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*|%)", re.IGNORECASE)
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_LENGTH - 1}}}")
+
+
+def default_directory() -> Path:
+    """Return the folder of the ledgers when nothing else is set."""
+    return Path(f"/dev/shm/kvcached-{os.geteuid()}")  # noqa: S108  made 0700 and checked on open
+
+
+def check_name(name: str, what: str = "name") -> None:
+    """Refuse what is no name of an instance.
+
+    Args:
+        name: The name.
+        what: The setting or option that it came from, for the message.
+
+    Raises:
+        ConfigError: With what is allowed.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{what}={name!r} is not allowed; use letters, digits, '.', '_' and '-', up to "
+            f"{MAX_NAME_LENGTH}, starting with a letter or digit"
+        )
 
 
 def parse_bytes(text: str, *, what: str, whole_bytes: int | None = None) -> int:

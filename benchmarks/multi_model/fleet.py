@@ -20,7 +20,7 @@ from vllm_servers import PREEMPTIONS, metric
 
 from kvcached_core.cli.demo.server import EngineServer, SGLangServer
 from kvcached_core.errors import LedgerError
-from kvcached_core.ledger import Ledger
+from kvcached_core.ledger.ledger import Ledger
 
 SAMPLE_SECONDS = 0.25
 READY_SECONDS = 600.0

@@ -16,9 +16,9 @@ import typer
 from kvcached_core import __version__, control
 from kvcached_core.control import Answer, Outcome
 from kvcached_core.errors import KVCachedError
-from kvcached_core.ledger_open import default_directory
-from kvcached_core.reach import pressure
-from kvcached_core.survey import Survey, survey
+from kvcached_core.ledger.reach import pressure
+from kvcached_core.ledger.survey import Survey, survey
+from kvcached_core.units import default_directory
 
 EXIT_FAILED = 1
 EXIT_INCOMPLETE = 3

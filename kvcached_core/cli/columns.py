@@ -7,8 +7,8 @@ from math import floor
 from rich.text import Text
 
 from kvcached_core.cli.history import CURVE_WIDTH, History
-from kvcached_core.ledger_view import DeviceView, InstanceView
-from kvcached_core.reach import pressure
+from kvcached_core.ledger.reach import pressure
+from kvcached_core.ledger.view import DeviceView, InstanceView
 from kvcached_core.units import scale_bytes
 
 NAME_WIDTH = 14  # the least; names get what the other columns leave

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from kvcached_core import __version__, nvml
+from kvcached_core import __version__
 from kvcached_core.errors import BackendError, KVCachedError, LedgerError
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_file import NUM_ROWS, RowKey
-from kvcached_core.ledger_lifetime import own_pid_namespace
-from kvcached_core.ledger_open import WRITABLE, doorbell_path, ledger_paths
-from kvcached_core.ledger_view import InstanceView
-from kvcached_core.pressure import Doorbell
+from kvcached_core.ledger import nvml
+from kvcached_core.ledger.bell import Doorbell
+from kvcached_core.ledger.file import NUM_ROWS, RowKey
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.lifetime import own_pid_namespace
+from kvcached_core.ledger.opening import WRITABLE, doorbell_path, ledger_paths
+from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB, format_bytes
 
 # Adapters say here what they find: functions that return pairs of whether it is good, and a text.
@@ -117,9 +118,10 @@ def _named(instance: InstanceView) -> str:
 
 def _other_pool(capacity_bytes: int) -> str:
     from kvcached_core.config import read_config
+    from kvcached_core.memory.host_memory import host_memory
 
     with suppress(KVCachedError):  # what is wrong with the settings is said there
-        own_bytes = read_config().host_pool
+        own_bytes = read_config().host_pool_bytes(host_memory().usable_bytes)
         if own_bytes != capacity_bytes:
             return (
                 f"; the settings here say {format_bytes(own_bytes)}, so an engine that is started "
@@ -141,7 +143,7 @@ def _settings() -> Finding:
 
 def _memory() -> Finding:
     from kvcached_core.config import read_config
-    from kvcached_core.host_memory import host_memory
+    from kvcached_core.memory.host_memory import host_memory
 
     found = host_memory()
     usable = f"{format_bytes(found.usable_bytes)} may be used"
@@ -150,7 +152,7 @@ def _memory() -> Finding:
             f" ({found.limited_by} limits it; the machine has {format_bytes(found.machine_bytes)})"
         )
     try:
-        pool_bytes = read_config().host_pool
+        pool_bytes = read_config().host_pool_bytes(found.usable_bytes)
     except KVCachedError:
         return _good("memory", usable)  # what is wrong with the settings is said there
     if pool_bytes > found.usable_bytes:

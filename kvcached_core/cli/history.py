@@ -3,7 +3,7 @@
 from collections import deque
 from math import ceil
 
-from kvcached_core.ledger_view import DeviceView, InstanceView
+from kvcached_core.ledger.view import DeviceView, InstanceView
 
 CURVE, ASCII_CURVE = " ▁▂▃▄▅▆▇█", " ._-=+*#@"
 CURVE_WIDTH = 16

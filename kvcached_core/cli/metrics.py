@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from kvcached_core.errors import KVCachedError
-from kvcached_core.ledger_view import DeviceView, InstanceView
-from kvcached_core.reach import pressure
-from kvcached_core.survey import survey
+from kvcached_core.ledger.reach import pressure
+from kvcached_core.ledger.survey import survey
+from kvcached_core.ledger.view import DeviceView, InstanceView
 
 try:
     from prometheus_client import CollectorRegistry, generate_latest, start_http_server

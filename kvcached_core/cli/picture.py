@@ -22,7 +22,7 @@ from kvcached_core.cli.columns import (
     shortened,
 )
 from kvcached_core.cli.history import History
-from kvcached_core.ledger_view import DeviceView, InstanceView
+from kvcached_core.ledger.view import DeviceView, InstanceView
 from kvcached_core.units import format_bytes
 
 NOBODY = "no instance runs"

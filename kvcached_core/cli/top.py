@@ -9,7 +9,7 @@ from rich.live import Live
 
 from kvcached_core.cli.history import History
 from kvcached_core.cli.picture import Picture
-from kvcached_core.survey import Survey
+from kvcached_core.ledger.survey import Survey
 
 
 def watch(console: Console, read: Callable[[], Survey], interval_seconds: float) -> None:

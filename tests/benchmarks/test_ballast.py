@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from multi_model.ballast import Ballast
 
-from kvcached_core.ledger import Ledger
+from kvcached_core.ledger.ledger import Ledger
 
 CAPACITY_BYTES, POOL_BYTES = 1000, 300
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from helpers.process_memory import resident_bytes
 
-from kvcached_core.arena import Arena
 from kvcached_core.errors import BackendError, GeometryError, OutOfMemoryError, PageStateError
-from kvcached_core.geometry import choose_geometry
+from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.geometry import choose_geometry
+from kvcached_core.memory.vmm.faulty import FaultyBackend
+from kvcached_core.memory.vmm.host import HostBackend
+from kvcached_core.memory.vmm.metered import MeteredBackend
 from kvcached_core.units import MIB
-from kvcached_core.vmm.faulty import FaultyBackend
-from kvcached_core.vmm.host import HostBackend
-from kvcached_core.vmm.metered import MeteredBackend
 
 GEOMETRY = choose_geometry(
     block_bytes=65536, num_planes=8, granularity_bytes=2 * MIB, target_page_bytes=4 * MIB

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_open import doorbell_path, ledger_directory
-from kvcached_core.pressure import Doorbell
-from kvcached_core.sharing import Policy
+from kvcached_core.ledger.bell import Doorbell
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import doorbell_path, ledger_directory
+from kvcached_core.ledger.policy import Policy
 from kvcached_core.units import GIB, MIB
 
 PAGE = 16 * MIB

@@ -10,7 +10,6 @@ from kvcached_core.config import (
     PREFIX,
     Config,
     Enable,
-    host_memory_bytes,
     read_config,
     read_switch,
 )
@@ -22,9 +21,9 @@ DOCS = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 def test_nothing_set_means_half_the_memory_and_no_limit() -> None:
     config = read_config({})
-    assert config.host_pool == host_memory_bytes() // 2
-    assert config.limit_bytes(config.host_pool) is None
-    assert config.virtual_bytes(config.host_pool) == config.host_pool
+    assert config.host_pool_bytes(24 * MIB) == 12 * MIB
+    assert config.limit_bytes(12 * MIB) is None
+    assert config.virtual_bytes(12 * MIB) == 12 * MIB
 
 
 def test_values_are_read_in_the_units_people_write() -> None:
@@ -38,7 +37,8 @@ def test_values_are_read_in_the_units_people_write() -> None:
             "HOME": "/not/ours",
         }
     )
-    assert (config.virtual_bytes(config.host_pool), config.page_bytes) == (256 * MIB, 4 * MIB)
+    pool_bytes = config.host_pool_bytes(1)
+    assert (config.virtual_bytes(pool_bytes), config.page_bytes) == (256 * MIB, 4 * MIB)
     assert config.debug
     assert config.name == "llama-3.1_8b"
 
@@ -72,6 +72,11 @@ def test_a_bad_value_is_refused_with_variable_value_and_what_is_allowed(
 def test_a_misspelt_variable_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match=r"KVCACHED_LIMTI is not.*did you mean KVCACHED_LIMIT"):
         read_config({"KVCACHED_LIMTI": "1GiB"})
+
+
+def test_a_share_that_makes_no_pool_is_refused() -> None:
+    with pytest.raises(ConfigError, match="KVCACHED_HOST_POOL='0%' is not allowed"):
+        read_config({"KVCACHED_HOST_POOL": "0%"}).host_pool_bytes(1024 * MIB)
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:

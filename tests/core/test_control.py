@@ -10,10 +10,10 @@ import pytest
 from kvcached_core import control
 from kvcached_core.control import Outcome
 from kvcached_core.errors import ConfigError, LedgerError
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_open import doorbell_path, ledger_directory
-from kvcached_core.pressure import Doorbell
-from kvcached_core.sharing import Policy
+from kvcached_core.ledger.bell import Doorbell
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import doorbell_path, ledger_directory
+from kvcached_core.ledger.policy import Policy
 from kvcached_core.units import GIB, MIB
 
 PAGE = 16 * MIB

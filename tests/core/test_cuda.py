@@ -7,11 +7,11 @@ from typing import Any, cast
 import pytest
 from helpers.fake_driver import FakeDriver, Result, tensors_on_the_host
 
-from kvcached_core.arena import Arena
 from kvcached_core.errors import BackendError, OutOfMemoryError
-from kvcached_core.geometry import choose_geometry
+from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.geometry import choose_geometry
+from kvcached_core.memory.vmm.cuda import MAX_DRAINS, CudaBackend
 from kvcached_core.units import MIB
-from kvcached_core.vmm.cuda import MAX_DRAINS, CudaBackend
 
 GEOMETRY = choose_geometry(
     block_bytes=65536, num_planes=8, granularity_bytes=2 * MIB, target_page_bytes=4 * MIB
@@ -183,7 +183,7 @@ def test_a_missing_device_is_named(driver: FakeDriver) -> None:
 
 
 def test_a_handle_of_another_backend_is_refused(driver: FakeDriver) -> None:
-    from kvcached_core.vmm.host import HostBackend
+    from kvcached_core.memory.vmm.host import HostBackend
 
     backend = open_backend(driver)
     address = backend.reserve(PAGE)

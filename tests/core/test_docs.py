@@ -58,7 +58,9 @@ def documented_defaults() -> dict[str, str]:
     return {row[1].strip().strip("`"): row[2].strip() for row in rows}
 
 
-@pytest.mark.parametrize("field", ["limit", "floor", "priority", "headroom", "page_bytes"])
+@pytest.mark.parametrize(
+    "field", ["host_pool", "limit", "floor", "priority", "headroom", "page_bytes"]
+)
 def test_a_documented_default_is_the_codes(field: str) -> None:
     told = documented_defaults()[f"{PREFIX}{field.upper()}"].strip("`")
     assert getattr(Config(), field) == getattr(Config.model_validate({field: told}), field)

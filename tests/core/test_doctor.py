@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from kvcached_core.cli.doctor import Finding, examine
-from kvcached_core.host_memory import HostMemory
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import ledger_directory
+from kvcached_core.memory.host_memory import HostMemory
 from kvcached_core.units import GIB
 
 KVCACHED = Path(sys.executable).with_name("kvcached")
@@ -114,7 +114,7 @@ def test_a_pool_that_the_process_may_not_fill_is_bad(
 ) -> None:
     file = tmp_path / "memory.max"
     monkeypatch.setattr(
-        "kvcached_core.host_memory.host_memory", lambda: HostMemory(24 * GIB, 3 * GIB, file)
+        "kvcached_core.memory.host_memory.host_memory", lambda: HostMemory(24 * GIB, 3 * GIB, file)
     )
     monkeypatch.setenv("KVCACHED_HOST_POOL", "2GiB")
     memory = found(tmp_path / "kv")["memory"]

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from helpers.waiting import await_that
 
-from kvcached_core.arrival import Arrival
 from kvcached_core.config import HOST, Config, read_config
-from kvcached_core.devices import Device
+from kvcached_core.engine.arrival import Arrival
+from kvcached_core.engine.instance import Instance
 from kvcached_core.errors import LedgerError
-from kvcached_core.instance import Instance
-from kvcached_core.ledger import Ledger
-from kvcached_core.pressure import Doorbell, ring
+from kvcached_core.ledger.bell import Doorbell, ring
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.memory.devices import Device
 from kvcached_core.units import MIB
 
 PAGE = 16 * MIB
@@ -98,8 +98,8 @@ def test_a_child_that_ends_normally_changes_nothing(config: Config, tmp_path: Pa
 import atexit, os, sys
 from pathlib import Path
 from kvcached_core.config import HOST, read_config
-from kvcached_core.devices import Device
-from kvcached_core.instance import Instance
+from kvcached_core.memory.devices import Device
+from kvcached_core.engine.instance import Instance
 instance = Instance([Device(HOST, "host", 8 << 20)], read_config(), name="parent",
                     default_name="", engine="test", answer=lambda: None)
 instance.describe(page_bytes=1 << 20, num_pages=8)
@@ -155,7 +155,7 @@ def test_a_child_may_have_an_engine_of_its_own(config: Config, instance: Instanc
 PARENT = """
 import os, subprocess, sys, time
 from pathlib import Path
-from kvcached_core.ledger import Ledger
+from kvcached_core.ledger.ledger import Ledger
 ledger = Ledger(Path(sys.argv[1]), 1 << 30)
 row = ledger.register(name="parent", engine="test")
 reader, writer = os.pipe()

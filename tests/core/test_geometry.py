@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvcached_core.errors import GeometryError
-from kvcached_core.geometry import MAX_WASTE, Geometry, choose_geometry, fit_geometry
+from kvcached_core.memory.geometry import MAX_WASTE, Geometry, choose_geometry, fit_geometry
 from kvcached_core.units import MIB
 
 GRANULARITY = 2 * MIB

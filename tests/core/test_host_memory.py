@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcached_core.host_memory import HostMemory, host_memory, machine_bytes
+from kvcached_core.memory.host_memory import HostMemory, host_memory, machine_bytes
 from kvcached_core.units import GIB
 
 MACHINE = 24 * GIB
@@ -167,7 +167,11 @@ def cgroup_of(num_bytes: int) -> Iterator[Path]:
 
 
 def test_a_process_in_a_real_cgroup_takes_half_of_its_limit() -> None:
-    script = "from kvcached_core.config import read_config; print(read_config({}).host_pool)"
+    script = (
+        "from kvcached_core.config import read_config\n"
+        "from kvcached_core.memory.devices import host_device\n"
+        "print(host_device(read_config({})).total_bytes)"
+    )
     with cgroup_of(GIB) as folder:
         words = folder / "cgroup.procs", sys.executable, "-c", script
         done = subprocess.run(

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 REPORT = """
 import json, sys
 before = set(sys.modules)
-import kvcached_core, kvcached_core.ledger, kvcached_core.arena, kvcached_core.page_pool
+import kvcached_core.ledger.ledger, kvcached_core.memory.arena, kvcached_core.engine.pages
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
 

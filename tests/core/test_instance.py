@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from kvcached_core.config import CUDA, HOST, read_config
-from kvcached_core.devices import Device, cuda_device
+from kvcached_core.engine.instance import Instance
 from kvcached_core.errors import ConfigError, LedgerError, PolicyError
-from kvcached_core.instance import Instance
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_view import InstanceView
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.view import InstanceView
+from kvcached_core.memory.devices import Device, cuda_device
 from kvcached_core.units import MIB
 
 PAGE = 16 * MIB
@@ -281,7 +281,7 @@ def test_a_length_that_floors_leave_no_room_for_is_refused_at_the_start(
 def test_requests_borrow_of_a_floor_but_a_first_page_which_never_goes_back_does_not(
     start: Callable[..., Instance], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvcached_core.instance.PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("kvcached_core.engine.instance.PATIENCE_SECONDS", 0.0)
     start([HOUSE], name="owner", KVCACHED_FLOOR="100%", KVCACHED_HOST_POOL="128MiB")
     other = start([HOUSE], name="other", KVCACHED_HOST_POOL="128MiB")
     assert not other.reserve_first_page()
@@ -294,8 +294,8 @@ def test_a_wait_for_memory_is_said_with_who_holds_it(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("kvcached_core.waiting.LOG_SECONDS", 0.0)
-    monkeypatch.setattr("kvcached_core.instance.REFUSAL_SECONDS", 0.0)
+    monkeypatch.setattr("kvcached_core.engine.waiting.LOG_SECONDS", 0.0)
+    monkeypatch.setattr("kvcached_core.engine.instance.REFUSAL_SECONDS", 0.0)
     holder, asker = (start([HOUSE], name=name) for name in ("holder", "asker"))
     assert holder.reserve(8, is_urgent=True) == 8
     for _ in range(2):

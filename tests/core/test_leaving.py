@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from kvcached_core import leaving
-from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.engine import leaving
+from kvcached_core.ledger.opening import ledger_directory
 
 SCRIPT = """
 import multiprocessing, os, signal, sys
 from pathlib import Path
-from kvcached_core.leaving import sweep_at_exit
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.engine.leaving import sweep_at_exit
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import ledger_directory
 
 folder = Path(sys.argv[1])
 
@@ -78,8 +78,8 @@ def test_a_forked_child_that_ends_removes_nothing(tmp_path: Path) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_file import RowKey
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.file import RowKey
 
 ledger = Ledger(Path(sys.argv[1]), 1 << 30)
 if len(sys.argv) > 2:

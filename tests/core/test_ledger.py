@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from helpers.waiting import await_that
 
-from kvcached_core import ledger_file
 from kvcached_core.errors import ConfigError, LedgerError, PolicyError
-from kvcached_core.ledger import Ledger, Wanted
-from kvcached_core.ledger_file import RowKey
-from kvcached_core.ledger_open import doorbell_path, ledger_directory
-from kvcached_core.sharing import Policy
+from kvcached_core.ledger import file as ledger_file
+from kvcached_core.ledger.file import RowKey
+from kvcached_core.ledger.ledger import Ledger, Wanted
+from kvcached_core.ledger.opening import doorbell_path, ledger_directory
+from kvcached_core.ledger.policy import Policy
 from kvcached_core.units import GIB, MIB
 
 PAGE = 16 * MIB
@@ -106,7 +106,7 @@ def test_all_rows_taken_is_said_plainly(ledger: Ledger) -> None:
 CHILD = """
 import sys, time
 from pathlib import Path
-from kvcached_core.ledger import Ledger
+from kvcached_core.ledger.ledger import Ledger
 ledger = Ledger(Path(sys.argv[1]), 1 << 30)
 row = ledger.register(name="child", engine="test")
 print(ledger.reserve(row, 1 << 29, 1 << 24), flush=True)

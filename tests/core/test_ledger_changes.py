@@ -2,8 +2,8 @@
 
 import pytest
 
-from kvcached_core.ledger_changes import Answer, Changes, PendingChanges
-from kvcached_core.ledger_file import FILE_BYTES, Row, RowKey
+from kvcached_core.ledger.changes import Answer, Changes, PendingChanges
+from kvcached_core.ledger.file import FILE_BYTES, Row, RowKey
 
 ROW, OTHER = RowKey(0, 7), RowKey(1, 8)
 CHANGES = [

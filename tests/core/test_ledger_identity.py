@@ -11,9 +11,9 @@ import pytest
 from kvcached_core import control
 from kvcached_core.cli.doctor import examine
 from kvcached_core.errors import LedgerError
-from kvcached_core.ledger import Ledger, sweep
-from kvcached_core.ledger_file import MAGIC, RowKey
-from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.ledger.file import MAGIC, RowKey
+from kvcached_core.ledger.ledger import Ledger, sweep
+from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.units import GIB, MIB
 
 PAGE = 16 * MIB
@@ -294,7 +294,7 @@ def test_a_process_does_not_join_a_row_that_was_reaped_meanwhile(
 NEIGHBOUR = """
 import sys
 from pathlib import Path
-from kvcached_core.ledger import Ledger
+from kvcached_core.ledger.ledger import Ledger
 with Ledger(Path(sys.argv[1]), 1 << 30) as ledger:
     row = ledger.register(name="elsewhere", engine="test")
     print(ledger.reserve(row, 1 << 29, 1 << 24), flush=True)

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from helpers.waiting import await_that
 
-from kvcached_core import control, ledger_entry
+from kvcached_core import control
 from kvcached_core.errors import LedgerBusyError
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_file import SEQUENCE, RowKey
-from kvcached_core.ledger_lock import FileLock
-from kvcached_core.ledger_open import ledger_directory
-from kvcached_core.ledger_view import InstanceView
+from kvcached_core.ledger import entry as ledger_entry
+from kvcached_core.ledger.file import SEQUENCE, RowKey
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.lock import FileLock
+from kvcached_core.ledger.opening import ledger_directory
+from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB, MIB
 
 PAGE = 16 * MIB
@@ -25,7 +26,7 @@ PAGE = 16 * MIB
 HOLD = """
 import sys, time
 from pathlib import Path
-from kvcached_core.ledger import Ledger
+from kvcached_core.ledger.ledger import Ledger
 ledger = Ledger(Path(sys.argv[1]), 1 << 30)
 ledger._enter_patiently()
 print("held", flush=True)
@@ -137,7 +138,7 @@ def test_waiting_for_a_thread_and_for_a_process_is_not_longer_than_for_one(
             clock[0] += seconds
 
     waiting: list[bool] = []
-    monkeypatch.setattr("kvcached_core.ledger_lock.time", Time)
+    monkeypatch.setattr("kvcached_core.ledger.lock.time", Time)
     other = threading.Thread(target=hold)
     other.start()
     taken.wait(10)
@@ -254,7 +255,7 @@ def test_a_reader_waits_for_a_writer_and_not_for_one_that_does_not_go_on(
         words[SEQUENCE] = -1
         written.used_bytes = 2 * PAGE
         assert only(reader).used_bytes == 2 * PAGE  # that is all there is
-        monkeypatch.setattr("kvcached_core.ledger_view.time.sleep", finish)
+        monkeypatch.setattr("kvcached_core.ledger.view.time.sleep", finish)
         assert (only(reader).used_bytes, only(reader).cached_bytes) == (4 * PAGE, 0)
 
 

@@ -16,11 +16,11 @@ from helpers import ledger_child
 from helpers.ledger_child import OPERATIONS, PAGE
 
 from kvcached_core.errors import PolicyError
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_file import RowKey
-from kvcached_core.ledger_open import ledger_directory
-from kvcached_core.ledger_view import DeviceView
-from kvcached_core.sharing import Policy
+from kvcached_core.ledger.file import RowKey
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import ledger_directory
+from kvcached_core.ledger.policy import Policy
+from kvcached_core.ledger.view import DeviceView
 
 CAPACITY = 100
 NUM_PROCESSES = 8

@@ -18,14 +18,14 @@ from helpers.waiting import await_that
 
 from kvcached_core import control
 from kvcached_core.config import HOST, read_config
-from kvcached_core.devices import Device
+from kvcached_core.engine.instance import Instance
 from kvcached_core.errors import LedgerError
-from kvcached_core.instance import Instance
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_entry import SCHEDULER_SECONDS
-from kvcached_core.ledger_file import RowKey
-from kvcached_core.ledger_lock import FileLock
-from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.ledger.entry import SCHEDULER_SECONDS
+from kvcached_core.ledger.file import RowKey
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.lock import FileLock
+from kvcached_core.ledger.opening import ledger_directory
+from kvcached_core.memory.devices import Device
 from kvcached_core.units import MIB
 
 NUM_RACES = int(os.environ.get("KVCACHED_RACES", "200"))

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from kvcached_core import control, nvml
+from kvcached_core import control
 from kvcached_core.cli.doctor import examine
 from kvcached_core.errors import BackendError
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.ledger import nvml
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.units import GIB
 
 GPU = "GPU-00000000-1111-2222-3333-444444444444"

@@ -9,9 +9,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvcached_core.cli.metrics import exposition
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_open import ledger_directory
-from kvcached_core.sharing import Policy
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import ledger_directory
+from kvcached_core.ledger.policy import Policy
 from kvcached_core.units import GIB
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "observability"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvcached_core.orders import PageOrders, PendingOrders
+from kvcached_core.memory.orders import PageOrders, PendingOrders
 
 
 def told(orders: PendingOrders) -> PageOrders:

@@ -8,15 +8,15 @@ from itertools import pairwise
 
 import pytest
 
-from kvcached_core.arena import Arena
 from kvcached_core.errors import BackendError, LedgerError, OutOfMemoryError, PageKeeperError
-from kvcached_core.geometry import choose_geometry
-from kvcached_core.page_keeper import PageChanges, PageKeeper
+from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.geometry import choose_geometry
+from kvcached_core.memory.keeper import PageChanges, PageKeeper
+from kvcached_core.memory.vmm.backend import Backend, Layer, Result
+from kvcached_core.memory.vmm.faulty import FaultyBackend
+from kvcached_core.memory.vmm.host import HostBackend
+from kvcached_core.memory.vmm.metered import MeteredBackend
 from kvcached_core.units import MIB
-from kvcached_core.vmm.backend import Backend, Layer, Result
-from kvcached_core.vmm.faulty import FaultyBackend
-from kvcached_core.vmm.host import HostBackend
-from kvcached_core.vmm.metered import MeteredBackend
 
 # A thread that is gone is waited for by nobody, or for ever.
 pytestmark = pytest.mark.timeout(60)

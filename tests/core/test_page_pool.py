@@ -8,10 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvcached_core.errors import PageStateError
-from kvcached_core.geometry import Geometry
-from kvcached_core.orders import PageOrders
-from kvcached_core.page_pool import (
+from kvcached_core.engine.pages import (
     CACHED,
     IDLE,
     MAX_CLOSED_PAGES,
@@ -20,6 +17,9 @@ from kvcached_core.page_pool import (
     USED,
     PagePool,
 )
+from kvcached_core.errors import PageStateError
+from kvcached_core.memory.geometry import Geometry
+from kvcached_core.memory.orders import PageOrders
 
 GEOMETRY = Geometry(block_bytes=1024, num_planes=4, ids_per_page=16, blocks_per_page=4)
 NUM_PAGES = 6

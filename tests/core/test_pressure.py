@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from kvcached_core.config import HOST, read_config
-from kvcached_core.devices import Device, open_ledger
+from kvcached_core.engine.instance import Instance
 from kvcached_core.errors import LedgerError
-from kvcached_core.instance import Instance
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_file import RowKey
-from kvcached_core.ledger_open import doorbell_path
-from kvcached_core.pressure import Doorbell, ring, wake
+from kvcached_core.ledger.bell import Doorbell, ring, wake
+from kvcached_core.ledger.file import RowKey
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import doorbell_path
+from kvcached_core.memory.devices import Device, open_ledger
 
 
 def test_a_ring_is_heard_and_the_socket_goes_with_the_bell(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from helpers.waiting import await_that
 
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.units import GIB, MIB
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "observability"

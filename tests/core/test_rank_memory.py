@@ -9,21 +9,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvcached_core import rank_memory
 from kvcached_core.config import HOST, read_config
-from kvcached_core.devices import Device
+from kvcached_core.engine.instance import Instance
 from kvcached_core.errors import BackendError, OutOfMemoryError, PageKeeperError
-from kvcached_core.geometry import choose_geometry
-from kvcached_core.instance import Instance
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_view import InstanceView
-from kvcached_core.orders import PageOrders
-from kvcached_core.rank_memory import LOG_SECONDS, PATIENCE_SECONDS, RankMemory
-from kvcached_core.seats import Seat
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.view import InstanceView
+from kvcached_core.memory import rank
+from kvcached_core.memory.devices import Device
+from kvcached_core.memory.geometry import choose_geometry
+from kvcached_core.memory.orders import PageOrders
+from kvcached_core.memory.rank import LOG_SECONDS, PATIENCE_SECONDS, RankMemory
+from kvcached_core.memory.seats import Seat
+from kvcached_core.memory.vmm.backend import Fence, Result
+from kvcached_core.memory.vmm.faulty import FaultyBackend
+from kvcached_core.memory.vmm.host import HostBackend, HostFence
 from kvcached_core.units import MIB
-from kvcached_core.vmm.backend import Fence, Result
-from kvcached_core.vmm.faulty import FaultyBackend
-from kvcached_core.vmm.host import HostBackend, HostFence
 
 GEOMETRY = choose_geometry(
     block_bytes=65536, num_planes=4, granularity_bytes=2 * MIB, target_page_bytes=2 * MIB
@@ -132,7 +132,7 @@ class VirtualTime:
 def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualTime:
     made = VirtualTime()
     clock = SimpleNamespace(monotonic=made.monotonic, sleep=made.sleep)
-    monkeypatch.setattr(rank_memory, "time", clock)
+    monkeypatch.setattr(rank, "time", clock)
     return made
 
 

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_file import RowKey
-from kvcached_core.ledger_open import ledger_directory
-from kvcached_core.ledger_view import DeviceView, InstanceView
-from kvcached_core.reach import pressure, reachable_bytes
-from kvcached_core.sharing import Policy
+from kvcached_core.ledger.file import RowKey
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import ledger_directory
+from kvcached_core.ledger.policy import Policy
+from kvcached_core.ledger.reach import pressure, reachable_bytes
+from kvcached_core.ledger.view import DeviceView, InstanceView
 
 PAGE = 16
 NUM_PAGES = 100

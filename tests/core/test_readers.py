@@ -13,9 +13,9 @@ import pytest
 from kvcached_core import control
 from kvcached_core.cli.doctor import examine
 from kvcached_core.cli.metrics import exposition
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_lock import FileLock
-from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.lock import FileLock
+from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.units import GIB, MIB
 
 KVCACHED = Path(sys.executable).with_name("kvcached")

@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from kvcached_core.engine.refusal import check_configuration, one_message, refuse
 from kvcached_core.errors import (
     ConfigError,
     GeometryError,
@@ -12,7 +13,6 @@ from kvcached_core.errors import (
     LedgerError,
     UnsupportedEngineError,
 )
-from kvcached_core.refusal import check_configuration, one_message, refuse
 
 LOGGER = logging.getLogger("kvcached.test")
 ERROR = UnsupportedEngineError("because")

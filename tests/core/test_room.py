@@ -8,10 +8,10 @@ import pytest
 
 from kvcached_core import control
 from kvcached_core.config import HOST, Config, read_config
-from kvcached_core.devices import Device
-from kvcached_core.instance import Instance
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_view import InstanceView
+from kvcached_core.engine.instance import Instance
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.view import InstanceView
+from kvcached_core.memory.devices import Device
 from kvcached_core.units import MIB
 
 PAGE = 16 * MIB

@@ -3,8 +3,8 @@
 import pytest
 
 from kvcached_core.errors import PolicyError
-from kvcached_core.ledger_file import HEADER_WORDS, NUM_ROWS, ROW_WORDS, Row
-from kvcached_core.sharing import Policy, check, shares
+from kvcached_core.ledger.file import HEADER_WORDS, NUM_ROWS, ROW_WORDS, Row
+from kvcached_core.ledger.policy import Policy, check, shares
 
 
 def rows(*sizes: dict[str, int]) -> list[Row]:

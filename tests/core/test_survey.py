@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from kvcached_core import control
-from kvcached_core import survey as surveys
 from kvcached_core.errors import LedgerError
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_open import ledger_directory
-from kvcached_core.survey import open_ledgers, survey
+from kvcached_core.ledger import survey as surveys
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import ledger_directory
+from kvcached_core.ledger.survey import open_ledgers, survey
 from kvcached_core.units import GIB
 
 

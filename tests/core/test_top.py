@@ -20,9 +20,9 @@ from rich.console import Console
 from kvcached_core.cli.columns import ASCII_SIGNS, SIGNS, bar, short_bytes, shortened
 from kvcached_core.cli.history import History
 from kvcached_core.cli.picture import Picture
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_open import ledger_directory
-from kvcached_core.ledger_view import DeviceView, InstanceView
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import ledger_directory
+from kvcached_core.ledger.view import DeviceView, InstanceView
 from kvcached_core.units import GIB, KIB, MIB
 
 KVCACHED = Path(sys.executable).with_name("kvcached")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from kvcached_core.cli.app import main
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.units import GIB, MIB
 
 IS_ROOT = os.geteuid() == 0

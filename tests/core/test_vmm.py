@@ -15,13 +15,13 @@ from helpers.fake_driver import FakeDriver, tensors_on_the_host
 from helpers.process_memory import resident_bytes
 
 from kvcached_core.errors import OutOfMemoryError
+from kvcached_core.memory.vmm.backend import Backend, Layer
+from kvcached_core.memory.vmm.cuda import CudaBackend
+from kvcached_core.memory.vmm.faulty import FaultyBackend
+from kvcached_core.memory.vmm.host import HostBackend
+from kvcached_core.memory.vmm.limited import LimitedBackend
+from kvcached_core.memory.vmm.metered import MeteredBackend
 from kvcached_core.units import MIB
-from kvcached_core.vmm.backend import Backend, Layer
-from kvcached_core.vmm.cuda import CudaBackend
-from kvcached_core.vmm.faulty import FaultyBackend
-from kvcached_core.vmm.host import HostBackend
-from kvcached_core.vmm.limited import LimitedBackend
-from kvcached_core.vmm.metered import MeteredBackend
 
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "host": HostBackend,
@@ -47,7 +47,7 @@ def resident() -> Resident:
 
 TOUCH = """
 import ctypes
-from kvcached_core.vmm.host import HostBackend
+from kvcached_core.memory.vmm.host import HostBackend
 backend = HostBackend()
 page = backend.granularity_bytes
 address = backend.reserve(2 * page)

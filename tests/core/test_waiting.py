@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from kvcached_core.waiting import WaitingLog
+from kvcached_core.engine.waiting import WaitingLog
 
 
 class Clock:

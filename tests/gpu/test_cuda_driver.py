@@ -5,13 +5,13 @@ import torch
 from helpers.contract import *  # noqa: F403  the tests that every backend passes
 from helpers.contract import PAGE, Resident
 
-from kvcached_core.arena import Arena
-from kvcached_core.devices import cuda_device
 from kvcached_core.errors import OutOfMemoryError
-from kvcached_core.geometry import choose_geometry
-from kvcached_core.nvml import free_memory_reader
+from kvcached_core.ledger.nvml import free_memory_reader
+from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.devices import cuda_device
+from kvcached_core.memory.geometry import choose_geometry
+from kvcached_core.memory.vmm.cuda import CudaBackend
 from kvcached_core.units import GIB, MIB
-from kvcached_core.vmm.cuda import CudaBackend
 
 pytestmark = pytest.mark.gpu
 

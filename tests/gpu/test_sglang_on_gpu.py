@@ -19,8 +19,8 @@ from helpers.sglang_models import deepseek, laguna, lfm2, save
 from helpers.weights import make_weights
 
 from kvcached_core.cli.demo.server import SGLangServer
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_view import InstanceView
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kvcached_core.errors import BackendError, PageStateError
+from kvcached_core.memory.vmm.backend import Backend
 from kvcached_core.units import MIB
-from kvcached_core.vmm.backend import Backend
 
 PAGE = 2 * MIB
 Resident = Callable[[int, int], int]

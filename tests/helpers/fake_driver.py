@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from cuda.bindings import driver as real
 
+from kvcached_core.memory.vmm import dlpack, host
 from kvcached_core.units import GIB, MIB
-from kvcached_core.vmm import dlpack, host
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,10 +9,10 @@ import random
 import sys
 from pathlib import Path
 
-from kvcached_core.arena import Arena
-from kvcached_core.geometry import Geometry
-from kvcached_core.ledger import Ledger
-from kvcached_core.vmm.host import HostBackend
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.geometry import Geometry
+from kvcached_core.memory.vmm.host import HostBackend
 
 PAGE = 2 * 1024 * 1024
 NUM_PAGES = 64

@@ -64,7 +64,7 @@ def answer(llm: Any, sampling: Any) -> list[int]:
 
 def neighbour(engine: Any) -> Any:
     """Return an instance that was promised all that is free."""
-    from kvcached_core.instance import Instance
+    from kvcached_core.engine.instance import Instance
 
     instance = Instance(
         engine.devices,

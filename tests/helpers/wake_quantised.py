@@ -12,9 +12,9 @@ from typing import Any
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from kvcached_core.arena import Arena
-from kvcached_core.geometry import choose_geometry
-from kvcached_core.vmm.host import HostBackend
+from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.geometry import choose_geometry
+from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_vllm.worker_hooks import worker_wake_up
 
 GEOMETRY = choose_geometry(block_bytes=65536, num_planes=4, granularity_bytes=2 << 20)

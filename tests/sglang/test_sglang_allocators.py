@@ -18,8 +18,8 @@ from hypothesis.stateful import (
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 
-from kvcached_core.geometry import Geometry
-from kvcached_core.orders import PageOrders
+from kvcached_core.memory.geometry import Geometry
+from kvcached_core.memory.orders import PageOrders
 from kvcached_sglang.allocators import make_elastic
 from kvcached_sglang.blocks import BlockPages
 

@@ -14,8 +14,8 @@ from kvcached_core.cli.demo.load import Completion
 from kvcached_core.cli.demo.memory import Recorder
 from kvcached_core.cli.demo.server import EngineServer
 from kvcached_core.control import Outcome, set_limit
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_view import InstanceView
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
 
 pytestmark = [pytest.mark.sglang, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kvcached_core.geometry import Geometry
-from kvcached_core.orders import PageOrders
+from kvcached_core.memory.geometry import Geometry
+from kvcached_core.memory.orders import PageOrders
 from kvcached_sglang.blocks import BlockPages
 
 pytestmark = pytest.mark.sglang

@@ -45,9 +45,9 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    for module in ("kvcached_core.instance", "kvcached_sglang.ranks", "kvcached_sglang.waiting"):
-        monkeypatch.setattr(f"{module}.time", made)
-    monkeypatch.setattr("kvcached_sglang.engine.time", made)
+    monkeypatch.setattr("kvcached_core.engine.instance.time", made)
+    for module in ("ranks", "waiting", "engine"):
+        monkeypatch.setattr(f"kvcached_sglang.{module}.time", made)
     return made
 
 

@@ -12,9 +12,9 @@ from helpers.sglang_elastic import hooked, make_engine
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from kvcached_core.page_keeper import PageKeeper
+from kvcached_core.memory.keeper import PageKeeper
+from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import MIB
-from kvcached_core.vmm.host import HostBackend
 from kvcached_sglang import engine as engines
 from kvcached_sglang import hooks
 from kvcached_sglang.engine import ElasticEngine

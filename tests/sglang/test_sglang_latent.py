@@ -18,7 +18,7 @@ from helpers.sglang_engine import (
 from helpers.sglang_models import deepseek
 from helpers.waiting import await_that
 
-from kvcached_core.ledger import Ledger
+from kvcached_core.ledger.ledger import Ledger
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -10,7 +10,7 @@ from helpers.sglang_engine import POOL, start_sglang
 
 from kvcached_core.cli.demo.load import Burst, Completion
 from kvcached_core.cli.demo.server import SGLangServer
-from kvcached_core.ledger import Ledger
+from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.units import MIB
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]

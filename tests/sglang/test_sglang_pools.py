@@ -16,10 +16,10 @@ from sglang.srt.mem_cache.memory_pool import (
 )
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
-from kvcached_core.arena import Arena
 from kvcached_core.errors import UnsupportedEngineError
-from kvcached_core.geometry import Geometry, choose_geometry
-from kvcached_core.vmm.host import HostBackend
+from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.geometry import Geometry, choose_geometry
+from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_sglang import engine as engines
 from kvcached_sglang import hooks, pools
 

@@ -8,8 +8,8 @@ import pytest
 from torch import distributed
 
 from kvcached_core.config import Config, read_config
-from kvcached_core.devices import host_device
 from kvcached_core.errors import ConfigError
+from kvcached_core.memory.devices import host_device
 from kvcached_sglang.ranks import FirstRankError, Ranks, join_ranks
 
 pytestmark = pytest.mark.sglang

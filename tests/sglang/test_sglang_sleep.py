@@ -18,8 +18,8 @@ from sglang.srt.managers.scheduler_components.weight_updater import (
 from torch import distributed
 
 from kvcached_core.config import read_config
-from kvcached_core.devices import host_device
-from kvcached_core.instance import Instance
+from kvcached_core.engine.instance import Instance
+from kvcached_core.memory.devices import host_device
 from kvcached_core.units import MIB
 from kvcached_sglang import sleep_hooks
 from kvcached_sglang.engine import ElasticEngine
@@ -95,7 +95,7 @@ class Sleeper:
 
 @pytest.fixture
 def sleeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sleeper]:
-    monkeypatch.setattr("kvcached_core.room.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("kvcached_core.ledger.shortage.PATIENCE_SECONDS", 0.2)
     engine = make_engine(tmp_path, host_pool=POOL)
     if hasattr(Updater, "_assert_weight_cache_inactive"):
         monkeypatch.setattr(Updater, "_assert_weight_cache_inactive", lambda *_: None)

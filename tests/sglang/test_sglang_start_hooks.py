@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvcached_core.errors import LedgerError, UnsupportedEngineError
-from kvcached_core.model_bytes import OTHER_BYTES
+from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_sglang import engine as engines
 from kvcached_sglang import start_hooks, startup
 from kvcached_sglang.ranks import FirstRankError

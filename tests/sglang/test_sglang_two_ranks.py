@@ -18,8 +18,8 @@ from helpers.waiting import await_that
 from kvcached_core.cli.demo.load import Burst, Completion
 from kvcached_core.cli.demo.server import SGLangServer
 from kvcached_core.control import Outcome, set_limit, trim
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_view import InstanceView
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]

@@ -9,9 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvcached_core.geometry import Geometry
-from kvcached_core.orders import PageOrders
-from kvcached_core.page_pool import CACHED, IDLE, UNMAPPED, USED
+from kvcached_core.engine.pages import CACHED, IDLE, UNMAPPED, USED
+from kvcached_core.memory.geometry import Geometry
+from kvcached_core.memory.orders import PageOrders
 from kvcached_patches import vllm
 from kvcached_patches.hook import OVERRIDE
 

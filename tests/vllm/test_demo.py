@@ -19,7 +19,7 @@ from kvcached_core.cli.demo import run
 from kvcached_core.cli.demo.load import Completion, _events
 from kvcached_core.cli.demo.memory import Recording
 from kvcached_core.cli.demo.verdict import judge
-from kvcached_core.ledger_view import DeviceView, InstanceView
+from kvcached_core.ledger.view import DeviceView, InstanceView
 from kvcached_core.units import MIB
 
 KVCACHED = Path(sys.executable).with_name("kvcached")

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
-from kvcached_core import instance
-from kvcached_core.arena import Arena
 from kvcached_core.config import HOST, Config, read_config
-from kvcached_core.devices import Device
+from kvcached_core.engine import instance
 from kvcached_core.errors import ConfigError, PolicyError
-from kvcached_core.ledger import Ledger
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.devices import Device
+from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import MIB
-from kvcached_core.vmm.host import HostBackend
 from kvcached_vllm import engine as engine_module
 from kvcached_vllm.engine import ElasticEngine
 from kvcached_vllm.layout import PLACEMENT

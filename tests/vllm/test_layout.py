@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from kvcached_core.arena import Arena
 from kvcached_core.errors import UnsupportedEngineError
-from kvcached_core.geometry import choose_geometry
-from kvcached_core.seats import Seat
+from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.geometry import choose_geometry
+from kvcached_core.memory.seats import Seat
+from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import MIB
-from kvcached_core.vmm.host import HostBackend
 from kvcached_vllm.layout import Placement, plane_layout, sparse_config
 from kvcached_vllm.zeros import ZerosFromArena
 

@@ -21,8 +21,8 @@ from kvcached_core.cli.demo.memory import Recorder
 from kvcached_core.cli.demo.model import KV_BYTES_PER_TOKEN, make_model
 from kvcached_core.cli.demo.server import EngineServer
 from kvcached_core.control import Outcome, set_floor, set_limit, trim
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_view import InstanceView
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]

@@ -13,9 +13,9 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.abstract import Executor
 
 from kvcached_core.config import HOST, Config, read_config
-from kvcached_core.devices import Device
+from kvcached_core.engine.instance import Instance
 from kvcached_core.errors import NoRoomError
-from kvcached_core.instance import Instance
+from kvcached_core.memory.devices import Device
 from kvcached_core.units import MIB
 from kvcached_vllm import sleeping
 from kvcached_vllm.engine_hooks import executor_wake_up

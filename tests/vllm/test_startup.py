@@ -13,10 +13,10 @@ from helpers.configurations import configuration, parallel
 from helpers.nursery import run_warm
 
 from kvcached_core.config import read_config
-from kvcached_core.devices import host_device
 from kvcached_core.errors import LedgerError, UnsupportedEngineError
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_open import ledger_directory
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import ledger_directory
+from kvcached_core.memory.devices import host_device
 from kvcached_core.units import GIB
 from kvcached_patches import vllm as table
 from kvcached_vllm import startup

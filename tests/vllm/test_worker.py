@@ -11,17 +11,17 @@ from typing import Any, cast
 import pytest
 from helpers.fake_driver import FakeDriver, Result, tensors_on_the_host
 
-from kvcached_core import rank_memory
 from kvcached_core.errors import ConfigError, UnmappedBlockError
-from kvcached_core.geometry import choose_geometry
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_open import ledger_directory
-from kvcached_core.ledger_view import InstanceView
-from kvcached_core.orders import PageOrders
-from kvcached_core.seats import Seat
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import ledger_directory
+from kvcached_core.ledger.view import InstanceView
+from kvcached_core.memory import rank
+from kvcached_core.memory.geometry import choose_geometry
+from kvcached_core.memory.orders import PageOrders
+from kvcached_core.memory.seats import Seat
+from kvcached_core.memory.vmm.cuda import CudaBackend
+from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import MIB
-from kvcached_core.vmm.cuda import CudaBackend
-from kvcached_core.vmm.host import HostBackend
 from kvcached_vllm.layout import Placement
 from kvcached_vllm.worker import WorkerMemory, apply_orders
 
@@ -105,7 +105,7 @@ def test_warm_up_on_made_up_ids_is_mapped_and_given_back(
 def test_warm_up_waits_for_a_promise_and_maps_nothing_without_one(
     memory: WorkerMemory, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rank_memory, "ROOM_SECONDS", 0.1)
+    monkeypatch.setattr(rank, "ROOM_SECONDS", 0.1)
     other = ledger.register(name="b", engine="test")
     held = ledger.reserve(other, 64 * PAGE, PAGE)
     touches = step([[GEOMETRY.ids_per_page]])
@@ -113,13 +113,13 @@ def test_warm_up_waits_for_a_promise_and_maps_nothing_without_one(
         memory.map_for_warm_up(touches)
     assert memory.arena.resident_pages == [0]
 
-    asked_peers = rank_memory.ask_peers
+    asked_peers = rank.ask_peers
 
     def give(*args: Any) -> None:
         asked_peers(*args)
         ledger.cancel(other, PAGE)  # the neighbour hears of it and gives a page
 
-    monkeypatch.setattr(rank_memory, "ask_peers", give)
+    monkeypatch.setattr(rank, "ask_peers", give)
     memory.map_for_warm_up(touches)
     assert sorted(memory.arena.resident_pages) == [0, 1]
     rows = {view.name: view for view in ledger.view().instances}
@@ -156,12 +156,12 @@ def test_closing_gives_every_byte_back(ledger: Ledger) -> None:
 FORK = """
 import os, sys
 from pathlib import Path
-from kvcached_core.geometry import choose_geometry
-from kvcached_core.instance import Seat
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_open import ledger_directory
-from kvcached_core.rank_memory import RankMemory
-from kvcached_core.vmm.host import HostBackend
+from kvcached_core.memory.geometry import choose_geometry
+from kvcached_core.engine.instance import Seat
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import ledger_directory
+from kvcached_core.memory.rank import RankMemory
+from kvcached_core.memory.vmm.host import HostBackend
 
 geometry = choose_geometry(block_bytes=65536, num_planes=4, granularity_bytes=2 << 20)
 path = ledger_directory(Path(sys.argv[1])) / "host.ledger"

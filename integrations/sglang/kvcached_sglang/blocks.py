@@ -10,9 +10,9 @@ from heapq import heapify, heappop, heappush
 
 import torch
 
-from kvcached_core.geometry import Geometry
-from kvcached_core.orders import PageOrders
-from kvcached_core.page_pool import NUM_QUIET_PAGES, PageSource
+from kvcached_core.engine.pages import NUM_QUIET_PAGES, PageSource
+from kvcached_core.memory.geometry import Geometry
+from kvcached_core.memory.orders import PageOrders
 
 
 class BlockPages:

@@ -6,11 +6,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import CUDA, HOST, Config, read_config
+from kvcached_core.engine.pages import NUM_QUIET_PAGES, REPORT_SECONDS
 from kvcached_core.errors import UnmappedBlockError
-from kvcached_core.geometry import Geometry
-from kvcached_core.orders import PageOrders
-from kvcached_core.page_pool import NUM_QUIET_PAGES, REPORT_SECONDS
-from kvcached_core.rank_memory import RankMemory
+from kvcached_core.memory.geometry import Geometry
+from kvcached_core.memory.orders import PageOrders
+from kvcached_core.memory.rank import RankMemory
 from kvcached_sglang import hardware, startup
 from kvcached_sglang.blocks import BlockPages
 from kvcached_sglang.demand import demand_of, named_blocks, tokens_to_go_on

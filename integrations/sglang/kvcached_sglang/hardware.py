@@ -3,9 +3,9 @@
 from typing import Any
 
 from kvcached_core.config import CUDA, Config
-from kvcached_core.devices import Device, cuda_device, host_device
-from kvcached_core.vmm.backend import Backend
-from kvcached_core.vmm.host import HostBackend
+from kvcached_core.memory.devices import Device, cuda_device, host_device
+from kvcached_core.memory.vmm.backend import Backend
+from kvcached_core.memory.vmm.host import HostBackend
 
 
 def find_device(name: Any, config: Config) -> Device:
@@ -24,7 +24,7 @@ def make_backend(name: Any) -> Backend:
         return HostBackend()
     import torch
 
-    from kvcached_core.vmm.cuda import CudaBackend
+    from kvcached_core.memory.vmm.cuda import CudaBackend
 
     return CudaBackend(torch.cuda.current_device())
 

@@ -4,14 +4,14 @@ import logging
 from collections.abc import Callable
 from math import ceil
 
-from kvcached_core.arena import Arena
 from kvcached_core.config import HOST, Config
-from kvcached_core.devices import Device
 from kvcached_core.errors import ConfigError
-from kvcached_core.geometry import Geometry, choose_geometry, fit_geometry
-from kvcached_core.rank_memory import RankMemory
+from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.devices import Device
+from kvcached_core.memory.geometry import Geometry, choose_geometry, fit_geometry
+from kvcached_core.memory.rank import RankMemory
+from kvcached_core.memory.vmm.backend import Backend
 from kvcached_core.units import format_bytes
-from kvcached_core.vmm.backend import Backend
 from kvcached_sglang.pools import PoolShape
 from kvcached_sglang.ranks import Ranks
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from kvcached_core.arena import Arena
 from kvcached_core.errors import UnsupportedEngineError
-from kvcached_core.geometry import Geometry
+from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.geometry import Geometry
 from kvcached_sglang import startup
 
 SERVED_POOLS = frozenset(

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kvcached_core import room
 from kvcached_core.config import Config
-from kvcached_core.devices import Device
+from kvcached_core.engine.instance import Instance
 from kvcached_core.errors import KVCachedError
-from kvcached_core.instance import Instance
-from kvcached_core.seats import Seat
+from kvcached_core.ledger.shortage import PATIENCE_SECONDS
+from kvcached_core.memory.devices import Device
+from kvcached_core.memory.seats import Seat
 
 MICROSECONDS = 1_000_000
 
@@ -179,7 +179,7 @@ class Ranks:
         needed_bytes = self._largest(static_bytes)
         shortage = None
         if needed_bytes and self.instance is not None:
-            shortage = self.instance.make_room(needed_bytes, room.PATIENCE_SECONDS)
+            shortage = self.instance.make_room(needed_bytes, PATIENCE_SECONDS)
         (is_short,) = self._share([int(shortage is not None)])
         return (str(shortage) if shortage is not None else "see rank 0") if is_short else None
 

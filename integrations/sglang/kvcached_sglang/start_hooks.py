@@ -7,7 +7,7 @@ from typing import Any
 
 from kvcached_core.config import HOST
 from kvcached_core.errors import KVCachedError, UnsupportedEngineError
-from kvcached_core.model_bytes import OTHER_BYTES
+from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_core.units import GIB
 from kvcached_sglang import obstacles, startup
 from kvcached_sglang.engine import engine, start_engine

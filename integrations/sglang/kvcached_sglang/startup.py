@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kvcached_core import refusal
 from kvcached_core.config import SWITCH, Enable, read_config, read_switch
+from kvcached_core.engine import refusal
+from kvcached_core.engine.leaving import sweep_at_exit
+from kvcached_core.engine.names import safe_name
 from kvcached_core.errors import ConfigError, GeometryError, UnsupportedEngineError
-from kvcached_core.leaving import sweep_at_exit
-from kvcached_core.names import safe_name
 from kvcached_patches import (
     Installed,
     Patcher,

@@ -3,7 +3,7 @@
 from itertools import chain
 from typing import Any
 
-from kvcached_core.model_bytes import OTHER_BYTES, model_bytes
+from kvcached_core.memory.model_bytes import OTHER_BYTES, model_bytes
 
 
 def static_bytes(runner: Any) -> int:

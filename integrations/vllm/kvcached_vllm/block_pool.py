@@ -13,8 +13,8 @@ from typing import Any
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 
-from kvcached_core.geometry import Geometry
-from kvcached_core.page_pool import CACHED, PagePool, PageSource
+from kvcached_core.engine.pages import CACHED, PagePool, PageSource
+from kvcached_core.memory.geometry import Geometry
 
 
 class SparseBlocks(Sequence[KVCacheBlock]):

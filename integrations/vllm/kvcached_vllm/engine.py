@@ -9,17 +9,17 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import HOST, Config
-from kvcached_core.devices import Device
+from kvcached_core.engine.instance import Instance
 from kvcached_core.errors import ConfigError, UnsupportedEngineError
-from kvcached_core.geometry import Geometry, choose_geometry
-from kvcached_core.instance import Instance
+from kvcached_core.memory.devices import Device
+from kvcached_core.memory.geometry import Geometry, choose_geometry
 from kvcached_core.units import format_bytes
 from kvcached_vllm import startup
 from kvcached_vllm.layout import PLACEMENT, Placement, plane_layout
 from kvcached_vllm.worker import apply_orders, settle_orders
 
 if TYPE_CHECKING:
-    from kvcached_core.orders import PageOrders
+    from kvcached_core.memory.orders import PageOrders
 
 logger = logging.getLogger("vllm.kvcached")
 

@@ -7,15 +7,15 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import read_config
+from kvcached_core.engine.refusal import one_message
 from kvcached_core.errors import UnsupportedEngineError
-from kvcached_core.refusal import one_message
 from kvcached_vllm import startup
 from kvcached_vllm.engine import ElasticEngine
 from kvcached_vllm.sleeping import asleep_bytes, room_to_wake
 from kvcached_vllm.worker_hooks import device_of, granularity_of
 
 if TYPE_CHECKING:
-    from kvcached_core.orders import PageOrders
+    from kvcached_core.memory.orders import PageOrders
 
 logger = logging.getLogger("vllm.kvcached")
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvcached_core.errors import UnsupportedEngineError
-from kvcached_core.geometry import Geometry
-from kvcached_core.seats import Seat
+from kvcached_core.memory.geometry import Geometry
+from kvcached_core.memory.seats import Seat
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
+from kvcached_core.engine.instance import Instance
 from kvcached_core.errors import NoRoomError
-from kvcached_core.instance import Instance
-from kvcached_core.room import PATIENCE_SECONDS
+from kvcached_core.ledger.shortage import PATIENCE_SECONDS
 from kvcached_vllm.worker import memory_of
 
 

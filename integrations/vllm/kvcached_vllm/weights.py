@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kvcached_core.model_bytes import ModelBytes, model_bytes
+from kvcached_core.memory.model_bytes import ModelBytes, model_bytes
 from kvcached_core.units import GIB
 
 # CUDA context, libraries, activations of the profile run and CUDA graphs: about 2 GiB for an 8B

@@ -6,9 +6,9 @@ from typing import Any
 
 from kvcached_core.config import read_config
 from kvcached_core.errors import UnmappedBlockError
-from kvcached_core.orders import PageOrders
-from kvcached_core.rank_memory import RankMemory
-from kvcached_core.vmm.backend import Backend
+from kvcached_core.memory.orders import PageOrders
+from kvcached_core.memory.rank import RankMemory
+from kvcached_core.memory.vmm.backend import Backend
 from kvcached_vllm.layout import Placement
 
 logger = logging.getLogger("vllm.kvcached")

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from kvcached_core.arrival import Arrival
 from kvcached_core.config import CUDA, HOST, read_config
-from kvcached_core.devices import Device, cuda_device, host_device
+from kvcached_core.engine.arrival import Arrival
 from kvcached_core.errors import UnsupportedEngineError
-from kvcached_core.model_bytes import OTHER_BYTES
-from kvcached_core.vmm.host import HostBackend
+from kvcached_core.memory.devices import Device, cuda_device, host_device
+from kvcached_core.memory.model_bytes import OTHER_BYTES
+from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_vllm import startup
 from kvcached_vllm.layout import PLACEMENT, Placement, plane_layout, sparse_config
 from kvcached_vllm.sleeping import all_or_none, mapped_only
@@ -19,8 +19,8 @@ from kvcached_vllm.weights import static_bytes
 from kvcached_vllm.worker import WorkerMemory, inner_worker, settle_orders
 
 if TYPE_CHECKING:
-    from kvcached_core.orders import PageOrders
-    from kvcached_core.vmm.backend import Backend
+    from kvcached_core.memory.orders import PageOrders
+    from kvcached_core.memory.vmm.backend import Backend
 
 logger = logging.getLogger("vllm.kvcached")
 
@@ -57,7 +57,7 @@ def _backend(worker: Any) -> "Backend":
 def _new_backend(device: Any) -> "Backend":
     if device.type != CUDA:
         return HostBackend()
-    from kvcached_core.vmm.cuda import CudaBackend
+    from kvcached_core.memory.vmm.cuda import CudaBackend
 
     return CudaBackend(device.index or 0)
 
@@ -274,7 +274,8 @@ def cpu_worker_init(original: Callable[..., None]) -> Callable[..., None]:
         is_unset = vllm_config.cache_config.kv_cache_memory_bytes is None
         if is_unset and startup.can_serve(vllm_config):
             config = read_config()
-            vllm_config.cache_config.kv_cache_memory_bytes = config.virtual_bytes(config.host_pool)
+            pool_bytes = host_device(config).total_bytes
+            vllm_config.cache_config.kv_cache_memory_bytes = config.virtual_bytes(pool_bytes)
         original(self, vllm_config, *args, **kwargs)
 
     return wrapper

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from kvcached_core.cli.demo.background import Background
 from kvcached_core.errors import LedgerError
-from kvcached_core.ledger import Ledger
-from kvcached_core.ledger_view import DeviceView
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.view import DeviceView
 
 SAMPLE_SECONDS = 0.05
 

@@ -1,0 +1,1 @@
+"""A scheduler's side of an engine, in no engine's words."""

@@ -1,0 +1,329 @@
+"""One engine in the ledgers of all its devices: what it is promised, it is promised on all."""
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from math import ceil
+from typing import TYPE_CHECKING
+
+from kvcached_core.config import Config
+from kvcached_core.engine.names import numbered_names
+from kvcached_core.engine.waiting import WaitingLog, explain_wait
+from kvcached_core.ledger.bell import Doorbell, wake
+from kvcached_core.ledger.opening import doorbell_path
+from kvcached_core.ledger.shortage import (
+    LOOK_SECONDS,
+    PATIENCE_SECONDS,
+    Need,
+    Shortage,
+    ask_peers,
+    make_room,
+)
+from kvcached_core.memory.devices import Device, open_ledger
+from kvcached_core.memory.seats import Seat, leave_rows, take_rows
+
+if TYPE_CHECKING:
+    from kvcached_core.ledger.file import RowKey
+    from kvcached_core.ledger.ledger import Ledger
+
+# Who was refused asks again when it is rung, or after this time: what others than engines free on a
+# device nobody tells.
+REFUSAL_SECONDS = 0.05
+
+
+class Instance:
+    """The rows of one engine, one for each device that its ranks use.
+
+    The scheduler's thread calls it. In a child that the process forks it is nobody's: there closing
+    it does nothing, and everything else is refused.
+
+    Args:
+        devices: The device of each rank.
+        config: The settings; they name the folder and the limit.
+        name: The instance's name; None takes `default_name`, with a number behind it if need be.
+        default_name: What it is called when nobody named it.
+        engine: The engine and its release.
+        answer: Called in a thread of ours when somebody rings or an alarm goes off.
+
+    Raises:
+        LedgerError: If a ledger cannot be used, or the name is taken.
+        ConfigError: If a size is above what the device has.
+        PolicyError: If limit, floor or priority cannot be promised.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[Device],
+        config: Config,
+        *,
+        name: str | None,
+        default_name: str,
+        engine: str,
+        answer: Callable[[], None],
+    ) -> None:
+        self.page_bytes = 0
+        self._num_ranks = Counter(devices)
+        self._ledgers: dict[Device, Ledger] = {}
+        self._rows: dict[Device, RowKey] = {}
+        self._bells: list[Doorbell] = []
+        self._seen: dict[Device, int] = {}
+        self._num_asked: dict[Device, int] = {}
+        self._answer = answer
+        self._rang = threading.Event()
+        self._refused_pages = 0
+        self._refused_until = 0.0
+        self._pid = os.getpid()
+        self._waiting_log = WaitingLog(self._explain_refusal)
+        self._asked_until = 0.0
+        try:
+            # One order for all instances, so that two of them never wait for each other.
+            for device in sorted(self._num_ranks, key=lambda device: device.name):
+                self._ledgers[device] = open_ledger(device, config)
+            names = [name] if name else numbered_names(default_name)
+            self._rows = take_rows(self._ledgers, names, engine=engine, config=config)
+            for device, ledger in self._ledgers.items():
+                path = doorbell_path(ledger.path, self._rows[device])
+                self._bells.append(Doorbell(path, self._on_ring))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What instances may hold together on the device that has least, in bytes."""
+        return min(ledger.capacity_bytes for ledger in self._ledgers.values())
+
+    def seat(self, device: Device) -> Seat:
+        """Return where a rank on `device` reports what it maps."""
+        ledger = self._ledgers[device]
+        return Seat(str(ledger.path), self._rows[device], self._num_ranks[device])
+
+    def describe(self, *, page_bytes: int, num_pages: int, least_pages: int = 0) -> None:
+        """Say how large a page is on each rank, in bytes, and how many there are.
+
+        Args:
+            page_bytes: Bytes of a page.
+            num_pages: Pages of the pool.
+            least_pages: Pages that the largest request needs: no limit may be below them, and the
+                floors of others have to leave them.
+
+        Raises:
+            PolicyError: If these floors do not.
+        """
+        self.page_bytes = page_bytes
+        for device, ledger in self._ledgers.items():
+            unit_bytes = self._unit_bytes(device)
+            ledger.describe(
+                self._rows[device],
+                page_bytes=unit_bytes,
+                virtual_bytes=num_pages * unit_bytes,
+                least_bytes=least_pages * unit_bytes,
+            )
+
+    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
+        """Promise up to `num_pages` pages on every rank; if it is urgent, ask others for the rest.
+
+        Args:
+            num_pages: Pages that are wanted.
+            is_urgent: Whether a request has to wait without them.
+            num_spare: Pages that are welcome beyond them; nobody is asked for these, and who waits
+                comes first.
+
+        Returns:
+            How many pages were promised, the same on all devices.
+        """
+        if is_urgent and self._is_refused(num_pages):
+            return 0
+        granted = self._promise(num_pages, num_spare, may_borrow=is_urgent)
+        if is_urgent and num_pages:
+            if granted < num_pages:
+                self._refused_pages = num_pages - granted
+                self._refused_until = time.monotonic() + REFUSAL_SECONDS
+                self._ask_peers(num_pages - granted)
+                self._waiting_log.refused()
+            else:
+                self._waiting_log.over()
+        return granted
+
+    def _promise(self, num_pages: int, num_spare: int, *, may_borrow: bool) -> int:
+        granted = num_pages + num_spare
+        taken: list[tuple[Device, int]] = []
+        for device, ledger in self._ledgers.items():
+            unit_bytes = self._unit_bytes(device)
+            needed = min(num_pages, granted)
+            promised = ledger.reserve(
+                self._rows[device],
+                needed * unit_bytes,
+                unit_bytes,
+                spare_bytes=(granted - needed) * unit_bytes,
+                is_waiting=may_borrow,
+            )
+            granted = promised // unit_bytes
+            taken.append((device, granted))
+        for device, num_taken in taken:
+            if num_taken > granted:
+                self._cancel_on(device, num_taken - granted)
+        return granted
+
+    def ask(self, num_pages: int) -> None:
+        """Ask others for `num_pages` that a request waits for; nothing is promised yet.
+
+        Who asks again within `REFUSAL_SECONDS`, and was not rung, has been heard.
+        """
+        if time.monotonic() >= self._asked_until:
+            self._asked_until = time.monotonic() + REFUSAL_SECONDS
+            self._ask_peers(num_pages)
+            self._waiting_log.refused()
+
+    def reserve_first_page(self) -> bool:
+        """Return whether one page was promised; wait for neighbours as long as a start may.
+
+        It never comes back, so it is not borrowed from a floor.
+        """
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not self._promise(1, 0, may_borrow=False):
+            self._ask_peers(1)
+            if time.monotonic() > deadline:
+                return False
+            self._rang.wait(LOOK_SECONDS)
+            self._rang.clear()
+        return True
+
+    def make_room(
+        self, static_bytes: int, patience_seconds: float = PATIENCE_SECONDS
+    ) -> Shortage | None:
+        """Announce what each rank is about to allocate beside its KV cache, and ask for it.
+
+        Neighbours give idle pages and cached blocks, never what their requests use, and nobody is
+        promised what is announced. Without room the announcement is taken back. Blocks the calling
+        thread, the scheduler's, for up to `patience_seconds`.
+
+        Args:
+            static_bytes: Bytes on each rank, such as weights that come back from sleep.
+            patience_seconds: How long neighbours may take.
+
+        Returns:
+            None if there is room: call `announce(0)` when it is allocated. Otherwise what is
+            missing, and who holds how much.
+        """
+        needs = [
+            Need(ledger, self._rows[device], static_bytes * self._num_ranks[device])
+            for device, ledger in self._ledgers.items()
+        ]
+        shortage = make_room(needs, self._rang, patience_seconds)
+        if shortage is not None:
+            self.announce(0)
+        return shortage
+
+    def announce(self, static_bytes: int) -> None:
+        """Say what each rank is still about to allocate beside its KV cache, in bytes.
+
+        Less than before leaves the rest to others, who are woken if they wait.
+        """
+        for device, ledger in self._ledgers.items():
+            num_bytes = static_bytes * self._num_ranks[device]
+            wake(ledger, ledger.announce(self._rows[device], num_bytes))
+
+    def clear_waiting(self) -> None:
+        """Say that nothing of this instance waits for memory any more, on any device."""
+        self._refused_until = 0.0
+        self._waiting_log.over()
+        for device, ledger in self._ledgers.items():
+            ledger.clear_waiting(self._rows[device])
+
+    def cancel(self, num_pages: int) -> None:
+        """Take back a promise of `num_pages` pages on every rank."""
+        for device in self._ledgers:
+            self._cancel_on(device, num_pages)
+
+    def has_news(self) -> bool:
+        """Return whether somebody wants something new of this instance. Takes no lock."""
+        has_news = False
+        for device, ledger in self._ledgers.items():
+            num_notices = ledger.num_notices(self._rows[device])
+            if num_notices != self._seen.get(device) or num_notices < 0:
+                self._seen[device] = num_notices
+                has_news = True
+        return has_news
+
+    def wanted_pages(self) -> tuple[int, int]:
+        """Return how many pages others, or the limit, want back from this instance.
+
+        The second number is the part for which requests have to stop if nothing else is left.
+        """
+        found = []
+        for device, ledger in self._ledgers.items():
+            wanted = ledger.wanted(self._rows[device])
+            self._num_asked[device] = wanted.num_asked
+            found.append((wanted, self._unit_bytes(device)))
+        asked = max(ceil(wanted.asked_bytes / unit_bytes) for wanted, unit_bytes in found)
+        return asked, max(ceil(wanted.owed_bytes / unit_bytes) for wanted, unit_bytes in found)
+
+    def answer(self, num_pages: int) -> None:
+        """Say that this instance gives what it can, and that `num_pages` are about to be unmapped.
+
+        It comes before the orders to unmap them, which take from what is announced here.
+        """
+        for device, ledger in self._ledgers.items():
+            ledger.answer(
+                self._rows[device],
+                num_pages * self._unit_bytes(device),
+                num_asked=self._num_asked.get(device),
+            )
+
+    def set_alarm(self, seconds: float) -> None:
+        """Call `answer` once in `seconds`; an alarm that is set already is replaced."""
+        self._bells[0].set_alarm(seconds)
+
+    def free_bytes(self) -> int:
+        """Return what could be promised on the device that has least, in bytes."""
+        return min(
+            ledger.free_bytes(self._rows[device]) // self._num_ranks[device]
+            for device, ledger in self._ledgers.items()
+        )
+
+    def room_pages(self) -> int:
+        """Return how many pages would be promised now; nothing is promised."""
+        return min(
+            ledger.room_bytes(self._rows[device]) // self._unit_bytes(device)
+            for device, ledger in self._ledgers.items()
+        )
+
+    def close(self) -> None:
+        """Leave the ledgers."""
+        if os.getpid() != self._pid:
+            return
+        for bell in self._bells:
+            bell.close()
+        self._bells = []
+        leave_rows(self._ledgers, self._rows)
+        self._rows = {}
+        for ledger in self._ledgers.values():
+            ledger.close()
+        self._ledgers = {}
+
+    def _on_ring(self) -> None:
+        self._refused_until = self._asked_until = 0.0
+        self._rang.set()
+        self._answer()
+
+    def _is_refused(self, num_pages: int) -> bool:
+        return num_pages >= self._refused_pages and time.monotonic() < self._refused_until
+
+    def _explain_refusal(self) -> str:
+        views = [(ledger.view(), self._rows[device]) for device, ledger in self._ledgers.items()]
+        return "; ".join(explain_wait(view, row) for view, row in views)
+
+    def _unit_bytes(self, device: Device) -> int:
+        return self.page_bytes * self._num_ranks[device]
+
+    def _cancel_on(self, device: Device, num_pages: int) -> None:
+        ledger = self._ledgers[device]
+        wake(ledger, ledger.cancel(self._rows[device], num_pages * self._unit_bytes(device)))
+
+    def _ask_peers(self, num_pages: int) -> None:
+        for device, ledger in self._ledgers.items():
+            wanted = num_pages * self._unit_bytes(device)
+            ask_peers(ledger, self._rows[device], wanted)

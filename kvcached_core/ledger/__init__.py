@@ -1,0 +1,1 @@
+"""Who may hold how much of a device: one file in shared memory for each."""

@@ -1,0 +1,139 @@
+"""Changes of a row by its own instance, and those that wait for a lock that is held too long."""
+
+import threading
+from dataclasses import dataclass, field
+
+from kvcached_core.ledger.file import Row, RowKey
+
+
+@dataclass
+class Answer:
+    """An answer to being asked; sizes in bytes.
+
+    Attributes:
+        coming_bytes: What the workers are about to unmap.
+        num_asked: Which ask it is for; of a later one the rest stays. None answers all.
+        freed_bytes: What the instance had freed, ever, when it answered: what is announced may be
+            freed before the answer is written.
+    """
+
+    coming_bytes: int
+    num_asked: int | None
+    freed_bytes: int
+
+
+@dataclass
+class Changes:
+    """What an instance did; sizes in bytes.
+
+    The sums of several calls say the same as the calls, in any order. So what waits stays small.
+
+    Attributes:
+        unpromised_bytes: Promises that were taken back.
+        mapped_bytes: What was mapped.
+        unmapped_bytes: What was unmapped.
+        unneeded_bytes: Promises that needed no memory.
+        stuck_bytes: What could not be unmapped.
+        counts: Used and cached bytes, the last that were told; None for none.
+        answers: Answers to being asked.
+        is_waiting_over: Whether nothing waits for memory any more.
+    """
+
+    unpromised_bytes: int = 0
+    mapped_bytes: int = 0
+    unmapped_bytes: int = 0
+    unneeded_bytes: int = 0
+    stuck_bytes: int = 0
+    counts: tuple[int, int] | None = None
+    answers: list[Answer] = field(default_factory=list)
+    is_waiting_over: bool = False
+
+    def add(self, later: "Changes") -> None:
+        """Add what was done afterwards."""
+        self.unpromised_bytes += later.unpromised_bytes
+        self.mapped_bytes += later.mapped_bytes
+        self.unmapped_bytes += later.unmapped_bytes
+        self.unneeded_bytes += later.unneeded_bytes
+        self.stuck_bytes += later.stuck_bytes
+        self.counts = later.counts or self.counts
+        self.answers += later.answers
+        self.is_waiting_over |= later.is_waiting_over
+
+    def write(self, row: Row, now_ns: int) -> int:
+        """Write it into the instance's row; return how many bytes are allocated for a promise."""
+        for answer in self.answers:
+            write_answer(row, answer)
+        if self.is_waiting_over:
+            row.waiting_bytes = 0
+        row.promised_bytes = max(row.promised_bytes - self.unpromised_bytes, 0)
+        write_moves(row, self.mapped_bytes, self.unmapped_bytes, self.unneeded_bytes)
+        write_stuck(row, self.stuck_bytes)
+        if self.counts is not None:
+            write_counts(row, *self.counts, now_ns)
+        return self.mapped_bytes
+
+
+def write_moves(row: Row, mapped_bytes: int, unmapped_bytes: int, unneeded_bytes: int) -> None:
+    """Write into the instance's row what was mapped and unmapped, and which promises are over."""
+    freed_bytes = unmapped_bytes + unneeded_bytes
+    if not mapped_bytes and not freed_bytes:
+        return
+    row.promised_bytes = max(row.promised_bytes - mapped_bytes - unneeded_bytes, 0)
+    row.resident_bytes = max(row.resident_bytes + mapped_bytes - unmapped_bytes, 0)
+    row.coming_bytes = max(row.coming_bytes - freed_bytes, 0)
+    row.num_mapped_bytes += mapped_bytes
+    row.num_unmapped_bytes += unmapped_bytes
+    row.num_freed_bytes += freed_bytes
+
+
+def write_stuck(row: Row, stuck_bytes: int) -> None:
+    """Write into the instance's row what could not be unmapped: it is not on its way any more."""
+    if stuck_bytes:
+        row.coming_bytes = max(row.coming_bytes - stuck_bytes, 0)
+        row.num_freed_bytes += stuck_bytes
+
+
+def write_counts(row: Row, used_bytes: int, cached_bytes: int, now_ns: int) -> None:
+    """Write into the instance's row what its resident pages are for."""
+    resident_bytes = row.resident_bytes
+    row.used_bytes = used_bytes = min(used_bytes, resident_bytes)
+    row.cached_bytes = min(cached_bytes, resident_bytes - used_bytes)
+    row.last_used_ns = now_ns
+
+
+def write_answer(row: Row, answer: Answer) -> None:
+    """Write an answer into the instance's row."""
+    if answer.num_asked in (None, row.num_asked):
+        row.asked_bytes = row.owed_bytes = 0
+    else:
+        row.asked_bytes = max(row.asked_bytes - answer.coming_bytes, 0)
+        row.owed_bytes = min(row.owed_bytes, row.asked_bytes)
+    already_bytes = row.num_freed_bytes - answer.freed_bytes
+    row.coming_bytes += max(answer.coming_bytes - max(already_bytes, 0), 0)
+    row.num_answered += 1
+
+
+class PendingChanges:
+    """The changes of a process's rows that wait for the lock. Any thread may call it.
+
+    Attributes:
+        is_there: Whether there are any.
+    """
+
+    def __init__(self) -> None:
+        self.is_there = False
+        self._lock = threading.Lock()
+        self._of_row: dict[RowKey, Changes] = {}
+
+    def add(self, row: RowKey, changes: Changes) -> None:
+        """Put changes off."""
+        with self._lock:
+            self.is_there = True
+            self._of_row.setdefault(row, Changes()).add(changes)
+
+    def take(self) -> dict[RowKey, Changes]:
+        """Return all changes, and forget them: the caller writes them."""
+        with self._lock:
+            self.is_there = False
+            taken, self._of_row = self._of_row, {}
+            return taken

@@ -1,0 +1,262 @@
+"""Promises, and what becomes of them: what a scheduler and the steps of its workers call.
+
+A process may be stopped while it has the lock. What is called here waits for it at most
+`SCHEDULER_SECONDS`. Then nothing is promised, and what has to be written is kept and written as
+soon as the lock can be had.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kvcached_core.errors import LedgerError
+from kvcached_core.ledger.changes import Answer, Changes, write_counts, write_moves, write_stuck
+from kvcached_core.ledger.entry import LOOK_INTERVAL_NS, LedgerEntry
+from kvcached_core.ledger.file import ALLOCATED, FREED, PROMISED, WAITING, RowKey
+from kvcached_core.ledger.room import free_bytes, room_bytes, waiting_bytes
+
+_LATER_SECONDS = 0.05
+_DEVICE_INTERVAL_NS = 1_000_000
+
+
+class LedgerPromises(LedgerEntry):
+    """A ledger, as a scheduler and its workers see it: nothing here waits for long.
+
+    Args:
+        path: The file; its folder exists.
+        capacity_bytes: What a new file says; None opens only a file that is there.
+        free_bytes: Returns what may be mapped on the device right now, where others than ourselves
+            use it too, as on a GPU; None where the capacity is all there is to know. It is never
+            called under the lock.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        capacity_bytes: int | None = None,
+        free_bytes: Callable[[], int] | None = None,
+    ) -> None:
+        self._device_free_bytes = free_bytes
+        self._ask_device_ns = self._recent_bytes = 0
+        self._late_writer: threading.Thread | None = None
+        super().__init__(path, capacity_bytes)
+
+    def reserve(
+        self,
+        row: RowKey,
+        num_bytes: int,
+        unit_bytes: int,
+        *,
+        spare_bytes: int = 0,
+        is_waiting: bool = False,
+    ) -> int:
+        """Promise up to `num_bytes`, in whole units, and return how many bytes it is.
+
+        A promise never takes the instance over its limit, or all instances over the capacity. What
+        is missing to another one's floor is promised only to a request that waits, and only as far
+        as the owner does not wait for it. Nothing is promised while the lock is held for too long.
+
+        Args:
+            row: The instance's row.
+            num_bytes: What it needs.
+            unit_bytes: What a promise is a multiple of.
+            spare_bytes: What it would like on top: granted only of what no other one waits for, and
+                of no floor.
+            is_waiting: Whether a request waits for `num_bytes`.
+
+        Raises:
+            LedgerError: If the instance has left.
+        """
+        now_ns = time.monotonic_ns()
+        is_looking_around = now_ns >= self._look_around_ns
+        if is_looking_around:
+            self._look_around_ns = now_ns + LOOK_INTERVAL_NS
+        device = None if self._device_free_bytes is None else self._ask_device()
+        try:
+            if not self._enter(is_looking_around=is_looking_around):
+                return 0
+            base = self._base(row)
+            words = self._words
+            device_free_bytes = None if device is None else self._still_free_bytes(*device)
+            room = unborrowed = room_bytes(words, self._rows, base, device_free_bytes)
+            if is_waiting and room < num_bytes:
+                room = room_bytes(words, self._rows, base, device_free_bytes, is_waiting=True)
+            granted = num_bytes if room >= num_bytes else max(room // unit_bytes * unit_bytes, 0)
+            if spare_bytes:
+                left = unborrowed - granted - (waiting_bytes(words) - words[base + WAITING])
+                granted += min(spare_bytes, max(left // unit_bytes * unit_bytes, 0))
+            words[base + PROMISED] += granted
+            if granted < num_bytes:
+                self._rows[row.number].num_refused += 1
+            elif granted:
+                words[base + WAITING] = 0
+            self._keep(row, base)
+            return granted
+        finally:
+            self._exit()
+
+    def cancel(self, row: RowKey, num_bytes: int) -> list[RowKey]:
+        """Take back `num_bytes` of a promise that were not mapped.
+
+        Returns:
+            The other rows that wait for memory and could have some; ring their bells.
+        """
+        try:
+            if not self._enter():
+                self._put_off(row, Changes(unpromised_bytes=num_bytes))
+                return []
+            base, words = self._base(row), self._words
+            words[base + PROMISED] = max(words[base + PROMISED] - num_bytes, 0)
+            self._keep(row, base)
+            waiting = self._waiting()
+            return [other for other in waiting if other != row] if waiting else waiting
+        finally:
+            self._exit()
+
+    def settle(
+        self,
+        row: RowKey,
+        *,
+        mapped_bytes: int = 0,
+        unmapped_bytes: int = 0,
+        unneeded_bytes: int = 0,
+        stuck_bytes: int = 0,
+        used_bytes: int,
+        cached_bytes: int,
+    ) -> list[RowKey]:
+        """Record what a worker mapped and unmapped, and what its resident pages are for.
+
+        A promise shrinks by what was mapped and by what turned out not to be needed. Everything
+        else that is resident is idle, so resident = used + cached + idle holds at every moment
+        anybody can see. What is stuck could not be unmapped: nobody shall count on it.
+
+        Returns:
+            The rows that wait for memory and could have some, if some came free; ring their bells.
+        """
+        now_ns = time.time_ns()
+        try:
+            if not self._enter():
+                changes = Changes(0, mapped_bytes, unmapped_bytes, unneeded_bytes, stuck_bytes)
+                changes.counts = used_bytes, cached_bytes
+                self._put_off(row, changes)
+                return []
+            base, found = self._base(row), self._rows[row.number]
+            if mapped_bytes or unmapped_bytes or unneeded_bytes:
+                write_moves(found, mapped_bytes, unmapped_bytes, unneeded_bytes)
+                self._words[ALLOCATED] += mapped_bytes
+            write_stuck(found, stuck_bytes)
+            write_counts(found, used_bytes, cached_bytes, now_ns)
+            self._keep(row, base)
+            return self._waiting() if unmapped_bytes or unneeded_bytes else []
+        finally:
+            self._exit()
+
+    def answer(self, row: RowKey, coming_bytes: int = 0, *, num_asked: int | None = None) -> None:
+        """Say that this instance gives what it can.
+
+        Args:
+            row: Its row.
+            coming_bytes: What its workers are about to unmap.
+            num_asked: Which ask this answers; of a later one the rest stays. None answers all.
+        """
+        freed_bytes = self._words[self._rows[row.number].base + FREED] if self._is_intact() else 0
+        self._change(row, Changes(answers=[Answer(coming_bytes, num_asked, freed_bytes)]))
+
+    def clear_waiting(self, row: RowKey) -> None:
+        """Say that nothing of this instance waits for memory any more."""
+        if not self._is_intact() or self._words[self._rows[row.number].base + WAITING]:
+            self._change(row, Changes(is_waiting_over=True))
+
+    def free_bytes(self, row: RowKey) -> int:
+        """Return what the instance could be promised, its limit aside; negative if it is too late.
+
+        That is what is free, less the promises and static needs of all, its own need aside, and
+        less what the others' floors keep. It takes no lock.
+
+        Raises:
+            LedgerError: If the instance has left.
+        """
+        device_free_bytes = self._device_free_bytes and self._device_free_bytes()
+        base = self._look(row)
+        if base is None:
+            return 0
+        return free_bytes(self._words, self._rows, base, device_free_bytes)
+
+    def room_bytes(self, row: RowKey) -> int:
+        """Return what a request that waits would be promised now, in bytes.
+
+        It takes no lock, and asks the device once a millisecond: an engine may look in each turn of
+        its loop.
+        """
+        device_free_bytes = self._recent_device_free_bytes()
+        base = self._look(row)
+        if base is None:
+            return 0
+        return max(room_bytes(self._words, self._rows, base, device_free_bytes, is_waiting=True), 0)
+
+    def _ask_device(self) -> tuple[memoryview, int, int]:
+        """Return what the device says to be free, and what was allocated before it was asked."""
+        words = self._words
+        allocated_bytes = words[ALLOCATED] if self._is_intact() else 0
+        return words, allocated_bytes, self._device_free_bytes() if self._device_free_bytes else 0
+
+    def _still_free_bytes(self, words: memoryview, allocated_bytes: int, free_bytes: int) -> int:
+        """Return what is left of that under the lock; nothing counts if the file is another one."""
+        if words is not self._words:
+            return 0
+        return int(free_bytes - (words[ALLOCATED] - allocated_bytes))
+
+    def _recent_device_free_bytes(self) -> int | None:
+        if self._device_free_bytes is None:
+            return None
+        now_ns = time.monotonic_ns()
+        if now_ns >= self._ask_device_ns:
+            self._ask_device_ns = now_ns + _DEVICE_INTERVAL_NS
+            self._recent_bytes = self._device_free_bytes()
+        return self._recent_bytes
+
+    def _look(self, row: RowKey) -> int | None:
+        """Return where the row lies; None if that needs the lock, and it is held for too long."""
+        if self._is_intact():
+            return self._base(row)
+        try:
+            if not self._enter():
+                return None
+            return self._base(row)
+        finally:
+            self._exit()
+
+    def _change(self, row: RowKey, changes: Changes) -> None:
+        """Write changes of the own row, now or later."""
+        now_ns = time.time_ns()
+        try:
+            if not self._enter():
+                self._put_off(row, changes)
+                return
+            base = self._base(row)
+            changes.write(self._rows[row.number], now_ns)
+            self._keep(row, base)
+        finally:
+            self._exit()
+
+    def _put_off(self, row: RowKey, changes: Changes) -> None:
+        self._pending.add(row, changes)
+        if self._late_writer is None:
+            # An idle engine may not come again for long.
+            self._late_writer = threading.Thread(
+                target=self._write_later, name="kvcached-ledger", daemon=True
+            )
+            self._late_writer.start()
+
+    def _write_later(self) -> None:
+        while self._pending.is_there:
+            time.sleep(_LATER_SECONDS)
+            try:
+                self._enter()
+            except LedgerError:
+                return  # closed, or gone: nobody is left to write for
+            finally:
+                self._exit()
+            if not self._pending.is_there:
+                self._late_writer = None  # before the last look: who comes later starts another

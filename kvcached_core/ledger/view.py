@@ -1,0 +1,171 @@
+"""What the ledger knows at one moment, as values that stay as they are."""
+
+import os
+import time
+from dataclasses import dataclass
+
+from kvcached_core.ledger.file import (
+    FILE_BYTES,
+    NO_LIMIT,
+    NUM_ROWS,
+    SEQUENCE,
+    Header,
+    Row,
+    RowKey,
+)
+from kvcached_core.ledger.policy import Policy
+
+# A writer is done in some microseconds. One that was stopped, or ended in the middle, is not waited
+# for: what it wrote so far is what there is.
+_NUM_TRIES = 40
+_PAUSE_SECONDS = 5e-5
+
+
+@dataclass(frozen=True)
+class InstanceView:
+    """What the ledger knows of one instance at one moment; sizes in bytes.
+
+    Attributes:
+        row: Its row, and which of the instances that ever had the row it is.
+        pid: The process that registered it, as that sees itself.
+        pid_namespace: Where that number means something; 0 where nobody could tell.
+        least_bytes: What one request of the largest size needs.
+    """
+
+    row: RowKey
+    name: str
+    engine: str
+    pid: int
+    pid_namespace: int
+    limit_bytes: int | None
+    floor_bytes: int
+    priority: int
+    page_bytes: int
+    virtual_bytes: int
+    least_bytes: int
+    resident_bytes: int
+    used_bytes: int
+    cached_bytes: int
+    idle_bytes: int
+    promised_bytes: int
+    static_bytes: int
+    asked_bytes: int
+    coming_bytes: int
+    waiting_bytes: int
+    num_mapped_bytes: int
+    num_unmapped_bytes: int
+    num_refused: int
+    num_asked: int
+    num_answered: int
+    last_used_seconds: float
+
+    @property
+    def policy(self) -> Policy:
+        """Its limit, floor and priority."""
+        return Policy(self.limit_bytes, self.floor_bytes, self.priority)
+
+    @property
+    def index(self) -> int:
+        """The number of its row."""
+        return self.row.number
+
+    @property
+    def last_used_ns(self) -> int:
+        """When its pages were for something else the last time."""
+        return round(self.last_used_seconds * 1e9)
+
+    @property
+    def unmet_floor_bytes(self) -> int:
+        """What is missing to its floor."""
+        return max(self.floor_bytes - self.resident_bytes - self.promised_bytes, 0)
+
+    @property
+    def excess_bytes(self) -> int:
+        """What it holds above its limit."""
+        return 0 if self.limit_bytes is None else max(self.resident_bytes - self.limit_bytes, 0)
+
+
+@dataclass(frozen=True)
+class DeviceView:
+    """One device and its instances at one moment.
+
+    Attributes:
+        device: The name of its ledger: `host`, or the GPU's UUID.
+        capacity_bytes: What the instances may hold together.
+        instances: Who shares it.
+        device_free_bytes: What nobody has allocated on it, where others than the instances use it
+            too, as on a GPU; None where the capacity is all there is to know.
+    """
+
+    device: str
+    capacity_bytes: int
+    instances: tuple[InstanceView, ...]
+    device_free_bytes: int | None = None
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that are neither resident nor promised, nor in somebody else's use."""
+        promised = sum(view.promised_bytes for view in self.instances)
+        resident = sum(view.resident_bytes for view in self.instances)
+        free = self.capacity_bytes - resident - promised
+        if self.device_free_bytes is None:
+            return free
+        return min(free, self.device_free_bytes - promised)
+
+
+def view_of(row: Row) -> InstanceView:
+    """Return what a row says now."""
+    resident = row.resident_bytes
+    used = min(row.used_bytes, resident)
+    cached = min(row.cached_bytes, resident - used)
+    return InstanceView(
+        row=row.key,
+        name=row.name,
+        engine=row.engine,
+        pid=row.pid,
+        pid_namespace=row.pid_namespace,
+        limit_bytes=None if row.limit_bytes == NO_LIMIT else row.limit_bytes,
+        floor_bytes=row.floor_bytes,
+        priority=row.priority,
+        page_bytes=row.page_bytes,
+        virtual_bytes=row.virtual_bytes,
+        least_bytes=row.least_bytes,
+        resident_bytes=resident,
+        used_bytes=used,
+        cached_bytes=cached,
+        idle_bytes=resident - used - cached,
+        promised_bytes=row.promised_bytes,
+        static_bytes=row.static_bytes,
+        asked_bytes=row.asked_bytes,
+        coming_bytes=row.coming_bytes,
+        waiting_bytes=row.waiting_bytes,
+        num_mapped_bytes=row.num_mapped_bytes,
+        num_unmapped_bytes=row.num_unmapped_bytes,
+        num_refused=row.num_refused,
+        num_asked=row.num_asked,
+        num_answered=row.num_answered,
+        last_used_seconds=row.last_used_ns / 1e9,
+    )
+
+
+def read_rows(fd: int) -> tuple[Header, list[Row]] | None:
+    """Return a copy of a ledger's header and of the rows that have an instance.
+
+    It takes no lock, so it holds nobody up, and nobody it: `None` is a file that was cut off.
+    """
+    for _ in range(_NUM_TRIES):
+        copy = os.pread(fd, FILE_BYTES, 0)
+        if len(copy) < FILE_BYTES:
+            return None
+        words = memoryview(copy).cast("q")
+        is_written = words[SEQUENCE] < 0
+        if (
+            not is_written
+            and os.pread(fd, 8, 8 * SEQUENCE) == copy[8 * SEQUENCE : 8 * SEQUENCE + 8]
+        ):
+            break
+        time.sleep(_PAUSE_SECONDS)
+    header = Header(words)
+    num_rows = min(max(header.num_rows, 0), NUM_ROWS)
+    rows = [Row(words, index) for index in range(num_rows)]
+    return header, [row for row in rows if row.is_live]

@@ -1,0 +1,1 @@
+"""Bytes and mapping: what a worker's side does."""

@@ -1,0 +1,145 @@
+"""One reserved range of addresses and the pages mapped in it."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from kvcached_core.errors import BackendError, PageStateError
+from kvcached_core.memory.geometry import Geometry
+from kvcached_core.memory.vmm.backend import Backend, Handle
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Arena:
+    """Addresses for `num_pages` pages, of which any may be mapped at a time.
+
+    Different threads may map and unmap different pages.
+
+    Args:
+        backend: Where addresses and memory come from.
+        geometry: The size of a page and what lies in it.
+        num_pages: Pages of the reservation: the pool's virtual size.
+
+    Raises:
+        GeometryError: If the block ids would not fit 31 bits.
+        BackendError: If the range cannot be reserved.
+    """
+
+    def __init__(self, backend: Backend, geometry: Geometry, num_pages: int) -> None:
+        geometry.check_ids(num_pages)
+        self.backend = backend
+        self.geometry = geometry
+        self.num_pages = num_pages
+        self.num_bytes = num_pages * geometry.page_bytes
+        self.address = backend.reserve(self.num_bytes)
+        self._handles: dict[int, Handle] = {}
+        self._loose: list[Handle] = []  # not mapped; there only while a release fails
+
+    @property
+    def resident_pages(self) -> list[int]:
+        """The mapped pages, in the order they were mapped."""
+        return list(self._handles)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the mapped pages."""
+        return len(self._handles) * self.geometry.page_bytes
+
+    def is_resident(self, page: int) -> bool:
+        """Return whether `page` is mapped."""
+        return page in self._handles
+
+    def map(self, pages: Iterable[int]) -> None:
+        """Map `pages`, all of them or none, and begin to zero them (see `Backend.zero`).
+
+        Raises:
+            PageStateError: If a page is mapped already or outside the arena.
+            BackendError: If the backend fails; what this call mapped before is unmapped again.
+        """
+        done: list[int] = []
+        try:
+            for page in pages:
+                self._map_page(page)
+                done.append(page)
+            for first, num_pages in _runs(done):
+                num_bytes = num_pages * self.geometry.page_bytes
+                self.backend.zero(self._page_address(first), num_bytes)
+        except BaseException:
+            self.unmap(reversed(done))
+            raise
+
+    def unmap(self, pages: Iterable[int]) -> None:
+        """Unmap `pages`; a failure leaves the page that failed, and those behind it, mapped.
+
+        Raises:
+            PageStateError: If a page is not mapped.
+            BackendError: If the backend fails.
+        """
+        for page in pages:
+            if page not in self._handles:
+                raise PageStateError(f"unmap of page {page}, which is not mapped")
+            self.backend.unmap(self._page_address(page), self._handles[page])
+            self._release(self._handles.pop(page))
+
+    def zero(self) -> None:
+        """Fill the mapped pages with zeros, on torch's current stream, while no step runs."""
+        whole, page_bytes = self.tensor(), self.geometry.page_bytes
+        for page in self.resident_pages:
+            whole[page * page_bytes : (page + 1) * page_bytes].zero_()
+
+    def tensor(self) -> "torch.Tensor":
+        """Return an int8 tensor over the whole reservation."""
+        return self.backend.tensor(self.address, self.num_bytes)
+
+    def plane_tensor(self, plane: int) -> "torch.Tensor":
+        """Return an int8 tensor of `plane`, as long as the id space: dense, block by block."""
+        num_bytes = self.geometry.num_ids(self.num_pages) * self.geometry.block_bytes
+        return self.backend.tensor(self.address + self.geometry.plane_offset(plane), num_bytes)
+
+    def close(self) -> None:
+        """Unmap everything and free the addresses. Tensors over them must not be used any more."""
+        if self.address:
+            self.unmap(self.resident_pages)
+            while self._loose:
+                self._release(self._loose.pop())
+            self.backend.free(self.address, self.num_bytes)
+            self.address = 0
+
+    def _map_page(self, page: int) -> None:
+        if page in self._handles:
+            raise PageStateError(f"map of page {page}, which is mapped already")
+        if not 0 <= page < self.num_pages:
+            raise PageStateError(f"map of page {page}, allowed are 0 to {self.num_pages - 1}")
+        handle = self._take_handle()
+        try:
+            self.backend.map(self._page_address(page), handle)
+        except BackendError:
+            self._release(handle)
+            raise
+        self._handles[page] = handle
+
+    def _take_handle(self) -> Handle:
+        with contextlib.suppress(IndexError):
+            return self._loose.pop()
+        return self.backend.create(self.geometry.page_bytes)
+
+    def _release(self, handle: Handle) -> None:
+        try:
+            self.backend.release(handle)
+        except BackendError:
+            self._loose.append(handle)
+            raise
+
+    def _page_address(self, page: int) -> int:
+        return self.address + page * self.geometry.page_bytes
+
+
+def _runs(pages: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield the first page and the length of each run of consecutive pages."""
+    start = 0
+    for index in range(1, len(pages) + 1):
+        if index == len(pages) or pages[index] != pages[index - 1] + 1:
+            yield pages[start], index - start
+            start = index

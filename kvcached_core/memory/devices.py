@@ -1,0 +1,65 @@
+"""The devices whose memory is shared, by the names that their ledgers have."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvcached_core.config import CUDA, HOST, Config
+from kvcached_core.ledger.file import NUM_ROWS, RowKey
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.nvml import GPU_PREFIXES, free_memory_reader
+from kvcached_core.ledger.opening import doorbell_path, ledger_directory
+from kvcached_core.memory.host_memory import host_memory
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device that engines share.
+
+    Attributes:
+        kind: `host` or `cuda`.
+        name: The name of its ledger: `host`, or the GPU's UUID as `nvidia-smi -L` prints it.
+        total_bytes: Its memory in bytes; on the host, the pool.
+    """
+
+    kind: str
+    name: str
+    total_bytes: int
+
+    def capacity_bytes(self, config: Config) -> int:
+        """Return what KV caches may hold together, in bytes."""
+        if self.kind == HOST:
+            return self.total_bytes
+        return self.total_bytes - config.headroom_bytes(self.total_bytes)
+
+    def free_bytes(self, config: Config) -> Callable[[], int] | None:
+        """Return a function that says what of the device may be mapped now, or None on the host."""
+        if self.kind == HOST:
+            return None
+        headroom_bytes = config.headroom_bytes(self.total_bytes)
+        read = free_memory_reader(self.name)
+        return lambda: read() - headroom_bytes
+
+
+def host_device(config: Config) -> Device:
+    """Return the host's pool."""
+    return Device(HOST, HOST, config.host_pool_bytes(host_memory().usable_bytes))
+
+
+def cuda_device(uuid: str, total_bytes: int) -> Device:
+    """Return the GPU with this UUID, with or without `GPU-` before it."""
+    return Device(CUDA, uuid if uuid.startswith(GPU_PREFIXES) else f"GPU-{uuid}", total_bytes)
+
+
+def open_ledger(device: Device, config: Config) -> Ledger:
+    """Open the ledger of a device, or make it.
+
+    Raises:
+        LedgerError: If it cannot be used.
+    """
+    path = ledger_directory(config.dir) / f"{device.name}.ledger"
+    doorbell_path(path, RowKey(NUM_ROWS - 1, 0))  # its address has to fit
+    return Ledger(
+        path,
+        device.capacity_bytes(config),
+        device.free_bytes(config),
+    )

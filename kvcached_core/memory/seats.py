@@ -1,0 +1,83 @@
+"""An engine's rows in the ledgers of its devices: taken on all of them, or on none."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from kvcached_core.config import Config
+from kvcached_core.errors import LedgerError, NameTakenError
+from kvcached_core.ledger.bell import wake
+from kvcached_core.ledger.file import RowKey
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.policy import Policy
+from kvcached_core.memory.devices import Device
+
+logger = logging.getLogger("kvcached")
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a rank finds its device's ledger and its instance's row; travels to the workers.
+
+    Attributes:
+        ledger_path: The ledger of the rank's device.
+        row: The instance's row in it, and that it is this instance's.
+        num_ranks: Ranks of the instance on that device: each maps every page.
+    """
+
+    ledger_path: str
+    row: RowKey
+    num_ranks: int
+
+
+def take_rows(
+    ledgers: Mapping[Device, Ledger], names: Iterable[str], *, engine: str, config: Config
+) -> dict[Device, RowKey]:
+    """Take a row on every device, under the first of the names that is free on all.
+
+    Args:
+        ledgers: The ledgers, in an order that all engines keep.
+        names: What the instance may be called.
+        engine: The engine and its release.
+        config: The settings; they say limit, floor and priority.
+
+    Raises:
+        NameTakenError: If live instances have all the names.
+        LedgerError: If a ledger cannot be used.
+        ConfigError: If a size is above what a device has.
+        PolicyError: If limit, floor or priority cannot be promised.
+    """
+    taken: NameTakenError | None = None
+    for name in names:
+        rows: dict[Device, RowKey] = {}
+        try:
+            for device, ledger in ledgers.items():
+                pool_bytes = device.capacity_bytes(config)
+                rows[device] = ledger.register(
+                    name=name,
+                    engine=engine,
+                    virtual_bytes=config.virtual_bytes(pool_bytes),
+                    policy=Policy(
+                        config.limit_bytes(pool_bytes),
+                        config.floor_bytes(pool_bytes),
+                        config.priority,
+                    ),
+                )
+        except BaseException as error:
+            leave_rows(ledgers, rows)
+            if not isinstance(error, NameTakenError):
+                raise
+            taken = error
+        else:
+            return rows
+    raise taken or LedgerError("an instance needs a name")
+
+
+def leave_rows(ledgers: Mapping[Device, Ledger], rows: Mapping[Device, RowKey]) -> None:
+    """Give the rows back, and wake who waits for what they held."""
+    for device, row in rows.items():
+        ledger = ledgers[device]
+        try:
+            wake(ledger, ledger.unregister(row))
+        except LedgerError as error:
+            logger.warning("kvcached: %s", error)  # its row is reaped when the process is gone

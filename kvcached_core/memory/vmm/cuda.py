@@ -1,0 +1,262 @@
+"""The CUDA backend: the driver's virtual memory, through cuda-python.
+
+All calls run on the device's primary context, the one torch uses, which is made current in every
+thread that calls. Steps of the driver that belong together are undone together.
+"""
+
+import threading
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from kvcached_core.errors import BackendError, OutOfMemoryError
+from kvcached_core.memory.vmm import dlpack
+from kvcached_core.memory.vmm.backend import Handle, Mappings
+
+if TYPE_CHECKING:
+    import torch
+
+# How often a map that the driver answers with NOT_READY is tried again after a drain.
+MAX_DRAINS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class CudaHandle:
+    """A physical allocation: its size in bytes and the driver's handle."""
+
+    num_bytes: int
+    value: Any = field(repr=False)
+
+
+class CudaFence:
+    """An event behind the work that a stream had been given."""
+
+    def __init__(self, driver: "Driver", stream: int) -> None:
+        self._driver = driver
+        flags = driver.api.CUevent_flags
+        both = flags.CU_EVENT_BLOCKING_SYNC | flags.CU_EVENT_DISABLE_TIMING
+        (self._event,) = driver.call("cuEventCreate", both)
+        try:
+            driver.call("cuEventRecord", self._event, stream)
+        except BackendError:
+            driver.call("cuEventDestroy", self._event)
+            raise
+
+    def wait(self) -> None:
+        """Return when the work is done; without the interpreter's lock meanwhile."""
+        if self._event is not None:
+            self._driver.call("cuEventSynchronize", self._event)
+            self._driver.call("cuEventDestroy", self._event)
+            self._event = None
+
+
+class Driver:
+    """`cuda.bindings.driver` on one device: one context, one error checker.
+
+    Args:
+        ordinal: The device's index among those that this process sees.
+        api: The module; tests give another one.
+
+    Raises:
+        BackendError: If cuda-python, the driver or the device is missing.
+    """
+
+    def __init__(self, ordinal: int, api: ModuleType | None) -> None:
+        self.api: Any = _load() if api is None else api
+        self._success = self.api.CUresult.CUDA_SUCCESS
+        self._threads = threading.local()
+        self._context: Any = None
+        self._run("cuInit", 0)
+        (self.device,) = self._run("cuDeviceGet", ordinal)
+        (self._context,) = self._run("cuDevicePrimaryCtxRetain", self.device)
+
+    def call(self, name: str, *args: Any, num_bytes: int = 0) -> tuple[Any, ...]:
+        """Call a function of the driver in the device's context and return what it returned.
+
+        Raises:
+            OutOfMemoryError: If the device has no memory left.
+            BackendError: For any other error; both name the call, the code and `num_bytes`.
+        """
+        if not hasattr(self._threads, "is_current"):
+            self._run("cuCtxSetCurrent", self._context)
+            self._threads.is_current = True
+        return self._run(name, *args, num_bytes=num_bytes)
+
+    def _run(self, name: str, *args: Any, num_bytes: int = 0) -> tuple[Any, ...]:
+        code, *values = getattr(self.api, name)(*args)
+        if code != self._success:
+            raise self._error(name, code, num_bytes)
+        return tuple(values)
+
+    def _error(self, name: str, code: Any, num_bytes: int) -> BackendError:
+        results = self.api.CUresult
+        text = getattr(code, "name", str(code))
+        if code != results.CUDA_ERROR_OUT_OF_MEMORY:
+            return BackendError(name, text, num_bytes)
+        failed, free_bytes, _ = self.api.cuMemGetInfo()
+        return OutOfMemoryError(
+            name, text, num_bytes, free_bytes if failed == self._success else None
+        )
+
+
+class CudaBackend:
+    """A CUDA device behind the `Backend` protocol.
+
+    Args:
+        ordinal: The device's index among those that this process sees: torch's index.
+        api: Stands in for `cuda.bindings.driver`; for tests.
+
+    Raises:
+        BackendError: If cuda-python, the driver or the device is missing.
+    """
+
+    def __init__(self, ordinal: int = 0, api: ModuleType | None = None) -> None:
+        self._driver = Driver(ordinal, api)
+        self._ordinal = ordinal
+        api_types = self._driver.api
+        location = api_types.CUmemLocation()
+        location.type = api_types.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        location.id = ordinal
+        self._properties = api_types.CUmemAllocationProp()
+        self._properties.type = api_types.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        self._properties.location = location
+        access = api_types.CUmemAccessDesc()
+        access.location = location
+        access.flags = api_types.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        self._access = [access]
+        minimum = api_types.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        (self.granularity_bytes,) = self._driver.call(
+            "cuMemGetAllocationGranularity", self._properties, minimum
+        )
+        # New memory is zeroed on a stream of its own, ahead of kernels that wait for a free core.
+        (_, highest) = self._driver.call("cuCtxGetStreamPriorityRange")
+        flags = api_types.CUstream_flags.CU_STREAM_NON_BLOCKING
+        (self._stream,) = self._driver.call("cuStreamCreateWithPriority", flags, highest)
+        self._mappings = Mappings()
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the device."""
+        return int(self._driver.call("cuMemGetInfo")[1])
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of the device that nobody has allocated."""
+        return int(self._driver.call("cuMemGetInfo")[0])
+
+    def reserve(self, num_bytes: int) -> int:
+        """Return the address of a new range without memory."""
+        self._check_aligned("reserve", num_bytes)
+        (address,) = self._driver.call(
+            "cuMemAddressReserve", num_bytes, self.granularity_bytes, 0, 0, num_bytes=num_bytes
+        )
+        return int(address)
+
+    def free(self, address: int, num_bytes: int) -> None:
+        """Give back a range from `reserve`."""
+        self._mappings.check_free(address, num_bytes)
+        self._driver.call("cuMemAddressFree", address, num_bytes, num_bytes=num_bytes)
+
+    def create(self, num_bytes: int) -> CudaHandle:
+        """Return `num_bytes` of the device's memory."""
+        self._check_aligned("create", num_bytes)
+        (value,) = self._driver.call(
+            "cuMemCreate", num_bytes, self._properties, 0, num_bytes=num_bytes
+        )
+        return CudaHandle(num_bytes, value)
+
+    def release(self, handle: Handle) -> None:
+        """Give back memory from `create`."""
+        self._mappings.check_release(handle)
+        self._driver.call("cuMemRelease", _cuda(handle).value, num_bytes=handle.num_bytes)
+
+    def map(self, address: int, handle: Handle) -> None:
+        """Map and allow access: both or none."""
+        self._check_aligned("map", address)
+        self._mappings.check_map(address, handle)
+        num_bytes = handle.num_bytes
+        self._map_when_ready(address, _cuda(handle))
+        try:
+            self._driver.call(
+                "cuMemSetAccess", address, num_bytes, self._access, 1, num_bytes=num_bytes
+            )
+        except BackendError:
+            self._driver.call("cuMemUnmap", address, num_bytes, num_bytes=num_bytes)
+            raise
+        self._mappings.add(address, handle)
+
+    def unmap(self, address: int, handle: Handle) -> None:
+        """Take the handle away from its addresses."""
+        self._mappings.check_unmap(address, handle)
+        num_bytes = handle.num_bytes
+        self._driver.call("cuMemUnmap", address, num_bytes, num_bytes=num_bytes)
+        self._mappings.remove(address, handle)
+
+    def zero(self, address: int, num_bytes: int) -> None:
+        """Begin to fill a mapped range with zeros.
+
+        The driver was never seen to hand out anything else (benchmarks/vmm.py), but promises
+        nothing, and engines never clear a block: a NaN in it would stay.
+        """
+        self._driver.call(
+            "cuMemsetD8Async", address, 0, num_bytes, self._stream, num_bytes=num_bytes
+        )
+
+    def join(self, stream: int) -> None:
+        """Let `stream` wait until all that `zero` began is done."""
+        api = self._driver.api
+        flags = api.CUevent_flags.CU_EVENT_DISABLE_TIMING
+        (event,) = self._driver.call("cuEventCreate", flags)
+        try:
+            self._driver.call("cuEventRecord", event, self._stream)
+            self._driver.call("cuStreamWaitEvent", stream, event, 0)
+        finally:
+            self._driver.call("cuEventDestroy", event)
+
+    def synchronize(self) -> None:
+        """Return when all that `zero` began is done."""
+        self._driver.call("cuStreamSynchronize", self._stream)
+
+    def fence(self, stream: int) -> CudaFence:
+        """Return a fence behind what `stream` has been given so far."""
+        return CudaFence(self._driver, stream)
+
+    def tensor(self, address: int, num_bytes: int) -> "torch.Tensor":
+        """Return an int8 tensor over the range without touching it."""
+        return dlpack.int8_tensor(address, num_bytes, (dlpack.CUDA, self._ordinal))
+
+    def _map_when_ready(self, address: int, handle: CudaHandle) -> None:
+        num_bytes = handle.num_bytes
+        for num_drains in range(MAX_DRAINS + 1):
+            try:
+                self._driver.call(
+                    "cuMemMap", address, num_bytes, 0, handle.value, 0, num_bytes=num_bytes
+                )
+            except BackendError as error:
+                # The driver may still be busy with what lay at these addresses before.
+                if error.code != "CUDA_ERROR_NOT_READY" or num_drains == MAX_DRAINS:
+                    raise
+                self._driver.call("cuCtxSynchronize")
+            else:
+                return
+
+    def _check_aligned(self, call: str, value: int) -> None:
+        if value <= 0 or value % self.granularity_bytes:
+            raise BackendError(call, f"EINVAL (not a multiple of {self.granularity_bytes})", value)
+
+
+def _cuda(handle: Handle) -> CudaHandle:
+    if not isinstance(handle, CudaHandle):
+        raise BackendError("handle", f"{type(handle).__name__} is not one of this backend", 0)
+    return handle
+
+
+def _load() -> ModuleType:
+    try:
+        from cuda.bindings import driver  # noqa: PLC0415  a host without a GPU does without it
+    except ImportError as error:
+        raise BackendError(
+            "import cuda.bindings", f"{error}; install kvcached-elastic[cuda]", 0
+        ) from error
+    module: ModuleType = driver
+    return module
