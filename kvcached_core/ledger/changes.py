@@ -116,20 +116,38 @@ def write_answer(row: Row, answer: Answer) -> None:
 class PendingChanges:
     """The changes of a process's rows that wait for the lock. Any thread may call it.
 
+    Whoever locks next writes them. In case nobody does, one writer at a time tries again and again:
+    a thread that was started for it. Under one lock it ends, and changes are put off; so none of
+    them is left to a writer that looks no more.
+
     Attributes:
         is_there: Whether there are any.
+        has_writer: Whether a writer has been asked for, and has not ended.
     """
 
     def __init__(self) -> None:
-        self.is_there = False
+        self.is_there = self.has_writer = False
         self._lock = threading.Lock()
         self._of_row: dict[RowKey, Changes] = {}
 
-    def add(self, row: RowKey, changes: Changes) -> None:
-        """Put changes off."""
+    def add(self, row: RowKey, changes: Changes) -> bool:
+        """Put changes off; return whether the caller has to start a writer."""
         with self._lock:
             self.is_there = True
             self._of_row.setdefault(row, Changes()).add(changes)
+            has_one, self.has_writer = self.has_writer, True
+            return not has_one
+
+    def keep_writer(self) -> bool:
+        """Return whether the writer has to try again; if not, the next changes need another one."""
+        with self._lock:
+            self.has_writer = self.is_there
+            return self.has_writer
+
+    def drop_writer(self) -> None:
+        """Note that the writer ends, whatever is left to write."""
+        with self._lock:
+            self.has_writer = False
 
     def take(self) -> dict[RowKey, Changes]:
         """Return all changes, and forget them: the caller writes them."""

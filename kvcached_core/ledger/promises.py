@@ -39,7 +39,6 @@ class LedgerPromises(LedgerEntry):
     ) -> None:
         self._device_free_bytes = free_bytes
         self._ask_device_ns = self._recent_bytes = 0
-        self._late_writer: threading.Thread | None = None
         super().__init__(path, capacity_bytes)
 
     def reserve(
@@ -241,22 +240,17 @@ class LedgerPromises(LedgerEntry):
             self._exit()
 
     def _put_off(self, row: RowKey, changes: Changes) -> None:
-        self._pending.add(row, changes)
-        if self._late_writer is None:
+        if self._pending.add(row, changes):
             # An idle engine may not come again for long.
-            self._late_writer = threading.Thread(
-                target=self._write_later, name="kvcached-ledger", daemon=True
-            )
-            self._late_writer.start()
+            threading.Thread(target=self._write_later, name="kvcached-ledger", daemon=True).start()
 
     def _write_later(self) -> None:
-        while self._pending.is_there:
+        while self._pending.keep_writer():
             time.sleep(_LATER_SECONDS)
             try:
                 self._enter()
-            except LedgerError:
-                return  # closed, or gone: nobody is left to write for
+            except LedgerError:  # closed, or its files are not there now
+                self._pending.drop_writer()
+                return
             finally:
                 self._exit()
-            if not self._pending.is_there:
-                self._late_writer = None  # before the last look: who comes later starts another

@@ -48,6 +48,21 @@ def test_what_is_taken_is_gone_and_each_rows_own() -> None:
     assert pending.take() == {OTHER: Changes(unmapped_bytes=8)}
 
 
+def test_one_writer_at_a_time_is_asked_for_and_the_next_one_when_it_looks_no_more() -> None:
+    pending = PendingChanges()
+    assert pending.add(ROW, Changes(mapped_bytes=1))
+    assert not pending.add(OTHER, Changes(mapped_bytes=1))
+    assert pending.keep_writer()
+    pending.take()
+    assert not pending.add(ROW, Changes(mapped_bytes=1))  # the writer has not looked since
+    assert pending.keep_writer()
+    pending.take()
+    assert not pending.keep_writer()
+    assert pending.add(ROW, Changes(mapped_bytes=1))
+    pending.drop_writer()
+    assert pending.add(ROW, Changes(mapped_bytes=1))
+
+
 @pytest.mark.parametrize("stuck_bytes", [0, 3, 500])
 def test_what_is_stuck_is_resident_and_promised_as_before_and_not_on_its_way(
     stuck_bytes: int,

@@ -12,8 +12,9 @@ import pytest
 from helpers.waiting import await_that
 
 from kvcached_core import control
-from kvcached_core.errors import LedgerBusyError
+from kvcached_core.errors import LedgerBusyError, LedgerError
 from kvcached_core.ledger import entry as ledger_entry
+from kvcached_core.ledger.changes import Changes
 from kvcached_core.ledger.file import SEQUENCE, RowKey
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.lock import FileLock
@@ -173,7 +174,48 @@ def test_an_idle_engine_writes_it_without_being_called_again_each_time(
         ledger.cancel(row, 2 * PAGE)
         holder.end()
         await_that(lambda left=left: only(ledger).promised_bytes == left, 30.0)  # type: ignore[misc]
-        await_that(lambda: ledger._late_writer is None, 30.0)
+        await_that(lambda: not ledger._pending.has_writer, 30.0)
+
+
+def test_what_is_put_off_behind_a_writer_that_found_nothing_left_is_written_too(
+    ledger: Ledger, row: RowKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[threading.Thread] = []
+
+    def note(thread: threading.Thread) -> None:
+        started.append(thread)
+
+    with monkeypatch.context() as slow:
+        slow.setattr(threading.Thread, "start", note)  # it gets no turn for now
+        holder = StoppedHolder(ledger.path)
+        ledger.cancel(row, PAGE)
+        holder.end()
+        ledger.reserve(row, 0, PAGE)
+    (late,) = started
+    late.start()
+    late.join(30)
+    assert not late.is_alive()  # the ledger's next call had written it
+    holder = StoppedHolder(ledger.path)
+    ledger.answer(row, 0, num_asked=ledger.wanted(row).num_asked)
+    holder.end()
+    await_that(lambda: only(ledger).asked_bytes == 0, 30.0)
+
+
+def test_a_writer_that_a_missing_file_ended_is_followed_by_another(
+    ledger: Ledger, row: RowKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> bool:
+        raise LedgerError("its lifetimes were replaced")
+
+    holder = StoppedHolder(ledger.path)
+    with monkeypatch.context() as broken:
+        broken.setattr(ledger, "_enter", fail)
+        ledger._put_off(row, Changes(unpromised_bytes=PAGE))
+        await_that(lambda: not ledger._pending.has_writer, 30.0)
+    assert ledger._pending.is_there
+    ledger.cancel(row, PAGE)
+    holder.end()
+    await_that(lambda: only(ledger).promised_bytes == 2 * PAGE, 30.0)
 
 
 def test_an_answer_that_is_written_late_announces_only_what_is_still_to_come(
