@@ -64,10 +64,7 @@ def steps(setting: Setting, record: Record, options: Any) -> None:
     A second vanilla one, the control, shows how far two processes differ that do the same.
     """
     num_pairs, loads = options.pairs, options.loads
-    vanillas = [VANILLA] if options.no_control else [VANILLA, CONTROL]
-    switches = {name: {"ENABLE_KVCACHED": "0"} for name in vanillas}
-    for size in options.page_sizes:
-        switches[f"pages-{size}"] = {"ENABLE_KVCACHED": "1", "KVCACHED_PAGE_BYTES": size}
+    switches = switches_of(options)
     lock = setting.folder / "turn"
     lock.touch()
     children = {}
@@ -106,6 +103,18 @@ def steps(setting: Setting, record: Record, options: Any) -> None:
             for figure in ("steps with driver calls", "steps with driver calls, median us"):
                 value = statistics.median(run[figure] for run in runs[name])
                 print(f"  {figure:40} {name} {value:10.3f}", flush=True)
+
+
+def switches_of(options: Any) -> dict[str, dict[str, str]]:
+    """Return the variables of each engine, by its name."""
+    vanillas = [VANILLA] if options.no_control else [VANILLA, CONTROL]
+    switches = {name: {"ENABLE_KVCACHED": "0"} for name in vanillas}
+    for size in options.page_sizes:
+        switches[f"pages-{size}"] = {"ENABLE_KVCACHED": "1", "KVCACHED_PAGE_BYTES": size}
+    for name, *words in options.also:
+        settings = dict(word.split("=", 1) for word in words)
+        switches[name] = {"ENABLE_KVCACHED": "1", **settings}
+    return switches
 
 
 def compare(
@@ -333,6 +342,14 @@ def main() -> None:
     arguments.add_argument("--num-engines", type=int, help="how many take turns")
     arguments.add_argument(
         "--page-sizes", nargs="+", default=["16MiB", "64MiB"], help="one elastic engine with each"
+    )
+    arguments.add_argument(
+        "--also",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "VARIABLE=VALUE"),
+        help="another elastic engine, with these settings",
     )
     arguments.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
     arguments.add_argument("--kv-gib", type=int, default=24, help="a vanilla engine's KV cache")
