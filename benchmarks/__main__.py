@@ -1,4 +1,4 @@
-"""`python -m benchmarks list | run NAME... [-- ARGUMENTS] | report FOLDER`."""
+"""`python -m benchmarks list | run NAME... [-- ARGUMENTS] | report FOLDER | figures [--write]`."""
 
 import argparse
 import os
@@ -77,6 +77,8 @@ def main() -> None:
     running.add_argument("--results", type=Path, default=HERE / "results")
     reporting = verbs.add_parser("report", help="write a multi-model run's report again")
     reporting.add_argument("folder", type=Path)
+    checking = verbs.add_parser("figures", help="compare the documents' figures with the records")
+    checking.add_argument("--write", action="store_true", help="write the records' figures first")
     words = sys.argv[1:]
     more = words[words.index("--") + 1 :] if "--" in words else []
     options = parser.parse_args(words[: words.index("--")] if "--" in words else words)
@@ -85,6 +87,11 @@ def main() -> None:
             print(f"{benchmark.name:18} {benchmark.where:5} {benchmark.shows}")
     elif options.verb == "run":
         run(options.names, options.results, more)
+    elif options.verb == "figures":
+        from figures.document import report
+
+        found = report(write=options.write)
+        raise SystemExit("\n".join(found) if found else 0)
     else:
         from multi_model.report import write_report
 
