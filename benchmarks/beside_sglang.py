@@ -19,11 +19,11 @@ from machine import describe_gpu
 from profiles import Profile, gpu, open_ledger
 from sglang_servers import SGLangSetting
 
-from kvcached_core.cli.demo.load import Burst, Completion, make_burst
-from kvcached_core.cli.demo.memory import Recorder
+from kvcached_demo.harness.load import Burst, Completion, make_burst
+from kvcached_demo.harness.memory import Recorder
 
 if TYPE_CHECKING:
-    from kvcached_core.cli.demo.server import EngineServer
+    from kvcached_demo.harness.server import EngineServer
 
 SHARE = 0.6
 NUM_IN, NUM_OUT = 1900, 100

@@ -27,8 +27,8 @@ from multi_model.client import Target, replay
 from multi_model.metrics import ttfts
 from vllm_servers import bench_serve
 
-from kvcached_core.cli.demo.model import make_model
-from kvcached_core.cli.demo.server import free_port
+from kvcached_demo.harness.model import make_model
+from kvcached_demo.harness.server import free_port
 
 NAME = "m0"
 NUM_IN, NUM_OUT = 256, 256

@@ -134,7 +134,7 @@ class Engine:
 
 def measure(options: dict[str, Any], pairs: int) -> dict[str, Any]:
     """Return the tokens per second of both, pair by pair, and the median of their ratios."""
-    from kvcached_core.cli.demo.model import make_model
+    from kvcached_demo.harness.model import make_model
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -18,10 +18,10 @@ from typing import Any
 
 from profiles import Profile, gpu, host, open_ledger, parser
 
-from kvcached_core.cli.demo.load import Completion, make_burst, send
-from kvcached_core.cli.demo.memory import Recorder
-from kvcached_core.cli.demo.server import EngineServer, ServerError
 from kvcached_core.units import GIB, MIB
+from kvcached_demo.harness.load import Completion, make_burst, send
+from kvcached_demo.harness.memory import Recorder
+from kvcached_demo.harness.server import EngineServer, ServerError
 
 NAMES = ("first", "second", "third")
 VICTIM = NAMES[0]

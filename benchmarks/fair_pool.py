@@ -16,13 +16,13 @@ from pathlib import Path
 
 from machine import describe_machine
 
-from kvcached_core.cli.demo.engines import KINDS
-from kvcached_core.cli.demo.load import make_burst
-from kvcached_core.cli.demo.memory import Recorder
-from kvcached_core.cli.demo.model import make_model
-from kvcached_core.cli.demo.server import EngineServer
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.units import MIB
+from kvcached_demo.harness.engines import KINDS
+from kvcached_demo.harness.load import make_burst
+from kvcached_demo.harness.memory import Recorder
+from kvcached_demo.harness.model import make_model
+from kvcached_demo.harness.server import EngineServer
 
 NAMES = ("left", "right")
 NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 1000, 24

@@ -20,14 +20,14 @@ from typing import Any
 from profiles import Profile, gpu, host, open_ledger, parser
 
 from kvcached_core import control
-from kvcached_core.cli.demo.load import make_burst, send
-from kvcached_core.cli.demo.server import EngineServer
 from kvcached_core.ledger.bell import Doorbell
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import doorbell_path
 from kvcached_core.ledger.shortage import ask_peers
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB, MIB
+from kvcached_demo.harness.load import make_burst, send
+from kvcached_demo.harness.server import EngineServer
 
 NUM_ASKS = 5
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from machine import describe_gpu, describe_machine
 
-from kvcached_core.cli.demo.model import KV_BYTES_PER_TOKEN, make_model
-from kvcached_core.cli.demo.server import HOST_OPTIONS, EngineServer
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.nvml import GPU_PREFIXES, free_memory_reader
+from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
+from kvcached_demo.harness.server import HOST_OPTIONS, EngineServer
 
 # The default of KVCACHED_HEADROOM, as a part of what is left without it.
 HEADROOM = 0.02 / 0.98

@@ -15,10 +15,10 @@ from typing import Any
 
 from vllm_servers import FIGURES, instance_view, kv_bytes_per_token, make_shape
 
-from kvcached_core.cli.demo.model import make_model
-from kvcached_core.cli.demo.server import SGLANG_HOST_OPTIONS, SGLangServer
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
+from kvcached_demo.harness.model import make_model
+from kvcached_demo.harness.server import SGLANG_HOST_OPTIONS, SGLangServer
 
 PYTHON = os.environ.get("SGLANG_PYTHON", sys.executable)
 KV_BYTES_PER_TOKEN = kv_bytes_per_token("llama-8b")

@@ -27,9 +27,9 @@ from machine import describe_gpu
 from profiles import open_ledger
 from sglang_servers import PYTHON
 
-from kvcached_core.cli.demo.server import SGLangServer
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB, MIB
+from kvcached_demo.harness.server import SGLangServer
 
 SLEEPER, NEIGHBOUR = "sleeper", "neighbour"
 OPTIONS = (

@@ -13,11 +13,11 @@ import httpx
 from profiles import open_ledger
 from vllm_servers import SMALL_FOLDER, Record
 
-from kvcached_core.cli.demo.load import Completion, make_burst
-from kvcached_core.cli.demo.model import KV_BYTES_PER_TOKEN, make_model
-from kvcached_core.cli.demo.server import HOST_OPTIONS, EngineServer
 from kvcached_core.ledger.view import DeviceView, InstanceView
 from kvcached_core.units import GIB, MIB
+from kvcached_demo.harness.load import Completion, make_burst
+from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
+from kvcached_demo.harness.server import HOST_OPTIONS, EngineServer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.shapes import kv_bytes_per_token, make_shape

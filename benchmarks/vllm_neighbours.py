@@ -23,10 +23,10 @@ from vllm_servers import (
     wait_all,
 )
 
-from kvcached_core.cli.demo.background import Background
-from kvcached_core.cli.demo.server import EngineServer
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.units import MIB
+from kvcached_demo.harness.background import Background
+from kvcached_demo.harness.server import EngineServer
 
 BURST_SHARE = 0.6
 

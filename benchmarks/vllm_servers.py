@@ -22,11 +22,11 @@ from typing import Any, Protocol
 import httpx
 from machine import describe_gpu, describe_machine
 
-from kvcached_core.cli.demo.model import make_model
-from kvcached_core.cli.demo.server import EngineServer
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB, MIB
+from kvcached_demo.harness.model import make_model
+from kvcached_demo.harness.server import EngineServer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.shapes import kv_bytes_per_token, make_shape

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from machine import describe_gpu
 
-from kvcached_core.cli.demo.background import Background
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import choose_geometry
 from kvcached_core.memory.vmm.cuda import CudaBackend
 from kvcached_core.memory.vmm.metered import MeteredBackend
 from kvcached_core.units import GIB, MIB
+from kvcached_demo.harness.background import Background
 
 HANDLE_MIB = (2, 16, 64, 256)
 VERBS = ("create", "map", "unmap", "release")

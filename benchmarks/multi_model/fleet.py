@@ -18,9 +18,9 @@ from multi_model.modes import ELASTIC, SGLANG, SLEEP_SWAP, Plan, Site
 from sglang_servers import PYTHON as SGLANG_PYTHON
 from vllm_servers import PREEMPTIONS, metric
 
-from kvcached_core.cli.demo.server import EngineServer, SGLangServer
 from kvcached_core.errors import LedgerError
 from kvcached_core.ledger.ledger import Ledger
+from kvcached_demo.harness.server import EngineServer, SGLangServer
 
 SAMPLE_SECONDS = 0.25
 READY_SECONDS = 600.0

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from vllm_servers import seizing
 
-from kvcached_core.cli.demo.server import HOST_OPTIONS, SGLANG_HOST_OPTIONS
 from kvcached_core.units import GIB, format_bytes
+from kvcached_demo.harness.server import HOST_OPTIONS, SGLANG_HOST_OPTIONS
 
 STATIC, STATIC_TUNED, ELASTIC = "static", "static-tuned", "elastic"
 ALONE, SLEEP_SWAP = "alone", "sleep-swap"

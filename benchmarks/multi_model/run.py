@@ -61,9 +61,9 @@ from rich.progress import Progress
 from tokenizers import Tokenizer
 from vllm_servers import bench_serve, kv_bytes_per_token, make_shape
 
-from kvcached_core.cli.demo.model import KV_BYTES_PER_TOKEN, make_model
-from kvcached_core.cli.demo.server import EngineServer
 from kvcached_core.units import GIB
+from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
+from kvcached_demo.harness.server import EngineServer
 
 QUIET_SECONDS = 2.0
 CROSS_CHECK_ROUNDS = 2

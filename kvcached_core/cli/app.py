@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from kvcached_core import __version__, control
+from kvcached_core.cli.commands import Commands
 from kvcached_core.control import Answer, Outcome
 from kvcached_core.errors import KVCachedError
 from kvcached_core.ledger.reach import pressure
@@ -25,6 +26,7 @@ EXIT_INCOMPLETE = 3
 
 app = typer.Typer(
     name="kvcached",
+    cls=Commands,
     help="See and steer the KV memory that engines share.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -231,26 +233,6 @@ def metrics(
         typer.echo(exposition(directory), nl=False)
     else:
         serve(directory, host, port)
-
-
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option(help="Where report and picture go.")] = Path("demo"),
-    pool: Annotated[str, typer.Option(help="The pool that both engines share.")] = "512MiB",
-    engines: Annotated[str, typer.Option(help="Two of vllm and sglang.")] = "vllm,vllm",
-) -> None:
-    """Run two real servers on one pool and watch the memory follow the load."""
-    from kvcached_core.cli.demo.watched import run_watched
-    from kvcached_core.units import parse_bytes
-
-    pool_bytes = parse_bytes(pool, what="--pool")
-
-    def work(workspace: Path) -> int:
-        from kvcached_core.cli.demo.run import run_demo
-
-        return run_demo(output, pool_bytes, engines, workspace=workspace)
-
-    raise typer.Exit(run_watched(work, prefix="kvcached-demo-"))
 
 
 def _end_for(problems: list[str]) -> None:

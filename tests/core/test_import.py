@@ -24,12 +24,14 @@ PACKAGES = {
     "kvcached_patches": ROOT / "patches" / "kvcached_patches",
     "kvcached_vllm": ROOT / "integrations" / "vllm" / "kvcached_vllm",
     "kvcached_sglang": ROOT / "integrations" / "sglang" / "kvcached_sglang",
+    "kvcached_demo": ROOT / "examples" / "demo" / "kvcached_demo",
 }
 MAY_IMPORT = {
     "kvcached_core": {"kvcached_core"},
     "kvcached_patches": {"kvcached_patches"},
     "kvcached_vllm": {"kvcached_vllm", "kvcached_core", "kvcached_patches"},
     "kvcached_sglang": {"kvcached_sglang", "kvcached_core", "kvcached_patches"},
+    "kvcached_demo": {"kvcached_demo", "kvcached_core"},
 }
 
 CORE = PACKAGES["kvcached_core"]

@@ -19,7 +19,7 @@ SECONDS = 30
 WORK = """
 import contextlib, os, subprocess, sys, time
 from pathlib import Path
-from kvcached_core.cli.demo.watched import run_watched
+from kvcached_demo.watched import run_watched
 from kvcached_core.errors import KVCachedError
 
 mark, ended, how = sys.argv[1:]

@@ -18,10 +18,10 @@ from helpers.gpu_offline import mixed_prompts
 from helpers.sglang_models import deepseek, laguna, lfm2, save
 from helpers.weights import make_weights
 
-from kvcached_core.cli.demo.server import SGLangServer
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB
+from kvcached_demo.harness.server import SGLangServer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from helpers.process_memory import resident_bytes
 from helpers.warm_servers import WarmSGLangServer
-from kvcached_core.cli.demo.load import Burst, make_burst
-from kvcached_core.cli.demo.server import EngineServer, SGLangServer
 from kvcached_core.control import Outcome, trim
 from kvcached_core.units import MIB
+from kvcached_demo.harness.load import Burst, make_burst
+from kvcached_demo.harness.server import EngineServer, SGLangServer
 
 Answers = list[tuple[str | None, list[int]]]
 Models = Callable[[Callable[[], Any]], Path]

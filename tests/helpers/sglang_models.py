@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from helpers.shapes import SHAPES
-from kvcached_core.cli.demo.model import make_model
+from kvcached_demo.harness.model import make_model
 
 WINDOW_TOKENS = 64
 

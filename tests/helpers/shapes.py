@@ -223,7 +223,7 @@ def make_shape(folder: Path, shape: str) -> Path:
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
 
-    from kvcached_core.cli.demo.model import save_tokenizer
+    from kvcached_demo.harness.model import save_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     config = {"torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2} | SHAPES[shape]

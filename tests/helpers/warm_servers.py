@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from helpers.nursery import start_warm
-from kvcached_core.cli.demo.server import EngineServer, SGLangServer
+from kvcached_demo.harness.server import EngineServer, SGLangServer
 
 
 class WarmServer(EngineServer):

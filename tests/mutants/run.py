@@ -29,7 +29,10 @@ from helpers.nursery import Nursery
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.json"
-FOLDERS = (".", "integrations/vllm", "integrations/sglang", "patches", "tests", "benchmarks")
+FOLDERS = (
+    *(".", "integrations/vllm", "integrations/sglang", "patches", "examples/demo"),
+    *("tests", "benchmarks"),
+)
 MODULES = {
     "vllm": ("torch", "vllm.v1.core.block_pool", "vllm.v1.kv_cache_interface"),
     "sglang": (

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from helpers.sglang_engine import Answers, Models, Vanilla, vanilla_answers
 
-from kvcached_core.cli.demo.load import Burst
-from kvcached_core.cli.demo.model import make_model
+from kvcached_demo.harness.load import Burst
+from kvcached_demo.harness.model import make_model
 
 
 @pytest.fixture(scope="session")

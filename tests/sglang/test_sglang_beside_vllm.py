@@ -10,13 +10,13 @@ import pytest
 from helpers.sglang_engine import POOL, large_burst, start_sglang
 from helpers.waiting import await_that
 
-from kvcached_core.cli.demo.load import Completion
-from kvcached_core.cli.demo.memory import Recorder
-from kvcached_core.cli.demo.server import EngineServer
 from kvcached_core.control import Outcome, set_limit
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
+from kvcached_demo.harness.load import Completion
+from kvcached_demo.harness.memory import Recorder
+from kvcached_demo.harness.server import EngineServer
 
 pytestmark = [pytest.mark.sglang, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from helpers.sglang_engine import POOL, start_sglang
 
-from kvcached_core.cli.demo.load import Burst, Completion
-from kvcached_core.cli.demo.server import SGLangServer
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.units import MIB
+from kvcached_demo.harness.load import Burst, Completion
+from kvcached_demo.harness.server import SGLangServer
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 

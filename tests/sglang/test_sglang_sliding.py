@@ -24,9 +24,9 @@ from helpers.sglang_engine import (
 from helpers.sglang_models import WINDOW_TOKENS, gemma, laguna, small_laguna
 from helpers.waiting import await_that
 
-from kvcached_core.cli.demo.load import Burst
-from kvcached_core.cli.demo.server import SGLangServer
 from kvcached_core.units import MIB
+from kvcached_demo.harness.load import Burst
+from kvcached_demo.harness.server import SGLangServer
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -19,8 +19,8 @@ from helpers.sglang_engine import (
 )
 from helpers.waiting import await_that
 
-from kvcached_core.cli.demo.server import SGLangServer
 from kvcached_core.units import MIB
+from kvcached_demo.harness.server import SGLangServer
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -15,12 +15,12 @@ from helpers.sglang_engine import (
 )
 from helpers.waiting import await_that
 
-from kvcached_core.cli.demo.load import Burst, Completion
-from kvcached_core.cli.demo.server import SGLangServer
 from kvcached_core.control import Outcome, set_limit, trim
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
+from kvcached_demo.harness.load import Burst, Completion
+from kvcached_demo.harness.server import SGLangServer
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 

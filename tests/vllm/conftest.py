@@ -13,7 +13,7 @@ import pytest
 from helpers.engines import ENGINE_ENVIRON, TESTS, Offline, Started
 from helpers.nursery import start_warm
 
-from kvcached_core.cli.demo.model import make_model
+from kvcached_demo.harness.model import make_model
 
 
 @pytest.fixture(scope="session")

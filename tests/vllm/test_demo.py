@@ -15,12 +15,12 @@ from typing import Any
 import httpx
 import pytest
 
-from kvcached_core.cli.demo import run
-from kvcached_core.cli.demo.load import Completion, _events
-from kvcached_core.cli.demo.memory import Recording
-from kvcached_core.cli.demo.verdict import judge
 from kvcached_core.ledger.view import DeviceView, InstanceView
 from kvcached_core.units import MIB
+from kvcached_demo import run
+from kvcached_demo.harness.load import Completion, _events
+from kvcached_demo.harness.memory import Recording
+from kvcached_demo.verdict import judge
 
 KVCACHED = Path(sys.executable).with_name("kvcached")
 PNG = b"\x89PNG"

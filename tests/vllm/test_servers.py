@@ -16,14 +16,14 @@ from helpers.process_memory import resident_bytes
 from helpers.waiting import await_that
 from helpers.warm_servers import WarmServer
 
-from kvcached_core.cli.demo.load import Burst, Completion, make_burst, send
-from kvcached_core.cli.demo.memory import Recorder
-from kvcached_core.cli.demo.model import KV_BYTES_PER_TOKEN, make_model
-from kvcached_core.cli.demo.server import EngineServer
 from kvcached_core.control import Outcome, set_floor, set_limit, trim
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
+from kvcached_demo.harness.load import Burst, Completion, make_burst, send
+from kvcached_demo.harness.memory import Recorder
+from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
+from kvcached_demo.harness.server import EngineServer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
 

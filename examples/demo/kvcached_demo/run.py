@@ -22,10 +22,10 @@ from kvcached_core.errors import KVCachedError
 from kvcached_core.units import format_bytes
 
 if TYPE_CHECKING:
-    from kvcached_core.cli.demo.engines import Kind
-    from kvcached_core.cli.demo.load import Burst, Completion
-    from kvcached_core.cli.demo.memory import Recorder, Recording
-    from kvcached_core.cli.demo.server import EngineServer
+    from kvcached_demo.harness.engines import Kind
+    from kvcached_demo.harness.load import Burst, Completion
+    from kvcached_demo.harness.memory import Recorder, Recording
+    from kvcached_demo.harness.server import EngineServer
 
 NAMES = ("llama-a", "llama-b")
 BURST_SHARE = 0.72
@@ -76,9 +76,9 @@ def run_demo(output: Path, pool_bytes: int, engines: str = "vllm,vllm", *, works
     """
     _check_prerequisites(pool_bytes)
     kinds = _kinds(engines)
-    from kvcached_core.cli.demo.model import make_model
-    from kvcached_core.cli.demo.report import draw, write_page
-    from kvcached_core.cli.demo.verdict import judge, table
+    from kvcached_demo.harness.model import make_model
+    from kvcached_demo.report import draw, write_page
+    from kvcached_demo.verdict import judge, table
 
     console = Console()
     start = time.monotonic()
@@ -105,7 +105,7 @@ def _check_prerequisites(pool_bytes: int) -> None:
         raise DemoError(
             f"the demo needs {', '.join(missing)}; pip install 'kvcached-elastic[demo]'"
         )
-    from kvcached_core.cli.demo.model import KV_BYTES_PER_TOKEN
+    from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN
 
     needed = 2048 * KV_BYTES_PER_TOKEN * 4
     if pool_bytes < needed:
@@ -116,7 +116,7 @@ def _check_prerequisites(pool_bytes: int) -> None:
 
 
 def _kinds(engines: str) -> list["Kind"]:
-    from kvcached_core.cli.demo.engines import KINDS
+    from kvcached_demo.harness.engines import KINDS
 
     names = engines.split(",")
     if len(names) != len(NAMES) or not set(names) <= set(KINDS):
@@ -154,8 +154,8 @@ def _is_installed(engine: str, python: str) -> bool:
 
 
 def _plan(pool_bytes: int) -> dict[str, "Burst"]:
-    from kvcached_core.cli.demo.load import make_burst
-    from kvcached_core.cli.demo.model import KV_BYTES_PER_TOKEN
+    from kvcached_demo.harness.load import make_burst
+    from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN
 
     pool_tokens = pool_bytes // KV_BYTES_PER_TOKEN
     num_prompt_tokens = int(pool_tokens * BURST_SHARE / NUM_REQUESTS) - NUM_OUTPUT_TOKENS
@@ -207,7 +207,7 @@ def _servers(
 def _run_elastic(
     console: Console, setup: Setup, bursts: dict[str, "Burst"]
 ) -> tuple["Recording", dict[str, dict[str, "list[Completion]"]]]:
-    from kvcached_core.cli.demo.memory import Recorder
+    from kvcached_demo.harness.memory import Recorder
 
     directory = setup.workspace / "kv"
     environ = {

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvcached_core.cli.demo.model import KV_BYTES_PER_TOKEN
-from kvcached_core.cli.demo.server import EngineServer, SGLangServer
+from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN
+from kvcached_demo.harness.server import EngineServer, SGLangServer
 
 
 def _vllm_vanilla(pool_bytes: int) -> tuple[str, ...]:

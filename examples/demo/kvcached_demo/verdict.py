@@ -9,8 +9,8 @@ from rich.text import Text
 from kvcached_core.units import format_bytes
 
 if TYPE_CHECKING:
-    from kvcached_core.cli.demo.load import Completion
-    from kvcached_core.cli.demo.memory import Recording
+    from kvcached_demo.harness.load import Completion
+    from kvcached_demo.harness.memory import Recording
 
 PEAKS_BAR = 1.3
 IDLE_PAGES_BAR = 2

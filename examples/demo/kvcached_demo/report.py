@@ -6,8 +6,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from kvcached_core.cli.demo.memory import Recording
 from kvcached_core.units import MIB, format_bytes
+from kvcached_demo.harness.memory import Recording
 
 COLOURS = ("#2a78d6", "#e08a2e")
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvcached_core.cli.demo.background import Background
 from kvcached_core.errors import LedgerError
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.view import DeviceView
+from kvcached_demo.harness.background import Background
 
 SAMPLE_SECONDS = 0.05
 

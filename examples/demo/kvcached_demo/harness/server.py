@@ -13,8 +13,8 @@ from pathlib import Path
 
 import httpx
 
-from kvcached_core.cli.demo.load import SGLANG, VLLM, Burst, Completion, send
 from kvcached_core.errors import KVCachedError
+from kvcached_demo.harness.load import SGLANG, VLLM, Burst, Completion, send
 
 HOST_OPTIONS = (
     *("--dtype", "float32", "--block-size", "32", "--max-model-len", "2048"),

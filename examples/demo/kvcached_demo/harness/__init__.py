@@ -1,0 +1,1 @@
+"""Real engines as child processes: how they are started, asked, watched and ended."""

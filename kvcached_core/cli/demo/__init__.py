@@ -1,1 +1,0 @@
-"""`kvcached demo`: two real engines share one pool, and you watch."""
