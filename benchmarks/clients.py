@@ -102,7 +102,7 @@ def serve(port: int) -> None:
     web.run_app(app, host="127.0.0.1", port=port, print=None)
 
 
-def compare(url: str, model: Path, rate: int) -> dict[str, float]:
+def compare(url: str, model: Path, rate: int) -> dict[str, Any]:
     """Return what each client adds to the server's own mean time to the first token, in ms."""
     steady = workloads.constant(rate, SECONDS, num_models=1, num_in=NUM_IN, num_out=NUM_OUT)
     num = len(steady.requests)
@@ -118,7 +118,8 @@ def compare(url: str, model: Path, rate: int) -> dict[str, float]:
             Address(url), model, NUM_IN, NUM_OUT, str(rate), num, seed, is_even=True
         )
         added["vllm_bench_serve"].append(theirs["mean_ttft_ms"] - truth())
-    return {name: float(statistics.median(values)) for name, values in added.items()}
+    medians = {name: float(statistics.median(values)) for name, values in added.items()}
+    return medians | {"rounds": added}
 
 
 def main() -> None:

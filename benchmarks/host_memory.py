@@ -1,4 +1,4 @@
-"""What the host backend, the ledger and the imports cost on this machine."""
+"""What the host backend, the ledger and the imports cost on this machine, in CPU time."""
 
 import argparse
 import json
@@ -19,20 +19,21 @@ from kvcached_core.memory.geometry import Geometry
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import GIB, MIB
 
-IMPORT = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
+IMPORT = "import time; t = time.process_time(); import {}; print(time.process_time() - t)"
+CLOCK = time.thread_time  # what else runs on the machine does not count
 
 
-def median_of(call: Callable[[], object], rounds: int) -> float:
-    """Return the median seconds of one call."""
+def times_of(call: Callable[[], object], rounds: int) -> list[float]:
+    """Return the seconds of each call."""
     seconds = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = CLOCK()
         call()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        seconds.append(CLOCK() - start)
+    return seconds
 
 
-def pages() -> dict[str, float]:
+def pages() -> dict[str, list[float]]:
     """Return seconds per page of 16 MiB, memory touched before and given back."""
     geometry = Geometry(block_bytes=65536, num_planes=32, ids_per_page=256, blocks_per_page=8)
     arena = Arena(HostBackend(), geometry, 64)
@@ -45,13 +46,13 @@ def pages() -> dict[str, float]:
     def unmap_one() -> None:
         arena.unmap([len(arena.resident_pages) - 1])
 
-    mapped = median_of(map_one, 32)
-    unmapped = median_of(unmap_one, 32)
+    mapped = times_of(map_one, 32)
+    unmapped = times_of(unmap_one, 32)
     arena.close()
     return {"map a page of 16 MiB": mapped, "unmap it": unmapped}
 
 
-def ledger_operations() -> dict[str, float]:
+def ledger_operations() -> dict[str, list[float]]:
     """Return seconds of the ledger's operations with eight rows, nobody else at it."""
     with tempfile.TemporaryDirectory() as name:
         directory = ledger_directory(Path(name) / "kv")
@@ -65,12 +66,12 @@ def ledger_operations() -> dict[str, float]:
                 ledger.cancel(rows[1], page)
 
             return {
-                "ledger: reserve and cancel": median_of(reserve_and_cancel, 5000),
-                "ledger: view of 8 instances": median_of(ledger.view, 200),
+                "ledger: reserve and cancel": times_of(reserve_and_cancel, 5000),
+                "ledger: view of 8 instances": times_of(ledger.view, 200),
             }
 
 
-def imports() -> dict[str, float]:
+def imports() -> dict[str, list[float]]:
     """Return seconds of importing, in fresh processes."""
     results = {}
     for module in (
@@ -79,7 +80,7 @@ def imports() -> dict[str, float]:
         "kvcached_core.config",
         "kvcached_vllm",
     ):
-        seconds = [
+        results[f"import {module}"] = [
             float(
                 subprocess.run(
                     [sys.executable, "-c", IMPORT.format(module)],
@@ -90,7 +91,6 @@ def imports() -> dict[str, float]:
             )
             for _ in range(5)
         ]
-        results[f"import {module}"] = statistics.median(seconds)
     return results
 
 
@@ -99,11 +99,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", help="write the results to this file")
     arguments = parser.parse_args()
-    results = {**pages(), **ledger_operations(), **imports()}
+    times = {**pages(), **ledger_operations(), **imports()}
+    results = {what: statistics.median(seconds) for what, seconds in times.items()}
     for what, seconds in results.items():
         print(f"{what:32} {seconds * 1e6:12.1f} us")
     if arguments.json:
-        report = {"machine": describe_machine(), "seconds": results}
+        cuts = {what: statistics.quantiles(seconds) for what, seconds in times.items()}
+        report = {"machine": describe_machine(), "seconds": results, "quartiles": cuts}
         Path(arguments.json).write_text(json.dumps(report, indent=2))
 
 
