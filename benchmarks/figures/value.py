@@ -3,8 +3,8 @@
     gpu/vllm_overhead_h100.json > 512/128 at 8 req/s > ratios > elastic > mean_tpot_ms | median
 
 A path names a record and the keys in it. `*` stands for each item, `[key]` for those items that
-have the key, `[key=value]` for those where it has the value. The words behind a bar are applied one
-after the other.
+have the key, `[key=value]` for those where it has the value; `and` joins several. The words behind
+a bar are applied one after the other.
 """
 
 import csv
@@ -113,14 +113,18 @@ def _step(item: Any, key: str, path: str) -> Iterable[Any]:
     if key == "*":
         return values
     if key.startswith("["):
-        name, is_compared, wanted = key.strip("[]").partition("=")
-        having = [value for value in values if name in value]
-        return [v for v in having if str(v[name]) == wanted] if is_compared else having
+        conditions = key.strip("[]").split(" and ")
+        return [value for value in values if all(_meets(value, each) for each in conditions)]
     try:
         return [item[key] if isinstance(item, dict) else item[int(key)]]
     except (KeyError, IndexError, ValueError):
         there = list(item) if isinstance(item, dict) else f"{len(item)} items"
         raise ValueError(f"no {key!r} in {path!r}, but {there}") from None
+
+
+def _meets(value: Any, condition: str) -> bool:
+    name, is_compared, wanted = condition.partition("=")
+    return name in value and (not is_compared or str(value[name]) == wanted)
 
 
 def _apply(spread: Spread, word: str, results: Path) -> Spread:

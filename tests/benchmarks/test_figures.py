@@ -22,6 +22,7 @@ from figures.value import RESULTS, evaluate
 
 RECORDS = tomllib.loads((HERE / "records.toml").read_text())["record"]
 BENCHMARK_DOCUMENT = (ROOT / "docs" / "benchmarks.md").read_text()
+SECTIONS = re.split(r"(?m)^#+ ", BENCHMARK_DOCUMENT)
 TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
 
 
@@ -65,8 +66,7 @@ def test_a_section_names_the_record_and_every_word_of_the_command_that_makes_it(
 ) -> None:
     script, *words = shlex.split(record["command"].removeprefix("python -m benchmarks run "))
     assert script in BENCHMARK_DOCUMENT
-    sections = re.split(r"(?m)^#+ ", BENCHMARK_DOCUMENT)
-    assert any(all(w in text for w in (record["path"], *words)) for text in sections)
+    assert any(all(w in text for w in (record["path"], *words)) for text in SECTIONS)
 
 
 @pytest.mark.parametrize("command", sorted({record["command"] for record in RECORDS}))
@@ -81,6 +81,37 @@ def test_the_command_that_makes_a_record_is_committed(command: str) -> None:
     sources = "".join(path.read_text() for path in (ROOT / "benchmarks").rglob("*.py"))
     options = [word for word in words if word.startswith("--") and word != "--"]
     assert [option for option in options if f'"{option}"' not in sources] == []
+
+
+def rows_with_a_bar(section: str) -> list[dict[str, str]]:
+    """Return the rows of a section's tables whose bar is one number, by the names of columns."""
+    rows: list[dict[str, str]] = []
+    names: list[str] = []
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            names = []
+        elif not names:
+            names = cells
+        elif re.fullmatch(r"[\d.]+", dict(zip(names, cells, strict=False)).get("bar", "")):
+            rows.append(dict(zip(names, cells, strict=False)))
+    return rows
+
+
+def misses(row: dict[str, str]) -> bool:
+    """Return whether a ratio misses its bar: rates have bars of 1 at most, times of more."""
+    ratio, bar = float(row.get("ratio") or row["elastic / static"]), float(row["bar"])
+    return ratio < bar if bar <= 1 else ratio > bar
+
+
+WITH_A_BAR = [s for s in SECTIONS if re.search(r"\| (ratio|elastic / static) \|.* bar \|", s)]
+
+
+@pytest.mark.parametrize("section", WITH_A_BAR, ids=lambda section: section.partition("\n")[0])
+def test_a_section_with_a_ratio_beyond_its_bar_says_so(section: str) -> None:
+    missed = [row for row in rows_with_a_bar(section) if misses(row)]
+    assert rows_with_a_bar(section)
+    assert bool(missed) == ("missed" in section), missed
 
 
 # How the check itself works, on a record and a document made by hand.
@@ -124,6 +155,7 @@ def results(tmp_path: Path) -> Path:
         ("run.json > counts | max", (5.0,)),
         ("run.json > rounds > [seconds] > seconds | ms", (500.0,)),
         ("run.json > rounds > [name=b] > theirs | inverse", (0.25,)),
+        ("run.json > rounds > [ours=1 and theirs=2] > seconds", (0.5,)),
         ("run.json > rounds > * > ours | count", (3.0,)),
         ("run.json > rounds > 0 > theirs | less run.json > rounds > 0 > ours", (1.0,)),
         ("run.json > rounds > * > ours | same run.json > rounds > 0 > ours", (1.0, 1.0, 0.0)),
