@@ -15,6 +15,7 @@ SETTINGS = (ROOT / "docs" / "configuration.md").read_text()
 SUPPORT = (ROOT / "docs" / "support.md").read_text()
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PACKAGES = ("kvcached_core", "integrations", "patches")
+LINE_LENGTH = 120
 UNKNOWN = "…"  # what stands in a message for something that differs
 
 
@@ -104,3 +105,16 @@ def test_every_link_leads_to_a_file_and_a_heading(document: Path) -> None:
         target = document.parent / path if path else document
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_line_of_prose_is_long(document: Path) -> None:
+    lines = [line for line in document.read_text().splitlines() if not line.startswith("|")]
+    assert [line for line in lines if len(line) > LINE_LENGTH] == []
+
+
+def test_the_design_names_every_module_of_the_core_and_no_other() -> None:
+    parts = (ROOT / "docs" / "design.md").read_text().split("## Parts")[1].split("integrations/")[0]
+    core = ROOT / "kvcached_core"
+    modules = {file.name for file in core.rglob("*.py") if not {"vmm", "cli"} & set(file.parts)}
+    assert set(re.findall(r"\w+\.py", parts)) == modules - {"__init__.py"}
