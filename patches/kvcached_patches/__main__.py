@@ -23,7 +23,6 @@ from kvcached_patches.locks import (
     read_lock,
 )
 from kvcached_patches.matrix import list_runs, read_runs, ticks
-from kvcached_patches.policy import check_installed, find_installed
 from kvcached_patches.sources import Wheel
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -46,7 +45,7 @@ def check(
         file, release = wheel.name.split("-")[:2]
         distribution = file.replace("_", "-")
         name = f"{distribution} {release}"
-        hooks = DISTRIBUTIONS[distribution].hooks
+        hooks = DISTRIBUTIONS[distribution].locked
         answers = [_say(name, examine(hooks, distribution, release, Wheel(wheel)))]
     else:
         with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
@@ -66,7 +65,7 @@ def lock(names: Annotated[list[str], typer.Argument(help="such as vllm==0.32.0")
         engine = DISTRIBUTIONS[distribution]
         release = releases(distribution)[version]
         sources = whole_wheel(release)
-        chosen = choose_targets(engine.hooks, sources)
+        chosen = choose_targets(engine.locked, sources)
         made = Lock(
             distribution,
             version,
@@ -74,7 +73,7 @@ def lock(names: Annotated[list[str], typer.Argument(help="such as vllm==0.32.0")
             describe_hooks(chosen, sources),
             aliases(chosen, sources, engine.package),
         )
-        findings = check_lock(made, engine.hooks, sources)
+        findings = check_lock(made, engine.locked, sources)
         if _say(name, findings):
             made.write()
     if any(read_lock(*_split(name)) is None for name in names):
@@ -104,10 +103,10 @@ def show() -> None:
             for release in locked_releases(distribution)
             if (lock := read_lock(distribution, release)) is not None
         ]
-        table = Table(title=f"{title}: {len(engine.hooks)} hooks in {len(locks)} releases")
+        table = Table(title=f"{title}: {len(engine.locked)} hooks in {len(locks)} releases")
         for column in ("target", "how", "why", "ADR", "locks"):
             table.add_column(column, overflow="fold")
-        for hook in engine.hooks:
+        for hook in engine.locked:
             targets = (hook.target, *hook.alternatives)
             number = sum(any(target in lock.symbols for target in targets) for lock in locks)
             adr = str(hook.adr or "")
@@ -153,7 +152,7 @@ def new_engines() -> None:
         for version, release in releases(distribution).items():
             if order(version) < oldest or version in known:
                 continue
-            findings = examine(engine.hooks, distribution, version, RemoteSources(release))
+            findings = examine(engine.locked, distribution, version, RemoteSources(release))
             good = _say(f"{distribution} {version}", findings) and good
             console.print(
                 f"  run: python -m kvcached_patches lock {distribution}=={version}"
@@ -167,7 +166,7 @@ def new_engines() -> None:
 def _relocked(lock: Lock) -> tuple[Lock, list[Finding]]:
     from kvcached_patches.registry import Release, RemoteSources, url_of
 
-    hooks = DISTRIBUTIONS[lock.distribution].hooks
+    hooks = DISTRIBUTIONS[lock.distribution].locked
     release = Release(lock.distribution, lock.release, lock.wheel, url_of(lock))
     sources = RemoteSources(release)
     symbols = describe_hooks(choose_targets(hooks, sources), sources)
@@ -179,16 +178,16 @@ def _check_on_index(lock: Lock) -> tuple[Lock, list[Finding]]:
     from kvcached_patches.registry import Release, RemoteSources, url_of
 
     release = Release(lock.distribution, lock.release, lock.wheel, url_of(lock))
-    return lock, check_lock(lock, DISTRIBUTIONS[lock.distribution].hooks, RemoteSources(release))
+    return lock, check_lock(lock, DISTRIBUTIONS[lock.distribution].locked, RemoteSources(release))
 
 
 def _check_installed(package: str) -> bool:
     engine = ENGINES[package]
-    found = find_installed(engine.oldest, engine.package)
+    found = engine.installed()
     if found is None:
         console.print(f"{package}: not installed here")
         return True
-    return _say(f"{found.distribution} {found.release}", check_installed(found, engine.hooks))
+    return _say(f"{found.distribution} {found.release}", engine.findings(found))
 
 
 def _locks(names: Iterable[str] | None) -> list[Lock]:

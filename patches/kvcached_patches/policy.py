@@ -1,7 +1,6 @@
 """The installed engine, and whether a release of it may be hooked: one check for all adapters."""
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -9,8 +8,6 @@ from pathlib import Path
 from kvcached_patches.hook import Finding, Hook
 from kvcached_patches.locks import examine, locked_hooks, locked_releases, public, read_lock
 from kvcached_patches.sources import Folder
-
-PLUGIN = "kvcached"
 
 
 @dataclass(frozen=True)
@@ -50,30 +47,6 @@ def hooks_of(installed: Installed, hooks: Iterable[Hook]) -> tuple[Hook, ...]:
     """Return the hooks with their targets in the installed release, which was checked."""
     lock = read_lock(installed.distribution, installed.release)
     return tuple(hooks) if lock is None else locked_hooks(hooks, lock)
-
-
-def doctor_findings(
-    title: str, distributions: Iterable[str], package: str, hooks: Iterable[Hook], variable: str
-) -> Iterator[tuple[bool, str]]:
-    """Yield what `kvcached doctor` says of an engine: whether it is good, and a text.
-
-    Args:
-        title: The engine's name.
-        distributions: Its packages on the index.
-        package: What it is imported as.
-        hooks: What we hook.
-        variable: The variable that names the plugins which it may load.
-    """
-    installed = find_installed(distributions, package)
-    if installed is None:
-        yield True, "not installed here"
-        return
-    findings = check_installed(installed, hooks)
-    text = report(title, installed, findings) if findings else "every hook fits"
-    yield not findings, text if findings else f"{installed.release}, {text}"
-    plugins = os.environ.get(variable)
-    if plugins is not None and PLUGIN not in plugins.split(","):
-        yield False, f"{variable}={plugins!r} keeps kvcached out; add {PLUGIN} to it or unset it"
 
 
 def report(engine: str, installed: Installed, findings: Iterable[Finding]) -> str:

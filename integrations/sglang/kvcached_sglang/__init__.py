@@ -3,7 +3,7 @@
 
 def register() -> None:
     """Add our flags to SGLang's; hook the rest only if a flag or `ENABLE_KVCACHED` says so."""
-    from kvcached_sglang.startup import add_flags, start
+    from kvcached_sglang.startup import add_flags, startup
 
     add_flags()
-    start()
+    startup.start()

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import CUDA, HOST, Config, read_config
 from kvcached_core.engine.pages import NUM_QUIET_PAGES, REPORT_SECONDS
+from kvcached_core.engine.start import model_name
 from kvcached_core.errors import UnmappedBlockError
 from kvcached_core.memory.geometry import Geometry
 from kvcached_core.memory.orders import PageOrders
 from kvcached_core.memory.rank import RankMemory
-from kvcached_sglang import hardware, startup
+from kvcached_sglang import hardware
 from kvcached_sglang.blocks import BlockPages
 from kvcached_sglang.demand import demand_of, named_blocks, tokens_to_go_on
 from kvcached_sglang.giving import Giving
@@ -28,6 +29,7 @@ from kvcached_sglang.requests import (
     reopen,
 )
 from kvcached_sglang.saved_memory import SavedMemory
+from kvcached_sglang.startup import startup
 from kvcached_sglang.waiting import Waiting
 
 if TYPE_CHECKING:
@@ -72,8 +74,8 @@ class ElasticEngine:
             self.device,
             config,
             group,
-            name=startup.model_name(server_args),
-            engine=f"sglang {startup.installed().release}",
+            name=model_name(server_args.served_model_name or server_args.model_path),
+            engine=startup.engine,
         )
         self.layout = Layout(
             self.ranks,

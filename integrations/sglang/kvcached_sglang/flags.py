@@ -10,7 +10,7 @@ from typing import Any
 
 from kvcached_core.config import SWITCH, Enable, read_switch
 from kvcached_core.errors import ConfigError
-from kvcached_sglang import startup
+from kvcached_sglang.startup import check_arguments, startup
 
 SWITCH_FLAG = "--enable-kvcached"
 FLAGS = {
@@ -73,7 +73,7 @@ def take(arguments: argparse.Namespace) -> None:
     for flag, value in given.items():
         os.environ[FLAGS[flag][0]] = value
     startup.start()
-    startup.check_arguments(arguments)
+    check_arguments(arguments)
 
 
 def _destination(flag: str) -> str:

@@ -4,9 +4,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from kvcached_sglang import pools, startup
+from kvcached_sglang import pools
 from kvcached_sglang.engine import engine
 from kvcached_sglang.requests import is_asleep
+from kvcached_sglang.startup import startup
 
 
 def kv_cache_init(original: Callable[..., None]) -> Callable[..., None]:

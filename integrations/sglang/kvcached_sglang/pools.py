@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import Geometry
-from kvcached_sglang import startup
+from kvcached_sglang.startup import startup
 
 SERVED_POOLS = frozenset(
     {"MHATokenToKVPool", "MLATokenToKVPool", "HybridLinearKVPool", "SWAKVPool"}

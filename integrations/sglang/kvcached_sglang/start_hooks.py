@@ -3,16 +3,19 @@
 import functools
 import sys
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 from kvcached_core.config import HOST
-from kvcached_core.errors import KVCachedError, UnsupportedEngineError
+from kvcached_core.engine.start import SAID
+from kvcached_core.errors import KVCachedError
 from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_core.units import GIB
-from kvcached_sglang import obstacles, startup
+from kvcached_sglang import obstacles
 from kvcached_sglang.engine import engine, start_engine
 from kvcached_sglang.ranks import FirstRankError
 from kvcached_sglang.saved_memory import WEIGHTS
+from kvcached_sglang.startup import check_arguments, startup
 from kvcached_sglang.weights import loaded_bytes, static_bytes
 
 
@@ -21,7 +24,7 @@ def launch_subprocesses(original: Any) -> Any:
     launch = original.__func__
 
     def wrapper(cls: type, server_args: Any, *args: Any, **kwargs: Any) -> Any:
-        startup.check_arguments(server_args)
+        check_arguments(server_args)
         return launch(cls, server_args, *args, **kwargs)
 
     return classmethod(wrapper)
@@ -35,7 +38,7 @@ def wait_for_scheduler_ready(original: Callable[..., Any]) -> Callable[..., Any]
         try:
             return original(scheduler_pipe_readers, scheduler_procs)
         except Exception:
-            if any(process.exitcode == startup.SAID for process in scheduler_procs):
+            if any(process.exitcode == SAID for process in scheduler_procs):
                 raise SystemExit(1) from None
             raise
 
@@ -50,7 +53,7 @@ def scheduler_init(original: Callable[..., None]) -> Callable[..., None]:
         try:
             original(self, *args, **kwargs)
         except FirstRankError:
-            raise SystemExit(startup.SAID) from None
+            raise SystemExit(SAID) from None
         except KVCachedError as error:
             _say(f"kvcached: {error}")
         except SystemExit as error:
@@ -70,12 +73,9 @@ def load_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if engine() is None and startup.is_on():
-            try:
-                startup.check_model(self)
-            except UnsupportedEngineError as error:
-                startup.refuse_in_rank(error)
-            else:
+        if engine() is None and startup.is_on:
+            found = obstacles.argument_obstacles(self.server_args), obstacles.model_obstacles(self)
+            if startup.serves(chain(*found)):
                 start_engine(self)
         ours = engine()
         if ours is None or ours.device.kind == HOST:
@@ -111,4 +111,4 @@ def profile_available_bytes(original: Callable[..., int]) -> Callable[..., int]:
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)  # noqa: T201  the process ends with it
-    raise SystemExit(startup.SAID) from None
+    raise SystemExit(SAID) from None

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import HOST, Config
 from kvcached_core.engine.instance import Instance
+from kvcached_core.engine.start import model_name
 from kvcached_core.errors import ConfigError, UnsupportedEngineError
 from kvcached_core.memory.devices import Device
 from kvcached_core.memory.geometry import Geometry, choose_geometry
 from kvcached_core.units import format_bytes
-from kvcached_vllm import startup
 from kvcached_vllm.layout import PLACEMENT, Placement, plane_layout
+from kvcached_vllm.startup import startup
 from kvcached_vllm.worker import apply_orders, settle_orders
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ class ElasticEngine:
             devices,
             config,
             name=config.name,
-            default_name=startup.model_name(vllm_config),
-            engine=f"vllm {startup.installed().release}",
+            default_name=model_name(vllm_config.model_config.model),
+            engine=startup.engine,
             answer=self._on_ring,
         )
         atexit.register(self.close)

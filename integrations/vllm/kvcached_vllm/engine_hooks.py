@@ -7,11 +7,10 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import read_config
-from kvcached_core.engine.refusal import one_message
-from kvcached_core.errors import UnsupportedEngineError
-from kvcached_vllm import startup
 from kvcached_vllm.engine import ElasticEngine
+from kvcached_vllm.obstacles import obstacles
 from kvcached_vllm.sleeping import asleep_bytes, room_to_wake
+from kvcached_vllm.startup import startup
 from kvcached_vllm.worker_hooks import device_of, granularity_of
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def engine_core_initialize_kv_caches(original: Callable[..., Any]) -> Callable[.
         self.kvcached = engine
         _starting.set(engine)
         try:
-            with one_message("vLLM"):
+            with startup.one_message():
                 return original(self, vllm_config, *args, **kwargs)
         except BaseException as error:
             _starting.set(None)
@@ -56,13 +55,10 @@ def engine_core_initialize_kv_caches(original: Callable[..., Any]) -> Callable[.
 
 
 def _start_engine(vllm_config: Any, core: Any) -> ElasticEngine | None:
-    try:
-        startup.check_configuration(vllm_config)
-    except UnsupportedEngineError as error:
-        startup.refuse(error)
+    if not startup.serves(obstacles(vllm_config)):
         return None
     devices = core.model_executor.collective_rpc(device_of)
-    with one_message("vLLM"):
+    with startup.one_message():
         return ElasticEngine(vllm_config, read_config(), devices, core)
 
 

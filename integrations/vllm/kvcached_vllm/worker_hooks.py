@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import CUDA, HOST, read_config
 from kvcached_core.engine.arrival import Arrival
+from kvcached_core.engine.start import model_name
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.devices import Device, cuda_device, host_device
 from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_core.memory.vmm.host import HostBackend
-from kvcached_vllm import startup
 from kvcached_vllm.layout import PLACEMENT, Placement, plane_layout, sparse_config
+from kvcached_vllm.obstacles import can_serve
 from kvcached_vllm.sleeping import all_or_none, mapped_only
+from kvcached_vllm.startup import startup
 from kvcached_vllm.weights import static_bytes
 from kvcached_vllm.worker import WorkerMemory, inner_worker, settle_orders
 
@@ -76,7 +78,7 @@ def worker_init_device(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        token = _is_served.set(startup.can_serve(self.vllm_config))
+        token = _is_served.set(can_serve(self.vllm_config))
         try:
             original(self, *args, **kwargs)
         finally:
@@ -103,12 +105,12 @@ def worker_load_model(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        if self.device.type == CUDA and startup.can_serve(self.vllm_config):
+        if self.device.type == CUDA and can_serve(self.vllm_config):
             self.kvcached_arrival = Arrival(
                 device_of(self),
                 read_config(),
-                name=startup.model_name(self.vllm_config),
-                engine=f"vllm {startup.installed().release}",
+                name=model_name(self.vllm_config.model_config.model),
+                engine=startup.engine,
                 static_bytes=static_bytes(self.vllm_config),
             )
             self.kvcached_arrival.make_room()
@@ -249,7 +251,7 @@ def worker_determine_available_memory(original: Callable[..., int]) -> Callable[
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> int:
-        if not startup.can_serve(self.vllm_config):
+        if not can_serve(self.vllm_config):
             return original(self, *args, **kwargs)
         virtual_bytes = _virtual_bytes(self)
         given = self.cache_config.kv_cache_memory_bytes
@@ -272,7 +274,7 @@ def cpu_worker_init(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapper(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         is_unset = vllm_config.cache_config.kv_cache_memory_bytes is None
-        if is_unset and startup.can_serve(vllm_config):
+        if is_unset and can_serve(vllm_config):
             config = read_config()
             pool_bytes = host_device(config).total_bytes
             vllm_config.cache_config.kv_cache_memory_bytes = config.virtual_bytes(pool_bytes)
@@ -286,7 +288,7 @@ def cpu_worker_determine_available_memory(original: Callable[..., int]) -> Calla
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> int:
-        if not startup.can_serve(self.vllm_config):
+        if not can_serve(self.vllm_config):
             return original(self, *args, **kwargs)
         virtual_bytes = min(self.cache_config.kv_cache_memory_bytes, _virtual_bytes(self))
         self.cache_config.kv_cache_memory_bytes = TOKEN_KV_BYTES

@@ -1,0 +1,52 @@
+"""What of vLLM cannot be served elastically yet, each with the setting to change."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+# vLLM's own variable for how a KV cache lies in memory: L for layers, B for blocks.
+LAYOUT = "VLLM_KV_CACHE_LAYOUT"
+
+
+def can_serve(vllm_config: Any) -> bool:
+    """Return whether this configuration is served elastically."""
+    return not any(obstacles(vllm_config))
+
+
+def obstacles(vllm_config: Any) -> Iterator[str]:
+    """Yield why this configuration cannot be served, and the setting to change."""
+    device = vllm_config.device_config.device_type
+    parallel = vllm_config.parallel_config
+    if device not in ("cpu", "cuda") or _is_rocm(device):
+        name = "rocm" if device == "cuda" else device
+        yield f"device {name}: only NVIDIA GPUs and CPUs are served"
+    if parallel.data_parallel_size != 1:
+        yield (
+            f"data parallel size {parallel.data_parallel_size}: an idle rank steps on blocks of "
+            "its last requests; start one server for each rank instead"
+        )
+    if getattr(parallel, "decode_context_parallel_size", 1) != 1:
+        yield "decode context parallelism: not served yet; set --decode-context-parallel-size 1"
+    if getattr(parallel, "enable_dbo", False):
+        yield "dual batch overlap: its second stream is not fenced; remove --enable-dbo"
+    if getattr(parallel, "nnodes", 1) != 1:
+        yield f"{parallel.nnodes} nodes: the ledger is one machine's; set --nnodes 1"
+    backend = parallel.distributed_executor_backend
+    if backend not in (None, "mp", "uni") and not isinstance(backend, type):
+        yield f"executor {backend}: set --distributed-executor-backend mp"
+    if vllm_config.kv_transfer_config is not None:
+        yield "a KV connector: it may hold addresses that we unmap; remove --kv-transfer-config"
+    layout = os.environ.get(LAYOUT)
+    if layout and len(layout) == len("LBNHC") and not layout.startswith("LB"):  # from 0.29 on
+        yield f"{LAYOUT}={layout}: a layer's blocks must lie together; unset it, or set LBNHC"
+    attention = getattr(vllm_config, "attention_config", None)
+    if getattr(attention, "hisparse_config", None) is not None:
+        yield "HiSparse: it has block pools of its own; switch it off"
+
+
+def _is_rocm(device: str) -> bool:
+    if device != "cuda":
+        return False
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_rocm())
