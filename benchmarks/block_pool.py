@@ -37,7 +37,7 @@ def make_pools(*, caching: bool) -> dict[str, Any]:
     num_blocks = NUM_PAGES * GEOMETRY.blocks_per_page
     return {
         "vanilla": BlockPool(num_blocks, caching, 16),
-        "kvcached": ElasticBlockPool(GEOMETRY, Unlimited(), num_blocks, caching, 16),
+        "kvcached": ElasticBlockPool(GEOMETRY, Unlimited(), num_blocks, caching, 16, options={}),
     }
 
 
@@ -106,7 +106,7 @@ def one_eighth_of_a_cache(pool: Any, rounds: int) -> float:
         for _ in range(num_blocks // 64):
             fill_cache(pool, 64)
         if hasattr(pool, "pages"):
-            pool.pages.drain()  # as at the end of each schedule
+            pool.drain()  # as at the end of each schedule
         start = CLOCK()
         evict(pool, NUM_PAGES // 8)
         seconds += CLOCK() - start

@@ -28,9 +28,10 @@ class Owner:
     """Has what the wrappers look at, and nothing to do."""
 
     def __init__(self) -> None:
-        pages = SimpleNamespace(drain=lambda: None)
         engine = SimpleNamespace(is_waiting=False)
-        self.block_pool = SimpleNamespace(owed_pages=0, pages=pages, engine=engine)
+        self.block_pool = SimpleNamespace(
+            owed_pages=0, pages=None, engine=engine, drain=lambda: None
+        )
         self.kv_cache_manager = self
         self.kvcached = SimpleNamespace(is_warming_up=False, debug=False, answer=lambda: None)
         self.scheduler = SimpleNamespace(has_unfinished_requests=lambda: True)

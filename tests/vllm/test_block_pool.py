@@ -5,13 +5,13 @@ from inspect import Parameter, isfunction, signature
 from typing import Any
 
 import pytest
+from helpers.page_source import CountingSource
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvcached_core.engine.pages import CACHED, IDLE, UNMAPPED, USED
+from kvcached_core.engine.free_lists import CACHED, CLOSED, EMPTY, USED
 from kvcached_core.memory.geometry import Geometry
-from kvcached_core.memory.orders import PageOrders
 from kvcached_patches import vllm
 from kvcached_patches.hook import OVERRIDE
 
@@ -22,31 +22,6 @@ NUM_PAGES = 8
 NUMBERS_OF_PAGES = [7, 8, 15, 16, 31, 33]
 NUMBERS_OF_BLOCKS = [1, 2, 3, 4, 7, 64]  # a page
 BLOCK_SIZE = 4
-
-
-class Source:
-    """A ledger for one instance that may run dry."""
-
-    def __init__(self, num_pages: int) -> None:
-        self.num_left = num_pages
-        self.num_promised = 0
-
-    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
-        granted = min(num_pages + num_spare, self.num_left)
-        self.num_left -= granted
-        self.num_promised += granted
-        return granted
-
-    def cancel(self, num_pages: int) -> None:
-        assert num_pages <= self.num_promised
-        self.num_left += num_pages
-        self.num_promised -= num_pages
-
-    def settle(self, orders: PageOrders | None) -> None:
-        """Do what the worker does when it carries out orders."""
-        if orders is not None:
-            self.num_promised -= len(orders.map_pages) + len(orders.spare_pages)
-            self.num_left += len(orders.unmap_pages)
 
 
 class FakeRequest:
@@ -78,7 +53,9 @@ def make_pools(
     from kvcached_vllm.block_pool import ElasticBlockPool
 
     sizes = num_pages * geometry.blocks_per_page, caching, BLOCK_SIZE, events
-    return BlockPool(*sizes), ElasticBlockPool(geometry, Source(num_left), *sizes, **options)
+    return BlockPool(*sizes), ElasticBlockPool(
+        geometry, CountingSource(num_left), *sizes, options=options
+    )
 
 
 def make_geometry(blocks_per_page: int) -> Geometry:
@@ -88,8 +65,8 @@ def make_geometry(blocks_per_page: int) -> Geometry:
 def free_of(pool: Any) -> int:
     """Return what vLLM calls free: our unmapped blocks can be had as well."""
     pages = pool.pages
-    num_unmapped = (pages.num_pages - pages.num_resident_pages) * pages.geometry.blocks_per_page
-    return int(pool.get_num_free_blocks() - pages.num_promised_blocks + num_unmapped)
+    num_closed = (pages.num_pages - pages.num_open_pages) * pages.geometry.blocks_per_page
+    return int(pool.get_num_free_blocks() - pages.num_ready_blocks + num_closed)
 
 
 def hits_of(pool: Any, request: FakeRequest) -> list[Any]:
@@ -114,27 +91,35 @@ def cache_blocks(pool: Any, request: FakeRequest, blocks: list[Any], num_hits: i
     )
 
 
+def num_idle(pool: Any) -> int:
+    return len(pool.pages._spare) + len(pool.free_lists.pages_in(EMPTY))
+
+
+def num_cached(pool: Any) -> int:
+    return len(pool.free_lists.pages_in(CACHED))
+
+
 def check_pages(pool: Any, live: list[Any]) -> None:
     """Bring the books up to date and compare them with who holds which block."""
     pages, geometry = pool.pages, pool.pages.geometry
-    states = {state: pages.pages_in(state) for state in (UNMAPPED, USED, CACHED, IDLE)}
+    free_lists = pool.free_lists
+    states = {state: free_lists.pages_in(state) for state in (CLOSED, USED, CACHED, EMPTY)}
     assert sorted(page for found in states.values() for page in found) == list(
         range(pages.num_pages)
     )
-    assert sorted(pages._unmapped) == states[UNMAPPED]
-    assert set(pages._idle) == set(states[IDLE])
+    assert sorted([*pages.book._unmapped, *pages._spare]) == states[CLOSED]
     held = {geometry.page_of(block.block_id) for block in live} | {0}
     queued = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
     assert set(states[USED]) == held
     assert set(states[CACHED]) == {geometry.page_of(block_id) for block_id in queued} - held
-    free = [block.block_id for blocks in pages.free_lists for block in blocks]
+    free = [block.block_id for blocks in free_lists._lists for block in blocks]
     taken = {block.block_id for block in live}
-    assert len(free) == pages.num_free
+    assert len(free) == free_lists.num_free
     places = sorted([*free, *queued, *taken, 0])
-    resident = [page for page in range(pages.num_pages) if page not in states[UNMAPPED]]
+    opened = [page for page in range(pages.num_pages) if page not in states[CLOSED]]
     assert places == [
         page * geometry.ids_per_page + index
-        for page in resident
+        for page in opened
         for index in range(geometry.blocks_per_page)
     ]
     assert all(pool.blocks[block_id].ref_cnt == 0 for block_id in (*free, *queued))
@@ -232,11 +217,11 @@ class BlockPoolMachine(RuleBasedStateMachine):
 
     @rule()
     def schedule_ends(self) -> None:
-        self.ours.pages._source.settle(self.ours.pages.drain())
+        self.ours.pages._source.settle(self.ours.drain())
 
     @rule(num_pages=st.integers(0, 9))
-    def give_idle_pages(self, num_pages: int) -> None:
-        self.ours.pages.close_idle(num_pages)
+    def give_empty_pages(self, num_pages: int) -> None:
+        self.ours.pages.close_empty(num_pages)
         self.schedule_ends()  # what is given goes at once
 
     @rule()
@@ -269,10 +254,10 @@ class BlockPoolMachine(RuleBasedStateMachine):
 
 def check_what_needs_no_settling(pool: Any) -> None:
     pages = pool.pages
-    assert pages.dirty <= set(range(pages.num_pages))
-    assert 0 <= pages.num_promised <= len(pages._unmapped)
+    assert pool.free_lists._dirty <= set(range(pages.num_pages))
+    assert 0 <= pages.num_promised <= len(pages.book._unmapped)
     assert pages._source.num_left >= 0
-    assert min(pages.num_evictable) >= 0
+    assert min(pool.free_lists._num_cached) >= 0
 
 
 TestBlockPoolMachine = BlockPoolMachine.TestCase
@@ -311,7 +296,7 @@ class DryPoolMachine(RuleBasedStateMachine):
         self.pool.touch(hits)
         missing = num_blocks - len(hits)
         if is_waiting:
-            self.pool.pages.reserve_blocks(missing, is_urgent=True)
+            self.pool.pages.promise_blocks(missing, is_urgent=True)
         try:
             blocks = hits + self.pool.get_new_blocks(missing)
         except ValueError:
@@ -334,12 +319,12 @@ class DryPoolMachine(RuleBasedStateMachine):
 
     @rule(num_pages=st.integers(0, 40))
     def release(self, num_pages: int) -> None:
-        idle, cached = (len(self.pool.pages.pages_in(state)) for state in (IDLE, CACHED))
+        idle, cached = num_idle(self.pool), num_cached(self.pool)
         assert self.pool.release_pages(num_pages) == min(num_pages, idle + cached)
 
     @rule(num_pages=st.integers(0, 4))
     def owe_and_pay(self, num_pages: int) -> None:
-        idle, cached = (len(self.pool.pages.pages_in(state)) for state in (IDLE, CACHED))
+        idle, cached = num_idle(self.pool), num_cached(self.pool)
         self.pool.owed_pages = num_pages
         assert self.pool.pay() == (num_pages <= idle + cached)
         assert self.pool.owed_pages == max(num_pages - idle - cached, 0)
@@ -357,7 +342,7 @@ class DryPoolMachine(RuleBasedStateMachine):
 
     @rule()
     def schedule_ends(self) -> None:
-        orders = self.pool.pages.drain()
+        orders = self.pool.drain()
         self.source.settle(orders)
         if orders is not None:
             new = {*orders.map_pages, *orders.spare_pages}
@@ -443,7 +428,7 @@ def test_released_pages_are_those_whose_blocks_were_unused_longest() -> None:
     assert all(ours.get_cached_block(h, [0]) for h in request.block_hashes)
     assert len(ours.cached_block_hash_to_block) < 16
     assert ours.release_pages(100) == len(first + second) // 4 - 1
-    assert ours.pages.pages_in(IDLE) == []
+    assert num_idle(ours) == 0
 
 
 def test_a_page_is_as_young_as_its_youngest_block() -> None:
@@ -457,24 +442,24 @@ def test_a_page_is_as_young_as_its_youngest_block() -> None:
     ours.free_blocks(block for block in first if block not in on_shared)
     num_younger = len({page_of(block.block_id) for block in second}) - 1
     assert ours.release_pages(num_younger) == num_younger
-    assert shared in ours.pages.pages_in(CACHED)
+    assert shared in ours.free_lists.pages_in(CACHED)
 
 
 def test_pages_go_one_by_one_so_that_who_asked_gets_the_first_early() -> None:
     _, ours = make_pools()
     ours.free_blocks(reversed(cache(ours, 1, 12)))
-    num_cached = len(ours.pages.pages_in(CACHED))
+    num_before = num_cached(ours)
     going = ours.release_one_by_one(100)
     assert next(going) == 1
-    assert len(ours.pages.pages_in(CACHED)) == num_cached - 1
-    assert list(going) == list(range(2, num_cached + 1))
+    assert num_cached(ours) == num_before - 1
+    assert list(going) == list(range(2, num_before + 1))
 
 
 def test_a_reset_frees_every_page_but_the_first() -> None:
     _, ours = make_pools()
     ours.free_blocks(reversed(cache(ours, 1, 12)))
     assert ours.reset_prefix_cache()
-    assert (orders := ours.pages.drain()) is not None
+    assert (orders := ours.drain()) is not None
     assert ours.pages.num_resident_pages == 1
     assert (orders.num_used_pages, orders.num_cached_pages) == (1, 0)
 
@@ -519,6 +504,6 @@ def test_no_more_pages_are_given_than_are_wanted_idle_ones_first() -> None:
     ours.get_new_blocks(per_page - 1)  # page 0 is full
     ours.free_blocks(reversed(cache(ours, 1, 3 * per_page)))
     ours.free_blocks(ours.get_new_blocks(per_page))
-    assert (len(ours.pages.pages_in(IDLE)), len(ours.pages.pages_in(CACHED))) == (1, 3)
+    assert (num_idle(ours), num_cached(ours)) == (1, 3)
     assert ours.release_pages(2) == 2
-    assert (len(ours.pages.pages_in(IDLE)), len(ours.pages.pages_in(CACHED))) == (0, 2)
+    assert (num_idle(ours), num_cached(ours)) == (0, 2)

@@ -10,7 +10,8 @@ from heapq import heapify, heappop, heappush
 
 import torch
 
-from kvcached_core.engine.pages import NUM_QUIET_PAGES, PageSource
+from kvcached_core.engine.pages import NUM_QUIET_PAGES
+from kvcached_core.engine.port import PageSource
 from kvcached_core.memory.geometry import Geometry
 from kvcached_core.memory.orders import PageOrders
 

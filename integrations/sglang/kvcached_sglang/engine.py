@@ -6,7 +6,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import CUDA, HOST, Config, read_config
-from kvcached_core.engine.pages import NUM_QUIET_PAGES, REPORT_SECONDS
+from kvcached_core.engine.page_book import REPORT_SECONDS
+from kvcached_core.engine.pages import NUM_QUIET_PAGES
 from kvcached_core.engine.start import model_name
 from kvcached_core.errors import UnmappedBlockError
 from kvcached_core.memory.geometry import Geometry

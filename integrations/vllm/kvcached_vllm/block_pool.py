@@ -1,20 +1,23 @@
 """vLLM's block pool over elastic pages.
 
-A block that holds nothing is in its page's free list; a block that only the prefix cache wants is
-in vLLM's own `free_block_queue`, in vLLM's own order of eviction. So which blocks a request hits,
-and which cached block goes first, is what it is without us; only the ids differ, and the cache is
-not touched while the ledger still grants pages.
+A block that holds nothing is in our free lists; a block that only the prefix cache wants is in
+vLLM's own `free_block_queue`, in vLLM's own order of eviction. So which blocks a request hits, and
+which cached block goes first, is what it is without us; only the ids differ, and the cache is not
+touched while the ledger still grants pages.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 
-from kvcached_core.engine.pages import CACHED, PagePool, PageSource
+from kvcached_core.engine.free_lists import CACHED, FreeLists
+from kvcached_core.engine.pages import Pages
+from kvcached_core.engine.port import PageSource
 from kvcached_core.memory.geometry import Geometry
+from kvcached_core.memory.orders import PageOrders
 
 
 class SparseBlocks(Sequence[KVCacheBlock]):
@@ -43,11 +46,9 @@ class ElasticBlockPool(BlockPool):
     Args:
         geometry: How blocks lie in pages.
         source: Who promises pages; it has promised and mapped page 0 already.
-        min_spare_pages: See `PagePool`.
-        max_spare_pages: See `PagePool`.
-        idle_seconds: See `PagePool`.
         *args: What vLLM gives its own pool.
-        **kwargs: The same.
+        options: What `Pages` takes beside.
+        **kwargs: As `args`.
     """
 
     blocks: Any
@@ -59,9 +60,7 @@ class ElasticBlockPool(BlockPool):
         geometry: Geometry,
         source: PageSource,
         *args: Any,
-        min_spare_pages: int = 0,
-        max_spare_pages: int = 0,
-        idle_seconds: float = 0.0,
+        options: Mapping[str, Any],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -72,32 +71,24 @@ class ElasticBlockPool(BlockPool):
         self.blocks = SparseBlocks(blocks, geometry)
         self.free_block_queue = FreeKVCacheBlockQueue([])
         per_page = geometry.blocks_per_page
-        self.pages: PagePool[KVCacheBlock] = PagePool(
-            geometry,
-            len(blocks) // per_page,
-            source,
-            lambda page: blocks[page * per_page : (page + 1) * per_page],
-            min_spare_pages=min_spare_pages,
-            max_spare_pages=max_spare_pages,
-            idle_seconds=idle_seconds,
-            num_resident_pages=1,
+        num_pages = len(blocks) // per_page
+        self.free_lists: FreeLists[KVCacheBlock] = FreeLists(
+            geometry, num_pages, lambda page: blocks[page * per_page : (page + 1) * per_page]
         )
-        self.null_block = self.pages.take_from(0)
-        self._ids_per_page = geometry.ids_per_page
+        self.pages = Pages(geometry, num_pages, source, self.free_lists, **options)
+        self.null_block = self.free_lists.take_one()
         self.owed_pages = 0  # to be given back, by stopping requests if it must be
 
     @property
     def num_used_blocks(self) -> int:
         """Blocks of live requests; the null block is not counted."""
-        pages = self.pages
-        num_free = pages.num_free + self.free_block_queue.num_free_blocks
-        return pages.num_resident_blocks - num_free - 1
+        num_free = self.free_lists.num_free + self.free_block_queue.num_free_blocks
+        return self.pages.num_open_blocks - num_free - 1
 
     def get_num_free_blocks(self) -> int:
         """Return the blocks that can be had without asking anybody: promised ones included."""
-        pages = self.pages
-        num_blocks: int = pages.num_free + self.free_block_queue.num_free_blocks
-        return num_blocks + pages.num_promised_blocks if pages.num_promised else num_blocks
+        num_blocks: int = self.free_lists.num_free + self.free_block_queue.num_free_blocks
+        return num_blocks + self.pages.num_ready_blocks
 
     def get_usage(self) -> float:
         """Return the share of the virtual capacity that live requests hold, from 0 to 1."""
@@ -110,12 +101,7 @@ class ElasticBlockPool(BlockPool):
         Raises:
             ValueError: If there are not as many, as vLLM's pool does.
         """
-        pages = self.pages
-        if num_blocks == 1 and pages.current:
-            blocks = [pages.current.pop()]
-            pages.num_free -= 1
-        else:
-            blocks = self._take(num_blocks)
+        blocks = self._take(num_blocks)
         collector = self.metrics_collector
         for block in blocks:
             block.ref_cnt += 1
@@ -131,35 +117,34 @@ class ElasticBlockPool(BlockPool):
         prepend: bool = False,  # noqa: ARG002, FBT001, FBT002  0.23's, for blocks without a hash
     ) -> None:
         """Drop one reference to each block; vLLM orders them by who shall be evicted first."""
-        pages, ids_per_page = self.pages, self._ids_per_page
-        free_lists, mark_dirty = pages.free_lists, pages.dirty.add
         caching = self.enable_caching
-        num_free = 0
+        free = []
         cached = []
         for block in ordered_blocks:
             block.ref_cnt -= 1
             if block.ref_cnt == 0 and not block.is_null:
-                page = block.block_id // ids_per_page
-                mark_dirty(page)
                 if caching and block.block_hash is not None:
-                    pages.num_evictable[page] += 1
                     cached.append(block)
                 else:
-                    free_lists[page].append(block)
-                    num_free += 1
-        pages.num_free += num_free
+                    free.append(block)
+        if free:
+            self.free_lists.give(free)
         if cached:
+            self.free_lists.add_cached(cached)
             self.free_block_queue.append_n(cached)
 
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
         """Add one reference to each block of a prefix-cache hit."""
         collector = self.metrics_collector
+        hit = []
         for block in blocks:
             if block.ref_cnt == 0 and not block.is_null:
-                self._unqueue(block)
+                self.free_block_queue.remove(block)
+                hit.append(block)
             block.ref_cnt += 1
             if collector:
                 collector.on_block_accessed(block)
+        self.free_lists.remove_cached(hit)
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached blocks and free them; return False if requests still hold blocks."""
@@ -171,9 +156,11 @@ class ElasticBlockPool(BlockPool):
         finally:
             self.num_gpu_blocks = num_blocks
         if done:
-            for block in self.free_block_queue.get_all_free_blocks():
-                self._unqueue(block)
-                self.pages.give(block.block_id // self._ids_per_page, (block,))
+            blocks = self.free_block_queue.get_all_free_blocks()
+            for block in blocks:
+                self.free_block_queue.remove(block)
+            self.free_lists.remove_cached(blocks)
+            self.free_lists.give(blocks)
         return done
 
     def release_pages(self, max_pages: int) -> int:
@@ -183,22 +170,31 @@ class ElasticBlockPool(BlockPool):
     def release_one_by_one(self, max_pages: int) -> Iterator[int]:
         """Give back up to `max_pages` pages that no request needs; yield after each one its number.
 
-        Idle pages go first, then cached ones: the page whose youngest block is oldest first.
+        Empty pages go first, then cached ones: the page whose youngest block is oldest first.
         """
-        pages = self.pages
-        num_idle = pages.close_idle(max_pages)
-        yield from range(1, num_idle + 1)
-        if num_idle == max_pages:
+        num_empty = self.pages.close_empty(max_pages)
+        yield from range(1, num_empty + 1)
+        if num_empty == max_pages:
             return
-        going = islice(self._cached_pages(), max_pages - num_idle)
-        for number, (page, blocks) in enumerate(going, num_idle + 1):
+        going = islice(self._cached_pages(), max_pages - num_empty)
+        for number, (page, blocks) in enumerate(going, num_empty + 1):
             for block in blocks:
                 self.free_block_queue.remove(block)
                 self._maybe_evict_cached_block(block)
-            pages.num_evictable[page] -= len(blocks)
-            pages.give(page, blocks)
-            pages.close(page)
+            self.free_lists.remove_cached(blocks)
+            self.free_lists.give(blocks)
+            self.pages.close((page,))
             yield number
+
+    def drain(self, *, is_last: bool = False) -> PageOrders | None:
+        """End a schedule; return what the workers are told, or None if there is nothing to tell.
+
+        Args:
+            is_last: See `Pages.end_schedule`.
+        """
+        is_live = self.num_used_blocks > 0
+        self.pages.end_schedule(is_live=is_live, is_last=is_last)
+        return self.pages.book.take_orders(self.free_lists.count_pages, is_live=is_live)
 
     def pay(self) -> bool:
         """Give back what can be of the pages that are owed; return whether none is left."""
@@ -206,17 +202,18 @@ class ElasticBlockPool(BlockPool):
         return self.owed_pages <= 0
 
     def _take(self, num_blocks: int) -> list[KVCacheBlock]:
-        pages, queue = self.pages, self.free_block_queue
-        missing = num_blocks - pages.num_free - pages.num_promised_blocks
+        free_lists, queue = self.free_lists, self.free_block_queue
+        missing = num_blocks - free_lists.num_free
         if missing > 0:
-            pages.reserve_blocks(missing)
-        if num_blocks > self.get_num_free_blocks():
-            raise ValueError(f"Cannot get {num_blocks} free blocks from the pool")
-        blocks = pages.take(num_blocks)
+            self.pages.promise_blocks(missing)
+            if num_blocks > self.get_num_free_blocks():
+                raise ValueError(f"Cannot get {num_blocks} free blocks from the pool")
+            self.pages.open_blocks(missing)
+        blocks = free_lists.take(num_blocks)
         if len(blocks) < num_blocks:
             evicted = queue.popleft_n(num_blocks - len(blocks))
+            free_lists.remove_cached(evicted)
             for block in evicted:
-                self._leave_page_cache(block)
                 self._maybe_evict_cached_block(block)
             blocks.extend(evicted)
         return blocks
@@ -228,23 +225,14 @@ class ElasticBlockPool(BlockPool):
         wants few pages of a large cache walks only a part of it. The blocks that are yielded may
         leave the queue: those that come next are on other pages.
         """
-        pages, ids_per_page = self.pages, self._ids_per_page
-        seen: dict[int, list[KVCacheBlock]] = {page: [] for page in pages.pages_in(CACHED)}
+        free_lists, ids_per_page = self.free_lists, self.pages.geometry.ids_per_page
+        seen: dict[int, list[KVCacheBlock]] = {page: [] for page in free_lists.pages_in(CACHED)}
         block: Any = self.free_block_queue.fake_free_list_head.next_free_block
         while (following := block.next_free_block) is not None:  # the tail, no block, has none
             page = block.block_id // ids_per_page
             blocks = seen.get(page)
             if blocks is not None:
                 blocks.append(block)
-                if len(blocks) == pages.num_evictable[page]:
+                if len(blocks) == free_lists.num_cached_on(page):
                     yield page, blocks
             block = following
-
-    def _unqueue(self, block: KVCacheBlock) -> None:
-        self.free_block_queue.remove(block)
-        self._leave_page_cache(block)
-
-    def _leave_page_cache(self, block: KVCacheBlock) -> None:
-        page = block.block_id // self._ids_per_page
-        self.pages.num_evictable[page] -= 1
-        self.pages.dirty.add(page)

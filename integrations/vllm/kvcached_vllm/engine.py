@@ -131,9 +131,11 @@ class ElasticEngine:
             self.geometry,
             self,
             *args,
-            min_spare_pages=low,
-            max_spare_pages=high,
-            idle_seconds=self.config.idle_seconds,
+            options={
+                "min_spare_pages": low,
+                "max_spare_pages": high,
+                "idle_seconds": self.config.idle_seconds,
+            },
             **kwargs,
         )
         self.pool.engine = self
@@ -243,7 +245,7 @@ class ElasticEngine:
         self._send(orders)
 
     def _drain(self, *, is_last: bool) -> "PageOrders | None":
-        return self.pool.pages.drain(is_last=is_last) if self.pool is not None else None
+        return self.pool.drain(is_last=is_last) if self.pool is not None else None
 
     def _send(self, orders: "PageOrders | None") -> None:
         if orders is not None:

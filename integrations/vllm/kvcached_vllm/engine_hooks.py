@@ -206,7 +206,8 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
         if blocks is not None or owed_pages is None:
             return blocks
         missing = _missing_blocks(self, request, num_new_tokens, kwargs)
-        if not pool.pages.reserve_blocks(missing, is_urgent=True):
+        missing_pages = -(-missing // pool.pages.geometry.blocks_per_page)
+        if not pool.pages.promise(missing_pages, is_urgent=True):
             return None
         return original(self, request, num_new_tokens, *args, **kwargs)
 
@@ -236,13 +237,12 @@ def scheduler_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
         pool = self.kv_cache_manager.block_pool
-        pages = getattr(pool, "pages", None)
-        if pages is None:
+        if not hasattr(pool, "pages"):
             return output
         if pool.engine.is_waiting:
             _, num_waiting = self.get_request_counts()
             pool.engine.end_schedule(num_waiting)
-        orders: PageOrders | None = pages.drain()
+        orders: PageOrders | None = pool.drain()
         if orders is not None:
             setattr(output, ORDERS, orders)
         return output

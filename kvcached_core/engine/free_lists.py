@@ -1,0 +1,223 @@
+"""The free blocks of a pool's open pages as lists: the next one comes from the fullest page.
+
+So pages empty out. A block of an open page is free, cached or live. A free block is in its page's
+list, or in hand. A cached one is in the engine's own queue of blocks that may be evicted, and is
+only counted here. A live one is a request's. A page is used while it has a live block, cached while
+it has only cached ones beside free ones, and empty while all its blocks are free.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from heapq import heappop, heappush, heapreplace
+from typing import Generic, Protocol, TypeVar
+
+from kvcached_core.errors import PageStateError
+from kvcached_core.memory.geometry import Geometry
+
+CLOSED, USED, CACHED, EMPTY = range(4)
+
+
+class HasId(Protocol):
+    """What a block is here: an object with its sparse id."""
+
+    block_id: int
+
+
+Block = TypeVar("Block", bound=HasId)
+
+
+class FreeLists(Generic[Block]):
+    """Which blocks of open pages are free, and what their pages are for. `Blocks` of `Pages`.
+
+    The books of a page are brought up to date when somebody asks for them, not with each block.
+
+    Args:
+        geometry: What lies in a page.
+        num_pages: Pages of the arena.
+        blocks_of_page: Returns the blocks of a page, in id order; called when it is opened.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        num_pages: int,
+        blocks_of_page: Callable[[int], Sequence[Block]],
+    ) -> None:
+        self.num_free = 0
+        self._num_pages = num_pages
+        self._ids_per_page = geometry.ids_per_page
+        self._blocks_per_page = geometry.blocks_per_page
+        self._blocks_of_page = blocks_of_page
+        self._lists: list[list[Block]] = [[] for _ in range(num_pages)]
+        self._in_hand: list[Block] = []  # those that are taken next, the last one first
+        # A page whose list has a block is among the new ones or has an entry in the heap, which is
+        # (free blocks when entered) * num_pages + page. A page that has none now was closed since.
+        self._new: list[int] = []
+        self._heap: list[int] = []
+        self._entered: set[int] = set()
+        self._num_cached = [0] * num_pages
+        self._dirty: set[int] = set()  # pages whose books are not up to date
+        self._states = [CLOSED] * num_pages
+        self._num_in_state = [num_pages, 0, 0, 0]
+        self._empty: dict[int, None] = {}  # the longest empty first
+
+    def num_empty_pages(self, *, is_live: bool) -> int:
+        """See `Blocks.num_empty_pages`: while requests are live, those in hand are not counted."""
+        if is_live:
+            self._settle()
+        else:
+            self._settle_all()
+        return len(self._empty)
+
+    def add(self, page: int) -> None:
+        """See `Blocks.add`."""
+        blocks = self._blocks_of_page(page)
+        self._lists[page] = [*reversed(blocks)]
+        self.num_free += len(blocks)
+        self._new.append(page)
+        self._enter_state(page, EMPTY)
+
+    def remove(self, pages: Sequence[int]) -> None:
+        """See `Blocks.remove`."""
+        self._settle_all()
+        for page in pages:
+            if self._states[page] != EMPTY:
+                raise PageStateError(f"page {page} cannot be closed: it is not empty")
+            self._enter_state(page, CLOSED)
+            self.num_free -= len(self._lists[page])
+            self._lists[page] = []
+
+    def empty_pages(self) -> list[int]:
+        """See `Blocks.empty_pages`: the one that is empty for longest first."""
+        self._settle_all()
+        return list(self._empty)
+
+    def count_pages(self) -> tuple[int, int]:
+        """See `Blocks.count_pages`."""
+        self._settle_all()
+        return self._num_in_state[USED], self._num_in_state[CACHED]
+
+    def pages_in(self, state: int) -> list[int]:
+        """Return the pages that are in `state`, in ascending order."""
+        self._settle_all()
+        return [page for page, current in enumerate(self._states) if current == state]
+
+    def take_one(self) -> Block | None:
+        """Return a free block, or None if there is none."""
+        in_hand = self._in_hand
+        if in_hand or self._fill_hand():
+            self.num_free -= 1
+            return in_hand.pop()
+        return None
+
+    def take(self, num_blocks: int) -> list[Block]:
+        """Return up to `num_blocks` free blocks."""
+        taken: list[Block] = []
+        while len(taken) < num_blocks and (self._in_hand or self._fill_hand()):
+            count = min(num_blocks - len(taken), len(self._in_hand))
+            taken.extend(reversed(self._in_hand[-count:]))
+            del self._in_hand[-count:]
+        self.num_free -= len(taken)
+        return taken
+
+    def give(self, blocks: Collection[Block]) -> None:
+        """Put blocks that hold nothing any more back on their pages."""
+        self.num_free += len(blocks)
+        lists, ids_per_page = self._lists, self._ids_per_page
+        mark_dirty, add_new = self._dirty.add, self._new.append
+        for block in blocks:
+            page = block.block_id // ids_per_page
+            free = lists[page]
+            if not free:
+                add_new(page)
+            free.append(block)
+            mark_dirty(page)
+
+    def add_cached(self, blocks: Iterable[Block]) -> None:
+        """Count blocks that only the prefix cache wants now: those of requests that ended."""
+        num_cached, ids_per_page, mark_dirty = self._num_cached, self._ids_per_page, self._dirty.add
+        for block in blocks:
+            page = block.block_id // ids_per_page
+            num_cached[page] += 1
+            mark_dirty(page)
+
+    def remove_cached(self, blocks: Iterable[Block]) -> None:
+        """Count blocks that a request has now, or that are given: those left the cache's queue."""
+        num_cached, ids_per_page, mark_dirty = self._num_cached, self._ids_per_page, self._dirty.add
+        for block in blocks:
+            page = block.block_id // ids_per_page
+            num_cached[page] -= 1
+            mark_dirty(page)
+
+    def num_cached_on(self, page: int) -> int:
+        """Return how many blocks of a page only the prefix cache wants."""
+        return self._num_cached[page]
+
+    def _fill_hand(self) -> bool:
+        """Take the fullest page's blocks in hand; return whether there are any.
+
+        No page can be fuller than those with one free block, so all that are new go together.
+        """
+        in_hand, lists, heap, entered = self._in_hand, self._lists, self._heap, self._entered
+        num_pages, mark_dirty, is_single = (
+            self._num_pages,
+            self._dirty.add,
+            self._blocks_per_page > 1,
+        )
+        for page in self._new:
+            free = lists[page]
+            if is_single and len(free) == 1:
+                in_hand.append(free.pop())
+                mark_dirty(page)
+            elif free and page not in entered:
+                heappush(heap, len(free) * num_pages + page)
+                entered.add(page)
+        self._new.clear()
+        while heap and not in_hand:
+            entered_with, page = divmod(heap[0], num_pages)
+            num_free = len(lists[page])
+            if num_free > entered_with:
+                heapreplace(heap, num_free * num_pages + page)
+                continue
+            heappop(heap)
+            entered.remove(page)
+            if num_free:  # otherwise it was closed
+                in_hand.extend(lists[page])
+                lists[page].clear()
+                mark_dirty(page)
+        return bool(in_hand)
+
+    def _settle(self) -> None:
+        """Bring the books up to date, but for what is in hand: those pages count as used."""
+        if not self._dirty:
+            return
+        blocks_per_page, lists, num_cached = self._blocks_per_page, self._lists, self._num_cached
+        states = self._states
+        for page in self._dirty:
+            num_free = len(lists[page])
+            if num_free == blocks_per_page:
+                state = EMPTY
+            elif num_free + num_cached[page] == blocks_per_page:
+                state = CACHED
+            else:
+                state = USED
+            if states[page] != state:
+                self._enter_state(page, state)
+        self._dirty.clear()
+
+    def _settle_all(self) -> None:
+        """Bring all books up to date: what is in hand goes back to its pages."""
+        if self._in_hand:
+            self.num_free -= len(self._in_hand)
+            self.give(self._in_hand)
+            self._in_hand.clear()
+        self._settle()
+
+    def _enter_state(self, page: int, state: int) -> None:
+        old = self._states[page]
+        self._num_in_state[old] -= 1
+        self._num_in_state[state] += 1
+        self._states[page] = state
+        if state == EMPTY:
+            self._empty[page] = None
+        elif old == EMPTY:
+            del self._empty[page]

@@ -1,0 +1,63 @@
+"""The pages of an arena that no pool has, and the orders about all of its pages."""
+
+import time
+from collections.abc import Callable
+from heapq import heappop, heappush
+
+from kvcached_core.memory.orders import PageOrders, PendingOrders
+
+# How often the counts alone are told while requests are live; every report takes the ledger's lock
+# in front of a step.
+REPORT_SECONDS = 0.05
+
+
+class PageBook:
+    """The pages of an arena that no pool has, and the orders about all of them.
+
+    The pools of one arena share it, so a page has one order, whichever pool closes or opens it.
+
+    Args:
+        num_pages: Pages of the arena. Page 0 is mapped for good, and is none of these.
+        clock: Returns seconds.
+    """
+
+    def __init__(self, num_pages: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.orders = PendingOrders()
+        self.num_promised = 0
+        self._unmapped = list(range(1, num_pages))
+        self._clock = clock
+        self._reported = (0, 0)
+        self._looked_at: float | None = None
+
+    @property
+    def num_left(self) -> int:
+        """Pages that are neither mapped nor promised."""
+        return len(self._unmapped) - self.num_promised
+
+    def take_unmapped(self) -> int:
+        """Return the lowest unmapped page, which its pool was promised."""
+        return heappop(self._unmapped)
+
+    def put_back(self, page: int) -> None:
+        """Have a page that is unmapped again."""
+        heappush(self._unmapped, page)
+
+    def take_orders(
+        self, count_pages: Callable[[], tuple[int, int]], *, is_live: bool
+    ) -> PageOrders | None:
+        """Return the orders since the last call, or None if there is nothing to tell.
+
+        Args:
+            count_pages: Returns how many pages are used and cached.
+            is_live: Requests run, so changed counts alone are told seldom.
+        """
+        now, before = self._clock(), self._looked_at
+        has_pages = bool(self.orders)
+        if not has_pages and is_live and before is not None and now < before + REPORT_SECONDS:
+            return None
+        self._looked_at = now
+        counts = count_pages()
+        if not has_pages and counts == self._reported:
+            return None
+        self._reported = counts
+        return self.orders.take(*counts)

@@ -1,0 +1,77 @@
+"""What the scheduler's side of an engine asks of the ledger, of an allocator and of an adapter."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from kvcached_core.memory.orders import PageOrders
+
+
+class PageSource(Protocol):
+    """Who promises pages: the ledger, for all devices of the instance at once."""
+
+    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
+        """Promise up to `num_pages` pages, and up to `num_spare` more; return how many it is.
+
+        Only an urgent wish, one without which a request has to wait, may make others give memory;
+        the spare ones never do, and are left to who waits for memory.
+        """
+
+    def cancel(self, num_pages: int) -> None:
+        """Take back a promise of `num_pages` pages that nobody mapped."""
+
+
+class Blocks(Protocol):
+    """Which blocks of a pool's open pages are free. The scheduler's thread calls it."""
+
+    def num_empty_pages(self, *, is_live: bool) -> int:
+        """Return how many open pages have only free blocks, or about so many.
+
+        Where counting is dear it may be too many, and while requests are live a few too few.
+        """
+
+    def add(self, page: int) -> None:
+        """Let the blocks of a page that is open now be taken."""
+
+    def remove(self, pages: Sequence[int]) -> None:
+        """Let the blocks of empty pages no longer be taken.
+
+        Raises:
+            PageStateError: If a page is not empty.
+        """
+
+    def empty_pages(self) -> Sequence[int]:
+        """Return the open pages whose blocks are all free, in the order in which they shall go."""
+
+    def count_pages(self) -> tuple[int, int]:
+        """Return how many pages hold a block of a request, and how many only cached blocks."""
+
+
+class EnginePort(Protocol):
+    """All that an adapter says of its engine. The scheduler's thread calls it, but for `wake`."""
+
+    @property
+    def can_be_woken(self) -> bool:
+        """False for an engine that runs in its caller's process, and has no loop."""
+
+    def is_busy(self) -> bool:
+        """Return whether there are requests that run or wait."""
+
+    def carry_out(self, orders: PageOrders, *, wait: bool) -> None:
+        """Have pages mapped and unmapped, between two steps.
+
+        Args:
+            orders: Which pages.
+            wait: Return when it is done, and not before.
+        """
+
+    def evict(self, num_pages: int) -> bool:
+        """Drop cached blocks until about so many pages are empty; return False if there are none.
+
+        The pages that go first are those that nobody used for longest.
+        """
+
+    def publish(self) -> None:
+        """Tell those that mirror the prefix cache what left it."""
+
+    def wake(self) -> None:
+        """Make the engine's loop call `ElasticEngine.between_steps` soon; from any thread."""
