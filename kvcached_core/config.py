@@ -88,7 +88,7 @@ class Config(BaseModel):
         default=0,
         ge=MIN_PRIORITY,
         le=MAX_PRIORITY,
-        description="who has a lower one gives its cached blocks first",
+        description="instances with a lower value give up cached blocks first",
     )
     headroom: Annotated[int | str, _size_or_share("HEADROOM")] = Field(
         default="2%",

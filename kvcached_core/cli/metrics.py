@@ -32,7 +32,7 @@ INSTANCE_GAUGES: dict[str, tuple[str, Callable[[InstanceView], float]]] = {
     "waiting_bytes": ("Refused, and still wanted.", lambda i: i.waiting_bytes),
     "virtual_bytes": ("What the engine believes to have.", lambda i: i.virtual_bytes),
     "floor_bytes": ("What it can always get back.", lambda i: i.floor_bytes),
-    "priority": ("Who has a lower one gives first.", lambda i: i.priority),
+    "priority": ("Instances with a lower value give first.", lambda i: i.priority),
 }
 INSTANCE_COUNTERS: dict[str, tuple[str, Callable[[InstanceView], float]]] = {
     "mapped_bytes": ("Bytes mapped since the start.", lambda i: i.num_mapped_bytes),

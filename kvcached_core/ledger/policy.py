@@ -25,7 +25,7 @@ class Policy:
     Attributes:
         limit_bytes: What it may hold at most; None for no limit.
         floor_bytes: What it can always get back.
-        priority: Who has a lower one gives first.
+        priority: Instances with a lower value give first.
     """
 
     limit_bytes: int | None = None
@@ -49,7 +49,7 @@ class Standing(Protocol):
 
     @property
     def priority(self) -> int:
-        """Who has a lower one gives first."""
+        """Instances with a lower value give first."""
 
     @property
     def last_used_ns(self) -> int:

@@ -16,7 +16,7 @@ SWITCH_FLAG = "--enable-kvcached"
 FLAGS = {
     "--kvcached-limit": ("KVCACHED_LIMIT", "The most it may hold: 24GiB, 50%% or none."),
     "--kvcached-floor": ("KVCACHED_FLOOR", "What it can always get back, such as 8GiB."),
-    "--kvcached-priority": ("KVCACHED_PRIORITY", "-1000 to 1000; who has a lower one gives first."),
+    "--kvcached-priority": ("KVCACHED_PRIORITY", "-1000 to 1000; the lowest gives first."),
     "--kvcached-name": ("KVCACHED_NAME", "The instance's name in `kvcached top`."),
 }
 

@@ -66,7 +66,7 @@ class Backend(Protocol):
         """Begin to fill a mapped range with zeros; `join` or `synchronize` say when it is done."""
 
     def join(self, stream: int) -> None:
-        """Let what `stream` is given from now on come behind all that `zero` began."""
+        """Make later work on `stream` wait for every `zero` that has begun."""
 
     def synchronize(self) -> None:
         """Return when all that `zero` began is done."""
