@@ -28,10 +28,10 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from kvcached_core.engine.ranks import Wanted
 from kvcached_core.units import MIB
 from kvcached_sglang import hooks
 from kvcached_sglang.engine import ElasticEngine
-from kvcached_sglang.ranks import Wanted
 
 pytestmark = pytest.mark.sglang
 

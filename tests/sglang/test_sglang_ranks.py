@@ -8,9 +8,10 @@ import pytest
 from torch import distributed
 
 from kvcached_core.config import Config, read_config
+from kvcached_core.engine.ranks import FirstRankError, Ranks
 from kvcached_core.errors import ConfigError
 from kvcached_core.memory.devices import host_device
-from kvcached_sglang.ranks import FirstRankError, Ranks, join_ranks
+from kvcached_sglang.ranks import join_ranks
 
 pytestmark = pytest.mark.sglang
 
@@ -59,42 +60,3 @@ def test_a_failure_of_the_first_rank_reaches_the_others(channel: Channel, tmp_pa
         channel.join(0, config)
     with pytest.raises(FirstRankError, match=r"rank 0 could not start: .*is above what all"):
         channel.join(1, config)
-
-
-class Ledgers:
-    """Rank 0's view: so much room, of which it is promised what is told."""
-
-    def __init__(self, granted: int) -> None:
-        self.granted = granted
-        self.num_cancelled = 0
-
-    def has_news(self) -> bool:
-        return False
-
-    def room_pages(self) -> int:
-        return 10
-
-    def reserve(self, _num_pages: int, **_: Any) -> int:
-        return self.granted
-
-    def cancel(self, num_pages: int) -> None:
-        self.num_cancelled += num_pages
-
-
-def test_all_ranks_are_promised_what_the_first_one_is_and_know_the_same_room() -> None:
-    said: list[list[int]] = []
-
-    def tell(values: list[int]) -> list[int]:
-        said.append(values)
-        return values
-
-    seat: Any = None
-    first = Ranks(Ledgers(4), seat, 0, tell)  # type: ignore[arg-type]
-    second = Ranks(None, seat, 0, lambda _values: said.pop(0))
-    for rank in (first, second):
-        rank.look()
-        assert rank.room_pages == 10
-        assert rank.reserve(6, is_urgent=True) == 4
-        assert rank.room_pages == 6
-        rank.cancel(1)
-        assert rank.room_pages == 7

@@ -29,10 +29,10 @@ from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
+from kvcached_core.engine.ranks import Wanted
 from kvcached_core.units import MIB
 from kvcached_sglang import hooks
 from kvcached_sglang.engine import ElasticEngine
-from kvcached_sglang.ranks import Wanted
 
 pytestmark = pytest.mark.sglang
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from helpers.sglang_elastic import make_engine
 
+from kvcached_core.engine.ranks import NUM_IDLE_TURNS, Ranks
 from kvcached_core.errors import UnmappedBlockError
 from kvcached_core.units import MIB
 from kvcached_sglang.engine import ElasticEngine
-from kvcached_sglang.ranks import NUM_IDLE_TURNS, Ranks
 from kvcached_sglang.waiting import GAUGE_SECONDS, Waiting
 
 pytestmark = pytest.mark.sglang
@@ -145,7 +145,7 @@ def test_a_busy_scheduler_looks_again_when_what_it_saw_is_old(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 5.0
-    monkeypatch.setattr("kvcached_sglang.ranks.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("kvcached_core.engine.ranks.time", SimpleNamespace(monotonic=lambda: now))
     instance = CountingInstance()
     busy = ranks(instance)
     for _ in range(10):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.engine.instance import REFUSAL_SECONDS
-from kvcached_sglang.ranks import Ranks, Wanted
+from kvcached_core.engine.ranks import Ranks, Wanted
 from kvcached_sglang.requests import evictable_tokens
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from math import ceil
 
 from kvcached_core.config import HOST, Config
+from kvcached_core.engine.ranks import Ranks
 from kvcached_core.errors import ConfigError
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.devices import Device
@@ -13,7 +14,6 @@ from kvcached_core.memory.rank import RankMemory
 from kvcached_core.memory.vmm.backend import Backend
 from kvcached_core.units import format_bytes
 from kvcached_sglang.pools import PoolShape
-from kvcached_sglang.ranks import Ranks
 
 logger = logging.getLogger("sglang.kvcached")
 

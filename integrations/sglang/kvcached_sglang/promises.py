@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from kvcached_core.engine.ranks import Ranks
 from kvcached_sglang.demand import Demand
-from kvcached_sglang.ranks import Ranks
 
 if TYPE_CHECKING:
     from kvcached_sglang.free_list import FreeList

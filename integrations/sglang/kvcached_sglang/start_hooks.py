@@ -7,13 +7,13 @@ from itertools import chain
 from typing import Any
 
 from kvcached_core.config import HOST
+from kvcached_core.engine.ranks import FirstRankError
 from kvcached_core.engine.start import SAID
 from kvcached_core.errors import KVCachedError
 from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_core.units import GIB
 from kvcached_sglang import obstacles
 from kvcached_sglang.engine import engine, start_engine
-from kvcached_sglang.ranks import FirstRankError
 from kvcached_sglang.saved_memory import WEIGHTS
 from kvcached_sglang.startup import check_arguments, startup
 from kvcached_sglang.weights import loaded_bytes, static_bytes

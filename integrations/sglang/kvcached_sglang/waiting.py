@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from kvcached_sglang.ranks import Ranks
+from kvcached_core.engine.ranks import Ranks
 
 GAUGE_SECONDS = 1.0
 

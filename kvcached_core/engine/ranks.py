@@ -1,0 +1,202 @@
+"""What the schedulers of one server go by, so that all of them decide the same.
+
+An engine has one scheduler, or one in each of its ranks. Fed the same requests, several of them
+schedule the same as long as they are told the same. So there is one view of the ledgers and one
+clock, those of rank 0, and every rank maps on its own device what rank 0 was promised on all.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvcached_core.engine.instance import Instance
+from kvcached_core.errors import KVCachedError
+from kvcached_core.ledger.shortage import PATIENCE_SECONDS
+from kvcached_core.memory.seats import Seat
+
+MICROSECONDS = 1_000_000
+
+# How long what was seen in the ledgers holds, while nothing new is wanted of this server.
+LOOK_SECONDS = 0.001
+# Several ranks that have nothing to do tell each other what is new once in so many turns.
+NUM_IDLE_TURNS = 16
+
+
+class FirstRankError(KVCachedError):
+    """Rank 0 could not enter the server in the ledgers, and has said why."""
+
+
+Share = Callable[[list[int]], list[int]]
+
+
+def alone(values: list[int]) -> list[int]:
+    """Return the numbers as they are: what a single rank has nobody to tell."""
+    return values
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What others, or the limit, want back.
+
+    Attributes:
+        asked_pages: Pages in all.
+        owed_pages: The part for which requests have to stop if nothing else is left.
+    """
+
+    asked_pages: int
+    owed_pages: int
+
+
+class Ranks:
+    """The ledgers as every rank sees them. A `PageSource`.
+
+    All ranks call `look`, `reserve`, `reserve_first_page` and `make_room` in the same order.
+
+    Args:
+        instance: The server in the ledgers; only rank 0 has it.
+        seat: Where this rank reports what it maps.
+        capacity_bytes: What instances may hold together on the device that has least.
+        share: Returns rank 0's numbers on every rank.
+        largest: Returns the largest number of all ranks on every rank.
+    """
+
+    def __init__(
+        self,
+        instance: Instance | None,
+        seat: Seat,
+        capacity_bytes: int,
+        share: Share = alone,
+        largest: Callable[[int], int] = lambda value: value,
+    ) -> None:
+        self.instance = instance
+        self.seat = seat
+        self.capacity_bytes = capacity_bytes
+        self.room_pages = 0
+        self._share = share
+        self._largest = largest
+        self._is_one_of_many = share is not alone
+        self._microseconds = 0
+        self._looked_at = 0.0
+        self._num_idle_turns = 0
+        self._is_waiting = False  # as far as the ledger was told
+        self._is_refused = False  # in this schedule
+
+    def describe(self, *, page_bytes: int, num_pages: int, least_pages: int) -> None:
+        """See `Instance.describe`."""
+        if self.instance is not None:
+            self.instance.describe(
+                page_bytes=page_bytes, num_pages=num_pages, least_pages=least_pages
+            )
+
+    def look(self, *, is_busy: bool = True) -> Wanted | None:
+        """Look at the ledgers and the clock; return what is wanted back, or None for no news.
+
+        An idle scheduler does this in every turn of its loop, which never sleeps: it takes no lock
+        unless somebody wants something, and ranks take turns together, so all leave out the same.
+
+        Args:
+            is_busy: Whether there are requests; the same on every rank.
+        """
+        if is_busy:
+            self._num_idle_turns = 0
+        elif self._is_one_of_many:
+            self._num_idle_turns += 1
+            if self._num_idle_turns % NUM_IDLE_TURNS:
+                return None
+        values = [0, 0, 0, self.room_pages, 0]
+        if self.instance is not None:
+            now = time.monotonic()
+            values[4] = int(now * MICROSECONDS)
+            if self.instance.has_news():
+                values[:3] = [1, *self.instance.wanted_pages()]
+            if values[0] or (is_busy and now >= self._looked_at + LOOK_SECONDS):
+                self._looked_at = now
+                values[3] = self.instance.room_pages()
+        has_news, asked_pages, owed_pages, self.room_pages, self._microseconds = self._share(values)
+        return Wanted(asked_pages, owed_pages) if has_news else None
+
+    def end_schedule(self, *, is_busy: bool) -> bool:
+        """Take back that this server waits for memory, if nothing of it does any more.
+
+        Args:
+            is_busy: Whether requests wait; one that was refused may be among them.
+
+        Returns:
+            Whether it waits.
+        """
+        is_refused, self._is_refused = self._is_refused, False
+        if self._is_waiting and not is_refused and not is_busy:
+            self.clear_waiting()
+        return self._is_waiting and is_busy
+
+    def clear_waiting(self) -> None:
+        """See `Instance.clear_waiting`."""
+        self._is_waiting = False
+        if self.instance is not None:
+            self.instance.clear_waiting()
+
+    def clock(self) -> float:
+        """Return the seconds of rank 0's clock at the last look."""
+        return self._microseconds / MICROSECONDS
+
+    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
+        """See `PageSource.reserve`."""
+        granted = 0
+        if self.instance is not None:
+            granted = self.instance.reserve(num_pages, is_urgent=is_urgent, num_spare=num_spare)
+        (granted,) = self._share([granted])
+        if is_urgent and num_pages:
+            self._is_refused = self._is_refused or granted < num_pages
+            self._is_waiting = granted < num_pages
+        self.room_pages = max(self.room_pages - granted, 0)
+        return granted
+
+    def ask(self, num_pages: int) -> None:
+        """See `Instance.ask`; every rank waits then, whoever asked."""
+        if num_pages > 0:
+            self._is_refused = self._is_waiting = True
+            if self.instance is not None:
+                self.instance.ask(num_pages)
+
+    def reserve_first_page(self) -> bool:
+        """See `Instance.reserve_first_page`."""
+        is_granted = self.instance is not None and self.instance.reserve_first_page()
+        return bool(self._share([int(is_granted)])[0])
+
+    def make_room(self, static_bytes: int) -> str | None:
+        """Announce what each rank is about to allocate beside its KV cache, and ask for it.
+
+        Args:
+            static_bytes: What this rank is; the largest of all ranks counts for each.
+
+        Returns:
+            None if there is room: call `announce(0)` when it is allocated. Otherwise what is
+            missing and who holds it, as rank 0 found it.
+        """
+        needed_bytes = self._largest(static_bytes)
+        shortage = None
+        if needed_bytes and self.instance is not None:
+            shortage = self.instance.make_room(needed_bytes, PATIENCE_SECONDS)
+        (is_short,) = self._share([int(shortage is not None)])
+        return (str(shortage) if shortage is not None else "see rank 0") if is_short else None
+
+    def announce(self, static_bytes: int) -> None:
+        """See `Instance.announce`."""
+        if self.instance is not None:
+            self.instance.announce(static_bytes)
+
+    def cancel(self, num_pages: int) -> None:
+        """See `PageSource.cancel`."""
+        self.room_pages += num_pages
+        if self.instance is not None:
+            self.instance.cancel(num_pages)
+
+    def answer(self, num_pages: int) -> None:
+        """See `Instance.answer`."""
+        if self.instance is not None:
+            self.instance.answer(num_pages)
+
+    def close(self) -> None:
+        """Leave the ledgers."""
+        if self.instance is not None:
+            self.instance.close()
