@@ -41,7 +41,13 @@ BENCHMARKS = (
     Benchmark("host_memory", "host_memory.py", HOST, "mapping host memory, ledger views, imports"),
     Benchmark("cpu_throughput", "cpu_throughput.py", HOST, "the CPU engine's throughput with us"),
     Benchmark("dry_pool", "dry_pool.py", HOST, "ten minutes in which all want more than there is"),
-    Benchmark("fair_pool", "fair_pool.py", HOST, "two equal servers on a pool too small for both"),
+    Benchmark(
+        "fair_pool",
+        "fair_pool.py",
+        HOST,
+        "two equal servers on a pool too small for both",
+        result="fair_pool_sglang.json",
+    ),
     Benchmark("clients", "clients.py", HOST, "what our client and vLLM's add to a server's times"),
     Benchmark(
         "multi_model_host",

@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from catalog import BENCHMARKS
+from catalog import BENCHMARKS, HOST
 from figures.document import (
     DOCUMENTS,
     ROOT,
@@ -22,6 +22,7 @@ from figures.value import RESULTS, evaluate
 
 RECORDS = tomllib.loads((HERE / "records.toml").read_text())["record"]
 BENCHMARK_DOCUMENT = (ROOT / "docs" / "benchmarks.md").read_text()
+DATE = r"\d{4}-\d\d-\d\d"
 SECTIONS = re.split(r"(?m)^#+ ", BENCHMARK_DOCUMENT)
 TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
 
@@ -67,6 +68,25 @@ def test_a_section_names_the_record_and_every_word_of_the_command_that_makes_it(
     script, *words = shlex.split(record["command"].removeprefix("python -m benchmarks run "))
     assert script in BENCHMARK_DOCUMENT
     assert any(all(w in text for w in (record["path"], *words)) for text in SECTIONS)
+
+
+def dates_of(record: dict[str, str]) -> set[str]:
+    path = RESULTS / record["path"]
+    path = path / "summary.json" if path.is_dir() else path
+    said = json.loads(path.read_text()) if path.suffix == ".json" else {}
+    return set(re.findall(DATE, json.dumps([said.get("machine"), said.get("date")])))
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.partition("\n")[0])
+def test_the_dates_of_a_section_are_those_of_its_records(section: str) -> None:
+    records = [record for record in RECORDS if f"`{record['path']}" in section]
+    known = {date for record in records for date in dates_of(record)}
+    assert set(re.findall(DATE, section)) <= known or not records
+
+
+def test_a_host_benchmark_writes_where_its_record_lies() -> None:
+    listed = {record["path"] for record in RECORDS}
+    assert {item.result_name for item in BENCHMARKS if item.where == HOST} <= listed
 
 
 @pytest.mark.parametrize("command", sorted({record["command"] for record in RECORDS}))
