@@ -99,10 +99,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The documentation as a site, without a warning and without a network. The variable silences an
-# advertisement.
+# The documentation as a site: without a warning, without a network, and nothing in a page comes from
+# elsewhere. The variable silences an advertisement.
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+	! grep -rlE '<(script|link|img)[^>]*(src|href)="https?:' site
 	@echo site/index.html
 
 # Small faults, each planted in a copy of the tree: does a test see it? MUTANTS="keeper orders" plants
