@@ -163,6 +163,10 @@ class Ranks:
         is_granted = self.instance is not None and self.instance.reserve_first_page()
         return bool(self._share([int(is_granted)])[0])
 
+    def free_bytes(self) -> int:
+        """See `Instance.free_bytes`; every rank has to call it."""
+        return self._share([self.instance.free_bytes() if self.instance is not None else 0])[0]
+
     def make_room(self, static_bytes: int) -> str | None:
         """Announce what each rank is about to allocate beside its KV cache, and ask for it.
 

@@ -35,7 +35,7 @@ def test_latent_planes_lie_in_pages_and_keep_what_is_written_to_open_ones(tmp_pa
     with hooked(ours, (MLATokenToKVPool, "_create_buffers", hooks.create_buffers)):
         pool = build()
     vanilla = build()
-    memory, (geometry,) = ours.memory, ours.layout.geometries
+    memory, (geometry,) = ours.memory, ours.placing.geometries
     assert memory is not None
     assert geometry.num_planes == NUM_LAYERS
     assert geometry.block_bytes == (LATENT + ROPE) * 2

@@ -168,9 +168,9 @@ def test_idle_ranks_tell_each_other_what_is_new_once_in_some_turns() -> None:
 
 
 def test_ranks_on_one_device_share_its_virtual_size(engine: ElasticEngine) -> None:
-    whole = engine.layout.virtual_bytes
+    whole = engine.virtual_bytes
     engine.ranks.seat = SimpleNamespace(num_ranks=2)  # type: ignore[assignment]
-    assert engine.layout.virtual_bytes == whole // 2
+    assert engine.virtual_bytes == whole // 2
 
 
 def test_a_batch_that_names_a_block_which_is_not_mapped_is_refused() -> None:

@@ -86,7 +86,7 @@ def test_without_the_debug_setting_such_a_step_faults(
         ),
         (
             {"KVCACHED_LIMIT": "65MiB"},
-            "one request of max_model_len=2048: needed 64 blocks (64 MiB), available 63 in 4 pages",
+            "needed 64 blocks (64 MiB), available 63 in 4 pages",
         ),
     ],
     ids=["far too small", "by one block"],

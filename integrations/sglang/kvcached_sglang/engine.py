@@ -3,13 +3,16 @@
 import atexit
 import logging
 import time
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import CUDA, HOST, Config, read_config
 from kvcached_core.engine.page_book import REPORT_SECONDS
 from kvcached_core.engine.pages import NUM_QUIET_PAGES
+from kvcached_core.engine.placing import Placing, Planes, virtual_bytes
 from kvcached_core.engine.start import model_name
 from kvcached_core.errors import UnmappedBlockError
+from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import Geometry
 from kvcached_core.memory.orders import PageOrders
 from kvcached_core.memory.rank import RankMemory
@@ -17,8 +20,8 @@ from kvcached_sglang import hardware
 from kvcached_sglang.blocks import BlockPages
 from kvcached_sglang.demand import demand_of, named_blocks, tokens_to_go_on
 from kvcached_sglang.giving import Giving
-from kvcached_sglang.layout import Layout
 from kvcached_sglang.obstacles import has_two_pools
+from kvcached_sglang.pools import PoolShape
 from kvcached_sglang.promises import Promises
 from kvcached_sglang.ranks import join_ranks
 from kvcached_sglang.requests import (
@@ -78,15 +81,18 @@ class ElasticEngine:
             name=model_name(server_args.served_model_name or server_args.model_path),
             engine=startup.engine,
         )
-        self.layout = Layout(
+        self.placing = Placing(
             self.ranks,
-            hardware.make_backend(device),
-            self.device,
             config,
-            context_tokens,
-            num_pools,
-            self._stream,
+            self.device,
+            logger,
+            length_setting="--context-length",
+            num_pools=num_pools,
         )
+        self.memory: RankMemory | None = None  # made with SGLang's first pool
+        self.unmapped: list[int] | None = None  # a heap of pages, where two pools take of it
+        self._backend = hardware.make_backend(device)
+        self._context_tokens = context_tokens
         self.saved = SavedMemory(hardware.reserved_bytes if self.device.kind == CUDA else lambda: 0)
         self.free_lists: list[FreeList] = []  # that of the pool of all layers first
         self.waiting = Waiting(self.ranks)
@@ -101,9 +107,39 @@ class ElasticEngine:
         atexit.register(self.close)
 
     @property
-    def memory(self) -> RankMemory | None:
-        """This rank's memory, once SGLang made its first pool."""
-        return self.layout.memory
+    def virtual_bytes(self) -> int:
+        """What SGLang is told that it has for its KV cache, in bytes."""
+        return virtual_bytes(self.config, self.ranks.capacity_bytes, self.ranks.seat.num_ranks)
+
+    def place(self, shape: PoolShape) -> tuple[Geometry, Arena]:
+        """Choose a pool's geometry; with the first one make the arena, with page 0 mapped.
+
+        SGLang refuses a request that is longer than its pool, so none needs more.
+
+        Raises:
+            KVCachedError: As `Placing.place`.
+        """
+        longest_blocks = ceil(self._context_tokens / shape.block_tokens)
+        geometry = self.placing.place(
+            Planes(
+                shape.block_bytes,
+                shape.num_planes,
+                shape.num_blocks,
+                min(longest_blocks, shape.num_blocks - 1),
+                is_exact=True,
+            ),
+            self._backend.granularity_bytes,
+            self.ranks.seat.num_ranks,
+        )
+        num_pages = self.placing.num_pages
+        if self.memory is None:
+            self.memory = RankMemory(
+                geometry, num_pages, self.ranks.seat, self._backend, self._stream
+            )
+            logger.info("kvcached: %s", self.memory.addresses)
+            if self.placing.num_pools > 1:
+                self.unmapped = list(range(1, num_pages))
+        return geometry, self.memory.arena
 
     def adopt(self, allocator: Any, geometry: Geometry) -> None:
         """Give an allocator the blocks of our pages."""
@@ -112,7 +148,7 @@ class ElasticEngine:
         low, high = self.config.spare_pages(self.device.kind)
         pages = BlockPages(
             geometry,
-            self.layout.num_pages,
+            self.placing.num_pages,
             self.ranks,
             self._carry_out,
             allocator.device,
@@ -120,7 +156,7 @@ class ElasticEngine:
             max_spare_pages=high,
             idle_seconds=self.config.idle_seconds,
             num_quiet_pages=0 if self.free_lists else NUM_QUIET_PAGES,
-            unmapped=self.layout.unmapped,
+            unmapped=self.unmapped,
             clock=self.ranks.clock,
         )
         per_page = geometry.blocks_per_page
@@ -177,7 +213,7 @@ class ElasticEngine:
             return self.giving.must_yield(scheduler)
         needed = tokens_to_go_on(scheduler, self.free_lists[0].block_tokens)
         is_running = bool(scheduler.running_batch.reqs) or scheduler.last_batch is not None
-        evictable = evictable_of_pools(scheduler.tree_cache, self.layout.num_pools)
+        evictable = evictable_of_pools(scheduler.tree_cache, self.placing.num_pools)
         available = min(
             free_list.available_tokens() + num_tokens
             for free_list, num_tokens in zip(self.free_lists, evictable, strict=True)
@@ -199,7 +235,7 @@ class ElasticEngine:
             pages.cancel()
             if pages.is_surplus_due(free_list.num_free_blocks, is_live=is_live):
                 keep = pages.max_spare_pages if is_live else pages.num_quiet_pages
-                self._unmap(free_list.release(self.layout.num_pages, keep=keep))
+                self._unmap(free_list.release(self.placing.num_pages, keep=keep))
         self.waiting.end_schedule(scheduler, has_batch=has_batch)
         self._report(scheduler.tree_cache)
         if not has_batch and scheduler.last_batch is None and self.memory is not None:
@@ -230,7 +266,7 @@ class ElasticEngine:
         """Give everything back but page 0; return when it is done."""
         if self.memory is not None:
             self.ranks.clear_waiting()
-            self._unmap(self.giving.release(self.layout.num_pages))
+            self._unmap(self.giving.release(self.placing.num_pages))
             self.memory.keeper.wait()
 
     def close(self) -> None:
@@ -251,12 +287,12 @@ class ElasticEngine:
         if not self.free_lists or now < self._reported_at + REPORT_SECONDS:
             return
         self._reported_at = now
-        evictable = evictable_of_pools(tree_cache, self.layout.num_pools)
+        evictable = evictable_of_pools(tree_cache, self.placing.num_pools)
         counts = [
             free_list.count_pages(num_tokens)
             for free_list, num_tokens in zip(self.free_lists, evictable, strict=True)
         ]
-        page_0 = int(self.layout.num_pools > 1)
+        page_0 = int(self.placing.num_pools > 1)
         reported = page_0 + sum(used for used, _ in counts), sum(cached for _, cached in counts)
         if reported != self._reported:
             self._reported = reported

@@ -31,7 +31,7 @@ def create_buffers(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapper(self: Any) -> None:
         ours = engine()
-        if ours is None or ours.layout.is_complete:
+        if ours is None or ours.placing.is_complete:
             original(self)
             return
         layout = getattr(self, "kv_cache_layout", "nhd")
@@ -41,7 +41,7 @@ def create_buffers(original: Callable[..., None]) -> Callable[..., None]:
         num_rows = self.size + self.page_size
         with startup.one_message():
             shape = pools.measure(make, num_rows, self.page_size)
-            geometry, arena = ours.layout.place(shape)
+            geometry, arena = ours.place(shape)
         self.size = pools.num_rows(shape, geometry, arena.num_pages) - self.page_size
         pools.lay_out(make, shape, geometry, arena)
         self.kvcached = geometry
@@ -61,7 +61,7 @@ def allocator_init(original: Callable[..., None]) -> Callable[..., None]:
         pools.check_class(type(pool))
         # A hybrid's pool has one of keys and values inside; its states lie elsewhere.
         geometry = getattr(getattr(pool, "full_kv_pool", pool), "kvcached", None)
-        if geometry is not None and len(ours.free_lists) < ours.layout.num_pools:
+        if geometry is not None and len(ours.free_lists) < ours.placing.num_pools:
             ours.adopt(self, geometry)
 
     return wrapper

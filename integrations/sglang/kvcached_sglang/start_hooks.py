@@ -98,7 +98,7 @@ def profile_available_bytes(original: Callable[..., int]) -> Callable[..., int]:
         ours = engine()
         if ours is None:
             return original(self, *args, **kwargs)
-        virtual_bytes = ours.layout.virtual_bytes
+        virtual_bytes = ours.virtual_bytes
         if obstacles.has_states(self):
             # The states' pool stays SGLang's own, and the original is what would have sized it.
             size_states = getattr(self, "_handle_max_mamba_cache", None)

@@ -5,21 +5,21 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from kvcached_core.config import HOST, Config
+from kvcached_core.config import Config
 from kvcached_core.engine.instance import Instance
+from kvcached_core.engine.placing import Placing, Planes, pool_settings
 from kvcached_core.engine.start import model_name
-from kvcached_core.errors import ConfigError, UnsupportedEngineError
+from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.devices import Device
-from kvcached_core.memory.geometry import Geometry, choose_geometry
 from kvcached_core.units import format_bytes
-from kvcached_vllm.layout import PLACEMENT, Placement, plane_layout
+from kvcached_vllm.layout import PLACEMENT, Placement, plane_layout, request_blocks
 from kvcached_vllm.startup import startup
 from kvcached_vllm.worker import apply_orders, settle_orders
 
 if TYPE_CHECKING:
+    from kvcached_core.memory.geometry import Geometry
     from kvcached_core.memory.orders import PageOrders
 
 logger = logging.getLogger("vllm.kvcached")
@@ -59,6 +59,9 @@ class ElasticEngine:
             engine=startup.engine,
             answer=self._on_ring,
         )
+        self._placing = Placing(
+            self.instance, config, devices[0], logger, length_setting="--max-model-len"
+        )
         atexit.register(self.close)
 
     def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
@@ -81,39 +84,21 @@ class ElasticEngine:
         """
         layouts = [plane_layout(config) for config in kv_cache_configs]
         widest = max(layouts, key=lambda layout: layout.num_planes)
-        geometry = choose_geometry(
-            block_bytes=widest.block_bytes,
-            num_planes=widest.num_planes,
-            granularity_bytes=granularity_bytes,
-            target_page_bytes=self.config.page_bytes,
+        plan = kv_cache_configs[0]
+        geometry = self._placing.place(
+            Planes(
+                widest.block_bytes,
+                widest.num_planes,
+                plan.num_blocks,
+                request_blocks(plan, self.vllm_config),
+            ),
+            granularity_bytes,
         )
-        num_pages = kv_cache_configs[0].num_blocks // geometry.blocks_per_page
-        geometry.check_ids(num_pages)
-        least_blocks = self._check_one_request_fits(kv_cache_configs[0], geometry, num_pages)
         self.geometry = geometry
-        self.instance.describe(
-            page_bytes=geometry.page_bytes,
-            num_pages=num_pages,
-            least_pages=ceil((least_blocks + 1) / geometry.blocks_per_page),
-        )
-        if not self.instance.reserve_first_page():
-            raise ConfigError(
-                f"there is no room for this engine's first page: needed {geometry.page_bytes} "
-                f"bytes, available {self.instance.free_bytes()}; stop another engine or raise "
-                f"{self._pool_settings}"
-            )
         for config, layout, device in zip(kv_cache_configs, layouts, self.devices, strict=True):
             own = replace(geometry, num_planes=layout.num_planes)
-            placement = Placement(own, num_pages, self.instance.seat(device))
+            placement = Placement(own, self._placing.num_pages, self.instance.seat(device))
             setattr(config, PLACEMENT, placement)
-        logger.info(
-            "kvcached: %d pages of %s, %d blocks each, of %s that %s has for KV caches",
-            num_pages,
-            format_bytes(geometry.page_bytes),
-            geometry.blocks_per_page,
-            format_bytes(self.instance.capacity_bytes),
-            self.devices[0].name,
-        )
 
     def build_pool(self, *args: Any, **kwargs: Any) -> Any:
         """Return the elastic block pool in the place of vLLM's own."""
@@ -222,7 +207,8 @@ class ElasticEngine:
         size = self.config.virtual_bytes(self.instance.capacity_bytes)
         return (
             f"what vLLM calls available memory is what this engine may take here, "
-            f"{format_bytes(size)}; raise {self._pool_settings}, or lower --max-model-len"
+            f"{format_bytes(size)}; raise {pool_settings(self.devices[0])}, or lower "
+            "--max-model-len"
         )
 
     def close(self) -> None:
@@ -233,11 +219,6 @@ class ElasticEngine:
     @property
     def _can_be_woken(self) -> bool:
         return hasattr(self.core, "input_queue")
-
-    @property
-    def _pool_settings(self) -> str:
-        is_host = self.devices[0].kind == HOST
-        return "KVCACHED_HOST_POOL or KVCACHED_LIMIT" if is_host else "KVCACHED_LIMIT"
 
     def _give(self) -> None:
         orders = self._drain(is_last=False)
@@ -274,24 +255,3 @@ class ElasticEngine:
     def _clear_waiting(self) -> None:
         self.is_waiting = self._is_refused_now = False
         self.instance.clear_waiting()
-
-    def _check_one_request_fits(self, config: Any, geometry: Geometry, num_pages: int) -> int:
-        """Return how many blocks the largest request needs."""
-        needed = sum(
-            ceil(
-                group.kv_cache_spec.max_memory_usage_bytes(self.vllm_config)
-                / group.kv_cache_spec.page_size_bytes
-            )
-            for group in config.kv_cache_groups
-        )
-        available = num_pages * geometry.blocks_per_page - 1
-        if needed > available:
-            block_bytes = geometry.num_planes * geometry.block_bytes
-            raise ConfigError(
-                f"the pool is smaller than one request of max_model_len="
-                f"{self.vllm_config.model_config.max_model_len}: needed {needed} blocks "
-                f"({format_bytes(needed * block_bytes)}), available {max(available, 0)} in "
-                f"{num_pages} pages of {format_bytes(geometry.page_bytes)}; raise "
-                f"{self._pool_settings}, or lower --max-model-len"
-            )
-        return needed

@@ -7,6 +7,7 @@ Two shapes of the plan exist and both are served here: up to 0.28 one tensor per
 
 import copy
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 from kvcached_core.errors import UnsupportedEngineError
@@ -63,6 +64,17 @@ def plane_layout(kv_cache_config: Any) -> PlaneLayout:
     if hasattr(tensors[0], "layers"):
         return _strided_layout(tensors, kv_cache_config.num_blocks)
     return _separate_layout(tensors, kv_cache_config.num_blocks)
+
+
+def request_blocks(kv_cache_config: Any, vllm_config: Any) -> int:
+    """Return how many blocks the longest request needs, of all groups together."""
+    return sum(
+        ceil(
+            group.kv_cache_spec.max_memory_usage_bytes(vllm_config)
+            / group.kv_cache_spec.page_size_bytes
+        )
+        for group in kv_cache_config.kv_cache_groups
+    )
 
 
 def sparse_config(kv_cache_config: Any, layout: PlaneLayout, placement: Placement) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import CUDA, HOST, read_config
 from kvcached_core.engine.arrival import Arrival
+from kvcached_core.engine.placing import virtual_bytes
 from kvcached_core.engine.start import model_name
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.devices import Device, cuda_device, host_device
@@ -253,9 +254,9 @@ def worker_determine_available_memory(original: Callable[..., int]) -> Callable[
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> int:
         if not can_serve(self.vllm_config):
             return original(self, *args, **kwargs)
-        virtual_bytes = _virtual_bytes(self)
+        size = _virtual_bytes(self)
         given = self.cache_config.kv_cache_memory_bytes
-        self.cache_config.kv_cache_memory_bytes = min(given or virtual_bytes, virtual_bytes)
+        self.cache_config.kv_cache_memory_bytes = min(given or size, size)
         return original(self, *args, **kwargs)
 
     return wrapper
@@ -265,7 +266,7 @@ def _virtual_bytes(worker: Any) -> int:
     config = read_config()
     device = device_of(worker)
     num_ranks = worker.parallel_config.world_size if device.kind == HOST else 1
-    return config.virtual_bytes(device.capacity_bytes(config)) // num_ranks
+    return virtual_bytes(config, device.capacity_bytes(config), num_ranks)
 
 
 def cpu_worker_init(original: Callable[..., None]) -> Callable[..., None]:
@@ -290,12 +291,12 @@ def cpu_worker_determine_available_memory(original: Callable[..., int]) -> Calla
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> int:
         if not can_serve(self.vllm_config):
             return original(self, *args, **kwargs)
-        virtual_bytes = min(self.cache_config.kv_cache_memory_bytes, _virtual_bytes(self))
+        size = min(self.cache_config.kv_cache_memory_bytes, _virtual_bytes(self))
         self.cache_config.kv_cache_memory_bytes = TOKEN_KV_BYTES
         try:
             original(self, *args, **kwargs)
         finally:
-            self.cache_config.kv_cache_memory_bytes = virtual_bytes
-        return virtual_bytes
+            self.cache_config.kv_cache_memory_bytes = size
+        return size
 
     return wrapper

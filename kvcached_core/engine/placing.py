@@ -1,0 +1,181 @@
+"""Where the pools of an engine lie: their geometry, their size in the ledgers, their first page."""
+
+import logging
+from dataclasses import dataclass
+from math import ceil
+from typing import Protocol
+
+from kvcached_core.config import HOST, Config
+from kvcached_core.errors import ConfigError
+from kvcached_core.memory.devices import Device
+from kvcached_core.memory.geometry import Geometry, choose_geometry, fit_geometry
+from kvcached_core.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Planes:
+    """The planes of one pool, as its engine plans them.
+
+    Attributes:
+        block_bytes: Bytes of a block in one plane.
+        num_planes: Planes; the most that a rank has, where ranks differ.
+        num_blocks: Blocks of the virtual size, the padding block included.
+        request_blocks: Blocks of the longest request.
+        is_exact: Whether the engine hands out all of these blocks; otherwise it leaves out those
+            that fill no whole page.
+    """
+
+    block_bytes: int
+    num_planes: int
+    num_blocks: int
+    request_blocks: int
+    is_exact: bool = False
+
+
+class Rows(Protocol):
+    """The engine in the ledgers of its devices; see `Instance` and `Ranks`."""
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What instances may hold together on the device that has least."""
+
+    def describe(self, *, page_bytes: int, num_pages: int, least_pages: int) -> None:
+        """Say how large a page is, how many there are, and how many a request needs at most."""
+
+    def announce(self, static_bytes: int) -> None:
+        """Say what is still about to be allocated beside the KV cache."""
+
+    def reserve_first_page(self) -> bool:
+        """Return whether one page was promised."""
+
+    def free_bytes(self) -> int:
+        """Return what could be promised on the device that has least."""
+
+
+class Placing:
+    """The pools of one engine, in one arena: each page is one pool's at a time.
+
+    The scheduler's thread calls it, at the start.
+
+    Args:
+        rows: Who promises the first page, and is told the sizes.
+        config: The settings.
+        device: Where the pools lie; of several ranks, the first one's device.
+        logger: The engine's: it shows no other.
+        length_setting: The engine's setting for the longest request.
+        num_pools: How many there will be. Where there are several, page 0 is for the padding block
+            of each, and for no other.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        config: Config,
+        device: Device,
+        logger: logging.Logger,
+        *,
+        length_setting: str,
+        num_pools: int = 1,
+    ) -> None:
+        self.num_pools = num_pools
+        self.num_pages = 0
+        self.geometries: list[Geometry] = []
+        self._rows = rows
+        self._config = config
+        self._device = device
+        self._logger = logger
+        self._length_setting = length_setting
+        self._least_pages = int(num_pools > 1)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every pool has its place."""
+        return len(self.geometries) == self.num_pools
+
+    def place(self, planes: Planes, granularity_bytes: int, num_ranks: int = 1) -> Geometry:
+        """Choose a pool's geometry; with the first one page 0 is promised.
+
+        Args:
+            planes: The pool's planes.
+            granularity_bytes: The device's, in bytes.
+            num_ranks: Ranks of this engine on the device, which share what it has.
+
+        Raises:
+            ConfigError: If the pool cannot hold one request, or there is no room for a page.
+            GeometryError: If there are too many ids, or a second pool does not fit the pages.
+            PolicyError: If the floors of others leave no room for one request.
+        """
+        is_first = not self.geometries
+        geometry = self._choose(planes, granularity_bytes)
+        if is_first and self.num_pools > 1:  # the other pools' pages as well, and page 0
+            whole_bytes = virtual_bytes(self._config, self._rows.capacity_bytes, num_ranks)
+            self.num_pages = 1 + -(-whole_bytes // geometry.page_bytes)
+        elif is_first:
+            last_blocks = geometry.blocks_per_page - 1 if planes.is_exact else 0
+            self.num_pages = (planes.num_blocks + last_blocks) // geometry.blocks_per_page
+        geometry.check_ids(self.num_pages)
+        self._describe(planes, geometry)
+        if is_first:
+            self._promise_first_page(geometry)
+        self.geometries.append(geometry)
+        self._logger.info(
+            "kvcached: %d pages of %s, %d blocks each, of %s that %s has for KV caches",
+            self.num_pages,
+            format_bytes(geometry.page_bytes),
+            geometry.blocks_per_page,
+            format_bytes(self._rows.capacity_bytes),
+            self._device.name,
+        )
+        return geometry
+
+    def _choose(self, planes: Planes, granularity_bytes: int) -> Geometry:
+        sizes = {"block_bytes": planes.block_bytes, "num_planes": planes.num_planes}
+        if self.geometries:
+            return fit_geometry(**sizes, page_bytes=self.geometries[0].page_bytes)
+        return choose_geometry(
+            **sizes,
+            granularity_bytes=granularity_bytes,
+            target_page_bytes=self._config.page_bytes,
+        )
+
+    def _describe(self, planes: Planes, geometry: Geometry) -> None:
+        num_padding_blocks = int(self.num_pools == 1)
+        num_pages = self.num_pages - int(self.num_pools > 1)
+        available = num_pages * geometry.blocks_per_page - num_padding_blocks
+        needed = planes.request_blocks
+        if needed > available:
+            block_bytes = planes.num_planes * planes.block_bytes
+            raise ConfigError(
+                f"the pool is smaller than one request as long as {self._length_setting} allows: "
+                f"needed {needed} blocks ({format_bytes(needed * block_bytes)}), available "
+                f"{max(available, 0)} in {num_pages} pages of {format_bytes(geometry.page_bytes)}; "
+                f"raise {pool_settings(self._device)}, or lower {self._length_setting}"
+            )
+        self._least_pages += ceil((needed + num_padding_blocks) / geometry.blocks_per_page)
+        self._rows.describe(
+            page_bytes=geometry.page_bytes,
+            num_pages=self.num_pages,
+            least_pages=self._least_pages,
+        )
+
+    def _promise_first_page(self, geometry: Geometry) -> None:
+        self._rows.announce(0)  # weights are there, and everybody sees them
+        if not self._rows.reserve_first_page():
+            raise ConfigError(
+                f"there is no room for this engine's first page: needed {geometry.page_bytes} "
+                f"bytes, available {self._rows.free_bytes()}; stop another engine or raise "
+                f"{pool_settings(self._device)}"
+            )
+
+
+def virtual_bytes(config: Config, capacity_bytes: int, num_ranks: int) -> int:
+    """Return what an engine is told that it has for its KV cache: a rank's part of it, in bytes.
+
+    Ranks on one device share what it has; a prompt has to fit into the part of one.
+    """
+    return config.virtual_bytes(capacity_bytes) // num_ranks
+
+
+def pool_settings(device: Device) -> str:
+    """Return the settings that give an engine on `device` more memory."""
+    return "KVCACHED_HOST_POOL or KVCACHED_LIMIT" if device.kind == HOST else "KVCACHED_LIMIT"
