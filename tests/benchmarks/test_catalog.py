@@ -33,6 +33,11 @@ def test_list_names_all() -> None:
     assert all(benchmark.name in listed for benchmark in BENCHMARKS)
 
 
+def test_figures_ends_well_where_the_documents_say_what_the_records_say() -> None:
+    done = run("figures")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("words", [["run", "nothing"], ["report", "/nowhere"]])
 def test_what_is_not_there_is_named(words: list[str]) -> None:
     done = run(*words)
