@@ -178,7 +178,7 @@ def test_a_batch_that_names_a_block_which_is_not_mapped_is_refused() -> None:
     geometry = SimpleNamespace(exists=lambda block: block < 8, page_of=lambda block: block // 4)
     engine.free_lists = [SimpleNamespace(pages=SimpleNamespace(geometry=geometry), block_tokens=2)]
     arena = SimpleNamespace(is_resident=lambda page: page == 0)
-    engine.layout = SimpleNamespace(memory=SimpleNamespace(arena=arena))
+    engine.memory = SimpleNamespace(arena=arena)
     table = torch.tensor([[0, 0, 0], [2, 3, 4]])
     scheduler = SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token=table))
 
