@@ -116,7 +116,9 @@ class Ledger(LedgerPromises, LedgerMembers):
                 if not self._ask(peer, share.give_bytes + owed_bytes):
                     if not (is_waiting and peer.asked_bytes):
                         continue
-                    peer.num_notices += 1  # it has not answered: its bell may not have been heard
+                    # It has not answered. Whoever asked first may have ended before it rang, or
+                    # the answer waits for the lock; nobody would ring for what is asked already.
+                    peer.num_notices += 1
                 asked.append(peer.key)
             return asked
         finally:
