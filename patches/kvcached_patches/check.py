@@ -45,6 +45,8 @@ def compare(
     findings = []
     for hook in hooks:
         was, now = locked.get(hook.target), found.get(hook.target)
+        if was is None and now is None and hook.is_optional:
+            continue
         if now is None:
             findings.append(Finding(hook.target, "it is not there"))
         elif was is None:
@@ -73,10 +75,10 @@ def _chosen(hook: Hook, sources: Sources) -> Hook:
 def _problem(hook: Hook, sources: Sources) -> str | None:
     tree = sources.tree(hook.module)
     if tree is None:
-        return "the module is gone"
+        return None if hook.is_optional else "the module is gone"
     node = find(tree, hook.path)
     if isinstance(node, str):
-        return f"{node} is not defined there"
+        return None if hook.is_optional else f"{node} is not defined there"
     if not hook.parameters:
         return None
     present = parameters_of(node)

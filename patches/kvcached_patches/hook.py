@@ -29,6 +29,7 @@ class Hook:
             subclass of ours stands in for it, and the body must be the locked one.
         adr: The decision record, for everything but `WRAP`.
         num_decorators: Decorators of the engine's own on the target; from its lock.
+        is_optional: Whether there are releases without it; our code looks. A lock says which.
     """
 
     target: str
@@ -39,6 +40,7 @@ class Hook:
     how: str = WRAP
     adr: int | None = None
     num_decorators: int = 0
+    is_optional: bool = False
 
     @property
     def module(self) -> str:
@@ -51,9 +53,14 @@ class Hook:
         return self.target.partition(":")[2].split(".")
 
 
-def uses(why: str, *targets: str, how: str = USE) -> tuple[Hook, ...]:
+def members(owner: str, *names: str) -> tuple[str, ...]:
+    """Return targets inside a class, for `uses`; each of `names` is one or more, with spaces."""
+    return tuple(f"{owner}.{name}" for line in names for name in line.split())
+
+
+def uses(why: str, *targets: str, how: str = USE, is_optional: bool = False) -> tuple[Hook, ...]:
     """Return what we lean on beside the hooks, for the locks; nothing of it is replaced."""
-    return tuple(Hook(target, "", why, how=how) for target in targets)
+    return tuple(Hook(target, "", why, how=how, is_optional=is_optional) for target in targets)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from packaging.version import InvalidVersion, Version
+
 from kvcached_patches.check import check_hooks, choose_targets, compare, describe_hooks
 from kvcached_patches.hook import Finding, Hook
 from kvcached_patches.sources import Sources
@@ -39,8 +41,14 @@ class Lock:
     def write(self) -> None:
         """Write it to its file."""
         FOLDER.mkdir(exist_ok=True)
-        text = json.dumps(asdict(self), indent=1, sort_keys=True)
-        self.path.write_text(text + "\n")
+        parts = []
+        for name, value in sorted(asdict(self).items()):
+            text = json.dumps(value, sort_keys=True)
+            if isinstance(value, dict):  # a line for each, so that a change shows as one
+                items = (f"  {json.dumps(key)}: {json.dumps(value[key])}" for key in sorted(value))
+                text = "{\n" + ",\n".join(items) + "\n }"
+            parts.append(f" {json.dumps(name)}: {text}")
+        self.path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def read_lock(distribution: str, release: str) -> Lock | None:
@@ -68,10 +76,12 @@ def public(release: str) -> str:
     return release.partition("+")[0]
 
 
-def order(release: str) -> tuple[int, ...]:
-    """Return what versions are sorted by: their numbers, post releases behind."""
-    parts = public(release).replace("post", "").replace("rc", "-").split(".")
-    return tuple(int(part) if part.isdigit() else -1 for part in parts)
+def order(release: str) -> Version:
+    """Return what versions are sorted by; a version that is none comes first."""
+    try:
+        return Version(public(release))
+    except InvalidVersion:
+        return Version("0.dev0")
 
 
 def nearest(distribution: str, release: str) -> str | None:

@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import requests
+from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 from remotezip import RemoteZip
 
 from kvcached_patches.locks import Lock, order
@@ -136,5 +136,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _version(file: str) -> str | None:
-    parts: list[Any] = file.split("-")
-    return str(parts[1]) if file.endswith(".whl") and len(parts) > 2 else None  # noqa: PLR2004
+    try:
+        return str(parse_wheel_filename(file)[1])
+    except InvalidWheelFilename:
+        return None

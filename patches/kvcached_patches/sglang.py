@@ -1,6 +1,7 @@
 """What we hook in SGLang. All of it has the same role from 0.5.12.post1 on, in two places."""
 
-from kvcached_patches.hook import OVERRIDE, USE, Hook, uses
+from kvcached_patches.hook import Hook
+from kvcached_patches.sglang_uses import USES
 
 PACKAGE = "sglang"
 OLDEST_RELEASES = {"sglang": "0.5.12.post1"}
@@ -155,63 +156,4 @@ HOOKS = (
 )
 
 ALL_HOOKS = (*FLAG_HOOKS, *HOOKS)
-
-
-def _of_allocators(kind: str, module: str, *names: str, how: str) -> tuple[Hook, ...]:
-    """Return what we lean on of one kind of allocator; up to 0.5.12 all are in one module."""
-    return tuple(
-        Hook(
-            f"{_ALLOCATOR}.{module}:{kind}.{name}",
-            "",
-            "our allocators stand in for it, or call it (kvcached_sglang/allocators.py)",
-            alternatives=(f"{_ALLOCATOR}:{kind}.{name}",),
-            how=how,
-        )
-        for name in names
-    )
-
-
-_BASE, _TOKEN, _PAGED = (
-    "BaseTokenToKVPoolAllocator",
-    "TokenToKVPoolAllocator",
-    "PagedTokenToKVPoolAllocator",
-)
-_PAGED_CALLS = ("alloc", "alloc_extend", "alloc_decode", "clear")
-
-# What our code calls, reads or overrides beside the hooks.
-USES = (
-    *_of_allocators(_TOKEN, "token", "available_size", "alloc", "clear", how=OVERRIDE),
-    *_of_allocators(_PAGED, "paged", *_PAGED_CALLS, how=OVERRIDE),
-    *_of_allocators(_BASE, "base", "get_kvcache", "merge_and_sort_free", how=USE),
-    *_of_allocators(_TOKEN, "token", "free", "free_pages", how=USE),
-    *_of_allocators(_PAGED, "paged", "free", "free_pages", how=USE),
-    *uses(
-        "what requests hold, and what the prefix cache has, is read between two steps",
-        "sglang.srt.mem_cache.base_prefix_cache:EvictParams",
-        "sglang.srt.mem_cache.radix_cache:RadixCache.evict",
-        "sglang.srt.mem_cache.radix_cache:RadixCache.evictable_size",
-        "sglang.srt.managers.schedule_batch:ScheduleBatch.check_decode_mem",
-        "sglang.srt.managers.schedule_batch:ScheduleBatch.filter_batch",
-        "sglang.srt.managers.schedule_batch:ScheduleBatch.release_req",
-        "sglang.srt.managers.schedule_batch:ScheduleBatch.out_cache_loc",
-        "sglang.srt.managers.scheduler:Scheduler._add_request_to_queue",
-        "sglang.srt.managers.scheduler:Scheduler.chunked_prefill_size",
-        "sglang.srt.managers.scheduler:Scheduler.chunked_req",
-        "sglang.srt.managers.scheduler:Scheduler.last_batch",
-        "sglang.srt.managers.scheduler:Scheduler.running_batch",
-        "sglang.srt.managers.scheduler:Scheduler.waiting_queue",
-    ),
-    *uses(
-        "a start is judged by it",
-        "sglang.srt.configs.model_config:is_hybrid_swa_model",
-        "sglang.srt.distributed.parallel_state:get_tp_group",
-        "sglang.srt.model_executor.model_runner:ModelRunner.is_hybrid_swa",
-    ),
-    *uses(
-        "a wake is refused through it (kvcached_sglang/sleep_hooks.py)",
-        "sglang.srt.managers.communicator:FanOutCommunicator.__call__",
-        "sglang.srt.managers.io_struct:ResumeMemoryOccupationReqOutput",
-    ),
-)
-
 LOCKED = (*ALL_HOOKS, *USES)

@@ -30,8 +30,8 @@ def find(tree: ast.Module, path: list[str]) -> ast.AST | str:
     """Return the statement that binds the last name of `path`, or the name that is missing."""
     scope: ast.AST = tree
     for name in path:
-        found = next((node for node in _members(scope) if name in _names(node)), None)
-        found = found or _attribute(scope, name)
+        members = (node for node in _members(scope) if name in _names(node))
+        found: ast.AST | None = next(members, None) or _attribute(scope, name)
         if found is None:
             return name
         scope = found
@@ -78,15 +78,17 @@ def _members(scope: ast.AST) -> Iterator[ast.stmt]:
                 yield node
 
 
-def _attribute(scope: ast.AST, name: str) -> ast.stmt | None:
-    """Return the statement in a class's methods that gives its instances the attribute `name`."""
+def _attribute(scope: ast.AST, name: str) -> ast.AST | None:
+    """Return where a class's methods set the attribute `name` of something, or None."""
     if not isinstance(scope, ast.ClassDef):
         return None
     for node in ast.walk(scope):
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if any(isinstance(one, ast.Attribute) and one.attr == name for one in targets):
-                return node
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and node.attr == name
+        ):
+            return node
     return None
 
 

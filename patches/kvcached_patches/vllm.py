@@ -1,6 +1,7 @@
-"""What we hook and use in vLLM. All of it has the same name and role from 0.23 on."""
+"""What we hook in vLLM. All of it has the same name and role from 0.23 on."""
 
-from kvcached_patches.hook import OVERRIDE, REBIND, Hook, uses
+from kvcached_patches.hook import REBIND, Hook
+from kvcached_patches.vllm_uses import USES
 
 PACKAGE = "vllm"
 # A third party's wheels of the CPU engine, which bring metadata of vLLM's too, and vLLM's own.
@@ -146,109 +147,4 @@ HOOKS = (
     ),
 )
 
-_POOL = "vllm.v1.core.block_pool:BlockPool"
-_QUEUE = "vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue"
-_BLOCK = "vllm.v1.core.kv_cache_utils:KVCacheBlock"
-_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
-
-# What our code calls, reads or overrides beside the hooks.
-USES = (
-    *uses(
-        "our block pool stands in for it (kvcached_vllm/block_pool.py)",
-        *(
-            f"{_POOL}.{name}"
-            for name in (
-                "get_new_blocks",
-                "free_blocks",
-                "touch",
-                "reset_prefix_cache",
-                "get_num_free_blocks",
-                "get_usage",
-            )
-        ),
-        how=OVERRIDE,
-    ),
-    *uses(
-        "our block pool calls it, or reads it",
-        *(
-            f"{_POOL}.{name}"
-            for name in (
-                "__init__",
-                "_maybe_evict_cached_block",
-                "blocks",
-                "num_gpu_blocks",
-                "enable_caching",
-                "free_block_queue",
-                "metrics_collector",
-                "null_block",
-            )
-        ),
-        *(
-            f"{_QUEUE}.{name}"
-            for name in (
-                "__init__",
-                "remove",
-                "append_n",
-                "popleft_n",
-                "get_all_free_blocks",
-                "num_free_blocks",
-                "fake_free_list_head",
-            )
-        ),
-        *(
-            f"{_BLOCK}.{name}"
-            for name in (
-                "block_id",
-                "ref_cnt",
-                "block_hash",
-                "is_null",
-                "prev_free_block",
-                "next_free_block",
-            )
-        ),
-    ),
-    *uses(
-        "the engine looks at it between steps, and is woken through it",
-        "vllm.v1.core.sched.interface:SchedulerInterface.has_unfinished_requests",
-        f"{_SCHEDULER}.get_request_counts",
-        f"{_SCHEDULER}.kv_cache_manager",
-        f"{_SCHEDULER}.kv_event_publisher",
-        "vllm.v1.core.kv_cache_manager:KVCacheManager.take_events",
-        "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids",
-        "vllm.v1.core.kv_cache_manager:KVCacheManager.block_pool",
-        "vllm.distributed.kv_events:KVEventBatch",
-        "vllm.v1.engine.core:EngineCoreProc.input_queue",
-        "vllm.v1.engine.core:EngineCore._idle_state_callbacks",
-        "vllm.v1.engine.core:EngineCore.model_executor",
-        "vllm.v1.engine:EngineCoreRequestType.WAKEUP",
-        "vllm.v1.executor.abstract:Executor.collective_rpc",
-    ),
-    *uses(
-        "the plan of the KV cache is read and rewritten (kvcached_vllm/layout.py)",
-        "vllm.v1.kv_cache_interface:KVCacheTensor.size",
-        "vllm.v1.kv_cache_interface:KVCacheConfig.num_blocks",
-        "vllm.v1.kv_cache_interface:KVCacheConfig.kv_cache_tensors",
-        "vllm.v1.kv_cache_interface:KVCacheConfig.kv_cache_groups",
-    ),
-    *uses(
-        "what a wake allocates is read from it, and taken back (kvcached_vllm/sleeping.py)",
-        "vllm.device_allocator.cumem:CuMemAllocator.instance",
-        "vllm.device_allocator.cumem:CuMemAllocator.pointer_to_data",
-        "vllm.device_allocator.cumem:CuMemAllocator.wake_up",
-        "vllm.device_allocator.cumem:create_and_map",
-        "vllm.device_allocator.cumem:unmap_and_release",
-        "vllm.device_allocator:AllocationData.cpu_backup_tensor",
-        "vllm.device_allocator:AllocationData.handle",
-        "vllm.device_allocator:AllocationData.tag",
-        "vllm.v1.executor.abstract:Executor.is_sleeping",
-    ),
-    *uses(
-        "a step's new blocks are checked, or mapped while vLLM warms up",
-        "vllm.v1.core.sched.output:SchedulerOutput.scheduled_new_reqs",
-        "vllm.v1.core.sched.output:SchedulerOutput.scheduled_cached_reqs",
-        "vllm.v1.core.sched.output:NewRequestData.block_ids",
-        "vllm.v1.core.sched.output:CachedRequestData.new_block_ids",
-    ),
-)
-
-LOCKED = HOOKS + USES
+LOCKED = (*HOOKS, *USES)

@@ -13,6 +13,7 @@ from kvcached_patches.engines import DISTRIBUTIONS, ENGINES
 from kvcached_patches.hook import OVERRIDE, REBIND, REPLACE, USE, WRAP, uses
 from kvcached_patches.locks import Lock, check_lock, examine, locked_hooks
 from kvcached_patches.sources import Folder, Sources, Wheel
+from kvcached_patches.symbols import Symbol
 
 CORE = """
 from engine.parts import Part
@@ -129,10 +130,43 @@ def test_what_we_lean_on_beside_the_hooks_is_locked_too(
     assert [text.startswith(expected or "") for text in found] == ([True] if expected else [])
 
 
+SOME_HAVE_IT = uses("our code looks", "engine.core:Owner.attribute", is_optional=True)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "problem"),
+    [
+        (CORE, CORE, None),
+        (WITH_ATTRIBUTE, WITH_ATTRIBUTE, None),
+        (CORE, WITH_ATTRIBUTE, "the lock does not have it; lock again"),
+        (WITH_ATTRIBUTE, CORE, "it is not there"),
+    ],
+)
+def test_what_only_some_releases_have_is_there_or_not_as_the_lock_says(
+    tmp_path: Path, before: str, after: str, problem: str | None
+) -> None:
+    Lock("engine", "1.0.0", "", describe_hooks(SOME_HAVE_IT, engine(tmp_path, before))).write()
+    found = examine(SOME_HAVE_IT, "engine", "1.0.0", engine(tmp_path, after))
+    assert [one.problem for one in found] == ([problem] if problem else [])
+
+
 def test_what_we_lean_on_is_never_given_to_the_patcher() -> None:
-    for table in (vllm.HOOKS, sglang.ALL_HOOKS):
-        assert all(hook.replacement for hook in table)
-    assert not any(hook.replacement for hook in vllm.USES)
+    for hooks, leaned_on in ((vllm.HOOKS, vllm.USES), (sglang.ALL_HOOKS, sglang.USES)):
+        assert all(hook.replacement for hook in hooks)
+        assert not any(hook.replacement for hook in leaned_on)
+
+
+def test_versions_are_sorted_as_python_packages_are() -> None:
+    ordered = ["nonsense", "0.9.0", "0.10.0.dev3", "0.10.0rc1", "0.10.0", "0.10.0.post1", "0.10.1"]
+    mixed = [ordered[index] for index in (4, 2, 6, 0, 5, 3, 1)]
+    assert sorted(mixed, key=locks.order) == ordered
+    assert locks.order("0.10.0+cu130") == locks.order("0.10.0")
+
+
+def test_a_lock_reads_as_it_was_written_a_line_for_each_symbol(tmp_path: Path) -> None:
+    made = lock(engine(tmp_path))
+    assert locks.read_lock("engine", "1.0.0+cpu") == made
+    assert sum("engine.core:" in line for line in made.path.read_text().splitlines()) == len(HOOKS)
 
 
 def test_a_release_without_a_lock_is_refused_with_the_nearest(tmp_path: Path) -> None:
@@ -186,6 +220,9 @@ def test_each_lock_in_the_package_is_of_a_package_that_we_serve() -> None:
     found = [json.loads(path.read_text()) for path in kept.glob("*.json")]
     assert {one["distribution"] for one in found} == set(DISTRIBUTIONS)
     for one in found:
-        hooks = DISTRIBUTIONS[one["distribution"]].locked
-        chosen = locked_hooks(hooks, Lock(one["distribution"], one["release"]))
-        assert len(chosen) == len(one["symbols"]) == len(hooks)
+        symbols = {target: Symbol("") for target in one["symbols"]}
+        made = Lock(one["distribution"], one["release"], symbols=symbols)
+        chosen = locked_hooks(DISTRIBUTIONS[made.distribution].locked, made)
+        assert {hook.target for hook in chosen if not hook.is_optional} <= symbols.keys()
+        assert symbols.keys() <= {hook.target for hook in chosen}
+        assert len({hook.target for hook in chosen}) == len(chosen)

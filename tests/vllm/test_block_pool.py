@@ -1,7 +1,6 @@
 """Our block pool answers as vLLM's own does, apart from the ids, for any sequence of calls."""
 
 from collections.abc import Callable
-from inspect import Parameter, isfunction, signature
 from typing import Any
 
 import pytest
@@ -12,8 +11,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvcached_core.engine.free_lists import CACHED, CLOSED, EMPTY, USED
 from kvcached_core.memory.geometry import Geometry
-from kvcached_patches import vllm
-from kvcached_patches.hook import OVERRIDE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.older_release]
 
@@ -468,23 +465,6 @@ def test_an_id_in_a_gap_is_no_block() -> None:
     _, ours = make_pools()
     with pytest.raises(IndexError, match="does not exist"):
         ours.blocks[GEOMETRY.blocks_per_page]
-
-
-def test_every_method_that_ours_overrides_is_locked_and_takes_what_vllms_takes() -> None:
-    from vllm.v1.core.block_pool import BlockPool
-
-    from kvcached_vllm.block_pool import ElasticBlockPool
-
-    own = {name for name, value in vars(ElasticBlockPool).items() if isfunction(value)}
-    overridden = (own & set(vars(BlockPool))) - {"__init__"}
-    locked = {hook.path[-1] for hook in vllm.USES if hook.how == OVERRIDE}
-    assert overridden == locked
-    for name in overridden:
-        theirs = signature(getattr(BlockPool, name)).parameters
-        ours = signature(getattr(ElasticBlockPool, name)).parameters
-        assert list(ours)[: len(theirs)] == list(theirs)
-        kinds = {parameter.kind for parameter in ours.values()}
-        assert not kinds & {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}
 
 
 def test_the_null_block_is_never_free_however_it_is_held() -> None:

@@ -1,0 +1,239 @@
+"""What our code uses or overrides of SGLang beside the hooks; a test finds what is missing.
+
+Releases differ in where things are: up to 0.5.12 the allocators are one module and the scheduler is
+made of mixins, up to 0.5.15 all arguments are one class.
+"""
+
+from collections.abc import Iterator
+
+from kvcached_patches.hook import OVERRIDE, USE, Hook, members, uses
+
+_SRT = "sglang.srt"
+_ALLOCATOR = f"{_SRT}.mem_cache.allocator"
+_BATCH = f"{_SRT}.managers.schedule_batch"
+_SCHEDULER = f"{_SRT}.managers.scheduler:Scheduler"
+_PARTS = f"{_SRT}.managers.scheduler_components"
+_CHECKER = f"{_SRT}.managers.scheduler_runtime_checker_mixin:SchedulerRuntimeCheckerMixin"
+_PLAN = f"{_SRT}.model_executor.model_runner_kv_cache_mixin:ModelRunnerKVCacheMixin"
+
+
+def _of_allocator(
+    kind: str, module: str, names: str, how: str = USE, *, is_optional: bool = False
+) -> Iterator[Hook]:
+    """Yield what we lean on of one kind of allocator; up to 0.5.12 all are in one module."""
+    for name in names.split():
+        yield Hook(
+            f"{_ALLOCATOR}.{module}:{kind}.{name}",
+            "",
+            "our allocators stand in for it, or call it (kvcached_sglang/allocators.py)",
+            alternatives=(f"{_ALLOCATOR}:{kind}.{name}",),
+            how=how,
+            is_optional=is_optional,
+        )
+
+
+def _arguments(group: str, names: str, *, is_optional: bool = False) -> Iterator[Hook]:
+    """Yield arguments of a server; up to 0.5.15 they are in one class, and not in groups."""
+    for name in names.split():
+        yield Hook(
+            f"{_SRT}.arg_groups.fields.{group}.{name}",
+            "",
+            "a start is sized, or refused by it (kvcached_sglang/obstacles.py)",
+            alternatives=(f"{_SRT}.server_args:ServerArgs.{name}",),
+            how=USE,
+            is_optional=is_optional,
+        )
+
+
+_ARGUMENTS = (
+    *_arguments("device:Device", "device"),
+    *_arguments("disagg:Disagg", "disaggregation_mode"),
+    *_arguments("exec_:ExecDllm", "dllm_algorithm"),
+    *_arguments("exec_:ExecFeatures", "enable_memory_saver"),
+    *_arguments(
+        "exec_:ExecKernel",
+        "attention_backend prefill_attention_backend decode_attention_backend",
+    ),
+    *_arguments(
+        "memory:Memory",
+        "disable_radix_cache enable_hierarchical_cache enable_lmcache enable_hisparse",
+    ),
+    *_arguments(
+        "memory:Memory",
+        "enable_flexkv enable_unified_memory enable_page_major_kv_layout",
+        is_optional=True,
+    ),
+    *_arguments("model:Model", "model_path revision download_dir"),
+    *_arguments("parallel:Parallel", "tp_size pp_size dp_size attn_cp_size nnodes"),
+    *_arguments("parallel:Parallel", "dcp_size", is_optional=True),
+    *_arguments(
+        "schedule:Schedule", "max_mamba_cache_size max_prefill_tokens max_running_requests"
+    ),
+    *_arguments("serving:Serving", "served_model_name"),
+    *_arguments("spec:Spec", "speculative_algorithm"),
+)
+
+_BASE, _TOKEN, _PAGED = (
+    "BaseTokenToKVPoolAllocator",
+    "TokenToKVPoolAllocator",
+    "PagedTokenToKVPoolAllocator",
+)
+
+_MEMORY = (
+    *_of_allocator(_BASE, "base", "get_kvcache page_size size device free_pages"),
+    *_of_allocator(_BASE, "base", "available_size merge_and_sort_free size_full", OVERRIDE),
+    *_of_allocator(
+        _BASE,
+        "base",
+        "get_all_free_pages resize backup_state restore_state",
+        how=OVERRIDE,
+        is_optional=True,
+    ),
+    *_of_allocator(_TOKEN, "token", "available_size alloc clear free", OVERRIDE),
+    *_of_allocator(_PAGED, "paged", "alloc alloc_extend alloc_decode clear free", OVERRIDE),
+    *_of_allocator(
+        _PAGED,
+        "paged",
+        "available_size merge_and_sort_free get_all_free_pages _release_page_ids",
+        how=OVERRIDE,
+        is_optional=True,
+    ),
+    *uses(
+        "pools are measured, and laid out in our pages, through it (kvcached_sglang/pools.py)",
+        *members(f"{_SRT}.mem_cache.memory_pool:KVCache", "size page_size"),
+        f"{_SRT}.mem_cache.memory_pool:HybridLinearKVPool.full_kv_pool",
+        *members(f"{_SRT}.mem_cache.swa_memory_pool:SWAKVPool", "full_kv_pool register_mapping"),
+        f"{_SRT}.mem_cache.memory_pool:ReqToTokenPool.req_to_token",
+    ),
+    *uses(
+        "a pool that lies in another way is refused by it",
+        f"{_SRT}.mem_cache.memory_pool:MHATokenToKVPool.kv_cache_layout",
+        f"{_SRT}.mem_cache.base_swa_memory_pool:BaseSWAKVPool.swa_req_ring_size",
+        is_optional=True,
+    ),
+    Hook(
+        f"{_ALLOCATOR}.swa:SWATokenToKVPoolAllocator.full_to_swa_index_mapping",
+        "",
+        "ids of one pool are mapped to those of the other",
+        alternatives=(
+            f"{_SRT}.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator.full_to_swa_index_mapping",
+        ),
+        how=USE,
+    ),
+    *uses(
+        "what the prefix cache has is read between two steps, and given",
+        f"{_SRT}.mem_cache.base_prefix_cache:EvictParams.num_tokens",
+        *members(
+            f"{_SRT}.mem_cache.base_prefix_cache:BasePrefixCache",
+            "evict evictable_size full_evictable_size swa_evictable_size supports_mamba",
+            "supports_swa",
+        ),
+        *members(f"{_SRT}.mem_cache.radix_cache:RadixCache", "evict evictable_size"),
+    ),
+)
+
+_SCHEDULING = (
+    *uses(
+        "what requests hold is read between two steps",
+        *members(
+            f"{_BATCH}:ScheduleBatch",
+            "batch_is_full check_decode_mem filter_batch out_cache_loc release_req reqs",
+            "req_pool_indices seq_lens tree_cache",
+        ),
+        *members(f"{_BATCH}:Req", "origin_input_ids output_ids sampling_params"),
+        f"{_SRT}.sampling.sampling_params:SamplingParams.max_new_tokens",
+        *members(
+            _SCHEDULER,
+            "_add_request_to_queue chunked_prefill_size chunked_req forward_stream last_batch",
+            "req_to_token_pool running_batch server_args token_to_kv_pool_allocator tree_cache",
+            "waiting_queue",
+        ),
+    ),
+    *uses(
+        "what only some releases have, or have by another name",
+        *members(_SCHEDULER, "metrics_reporter weight_updater"),
+        f"{_BATCH}:release_req",
+        *members(f"{_BATCH}:Req", "prefix_len prefix_indices"),
+        *members(f"{_BATCH}:NextBatchPlan", "batch_to_run running_batch"),
+        is_optional=True,
+    ),
+    Hook(
+        f"{_PARTS}.metrics_reporter:SchedulerMetricsReporter.metrics_collector",
+        "",
+        "gauges show what waits (kvcached_sglang/waiting.py)",
+        alternatives=(
+            f"{_SRT}.observability.scheduler_metrics_mixin:SchedulerMetricsMixin.metrics_collector",
+        ),
+        how=USE,
+    ),
+    Hook(
+        f"{_PARTS}.metrics_reporter:SchedulerMetricsReporter._maybe_log_idle_metrics",
+        "",
+        "gauges show what waits (kvcached_sglang/waiting.py)",
+        alternatives=(f"{_CHECKER}._maybe_log_idle_metrics",),
+        how=USE,
+    ),
+    *uses(
+        "gauges show what waits (kvcached_sglang/waiting.py)",
+        f"{_SRT}.observability.metrics_collector:SchedulerMetricsCollector.last_log_time",
+    ),
+)
+
+_START = (
+    *uses(
+        "a start is judged by it",
+        *members(
+            f"{_SRT}.configs.model_config:ModelConfig",
+            "context_len dtype hf_config hf_text_config model_path",
+        ),
+        f"{_SRT}.configs.model_config:is_hybrid_swa_model",
+        f"{_SRT}.distributed.parallel_state:get_tp_group",
+        *members(
+            f"{_SRT}.distributed.parallel_state:GroupCoordinator",
+            "cpu_group rank_in_group ranks world_size",
+        ),
+        *members(
+            f"{_SRT}.model_executor.model_runner:ModelRunner",
+            "device is_hybrid_swa model model_config server_args",
+        ),
+    ),
+    Hook(
+        f"{_SRT}.configs.hybrid_arch:mambaish_config",
+        "",
+        "models that keep states are told from others by it",
+        alternatives=(f"{_SRT}.model_executor.model_runner:ModelRunner.mambaish_config",),
+        how=USE,
+    ),
+    Hook(
+        f"{_SRT}.mem_cache.kv_cache_configurator:KVCacheConfigurator._handle_max_mamba_cache",
+        "",
+        "the states of a hybrid model are sized by it",
+        alternatives=(f"{_PLAN}.handle_max_mamba_cache",),
+        how=USE,
+    ),
+)
+
+_SLEEP = (
+    *uses(
+        "a wake is refused through it (kvcached_sglang/sleep_hooks.py)",
+        f"{_SRT}.managers.communicator:FanOutCommunicator.__call__",
+        f"{_SRT}.managers.tokenizer_control_mixin:TokenizerControlMixin.resume_memory_occupation",
+        how=OVERRIDE,
+    ),
+    *uses(
+        "a wake is refused, or told its tags, through it (kvcached_sglang/sleep_hooks.py)",
+        f"{_SRT}.managers.io_struct:BaseReq.rid",
+        f"{_SRT}.managers.io_struct:ReleaseMemoryOccupationReqInput.tags",
+        f"{_SRT}.managers.io_struct:ResumeMemoryOccupationReqInput.tags",
+        f"{_SRT}.managers.io_struct:ResumeMemoryOccupationReqOutput",
+    ),
+    Hook(
+        f"{_PARTS}.weight_updater:SchedulerWeightUpdaterManager.offload_tags",
+        "",
+        "what sleeps is read of it",
+        alternatives=(f"{_SCHEDULER}.offload_tags",),
+        how=USE,
+    ),
+)
+
+USES = (*_ARGUMENTS, *_MEMORY, *_SCHEDULING, *_START, *_SLEEP)

@@ -1,0 +1,172 @@
+"""What our code uses or overrides of vLLM beside the hooks; a test finds what is missing."""
+
+from kvcached_patches.hook import OVERRIDE, members, uses
+
+_CORE = "vllm.v1.core"
+_POOL = f"{_CORE}.block_pool:BlockPool"
+
+_BLOCKS = (
+    *uses(
+        "our block pool stands in for it, or puts something else where it looks",
+        *members(_POOL, "__init__ get_new_blocks free_blocks touch reset_prefix_cache"),
+        *members(_POOL, "get_num_free_blocks get_usage evict_blocks"),
+        how=OVERRIDE,
+    ),
+    *uses(
+        "the same, in some releases",
+        f"{_POOL}.unpin_blocks",
+        how=OVERRIDE,
+        is_optional=True,
+    ),
+    *uses(
+        "our block pool calls it, or reads it",
+        *members(_POOL, "_maybe_evict_cached_block blocks num_gpu_blocks enable_caching"),
+        *members(_POOL, "free_block_queue metrics_collector null_block"),
+        *members(
+            f"{_CORE}.kv_cache_utils:FreeKVCacheBlockQueue",
+            "__init__ remove append_n prepend_n popleft_n get_all_free_blocks num_free_blocks",
+            "fake_free_list_head",
+        ),
+        *members(
+            f"{_CORE}.kv_cache_utils:KVCacheBlock",
+            "block_id ref_cnt block_hash is_null prev_free_block next_free_block",
+        ),
+        *members(
+            f"{_CORE}.kv_cache_metrics:KVCacheMetricsCollector",
+            "on_block_accessed on_block_allocated on_block_evicted",
+        ),
+    ),
+)
+
+_SCHEDULING = (
+    *uses(
+        "the engine looks at it between steps, and is woken through it",
+        f"{_CORE}.sched.interface:SchedulerInterface.has_unfinished_requests",
+        *members(
+            f"{_CORE}.sched.scheduler:Scheduler",
+            "get_request_counts kv_cache_manager kv_event_publisher",
+        ),
+        *members(
+            f"{_CORE}.kv_cache_manager:KVCacheManager",
+            "take_events get_block_ids block_pool kv_cache_config",
+        ),
+        f"{_CORE}.single_type_kv_cache_manager:SingleTypeKVCacheManager.block_pool",
+        *members("vllm.v1.request:Request", "num_tokens num_computed_tokens request_id"),
+        "vllm.distributed.kv_events:KVEventBatch",
+        "vllm.distributed.kv_events:EventBatch.ts",
+        "vllm.distributed.kv_events:KVEventBatch.events",
+        "vllm.distributed.kv_events:EventPublisher.publish",
+        "vllm.v1.engine.core:EngineCoreProc.input_queue",
+        *members(
+            "vllm.v1.engine.core:EngineCore", "_idle_state_callbacks model_executor scheduler"
+        ),
+        "vllm.v1.engine:EngineCoreRequestType.WAKEUP",
+        "vllm.v1.executor.abstract:Executor.collective_rpc",
+    ),
+    *uses(
+        "a step's new blocks are checked, or mapped while vLLM warms up",
+        *members(
+            f"{_CORE}.sched.output:SchedulerOutput", "scheduled_new_reqs scheduled_cached_reqs"
+        ),
+        f"{_CORE}.sched.output:NewRequestData.block_ids",
+        f"{_CORE}.sched.output:CachedRequestData.new_block_ids",
+    ),
+    *uses(
+        "memory that has to stay free for what runs, from 0.24 on",
+        f"{_CORE}.kv_cache_manager:KVCacheManager.watermark_blocks",
+        is_optional=True,
+    ),
+)
+
+_PLAN = "vllm.v1.kv_cache_interface"
+
+_LAYOUT = (
+    *uses(
+        "the plan of the KV cache is read and rewritten (kvcached_vllm/layout.py)",
+        f"{_PLAN}:KVCacheTensor.size",
+        *members(f"{_PLAN}:KVCacheConfig", "num_blocks kv_cache_tensors kv_cache_groups"),
+        f"{_PLAN}:KVCacheGroupSpec.kv_cache_spec",
+        *members(f"{_PLAN}:KVCacheSpec", "block_size page_size_bytes max_memory_usage_bytes"),
+    ),
+    *uses(
+        "it shows which of two shapes a plan has: a tensor for each layer, or one for all",
+        *members(f"{_PLAN}:KVCacheTensor", "block_stride layer_stride layers offset"),
+        is_optional=True,
+    ),
+)
+
+_SLEEP = (
+    *uses(
+        "what a wake allocates is read from it, and taken back (kvcached_vllm/sleeping.py)",
+        *members("vllm.device_allocator.cumem:CuMemAllocator", "instance pointer_to_data"),
+        "vllm.device_allocator.cumem:create_and_map",
+        "vllm.device_allocator.cumem:unmap_and_release",
+        *members("vllm.device_allocator:AllocationData", "cpu_backup_tensor handle tag"),
+        "vllm.v1.executor.abstract:Executor.is_sleeping",
+    ),
+    *uses(
+        "a wake allocates through what we put in the place of create_and_map",
+        "vllm.device_allocator.cumem:CuMemAllocator.wake_up",
+        how=OVERRIDE,
+    ),
+    *uses(
+        "what a wake may leave asleep, and whether a part of it is awake",
+        "vllm.device_allocator:DEFERRABLE_TAGS",
+        "vllm.device_allocator:AllocationData.is_asleep",
+        is_optional=True,
+    ),
+    *uses(
+        "a wake zeroes the whole of a quantised KV cache through it, up to 0.28",
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.init_fp8_kv_scales",
+        is_optional=True,
+    ),
+    *uses(
+        "the same: there is nothing to zero while it is taken away",
+        "vllm.v1.worker.gpu_worker:Worker.model_runner",
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.kv_caches",
+    ),
+)
+
+_CONFIG = "vllm.config"
+
+_START = (
+    *uses(
+        "a worker is sized and refused by it",
+        *members(
+            "vllm.v1.worker.worker_base:WorkerBase",
+            "device vllm_config cache_config parallel_config",
+        ),
+        "vllm.v1.worker.worker_base:WorkerWrapperBase.worker",
+        *members("vllm.utils.mem_utils:MemorySnapshot", "free_memory total_memory"),
+        "vllm.platforms:current_platform",
+        "vllm.platforms.interface:Platform.is_rocm",
+        *members(
+            f"{_CONFIG}.vllm:VllmConfig",
+            "attention_config cache_config device_config kv_transfer_config load_config",
+            "model_config parallel_config speculative_config",
+        ),
+        *members(
+            f"{_CONFIG}.cache:CacheConfig",
+            "gpu_memory_utilization kv_cache_memory_bytes num_gpu_blocks",
+        ),
+        f"{_CONFIG}.device:DeviceConfig.device_type",
+        f"{_CONFIG}.load:LoadConfig.download_dir",
+        *members(f"{_CONFIG}.model:ModelConfig", "dtype hf_config model revision"),
+        *members(
+            f"{_CONFIG}.parallel:ParallelConfig",
+            "data_parallel_size decode_context_parallel_size distributed_executor_backend",
+            "enable_dbo nnodes pipeline_parallel_size tensor_parallel_size world_size",
+        ),
+        *members(
+            f"{_CONFIG}.speculative:SpeculativeConfig",
+            "draft_model_config draft_tensor_parallel_size",
+        ),
+    ),
+    *uses(
+        "HiSparse has block pools of its own, from 0.30 on",
+        f"{_CONFIG}.attention:AttentionConfig.hisparse_config",
+        is_optional=True,
+    ),
+)
+
+USES = (*_BLOCKS, *_SCHEDULING, *_LAYOUT, *_SLEEP, *_START)
