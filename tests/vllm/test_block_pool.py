@@ -467,6 +467,18 @@ def test_an_id_in_a_gap_is_no_block() -> None:
         ours.blocks[GEOMETRY.blocks_per_page]
 
 
+@pytest.mark.parametrize("prepend", [True, False])
+def test_cached_blocks_that_are_freed_with_prepend_are_evicted_first(*, prepend: bool) -> None:
+    _, pool = make_pools()
+    older, younger = pool.get_new_blocks(2), pool.get_new_blocks(2)
+    for content, blocks in enumerate((older, younger)):
+        cache_blocks(pool, FakeRequest(content, 3), [*blocks, None], 0)
+    pool.free_blocks(older)
+    pool.free_blocks(younger, prepend=prepend)
+    order = [*younger, *older] if prepend else [*older, *younger]
+    assert pool.free_block_queue.get_all_free_blocks() == order
+
+
 def test_the_null_block_is_never_free_however_it_is_held() -> None:
     _, ours = make_pools()
     num_free = ours.get_num_free_blocks()

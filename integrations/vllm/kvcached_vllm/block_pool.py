@@ -114,9 +114,12 @@ class ElasticBlockPool(BlockPool):
     def free_blocks(
         self,
         ordered_blocks: Iterable[KVCacheBlock],
-        prepend: bool = False,  # noqa: ARG002, FBT001, FBT002  0.23's, for blocks without a hash
+        prepend: bool = False,  # noqa: FBT001, FBT002  only 0.23 has it
     ) -> None:
-        """Drop one reference to each block; vLLM orders them by who shall be evicted first."""
+        """Drop one reference to each block; vLLM orders them by who shall be evicted first.
+
+        With `prepend` cached blocks go before all others. Blocks that hold nothing do so anyway.
+        """
         caching = self.enable_caching
         free = []
         cached = []
@@ -131,7 +134,9 @@ class ElasticBlockPool(BlockPool):
             self.free_lists.give(free)
         if cached:
             self.free_lists.add_cached(cached)
-            self.free_block_queue.append_n(cached)
+            queue = self.free_block_queue
+            put = queue.prepend_n if prepend else queue.append_n
+            put(cached)
 
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
         """Add one reference to each block of a prefix-cache hit."""
