@@ -13,17 +13,14 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from machine import describe_gpu
-from profiles import Profile, gpu, open_ledger
+from profiles import Profile, gpu
 from sglang_servers import SGLangSetting
 
 from kvcached_demo.harness.load import Burst, Completion, make_burst
 from kvcached_demo.harness.memory import Recorder
-
-if TYPE_CHECKING:
-    from kvcached_demo.harness.server import EngineServer
 
 SHARE = 0.6
 NUM_IN, NUM_OUT = 1900, 100
@@ -34,25 +31,22 @@ class Beside:
     """Both servers, and what became of their requests."""
 
     def __init__(self, workspace: Path) -> None:
-        self.workspace = workspace
         self.profile: Profile = gpu(0)
-        self.profile.make(workspace / "model")
-        self.setting = SGLangSetting(workspace, tiny=False)
-        self.servers: dict[str, EngineServer] = {}
+        self.servers = self.profile.servers(workspace)
+        self.setting = SGLangSetting(workspace, tiny=False, servers=self.servers)
         self.facts: dict[str, Any] = {}
         self.num_lost = 0
 
     def start(self, name: str) -> None:
         """Start a server of the kind that its name says."""
         if name == VLLM:
-            self.servers[name] = self.profile.start(name, self.workspace)
+            self.profile.start(self.servers, name)
         else:
-            self.servers[name] = self.setting.start(name, "--context-length", "8192", elastic=True)
+            self.setting.start(name, elastic=True)
 
     def burst(self, seed: int) -> Burst:
         """Return requests that need `SHARE` of what is there for KV caches."""
-        with open_ledger(self.workspace) as ledger:
-            view = ledger.view()
+        view = self.servers.device()
         held = sum(row.resident_bytes for row in view.instances)
         self.facts["kv_space_bytes"] = view.free_bytes + held
         num_bytes = (NUM_IN + NUM_OUT) * self.profile.kv_bytes_per_token
@@ -65,15 +59,9 @@ class Beside:
 
     def send(self, label: str, *names: str) -> None:
         """Send a burst to each of these servers at once; keep what came back."""
-
-        async def send_all() -> list[list[Completion]]:
-            return await asyncio.gather(
-                *(self.servers[name].send(self.burst(len(label))) for name in names)
-            )
-
         start = time.monotonic()
-        answers = asyncio.run(send_all())
-        self.note(label, dict(zip(names, answers, strict=True)), time.monotonic() - start)
+        answers = asyncio.run(self.servers.send({name: self.burst(len(label)) for name in names}))
+        self.note(label, answers, time.monotonic() - start)
 
     def note(self, label: str, answers: dict[str, list[Completion]], seconds: float) -> None:
         """Count completed and failed requests."""
@@ -97,7 +85,7 @@ class Beside:
             kept = asyncio.create_task(self.servers[other].send(self.burst(2)))
             await asyncio.to_thread(self.wait_until, victim, holds=True)
             await asyncio.sleep(1)
-            held = self.resident(victim)
+            held = self.servers.resident_bytes(victim)
             await asyncio.to_thread(self.servers[victim].kill)
             seconds = await asyncio.to_thread(self.wait_until, victim, holds=False)
             self.facts[f"killed {victim}"] = {"held_bytes": held, "free_after_seconds": seconds}
@@ -111,15 +99,9 @@ class Beside:
     def wait_until(self, name: str, *, holds: bool) -> float:
         """Return how many seconds it took until a server holds memory, or none any more."""
         start = time.monotonic()
-        while bool(self.resident(name)) != holds:
+        while bool(self.servers.resident_bytes(name)) != holds:
             time.sleep(0.005)
         return time.monotonic() - start
-
-    def resident(self, name: str) -> int:
-        """Return the bytes that a server holds."""
-        with open_ledger(self.workspace) as ledger:
-            rows = ledger.view().instances
-        return sum(row.resident_bytes for row in rows if row.name == name)
 
 
 def main() -> None:
@@ -134,25 +116,21 @@ def main() -> None:
         try:
             both.start(VLLM)
             both.start(SGLANG)
-            for server in both.servers.values():
-                server.wait_ready()
-            (path,) = (both.workspace / "kv").glob("*.ledger")
-            with Recorder(path) as recorder:
+            both.servers.wait_ready()
+            with Recorder(both.servers.open_ledger) as recorder:
                 if not options.only_kill:
                     for name in (VLLM, SGLANG, VLLM, SGLANG):
                         both.send(f"burst on {name}", name)
                     both.send("bursts on both", VLLM, SGLANG)
-            peaks = {name: recorder.recording.peak_bytes(name) for name in both.servers}
+            peaks = {name: recorder.recording.peak_bytes(name) for name in both.servers.by_name}
             both.facts["peak_bytes"] = peaks
             both.kill(SGLANG, VLLM)
             both.start(SGLANG)
             both.servers[SGLANG].wait_ready()
             both.kill(VLLM, SGLANG)
         finally:
-            for server in both.servers.values():
-                server.kill()
-                end = server.log.read_text(errors="replace")[-20000:]
-                (options.json.parent / f"beside-{server.log.name}").write_text(end)
+            both.servers.kill()
+            both.servers.keep_logs(options.json.parent, "beside")
             results = {"machine": describe_gpu()} | both.facts
             options.json.write_text(json.dumps(results, indent=2) + "\n")
     if both.num_lost:

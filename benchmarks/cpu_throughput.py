@@ -91,13 +91,14 @@ class Engine:
     def __init__(
         self, model: Path, folder: Path, options: dict[str, Any], *, elastic: bool
     ) -> None:
+        from kvcached_demo.harness.engines import VLLM
+        from kvcached_demo.harness.server import ENGINE_ENVIRON
+
         environ = {
             **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            **ENGINE_ENVIRON,
+            **VLLM.host_environ,
             "VLLM_LOGGING_LEVEL": "ERROR",
-            "OMP_NUM_THREADS": "1",
             "VLLM_CPU_OMP_THREADS_BIND": str(max(os.sched_getaffinity(0))),
             "ENABLE_KVCACHED": str(int(elastic)),
             "KVCACHED_DIR": str(folder / "kv"),

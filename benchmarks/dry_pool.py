@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from profiles import Profile, gpu, host, open_ledger, parser
+from profiles import Profile, gpu, host, parser
 
 from kvcached_core.units import GIB, MIB
-from kvcached_demo.harness.load import Completion, make_burst, send
+from kvcached_demo.harness.engines import VLLM
+from kvcached_demo.harness.load import Completion, make_burst
 from kvcached_demo.harness.memory import Recorder
 from kvcached_demo.harness.server import EngineServer, ServerError
+from kvcached_demo.harness.servers import Servers
 
 NAMES = ("first", "second", "third")
 VICTIM = NAMES[0]
@@ -44,23 +46,18 @@ class Outcome:
 class DryPool:
     """Three servers, one pool, and what became of their requests."""
 
-    def __init__(self, profile: Profile, workspace: Path, seconds: float) -> None:
+    def __init__(self, profile: Profile, servers: Servers, seconds: float) -> None:
         self.profile = profile
-        self.workspace = workspace
+        self.servers = servers
         self.seconds = seconds
-        profile.make(workspace / "model")
         self.outcomes = {name: Outcome() for name in NAMES}
-        self.servers: dict[str, EngineServer] = {}
         self.victim: EngineServer | None = None
         self.facts: dict[str, Any] = {}
 
     def start(self, name: str) -> EngineServer:
         """Start a server; the second one has no prefix cache."""
-        caching = "--no-enable-prefix-caching" if name == NAMES[1] else "--enable-prefix-caching"
-        self.servers[name] = self.profile.start(
-            name, self.workspace, caching, core=NAMES.index(name), KVCACHED_DEBUG="1"
-        )
-        return self.servers[name]
+        (caching,) = VLLM.caching(is_on=name != NAMES[1])
+        return self.profile.start(self.servers, name, caching, KVCACHED_DEBUG="1")
 
     async def run(self) -> None:
         """Send bursts to all of them until the time is up."""
@@ -85,7 +82,7 @@ class DryPool:
                 seed=seed,
             )
             start = time.monotonic()
-            answers = await asyncio.wait_for(send(server.url, name, burst), HUNG_SECONDS)
+            answers = await asyncio.wait_for(server.send(burst), HUNG_SECONDS)
             self._count(outcome, answers, is_victim=server is self.victim)
             seconds = time.monotonic() - start
             outcome.longest_burst_seconds = max(outcome.longest_burst_seconds, seconds)
@@ -115,20 +112,15 @@ class DryPool:
                 outcome.errors.append(answer.error)
 
     def _kill_and_restart(self) -> None:
-        held = self._resident(VICTIM)
+        held = self.servers.resident_bytes(VICTIM)
         self.victim = self.servers[VICTIM]  # before the kill: who waits for it asks
         self.victim.kill()
         start = time.monotonic()
-        while self._resident(VICTIM):
+        while self.servers.resident_bytes(VICTIM):
             time.sleep(0.005)
         self.facts["killed_holding_bytes"] = held
         self.facts["its_bytes_free_after_seconds"] = time.monotonic() - start
         self.start(VICTIM)
-
-    def _resident(self, name: str) -> int:
-        with open_ledger(self.workspace) as ledger:
-            rows = ledger.view().instances
-        return sum(row.resident_bytes for row in rows if row.name == name)
 
 
 def main() -> None:
@@ -139,19 +131,15 @@ def main() -> None:
     options = made.parse_args()
     profile = gpu(options.pool_gib * GIB) if options.gpu else host(512 * MIB)
     with tempfile.TemporaryDirectory(prefix="kv-") as folder:
-        pool = DryPool(profile, Path(folder), options.seconds)
-        try:
+        with profile.servers(Path(folder)) as servers:
+            pool = DryPool(profile, servers, options.seconds)
             for name in NAMES:
                 pool.start(name)
-            for server in pool.servers.values():
-                server.wait_ready()
-            (path,) = (pool.workspace / "kv").glob("*.ledger")
-            with Recorder(path, lambda _path: open_ledger(pool.workspace)) as recorder:
+            servers.wait_ready()
+            with Recorder(servers.open_ledger) as recorder:
                 asyncio.run(pool.run())
-        finally:
-            for server in pool.servers.values():
-                server.stop()
-        left = sorted(path.name for path in (pool.workspace / "kv").iterdir())
+            servers.stop()
+        left = sorted(path.name for path in servers.directory.iterdir())
     views = recorder.recording.views
     results = {
         "machine": profile.describe(),

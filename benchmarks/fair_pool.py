@@ -16,13 +16,13 @@ from pathlib import Path
 
 from machine import describe_machine
 
-from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.units import MIB
-from kvcached_demo.harness.engines import KINDS
+from kvcached_demo.harness.engines import ENGINES
 from kvcached_demo.harness.load import make_burst
 from kvcached_demo.harness.memory import Recorder
-from kvcached_demo.harness.model import make_model
+from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
 from kvcached_demo.harness.server import EngineServer
+from kvcached_demo.harness.servers import Servers
 
 NAMES = ("left", "right")
 NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 1000, 24
@@ -66,44 +66,32 @@ def main() -> None:
     """Run, print, write JSON; fail if a request failed or one server got on much worse."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--engine", choices=KINDS, default="sglang")
+    parser.add_argument("--engine", choices=ENGINES, default="sglang")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--clients", type=int, default=8, help="of each server")
     parser.add_argument("--pool-mib", type=int, default=256)
     options = parser.parse_args()
     pool_bytes = options.pool_mib * MIB
     with tempfile.TemporaryDirectory(prefix="kv-") as folder:
-        workspace = Path(folder)
-        model = make_model(workspace / "model", seed=1)
-        servers: list[EngineServer] = []
-        try:
-            for core, name in enumerate(NAMES):
-                environ = {
-                    "ENABLE_KVCACHED": "1",
-                    "KVCACHED_DIR": str(workspace / "kv"),
-                    "KVCACHED_HOST_POOL": str(pool_bytes),
-                    "KVCACHED_NAME": name,
-                }
-                servers.append(
-                    KINDS[options.engine].start(
-                        name,
-                        model,
-                        workspace,
-                        environ=environ,
-                        pool_bytes=pool_bytes,
-                        is_vanilla=False,
-                        core=core,
-                    )
+        model = make_model(Path(folder) / "model", seed=1)
+        engine = ENGINES[options.engine]
+        with Servers(Path(folder), pool_bytes) as servers:
+            both = [
+                servers.start(
+                    engine,
+                    name,
+                    model,
+                    *engine.caching(is_on=False),
+                    *engine.running(32),
+                    *engine.size(pool_bytes, KV_BYTES_PER_TOKEN, is_elastic=True, is_host=True),
+                    environ=engine.host_environ | {"VLLM_LOGGING_LEVEL": "WARNING"},
                 )
-            for server in servers:
-                server.wait_ready()
-            asyncio.run(load_both(servers, 1, 3.0))  # the first requests compile and map
-            (path,) = (workspace / "kv").glob("*.ledger")
-            with Recorder(path, Ledger) as recorder:
-                ended = asyncio.run(load_both(servers, options.clients, options.seconds))
-        finally:
-            for server in servers:
-                server.stop()
+                for name in NAMES
+            ]
+            servers.wait_ready()
+            asyncio.run(load_both(both, 1, 3.0))  # the first requests compile and map
+            with Recorder(servers.open_ledger) as recorder:
+                ended = asyncio.run(load_both(both, options.clients, options.seconds))
     views = recorder.recording.views
     completed = [sum(error is None for error in errors) for errors in ended]
     results = {

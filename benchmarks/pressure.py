@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from profiles import Profile, gpu, host, open_ledger, parser
+from profiles import Profile, gpu, host, parser
 
 from kvcached_core import control
 from kvcached_core.ledger.bell import Doorbell
@@ -26,8 +26,10 @@ from kvcached_core.ledger.opening import doorbell_path
 from kvcached_core.ledger.shortage import ask_peers
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB, MIB
-from kvcached_demo.harness.load import make_burst, send
+from kvcached_demo.harness.engines import VLLM
+from kvcached_demo.harness.load import make_burst
 from kvcached_demo.harness.server import EngineServer
+from kvcached_demo.harness.servers import Servers
 
 NUM_ASKS = 5
 
@@ -53,7 +55,7 @@ def fill(server: EngineServer, profile: Profile, seed: int, num_bytes: int) -> N
         num_output_tokens=1,
         seed=seed,
     )
-    failed = [answer.error for answer in asyncio.run(send(server.url, "cache", burst))]
+    failed = [answer.error for answer in asyncio.run(server.send(burst))]
     if any(failed):
         raise RuntimeError(f"requests failed: {failed}")
 
@@ -93,12 +95,11 @@ class Neighbour:
         self.ledger.unregister(self.row)
 
 
-def measure(
-    server: EngineServer, profile: Profile, sizes: Sizes, workspace: Path
-) -> dict[str, Any]:
+def measure(servers: Servers, profile: Profile, sizes: Sizes) -> dict[str, Any]:
     """Fill the cache, ask, lower the limit."""
+    server = servers["cache"]
     fill(server, profile, 1, sizes.cache_bytes)
-    with open_ledger(workspace) as ledger:
+    with servers.open_ledger() as ledger:
         before = view(ledger, "cache")
         neighbour = Neighbour(ledger)
         free_bytes = max(ledger.free_bytes(neighbour.row), 0)
@@ -107,7 +108,9 @@ def measure(
         neighbour.close()
         held = view(ledger, "cache").cached_bytes
         fill(server, profile, 2, sizes.cache_bytes - held)
-        limits = [lower(ledger, limit_bytes, workspace) for limit_bytes in sizes.limits_bytes]
+        limits = [
+            lower(ledger, limit_bytes, servers.directory) for limit_bytes in sizes.limits_bytes
+        ]
     return {
         "cached_bytes": before.cached_bytes,
         "asked_bytes": sizes.asked_bytes,
@@ -117,13 +120,11 @@ def measure(
     }
 
 
-def lower(ledger: Ledger, limit_bytes: int, workspace: Path) -> dict[str, Any]:
+def lower(ledger: Ledger, limit_bytes: int, directory: Path) -> dict[str, Any]:
     """Lower the server's limit; return when it held."""
     held = view(ledger, "cache").resident_bytes
     start = time.perf_counter()
-    answer = control.set_limit(
-        "cache", str(limit_bytes), directory=workspace / "kv", wait_seconds=30.0
-    )
+    answer = control.set_limit("cache", str(limit_bytes), directory=directory, wait_seconds=30.0)
     return {
         "before_bytes": held,
         "after_bytes": answer.after_bytes,
@@ -140,15 +141,13 @@ def main() -> None:
     profile, sizes = (gpu(0), GPU) if options.gpu else (host(5 * GIB), HOST)
     if options.cache_gib:
         sizes = replace(sizes, cache_bytes=options.cache_gib * GIB)
-    with tempfile.TemporaryDirectory(prefix="kv-") as folder:
-        workspace = Path(folder)
-        profile.make(workspace / "model")
-        server = profile.start("cache", workspace, "--enable-prefix-caching")
-        try:
-            server.wait_ready()
-            measured = measure(server, profile, sizes, workspace)
-        finally:
-            server.stop()
+    with (
+        tempfile.TemporaryDirectory(prefix="kv-") as folder,
+        profile.servers(Path(folder)) as servers,
+    ):
+        profile.start(servers, "cache", *VLLM.caching(is_on=True)).wait_ready()
+        measured = measure(servers, profile, sizes)
+        servers.stop()
     results = {"machine": profile.describe()} | measured
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(results, indent=2) + "\n")

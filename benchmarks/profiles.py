@@ -8,13 +8,12 @@ from typing import Any
 
 from machine import describe_gpu, describe_machine
 
-from kvcached_core.ledger.ledger import Ledger
-from kvcached_core.ledger.nvml import GPU_PREFIXES, free_memory_reader
+from kvcached_demo.harness.engines import VLLM
 from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
-from kvcached_demo.harness.server import HOST_OPTIONS, EngineServer
+from kvcached_demo.harness.server import EngineServer
+from kvcached_demo.harness.servers import Servers
 
-# The default of KVCACHED_HEADROOM, as a part of what is left without it.
-HEADROOM = 0.02 / 0.98
+MODEL = "model"  # its folder below the workspace
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Profile:
         num_prompt_tokens: Length of a prompt that fits the model.
         options: What every server is started with.
         environ: Its settings.
+        is_host: Whether it is the host.
     """
 
     make: Callable[[Path], Path]
@@ -38,25 +38,22 @@ class Profile:
     num_prompt_tokens: int
     options: tuple[str, ...]
     environ: dict[str, str] = field(default_factory=dict)
+    is_host: bool = False
 
-    def start(
-        self, name: str, workspace: Path, *arguments: str, core: int = 0, **environ: str
-    ) -> EngineServer:
-        """Start an elastic server of the model in `workspace`, which was made there."""
-        settings = {
-            "ENABLE_KVCACHED": "1",
-            "KVCACHED_DIR": str(workspace / "kv"),
-            "KVCACHED_NAME": name,
-            "VLLM_LOGGING_LEVEL": "WARNING",
-        }
-        return EngineServer(
+    def servers(self, workspace: Path) -> Servers:
+        """Return what starts servers that share the pool, once the model is made there."""
+        self.make(workspace / MODEL)
+        return Servers(workspace, self.pool_bytes if self.is_host else None)
+
+    def start(self, servers: Servers, name: str, *arguments: str, **environ: str) -> EngineServer:
+        """Start an elastic server of the model."""
+        return servers.start(
+            VLLM,
             name,
-            workspace / "model",
-            workspace,
-            environ=settings | self.environ | environ,
-            arguments=arguments,
-            core=core,
+            servers.workspace / MODEL,
+            *arguments,
             options=self.options,
+            environ={"VLLM_LOGGING_LEVEL": "WARNING", **self.environ, **environ},
         )
 
 
@@ -82,8 +79,9 @@ def host(pool_bytes: int) -> Profile:
         pool_bytes=pool_bytes,
         kv_bytes_per_token=KV_BYTES_PER_TOKEN,
         num_prompt_tokens=1900,
-        options=(*HOST_OPTIONS, "--max-num-seqs", "16"),
-        environ={"KVCACHED_HOST_POOL": str(pool_bytes), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        options=(*VLLM.host_options, *VLLM.running(16)),
+        environ=VLLM.host_environ,
+        is_host=True,
     )
 
 
@@ -95,20 +93,8 @@ def gpu(pool_bytes: int) -> Profile:
         pool_bytes=pool_bytes,
         kv_bytes_per_token=128 * 1024,
         num_prompt_tokens=7600,
-        options=("--load-format", "dummy", "--max-model-len", "8192", "--enforce-eager"),
-        environ={"TMPDIR": "/tmp"},  # noqa: S108  vLLM's sockets need a short path
+        options=("--load-format", "dummy", *VLLM.gpu_options(8192), "--enforce-eager"),
     )
-
-
-def open_ledger(workspace: Path) -> Ledger:
-    """Open the ledger that the servers in `workspace` made."""
-    (path,) = (workspace / "kv").glob("*.ledger")
-    if not path.stem.startswith(GPU_PREFIXES):
-        return Ledger(path)
-    with Ledger(path) as ledger:
-        headroom_bytes = int(ledger.capacity_bytes * HEADROOM)
-    read = free_memory_reader(path.stem)
-    return Ledger(path, free_bytes=lambda: read() - headroom_bytes)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from vllm_overhead import CONTROL, ELASTIC, VANILLA, begin, play_round, print_su
 from vllm_servers import Record
 
 from kvcached_core.units import GIB
+from kvcached_demo.harness.engines import SGLANG
 
 WORKLOADS = {
     "1024/128 at saturation": (1024, 128, "inf", 400),
@@ -29,26 +30,20 @@ TINY_WORKLOADS = {"saturation": (100, 16, "inf", 12), "8 req/s": (100, 16, "8", 
 def serve(setting: SGLangSetting, record: Record, names: list[str], options: Any) -> None:
     """Compare the servers in `names`."""
     kv_bytes = None if setting.tiny else options.kv_gib * GIB
-    servers = {
-        name: setting.start(
-            name, "--disable-radix-cache", elastic=name == ELASTIC, kv_bytes=kv_bytes
-        )
-        for name in names
-    }
+    for name in names:
+        uncached = SGLANG.caching(is_on=False)
+        setting.start(name, *uncached, elastic=name == ELASTIC, kv_bytes=kv_bytes)
     workloads = TINY_WORKLOADS if setting.tiny else WORKLOADS
     try:
-        begin(setting, record, servers, next(iter(workloads.values())))
+        begin(setting, record, next(iter(workloads.values())))
         rounds: dict[str, list[dict[str, Any]]] = {label: [] for label in workloads}
         for number in range(options.rounds):
             for label, workload in workloads.items():
-                rounds[label].append(play_round(setting, servers, workload, number))
+                rounds[label].append(play_round(setting, workload, number))
                 record.add(**{label: summary(rounds[label], names)})
                 print_summary(label, record.results[label], names)
     finally:
-        for server in servers.values():
-            server.kill()
-            end = server.log.read_text(errors="replace")[-20000:]
-            (record.path.parent / f"{record.path.stem}-{server.log.name}").write_text(end)
+        setting.servers.keep_logs(record.path.parent, record.path.stem)
 
 
 def main() -> None:
@@ -64,7 +59,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
         record = Record(options.json)
         record.add(machine=describe_machine() if options.tiny else describe_gpu())
-        serve(SGLangSetting(Path(folder), options.tiny), record, names, options)
+        setting = SGLangSetting(Path(folder), tiny=options.tiny)
+        with setting.servers:
+            serve(setting, record, names, options)
 
 
 if __name__ == "__main__":

@@ -8,80 +8,67 @@ a CPU.
 import json
 import os
 import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_servers import FIGURES, instance_view, kv_bytes_per_token, make_shape
+from vllm_servers import FIGURES, kv_bytes_per_token, make_shape
 
-from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
-from kvcached_demo.harness.model import make_model
-from kvcached_demo.harness.server import SGLANG_HOST_OPTIONS, SGLangServer
+from kvcached_demo.harness.engines import SGLANG
+from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
+from kvcached_demo.harness.server import ENGINE_ENVIRON, EngineServer
+from kvcached_demo.harness.servers import Servers
 
-PYTHON = os.environ.get("SGLANG_PYTHON", sys.executable)
-KV_BYTES_PER_TOKEN = kv_bytes_per_token("llama-8b")
+TINY_POOL_BYTES = 512 * MIB
+TINY_KV_BYTES = 256 * MIB
 GPU_OPTIONS = (
-    *("--load-format", "dummy", "--dtype", "bfloat16", "--context-length", "8192"),
-    *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
-    *("--grammar-backend", "none", "--log-level", "info", "--cuda-graph-max-bs-decode", "256"),
+    *("--load-format", "dummy", *SGLANG.gpu_options(8192)),
+    *("--cuda-graph-max-bs-decode", "256"),
 )
 
 
-@dataclass
 class SGLangSetting:
-    """Where servers run and what they serve.
+    """What is served, and where.
 
-    Attributes:
+    Args:
         folder: For logs, models and the ledger.
         tiny: Whether it is a rehearsal on a CPU.
+        servers: Where the servers run; by themselves where it is left out.
     """
 
-    folder: Path
-    tiny: bool
-
-    def __post_init__(self) -> None:
-        make = make_model if self.tiny else make_shape
-        options: dict[str, Any] = {"seed": 1} if self.tiny else {"shape": "llama-8b"}
-        self.model = make(self.folder / "model", **options)
+    def __init__(self, folder: Path, *, tiny: bool, servers: Servers | None = None) -> None:
+        self.tiny = tiny
+        self.servers = servers or Servers(folder, TINY_POOL_BYTES if tiny else None)
+        place = folder / "sglang-model"
+        self.model = make_model(place, seed=1) if tiny else make_shape(place, "llama-8b")
 
     def start(
         self, name: str, *arguments: str, elastic: bool, kv_bytes: int | None = None
-    ) -> SGLangServer:
+    ) -> EngineServer:
         """Start a server with at most `kv_bytes` of KV cache; a vanilla one seizes them."""
-        sizes: tuple[str, ...] = ()
-        environ = {"KVCACHED_DIR": str(self.folder / "kv"), "ENABLE_KVCACHED": "0"}
-        if not self.tiny:
-            environ |= {"TMPDIR": "/tmp", "SGLANG_USE_CPU_ENGINE": "0"}  # noqa: S108  sockets
-            environ["PYTHONPATH"] = ""
-        if elastic:
-            sizes = ("--enable-kvcached", "--kvcached-name", name)
-            sizes += ("--kvcached-limit", str(kv_bytes)) if kv_bytes else ()
-        elif kv_bytes:
-            sizes = ("--max-total-tokens", str(kv_bytes // KV_BYTES_PER_TOKEN))
-        if self.tiny:
-            sizes += ("--max-total-tokens", "8192", "--mem-fraction-static", "0.3")
-            environ["KVCACHED_HOST_POOL"] = str(512 * MIB)
-        return SGLangServer(
+        per_token = KV_BYTES_PER_TOKEN if self.tiny else kv_bytes_per_token("llama-8b")
+        size: tuple[str, ...] = ()
+        if self.tiny or kv_bytes:
+            size = SGLANG.size(
+                kv_bytes or TINY_KV_BYTES, per_token, is_elastic=elastic, is_host=self.tiny
+            )
+        return self.servers.start(
+            SGLANG,
             name,
             self.model,
-            self.folder,
-            environ=environ,
-            arguments=(*arguments, *sizes),
-            options=SGLANG_HOST_OPTIONS if self.tiny else GPU_OPTIONS,
-            python=PYTHON,
+            *arguments,
+            *size,
+            is_elastic=elastic,
+            limit_bytes=kv_bytes,
+            options=SGLANG.host_options if self.tiny else GPU_OPTIONS,
+            environ={} if self.tiny else {"PYTHONPATH": ""},
         )
 
-    def view(self, name: str) -> InstanceView:
-        """Return what the ledger says of an instance."""
-        return instance_view(self.folder, name)
-
     def bench(  # noqa: PLR0917  the workload is a tuple
-        self, server: SGLangServer, num_in: int, num_out: int, rate: str, num: int, seed: int
+        self, server: EngineServer, num_in: int, num_out: int, rate: str, num: int, seed: int
     ) -> dict[str, Any]:
         """Run SGLang's `bench_serving` against a server and return its figures."""
-        output = self.folder / f"{server.name}-bench.jsonl"
+        output = self.servers.workspace / f"{server.name}-bench.jsonl"
         output.unlink(missing_ok=True)
         words = [
             *("-m", "sglang.benchmark.serving", "--backend", "sglang"),
@@ -92,11 +79,16 @@ class SGLangSetting:
             *("--seed", str(seed), "--warmup-requests", "0", "--disable-tqdm"),
             *("--output-file", str(output)),
         ]
-        environ = os.environ | {"HF_HUB_OFFLINE": "1", "ENABLE_KVCACHED": "0"}
+        environ = {**os.environ, **ENGINE_ENVIRON, "ENABLE_KVCACHED": "0"}
         if not self.tiny:
             environ["PYTHONPATH"] = ""
         done = subprocess.run(
-            [PYTHON, *words], env=environ, capture_output=True, text=True, check=False, timeout=500
+            [SGLANG.python, *words],
+            env=environ,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=500,
         )
         if done.returncode:
             raise RuntimeError(f"the client failed: {done.stdout[-3000:]}{done.stderr[-3000:]}")

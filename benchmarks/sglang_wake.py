@@ -24,19 +24,14 @@ from typing import Any
 import httpx
 from helpers.weights import make_weights
 from machine import describe_gpu
-from profiles import open_ledger
-from sglang_servers import PYTHON
 
-from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB, MIB
-from kvcached_demo.harness.server import SGLangServer
+from kvcached_demo.harness.engines import SGLANG
+from kvcached_demo.harness.load import generate
+from kvcached_demo.harness.servers import Servers
 
 SLEEPER, NEIGHBOUR = "sleeper", "neighbour"
-OPTIONS = (
-    *("--dtype", "bfloat16", "--context-length", "8192", "--attention-backend", "triton"),
-    *("--sampling-backend", "pytorch", "--grammar-backend", "none", "--skip-tokenizer-init"),
-    *("--skip-server-warmup", "--log-level", "info", "--enable-kvcached"),
-)
+OPTIONS = (*SGLANG.gpu_options(8192), "--skip-tokenizer-init", "--skip-server-warmup")
 FLAGS = {
     SLEEPER: (
         *("--enable-memory-saver", "--enable-weights-cpu-backup", "--disable-radix-cache"),
@@ -53,39 +48,20 @@ class Wake:
     """Both servers, and what became of each round."""
 
     def __init__(self, workspace: Path, shape: str) -> None:
-        self.workspace = workspace
-        self.model = make_weights(workspace / "model", shape)
+        self.servers = Servers(workspace)
+        model = make_weights(workspace / "model", shape)
         self.rounds: list[dict[str, Any]] = []
         self.seed = 0
-        self.servers = {name: self._start(name) for name in FLAGS}
-
-    def _start(self, name: str) -> SGLangServer:
-        return SGLangServer(
-            name,
-            self.model,
-            self.workspace,
-            environ={
-                "KVCACHED_DIR": str(self.workspace / "kv"),
-                "TMPDIR": "/tmp",  # noqa: S108  sockets need a short path
-                "SGLANG_USE_CPU_ENGINE": "0",
-            },
-            arguments=(*FLAGS[name], "--kvcached-name", name),
-            options=OPTIONS,
-            python=PYTHON,
-        )
+        for name, flags in FLAGS.items():
+            self.servers.start(SGLANG, name, model, *flags, options=OPTIONS)
 
     def post(self, name: str, path: str, body: Any, seconds: float = 120.0) -> httpx.Response:
         """Send `body` to a server."""
-        return httpx.post(f"{self.servers[name].url}/{path}", json=body, timeout=seconds)
+        return self.servers[name].post(f"/{path}", body, seconds)
 
     def ask(self, name: str, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
         """Return the tokens that a server answers with."""
-        sampling = {"temperature": 0.0, "max_new_tokens": num_tokens, "ignore_eos": True}
-        answer = self.post(
-            name, "generate", {"input_ids": prompts, "sampling_params": sampling}, 240.0
-        )
-        answer.raise_for_status()
-        return [one["output_ids"] for one in answer.json()]
+        return generate(self.servers[name].url, prompts, num_tokens)
 
     def prompts(self, number: int, num_tokens: int) -> list[list[int]]:
         """Return prompts that nobody sent before."""
@@ -93,15 +69,9 @@ class Wake:
         source = random.Random(self.seed)
         return [[source.randrange(3, 30_000) for _ in range(num_tokens)] for _ in range(number)]
 
-    def view(self, name: str) -> InstanceView:
-        """Return what the ledger says of a server."""
-        with open_ledger(self.workspace) as ledger:
-            return next(row for row in ledger.view().instances if row.name == name)
-
     def free_bytes(self) -> int:
         """Return what is free for KV caches."""
-        with open_ledger(self.workspace) as ledger:
-            return ledger.view().free_bytes
+        return self.servers.device().free_bytes
 
     def leave(self, num_bytes: int) -> Any:
         """Take all of the device but `num_bytes` for KV caches; return what holds it."""
@@ -130,7 +100,7 @@ class Wake:
         load.start()
         deadline = time.monotonic() + BUSY_SECONDS
         while time.monotonic() < deadline:
-            row = self.view(NEIGHBOUR)
+            row = self.servers.view(NEIGHBOUR)
             idle = row.resident_bytes - row.used_bytes
             if self.free_bytes() + idle < GIB:
                 return load
@@ -222,8 +192,7 @@ def main() -> None:
 def run(wake: Wake, options: argparse.Namespace, begun: float) -> str | None:
     """Run the rounds; return what ended them too early, or None. The servers are gone then."""
     try:
-        for server in wake.servers.values():
-            server.wait_ready(150)
+        wake.servers.wait_ready(seconds=300)
         questions = wake.prompts(4, 300)
         expected = wake.ask(SLEEPER, questions, 24)
         ballast = wake.leave(int(options.kv_gib * GIB))
@@ -235,9 +204,9 @@ def run(wake: Wake, options: argparse.Namespace, begun: float) -> str | None:
     except Exception as error:  # noqa: BLE001  what was measured up to here is kept
         return f"{type(error).__name__}: {error}"[-2000:]
     finally:
-        for name, server in wake.servers.items():
-            (options.out / f"{name}.log").write_bytes(server.log.read_bytes())
-            server.kill()
+        for server in wake.servers.by_name.values():
+            (options.out / server.log.name).write_bytes(server.log.read_bytes())
+        wake.servers.kill()
     return None
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
-from profiles import open_ledger
-from vllm_servers import SMALL_FOLDER, Record
+from vllm_servers import SHORT_FOLDER, Record
 
 from kvcached_core.ledger.view import DeviceView, InstanceView
 from kvcached_core.units import GIB, MIB
+from kvcached_demo.harness.engines import VLLM
 from kvcached_demo.harness.load import Completion, make_burst
 from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
-from kvcached_demo.harness.server import HOST_OPTIONS, EngineServer
+from kvcached_demo.harness.server import EngineServer
+from kvcached_demo.harness.servers import Servers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.shapes import kv_bytes_per_token, make_shape
@@ -62,7 +63,8 @@ class Run:
     def __init__(self, folder: Path, record: Record, *, tiny: bool) -> None:
         self.folder, self.record, self.tiny = folder, record, tiny
         self.size = TINY if tiny else GPU
-        self.servers: dict[str, EngineServer] = {}
+        pool_bytes = self.size.room_bytes + 2 * self.size.asleep_bytes
+        self.servers = Servers(folder, pool_bytes if tiny else None)
         self.ballast: Any = None
         self.seed = 1000
         self.num_failed = 0
@@ -72,45 +74,38 @@ class Run:
 
     def start(self, name: str, *arguments: str, model: Path | None = None) -> EngineServer:
         """Start an elastic server."""
-        environ = SMALL_FOLDER | {
-            "ENABLE_KVCACHED": "1",
-            "KVCACHED_DIR": str(self.folder / "kv"),
-            "KVCACHED_NAME": name,
+        environ = {
+            "TMPDIR": SHORT_FOLDER,
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_LOGGING_LEVEL": "INFO",
             "PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}",
         }
-        options: tuple[str, ...] = ("--load-format", "dummy", "--max-model-len", "8192")
-        options += ("--enforce-eager", "--max-num-seqs", "256")
+        options = ("--load-format", "dummy", *VLLM.gpu_options(8192), "--enforce-eager")
+        options += VLLM.running(256)
         if self.tiny:
-            options = HOST_OPTIONS
-            pool = self.size.room_bytes + 2 * self.size.asleep_bytes
-            environ |= {"KVCACHED_HOST_POOL": str(pool), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        server = EngineServer(
+            options = VLLM.host_options
+            environ |= VLLM.host_environ
+        return self.servers.start(
+            VLLM,
             name,
             model or self.model,
-            self.folder,
-            environ=environ,
-            arguments=(*EXTENSION, *arguments),
+            *EXTENSION,
+            *arguments,
             options=options,
-            core=len(self.servers),
+            environ=environ,
         )
-        self.servers[name] = server
-        return server
 
     def close(self) -> None:
         """End every server, and keep the ends of their logs beside the results."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for name, server in self.servers.items():
-            server.kill()
-            text = server.log.read_text(errors="replace")[-30000:]
-            self.record.path.with_name(f"{self.record.path.stem}-{name}.log").write_text(text)
+        self.servers.kill()
+        self.servers.keep_logs(self.record.path.parent, self.record.path.stem)
 
     def post(
         self, name: str, path: str, timeout: float = WAKE_SECONDS, **body: Any
     ) -> httpx.Response:
         """Post to a server."""
-        return httpx.post(f"{self.servers[name].url}{path}", json=body or None, timeout=timeout)
+        return self.servers[name].post(path, body or None, timeout)
 
     def call(self, name: str, method: str, *args: str) -> None:
         """Call a method of a server's workers."""
@@ -131,8 +126,7 @@ class Run:
 
     def view(self) -> tuple[DeviceView, dict[str, InstanceView]]:
         """Return what the ledger says."""
-        with open_ledger(self.folder) as ledger:
-            device = ledger.view()
+        device = self.servers.device()
         return device, {row.name: row for row in device.instances}
 
     def answers(self, name: str) -> list[list[int]]:

@@ -15,16 +15,13 @@ from typing import Any
 from vllm_servers import (
     PREEMPTIONS,
     QUIET_SECONDS,
+    READY_SECONDS,
     Record,
     Setting,
     bench_run,
-    metric,
     parser,
-    wait_all,
 )
 
-from kvcached_core.ledger.ledger import Ledger
-from kvcached_core.units import MIB
 from kvcached_demo.harness.background import Background
 from kvcached_demo.harness.server import EngineServer
 
@@ -41,10 +38,10 @@ class Watch(Background):
 
     def _run(self) -> None:
         while not self._end.wait(0.2):
-            running = metric(self._server, "vllm:num_requests_running")
+            running = self._server.metric("vllm:num_requests_running")
             self.peaks["running"] = max(self.peaks["running"], running)
             if self._elastic:
-                view = self._setting.view(self._server.name)
+                view = self._setting.servers.view(self._server.name)
                 held = max(self.peaks["resident_bytes"], view.resident_bytes)
                 self.peaks["resident_bytes"] = held
 
@@ -73,12 +70,12 @@ def load(setting: Setting, server: EngineServer, rate: str) -> Iterator[dict[str
 
 def burst(setting: Setting, server: EngineServer, num: int, *, elastic: bool) -> dict[str, Any]:
     """Send `num` requests at once and say how they fared."""
-    before = metric(server, PREEMPTIONS)
+    before = server.metric(PREEMPTIONS)
     num_in, num_out = request_tokens(setting)
     with Watch(setting, server, elastic=elastic) as watch:
         figures = setting.bench(server, num_in, num_out, "inf", num, seed=3)
     result = figures | watch.peaks | {"requests": num}
-    result["preemptions"] = metric(server, PREEMPTIONS) - before
+    result["preemptions"] = server.metric(PREEMPTIONS) - before
     shown = ("requests", "completed", "failed", "running", "preemptions", "resident_bytes")
     print(
         f"burst on {server.name}: " + ", ".join(f"{k} {result[k]:.0f}" for k in shown), flush=True
@@ -88,57 +85,37 @@ def burst(setting: Setting, server: EngineServer, num: int, *, elastic: bool) ->
 
 def neighbours(setting: Setting, record: Record, num_starts: int) -> None:
     """Start servers beside one that serves, and send bursts to two of them in turn."""
+    servers = setting.servers
     first = setting.start("first", elastic=True)
-    servers = [first]
-    try:
-        record.add(first_ready_seconds=wait_all([first])["first"])
-        with load(setting, first, "8") as under_load:
-            names = ["second", "third"][:num_starts]
-            servers += [setting.start(name, elastic=True) for name in names]
-            beside = wait_all(servers[1:])
-        views = {server.name: setting.view(server.name) for server in servers}
-        virtual = {name: view.virtual_bytes for name, view in views.items()}
-        record.add(ready_seconds_beside=beside, load_meanwhile=under_load, virtual_bytes=virtual)
-        print(f"started beside: {beside}, {under_load}", flush=True)
-        for server in servers[2:]:
-            server.kill()
-        del servers[2:]
+    record.add(first_ready_seconds=servers.wait_ready("first", seconds=READY_SECONDS)["first"])
+    names = ["second", "third"][:num_starts]
+    with load(setting, first, "8") as under_load:
+        for name in names:
+            setting.start(name, elastic=True)
+        beside = servers.wait_ready(*names, seconds=READY_SECONDS)
+    virtual = {row.name: row.virtual_bytes for row in servers.device().instances}
+    record.add(ready_seconds_beside=beside, load_meanwhile=under_load, virtual_bytes=virtual)
+    print(f"started beside: {beside}, {under_load}", flush=True)
+    for name in names[1:]:
+        servers[name].kill()
+    time.sleep(QUIET_SECONDS)
+    device = servers.device()
+    space = device.free_bytes + sum(row.resident_bytes for row in device.instances)
+    num_tokens = BURST_SHARE * space / setting.kv_bytes_per_token
+    num = max(int(num_tokens / sum(request_tokens(setting))), 1)
+    record.add(kv_space_bytes=space)
+    for name in ["first", *names[:1]]:
+        record.add(**{f"burst_{name}": burst(setting, servers[name], num, elastic=True)})
         time.sleep(QUIET_SECONDS)
-        space = kv_space(setting, [server.name for server in servers])
-        num = max(
-            int(BURST_SHARE * space / setting.kv_bytes_per_token / sum(request_tokens(setting))), 1
-        )
-        record.add(kv_space_bytes=space)
-        for server in servers:
-            record.add(**{f"burst_{server.name}": burst(setting, server, num, elastic=True)})
-            time.sleep(QUIET_SECONDS)
-    finally:
-        for server in servers:
-            server.kill()
+    servers.kill()
     half = setting.start("half", elastic=False, kv_bytes=space // 2)
-    try:
-        wait_all([half])
-        record.add(burst_vanilla_half=burst(setting, half, num, elastic=False))
-    finally:
-        half.kill()
+    servers.wait_ready("half", seconds=READY_SECONDS)
+    record.add(burst_vanilla_half=burst(setting, half, num, elastic=False))
 
 
 def request_tokens(setting: Setting) -> tuple[int, int]:
     """Return the tokens that one request of a burst brings and gets."""
     return (100, 16) if setting.tiny else (1913, 162)
-
-
-def kv_space(setting: Setting, names: list[str]) -> int:
-    """Return what is free for KV caches beside the engines' weights, in bytes."""
-    held = sum(setting.view(name).resident_bytes for name in names)
-    if setting.tiny:
-        return 512 * MIB
-    from kvcached_core.ledger.nvml import free_memory_reader
-
-    (path,) = (setting.folder / "kv").glob("*.ledger")
-    with Ledger(path) as ledger:
-        headroom = int(ledger.capacity_bytes * 0.02 / 0.98)
-    return free_memory_reader(path.stem)() + held - headroom
 
 
 def main() -> None:

@@ -21,12 +21,11 @@ from vllm_servers import (
     FIGURES,
     PREEMPTIONS,
     QUIET_SECONDS,
+    READY_SECONDS,
     Record,
     Setting,
     bench_run,
-    metric,
     parser,
-    wait_all,
 )
 
 from kvcached_core.units import GIB
@@ -43,47 +42,42 @@ def is_elastic(name: str) -> bool:
 
 def serve(setting: Setting, record: Record, num_rounds: int, names: dict[str, Variables]) -> None:
     """Compare the servers in `names`, each with its own variables."""
-    servers = {
-        name: setting.start(name, elastic=is_elastic(name), kv_bytes=setting.kv_bytes, **more)
-        for name, more in names.items()
-    }
+    for name, more in names.items():
+        setting.start(name, elastic=is_elastic(name), kv_bytes=setting.kv_bytes, **more)
     record.add(variables=names)
-    try:
-        begin(setting, record, servers, setting.workloads[0][1:])
-        for label, *workload in setting.workloads:
-            rounds: list[dict[str, Any]] = []
-            for number in range(num_rounds):
-                rounds.append(play_round(setting, servers, workload, number))
-                record.add(**{label: summary(rounds, list(names))})
-            print_summary(label, record.results[label], list(names))
-        record.add(preemptions={n: metric(s, PREEMPTIONS) for n, s in servers.items()})
-    finally:
-        for server in servers.values():
-            server.kill()
+    begin(setting, record, setting.workloads[0][1:])
+    for label, *workload in setting.workloads:
+        rounds: list[dict[str, Any]] = []
+        for number in range(num_rounds):
+            rounds.append(play_round(setting, workload, number))
+            record.add(**{label: summary(rounds, list(names))})
+        print_summary(label, record.results[label], list(names))
+    servers = setting.servers.by_name.items()
+    record.add(preemptions={name: server.metric(PREEMPTIONS) for name, server in servers})
 
 
-def begin(setting: Any, record: Record, servers: dict[str, Any], workload: tuple[Any, ...]) -> None:
+def begin(setting: Any, record: Record, workload: tuple[Any, ...]) -> None:
     """Wait until all servers answer, say what they hold, and warm them and the client up."""
-    record.add(ready_seconds=wait_all(list(servers.values())))
-    start = setting.view(ELASTIC)
+    record.add(ready_seconds=setting.servers.wait_ready(seconds=READY_SECONDS))
+    start = setting.servers.view(ELASTIC)
     page_bytes = start.page_bytes
     record.add(page_bytes=page_bytes, pages_after_start=start.resident_bytes / page_bytes)
     print(f"ready: {record.results['ready_seconds']}", flush=True)
     num_in, num_out, _, num = workload
-    for server in servers.values():  # the first requests of a server and of the client are slow
+    # The first requests of a server and of the client are slow.
+    for server in setting.servers.by_name.values():
         setting.bench(server, num_in, num_out, "inf", min(num, 100), seed=0)
 
 
-def play_round(
-    setting: Any, servers: dict[str, Any], workload: Sequence[Any], number: int
-) -> dict[str, Any]:
+def play_round(setting: Any, workload: Sequence[Any], number: int) -> dict[str, Any]:
     """Send a workload to each server, another one first each time; return all figures."""
-    names = list(servers)
+    servers = setting.servers
+    names = list(servers.by_name)
     turn = number % len(names)
     order = names[turn:] + names[:turn]
     figures = {n: setting.bench(servers[n], *workload, seed=number + 1) for n in order}
     time.sleep(QUIET_SECONDS)
-    views = {name: setting.view(name) for name in names if is_elastic(name)}
+    views = {name: servers.view(name) for name in names if is_elastic(name)}
     pages_after = views[ELASTIC].resident_bytes / views[ELASTIC].page_bytes
     mapped = {name: view.num_mapped_bytes / view.page_bytes for name, view in views.items()}
     return figures | {"pages_after": pages_after, "mapped_so_far": mapped}

@@ -13,20 +13,18 @@ import os
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import httpx
 from machine import describe_gpu, describe_machine
 
-from kvcached_core.ledger.ledger import Ledger
-from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB, MIB
-from kvcached_demo.harness.model import make_model
+from kvcached_demo.harness.engines import VLLM
+from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
 from kvcached_demo.harness.server import EngineServer
+from kvcached_demo.harness.servers import Servers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.shapes import kv_bytes_per_token, make_shape
@@ -39,25 +37,26 @@ FIGURES = {
     "p99_tpot_ms": "p99 TPOT",
 }
 QUIET_SECONDS = 2.0
+READY_SECONDS = 600.0  # a GPU's servers compile
 PREEMPTIONS = "vllm:num_preemptions_total"
-SMALL_FOLDER = {"TMPDIR": "/tmp"}  # noqa: S108  vLLM's sockets need a short path
+SHORT_FOLDER = "/tmp"  # noqa: S108  the sockets of several processes need a short path
+TINY_POOL_BYTES = 512 * MIB
 
 
 class Setting:
     """What runs where: the model, the servers' arguments and the workloads."""
 
     def __init__(self, folder: Path, *, tiny: bool, runner: int | None, eager: bool) -> None:
-        self.folder = folder
         self.tiny = tiny
-        self.num_started = 0
-        self.environ = SMALL_FOLDER | {"VLLM_LOGGING_LEVEL": "INFO"}
+        self.environ = {"VLLM_LOGGING_LEVEL": "INFO"}
+        self.servers = Servers(folder, TINY_POOL_BYTES if tiny else None)
         if tiny:
             self.model = make_model(folder / "tiny", seed=1)
             self.kv_bytes = 256 * MIB
-            self.kv_bytes_per_token = 32 * 1024
+            self.kv_bytes_per_token = KV_BYTES_PER_TOKEN
             self.workloads = [("saturation", 100, 16, "inf", 12), ("8 req/s", 100, 16, "8", 12)]
-            self.arguments: tuple[str, ...] = ()
-            self.environ["KVCACHED_HOST_POOL"] = "512MiB"
+            self.options = VLLM.host_options
+            self.environ["TMPDIR"] = SHORT_FOLDER
         else:
             self.model = make_shape(folder / "llama-8b", "llama-8b")
             self.kv_bytes = 24 * GIB
@@ -67,9 +66,9 @@ class Setting:
                 ("512/128 at 8 req/s", 512, 128, "8", 160),
                 ("1913/162 at saturation", 1913, 162, "inf", 500),
             ]
-            self.arguments = ("--load-format", "dummy", "--max-model-len", "8192")
+            self.options = ("--load-format", "dummy", *VLLM.gpu_options(8192))
         if eager:
-            self.arguments += ("--enforce-eager",)
+            self.options += ("--enforce-eager",)
         if runner is not None:
             self.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(runner - 1)
 
@@ -84,42 +83,24 @@ class Setting:
             kv_bytes: What it may hold.
             more: More variables.
         """
-        sizes: tuple[str, ...] = ()
-        if not elastic:
-            sizes = seizing(kv_bytes or self.kv_bytes, is_host=self.tiny)
-        environ = self.environ | {"ENABLE_KVCACHED": str(int(elastic)), "KVCACHED_NAME": name}
-        environ["KVCACHED_DIR"] = str(self.folder / "kv")
-        if elastic and kv_bytes is not None:
-            environ["KVCACHED_LIMIT"] = str(kv_bytes)
-        environ |= more
-        options: dict[str, Any] = {"options": ()}
-        if self.tiny:
-            self.num_started += 1
-            options = {"core": self.num_started}
-        return EngineServer(
+        size = (kv_bytes or self.kv_bytes, self.kv_bytes_per_token)
+        return self.servers.start(
+            VLLM,
             name,
             self.model,
-            self.folder,
-            environ=environ,
-            arguments=(*self.arguments, "--no-enable-prefix-caching", *sizes),
-            **options,
+            *VLLM.caching(is_on=False),
+            *VLLM.size(*size, is_elastic=elastic, is_host=self.tiny),
+            is_elastic=elastic,
+            limit_bytes=kv_bytes,
+            options=self.options,
+            environ=self.environ | more,
         )
-
-    def view(self, name: str) -> InstanceView:
-        """Return what the ledger says of an instance."""
-        return instance_view(self.folder, name)
 
     def bench(  # noqa: PLR0917  the workload is a tuple
         self, server: EngineServer, num_in: int, num_out: int, rate: str, num: int, seed: int
     ) -> dict[str, Any]:
         """Run `vllm bench serve` against a server and return its figures."""
         return bench_serve(server, self.model, num_in, num_out, rate, num, seed)
-
-
-def seizing(kv_bytes: int, *, is_host: bool) -> tuple[str, ...]:
-    """Return the arguments with which a vanilla vLLM server seizes exactly `kv_bytes`."""
-    utilization = "0.5" if is_host else "0.05"
-    return ("--kv-cache-memory-bytes", str(kv_bytes), "--gpu-memory-utilization", utilization)
 
 
 class Named(Protocol):
@@ -181,36 +162,6 @@ def bench_serve(  # noqa: PLR0917  the workload is a tuple
     return figures | {"failed": num - result["completed"]}
 
 
-def instance_view(folder: Path, name: str) -> InstanceView:
-    """Return what the one ledger of a run in `folder` says of an instance."""
-    (path,) = (folder / "kv").glob("*.ledger")
-    with Ledger(path) as ledger:
-        return next(view for view in ledger.view().instances if view.name == name)
-
-
-def wait_all(servers: list[EngineServer]) -> dict[str, float]:
-    """Wait until all servers answer; return the seconds that each took since now."""
-    start = time.perf_counter()
-    ready: dict[str, float] = {}
-    while len(ready) < len(servers):
-        for server in servers:
-            if server.name not in ready:
-                if server.process.poll() is not None:
-                    server.wait_ready()  # raises with the log
-                if server.is_ready():
-                    ready[server.name] = time.perf_counter() - start
-        time.sleep(0.05)
-    return ready
-
-
-def metric(server: EngineServer, name: str) -> float:
-    """Return one of the server's own metrics."""
-    for line in httpx.get(f"{server.url}/metrics", timeout=10).text.splitlines():
-        if line.startswith(name) and not line.startswith("#"):
-            return float(line.rsplit(" ", 1)[1])
-    return float("nan")
-
-
 @dataclass
 class Record:
     """The results of a run, written whenever something was added: a run may be cut off."""
@@ -245,12 +196,11 @@ def bench_run(options: argparse.Namespace) -> Iterator[tuple["Setting", Record]]
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
         record = Record(options.json)
         record.add(machine=describe_machine() if options.tiny else describe_gpu())
-        try:
-            setting = Setting(
-                Path(folder), tiny=options.tiny, runner=options.runner, eager=options.eager
-            )
-            yield setting, record
-        finally:
-            for log in Path(folder).glob("*.log"):
-                end = log.read_text(errors="replace")[-20000:]
-                (options.json.parent / f"{options.json.stem}-{log.name}").write_text(end)
+        setting = Setting(
+            Path(folder), tiny=options.tiny, runner=options.runner, eager=options.eager
+        )
+        with setting.servers:
+            try:
+                yield setting, record
+            finally:
+                setting.servers.keep_logs(options.json.parent, options.json.stem)

@@ -200,10 +200,9 @@ def main() -> None:
             begin = time.monotonic()
             run.start(SLEEPER, *(() if options.tiny else ("--enable-sleep-mode",)))
             run.start(NEIGHBOUR, "--enable-prefix-caching")
-            for server in run.servers.values():
-                server.wait_ready()
+            run.servers.wait_ready()
             if not options.tiny:
-                for name in run.servers:
+                for name in run.servers.by_name:
                     run.call(name, "fill_weights")
             run.load_ballast(run.size.room_bytes)
             record.add(ready_seconds=time.monotonic() - begin)

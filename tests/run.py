@@ -76,7 +76,7 @@ INTERPRETED = tuple(f"tests/sglang/test_sglang_{n}.py" for n in ("sliding", "hyb
 WITHOUT_SERVERS = marked("not slow and not every_release")
 SERVERS = marked("slow and not every_release")
 OLDER_SGLANG_TESTS = marked("(not slow or older_release) and not vllm")
-FOLDERS = ("tests/core", "tests/patches", "tests/vllm", "tests/benchmarks")
+FOLDERS = ("tests/core", "tests/patches", "tests/vllm", "tests/demo", "tests/benchmarks")
 
 # The longest first: what is short fills the end.
 JOBS = {
@@ -96,11 +96,7 @@ JOBS = {
     "every-release": [
         Job("SGLang 0.5.15, all", OLDER_SGLANG, (*marked("not vllm"), "tests/sglang")),
         Job("vLLM 0.32.0, the rest", VLLM, (*marked("every_release"), *FOLDERS)),
-        Job(
-            "vLLM 0.28.0, all",
-            OLDER_VLLM,
-            (*marked("older_release or slow"), "tests/vllm", "--ignore", "tests/vllm/test_demo.py"),
-        ),
+        Job("vLLM 0.28.0, all", OLDER_VLLM, (*marked("older_release or slow"), "tests/vllm")),
         # It fails where Debian's `prometheus` is not installed.
         Job("a real Prometheus", VLLM, ("-m", "prometheus", "tests/core/test_prometheus.py")),
     ],

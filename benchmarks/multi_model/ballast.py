@@ -1,20 +1,18 @@
 """What makes a GPU as small as a pool: a promise of all the rest, to nobody."""
 
-from pathlib import Path
-
-from profiles import open_ledger
+from kvcached_core.ledger.ledger import Ledger
 
 
 class Ballast:
     """A row of the benchmark's own that is promised all but `pool_bytes`; no memory is taken.
 
     Args:
-        folder: Where the servers' ledger lies.
+        ledger: The servers' ledger; it is closed at the end.
         pool_bytes: What the engines may hold together.
     """
 
-    def __init__(self, folder: Path, pool_bytes: int) -> None:
-        self._ledger = open_ledger(folder)
+    def __init__(self, ledger: Ledger, pool_bytes: int) -> None:
+        self._ledger = ledger
         self._row = self._ledger.register(name="ballast", engine="benchmark")
         self._pool_bytes = pool_bytes
         self.adjust()

@@ -8,22 +8,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import httpx
 from multi_model import client
 from multi_model.ballast import Ballast
 from multi_model.gpu import Gpu
-from multi_model.modes import ELASTIC, SGLANG, SLEEP_SWAP, Plan, Site
-from sglang_servers import PYTHON as SGLANG_PYTHON
-from vllm_servers import PREEMPTIONS, metric
+from multi_model.modes import ELASTIC, SLEEP_SWAP, Member, Site
+from vllm_servers import PREEMPTIONS, READY_SECONDS
 
 from kvcached_core.errors import LedgerError
-from kvcached_core.ledger.ledger import Ledger
-from kvcached_demo.harness.server import EngineServer, SGLangServer
+from kvcached_demo.harness.engines import SGLANG
+from kvcached_demo.harness.servers import Servers
+
+if TYPE_CHECKING:
+    from kvcached_demo.harness.server import EngineServer
 
 SAMPLE_SECONDS = 0.25
-READY_SECONDS = 600.0
 
 
 @dataclass
@@ -61,38 +61,38 @@ class Fleet:
 
     Args:
         mode: The mode's name.
-        plans: How each is started.
+        members: How each is started.
         site: Where.
         models: The folder of each model.
         folder: For logs and the ledger.
     """
 
     def __init__(
-        self, mode: str, plans: Sequence[Plan], site: Site, models: Sequence[Path], folder: Path
+        self, mode: str, members: Sequence[Member], site: Site, models: Sequence[Path], folder: Path
     ) -> None:
         self.mode = mode
-        self.plans = plans
+        self.members = members
         self.site = site
         self.folder = folder
         self._models = models
+        self._running = Servers(folder)
         self._stack = contextlib.ExitStack()
-        self.servers: list[EngineServer] = []
         self._ballast: Ballast | None = None
 
     def __enter__(self) -> Self:
         """Start all and wait until they answer; stop those that were started if one does not."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._stack.enter_context(self._running)
         try:
-            for number, plan in enumerate(self.plans):
-                self._start(number, plan)
-                if plan.starts_alone:
-                    self._wait(self.servers[-1])
+            for number, member in enumerate(self.members):
+                self._running.follow(member, self._models[number])
+                if member.starts_alone:
+                    self._running.wait_ready(member.name, seconds=READY_SECONDS)
                 if self.mode == SLEEP_SWAP and number:
                     self.sleep(number)
-            for server in self.servers:
-                self._wait(server)
+            self._running.wait_ready(seconds=READY_SECONDS)
             if self.mode == ELASTIC and self.site.pool_bytes is not None and not self.site.is_host:
-                self._ballast = Ballast(self.folder, self.site.pool_bytes)
+                self._ballast = Ballast(self._running.open_ledger(), self.site.pool_bytes)
                 self._stack.callback(self._ballast.close)
         except BaseException:
             self._stack.close()
@@ -109,17 +109,22 @@ class Fleet:
         self._stack.close()
 
     @property
+    def servers(self) -> "list[EngineServer]":
+        """The servers in the order of the models."""
+        return list(self._running.by_name.values())
+
+    @property
     def names(self) -> list[str]:
         """The instances' names."""
-        return [plan.name for plan in self.plans]
+        return [member.name for member in self.members]
 
     @property
     def targets(self) -> list[client.Target]:
         """Where each model is served."""
         dialects = {True: client.SGLANG, False: client.OPENAI}
         return [
-            client.Target(server.url, plan.name, dialects[plan.kind == SGLANG])
-            for server, plan in zip(self.servers, self.plans, strict=True)
+            client.Target(server.url, member.name, dialects[member.engine is SGLANG])
+            for server, member in zip(self.servers, self.members, strict=True)
         ]
 
     def share_out(self) -> None:
@@ -137,10 +142,9 @@ class Fleet:
 
     def num_preemptions(self) -> list[int | None]:
         """Return how often each vLLM server has preempted a request so far."""
-        kinds = [plan.kind for plan in self.plans]
         return [
-            None if kind == SGLANG else int(metric(server, PREEMPTIONS))
-            for server, kind in zip(self.servers, kinds, strict=True)
+            None if member.engine is SGLANG else int(server.metric(PREEMPTIONS))
+            for server, member in zip(self.servers, self.members, strict=True)
         ]
 
     @contextlib.contextmanager
@@ -156,29 +160,8 @@ class Fleet:
             end.set()
             thread.join()
 
-    def _start(self, number: int, plan: Plan) -> None:
-        make = SGLangServer if plan.kind == SGLANG else EngineServer
-        more = {"python": SGLANG_PYTHON} if plan.kind == SGLANG else {}
-        environ = {"VLLM_LOGGING_LEVEL": "WARNING"} | plan.environ
-        server = make(
-            plan.name,
-            self._models[number],
-            self.folder,
-            environ=environ,
-            arguments=plan.arguments,
-            core=number,
-            options=plan.options,
-            **more,
-        )
-        self.servers.append(server)
-        self._stack.callback(server.kill)
-
-    @staticmethod
-    def _wait(server: EngineServer) -> None:
-        server.wait_ready(READY_SECONDS)
-
     def _post(self, model: int, path: str) -> None:
-        httpx.post(self.servers[model].url + path, timeout=60).raise_for_status()
+        self.servers[model].post(path).raise_for_status()
 
     def _sample(self, samples: Samples, end: threading.Event) -> None:
         gpu = None if self.site.is_host else Gpu()
@@ -190,11 +173,9 @@ class Fleet:
 
     def _resident_bytes(self) -> list[int]:
         if self.mode != ELASTIC:
-            return [plan.kv_bytes or 0 for plan in self.plans]
+            return [member.kv_bytes or 0 for member in self.members]
         try:
-            (path,) = (self.folder / "kv").glob("*.ledger")
-            with Ledger(path) as ledger:
-                views = {view.name: view.resident_bytes for view in ledger.view().instances}
-        except (LedgerError, ValueError):
+            views = {row.name: row.resident_bytes for row in self._running.device().instances}
+        except LedgerError:
             views = {}
         return [views.get(name, 0) for name in self.names]

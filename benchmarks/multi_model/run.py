@@ -33,15 +33,13 @@ from multi_model.modes import (
     ALONE,
     ELASTIC,
     MODES,
-    SGLANG,
     SLEEP_SWAP,
     STATIC,
-    VLLM,
+    Member,
     ModeError,
-    Plan,
     Site,
     describe,
-    plan,
+    members,
 )
 from multi_model.report import write_report
 from multi_model.settings import (
@@ -62,6 +60,7 @@ from tokenizers import Tokenizer
 from vllm_servers import bench_serve, kv_bytes_per_token, make_shape
 
 from kvcached_core.units import GIB
+from kvcached_demo.harness.engines import ENGINES, VLLM
 from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
 from kvcached_demo.harness.server import EngineServer
 
@@ -92,20 +91,20 @@ class Run:
             ]
         return [make_shape(self.workspace / "model", self.shape)] * len(self.kinds)
 
-    def plans(self, mode: str) -> list[Plan]:
+    def members(self, mode: str) -> list[Member]:
         """Return how the servers of a mode are started."""
         shares = [0.0] * len(self.kinds)
         for workload in self.workloads:
             for model, share in enumerate(workload.shares()):
                 shares[model] += share / len(self.workloads)
-        return plan(mode, self.site, self.kinds, shares, self.workspace / mode)
+        return members(mode, self.site, self.kinds, shares, self.workspace / mode)
 
     def play(self, mode: str, progress: Progress) -> None:
         """Start a mode's servers and replay all workloads."""
         if mode == ALONE:
             self._play_alone(progress)
             return
-        with self._fleet(mode, self.plans(mode)) as fleet:
+        with self._fleet(mode, self.members(mode)) as fleet:
             for workload in self.workloads:
                 self._replay(mode, fleet, workload, progress)
 
@@ -151,17 +150,17 @@ class Run:
         for kind in dict.fromkeys(self.kinds):
             first = self.kinds.index(kind)
             own = [model for model, other in enumerate(self.kinds) if other == kind]
-            with self._fleet(ALONE, self.plans(ALONE)[first : first + 1]) as fleet:
+            with self._fleet(ALONE, self.members(ALONE)[first : first + 1]) as fleet:
                 for workload in self.workloads:
                     records[slug(workload)] += play_alone(fleet, workload, own, progress)
-                if kind == VLLM and self.cross_check_rates:
+                if kind == VLLM.name and self.cross_check_rates:
                     self.cross_check(fleet, self.cross_check_rates)
         for workload in self.workloads:
             found = records[slug(workload)]
             write_records(Path(f"{self.folder.of(ALONE, workload)}.csv"), found)
 
-    def _fleet(self, mode: str, plans: list[Plan]) -> Fleet:
-        return Fleet(mode, plans, self.site, self.models, self.workspace / mode)
+    def _fleet(self, mode: str, chosen: list[Member]) -> Fleet:
+        return Fleet(mode, chosen, self.site, self.models, self.workspace / mode)
 
     def _replay(self, mode: str, fleet: Fleet, workload: Workload, progress: Progress) -> None:
         files = self.folder.of(mode, workload)
@@ -284,10 +283,10 @@ def rehearse(run: Run, modes: Sequence[str]) -> None:
         print(f"  {workload.name}: {len(workload.requests)} requests in {workload.seconds:.0f} s")
     for mode in modes:
         print(f"{mode}: {MODES[mode]}")
-        for found in run.plans(mode):
+        for found in run.members(mode):
             words = " ".join(
                 [f"{name}={value}" for name, value in found.environ.items()]
-                + [found.kind, *found.options, *found.arguments]
+                + [found.engine.name, *found.options, *found.arguments]
             )
             print(f"  {found.name}: {words}")
 
@@ -300,7 +299,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--modes", nargs="+", choices=MODES, default=[ALONE, STATIC, ELASTIC])
     made.add_argument("--workloads", nargs="+", metavar="NAME:NUMBER")
     made.add_argument("--num-models", nargs="+", type=int, help="one run with each; 3 on a GPU")
-    made.add_argument("--engines", nargs="+", choices=(VLLM, SGLANG), default=[VLLM])
+    made.add_argument("--engines", nargs="+", choices=ENGINES, default=[VLLM.name])
     made.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="of the GPU's models")
     memory = made.add_mutually_exclusive_group()
     memory.add_argument("--pool-gib", type=float, help="what all KV caches may hold together")
@@ -377,7 +376,7 @@ def make_runs(options: argparse.Namespace, folder: Folder, workspace: Path) -> I
             tuple(options.cross_check),
         )
         for mode in options.modes:
-            run.plans(mode)
+            run.members(mode)
         for workload in workloads:
             folder_of = {"num_requests": len(workload.requests), "num_models": num_models}
             if not options.dry_run:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from multi_model.modes import ModeError, Plan, Site, plan
+from multi_model.modes import Member, ModeError, Site, members
 
 from kvcached_core.units import GIB
 
@@ -18,12 +18,12 @@ GPU = Site(
 POOL = Site(is_host=True, kv_bytes_per_token=1024, pool_bytes=3 * GIB)
 
 
-def value(found: Plan, option: str) -> str:
+def value(found: Member, option: str) -> str:
     return found.arguments[found.arguments.index(option) + 1]
 
 
-def plans(mode: str, site: Site, *kinds: str) -> list[Plan]:
-    return plan(mode, site, kinds, [0.5, 0.25, 0.25][: len(kinds)], Path("/run"))
+def plans(mode: str, site: Site, *kinds: str) -> list[Member]:
+    return members(mode, site, kinds, [0.5, 0.25, 0.25][: len(kinds)], Path("/run"))
 
 
 def test_static_splits_the_part_of_the_device_that_may_be_used_evenly() -> None:

@@ -6,32 +6,28 @@ one hands out the blocks at the top of its reservation.
 
 import os
 import re
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 from helpers.gpu_offline import mixed_prompts
 from helpers.sglang_models import deepseek, laguna, lfm2, save
 from helpers.weights import make_weights
 
-from kvcached_core.ledger.ledger import Ledger
-from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB
-from kvcached_demo.harness.server import SGLangServer
+from kvcached_demo.harness.engines import SGLANG
+from kvcached_demo.harness.load import generate
+from kvcached_demo.harness.server import EngineServer
+from kvcached_demo.harness.servers import Servers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]
 
 MODELS = Path(os.environ.get("GPU_CHECK_MODELS", "/dev/shm/kvcached-models"))  # noqa: S108
-PYTHON = os.environ.get("SGLANG_PYTHON", sys.executable)
+ELASTIC = "elastic"
 TOP_PAGES = Path(__file__).parents[1] / "helpers" / "top_pages"
 OPTIONS = (
-    *("--dtype", "bfloat16", "--context-length", "4096", "--attention-backend", "triton"),
-    *("--sampling-backend", "pytorch", "--grammar-backend", "none", "--skip-tokenizer-init"),
-    *("--skip-server-warmup", "--log-level", "info", "--cuda-graph-max-bs-decode", "64"),
+    *(*SGLANG.gpu_options(4096), "--skip-tokenizer-init", "--skip-server-warmup"),
+    *("--cuda-graph-max-bs-decode", "64"),
 )
 # Both have room for all prompts of a round, or they would schedule them differently. On a card of
 # 80 GB a fraction of 0.45 leaves 35,000 tokens beside two models, whatever is asked for.
@@ -55,90 +51,60 @@ OTHER_MODELS = {
 }
 
 
-@dataclass
-class Server:
-    """A server and its folder."""
-
-    process: SGLangServer
-    folder: Path
-
-    def ask(self, prompts: list[list[int]]) -> list[list[int]]:
-        sampling = {"temperature": 0.0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
-        body = {"input_ids": prompts, "sampling_params": sampling}
-        answer = httpx.post(f"{self.process.url}/generate", json=body, timeout=240)
-        answer.raise_for_status()
-        return [one["output_ids"] for one in answer.json()]
-
-    def view(self) -> InstanceView:
-        (path,) = (self.folder / "kv").glob("*.ledger")
-        with Ledger(path) as ledger:
-            (view,) = ledger.view().instances
-            return view
-
-
 def llama() -> Path:
     return make_weights(MODELS / "llama-8b", "llama-8b")
 
 
-def start(model: Path, folder: Path, *arguments: str, elastic: bool) -> Server:
-    name = "elastic" if elastic else "vanilla"
-    flags = ("--enable-kvcached", "--kvcached-name", name)
+def start(servers: Servers, model: Path, *arguments: str, elastic: bool) -> EngineServer:
     sizes = ("--max-total-tokens", str(VANILLA_TOKENS), "--mem-fraction-static", "0.75")
-    server = SGLangServer(
-        name,
+    return servers.start(
+        SGLANG,
+        ELASTIC if elastic else "vanilla",
         model,
-        folder,
-        environ={
-            "ENABLE_KVCACHED": "0",
-            "KVCACHED_DIR": str(folder / "kv"),
-            "PYTHONPATH": str(TOP_PAGES) if elastic else "",
-            "SGLANG_USE_CPU_ENGINE": "0",
-            "TMPDIR": "/tmp",  # noqa: S108  sockets need a short path
-        },
-        arguments=(*arguments, *(flags if elastic else sizes)),
+        *arguments,
+        *(() if elastic else sizes),
+        is_elastic=elastic,
         options=OPTIONS,
-        python=PYTHON,
+        environ={"PYTHONPATH": str(TOP_PAGES) if elastic else ""},
     )
-    return Server(server, folder)
 
 
-def pages(server: Server) -> float:
-    view = server.view()
+def ask(server: EngineServer, prompts: list[list[int]]) -> list[list[int]]:
+    return generate(server.url, prompts, NUM_TOKENS)
+
+
+def pages(servers: Servers) -> float:
+    view = servers.view(ELASTIC)
     return view.resident_bytes / view.page_bytes
 
 
-def pages_at_rest(server: Server) -> float:
+def pages_at_rest(servers: Servers) -> float:
     """Return the pages that a server holds two seconds after its last request, or few of them.
 
     What asks a server whether it is ready is a request, too.
     """
     deadline = time.monotonic() + 2
-    while pages(server) > NUM_PAGES_AT_REST and time.monotonic() < deadline:
+    while pages(servers) > NUM_PAGES_AT_REST and time.monotonic() < deadline:
         time.sleep(0.05)
-    return pages(server)
+    return pages(servers)
 
 
 def check(model: Path, folder: Path, prompts: list[list[int]], *arguments: str) -> None:
-    servers = [start(model, folder, *arguments, elastic=elastic) for elastic in (False, True)]
-    found: list[Any] = []
-    try:
-        for server in servers:
-            server.process.wait_ready(240)
-        ours = servers[1]
-        after_start = pages_at_rest(ours)
-        found = [[server.ask(prompts), server.ask(prompts)] for server in servers]
+    with Servers(folder) as servers:
+        vanilla = start(servers, model, *arguments, elastic=False)
+        ours = start(servers, model, *arguments, elastic=True)
+        servers.wait_ready()
+        after_start = pages_at_rest(servers)
+        found = [[ask(server, prompts), ask(server, prompts)] for server in (vanilla, ours)]
         if "--disable-radix-cache" not in arguments:
-            assert pages(ours) > 2
-            httpx.post(f"{ours.process.url}/flush_cache").raise_for_status()
-        after_last = pages_at_rest(ours)
-        again = ours.ask(prompts[:20])
-    finally:
-        for server in servers:
-            server.process.kill()
-    room = re.search(r"max_total_num_tokens=(\d+)", servers[0].process.log.read_text())
+            assert pages(servers) > 2
+            ours.post("/flush_cache").raise_for_status()
+        after_last = pages_at_rest(servers)
+        again = ask(ours, prompts[:20])
+    room = re.search(r"max_total_num_tokens=(\d+)", vanilla.log.read_text())
     assert room is not None
     assert int(room[1]) == VANILLA_TOKENS
-    log = ours.process.log.read_text()
+    log = ours.log.read_text()
     assert "kvcached: process" in log
     assert "leak detected" not in log
     assert found[1] == found[0]
@@ -168,16 +134,12 @@ def test_released_memory_comes_back_with_the_next_request(
     tmp_path: Path, flags: tuple[str, ...], tags: list[str]
 ) -> None:
     """With `--enable-memory-saver` the KV cache is ours and the rest is the saver's."""
-    server = start(llama(), tmp_path, "--disable-radix-cache", *flags, elastic=True)
     prompts = mixed_prompts(20, 900)
-    try:
-        server.process.wait_ready(240)
-        before = server.ask(prompts)
-        url = server.process.url
+    with Servers(tmp_path) as servers:
+        server = start(servers, llama(), "--disable-radix-cache", *flags, elastic=True)
+        server.wait_ready()
+        before = ask(server, prompts)
         for verb in ("release", "resume"):
-            address = f"{url}/{verb}_memory_occupation"
-            httpx.post(address, json={"tags": tags}, timeout=60).raise_for_status()
-            assert pages(server) == 1
-        assert server.ask(prompts) == before
-    finally:
-        server.process.kill()
+            server.post(f"/{verb}_memory_occupation", {"tags": tags}).raise_for_status()
+            assert pages(servers) == 1
+        assert ask(server, prompts) == before

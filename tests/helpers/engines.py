@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvcached_demo.harness.engines import VLLM
+from kvcached_demo.harness.server import ENGINE_ENVIRON
+
 if TYPE_CHECKING:
     import subprocess
 
     from helpers.nursery import WarmProcess
 
 TESTS = Path(__file__).parents[1]
-ENGINE_ENVIRON = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+SCRIPT_ENVIRON = {
+    **ENGINE_ENVIRON,
+    **VLLM.host_environ,
     "VLLM_LOGGING_LEVEL": "WARNING",
-    "OMP_NUM_THREADS": "1",
     "PYTHONPATH": ":".join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
 }
 

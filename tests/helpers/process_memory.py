@@ -2,8 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvcached_demo.harness.server import EngineServer
 
 _RANGE = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) ")
+_ADDRESSES = re.compile(r"process (\d+) has addresses (0x[0-9a-f]+) to (0x[0-9a-f]+)")
 
 
 def resident_bytes(address: int, num_bytes: int, pid: int | str = "self") -> int:
@@ -16,3 +21,16 @@ def resident_bytes(address: int, num_bytes: int, pid: int | str = "self") -> int
         elif inside and line.startswith("Rss:"):
             total += int(line.split()[1]) * 1024
     return total
+
+
+def resident_of_ranks(server: "EngineServer") -> list[int]:
+    """Return what the kernel says of each KV range that the server's log names, in turn."""
+    return [
+        resident_bytes(int(start, 16), int(end, 16) - int(start, 16), pid)
+        for pid, start, end in _ADDRESSES.findall(server.log.read_text())
+    ]
+
+
+def resident_by_proc(server: "EngineServer") -> int:
+    """Return what the kernel says of the server's KV range, wherever its worker runs."""
+    return resident_of_ranks(server)[-1]

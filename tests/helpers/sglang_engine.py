@@ -2,26 +2,27 @@
 
 import asyncio
 import random
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from helpers.process_memory import resident_bytes
-from helpers.warm_servers import WarmSGLangServer
+from helpers.process_memory import resident_by_proc
+from helpers.warm_servers import launch_warm
 from kvcached_core.control import Outcome, trim
 from kvcached_core.units import MIB
+from kvcached_demo.harness.engines import SGLANG
 from kvcached_demo.harness.load import Burst, make_burst
-from kvcached_demo.harness.server import EngineServer, SGLangServer
+from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN
+from kvcached_demo.harness.server import EngineServer, start_cold
+from kvcached_demo.harness.servers import Servers
 
 Answers = list[tuple[str | None, list[int]]]
 Models = Callable[[Callable[[], Any]], Path]
 Vanilla = Callable[..., Answers]
 
 POOL = 512 * MIB
-POOL_TOKENS = 16 * 1024  # 32 KiB each
-ADDRESSES = re.compile(r"process (\d+) has addresses (0x[0-9a-f]+) to (0x[0-9a-f]+)")
+POOL_TOKENS = POOL // KV_BYTES_PER_TOKEN
 NUM_BURSTS = 10
 READY_SECONDS = 200.0
 NUM_SHORT_TOKENS = 80
@@ -29,58 +30,48 @@ NUM_ANSWER_TOKENS = 8
 
 
 def start_sglang(
+    servers: Servers,
     name: str,
     model: Path,
-    workspace: Path,
     *arguments: str,
     elastic: bool = True,
-    core: int = 0,
     num_ranks: int = 1,
     cold: bool = False,
-) -> SGLangServer:
+) -> EngineServer:
     """Start a server that believes to have the whole pool.
 
     It is forked from a parent that has imported SGLang, or started as users do if it is `cold`.
     """
-    environ = {
-        "KVCACHED_DIR": str(workspace / "kv"),
-        "KVCACHED_HOST_POOL": str(POOL),
-        "ENABLE_KVCACHED": "0",
-        "TRITON_INTERPRET": "1",  # 0.5.15 extends prompts in blocks of several tokens by a kernel
-    }
+    # 0.5.15 extends prompts in blocks of several tokens by a kernel.
+    environ = {"TRITON_INTERPRET": "1"}
     if num_ranks > 1:
         # On a CPU each rank wants a NUMA node, or to be told its cores.
         environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(num_ranks))
-    flags = ("--enable-kvcached", "--kvcached-name", name) if elastic else ()
-    kind = SGLangServer if cold else WarmSGLangServer
-    return kind(
+    return servers.start(
+        SGLANG,
         name,
         model,
-        workspace,
+        *SGLANG.size(POOL, KV_BYTES_PER_TOKEN, is_elastic=elastic, is_host=True),
+        *SGLANG.running(16),
+        *("--tp-size", str(num_ranks)),
+        *arguments,
+        is_elastic=elastic,
         environ=environ,
-        arguments=(
-            *("--max-total-tokens", str(POOL_TOKENS), "--max-running-requests", "16"),
-            *("--mem-fraction-static", "0.3", "--tp-size", str(num_ranks)),
-            *arguments,
-            *flags,
-        ),
-        core=core,
+        launch=start_cold if cold else launch_warm,
     )
 
 
 @contextmanager
 def elastic_server(
     model: Path, workspace: Path, *arguments: str, cold: bool = False
-) -> Iterator[SGLangServer]:
+) -> Iterator[EngineServer]:
     """Run a server with kvcached; at the end its log has to say that it is, and of no leak."""
-    server = start_sglang("elastic", model, workspace, *arguments, cold=cold)
-    try:
+    with Servers(workspace, POOL) as servers:
+        server = start_sglang(servers, "elastic", model, *arguments, cold=cold)
         server.wait_ready(READY_SECONDS)
         yield server
         log = server.log.read_text()
         assert server.process.poll() is None
-    finally:
-        server.kill()
     assert "kvcached: process" in log
     assert "leak detected" not in log
 
@@ -89,12 +80,10 @@ def vanilla_answers(
     model: Path, workspace: Path, bursts: Sequence[Burst], *arguments: str
 ) -> Answers:
     """Return what a server without kvcached answers."""
-    server = start_sglang("vanilla", model, workspace, *arguments, elastic=False, core=1)
-    try:
+    with Servers(workspace, POOL) as servers:
+        server = start_sglang(servers, "vanilla", model, *arguments, elastic=False)
         server.wait_ready(READY_SECONDS)
         found = answers(server, bursts)
-    finally:
-        server.kill()
     assert "kvcached: process" not in server.log.read_text()
     assert {error for error, _ in found} == {None}
     return found
@@ -105,19 +94,6 @@ def trims_to(server: EngineServer, directory: Path, num_bytes: int) -> bool:
     (trimmed,) = trim([], directory=directory, wait_seconds=5)
     assert trimmed.outcome is Outcome.APPLIED
     return resident_by_proc(server) == trimmed.after_bytes <= num_bytes
-
-
-def resident_by_proc(server: EngineServer) -> int:
-    """Return what the kernel says of the server's KV range."""
-    return resident_of_ranks(server)[-1]
-
-
-def resident_of_ranks(server: EngineServer) -> list[int]:
-    """Return what the kernel says of each rank's KV range."""
-    return [
-        resident_bytes(int(start, 16), int(end, 16) - int(start, 16), pid)
-        for pid, start, end in ADDRESSES.findall(server.log.read_text())
-    ]
 
 
 def answers(server: EngineServer, bursts: Sequence[Burst]) -> Answers:

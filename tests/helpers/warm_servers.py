@@ -1,28 +1,19 @@
-"""The demo's servers, forked from a parent that has imported their engine."""
+"""Servers of the harness, forked from a parent that has imported their engine."""
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
-from helpers.nursery import start_warm
-from kvcached_demo.harness.server import EngineServer, SGLangServer
-
-
-class WarmServer(EngineServer):
-    """`vllm serve`; what a start costs beside imports is all that is left of it."""
-
-    engine = "vllm"
-
-    def start_process(self, command: list[str], environ: Mapping[str, str]) -> Any:
-        """See `EngineServer`."""
-        python, *words = command
-        with self.log.open("wb") as log:
-            output = log.fileno()
-            return start_warm(
-                self.engine, words, environ, output=output, errors=output, python=python
-            )
+from helpers.nursery import WarmProcess, start_warm
+from kvcached_demo.harness.plan import Plan
 
 
-class WarmSGLangServer(WarmServer, SGLangServer):
-    """`sglang.launch_server`."""
-
-    engine = "sglang"
+def launch_warm(
+    plan: Plan, command: list[str], environ: Mapping[str, str], log: Path
+) -> WarmProcess:
+    """Start a server's first process; what a start costs beside imports is all that is left."""
+    python, *words = command
+    with log.open("wb") as file:
+        output = file.fileno()
+        return start_warm(
+            plan.engine.name, words, environ, output=output, errors=output, python=python
+        )

@@ -8,15 +8,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from helpers.sglang_engine import (
-    Models,
-    Vanilla,
-    answers,
-    elastic_server,
-    resident_by_proc,
-    short_bursts,
-    trims_to,
-)
+from helpers.process_memory import resident_by_proc
+from helpers.sglang_engine import Models, Vanilla, answers, elastic_server, short_bursts, trims_to
 from helpers.sglang_models import lfm2
 from helpers.waiting import await_that
 

@@ -7,14 +7,8 @@ CPUs reads a latent as if it were keys and values, so both servers interpret the
 from pathlib import Path
 
 import pytest
-from helpers.sglang_engine import (
-    Models,
-    Vanilla,
-    answers,
-    elastic_server,
-    resident_by_proc,
-    short_bursts,
-)
+from helpers.process_memory import resident_by_proc
+from helpers.sglang_engine import Models, Vanilla, answers, elastic_server, short_bursts
 from helpers.sglang_models import deepseek
 from helpers.waiting import await_that
 

@@ -11,7 +11,8 @@ from helpers.sglang_engine import POOL, start_sglang
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.units import MIB
 from kvcached_demo.harness.load import Burst, Completion
-from kvcached_demo.harness.server import SGLangServer
+from kvcached_demo.harness.server import EngineServer
+from kvcached_demo.harness.servers import Servers
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -25,14 +26,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(model: Path, workspace: Path) -> Iterator[SGLangServer]:
+def server(model: Path, workspace: Path) -> Iterator[EngineServer]:
     arguments = ("--chunked-prefill-size", "32", "--disable-radix-cache")
-    server = start_sglang("long", model, workspace, *arguments)
-    try:
+    with Servers(workspace, POOL) as servers:
+        server = start_sglang(servers, "long", model, *arguments)
         server.wait_ready()
         yield server
-    finally:
-        server.kill()
 
 
 def resident_bytes(ledger: Ledger) -> int:
@@ -40,7 +39,7 @@ def resident_bytes(ledger: Ledger) -> int:
 
 
 def test_a_prompt_that_was_begun_gives_its_part_back_and_is_answered_later(
-    server: SGLangServer, workspace: Path
+    server: EngineServer, workspace: Path
 ) -> None:
     async def run() -> tuple[list[Completion], list[Completion]]:
         expected = await server.send(BURST)

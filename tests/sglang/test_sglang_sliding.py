@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.process_memory import resident_by_proc
 from helpers.sglang_engine import (
     Answers,
     Models,
@@ -17,7 +18,6 @@ from helpers.sglang_engine import (
     answers,
     elastic_server,
     mixed_bursts,
-    resident_by_proc,
     short_bursts,
     trims_to,
 )
@@ -26,7 +26,7 @@ from helpers.waiting import await_that
 
 from kvcached_core.units import MIB
 from kvcached_demo.harness.load import Burst
-from kvcached_demo.harness.server import SGLangServer
+from kvcached_demo.harness.server import EngineServer
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -37,7 +37,7 @@ NO_RADIX = ("--disable-radix-cache",)
 TWO_POOLS = ("--attention-backend", "triton")
 
 
-def check(server: SGLangServer, bursts: list[Burst], expected: Answers) -> None:
+def check(server: EngineServer, bursts: list[Burst], expected: Answers) -> None:
     """Compare with vanilla's answers; some prompt has to be longer than the window."""
     assert max(len(prompt) for burst in bursts for prompt in burst.prompts) > WINDOW_TOKENS
     found = answers(server, bursts)

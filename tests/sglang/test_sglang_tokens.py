@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from helpers.process_memory import resident_by_proc
 from helpers.sglang_engine import (
     NUM_BURSTS,
     Answers,
@@ -15,12 +16,11 @@ from helpers.sglang_engine import (
     answers,
     elastic_server,
     mixed_bursts,
-    resident_by_proc,
 )
 from helpers.waiting import await_that
 
 from kvcached_core.units import MIB
-from kvcached_demo.harness.server import SGLangServer
+from kvcached_demo.harness.server import EngineServer
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -40,7 +40,7 @@ class Served:
     Vanilla is asked once for all: neither its cache nor its block size may change a token.
     """
 
-    elastic: SGLangServer
+    elastic: EngineServer
     expected: Answers
     has_radix_cache: bool
 

@@ -6,13 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from helpers.sglang_engine import (
-    POOL,
-    large_burst,
-    mixed_bursts,
-    resident_of_ranks,
-    start_sglang,
-)
+from helpers.process_memory import resident_of_ranks
+from helpers.sglang_engine import POOL, large_burst, mixed_bursts, start_sglang
 from helpers.waiting import await_that
 
 from kvcached_core.control import Outcome, set_limit, trim
@@ -20,7 +15,8 @@ from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
 from kvcached_demo.harness.load import Burst, Completion
-from kvcached_demo.harness.server import SGLangServer
+from kvcached_demo.harness.server import EngineServer
+from kvcached_demo.harness.servers import Servers
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -33,7 +29,7 @@ BURSTS = [*mixed_bursts()[:2], large_burst(1)]
 class Pair:
     """A server of two ranks on the pool; the answers come from vanilla SGLang's two ranks."""
 
-    server: SGLangServer
+    server: EngineServer
     directory: Path
     expected: list[list[list[int]]]
 
@@ -43,7 +39,7 @@ class Pair:
             return view
 
 
-def ask(server: SGLangServer, burst: Burst) -> list[list[int]]:
+def ask(server: EngineServer, burst: Burst) -> list[list[int]]:
     return check(asyncio.run(server.send(burst)))
 
 
@@ -55,18 +51,14 @@ def check(completions: list[Completion]) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def pair(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     workspace = tmp_path_factory.mktemp("sg")
-    server = start_sglang("vanilla", model, workspace, elastic=False, num_ranks=2)
-    try:
+    with Servers(workspace, POOL) as servers:
+        server = start_sglang(servers, "vanilla", model, elastic=False, num_ranks=2)
         server.wait_ready()
         expected = [ask(server, burst) for burst in BURSTS]
-    finally:
-        server.kill()
-    server = start_sglang("elastic", model, workspace, num_ranks=2)
-    try:
+    with Servers(workspace, POOL) as servers:
+        server = start_sglang(servers, "elastic", model, num_ranks=2)
         server.wait_ready()
-        yield Pair(server, workspace / "kv", expected)
-    finally:
-        server.kill()
+        yield Pair(server, servers.directory, expected)
 
 
 def test_tokens_are_vanillas_and_both_ranks_hold_the_same(pair: Pair) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.engines import ENGINE_ENVIRON, TESTS, Offline, Started
+from helpers.engines import SCRIPT_ENVIRON, TESTS, Offline, Started
 from helpers.nursery import start_warm
 
 from kvcached_demo.harness.model import make_model
@@ -36,7 +36,7 @@ def start_offline(model: Path, tmp_path: Path) -> Offline:
         **options: Any,
     ) -> Started:
         words = [str(TESTS / "helpers" / f"{script_name}.py"), str(model), json.dumps(options)]
-        variables = {**os.environ, **ENGINE_ENVIRON, "TMPDIR": str(tmp_path), **environ}
+        variables = {**os.environ, **SCRIPT_ENVIRON, "TMPDIR": str(tmp_path), **environ}
         folder = Path(tempfile.mkdtemp(dir=tmp_path, prefix="run-"))
         output, errors = folder / "output", folder / "errors"
         with output.open("w") as out, errors.open("w") as err:

@@ -6,24 +6,22 @@ vLLM. The tests follow each other on the same two servers; each leaves both idle
 """
 
 import asyncio
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from helpers.process_memory import resident_bytes
+from helpers.process_memory import resident_by_proc
 from helpers.waiting import await_that
-from helpers.warm_servers import WarmServer
+from helpers.warm_servers import launch_warm
 
 from kvcached_core.control import Outcome, set_floor, set_limit, trim
-from kvcached_core.ledger.ledger import Ledger
-from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
-from kvcached_demo.harness.load import Burst, Completion, make_burst, send
+from kvcached_demo.harness.engines import VLLM
+from kvcached_demo.harness.load import Burst, Completion, make_burst
 from kvcached_demo.harness.memory import Recorder
 from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
-from kvcached_demo.harness.server import EngineServer
+from kvcached_demo.harness.server import EngineServer, start_cold
+from kvcached_demo.harness.servers import Servers
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -33,64 +31,32 @@ SHARE = 0.7
 NUM_REQUESTS = 12
 NUM_OUTPUT_TOKENS = 64
 SETTLE_SECONDS = 10.0
-RANGE = re.compile(r"process (\d+) has addresses (0x[0-9a-f]+) to (0x[0-9a-f]+)")
 
 
-@dataclass
-class Pair:
-    """Two servers, their pool, and what they are started with."""
+class Pair(Servers):
+    """Two servers on the pool, each with a model of its own."""
 
-    workspace: Path
-    models: dict[str, Path]
-    servers: dict[str, EngineServer]
-
-    @property
-    def directory(self) -> Path:
-        return self.workspace / "kv"
-
-    @property
-    def ledger_path(self) -> Path:
-        return self.directory / "host.ledger"
-
-    def start(self, name: str) -> EngineServer:
-        environ = {
-            "ENABLE_KVCACHED": "1",
-            "KVCACHED_DIR": str(self.directory),
-            "KVCACHED_HOST_POOL": str(POOL),
-            "KVCACHED_NAME": name,
-            "KVCACHED_DEBUG": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if name == "a" else "0",
+    def __init__(self, workspace: Path) -> None:
+        super().__init__(workspace, POOL, launch_warm)
+        self.models = {
+            name: make_model(workspace / name, seed=seed) for seed, name in enumerate("ab", 1)
         }
-        caching = "--no-enable-prefix-caching" if name == "a" else "--enable-prefix-caching"
-        is_cold = name == "a" and name not in self.servers
-        kind = EngineServer if is_cold else WarmServer
-        self.servers[name] = kind(
+
+    def begin(self, name: str) -> EngineServer:
+        is_first = name == "a"
+        processes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if is_first else VLLM.host_environ
+        return self.start(
+            VLLM,
             name,
             self.models[name],
-            self.workspace,
-            environ=environ,
-            arguments=(caching, "--max-num-seqs", "32"),
-            core="ab".index(name),
+            *VLLM.caching(is_on=not is_first),
+            *VLLM.running(32),
+            environ={"KVCACHED_DEBUG": "1", **processes},
+            launch=start_cold if is_first and name not in self.by_name else None,
         )
-        return self.servers[name]
-
-    def view(self, name: str) -> InstanceView:
-        with Ledger(self.ledger_path) as ledger:
-            return next(view for view in ledger.view().instances if view.name == name)
-
-    def resident_by_proc(self, name: str) -> int:
-        """Return what the kernel says of the server's KV range, wherever its worker runs."""
-        found = RANGE.findall(self.servers[name].log.read_text())
-        pid, start, end = found[-1]
-        return resident_bytes(int(start, 16), int(end, 16) - int(start, 16), pid)
 
     def burst(self, *names: str) -> dict[str, list[Completion]]:
-        async def send_all() -> list[list[Completion]]:
-            return await asyncio.gather(
-                *(send(self.servers[name].url, name, make(name)) for name in names)
-            )
-
-        return dict(zip(names, asyncio.run(send_all()), strict=True))
+        return asyncio.run(self.send({name: make(name) for name in names}))
 
 
 def make(name: str) -> Burst:
@@ -106,18 +72,11 @@ def make(name: str) -> Burst:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    workspace = tmp_path_factory.mktemp("pair")
-    models = {name: make_model(workspace / name, seed=1 + "ab".index(name)) for name in "ab"}
-    pair = Pair(workspace, models, {})
-    try:
+    with Pair(tmp_path_factory.mktemp("pair")) as pair:
         for name in "ab":
-            pair.start(name)
-        for server in pair.servers.values():
-            server.wait_ready()
+            pair.begin(name)
+        pair.wait_ready()
         yield pair
-    finally:
-        for server in pair.servers.values():
-            server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +98,7 @@ def test_bursts_in_turn_peak_at_more_than_the_pool_together(
         return sum(recorder.recording.peak_bytes(name) for name in "ab")
 
     trim([], directory=pair.directory, wait_seconds=5)
-    with Recorder(pair.ledger_path) as recorder:
+    with Recorder(pair.open_ledger) as recorder:
         for _ in range(NUM_ROUNDS):  # on a slow machine requests end before all of them run
             check(pair.burst("a"), answers_alone)
             check(pair.burst("b"), answers_alone)
@@ -157,7 +116,7 @@ def test_bursts_in_turn_peak_at_more_than_the_pool_together(
 def test_after_the_last_request_the_kernel_sees_two_pages_at_most(pair: Pair) -> None:
     page_bytes = pair.view("a").page_bytes
     await_that(lambda: pair.view("a").resident_bytes <= 2 * page_bytes, SETTLE_SECONDS)
-    assert pair.resident_by_proc("a") == pair.view("a").resident_bytes <= 2 * page_bytes
+    assert resident_by_proc(pair["a"]) == pair.view("a").resident_bytes <= 2 * page_bytes
 
 
 def test_an_idle_servers_cache_makes_room_for_its_neighbour_and_answers_stay_right(
@@ -168,7 +127,7 @@ def test_an_idle_servers_cache_makes_room_for_its_neighbour_and_answers_stay_rig
     cached_before = pair.view("b").cached_bytes
     check(pair.burst("a"), answers_alone)
     assert pair.view("b").cached_bytes < cached_before
-    assert pair.resident_by_proc("b") == pair.view("b").resident_bytes
+    assert resident_by_proc(pair["b"]) == pair.view("b").resident_bytes
     check(pair.burst("b"), answers_alone)
 
 
@@ -178,7 +137,7 @@ def test_trim_empties_an_idle_servers_cache(pair: Pair) -> None:
     (result,) = trim(["b"], directory=pair.directory, wait_seconds=5)
     assert result.outcome is Outcome.APPLIED
     assert result.after_bytes <= 2 * page_bytes
-    assert pair.resident_by_proc("b") == result.after_bytes
+    assert resident_by_proc(pair["b"]) == result.after_bytes
 
 
 def test_a_limit_holds_on_an_idle_server_without_a_request(
@@ -192,7 +151,7 @@ def test_a_limit_holds_on_an_idle_server_without_a_request(
     for _ in range(2):
         answer = set_limit("b", "128MiB", directory=pair.directory)
         assert answer.outcome is Outcome.APPLIED
-    assert pair.resident_by_proc("b") == answer.after_bytes <= 128 * MIB
+    assert resident_by_proc(pair["b"]) == answer.after_bytes <= 128 * MIB
     assert set_limit("b", "none", directory=pair.directory).outcome is Outcome.APPLIED
 
 
@@ -200,13 +159,13 @@ def test_a_limit_lowered_under_load_is_held_by_preemption_and_nobody_is_lost(
     pair: Pair, answers_alone: dict[str, list[list[int]]]
 ) -> None:
     async def limit_during_burst() -> list[Completion]:
-        sent = asyncio.create_task(send(pair.servers["a"].url, "a", make("a")))
+        sent = asyncio.create_task(pair["a"].send(make("a")))
         while pair.view("a").used_bytes < POOL // 2:
             assert not sent.done()
             await asyncio.sleep(0.02)
         answer = await asyncio.to_thread(set_limit, "a", "160MiB", directory=pair.directory)
         assert answer.outcome is Outcome.APPLIED
-        with Recorder(pair.ledger_path) as recorder:
+        with Recorder(pair.open_ledger) as recorder:
             completions = await sent
         assert recorder.recording.peak_bytes("a") <= 160 * MIB
         return completions
@@ -230,7 +189,7 @@ def test_a_floor_is_freed_of_caches_and_requests_of_both_are_served_beside_it(
 def test_a_dry_pool_means_waiting_not_failing(
     pair: Pair, answers_alone: dict[str, list[list[int]]]
 ) -> None:
-    with Recorder(pair.ledger_path) as recorder:
+    with Recorder(pair.open_ledger) as recorder:
         check(pair.burst("a", "b"), answers_alone)
     least_free = min(view.free_bytes for view in recorder.recording.views)
     assert 0 <= least_free < pair.view("a").page_bytes
@@ -242,18 +201,15 @@ def test_killing_one_during_its_burst_frees_its_memory_and_leaves_the_other_alon
     trim([], directory=pair.directory, wait_seconds=5)
 
     def is_gone() -> bool:
-        with Ledger(pair.ledger_path) as ledger:
-            return all(view.name != "a" for view in ledger.view().instances)
+        return all(view.name != "a" for view in pair.device().instances)
 
     async def kill_during_bursts() -> tuple[list[Completion], list[Completion]]:
-        sends = [
-            asyncio.create_task(send(pair.servers[name].url, name, make(name))) for name in "ab"
-        ]
+        sends = [asyncio.create_task(pair[name].send(make(name))) for name in "ab"]
         # In a race for the pool nobody is sure of more than what its first request needs.
         while pair.view("a").used_bytes <= 2 * pair.view("a").page_bytes:
             assert not sends[0].done()
             await asyncio.sleep(0.02)
-        pair.servers["a"].kill()
+        pair["a"].kill()
         await asyncio.to_thread(await_that, is_gone, SETTLE_SECONDS)
         lost, kept = await asyncio.gather(*sends)
         return lost, kept
@@ -266,11 +222,10 @@ def test_killing_one_during_its_burst_frees_its_memory_and_leaves_the_other_alon
         for completion, expected in zip(lost, answers_alone["a"], strict=True)
     )
     check({"b": kept}, answers_alone)
-    pair.start("a").wait_ready()
+    pair.begin("a").wait_ready()
     check(pair.burst("a"), answers_alone)
 
 
 def test_stopped_servers_leave_no_process_and_no_file(pair: Pair) -> None:
-    for server in pair.servers.values():
-        server.stop()
+    pair.stop()
     assert list(pair.directory.iterdir()) == []

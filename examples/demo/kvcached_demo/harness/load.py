@@ -112,6 +112,17 @@ async def send(url: str, model: str, burst: Burst, dialect: Dialect = VLLM) -> l
         return await asyncio.gather(*requests)
 
 
+def generate(
+    url: str, prompts: list[list[int]], num_tokens: int, seconds: float = 240.0
+) -> list[list[int]]:
+    """Return SGLang's answers to prompts that come in one message: it schedules them together."""
+    sampling = {"temperature": 0.0, "max_new_tokens": num_tokens, "ignore_eos": True}
+    body = {"input_ids": prompts, "sampling_params": sampling}
+    answer = httpx.post(f"{url}{SGLANG.path}", json=body, timeout=seconds)
+    answer.raise_for_status()
+    return [one["output_ids"] for one in answer.json()]
+
+
 async def _events(response: httpx.Response) -> AsyncIterator[str]:
     """Yield what each event carries; only a line feed ends one, generated text may have others."""
     rest = b""

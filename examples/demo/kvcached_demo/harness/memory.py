@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from kvcached_core.errors import LedgerError
 from kvcached_core.ledger.ledger import Ledger
@@ -43,15 +42,13 @@ class Recorder(Background):
     """Samples a ledger in a thread of its own until its block ends.
 
     Args:
-        ledger_path: The ledger.
-        open_ledger: How it is opened; on a GPU with what reads the device's free memory.
+        open_ledger: Opens the ledger.
     """
 
-    def __init__(self, ledger_path: Path, open_ledger: Callable[[Path], Ledger] = Ledger) -> None:
+    def __init__(self, open_ledger: Callable[[], Ledger]) -> None:
         super().__init__()
         self._open_ledger = open_ledger
         self.recording = Recording()
-        self._path = ledger_path
         self._start = time.monotonic()
 
     def mark(self, name: str) -> None:
@@ -65,7 +62,7 @@ class Recorder(Background):
     def _run(self) -> None:
         while not self._end.wait(SAMPLE_SECONDS):
             try:
-                with self._open_ledger(self._path) as ledger:
+                with self._open_ledger() as ledger:
                     view = ledger.view()
             except LedgerError:
                 continue  # no engine has made it yet, or the last one left

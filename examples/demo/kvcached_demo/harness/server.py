@@ -1,4 +1,4 @@
-"""One engine's server as a child process: started, waited for, stopped, and gone."""
+"""One engine's server as a child process: started, waited for, asked, stopped, and gone."""
 
 import contextlib
 import os
@@ -6,28 +6,24 @@ import secrets
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import httpx
 
 from kvcached_core.errors import KVCachedError
-from kvcached_demo.harness.load import SGLANG, VLLM, Burst, Completion, send
+from kvcached_demo.harness.load import Burst, Completion, send
+from kvcached_demo.harness.plan import Plan
 
-HOST_OPTIONS = (
-    *("--dtype", "float32", "--block-size", "32", "--max-model-len", "2048"),
-    "--enforce-eager",
-)
-SGLANG_HOST_OPTIONS = (
-    *("--device", "cpu", "--dtype", "float32", "--context-length", "2048"),
-    *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
-    *("--disable-cuda-graph", "--skip-server-warmup", "--skip-tokenizer-init"),
-    *("--grammar-backend", "none", "--log-level", "info"),
-)
+# What every process of an engine that we start has.
+ENGINE_ENVIRON = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+ASK_SECONDS = 60.0
 LOG_LINES = 30
+LOOK_SECONDS = 0.1
 PORTS = range(10_000, 32_000)
+READY_SECONDS = 300.0
 STOP_SECONDS = 20.0
 
 
@@ -35,101 +31,112 @@ class ServerError(KVCachedError, RuntimeError):
     """A server ended, or did not answer in time; the message holds the end of its log."""
 
 
+class Process(Protocol):
+    """What a server needs of its first process, as `subprocess.Popen` has it."""
+
+    @property
+    def pid(self) -> int:
+        """Its id; it leads a process group."""
+
+    @property
+    def returncode(self) -> int | None:
+        """How it ended, or None."""
+
+    def poll(self) -> int | None:
+        """Return how it ended, or None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end."""
+
+    def send_signal(self, number: signal.Signals, /) -> None:
+        """Send it a signal."""
+
+
+# Starts a plan's first process, the leader of a session: from the plan, the command, all variables
+# and the file that its output goes to.
+Launch = Callable[[Plan, list[str], Mapping[str, str], Path], Process]
+
+
+def start_cold(
+    _plan: Plan, command: list[str], environ: Mapping[str, str], log: Path
+) -> "subprocess.Popen[bytes]":
+    """Start a process as users do."""
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command,
+            env=environ,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
 class EngineServer:
-    """An engine's server of one model: `vllm serve`, and others as subclasses.
+    """An engine's server of one model.
 
     Args:
-        name: The instance's name, also the name under which the model is served.
+        plan: How it is started.
         model: The model's folder.
         workspace: Where its log goes; also its folder for temporary files.
-        environ: Variables on top of this process's own.
-        arguments: Arguments on top of those every demo server has.
         core: The processor core that its compute threads are bound to.
-        options: What every demo server has instead of the engine's defaults.
-        python: The interpreter of the environment that the engine is installed in.
+        launch: What starts its process.
     """
-
-    dialect = VLLM
-    host_options: tuple[str, ...] = HOST_OPTIONS
 
     def __init__(
         self,
-        name: str,
+        plan: Plan,
         model: Path,
         workspace: Path,
         *,
-        environ: Mapping[str, str],
-        arguments: tuple[str, ...] = (),
         core: int = 0,
-        options: tuple[str, ...] | None = None,
-        python: str = sys.executable,
+        launch: Launch = start_cold,
     ) -> None:
-        self.name = name
+        self.name = plan.name
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log = workspace / f"{name}.log"
-        options = self.host_options if options is None else options
-        command = [python, *self.words(model), *options, *arguments]
-        variables = {
+        self.log = workspace / f"{plan.name}.log"
+        self._dialect = plan.engine.dialect
+        serving = plan.engine.serving(model, plan.name, self.port)
+        command = [plan.engine.python, *serving, *plan.options, *plan.arguments]
+        environ = {
             **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
+            **ENGINE_ENVIRON,
             "SGLANG_USE_CPU_ENGINE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": str(core % (os.cpu_count() or 1)),
-            "OMP_NUM_THREADS": "1",
             "TMPDIR": str(workspace),
-            **environ,
+            **plan.environ,
         }
-        self.process = self.start_process(command, variables)
-
-    def start_process(
-        self, command: list[str], environ: Mapping[str, str]
-    ) -> "subprocess.Popen[bytes]":
-        """Start the first process, the leader of a session, with its output in `log`."""
-        with self.log.open("wb") as log:
-            return subprocess.Popen(
-                command,
-                env=environ,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-
-    def words(self, model: Path) -> list[str]:
-        """Return what the interpreter is given, up to the options."""
-        return [
-            *("-m", "vllm.entrypoints.cli.main", "serve", str(model)),
-            *("--served-model-name", self.name, "--host", "127.0.0.1", "--port", str(self.port)),
-            "--disable-uvicorn-access-log",
-        ]
+        self.process = launch(plan, command, environ, self.log)
 
     async def send(self, burst: Burst) -> list[Completion]:
         """Send a burst and wait for all answers."""
-        return await send(self.url, self.name, burst, self.dialect)
+        return await send(self.url, self.name, burst, self._dialect)
+
+    def post(self, path: str, body: Any = None, seconds: float = ASK_SECONDS) -> httpx.Response:
+        """Post to the server; what it answers may be an error."""
+        return httpx.post(f"{self.url}{path}", json=body, timeout=seconds)
+
+    def metric(self, name: str) -> float:
+        """Return one of the server's own metrics, or not a number if it has none of that name."""
+        for line in httpx.get(f"{self.url}/metrics", timeout=ASK_SECONDS).text.splitlines():
+            if line.startswith(name):
+                return float(line.rsplit(" ", 1)[1])
+        return float("nan")
 
     def wait_ready(
-        self, timeout_seconds: float = 300.0, tick: Callable[[], None] = lambda: None
+        self, seconds: float = READY_SECONDS, tick: Callable[[], None] = lambda: None
     ) -> None:
-        """Wait until the server answers; call `tick` about twice a second meanwhile.
-
-        Raises:
-            ServerError: If it ends or takes too long.
-        """
-        deadline = time.monotonic() + timeout_seconds
-        while not self.is_ready():
-            if self.process.poll() is not None:
-                raise ServerError(self._report(f"ended with exit code {self.process.returncode}"))
-            if time.monotonic() > deadline:
-                raise ServerError(self._report(f"was not ready in {timeout_seconds:.0f} s"))
-            tick()
-            time.sleep(0.5)
+        """Wait until the server answers; see `wait_ready`."""
+        wait_ready([self], seconds, tick)
 
     def is_ready(self) -> bool:
         """Return whether the server answers."""
         try:
+            with socket.create_connection(("127.0.0.1", self.port), 2.0):
+                pass  # a client that asks costs more, and most of the time nobody listens yet
             return httpx.get(f"{self.url}/health", timeout=2.0).status_code == httpx.codes.OK
-        except httpx.HTTPError:
+        except (OSError, httpx.HTTPError):
             return False
 
     def stop(self) -> None:
@@ -142,33 +149,47 @@ class EngineServer:
 
     def kill(self) -> None:
         """End every process of the server at once, as `kill -9` does."""
-        self._signal(signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def tail(self) -> str:
-        """Return the end of the server's log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-
-    def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
-
-    def _report(self, what: str) -> str:
-        return f"the server {self.name!r} {what}; its log ends with\n{self.tail()}"
+    def report(self, what: str) -> str:
+        """Return what became of it, with the end of its log."""
+        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        return "\n".join([f"the server {self.name!r} {what}; its log ends with", *lines])
 
 
-class SGLangServer(EngineServer):
-    """`sglang.launch_server` of one model."""
+def wait_ready(
+    servers: Iterable[EngineServer],
+    seconds: float = READY_SECONDS,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Wait until all servers answer; return after how many seconds from now each did.
 
-    dialect = SGLANG
-    host_options = SGLANG_HOST_OPTIONS
+    Args:
+        servers: Whom to wait for.
+        seconds: How long at most.
+        tick: Called a few times a second meanwhile.
 
-    def words(self, model: Path) -> list[str]:
-        """See `EngineServer`."""
-        return [
-            *("-m", "sglang.launch_server", "--model-path", str(model)),
-            *("--host", "127.0.0.1", "--port", str(self.port)),
-        ]
+    Raises:
+        ServerError: If one ends or takes too long.
+    """
+    start = time.monotonic()
+    waiting = list(servers)
+    ready: dict[str, float] = {}
+    while True:
+        ready |= {server.name: time.monotonic() - start for server in waiting if server.is_ready()}
+        waiting = [server for server in waiting if server.name not in ready]
+        if not waiting:
+            return ready
+        for server in waiting:
+            if server.process.poll() is not None:
+                code = server.process.returncode
+                raise ServerError(server.report(f"ended with exit code {code}"))
+        if time.monotonic() - start > seconds:
+            raise ServerError(waiting[0].report(f"was not ready in {seconds:.0f} s"))
+        tick()
+        time.sleep(LOOK_SECONDS)
 
 
 def free_port() -> int:

@@ -18,6 +18,7 @@ import pytest
 from kvcached_core.ledger.view import DeviceView, InstanceView
 from kvcached_core.units import MIB
 from kvcached_demo import run
+from kvcached_demo.harness import engines
 from kvcached_demo.harness.load import Completion, _events
 from kvcached_demo.harness.memory import Recording
 from kvcached_demo.verdict import judge
@@ -139,9 +140,10 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_missing_engine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(name: str) -> str:
-        raise run.PackageNotFoundError(name)
+        raise engines.PackageNotFoundError(name)
 
-    monkeypatch.setattr(run, "version", nothing)
+    monkeypatch.setattr(engines, "version", nothing)
+    monkeypatch.delenv("VLLM_PYTHON", raising=False)
     with pytest.raises(run.DemoError, match=r"no vLLM is installed.*make demo"):
         run.run_demo(Path("unused"), 512 * MIB, workspace=Path("unused"))
 
