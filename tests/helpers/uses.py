@@ -7,6 +7,7 @@ does not see an attribute of an engine's object whose name some code of ours has
 """
 
 import ast
+import copy
 import logging
 import threading
 from argparse import ArgumentParser, Namespace
@@ -202,14 +203,15 @@ class Adapter:
     def replacement(self, hook: Hook) -> tuple[Path, Function] | None:
         """Return the function that takes a target's place, and its file; None if it is no function.
 
-        It is the one that the hook's function returns.
+        It is the one that the hook's function returns, or that function itself, without the
+        original, where `around` decorates it.
         """
         module, _, name = hook.replacement.partition(":")
         for path, tree in self.modules.items():
             if path.stem == module.rpartition(".")[2]:
                 for outer in tree.body:
                     if isinstance(outer, ast.FunctionDef) and outer.name == name:
-                        found = [one for one in outer.body if isinstance(one, ast.FunctionDef)]
+                        found = list(_standing_in(outer))
                         return (path, found[-1]) if found else None
         return None
 
@@ -407,3 +409,12 @@ def _defined(scope: ast.AST) -> Iterator[str]:
                 if isinstance(part, ast.Assign | ast.AnnAssign):
                     targets = part.targets if isinstance(part, ast.Assign) else [part.target]
                     yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+def _standing_in(hook: ast.FunctionDef) -> Iterator[ast.FunctionDef]:
+    if any(isinstance(one, ast.Name) and one.id == "around" for one in hook.decorator_list):
+        alone = copy.deepcopy(hook)
+        del alone.args.args[0]
+        yield alone
+        return
+    yield from (one for one in hook.body if isinstance(one, ast.FunctionDef))
