@@ -86,6 +86,17 @@ def write_moves(row: Row, mapped_bytes: int, unmapped_bytes: int, unneeded_bytes
     row.num_freed_bytes += freed_bytes
 
 
+def write_missed(row: Row, other: Row) -> None:
+    """Write into the instance's row what was mapped and unmapped that only another copy knows."""
+    mapped_bytes = max(other.num_mapped_bytes - row.num_mapped_bytes, 0)
+    unmapped_bytes = max(other.num_unmapped_bytes - row.num_unmapped_bytes, 0)
+    freed_bytes = max(other.num_freed_bytes - row.num_freed_bytes, unmapped_bytes)
+    if mapped_bytes or freed_bytes:
+        write_moves(row, mapped_bytes, unmapped_bytes, freed_bytes - unmapped_bytes)
+        write_counts(row, other.used_bytes, other.cached_bytes, other.last_used_ns)
+        row.taken_bytes = row.resident_bytes + row.promised_bytes + row.static_bytes
+
+
 def write_stuck(row: Row, stuck_bytes: int) -> None:
     """Write into the instance's row what could not be unmapped: it is not on its way any more."""
     if stuck_bytes:

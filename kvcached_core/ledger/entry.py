@@ -10,6 +10,7 @@ from contextlib import suppress
 from os import SEEK_END, lseek
 
 from kvcached_core.errors import LedgerBusyError, LedgerError
+from kvcached_core.ledger.changes import write_missed
 from kvcached_core.ledger.file import ALLOCATED, FILE_BYTES, MAGIC, SEQUENCE, Row, RowKey
 from kvcached_core.ledger.opening import busy, open_ledger_file
 from kvcached_core.ledger.room import waiting_bytes, waiting_rows
@@ -138,7 +139,13 @@ class LedgerEntry(LedgerStore):
             if lifetimes.has_left(key) or (row.is_live and not is_mine):
                 del self._own[key]
                 lifetimes.drop(key.number)
-            elif not is_mine or row.num_changes < mine.num_changes:
+            elif not is_mine:
                 row.restore(copy)
                 self._header.num_rows = max(self._header.num_rows, key.number + 1)
+            else:  # another process of the instance came first, and may have known less
+                other = mine
+                if row.num_changes < mine.num_changes:
+                    other = Row.of_copy(row.copy())
+                    row.restore(copy)
+                write_missed(row, other)
         self._is_moving = False

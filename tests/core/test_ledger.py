@@ -324,6 +324,39 @@ def test_an_engine_that_serves_survives_the_damage_of_its_ledger(
     assert (seen.used_bytes, seen.promised_bytes) == (3 * PAGE, 0)
 
 
+@pytest.mark.parametrize("num_later_changes", [0, 1, 3])
+@pytest.mark.parametrize("is_worker_first", [False, True])
+def test_what_scheduler_and_worker_knew_before_a_damage_adds_up_whoever_comes_first(
+    directory: Path, num_later_changes: int, *, is_worker_first: bool
+) -> None:
+    path = directory / "host.ledger"
+    with Ledger(path, GIB) as scheduler, Ledger(path) as worker:
+        row = scheduler.register(name="a", engine="test")
+        worker.join(row)
+        assert scheduler.reserve(row, 4 * PAGE, PAGE) == 4 * PAGE
+        worker.settle(row, mapped_bytes=3 * PAGE, used_bytes=3 * PAGE, cached_bytes=0)
+        for _ in range(num_later_changes):
+            scheduler.clear_waiting(row)
+            scheduler.announce(row, 0)
+        cut_off(path)
+
+        def step() -> None:
+            worker.settle(row, mapped_bytes=PAGE, used_bytes=4 * PAGE, cached_bytes=0)
+
+        def schedule() -> None:
+            assert scheduler.reserve(row, PAGE, PAGE) == PAGE
+            for _ in range(num_later_changes):
+                scheduler.announce(row, 0)
+
+        for call in (step, schedule) if is_worker_first else (schedule, step):
+            call()
+        worker.settle(row, unmapped_bytes=PAGE, used_bytes=3 * PAGE, cached_bytes=0)
+        (seen,) = scheduler.view().instances
+        assert (seen.resident_bytes, seen.promised_bytes) == (3 * PAGE, PAGE)
+        assert seen.used_bytes == 3 * PAGE
+        assert scheduler.reserve(row, GIB, PAGE) == GIB - 4 * PAGE
+
+
 def test_no_room_for_the_file_is_said_plainly(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
