@@ -88,10 +88,18 @@ def fill_cache(pool: Any, num_blocks: int) -> None:
     pool.free_blocks(reversed(blocks))
 
 
+def end_schedule(pool: Any) -> None:
+    """Do what happens in a pool of ours at the end of each schedule."""
+    is_live = pool.num_used_blocks > 0
+    pool.pages.end_schedule(is_live=is_live)
+    pool.pages.book.take_orders(pool.pages.count_pages, is_live=is_live)
+
+
 def evict(pool: Any, num_pages: int) -> None:
     """Evict the oldest cached blocks: for a request, or with us together with their pages."""
-    if hasattr(pool, "release_pages"):
-        pool.release_pages(num_pages)
+    if hasattr(pool, "pages"):
+        pool.evict_pages(num_pages - pool.pages.close_empty(num_pages))
+        pool.pages.close_empty(num_pages)
     else:
         pool.free_blocks(pool.get_new_blocks(num_pages * GEOMETRY.blocks_per_page))
 
@@ -106,7 +114,7 @@ def one_eighth_of_a_cache(pool: Any, rounds: int) -> float:
         for _ in range(num_blocks // 64):
             fill_cache(pool, 64)
         if hasattr(pool, "pages"):
-            pool.drain()  # as at the end of each schedule
+            end_schedule(pool)
         start = CLOCK()
         evict(pool, NUM_PAGES // 8)
         seconds += CLOCK() - start

@@ -28,12 +28,12 @@ class Owner:
     """Has what the wrappers look at, and nothing to do."""
 
     def __init__(self) -> None:
-        engine = SimpleNamespace(is_waiting=False)
-        self.block_pool = SimpleNamespace(
-            owed_pages=0, pages=None, engine=engine, drain=lambda: None
-        )
+        engine = SimpleNamespace(giving=SimpleNamespace(owed_pages=0), end_schedule=lambda: None)
+        self.block_pool = SimpleNamespace(engine=engine, num_kept_blocks=None)
         self.kv_cache_manager = self
-        self.kvcached = SimpleNamespace(is_warming_up=False, debug=False, answer=lambda: None)
+        self.kvcached = SimpleNamespace(
+            is_warming_up=False, debug=False, between_steps=lambda: None
+        )
         self.scheduler = SimpleNamespace(has_unfinished_requests=lambda: True)
 
 
@@ -54,6 +54,10 @@ def pass_on(original: Callable[..., Any]) -> Callable[..., Any]:
 CASES: dict[str, tuple[Callable[[Any], Any], tuple[Any, ...]]] = {
     "a wrapper that only passes on": (pass_on, (None, 1)),
     "allocate_slots, per request": (engine_hooks.kv_cache_manager_allocate_slots, (None, 1)),
+    "get_num_blocks_to_allocate, per request": (
+        engine_hooks.get_num_blocks_to_allocate,
+        (None, 1),
+    ),
     "get_num_skipped_tokens, per request": (engine_hooks.get_num_skipped_tokens, (1,)),
     "schedule, per step": (engine_hooks.scheduler_schedule, ()),
     "post_step, per step": (engine_hooks.engine_core_post_step, (True,)),

@@ -92,6 +92,10 @@ class Pages:
         """These pages that are open, in ascending order."""
         return sorted(self._open)
 
+    def count_pages(self) -> tuple[int, int]:
+        """See `Blocks.count_pages`."""
+        return self._blocks.count_pages()
+
     def promise_blocks(self, num_blocks: int, *, is_urgent: bool = False) -> None:
         """Have `num_blocks` blocks ready on spare and promised pages, or as many as there may be.
 

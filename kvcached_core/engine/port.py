@@ -56,12 +56,21 @@ class EnginePort(Protocol):
     def is_busy(self) -> bool:
         """Return whether there are requests that run or wait."""
 
-    def carry_out(self, orders: PageOrders, *, wait: bool) -> None:
+    def is_live(self) -> bool:
+        """Return whether a request holds blocks."""
+
+    def num_waiting(self) -> int:
+        """Return how many requests wait to be scheduled; a refused one may be among them."""
+
+    def num_idle_blocks(self) -> int:
+        """Return how many blocks of open pages are free, or only cached."""
+
+    def carry_out(self, orders: PageOrders | None, *, wait: bool) -> None:
         """Have pages mapped and unmapped, between two steps.
 
         Args:
-            orders: Which pages.
-            wait: Return when it is done, and not before.
+            orders: Which pages; None if there are no new ones.
+            wait: Return when all orders are carried out, these and earlier ones.
         """
 
     def evict(self, num_pages: int) -> bool:
@@ -74,4 +83,4 @@ class EnginePort(Protocol):
         """Tell those that mirror the prefix cache what left it."""
 
     def wake(self) -> None:
-        """Make the engine's loop call `ElasticEngine.between_steps` soon; from any thread."""
+        """Make the engine's loop call `ElasticEngine.answer_ring` when it is idle; any thread."""

@@ -78,7 +78,7 @@ class Ranks:
         self._microseconds = 0
         self._looked_at = 0.0
         self._num_idle_turns = 0
-        self._is_waiting = False  # as far as the ledger was told
+        self.is_waiting = False  # as far as the ledger was told
         self._is_refused = False  # in this schedule
 
     def describe(self, *, page_bytes: int, num_pages: int, least_pages: int) -> None:
@@ -125,13 +125,13 @@ class Ranks:
             Whether it waits.
         """
         is_refused, self._is_refused = self._is_refused, False
-        if self._is_waiting and not is_refused and not is_busy:
+        if self.is_waiting and not is_refused and not is_busy:
             self.clear_waiting()
-        return self._is_waiting and is_busy
+        return self.is_waiting and is_busy
 
     def clear_waiting(self) -> None:
         """See `Instance.clear_waiting`."""
-        self._is_waiting = False
+        self.is_waiting = False
         if self.instance is not None:
             self.instance.clear_waiting()
 
@@ -147,14 +147,14 @@ class Ranks:
         (granted,) = self._share([granted])
         if is_urgent and num_pages:
             self._is_refused = self._is_refused or granted < num_pages
-            self._is_waiting = granted < num_pages
+            self.is_waiting = granted < num_pages
         self.room_pages = max(self.room_pages - granted, 0)
         return granted
 
     def ask(self, num_pages: int) -> None:
         """See `Instance.ask`; every rank waits then, whoever asked."""
         if num_pages > 0:
-            self._is_refused = self._is_waiting = True
+            self._is_refused = self.is_waiting = True
             if self.instance is not None:
                 self.instance.ask(num_pages)
 
@@ -199,6 +199,11 @@ class Ranks:
         """See `Instance.answer`."""
         if self.instance is not None:
             self.instance.answer(num_pages)
+
+    def set_alarm(self, seconds: float) -> None:
+        """See `Instance.set_alarm`."""
+        if self.instance is not None:
+            self.instance.set_alarm(seconds)
 
     def close(self) -> None:
         """Leave the ledgers."""

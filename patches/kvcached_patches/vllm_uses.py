@@ -48,10 +48,12 @@ _SCHEDULING = (
         ),
         *members(
             f"{_CORE}.kv_cache_manager:KVCacheManager",
-            "take_events get_block_ids block_pool kv_cache_config",
+            "take_events block_pool",
         ),
         f"{_CORE}.single_type_kv_cache_manager:SingleTypeKVCacheManager.block_pool",
-        *members("vllm.v1.request:Request", "num_tokens num_computed_tokens request_id"),
+        f"{_CORE}.kv_cache_coordinator:KVCacheCoordinator.block_pool",
+        "vllm.v1.request:Request.status",
+        *members("vllm.v1.request:RequestStatus", "WAITING PREEMPTED"),
         "vllm.distributed.kv_events:KVEventBatch",
         "vllm.distributed.kv_events:EventBatch.ts",
         "vllm.distributed.kv_events:KVEventBatch.events",
@@ -86,7 +88,7 @@ _LAYOUT = (
         f"{_PLAN}:KVCacheTensor.size",
         *members(f"{_PLAN}:KVCacheConfig", "num_blocks kv_cache_tensors kv_cache_groups"),
         f"{_PLAN}:KVCacheGroupSpec.kv_cache_spec",
-        *members(f"{_PLAN}:KVCacheSpec", "block_size page_size_bytes max_memory_usage_bytes"),
+        *members(f"{_PLAN}:KVCacheSpec", "page_size_bytes max_memory_usage_bytes"),
     ),
     *uses(
         "it shows which of two shapes a plan has: a tensor for each layer, or one for all",

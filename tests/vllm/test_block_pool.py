@@ -1,6 +1,7 @@
 """Our block pool answers as vLLM's own does, apart from the ids, for any sequence of calls."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvcached_core.engine.free_lists import CACHED, CLOSED, EMPTY, USED
+from kvcached_core.engine.giving import Giving
 from kvcached_core.memory.geometry import Geometry
+from kvcached_core.memory.orders import PageOrders
 
 pytestmark = [pytest.mark.vllm, pytest.mark.older_release]
 
@@ -94,6 +97,20 @@ def num_idle(pool: Any) -> int:
 
 def num_cached(pool: Any) -> int:
     return len(pool.free_lists.pages_in(CACHED))
+
+
+def end_schedule(pool: Any) -> PageOrders | None:
+    is_live = pool.num_used_blocks > 0
+    pool.pages.end_schedule(is_live=is_live)
+    orders: PageOrders | None = pool.pages.book.take_orders(pool.pages.count_pages, is_live=is_live)
+    return orders
+
+
+def giving_of(pool: Any) -> Giving:
+    """Return what gives pages of a pool, as the pool's engine has it."""
+    port: Any = SimpleNamespace(evict=pool.evict_pages, num_idle_blocks=lambda: 0)
+    ranks: Any = SimpleNamespace(clock=lambda: 0.0)
+    return Giving(ranks, port, [pool.pages], lambda **_: None)
 
 
 def check_pages(pool: Any, live: list[Any]) -> None:
@@ -214,7 +231,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
 
     @rule()
     def schedule_ends(self) -> None:
-        self.ours.pages._source.settle(self.ours.drain())
+        self.ours.pages._source.settle(end_schedule(self.ours))
 
     @rule(num_pages=st.integers(0, 9))
     def give_empty_pages(self, num_pages: int) -> None:
@@ -317,14 +334,15 @@ class DryPoolMachine(RuleBasedStateMachine):
     @rule(num_pages=st.integers(0, 40))
     def release(self, num_pages: int) -> None:
         idle, cached = num_idle(self.pool), num_cached(self.pool)
-        assert self.pool.release_pages(num_pages) == min(num_pages, idle + cached)
+        assert giving_of(self.pool).close(num_pages) == min(num_pages, idle + cached)
 
     @rule(num_pages=st.integers(0, 4))
     def owe_and_pay(self, num_pages: int) -> None:
         idle, cached = num_idle(self.pool), num_cached(self.pool)
-        self.pool.owed_pages = num_pages
-        assert self.pool.pay() == (num_pages <= idle + cached)
-        assert self.pool.owed_pages == max(num_pages - idle - cached, 0)
+        giving = giving_of(self.pool)
+        giving.owed_pages = num_pages
+        assert giving.pay() == (num_pages <= idle + cached)
+        assert giving.owed_pages == max(num_pages - idle - cached, 0)
 
     @rule(num_pages=st.integers(1, 8))
     def a_neighbour_takes(self, num_pages: int) -> None:
@@ -339,7 +357,7 @@ class DryPoolMachine(RuleBasedStateMachine):
 
     @rule()
     def schedule_ends(self) -> None:
-        orders = self.pool.drain()
+        orders = end_schedule(self.pool)
         self.source.settle(orders)
         if orders is not None:
             new = {*orders.map_pages, *orders.spare_pages}
@@ -377,9 +395,10 @@ def test_what_is_owed_is_paid_with_idle_pages_and_the_rest_stays_owed(
     per_page = GEOMETRY.blocks_per_page
     ours.get_new_blocks(per_page)
     ours.free_blocks(ours.get_new_blocks(num_idle * per_page))
-    ours.owed_pages = 2
-    assert ours.pay() is is_paid
-    assert ours.owed_pages == num_left
+    giving = giving_of(ours)
+    giving.owed_pages = 2
+    assert giving.pay() is is_paid
+    assert giving.owed_pages == num_left
 
 
 def cache(pool: Any, content: int, num_blocks: int) -> list[Any]:
@@ -420,11 +439,11 @@ def test_released_pages_are_those_whose_blocks_were_unused_longest() -> None:
     first, second = cache(ours, 1, 8), cache(ours, 2, 8)
     ours.free_blocks(reversed(second))
     ours.free_blocks(reversed(first))
-    assert ours.release_pages(1) == 1
+    assert giving_of(ours).close(1) == 1
     request = FakeRequest(1, 8)
     assert all(ours.get_cached_block(h, [0]) for h in request.block_hashes)
     assert len(ours.cached_block_hash_to_block) < 16
-    assert ours.release_pages(100) == len(first + second) // 4 - 1
+    assert giving_of(ours).close(100) == len(first + second) // 4 - 1
     assert num_idle(ours) == 0
 
 
@@ -438,25 +457,43 @@ def test_a_page_is_as_young_as_its_youngest_block() -> None:
     ours.free_blocks(reversed(second))
     ours.free_blocks(block for block in first if block not in on_shared)
     num_younger = len({page_of(block.block_id) for block in second}) - 1
-    assert ours.release_pages(num_younger) == num_younger
+    assert giving_of(ours).close(num_younger) == num_younger
     assert shared in ours.free_lists.pages_in(CACHED)
 
 
-def test_pages_go_one_by_one_so_that_who_asked_gets_the_first_early() -> None:
+def test_cached_pages_are_emptied_as_few_as_are_wanted_and_are_not_closed_yet() -> None:
     _, ours = make_pools()
     ours.free_blocks(reversed(cache(ours, 1, 12)))
-    num_before = num_cached(ours)
-    going = ours.release_one_by_one(100)
-    assert next(going) == 1
-    assert num_cached(ours) == num_before - 1
-    assert list(going) == list(range(2, num_before + 1))
+    num_before, num_open = num_cached(ours), ours.pages.num_open_pages
+    assert ours.evict_pages(1)
+    assert (num_cached(ours), ours.pages.num_open_pages) == (num_before - 1, num_open)
+    assert ours.evict_pages(100)
+    assert num_cached(ours) == 0
+    assert not ours.evict_pages(100)
+
+
+@pytest.mark.parametrize("num_cached_blocks", [0, 6])
+def test_what_a_request_needs_beside_what_can_be_had_is_promised_and_no_more(
+    num_cached_blocks: int,
+) -> None:
+    _, ours = make_pools(num_left=NUM_PAGES - 1)
+    ours.free_blocks(reversed(cache(ours, 1, num_cached_blocks)))
+    ours.pages.cancel()
+    num_left, num_idle_blocks = ours.pages._source.num_left, ours.num_idle_blocks
+    ours.promise_blocks(num_idle_blocks)
+    assert ours.pages._source.num_left == num_left
+    ours.promise_blocks(num_idle_blocks + 5)
+    assert ours.pages._source.num_left == num_left - 2
+    assert ours.get_num_free_blocks() == num_idle_blocks + 8
+    ours.promise_blocks(num_idle_blocks + 8)
+    assert ours.pages._source.num_left == num_left - 2
 
 
 def test_a_reset_frees_every_page_but_the_first() -> None:
     _, ours = make_pools()
     ours.free_blocks(reversed(cache(ours, 1, 12)))
     assert ours.reset_prefix_cache()
-    assert (orders := ours.drain()) is not None
+    assert (orders := end_schedule(ours)) is not None
     assert ours.pages.num_resident_pages == 1
     assert (orders.num_used_pages, orders.num_cached_pages) == (1, 0)
 
@@ -497,5 +534,5 @@ def test_no_more_pages_are_given_than_are_wanted_idle_ones_first() -> None:
     ours.free_blocks(reversed(cache(ours, 1, 3 * per_page)))
     ours.free_blocks(ours.get_new_blocks(per_page))
     assert (num_idle(ours), num_cached(ours)) == (1, 3)
-    assert ours.release_pages(2) == 2
+    assert giving_of(ours).close(2) == 2
     assert (num_idle(ours), num_cached(ours)) == (0, 2)

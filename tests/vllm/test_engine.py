@@ -9,15 +9,14 @@ import pytest
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
 from kvcached_core.config import HOST, Config, read_config
-from kvcached_core.engine import instance
+from kvcached_core.engine import giving, instance
 from kvcached_core.errors import ConfigError, PolicyError
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.devices import Device
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import MIB
-from kvcached_vllm import engine as engine_module
-from kvcached_vllm.engine import ElasticEngine
+from kvcached_vllm.engine import VllmEngine
 from kvcached_vllm.layout import PLACEMENT
 from kvcached_vllm.worker import WorkerMemory
 
@@ -64,20 +63,20 @@ def config(tmp_path: Path) -> Config:
 
 
 @pytest.fixture
-def engine(config: Config) -> Iterator[ElasticEngine]:
+def engine(config: Config) -> Iterator[VllmEngine]:
     vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="m", max_model_len=2048))
-    made = ElasticEngine(vllm_config, config, [FIRST, SECOND], Core())
+    made = VllmEngine(vllm_config, config, [FIRST, SECOND], Core())
     yield made
     made.close()
 
 
-def place(engine: ElasticEngine) -> list[Any]:
+def place(engine: VllmEngine) -> list[Any]:
     plans = [plan(6), plan(8)]
     engine.place(plans, 2 * MIB)
     return [getattr(each, PLACEMENT) for each in plans]
 
 
-def test_pipeline_stages_of_different_depth_share_ids_and_pages(engine: ElasticEngine) -> None:
+def test_pipeline_stages_of_different_depth_share_ids_and_pages(engine: VllmEngine) -> None:
     shallow, deep = place(engine)
     assert (shallow.geometry.num_planes, deep.geometry.num_planes) == (6, 8)
     assert shallow.geometry.ids_per_page == deep.geometry.ids_per_page
@@ -93,7 +92,7 @@ def test_pipeline_stages_of_different_depth_share_ids_and_pages(engine: ElasticE
         arena.close()
 
 
-def test_each_rank_reports_to_the_ledger_of_its_own_device(engine: ElasticEngine) -> None:
+def test_each_rank_reports_to_the_ledger_of_its_own_device(engine: VllmEngine) -> None:
     placements = place(engine)
     assert [Path(each.seat.ledger_path).stem for each in placements] == ["first", "second"]
     for each in placements:
@@ -103,29 +102,29 @@ def test_each_rank_reports_to_the_ledger_of_its_own_device(engine: ElasticEngine
 
 
 def test_a_start_without_room_for_a_page_says_what_is_missing(
-    engine: ElasticEngine, config: Config, monkeypatch: pytest.MonkeyPatch
+    engine: VllmEngine, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(instance, "PATIENCE_SECONDS", 0.05)
     place(engine)
-    engine.reserve(1 << 20, is_urgent=False)
+    engine.ranks.reserve(1 << 20, is_urgent=False)
     vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="m", max_model_len=2048))
-    late = ElasticEngine(vllm_config, config, [FIRST], Core())
+    late = VllmEngine(vllm_config, config, [FIRST], Core())
     with pytest.raises(ConfigError, match=r"first page: needed \d+ bytes, available 0"):
         late.place([plan(8)], 2 * MIB)
     late.close()
 
 
-def build_pool(engine: ElasticEngine, *, caching: bool = False) -> Any:
-    engine.core.pool = engine.build_pool(
+def build_pool(engine: VllmEngine, *, caching: bool = False) -> Any:
+    engine.port.core.pool = engine.build_pool(
         num_gpu_blocks=NUM_BLOCKS,
         enable_caching=caching,
         hash_block_size=16,
         enable_kv_cache_events=caching,
     )
-    return engine.core.pool
+    return engine.port.core.pool
 
 
-def test_a_pool_has_blocks_of_whole_pages_alone(engine: ElasticEngine) -> None:
+def test_a_pool_has_blocks_of_whole_pages_alone(engine: VllmEngine) -> None:
     place(engine)
     assert engine.geometry is not None
     per_page = engine.geometry.blocks_per_page
@@ -141,76 +140,79 @@ def test_a_pool_has_blocks_of_whole_pages_alone(engine: ElasticEngine) -> None:
         assert pool.num_gpu_blocks == len(list(pool.blocks)) == 3 * per_page
 
 
-def test_what_the_pool_decided_goes_to_all_workers(engine: ElasticEngine) -> None:
+def test_what_the_pool_decided_goes_to_all_workers(engine: VllmEngine) -> None:
     place(engine)
     pool = build_pool(engine)
     pool.get_new_blocks(40)
     engine.flush()
-    ((name, orders),) = engine.core.calls
+    ((name, orders),) = engine.port.core.calls
     assert name == "apply_orders"
     assert len(orders.map_pages) >= 1
 
 
 def test_before_sleep_everything_but_page_zero_goes_and_is_waited_for(
-    engine: ElasticEngine,
+    engine: VllmEngine,
 ) -> None:
     place(engine)
     pool = build_pool(engine)
     blocks = pool.get_new_blocks(40)
     engine.flush()
     pool.free_blocks(blocks)
-    engine.core.calls.clear()
+    engine.port.core.calls.clear()
     engine.empty()
-    (name, orders), (last,) = engine.core.calls
+    (name, orders), (last,) = engine.port.core.calls
     assert (name, last) == ("apply_orders", "settle_orders")
     assert pool.pages.num_resident_pages == 1
     assert len(orders.unmap_pages) >= 1
 
 
-def test_after_the_last_request_pages_linger_and_an_alarm_is_set(engine: ElasticEngine) -> None:
+def test_after_the_last_request_pages_linger_and_an_alarm_is_set(engine: VllmEngine) -> None:
     place(engine)
     pool = build_pool(engine)
     blocks = pool.get_new_blocks(40)
     engine.flush()
     pool.free_blocks(blocks)
-    engine.end_burst()
+    engine.rest()
     assert pool.pages.num_resident_pages > 2
     assert engine.instance._bells[0]._deadline is not None
-    del engine.core.input_queue  # an engine in the caller's process cannot be woken
-    engine.end_burst()
+    del engine.port.core.input_queue  # an engine in the caller's process cannot be woken
+    engine.rest()
     assert pool.pages.num_resident_pages == 2
 
 
 @pytest.mark.parametrize("is_busy", [False, True])
 def test_an_idle_engine_waits_until_its_first_pages_are_gone_and_a_busy_one_does_not(
-    engine: ElasticEngine, monkeypatch: pytest.MonkeyPatch, *, is_busy: bool
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, *, is_busy: bool
 ) -> None:
-    monkeypatch.setattr(engine_module, "FIRST_PAGES", 2)
+    monkeypatch.setattr(giving, "FIRST_PAGES", 2)
     place(engine)
     pool = build_pool(engine)
     blocks = pool.get_new_blocks(150)
     engine.flush()
     pool.free_blocks(blocks)
-    engine.core.is_busy = is_busy
+    engine.port.core.is_busy = is_busy
     page_bytes = engine.instance.page_bytes
     seat = engine.instance.seat(FIRST)
     with Ledger(Path(seat.ledger_path)) as ledger:
         ledger.settle(seat.row, mapped_bytes=5 * page_bytes, used_bytes=0, cached_bytes=0)
         assert ledger.ask(seat.row, 4 * page_bytes) == 4 * page_bytes
-        engine.core.calls.clear()
-        engine.answer()
+        engine.port.core.calls.clear()
+        engine.between_steps()
         assert ledger.wanted(seat.row).asked_bytes == 0
-    unmapped = [len(call[1].unmap_pages) for call in engine.core.calls if len(call) > 1]
-    names = [call[0] for call in engine.core.calls]
-    assert names == ["apply_orders", *([] if is_busy else ["settle_orders"])]
-    assert unmapped == [4]
+    unmapped = [len(call[1].unmap_pages) for call in engine.port.core.calls if len(call) > 1]
+    names = [call[0] for call in engine.port.core.calls]
+    if is_busy:
+        assert (names, unmapped) == (["apply_orders"], [4])
+    else:
+        assert names == ["apply_orders", "settle_orders", "apply_orders"]
+        assert unmapped == [2, 2]
 
 
-def ledger_of(engine: ElasticEngine) -> Ledger:
+def ledger_of(engine: VllmEngine) -> Ledger:
     return Ledger(Path(engine.instance.seat(FIRST).ledger_path))
 
 
-def live_blocks(engine: ElasticEngine, pool: Any, num_blocks: int) -> Any:
+def live_blocks(engine: VllmEngine, pool: Any, num_blocks: int) -> Any:
     """Return blocks that requests hold, on pages that are reported as resident."""
     blocks = pool.get_new_blocks(num_blocks)
     for device in (FIRST, SECOND):
@@ -222,46 +224,46 @@ def live_blocks(engine: ElasticEngine, pool: Any, num_blocks: int) -> Any:
     return blocks
 
 
-def set_limit(engine: ElasticEngine, limit_bytes: int | None) -> None:
+def set_limit(engine: VllmEngine, limit_bytes: int | None) -> None:
     for device in (FIRST, SECOND):
         seat = engine.instance.seat(device)
         with Ledger(Path(seat.ledger_path)) as ledger:
             ledger.change_policy(seat.row, limit_bytes=limit_bytes)
 
 
-def test_a_limit_that_was_lifted_leaves_no_debt(engine: ElasticEngine) -> None:
+def test_a_limit_that_was_lifted_leaves_no_debt(engine: VllmEngine) -> None:
     place(engine)
     pool = build_pool(engine)
     live_blocks(engine, pool, 150)
-    engine.core.is_busy = True
+    engine.port.core.is_busy = True
     set_limit(engine, 3 * engine.instance.page_bytes)
-    engine.answer()
-    assert pool.owed_pages > 0
+    engine.between_steps()
+    assert engine.giving.owed_pages > 0
     set_limit(engine, None)
-    engine.answer()
-    assert pool.owed_pages == 0
+    engine.between_steps()
+    assert engine.giving.owed_pages == 0
 
 
-def test_what_is_owed_goes_when_the_last_request_leaves_it_behind(engine: ElasticEngine) -> None:
+def test_what_is_owed_goes_when_the_last_request_leaves_it_behind(engine: VllmEngine) -> None:
     place(engine)
     pool = build_pool(engine)
     blocks = live_blocks(engine, pool, 150)
-    engine.core.is_busy = True
+    engine.port.core.is_busy = True
     limit_pages = 3
     set_limit(engine, limit_pages * engine.instance.page_bytes)
-    engine.answer()
+    engine.between_steps()
     assert pool.pages.num_resident_pages > limit_pages
     pool.free_blocks(blocks)  # the last request ends, and no schedule follows
-    engine.core.is_busy = False
-    engine.core.calls.clear()
-    engine.end_burst()
-    assert pool.owed_pages == 0
+    engine.port.core.is_busy = False
+    engine.port.core.calls.clear()
+    engine.rest()
+    assert engine.giving.owed_pages == 0
     assert pool.pages.num_resident_pages <= limit_pages
-    (call,) = engine.core.calls
+    (call,) = engine.port.core.calls
     assert len(call[1].unmap_pages) >= 1
 
 
-def ask(engine: ElasticEngine, num_pages: int) -> None:
+def ask(engine: VllmEngine, num_pages: int) -> None:
     for device in (FIRST, SECOND):
         seat = engine.instance.seat(device)
         with Ledger(Path(seat.ledger_path)) as ledger:
@@ -269,21 +271,21 @@ def ask(engine: ElasticEngine, num_pages: int) -> None:
             ledger.ask(seat.row, num_pages * engine.instance.page_bytes)
 
 
-def coming_pages(engine: ElasticEngine) -> int:
+def coming_pages(engine: VllmEngine) -> int:
     with ledger_of(engine) as ledger:
         (view,) = ledger.view().instances
         return view.coming_bytes // engine.instance.page_bytes
 
 
 def test_what_is_coming_is_announced_before_the_workers_unmap_it(
-    engine: ElasticEngine, monkeypatch: pytest.MonkeyPatch
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place(engine)
     pool = build_pool(engine)
     pool.pages.min_spare_pages = pool.pages.max_spare_pages = 0
     blocks = live_blocks(engine, pool, 150)
     pool.free_blocks(blocks)
-    engine.core.is_busy = True
+    engine.port.core.is_busy = True
     ask(engine, 4)
     announced: list[tuple[int, int]] = []
 
@@ -297,32 +299,30 @@ def test_what_is_coming_is_announced_before_the_workers_unmap_it(
                 ledger.settle(seat.row, unmapped_bytes=num_bytes, used_bytes=0, cached_bytes=0)
         return []
 
-    monkeypatch.setattr(engine.core, "collective_rpc", unmap)
-    engine.answer()
+    monkeypatch.setattr(engine.port.core, "collective_rpc", unmap)
+    engine.between_steps()
     assert announced == [(4, 4)]
     assert coming_pages(engine) == 0
 
 
 @pytest.mark.parametrize(("num_idle", "num_owed"), [(3, 1), (4, 0), (0, 4)])
-def test_what_idle_pages_pay_is_not_owed(
-    engine: ElasticEngine, num_idle: int, num_owed: int
-) -> None:
+def test_what_idle_pages_pay_is_not_owed(engine: VllmEngine, num_idle: int, num_owed: int) -> None:
     place(engine)
     pool = build_pool(engine)
     pool.pages.min_spare_pages = pool.pages.max_spare_pages = 0
-    engine.core.is_busy = True
+    engine.port.core.is_busy = True
     per_page = pool.pages.geometry.blocks_per_page
     blocks = live_blocks(engine, pool, 7 * per_page - 1)
     assert pool.pages.num_resident_pages == 7
     pool.free_blocks(blocks[(7 - num_idle) * per_page - 1 :])
     set_limit(engine, 3 * engine.instance.page_bytes)
-    engine.answer()
-    assert pool.owed_pages == num_owed
+    engine.between_steps()
+    assert engine.giving.owed_pages == num_owed
     assert pool.pages.num_resident_pages == 7 - num_idle
 
 
 def test_the_least_limit_holds_the_largest_request_and_the_null_block(
-    engine: ElasticEngine,
+    engine: VllmEngine,
 ) -> None:
     plans = [plan(6), plan(8)]
     per_page = 16 * MIB // BLOCK_BYTES // 8
@@ -342,61 +342,68 @@ def test_the_least_limit_holds_the_largest_request_and_the_null_block(
 
 
 @pytest.fixture
-def neighbour(engine: ElasticEngine, config: Config) -> Iterator[ElasticEngine]:
+def neighbour(engine: VllmEngine, config: Config) -> Iterator[VllmEngine]:
     """Return another engine that was promised all there is beside the first one's page."""
     place(engine)
     build_pool(engine)
     vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="n", max_model_len=2048))
-    made = ElasticEngine(vllm_config, config, [FIRST], Core())
+    made = VllmEngine(vllm_config, config, [FIRST], Core())
     made.place([plan(8)], 2 * MIB)
-    made.reserve(1 << 20, is_urgent=False)
+    made.ranks.reserve(1 << 20, is_urgent=False)
     yield made
     made.close()
 
 
-def waiting_bytes(engine: ElasticEngine) -> int:
+def waiting_bytes(engine: VllmEngine) -> int:
     with ledger_of(engine) as ledger:
         return next(view.waiting_bytes for view in ledger.view().instances if view.name == "m")
 
 
 @pytest.mark.usefixtures("neighbour")
-def test_an_engine_in_which_nothing_runs_does_not_wait_for_memory(engine: ElasticEngine) -> None:
-    engine.reserve(5, is_urgent=True)
+def test_an_engine_in_which_nothing_runs_does_not_wait_for_memory(engine: VllmEngine) -> None:
+    engine.ranks.reserve(5, is_urgent=True)
     assert waiting_bytes(engine) > 0
-    engine.end_burst()
+    engine.rest()
     assert waiting_bytes(engine) == 0
 
 
 @pytest.mark.usefixtures("neighbour")
 def test_an_engine_stops_to_wait_when_who_was_refused_is_gone_and_others_run(
-    engine: ElasticEngine,
+    engine: VllmEngine,
 ) -> None:
-    engine.core.is_busy = True
-    engine.reserve(5, is_urgent=True)
-    engine.end_schedule(num_waiting=0)  # refused in this very schedule: preempted, say
+    engine.port.core.is_busy = True
+
+    def end_schedule(engine: VllmEngine, num_waiting: int) -> None:
+        engine.port.core.scheduler.get_request_counts = lambda: (1, num_waiting)
+        engine.end_schedule()
+
+    engine.ranks.reserve(5, is_urgent=True)
+    end_schedule(engine, 0)  # refused in this very schedule: preempted, say
     assert waiting_bytes(engine) > 0
-    engine.end_schedule(num_waiting=1)
+    end_schedule(engine, 1)
     assert waiting_bytes(engine) > 0
-    engine.end_schedule(num_waiting=0)
+    end_schedule(engine, 0)
     assert waiting_bytes(engine) == 0
-    assert not engine.is_waiting
+    assert not engine.ranks.is_waiting
 
 
-def test_rings_in_a_busy_engine_leave_one_wake_behind(engine: ElasticEngine) -> None:
+def test_rings_in_a_busy_engine_leave_one_wake_behind(engine: VllmEngine) -> None:
     place(engine)
     build_pool(engine)
-    engine.core.is_busy = True
+    engine.port.core.is_busy = True
     for _ in range(5):
-        engine._on_ring()
-    (callback,) = engine.core._idle_state_callbacks
-    callback(engine.core)
-    engine._on_ring()
-    assert len(engine.core._idle_state_callbacks) == 2  # the first one is the engine's to remove
+        engine.ring()
+    (callback,) = engine.port.core._idle_state_callbacks
+    callback(engine.port.core)
+    engine.ring()
+    assert (
+        len(engine.port.core._idle_state_callbacks) == 2
+    )  # the first one is the engine's to remove
 
 
 @pytest.mark.parametrize("why", ["asked", "owed", "asleep"])
 def test_what_leaves_the_cache_of_an_idle_engine_is_published_when_it_leaves(
-    engine: ElasticEngine, why: str
+    engine: VllmEngine, why: str
 ) -> None:
     place(engine)
     pool = build_pool(engine, caching=True)
@@ -406,29 +413,29 @@ def test_what_leaves_the_cache_of_an_idle_engine_is_published_when_it_leaves(
         block._block_hash = key
         pool.cached_block_hash_to_block.insert(key, block)
     pool.free_blocks(blocks)
-    engine.publish_events()
-    assert engine.core.published == []  # nothing left the cache yet
+    engine.port.publish()
+    assert engine.port.core.published == []  # nothing left the cache yet
     if why == "asked":
         row = engine.instance.seat(FIRST).row
         with ledger_of(engine) as ledger:
             ledger.settle(row, used_bytes=0, cached_bytes=0)
             ledger.ask(row, 2 * engine.instance.page_bytes)
-        engine.answer()
+        engine.between_steps()
     elif why == "owed":
-        pool.owed_pages = 2
-        engine.end_burst()
+        engine.giving.owed_pages = 2
+        engine.rest()
     else:
         engine.empty()
-    (batch,) = engine.core.published
+    (batch,) = engine.port.core.published
     assert {type(event).__name__ for event in batch.events} == {"BlockRemoved"}
     assert len(batch.events) >= 2
-    engine.publish_events()
-    assert len(engine.core.published) == 1
+    engine.port.publish()
+    assert len(engine.port.core.published) == 1
 
 
 def test_four_ranks_on_one_device_share_a_row_and_each_maps_every_page(config: Config) -> None:
     vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="m", max_model_len=2048))
-    engine = ElasticEngine(vllm_config, config, [FIRST] * 4, Core())
+    engine = VllmEngine(vllm_config, config, [FIRST] * 4, Core())
     plans = [plan(8) for _ in range(4)]
     engine.place(plans, 2 * MIB)
     pool = build_pool(engine)
@@ -439,7 +446,7 @@ def test_four_ranks_on_one_device_share_a_row_and_each_maps_every_page(config: C
         assert (view.resident_bytes, view.promised_bytes) == (4 * page_bytes, 0)
         pool.get_new_blocks(40)
         engine.flush()
-        (_, orders) = engine.core.calls[-1]
+        (_, orders) = engine.port.core.calls[-1]
         for rank in ranks:
             rank.carry_out(orders)
         (view,) = ledger.view().instances

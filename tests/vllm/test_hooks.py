@@ -27,7 +27,7 @@ class Recorder:
         return self.result
 
 
-ELASTIC_POOL = SimpleNamespace(pages=object())
+ELASTIC_POOL = SimpleNamespace(engine=object())
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ class Starting:
         self.error: Exception | None = None
         self.model_executor = SimpleNamespace(collective_rpc=lambda *_: [2 << 20])
         self.allocate = Recorder()
-        self.engine.core = self
+        self.engine.port = SimpleNamespace(core=self)
         monkeypatch.setattr(engine_hooks, "_start_engine", lambda *_: self.engine)
 
     def place(self, *_: Any) -> None:

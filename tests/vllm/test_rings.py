@@ -12,12 +12,16 @@ import pytest
 from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 
 from kvcached_core.config import HOST, read_config
+from kvcached_core.engine.engine import ElasticEngine
+from kvcached_core.engine.giving import Giving
 from kvcached_core.engine.instance import Instance
+from kvcached_core.engine.ranks import Ranks
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.memory.devices import Device
 from kvcached_core.units import MIB
-from kvcached_vllm.engine import ElasticEngine
+from kvcached_vllm.engine import VllmEngine
 from kvcached_vllm.engine_hooks import engine_core_post_step
+from kvcached_vllm.port import VllmPort
 
 pytestmark = pytest.mark.vllm
 
@@ -28,10 +32,12 @@ LOOP = (
     EngineCoreProc._process_input_queue,
     EngineCoreProc._notify_idle_state_callbacks,
     EngineCoreProc._process_engine_step,
-    ElasticEngine._wake,
-    ElasticEngine.answer,
-    ElasticEngine.end_burst,
-    ElasticEngine._give,
+    ElasticEngine.answer_ring,
+    ElasticEngine.between_steps,
+    ElasticEngine.rest,
+    ElasticEngine._tell,
+    Giving.give,
+    Ranks.look,
     Instance.has_news,
     Instance.wanted_pages,
     Instance.answer,
@@ -88,11 +94,11 @@ class Core(EngineCoreProc):
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[ElasticEngine]:
+def engine(tmp_path: Path) -> Iterator[VllmEngine]:
     config = read_config({"KVCACHED_DIR": str(tmp_path / "kv"), "KVCACHED_IDLE_SECONDS": "1000"})
     vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="m", max_model_len=2048))
     core = Core()
-    core.kvcached = made = ElasticEngine(vllm_config, config, [DEVICE], core)
+    core.kvcached = made = VllmEngine(vllm_config, config, [DEVICE], core)
     tensors = [SimpleNamespace(size=BLOCK_BYTES * NUM_BLOCKS) for _ in range(8)]
     made.place(
         [SimpleNamespace(kv_cache_tensors=tensors, num_blocks=NUM_BLOCKS, kv_cache_groups=[])],
@@ -109,7 +115,7 @@ def engine(tmp_path: Path) -> Iterator[ElasticEngine]:
 
 
 @pytest.fixture
-def ledger(engine: ElasticEngine) -> Iterator[Ledger]:
+def ledger(engine: VllmEngine) -> Iterator[Ledger]:
     """Return the engine's ledger, as a neighbour opens it; it believes that pages are idle."""
     seat = engine.instance.seat(DEVICE)
     with Ledger(Path(seat.ledger_path)) as opened:
@@ -146,22 +152,22 @@ def at_line(
 
 @pytest.mark.parametrize("num_steps", [0, 2])
 def test_a_ring_at_any_line_of_the_loop_is_answered(
-    engine: ElasticEngine, ledger: Ledger, num_steps: int
+    engine: VllmEngine, ledger: Ledger, num_steps: int
 ) -> None:
     row = engine.instance.seat(DEVICE).row
     seen = set()
 
     def ask_and_ring() -> None:
         assert ledger.ask(row, ledger.wanted(row).asked_bytes + engine.instance.page_bytes)
-        engine._on_ring()
+        engine.ring()
 
     for number in count():
-        engine.core.num_steps_left = num_steps
+        engine.port.core.num_steps_left = num_steps
         ledger.ask(row, engine.instance.page_bytes)
-        engine._on_ring()
+        engine.ring()
         where = at_line(number, LOOP, ask_and_ring)
         try:
-            engine.core.run_if_woken()
+            engine.port.core.run_if_woken()
         finally:
             sys.settrace(None)
         assert ledger.wanted(row).asked_bytes == 0, where
@@ -172,17 +178,19 @@ def test_a_ring_at_any_line_of_the_loop_is_answered(
 
 
 def test_a_loop_that_runs_at_any_line_of_a_ring_misses_nothing(
-    engine: ElasticEngine, ledger: Ledger
+    engine: VllmEngine, ledger: Ledger
 ) -> None:
     row = engine.instance.seat(DEVICE).row
     for number in count():
         ledger.ask(row, engine.instance.page_bytes)
-        where = at_line(number, (ElasticEngine._on_ring,), engine.core.run_until_it_waits)
+        where = at_line(
+            number, (ElasticEngine.ring, VllmPort.wake), engine.port.core.run_until_it_waits
+        )
         try:
-            engine._on_ring()
+            engine.ring()
         finally:
             sys.settrace(None)
-        engine.core.run_if_woken()
+        engine.port.core.run_if_woken()
         assert ledger.wanted(row).asked_bytes == 0, where
         if not where:
             break

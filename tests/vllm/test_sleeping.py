@@ -13,11 +13,13 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.abstract import Executor
 
 from kvcached_core.config import HOST, Config, read_config
+from kvcached_core.engine import ranks
+from kvcached_core.engine.engine import ElasticEngine
 from kvcached_core.engine.instance import Instance
+from kvcached_core.engine.ranks import Ranks as ElasticRanks
 from kvcached_core.errors import NoRoomError
 from kvcached_core.memory.devices import Device
 from kvcached_core.units import MIB
-from kvcached_vllm import sleeping
 from kvcached_vllm.engine_hooks import executor_wake_up
 from kvcached_vllm.sleeping import asleep_bytes, bytes_to_wake
 from kvcached_vllm.worker_hooks import worker_wake_up
@@ -76,7 +78,8 @@ class Sleepers:
         executor.collective_rpc = self.call
         if "is_sleeping" not in vars(Executor):  # a property, in newer releases
             executor.is_sleeping = True
-        executor.kvcached = SimpleNamespace(instance=instance)
+        seen = ElasticRanks(instance, instance.seat(FIRST), instance.capacity_bytes)
+        executor.kvcached = ElasticEngine(seen, port=SimpleNamespace())  # type: ignore[arg-type]
         self.executor = executor
         self.core: Any = object.__new__(EngineCore)
         self.core.model_executor = executor
@@ -104,15 +107,17 @@ def join(config: Config, name: str, devices: list[Device]) -> Instance:
 
 @pytest.fixture
 def sleeper(config: Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sleepers]:
-    monkeypatch.setattr(sleeping, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(ranks, "PATIENCE_SECONDS", 0.1)
     monkeypatch.setattr(Executor, "wake_up", executor_wake_up(Executor.wake_up))
     instance = join(config, "sleeper", [FIRST, SECOND])
     tables = [
         [allocation(100 * MIB, "weights"), allocation(20 * MIB, "kv_cache")],
         [allocation(120 * MIB, "weights"), allocation(20 * MIB, "kv_cache")],
     ]
-    yield Sleepers(instance, tables)
-    instance.close()
+    made = Sleepers(instance, tables)
+    engine = made.executor.kvcached
+    yield made
+    engine.close()
 
 
 @pytest.fixture
@@ -133,7 +138,7 @@ def announced(instance: Instance) -> set[int]:
 def test_a_wake_announces_while_it_allocates_and_not_longer(
     sleeper: Sleepers, config: Config
 ) -> None:
-    instance = sleeper.executor.kvcached.instance
+    instance = sleeper.executor.kvcached.ranks.instance
     seen = []
     call = sleeper.call
 
@@ -159,7 +164,7 @@ def test_without_room_a_wake_is_refused_before_it_allocates_and_a_later_one_work
     assert sleeper.allocated == []
     assert sleeper.resumed == []
     assert sleeper.executor.is_sleeping
-    assert announced(sleeper.executor.kvcached.instance) == {0}
+    assert announced(sleeper.executor.kvcached.ranks.instance) == {0}
     neighbour.cancel(13)
     sleeper.core.wake_up(None)
     assert sleeper.allocated == [("wake_up", {"tags": None})]

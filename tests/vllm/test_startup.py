@@ -202,7 +202,7 @@ def test_layouts_with_a_layers_blocks_together_are_served(
 
 
 def test_a_pool_of_another_size_ends_the_start_with_both_sizes(tmp_path: Path) -> None:
-    from kvcached_vllm.engine import ElasticEngine
+    from kvcached_vllm.engine import VllmEngine
 
     directory = ledger_directory(tmp_path / "kv")
     config = read_config({"KVCACHED_DIR": str(directory), "KVCACHED_HOST_POOL": "2GiB"})
@@ -210,4 +210,4 @@ def test_a_pool_of_another_size_ends_the_start_with_both_sizes(tmp_path: Path) -
     with Ledger(directory / "host.ledger", GIB) as ledger:
         ledger.register(name="first", engine="test")
         with pytest.raises(LedgerError, match=r"2 GiB on host.*one of 1 GiB, in use by 'first'"):
-            ElasticEngine(vllm_config, config, [host_device(config)], SimpleNamespace())
+            VllmEngine(vllm_config, config, [host_device(config)], SimpleNamespace())

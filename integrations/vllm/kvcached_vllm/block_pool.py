@@ -17,7 +17,6 @@ from kvcached_core.engine.free_lists import CACHED, FreeLists
 from kvcached_core.engine.pages import Pages
 from kvcached_core.engine.port import PageSource
 from kvcached_core.memory.geometry import Geometry
-from kvcached_core.memory.orders import PageOrders
 
 
 class SparseBlocks(Sequence[KVCacheBlock]):
@@ -53,7 +52,7 @@ class ElasticBlockPool(BlockPool):
 
     blocks: Any
     num_gpu_blocks: int
-    engine: Any  # the `ElasticEngine` that built it
+    engine: Any  # the `VllmEngine` that built it
 
     def __init__(
         self,
@@ -77,13 +76,18 @@ class ElasticBlockPool(BlockPool):
         )
         self.pages = Pages(geometry, num_pages, source, self.free_lists, **options)
         self.null_block = self.free_lists.take_one()
-        self.owed_pages = 0  # to be given back, by stopping requests if it must be
+        self.num_kept_blocks: int | None = None  # while vLLM allocates: those that it keeps free
+
+    @property
+    def num_idle_blocks(self) -> int:
+        """Blocks of open pages that hold nothing, or only what the prefix cache wants."""
+        num_blocks: int = self.free_lists.num_free + self.free_block_queue.num_free_blocks
+        return num_blocks
 
     @property
     def num_used_blocks(self) -> int:
         """Blocks of live requests; the null block is not counted."""
-        num_free = self.free_lists.num_free + self.free_block_queue.num_free_blocks
-        return self.pages.num_open_blocks - num_free - 1
+        return self.pages.num_open_blocks - self.num_idle_blocks - 1
 
     def get_num_free_blocks(self) -> int:
         """Return the blocks that can be had without asking anybody: promised ones included."""
@@ -168,43 +172,25 @@ class ElasticBlockPool(BlockPool):
             self.free_lists.give(blocks)
         return done
 
-    def release_pages(self, max_pages: int) -> int:
-        """Give back up to `max_pages` pages that no request needs; return how many it was."""
-        return sum(1 for _ in self.release_one_by_one(max_pages))
+    def promise_blocks(self, num_blocks: int) -> None:
+        """Have `num_blocks` blocks that can be had, or as many as there may be: a request waits."""
+        missing = num_blocks - self.num_idle_blocks
+        if missing > self.pages.num_ready_blocks:
+            self.pages.promise_blocks(missing, is_urgent=True)
 
-    def release_one_by_one(self, max_pages: int) -> Iterator[int]:
-        """Give back up to `max_pages` pages that no request needs; yield after each one its number.
+    def evict_pages(self, num_pages: int) -> bool:
+        """Empty up to `num_pages` cached pages; return whether there was one.
 
-        Empty pages go first, then cached ones: the page whose youngest block is oldest first.
+        The page whose youngest block is oldest goes first.
         """
-        num_empty = self.pages.close_empty(max_pages)
-        yield from range(1, num_empty + 1)
-        if num_empty == max_pages:
-            return
-        going = islice(self._cached_pages(), max_pages - num_empty)
-        for number, (page, blocks) in enumerate(going, num_empty + 1):
+        num_evicted = 0
+        for num_evicted, blocks in enumerate(islice(self._cached_pages(), num_pages), 1):  # noqa: B007
             for block in blocks:
                 self.free_block_queue.remove(block)
                 self._maybe_evict_cached_block(block)
             self.free_lists.remove_cached(blocks)
             self.free_lists.give(blocks)
-            self.pages.close((page,))
-            yield number
-
-    def drain(self, *, is_last: bool = False) -> PageOrders | None:
-        """End a schedule; return what the workers are told, or None if there is nothing to tell.
-
-        Args:
-            is_last: See `Pages.end_schedule`.
-        """
-        is_live = self.num_used_blocks > 0
-        self.pages.end_schedule(is_live=is_live, is_last=is_last)
-        return self.pages.book.take_orders(self.free_lists.count_pages, is_live=is_live)
-
-    def pay(self) -> bool:
-        """Give back what can be of the pages that are owed; return whether none is left."""
-        self.owed_pages -= self.release_pages(self.owed_pages)
-        return self.owed_pages <= 0
+        return num_evicted > 0
 
     def _take(self, num_blocks: int) -> list[KVCacheBlock]:
         free_lists, queue = self.free_lists, self.free_block_queue
@@ -223,8 +209,8 @@ class ElasticBlockPool(BlockPool):
             blocks.extend(evicted)
         return blocks
 
-    def _cached_pages(self) -> Iterator[tuple[int, list[KVCacheBlock]]]:
-        """Yield each cached page and its blocks, the page that was unused for longest first.
+    def _cached_pages(self) -> Iterator[list[KVCacheBlock]]:
+        """Yield the blocks of each cached page, the page that was unused for longest first.
 
         The queue has the oldest block first, so a page comes when its youngest block does. Whoever
         wants few pages of a large cache walks only a part of it. The blocks that are yielded may
@@ -239,5 +225,5 @@ class ElasticBlockPool(BlockPool):
             if blocks is not None:
                 blocks.append(block)
                 if len(blocks) == free_lists.num_cached_on(page):
-                    yield page, blocks
+                    yield blocks
             block = following

@@ -4,17 +4,14 @@ import functools
 import logging
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvcached_core.config import read_config
-from kvcached_vllm.engine import ElasticEngine
+from kvcached_vllm.engine import VllmEngine
 from kvcached_vllm.obstacles import obstacles
-from kvcached_vllm.sleeping import asleep_bytes, room_to_wake
+from kvcached_vllm.sleeping import asleep_bytes
 from kvcached_vllm.startup import startup
 from kvcached_vllm.worker_hooks import device_of, granularity_of
-
-if TYPE_CHECKING:
-    from kvcached_core.memory.orders import PageOrders
 
 logger = logging.getLogger("vllm.kvcached")
 
@@ -24,7 +21,7 @@ ORDERS = "kvcached_orders"
 # of vLLM has tiles of more tokens than this; FlashAttention 3's largest have 224 (fp8).
 MAX_TILE_TOKENS = 256
 
-_starting: ContextVar["ElasticEngine | None"] = ContextVar("kvcached_starting", default=None)
+_starting: ContextVar["VllmEngine | None"] = ContextVar("kvcached_starting", default=None)
 _building_pool: ContextVar[bool] = ContextVar("kvcached_building_pool", default=False)
 
 
@@ -54,16 +51,16 @@ def engine_core_initialize_kv_caches(original: Callable[..., Any]) -> Callable[.
     return wrapper
 
 
-def _start_engine(vllm_config: Any, core: Any) -> ElasticEngine | None:
+def _start_engine(vllm_config: Any, core: Any) -> VllmEngine | None:
     if not startup.serves(obstacles(vllm_config)):
         return None
     devices = core.model_executor.collective_rpc(device_of)
     with startup.one_message():
-        return ElasticEngine(vllm_config, read_config(), devices, core)
+        return VllmEngine(vllm_config, read_config(), devices, core)
 
 
-def _engine_of(core: Any) -> ElasticEngine | None:
-    engine: ElasticEngine | None = getattr(core, "kvcached", None)
+def _engine_of(core: Any) -> VllmEngine | None:
+    engine: VllmEngine | None = getattr(core, "kvcached", None)
     return engine
 
 
@@ -76,11 +73,11 @@ def engine_core_post_step(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        engine: ElasticEngine | None = getattr(self, "kvcached", None)
+        engine: VllmEngine | None = getattr(self, "kvcached", None)
         if engine is not None:
-            engine.answer()
+            engine.between_steps()
             if not self.scheduler.has_unfinished_requests():
-                engine.end_burst()
+                engine.rest()
 
     return wrapper
 
@@ -94,7 +91,7 @@ def engine_core_reset_prefix_cache(original: Callable[..., bool]) -> Callable[..
         engine = _engine_of(self)
         if engine is not None:
             engine.flush(is_last=True)
-            engine.publish_events()
+            engine.port.publish()
         return done
 
     return wrapper
@@ -108,7 +105,7 @@ def engine_core_shutdown(original: Callable[..., None]) -> Callable[..., None]:
         try:
             original(self, *args, **kwargs)
         finally:
-            engine: ElasticEngine | None = self.__dict__.pop("kvcached", None)
+            engine: VllmEngine | None = self.__dict__.pop("kvcached", None)
             if engine is not None:
                 engine.close()
 
@@ -124,7 +121,7 @@ def executor_initialize_from_config(original: Callable[..., None]) -> Callable[.
         if engine is not None and not any(plan.kv_cache_tensors for plan in kv_cache_configs):
             logger.info("kvcached: this model has no KV cache, so there is nothing to share")
             _starting.set(None)
-            engine.core.__dict__.pop("kvcached").close()
+            engine.port.core.__dict__.pop("kvcached").close()
         elif engine is not None:
             self.kvcached = engine
             engine.place(kv_cache_configs, self.collective_rpc(granularity_of)[0])
@@ -138,7 +135,7 @@ def executor_sleep(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        engine: ElasticEngine | None = getattr(self, "kvcached", None)
+        engine: VllmEngine | None = getattr(self, "kvcached", None)
         if engine is not None:
             engine.empty()
         original(self, *args, **kwargs)
@@ -151,11 +148,11 @@ def executor_wake_up(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def wrapper(self: Any, tags: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
-        engine: ElasticEngine | None = getattr(self, "kvcached", None)
+        engine: VllmEngine | None = getattr(self, "kvcached", None)
         if engine is None or not self.is_sleeping:
             original(self, tags, *args, **kwargs)
             return
-        with room_to_wake(engine.instance, self.collective_rpc(asleep_bytes, args=(tags,))):
+        with engine.room_to_wake(max(self.collective_rpc(asleep_bytes, args=(tags,)))):
             original(self, tags, *args, **kwargs)
 
     return wrapper
@@ -190,44 +187,57 @@ def block_pool_factory(original: Any) -> Any:
 
 
 def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `KVCacheManager.allocate_slots`: before it gives up, ask the ledger for pages.
+    """Wrap `KVCacheManager.allocate_slots`: what is needed for it is promised inside, before.
 
-    What is promised for this and then not needed goes back at the end of the schedule. While pages
-    are owed, nobody gets slots: vLLM preempts one request after the other until they are paid.
+    While pages are owed, nobody gets slots: vLLM preempts one request after the other until they
+    are paid.
     """
 
     @functools.wraps(original)
-    def wrapper(self: Any, request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         pool = self.block_pool
-        owed_pages: int | None = getattr(pool, "owed_pages", None)  # only our pool has it
-        if owed_pages and not pool.pay():
+        engine: VllmEngine | None = getattr(pool, "engine", None)  # only our pool has it
+        if engine is None:
+            return original(self, request, *args, **kwargs)
+        if engine.giving.owed_pages and not engine.giving.pay():
             return None
-        blocks = original(self, request, num_new_tokens, *args, **kwargs)
-        if blocks is not None or owed_pages is None:
-            return blocks
-        missing = _missing_blocks(self, request, num_new_tokens, kwargs)
-        missing_pages = -(-missing // pool.pages.geometry.blocks_per_page)
-        if not pool.pages.promise(missing_pages, is_urgent=True):
-            return None
-        return original(self, request, num_new_tokens, *args, **kwargs)
+        pool.num_kept_blocks = _kept_blocks(self, request, kwargs)
+        try:
+            return original(self, request, *args, **kwargs)
+        finally:
+            pool.num_kept_blocks = None
 
     return wrapper
 
 
-def _missing_blocks(
-    manager: Any, request: Any, num_new_tokens: int, options: dict[str, Any]
-) -> int:
-    """Return how many blocks more the request may need at most: prefix hits are not counted."""
-    num_tokens = max(request.num_tokens, request.num_computed_tokens + num_new_tokens)
-    num_tokens += options.get("num_lookahead_tokens", 0)
-    held = manager.get_block_ids(request.request_id)
-    groups = manager.kv_cache_config.kv_cache_groups
-    needed = sum(
-        max(-(-num_tokens // group.kv_cache_spec.block_size) - len(ids), 0)
-        for group, ids in zip(groups, held, strict=True)
-    )
-    needed += options.get("reserved_blocks", 0) + getattr(manager, "watermark_blocks", 0)
-    return max(needed - int(manager.block_pool.get_num_free_blocks()), 1)
+def _kept_blocks(manager: Any, request: Any, options: dict[str, Any]) -> int:
+    """Return how many free blocks vLLM leaves to others when it allocates for `request`."""
+    num_blocks: int = options.get("reserved_blocks", 0)
+    watermark_blocks: int = getattr(manager, "watermark_blocks", 0)  # from 0.25 on
+    if watermark_blocks and options.get("has_scheduled_reqs", True):
+        from vllm.v1.request import RequestStatus
+
+        if request.status in {RequestStatus.WAITING, RequestStatus.PREEMPTED}:
+            num_blocks += watermark_blocks
+    return num_blocks
+
+
+def get_num_blocks_to_allocate(original: Callable[..., int]) -> Callable[..., int]:
+    """Wrap `KVCacheCoordinator.get_num_blocks_to_allocate`: have so many blocks promised.
+
+    vLLM asks it in `allocate_slots`, and then compares it with the blocks that are free. What is
+    promised and then not needed goes back at the end of the schedule.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> int:
+        num_blocks = original(self, *args, **kwargs)
+        num_kept_blocks = getattr(self.block_pool, "num_kept_blocks", None)
+        if num_kept_blocks is not None and (num_blocks or num_kept_blocks):
+            self.block_pool.promise_blocks(num_blocks + num_kept_blocks)
+        return num_blocks
+
+    return wrapper
 
 
 def scheduler_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -236,13 +246,8 @@ def scheduler_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
-        pool = self.kv_cache_manager.block_pool
-        if not hasattr(pool, "pages"):
-            return output
-        if pool.engine.is_waiting:
-            _, num_waiting = self.get_request_counts()
-            pool.engine.end_schedule(num_waiting)
-        orders: PageOrders | None = pool.drain()
+        engine: VllmEngine | None = getattr(self.kv_cache_manager.block_pool, "engine", None)
+        orders = engine.end_schedule() if engine is not None else None
         if orders is not None:
             setattr(output, ORDERS, orders)
         return output
@@ -260,7 +265,7 @@ def get_num_skipped_tokens(original: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(original)
     def wrapper(self: Any, num_computed_tokens: int) -> int:
         num_skipped = original(self, num_computed_tokens)
-        if not num_skipped or not hasattr(self.block_pool, "pages"):
+        if not num_skipped or not hasattr(self.block_pool, "engine"):
             return num_skipped
         return num_skipped - MAX_TILE_TOKENS if num_skipped > MAX_TILE_TOKENS else 0
 

@@ -4,9 +4,6 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from kvcached_core.engine.instance import Instance
-from kvcached_core.errors import NoRoomError
-from kvcached_core.ledger.shortage import PATIENCE_SECONDS
 from kvcached_vllm.worker import memory_of
 
 
@@ -39,34 +36,6 @@ def asleep_bytes(_worker: Any, tags: Collection[str] | None) -> int:
         return 0
     deferrable = getattr(device_allocator, "DEFERRABLE_TAGS", ())
     return bytes_to_wake(allocator.pointer_to_data.values(), tags, deferrable)
-
-
-@contextlib.contextmanager
-def room_to_wake(instance: Instance, num_bytes: Collection[int]) -> Iterator[None]:
-    """Announce what a wake allocates on each rank, and let neighbours make room for it.
-
-    Until the end of the block nobody else is promised these bytes.
-
-    Args:
-        instance: The engine's rows in the ledgers.
-        num_bytes: Of each rank, in bytes.
-
-    Raises:
-        NoRoomError: If neighbours do not give enough; nothing was allocated then.
-    """
-    if not any(num_bytes):
-        yield
-        return
-    shortage = instance.make_room(max(num_bytes), PATIENCE_SECONDS)
-    if shortage is not None:
-        raise NoRoomError(
-            f"kvcached: there is no room to wake up: {shortage}; this engine stays asleep, and may "
-            "be woken when others need less"
-        )
-    try:
-        yield
-    finally:
-        instance.announce(0)
 
 
 @contextlib.contextmanager

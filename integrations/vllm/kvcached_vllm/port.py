@@ -1,0 +1,78 @@
+"""vLLM as our engine sees it: what it asks of vLLM, and how its orders reach the workers."""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kvcached_core.memory.orders import PageOrders
+from kvcached_vllm.worker import apply_orders, settle_orders
+
+if TYPE_CHECKING:
+    from kvcached_vllm.block_pool import ElasticBlockPool
+
+
+class VllmPort:
+    """The `EnginePort` of vLLM.
+
+    Args:
+        core: The engine core.
+    """
+
+    pool: "ElasticBlockPool"  # once vLLM has built it
+    answer_ring: Callable[[], None]  # the engine's
+
+    def __init__(self, core: Any) -> None:
+        self.core = core
+
+    @property
+    def can_be_woken(self) -> bool:
+        """See `EnginePort.can_be_woken`."""
+        return hasattr(self.core, "input_queue")
+
+    def is_busy(self) -> bool:
+        """See `EnginePort.is_busy`."""
+        return bool(self.core.scheduler.has_unfinished_requests())
+
+    def is_live(self) -> bool:
+        """See `EnginePort.is_live`."""
+        return self.pool.num_used_blocks > 0
+
+    def num_waiting(self) -> int:
+        """See `EnginePort.num_waiting`."""
+        _, num_waiting = self.core.scheduler.get_request_counts()
+        return int(num_waiting)
+
+    def num_idle_blocks(self) -> int:
+        """See `EnginePort.num_idle_blocks`."""
+        return self.pool.num_idle_blocks
+
+    def carry_out(self, orders: PageOrders | None, *, wait: bool) -> None:
+        """See `EnginePort.carry_out`."""
+        if orders is not None:
+            self.core.model_executor.collective_rpc(apply_orders, args=(orders,))
+        if wait:
+            self.core.model_executor.collective_rpc(settle_orders)
+
+    def evict(self, num_pages: int) -> bool:
+        """See `EnginePort.evict`."""
+        return self.pool.evict_pages(num_pages)
+
+    def publish(self) -> None:
+        """See `EnginePort.publish`: an idle engine makes no step that would.
+
+        Events of a step's own stay in order: vLLM publishes what is queued when a step ends.
+        """
+        scheduler = self.core.scheduler
+        events = scheduler.kv_cache_manager.take_events()
+        if events:
+            from vllm.distributed.kv_events import KVEventBatch
+
+            batch = KVEventBatch(ts=time.time(), events=events)
+            scheduler.kv_event_publisher.publish(batch)
+
+    def wake(self) -> None:
+        """See `EnginePort.wake`."""
+        from vllm.v1.engine import EngineCoreRequestType
+
+        self.core._idle_state_callbacks.append(lambda _core: self.answer_ring())
+        self.core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))

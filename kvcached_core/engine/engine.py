@@ -1,0 +1,154 @@
+"""One engine's scheduler and its memory, in no engine's words."""
+
+import atexit
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from kvcached_core.engine.giving import Giving
+from kvcached_core.engine.port import EnginePort
+from kvcached_core.engine.ranks import Ranks
+from kvcached_core.errors import NoRoomError
+from kvcached_core.memory.orders import PageOrders
+
+if TYPE_CHECKING:
+    from kvcached_core.engine.pages import Pages
+
+
+class ElasticEngine:
+    """The scheduler's side of one engine: from its start to its end.
+
+    What a schedule needs is promised before the engine allocates it, and the workers are told at
+    its end what to map and unmap. Between two steps the engine gives memory back if it is asked to.
+    The scheduler's thread calls it, but for `ring`.
+
+    Args:
+        ranks: The engine in the ledgers.
+        port: What the adapter says of its engine.
+    """
+
+    def __init__(self, ranks: Ranks, port: EnginePort) -> None:
+        self.ranks = ranks
+        self.port = port
+        self.pools: list[Pages] = []  # that of all layers first
+        self.giving = Giving(ranks, port, self.pools, self._tell)
+        self._is_wake_pending = False
+        atexit.register(self.close)
+
+    def end_schedule(self) -> PageOrders | None:
+        """Give back what a schedule was promised and did not use; return the workers' orders."""
+        if self.ranks.is_waiting:
+            self.ranks.end_schedule(is_busy=self.port.num_waiting() > 0)
+        is_live = self.port.is_live()
+        for pages in self.pools:
+            pages.end_schedule(is_live=is_live)
+        return self._take_orders(is_live=is_live)
+
+    def between_steps(self) -> None:
+        """Give back what others or the limit want, if they want something new."""
+        if self.pools and (wanted := self.ranks.look(is_busy=False)) is not None:
+            self.giving.give(wanted)
+
+    def rest(self) -> None:
+        """Nothing runs any more: let surplus pages linger, and see to it that they go in time.
+
+        What is owed still goes now: the last requests left it in the cache. An engine in its
+        caller's process has no loop that could be woken, so all its surplus pages go now.
+        """
+        if not self.pools:
+            return
+        if self.ranks.is_waiting:
+            self.ranks.clear_waiting()
+        if self.giving.owed_pages:
+            self.giving.pay()
+            self.port.publish()
+        self.flush(is_last=not self.port.can_be_woken)
+        due = [pages.seconds_until_due() for pages in self.pools]
+        due_seconds = max((seconds for seconds in due if seconds is not None), default=None)
+        if due_seconds is not None:
+            self.ranks.set_alarm(due_seconds)
+
+    def flush(self, *, is_last: bool = False) -> None:
+        """Carry out now, between two steps, what was decided.
+
+        Args:
+            is_last: Nobody will call again soon, so surplus pages go now.
+        """
+        is_live = self.port.is_live()
+        for pages in self.pools:
+            pages.end_schedule(is_live=is_live, is_last=is_last)
+        self._send(self._take_orders(is_live=is_live))
+
+    def empty(self) -> None:
+        """Give everything back but page 0, before the engine sleeps; return when it is done."""
+        if self.pools:
+            self.ranks.clear_waiting()
+            self.giving.close(self.pools[0].num_pages)
+            self._send(self._take_orders(is_live=False), wait=True)
+            self.port.publish()
+
+    @contextlib.contextmanager
+    def room_to_wake(self, num_bytes: int) -> Iterator[None]:
+        """Announce what a wake allocates beside the KV cache, and let neighbours make room for it.
+
+        Until the end of the block nobody else is promised these bytes.
+
+        Args:
+            num_bytes: On the rank that allocates most, in bytes.
+
+        Raises:
+            NoRoomError: If neighbours do not give enough; nothing was allocated then.
+        """
+        if not num_bytes:
+            yield
+            return
+        shortage = self.ranks.make_room(num_bytes)
+        if shortage is not None:
+            raise NoRoomError(
+                f"kvcached: there is no room to wake up: {shortage}; this engine stays asleep, and "
+                "may be woken when others need less"
+            )
+        try:
+            yield
+        finally:
+            self.ranks.announce(0)
+
+    def ring(self) -> None:
+        """Have an idle engine look what is asked of it; from any thread.
+
+        A busy engine looks after its step. One call is enough for all rings until it comes, since
+        it looks at what all of them asked.
+        """
+        if self.pools and self.port.can_be_woken and not self._is_wake_pending:
+            self._is_wake_pending = True
+            self.port.wake()
+
+    def answer_ring(self) -> None:
+        """Look, in the engine's own thread: `port.wake` brought it here."""
+        self._is_wake_pending = False  # before it looks: who rings from now on is heard again
+        self.between_steps()
+        if not self.port.is_busy():
+            self.rest()
+
+    def close(self) -> None:
+        """Leave the ledgers."""
+        atexit.unregister(self.close)
+        self.ranks.close()
+
+    def _tell(self, *, wait: bool) -> None:
+        orders = self._take_orders(is_live=self.port.is_live())
+        # Before the orders: to unmap takes from what is announced here.
+        self.ranks.answer(len(orders.unmap_pages) if orders else 0)
+        self._send(orders, wait=wait)
+
+    def _send(self, orders: PageOrders | None, *, wait: bool = False) -> None:
+        if orders is not None or wait:
+            self.port.carry_out(orders, wait=wait)
+
+    def _take_orders(self, *, is_live: bool) -> PageOrders | None:
+        return self.pools[0].book.take_orders(self._count_pages, is_live=is_live)
+
+    def _count_pages(self) -> tuple[int, int]:
+        counts = [pages.count_pages() for pages in self.pools]
+        # Page 0 of several pools is none of theirs.
+        return sum(used for used, _ in counts) + (len(counts) > 1), sum(held for _, held in counts)

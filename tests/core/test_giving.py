@@ -1,0 +1,167 @@
+"""What an engine gives, to whom first, and what it owes then; the engine is a fake port."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers.page_source import CountingSource, FakeBlock
+
+from kvcached_core.engine.free_lists import FreeLists
+from kvcached_core.engine.giving import FIRST_PAGES, YIELD_SECONDS, Giving
+from kvcached_core.engine.page_book import PageBook
+from kvcached_core.engine.pages import Pages
+from kvcached_core.engine.ranks import Wanted
+from kvcached_core.memory.geometry import Geometry
+
+GEOMETRY = Geometry(block_bytes=1024, num_planes=4, ids_per_page=16, blocks_per_page=4)
+NUM_PAGES = 64
+
+
+class Engine:
+    """Two pools of pages, each used, cached or empty, and a log of what is told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.is_busy_now = True
+        self.told: list[tuple[int, bool]] = []
+        self.num_published = 0
+        self.cached: list[FakeBlock] = []
+        book, source = PageBook(NUM_PAGES), CountingSource(1000)
+        self.lists = [FreeLists(GEOMETRY, NUM_PAGES, self.blocks_of) for _ in range(2)]
+        self.pools = [Pages(GEOMETRY, NUM_PAGES, source, each, shared=book) for each in self.lists]
+        self.book = book
+        port: Any = SimpleNamespace(
+            is_busy=lambda: self.is_busy_now,
+            evict=self.evict,
+            publish=self.publish,
+            num_idle_blocks=lambda: sum(each.num_free for each in self.lists) + len(self.cached),
+        )
+        ranks: Any = SimpleNamespace(clock=lambda: self.now)
+        self.giving = Giving(ranks, port, self.pools, self.tell)
+
+    @staticmethod
+    def blocks_of(page: int) -> list[FakeBlock]:
+        first = page * GEOMETRY.ids_per_page
+        return [FakeBlock(first + index) for index in range(GEOMETRY.blocks_per_page)]
+
+    def use(self, num_pages: int, *, pool: int = 0) -> list[FakeBlock]:
+        num_blocks = num_pages * GEOMETRY.blocks_per_page
+        self.pools[pool].promise_blocks(num_blocks)
+        self.pools[pool].open_blocks(num_blocks)
+        return self.lists[pool].take(num_blocks)
+
+    def cache(self, blocks: list[FakeBlock]) -> None:
+        self.cached += blocks
+        self.lists[0].add_cached(blocks)
+
+    def evict(self, num_pages: int) -> bool:
+        evicted = self.cached[: num_pages * GEOMETRY.blocks_per_page]
+        del self.cached[: len(evicted)]
+        self.lists[0].remove_cached(evicted)
+        self.lists[0].give(evicted)
+        return bool(evicted)
+
+    def tell(self, *, wait: bool) -> None:
+        orders = self.book.take_orders(lambda: (0, 0), is_live=True)
+        self.told.append((len(orders.unmap_pages) if orders else 0, wait))
+
+    def publish(self) -> None:
+        self.num_published += 1
+
+
+@pytest.fixture
+def engine() -> Engine:
+    made = Engine()
+    made.use(3)  # live for good
+    return made
+
+
+def settle(engine: Engine) -> None:
+    """Let the workers know all pages that are open."""
+    engine.book.take_orders(lambda: (0, 0), is_live=False)
+
+
+def test_empty_pages_of_all_pools_go_before_cached_ones(engine: Engine) -> None:
+    first, second, third = engine.use(2), engine.use(2, pool=1), engine.use(4)
+    settle(engine)
+    engine.lists[0].give(first)
+    engine.lists[1].give(second)
+    engine.cache(third)
+    engine.giving.give(Wanted(asked_pages=5, owed_pages=0))
+    assert [pages.num_open_pages for pages in engine.pools] == [3 + 3, 0]
+    assert len(engine.cached) == 3 * GEOMETRY.blocks_per_page
+    assert engine.told == [(5, False)]
+    assert engine.num_published == 1
+
+
+def test_an_idle_engine_sees_its_first_pages_go_and_a_busy_one_does_not_wait(
+    engine: Engine,
+) -> None:
+    blocks = engine.use(2 * (FIRST_PAGES + 2))
+    settle(engine)
+    engine.cache(blocks)
+    engine.giving.give(Wanted(FIRST_PAGES + 2, 0))
+    assert engine.told == [(FIRST_PAGES + 2, False)]
+    engine.told.clear()
+    engine.is_busy_now = False
+    engine.giving.give(Wanted(FIRST_PAGES + 2, 0))
+    assert engine.told == [(FIRST_PAGES, True), (2, False)]
+
+
+def test_what_cannot_be_given_is_owed_as_far_as_requests_have_to_stop_for_it(
+    engine: Engine,
+) -> None:
+    engine.lists[0].give(engine.use(1))
+    engine.giving.give(Wanted(asked_pages=6, owed_pages=2))
+    assert engine.giving.owed_pages == 2
+    engine.giving.give(Wanted(asked_pages=0, owed_pages=0))
+    assert engine.giving.owed_pages == 0
+
+
+def test_what_pages_pay_at_once_is_not_owed(engine: Engine) -> None:
+    engine.lists[0].give(engine.use(5))
+    engine.giving.give(Wanted(asked_pages=6, owed_pages=4))
+    assert engine.giving.owed_pages == 1
+
+
+def test_a_debt_is_paid_with_what_comes_free(engine: Engine) -> None:
+    blocks = engine.use(2)
+    engine.giving.owed_pages = 2
+    assert not engine.giving.pay()
+    engine.lists[0].give(blocks[:4])
+    assert not engine.giving.pay()
+    engine.cache(blocks[4:])
+    assert engine.giving.pay()
+    assert engine.giving.owed_pages == 0
+
+
+def test_nothing_is_told_where_nothing_is_asked(engine: Engine) -> None:
+    engine.giving.give(Wanted(0, 0))
+    assert (engine.told, engine.num_published) == ([], 0)
+
+
+def test_a_neighbour_comes_before_new_requests_for_a_while_and_gets_what_comes_free(
+    engine: Engine,
+) -> None:
+    blocks = engine.use(3)
+    engine.giving.give(Wanted(asked_pages=2, owed_pages=0))
+    assert engine.giving.must_yield(is_running=True)
+    assert not engine.giving.must_yield(is_running=False)
+    engine.lists[0].give(blocks[:4])
+    assert engine.giving.pay()
+    assert engine.pools[0].num_open_pages == 3 + 2
+    assert engine.giving.must_yield(is_running=True)
+    engine.lists[0].give(blocks[4:])
+    engine.giving.pay()
+    assert engine.pools[0].num_open_pages == 3 + 1
+    assert not engine.giving.must_yield(is_running=True)
+
+
+def test_a_neighbour_that_asks_no_more_gets_nothing(engine: Engine) -> None:
+    blocks = engine.use(3)
+    engine.giving.give(Wanted(asked_pages=2, owed_pages=0))
+    engine.now = YIELD_SECONDS
+    engine.lists[0].give(blocks)
+    engine.giving.pay()
+    assert engine.pools[0].num_open_pages == 3 + 3
+    assert not engine.giving.must_yield(is_running=True)

@@ -1,0 +1,182 @@
+"""What a request needs is promised before vLLM looks whether it is there."""
+
+from collections.abc import Iterator
+from inspect import signature
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.v1.core import kv_cache_coordinator
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request, RequestStatus
+
+from kvcached_core.config import HOST, read_config
+from kvcached_core.memory.devices import Device
+from kvcached_core.units import MIB
+from kvcached_vllm import engine_hooks
+from kvcached_vllm.engine import VllmEngine
+
+pytestmark = [pytest.mark.vllm, pytest.mark.older_release]
+
+BLOCK_SIZE = 16
+BLOCK_BYTES = 65536
+NUM_BLOCKS = 256
+NUM_PLANES = 8
+DEVICE = Device(HOST, "host", 256 * MIB)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[VllmEngine]:
+    config = read_config({"KVCACHED_DIR": str(tmp_path / "kv"), "KVCACHED_MIN_SPARE_PAGES": "0"})
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="m", max_model_len=2048))
+    core = SimpleNamespace(
+        scheduler=SimpleNamespace(get_request_counts=lambda: (1, 0)),
+        model_executor=SimpleNamespace(collective_rpc=lambda *_call, **_options: []),
+    )
+    made = VllmEngine(vllm_config, config, [DEVICE], core)
+    tensors = [SimpleNamespace(size=BLOCK_BYTES * NUM_BLOCKS) for _ in range(NUM_PLANES)]
+    plan = SimpleNamespace(kv_cache_tensors=tensors, num_blocks=NUM_BLOCKS, kv_cache_groups=[])
+    made.place([plan], 2 * MIB)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def manager(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return vLLM's own manager over our block pool, hooked as an engine hooks it."""
+    coordinator = kv_cache_coordinator.KVCacheCoordinator
+    for owner, name, hook in (
+        (KVCacheManager, "__init__", engine_hooks.kv_cache_manager_init),
+        (KVCacheManager, "allocate_slots", engine_hooks.kv_cache_manager_allocate_slots),
+        (coordinator, "get_num_blocks_to_allocate", engine_hooks.get_num_blocks_to_allocate),
+        (kv_cache_coordinator, "BlockPool", engine_hooks.block_pool_factory),
+    ):
+        monkeypatch.setattr(owner, name, hook(getattr(owner, name)))
+    spec = FullAttentionSpec(
+        block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32
+    )
+    engine_hooks._starting.set(engine)
+    sizes = {
+        "max_model_len": NUM_BLOCKS * BLOCK_SIZE,
+        "max_num_batched_tokens": NUM_BLOCKS * BLOCK_SIZE,
+        "max_in_flight_tokens": NUM_BLOCKS * BLOCK_SIZE,
+        "scheduler_block_size": BLOCK_SIZE,
+        "hash_block_size": BLOCK_SIZE,
+        "enable_caching": False,
+    }
+    return KVCacheManager(
+        KVCacheConfig(NUM_BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)]),
+        **{
+            name: sizes[name]
+            for name in signature(KVCacheManager.__init__).parameters & sizes.keys()
+        },
+    )
+
+
+def request(num_blocks: int) -> Request:
+    sampling = SamplingParams(max_tokens=1)
+    return Request("r", list(range(num_blocks * BLOCK_SIZE)), sampling, None)
+
+
+def wishes_of(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """Return the list of what is asked of the ledger from now on: how many pages, and urgently?"""
+    wishes: list[tuple[int, bool]] = []
+    reserve = engine.instance.reserve
+
+    def note(num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
+        wishes.append((num_pages, is_urgent))
+        return reserve(num_pages, is_urgent=is_urgent, num_spare=num_spare)
+
+    monkeypatch.setattr(engine.instance, "reserve", note)
+    return wishes
+
+
+def test_what_a_request_needs_is_asked_for_once_and_before_it_gets_it(
+    engine: VllmEngine, manager: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    per_page = engine.pools[0].geometry.blocks_per_page
+    wishes = wishes_of(engine, monkeypatch)
+    one = request(3 * per_page)
+    blocks = manager.allocate_slots(one, one.num_tokens)
+    assert len(blocks.blocks[0]) == 3 * per_page
+    assert wishes == [(3, True)]
+    assert engine.pools[0].num_open_pages == 4
+    assert (orders := engine.end_schedule()) is not None
+    assert len(orders.map_pages) == 3
+    manager.free(one)
+
+
+def test_a_request_that_finds_no_memory_waits(
+    engine: VllmEngine, manager: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.ranks.reserve(1 << 20, is_urgent=False)
+    wishes = wishes_of(engine, monkeypatch)
+    one = request(2 * engine.pools[0].geometry.blocks_per_page)
+    assert manager.allocate_slots(one, one.num_tokens) is None
+    assert wishes == [(2, True)]
+    assert engine.ranks.is_waiting
+
+
+@pytest.mark.parametrize(("kept", "num_pages"), [(0, 1), (1, 2)])
+def test_what_vllm_keeps_free_for_others_is_promised_as_well(
+    engine: VllmEngine, manager: Any, monkeypatch: pytest.MonkeyPatch, kept: int, num_pages: int
+) -> None:
+    per_page = engine.pools[0].geometry.blocks_per_page
+    wishes = wishes_of(engine, monkeypatch)
+    one = request(2 * per_page - 1)  # page 0 has all but one of its blocks
+    assert manager.allocate_slots(one, one.num_tokens, reserved_blocks=kept) is not None
+    assert wishes == [(num_pages, True)]
+
+
+@pytest.mark.parametrize(
+    ("status", "options", "num_pages"),
+    [
+        (RequestStatus.WAITING, {}, 2),
+        (RequestStatus.PREEMPTED, {}, 2),
+        (RequestStatus.RUNNING, {}, 1),
+        (RequestStatus.WAITING, {"has_scheduled_reqs": False}, 1),
+    ],
+)
+def test_vllms_watermark_is_kept_for_requests_that_wait_alone(  # noqa: PLR0917  fixtures
+    engine: VllmEngine,
+    manager: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    status: Any,
+    options: dict[str, Any],
+    num_pages: int,
+) -> None:
+    per_page = engine.pools[0].geometry.blocks_per_page
+    manager.watermark_blocks = 1
+    wishes = wishes_of(engine, monkeypatch)
+    one = request(2 * per_page - 1)
+    one.status = status
+    assert manager.allocate_slots(one, one.num_tokens, **options) is not None
+    assert wishes == [(num_pages, True)]
+
+
+def test_what_vllm_counts_outside_an_allocation_is_not_promised(
+    engine: VllmEngine, manager: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wishes = wishes_of(engine, monkeypatch)
+    count = engine_hooks.get_num_blocks_to_allocate(lambda _self: NUM_BLOCKS // 2)
+    assert count(manager.coordinator) == NUM_BLOCKS // 2
+    one = request(1)
+    with pytest.raises(ValueError, match="num_new_tokens"):
+        manager.allocate_slots(one, 0)
+    assert count(manager.coordinator) == NUM_BLOCKS // 2
+    assert wishes == []
+
+
+def test_nobody_gets_slots_while_pages_are_owed(engine: VllmEngine, manager: Any) -> None:
+    one, two = request(engine.pools[0].geometry.blocks_per_page * 2), request(1)
+    two.request_id = "two"
+    assert manager.allocate_slots(one, one.num_tokens) is not None
+    engine.giving.owed_pages = 2
+    assert manager.allocate_slots(two, two.num_tokens) is None
+    manager.free(one)  # vLLM preempts it
+    assert manager.allocate_slots(two, two.num_tokens) is not None
+    assert engine.giving.owed_pages == 0
