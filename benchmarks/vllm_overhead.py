@@ -124,6 +124,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--no-control", action="store_true", help="leave the control out")
     arguments.add_argument("--kv-gib", type=int, help="KV cache of each server")
+    arguments.add_argument("--num-prompts", type=int, help="requests of a workload in each round")
     arguments.add_argument(
         "--also",
         nargs="+",
@@ -145,6 +146,8 @@ def main() -> None:
             setting.workloads = [w for w in setting.workloads if any(o in w[0] for o in wanted)]
             if not setting.workloads:
                 sys.exit(f"--only {' '.join(wanted)}: no such workload; there are {names_of_all}")
+        if options.num_prompts:
+            setting.workloads = [(*w[:4], options.num_prompts) for w in setting.workloads]
         serve(setting, record, options.rounds, names)
 
 
