@@ -58,6 +58,7 @@ class Ranks:
         capacity_bytes: What instances may hold together on the device that has least.
         share: Returns rank 0's numbers on every rank.
         largest: Returns the largest number of all ranks on every rank.
+        num_idle_turns: Several ranks that have nothing to do look once in so many turns.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class Ranks:
         capacity_bytes: int,
         share: Share = alone,
         largest: Callable[[int], int] = lambda value: value,
+        *,
+        num_idle_turns: int = NUM_IDLE_TURNS,
     ) -> None:
         self.instance = instance
         self.seat = seat
@@ -75,6 +78,7 @@ class Ranks:
         self._share = share
         self._largest = largest
         self._is_one_of_many = share is not alone
+        self._turns_per_look = num_idle_turns
         self._microseconds = 0
         self._looked_at = 0.0
         self._num_idle_turns = 0
@@ -91,8 +95,8 @@ class Ranks:
     def look(self, *, is_busy: bool = True) -> Wanted | None:
         """Look at the ledgers and the clock; return what is wanted back, or None for no news.
 
-        An idle scheduler does this in every turn of its loop, which never sleeps: it takes no lock
-        unless somebody wants something, and ranks take turns together, so all leave out the same.
+        An idle scheduler does this in every turn of its loop. It takes no lock unless somebody
+        wants something, and ranks take turns together, so all leave out the same.
 
         Args:
             is_busy: Whether there are requests; the same on every rank.
@@ -101,7 +105,7 @@ class Ranks:
             self._num_idle_turns = 0
         elif self._is_one_of_many:
             self._num_idle_turns += 1
-            if self._num_idle_turns % NUM_IDLE_TURNS:
+            if self._num_idle_turns % self._turns_per_look:
                 return None
         values = [0, 0, 0, self.room_pages, 0]
         if self.instance is not None:

@@ -118,14 +118,14 @@ class CountingInstance:
         return 7
 
 
-def ranks(instance: Any, *, shared: list[int] | None = None) -> Ranks:
+def ranks(instance: Any, *, shared: list[int] | None = None, **more: int) -> Ranks:
     def share(values: list[int]) -> list[int]:
         if shared is not None:
             shared.append(1)
         return values
 
     seat = SimpleNamespace(num_ranks=1)
-    options = {"share": share} if shared is not None else {}
+    options = more | ({"share": share} if shared is not None else {})
     return Ranks(instance, seat, 0, **options)  # type: ignore[arg-type]
 
 
@@ -165,6 +165,14 @@ def test_idle_ranks_tell_each_other_what_is_new_once_in_some_turns() -> None:
     assert len(told) == 3
     many.look(is_busy=True)
     assert len(told) == 4
+
+
+def test_idle_ranks_whose_loop_sleeps_a_second_look_in_every_turn() -> None:
+    told: list[int] = []
+    many = ranks(CountingInstance(), shared=told, num_idle_turns=1)
+    for _ in range(3):
+        many.look(is_busy=False)
+    assert len(told) == 3
 
 
 def test_ranks_on_one_device_share_its_virtual_size(engine: ElasticEngine) -> None:

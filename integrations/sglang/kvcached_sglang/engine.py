@@ -80,6 +80,7 @@ class ElasticEngine:
             group,
             name=model_name(server_args.served_model_name or server_args.model_path),
             engine=startup.engine,
+            does_loop_sleep=getattr(server_args, "sleep_on_idle", False),
         )
         self.placing = Placing(
             self.ranks,

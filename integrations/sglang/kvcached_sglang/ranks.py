@@ -5,12 +5,20 @@ from typing import Any
 
 from kvcached_core.config import Config
 from kvcached_core.engine.instance import Instance
-from kvcached_core.engine.ranks import FirstRankError, Ranks
+from kvcached_core.engine.ranks import NUM_IDLE_TURNS, FirstRankError, Ranks
 from kvcached_core.errors import KVCachedError
 from kvcached_core.memory.devices import Device
 
 
-def join_ranks(device: Device, config: Config, group: Any, *, name: str, engine: str) -> Ranks:
+def join_ranks(
+    device: Device,
+    config: Config,
+    group: Any,
+    *,
+    name: str,
+    engine: str,
+    does_loop_sleep: bool = False,
+) -> Ranks:
     """Return this rank's view; rank 0 enters the server in the ledgers of all ranks' devices.
 
     Args:
@@ -19,6 +27,7 @@ def join_ranks(device: Device, config: Config, group: Any, *, name: str, engine:
         group: SGLang's group of the ranks that hold a part of every token's keys and values.
         name: What the instance is called when nobody named it.
         engine: The engine and its release.
+        does_loop_sleep: Whether an idle turn of SGLang's loop takes a second (`--sleep-on-idle`).
 
     Raises:
         KVCachedError: On rank 0, as `Instance`.
@@ -38,10 +47,15 @@ def join_ranks(device: Device, config: Config, group: Any, *, name: str, engine:
     if group.world_size == 1:
         instance = enter([device])
         return Ranks(instance, instance.seat(device), instance.capacity_bytes)
-    return _join_many(device, group, enter)
+    return _join_many(device, group, enter, 1 if does_loop_sleep else NUM_IDLE_TURNS)
 
 
-def _join_many(device: Device, group: Any, enter: Callable[[list[Device]], Instance]) -> Ranks:
+def _join_many(
+    device: Device,
+    group: Any,
+    enter: Callable[[list[Device]], Instance],
+    num_idle_turns: int,
+) -> Ranks:
     import torch
     from torch import distributed
 
@@ -72,4 +86,11 @@ def _join_many(device: Device, group: Any, enter: Callable[[list[Device]], Insta
         distributed.all_reduce(number, op=distributed.ReduceOp.MAX, group=channel)
         return int(number)
 
-    return Ranks(instance, seats[group.rank_in_group], capacity_bytes, share, largest)
+    return Ranks(
+        instance,
+        seats[group.rank_in_group],
+        capacity_bytes,
+        share,
+        largest,
+        num_idle_turns=num_idle_turns,
+    )
