@@ -46,7 +46,7 @@ def _arguments(group: str, names: str, *, is_optional: bool = False) -> Iterator
 
 
 _ARGUMENTS = (
-    *_arguments("device:Device", "device"),
+    *_arguments("device:Device", "device sleep_on_idle"),
     *_arguments("disagg:Disagg", "disaggregation_mode"),
     *_arguments("exec_:ExecDllm", "dllm_algorithm"),
     *_arguments("exec_:ExecFeatures", "enable_memory_saver"),
@@ -233,6 +233,12 @@ _SLEEP = (
         "what sleeps is read of it",
         alternatives=(f"{_SCHEDULER}.offload_tags",),
         how=USE,
+    ),
+    *uses(
+        "a health check of a server that sleeps is answered (kvcached_sglang/requests.py)",
+        f"{_SRT}.constants:HEALTH_CHECK_RID_PREFIX",
+        *members(_SCHEDULER, "maybe_send_health_check_signal return_health_check_ipcs"),
+        *members(f"{_BATCH}:Req", "http_worker_ipc rid"),
     ),
 )
 

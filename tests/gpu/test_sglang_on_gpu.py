@@ -4,11 +4,16 @@ All prompts of a round come in one message, so that both servers schedule them a
 one hands out the blocks at the top of its reservation.
 """
 
+import json
 import os
+import random
 import re
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from helpers.gpu_offline import mixed_prompts
 from helpers.sglang_models import deepseek, laguna, lfm2, save
@@ -18,7 +23,7 @@ from kvcached_core.units import GIB
 from kvcached_demo.harness.engines import SGLANG
 from kvcached_demo.harness.load import generate
 from kvcached_demo.harness.server import EngineServer
-from kvcached_demo.harness.servers import Servers
+from kvcached_demo.harness.servers import HEADROOM, Servers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]
 
@@ -34,6 +39,9 @@ OPTIONS = (
 VANILLA_TOKENS = 16 * GIB // (128 * 1024)
 NUM_TOKENS = 32
 NUM_PAGES_AT_REST = 2
+WEIGHTS_BYTES = 16 * 10**9  # of Llama-3.1-8B's shape
+FILLED_BYTES = 15 * GIB  # of 16, see TOP_PAGES
+NUM_FILLS = 40
 
 CASES = {
     "radix, graphs": (),
@@ -55,11 +63,13 @@ def llama() -> Path:
     return make_weights(MODELS / "llama-8b", "llama-8b")
 
 
-def start(servers: Servers, model: Path, *arguments: str, elastic: bool) -> EngineServer:
+def start(
+    servers: Servers, model: Path, *arguments: str, elastic: bool, name: str = ELASTIC
+) -> EngineServer:
     sizes = ("--max-total-tokens", str(VANILLA_TOKENS), "--mem-fraction-static", "0.75")
     return servers.start(
         SGLANG,
-        ELASTIC if elastic else "vanilla",
+        name if elastic else "vanilla",
         model,
         *arguments,
         *(() if elastic else sizes),
@@ -143,3 +153,49 @@ def test_released_memory_comes_back_with_the_next_request(
             server.post(f"/{verb}_memory_occupation", {"tags": tags}).raise_for_status()
             assert pages(servers) == 1
         assert ask(server, prompts) == before
+
+
+def leave(num_bytes: int) -> Any:
+    """Take all of the device but `num_bytes` for KV caches; return what holds it."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    size = free - num_bytes - int(HEADROOM * total)
+    return torch.empty(max(size, 0), dtype=torch.uint8, device="cuda")
+
+
+def fill(servers: Servers, name: str) -> None:
+    """Let a server's prefix cache take most of the pages that `TOP_PAGES` leaves it."""
+    source = random.Random(1)
+    for _ in range(NUM_FILLS):
+        if servers.resident_bytes(name) > FILLED_BYTES:
+            return
+        ask(servers[name], [[source.randrange(3, 1000) for _ in range(3000)] for _ in range(8)])
+    raise AssertionError(f"the prefix cache does not take {FILLED_BYTES} bytes")
+
+
+def test_a_full_neighbour_makes_room_for_a_start_and_a_sleeper_is_healthy(tmp_path: Path) -> None:
+    eager, facts = "--disable-cuda-graph", dict[str, Any]()
+    question = mixed_prompts(3, 900)[1:2]
+    with Servers(tmp_path) as servers:
+        neighbour = start(servers, llama(), eager, elastic=True, name="neighbour")
+        neighbour.wait_ready()
+        expected = ask(neighbour, question)
+        ballast = leave(20 * GIB)
+        fill(servers, "neighbour")
+        before = servers.resident_bytes("neighbour")
+        comer = start(servers, llama(), eager, elastic=True, name="comer")
+        facts["seen"] = seen = [asdict(servers.device())]
+        comer.wait_ready(tick=lambda: seen.append(asdict(servers.device())))
+        announced = max(row["static_bytes"] for device in seen for row in device["instances"])
+        assert announced > WEIGHTS_BYTES
+        assert before - servers.resident_bytes("neighbour") > WEIGHTS_BYTES // 2
+        assert ask(comer, question) == expected
+        comer.post("/release_memory_occupation", {"tags": ["kv_cache"]}).raise_for_status()
+        facts["asleep"] = [httpx.get(f"{comer.url}/health", timeout=60).status_code for _ in "12"]
+        comer.post("/resume_memory_occupation", {"tags": ["kv_cache"]}).raise_for_status()
+        assert facts["asleep"] == [httpx.codes.OK, httpx.codes.OK]
+        assert ask(comer, question) == expected
+        del ballast
+    folder = Path(os.environ.get("GPU_CHECK_FOLDER", tmp_path))
+    (folder / "sglang_start.json").write_text(json.dumps(facts, indent=1))

@@ -1,11 +1,12 @@
 """What we read of SGLang's scheduler, and the one flag of it that we clear."""
 
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kvcached_sglang.requests import is_busy, reopen
+from kvcached_sglang.requests import answer_health_checks, is_busy, reopen
 
 pytestmark = pytest.mark.sglang
 
@@ -37,3 +38,29 @@ def test_requests_are_let_in_again_when_nothing_runs_or_memory_came() -> None:
 )
 def test_memory_is_wanted_soon_where_requests_are(facts: dict[str, Any], *, expected: bool) -> None:
     assert is_busy(scheduler(**facts)) is expected
+
+
+class Loop:
+    """A scheduler's queue, and the answers to health checks."""
+
+    def __init__(self, *rids: str, asleep: bool) -> None:
+        self.waiting_queue = [SimpleNamespace(rid=rid, http_worker_ipc=rid) for rid in rids]
+        self.weight_updater = SimpleNamespace(offload_tags={"kv_cache"} if asleep else set())
+        self.return_health_check_ipcs: deque[str] = deque()
+        self.answered: list[str] = []
+
+    def maybe_send_health_check_signal(self) -> None:
+        if self.return_health_check_ipcs:
+            self.answered.append(self.return_health_check_ipcs.popleft())
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+def test_a_health_check_does_not_wait_for_a_wake(*, asleep: bool) -> None:
+    from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+
+    check = f"{HEALTH_CHECK_RID_PREFIX}_1"
+    loop = Loop("request", check, asleep=asleep)
+    answer_health_checks(loop)
+    assert loop.answered == ([check] if asleep else [])
+    waiting = [one.rid for one in loop.waiting_queue]
+    assert waiting == (["request"] if asleep else ["request", check])

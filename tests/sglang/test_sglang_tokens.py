@@ -113,6 +113,15 @@ def test_released_memory_is_mapped_again_by_the_next_request(served: Served) -> 
     served.check(1)
 
 
+def test_a_sleeping_server_is_healthy(served: Served) -> None:
+    url = served.elastic.url
+    httpx.post(f"{url}/release_memory_occupation", json={}).raise_for_status()
+    codes = [httpx.get(f"{url}/health", timeout=60).status_code for _ in range(2)]
+    httpx.post(f"{url}/resume_memory_occupation", json={}).raise_for_status()
+    assert codes == [httpx.codes.OK, httpx.codes.OK]
+    served.check(1)
+
+
 def test_the_leak_checks_stay_on_and_silent(served: Served) -> None:
     assert served.elastic.process.poll() is None
     assert "leak detected" not in served.elastic.log.read_text()

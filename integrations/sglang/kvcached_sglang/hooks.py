@@ -6,7 +6,7 @@ from typing import Any
 
 from kvcached_sglang import pools
 from kvcached_sglang.engine import engine
-from kvcached_sglang.requests import is_asleep
+from kvcached_sglang.requests import answer_health_checks, is_asleep
 from kvcached_sglang.startup import startup
 
 
@@ -99,6 +99,8 @@ def get_next_batch_to_run(original: Callable[..., Any]) -> Callable[..., Any]:
         ours.begin_schedule(self)
         plan = original(self, *args, **kwargs)
         batch = getattr(plan, "batch_to_run", plan)
+        if batch is None and self.last_batch is None:
+            answer_health_checks(self)
         ours.end_schedule(self, has_batch=batch is not None)
         return plan
 

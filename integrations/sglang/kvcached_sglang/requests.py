@@ -39,6 +39,22 @@ def is_asleep(scheduler: Any) -> bool:
     return bool(getattr(owner, "offload_tags", ()))
 
 
+def answer_health_checks(scheduler: Any) -> None:
+    """Let SGLang's `/health` hear that a scheduler is alive which runs nothing.
+
+    A check is a request for one token. While an engine sleeps, it would wait for the wake in the
+    queue; it is answered as SGLang answers one that comes while other requests are there.
+    """
+    from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+
+    if is_asleep(scheduler):
+        for request in list(scheduler.waiting_queue):
+            if request.rid.startswith(HEALTH_CHECK_RID_PREFIX):
+                scheduler.waiting_queue.remove(request)
+                scheduler.return_health_check_ipcs.append(request.http_worker_ipc)
+    scheduler.maybe_send_health_check_signal()
+
+
 def reopen(scheduler: Any, *, has_more: bool = False) -> None:
     """Let requests in again after one found no memory.
 
