@@ -231,38 +231,6 @@ def set_limit(engine: VllmEngine, limit_bytes: int | None) -> None:
             ledger.change_policy(seat.row, limit_bytes=limit_bytes)
 
 
-def test_a_limit_that_was_lifted_leaves_no_debt(engine: VllmEngine) -> None:
-    place(engine)
-    pool = build_pool(engine)
-    live_blocks(engine, pool, 150)
-    engine.port.core.is_busy = True
-    set_limit(engine, 3 * engine.instance.page_bytes)
-    engine.between_steps()
-    assert engine.giving.owed_pages > 0
-    set_limit(engine, None)
-    engine.between_steps()
-    assert engine.giving.owed_pages == 0
-
-
-def test_what_is_owed_goes_when_the_last_request_leaves_it_behind(engine: VllmEngine) -> None:
-    place(engine)
-    pool = build_pool(engine)
-    blocks = live_blocks(engine, pool, 150)
-    engine.port.core.is_busy = True
-    limit_pages = 3
-    set_limit(engine, limit_pages * engine.instance.page_bytes)
-    engine.between_steps()
-    assert pool.pages.num_resident_pages > limit_pages
-    pool.free_blocks(blocks)  # the last request ends, and no schedule follows
-    engine.port.core.is_busy = False
-    engine.port.core.calls.clear()
-    engine.rest()
-    assert engine.giving.owed_pages == 0
-    assert pool.pages.num_resident_pages <= limit_pages
-    (call,) = engine.port.core.calls
-    assert len(call[1].unmap_pages) >= 1
-
-
 def ask(engine: VllmEngine, num_pages: int) -> None:
     for device in (FIRST, SECOND):
         seat = engine.instance.seat(device)
@@ -303,22 +271,6 @@ def test_what_is_coming_is_announced_before_the_workers_unmap_it(
     engine.between_steps()
     assert announced == [(4, 4)]
     assert coming_pages(engine) == 0
-
-
-@pytest.mark.parametrize(("num_idle", "num_owed"), [(3, 1), (4, 0), (0, 4)])
-def test_what_idle_pages_pay_is_not_owed(engine: VllmEngine, num_idle: int, num_owed: int) -> None:
-    place(engine)
-    pool = build_pool(engine)
-    pool.pages.min_spare_pages = pool.pages.max_spare_pages = 0
-    engine.port.core.is_busy = True
-    per_page = pool.pages.geometry.blocks_per_page
-    blocks = live_blocks(engine, pool, 7 * per_page - 1)
-    assert pool.pages.num_resident_pages == 7
-    pool.free_blocks(blocks[(7 - num_idle) * per_page - 1 :])
-    set_limit(engine, 3 * engine.instance.page_bytes)
-    engine.between_steps()
-    assert engine.giving.owed_pages == num_owed
-    assert pool.pages.num_resident_pages == 7 - num_idle
 
 
 def test_the_least_limit_holds_the_largest_request_and_the_null_block(
