@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from kvcached_core.config import read_config
+from kvcached_patches.around import around
 from kvcached_vllm.engine import VllmEngine
 from kvcached_vllm.obstacles import obstacles
 from kvcached_vllm.sleeping import asleep_bytes
@@ -25,30 +26,28 @@ _starting: ContextVar["VllmEngine | None"] = ContextVar("kvcached_starting", def
 _building_pool: ContextVar[bool] = ContextVar("kvcached_building_pool", default=False)
 
 
-def engine_core_initialize_kv_caches(original: Callable[..., Any]) -> Callable[..., Any]:
+@around
+def engine_core_initialize_kv_caches(
+    original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Wrap `EngineCore._initialize_kv_caches`: an engine's memory begins here.
 
     A spawned engine core loads plugins inside `EngineCore.__init__`, so that is too early a place.
     """
-
-    @functools.wraps(original)
-    def wrapper(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        engine = _start_engine(vllm_config, self)
-        if engine is None:
+    engine = _start_engine(vllm_config, self)
+    if engine is None:
+        return original(self, vllm_config, *args, **kwargs)
+    self.kvcached = engine
+    _starting.set(engine)
+    try:
+        with startup.one_message():
             return original(self, vllm_config, *args, **kwargs)
-        self.kvcached = engine
-        _starting.set(engine)
-        try:
-            with startup.one_message():
-                return original(self, vllm_config, *args, **kwargs)
-        except BaseException as error:
-            _starting.set(None)
-            if isinstance(error, ValueError):  # vLLM's own word that one request does not fit
-                error.add_note(f"kvcached: {engine.explain_size()}")
-            engine.close()
-            raise
-
-    return wrapper
+    except BaseException as error:
+        _starting.set(None)
+        if isinstance(error, ValueError):  # vLLM's own word that one request does not fit
+            error.add_note(f"kvcached: {engine.explain_size()}")
+        engine.close()
+        raise
 
 
 def _start_engine(vllm_config: Any, core: Any) -> VllmEngine | None:
@@ -64,112 +63,88 @@ def _engine_of(core: Any) -> VllmEngine | None:
     return engine
 
 
-def engine_core_post_step(original: Callable[..., None]) -> Callable[..., None]:
+@around
+def engine_core_post_step(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap `EngineCore.post_step`: answer who asks, and leave nothing behind the last request.
 
     An engine in the caller's process makes no further step that could carry the last orders.
     """
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        engine: VllmEngine | None = getattr(self, "kvcached", None)
-        if engine is not None:
-            engine.between_steps()
-            if not self.scheduler.has_unfinished_requests():
-                engine.rest()
-
-    return wrapper
+    original(self, *args, **kwargs)
+    engine: VllmEngine | None = getattr(self, "kvcached", None)
+    if engine is not None:
+        engine.between_steps()
+        if not self.scheduler.has_unfinished_requests():
+            engine.rest()
 
 
-def engine_core_reset_prefix_cache(original: Callable[..., bool]) -> Callable[..., bool]:
+@around
+def engine_core_reset_prefix_cache(original: Any, self: Any, *args: Any, **kwargs: Any) -> bool:
     """Wrap `EngineCore.reset_prefix_cache`: unmap what it emptied."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> bool:
-        done = original(self, *args, **kwargs)
-        engine = _engine_of(self)
-        if engine is not None:
-            engine.flush(is_last=True)
-            engine.port.publish()
-        return done
-
-    return wrapper
+    done = original(self, *args, **kwargs)
+    engine = _engine_of(self)
+    if engine is not None:
+        engine.flush(is_last=True)
+        engine.port.publish()
+    return done
 
 
-def engine_core_shutdown(original: Callable[..., None]) -> Callable[..., None]:
+@around
+def engine_core_shutdown(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap `EngineCore.shutdown`: leave the ledger after the workers."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            original(self, *args, **kwargs)
-        finally:
-            engine: VllmEngine | None = self.__dict__.pop("kvcached", None)
-            if engine is not None:
-                engine.close()
-
-    return wrapper
-
-
-def executor_initialize_from_config(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `Executor.initialize_from_config`: it sees the plans of all ranks."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, kv_cache_configs: list[Any], *args: Any, **kwargs: Any) -> None:
-        engine = _starting.get()
-        if engine is not None and not any(plan.kv_cache_tensors for plan in kv_cache_configs):
-            logger.info("kvcached: this model has no KV cache, so there is nothing to share")
-            _starting.set(None)
-            engine.port.core.__dict__.pop("kvcached").close()
-        elif engine is not None:
-            self.kvcached = engine
-            engine.place(kv_cache_configs, self.collective_rpc(granularity_of)[0])
-        original(self, kv_cache_configs, *args, **kwargs)
-
-    return wrapper
-
-
-def executor_sleep(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `Executor.sleep`: a sleeping engine keeps page 0 alone."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        engine: VllmEngine | None = getattr(self, "kvcached", None)
-        if engine is not None:
-            engine.empty()
+    try:
         original(self, *args, **kwargs)
+    finally:
+        engine: VllmEngine | None = self.__dict__.pop("kvcached", None)
+        if engine is not None:
+            engine.close()
 
-    return wrapper
+
+@around
+def executor_initialize_from_config(
+    original: Any, self: Any, kv_cache_configs: list[Any], *args: Any, **kwargs: Any
+) -> None:
+    """Wrap `Executor.initialize_from_config`: it sees the plans of all ranks."""
+    engine = _starting.get()
+    if engine is not None and not any(plan.kv_cache_tensors for plan in kv_cache_configs):
+        logger.info("kvcached: this model has no KV cache, so there is nothing to share")
+        _starting.set(None)
+        engine.port.core.__dict__.pop("kvcached").close()
+    elif engine is not None:
+        self.kvcached = engine
+        engine.place(kv_cache_configs, self.collective_rpc(granularity_of)[0])
+    original(self, kv_cache_configs, *args, **kwargs)
 
 
-def executor_wake_up(original: Callable[..., None]) -> Callable[..., None]:
+@around
+def executor_sleep(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """Wrap `Executor.sleep`: a sleeping engine keeps page 0 alone."""
+    engine: VllmEngine | None = getattr(self, "kvcached", None)
+    if engine is not None:
+        engine.empty()
+    original(self, *args, **kwargs)
+
+
+@around
+def executor_wake_up(
+    original: Any, self: Any, tags: list[str] | None = None, *args: Any, **kwargs: Any
+) -> None:
     """Wrap `Executor.wake_up`: room is made before anything is allocated, or the call refused."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, tags: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
-        engine: VllmEngine | None = getattr(self, "kvcached", None)
-        if engine is None or not self.is_sleeping:
-            original(self, tags, *args, **kwargs)
-            return
-        with engine.room_to_wake(max(self.collective_rpc(asleep_bytes, args=(tags,)))):
-            original(self, tags, *args, **kwargs)
-
-    return wrapper
+    engine: VllmEngine | None = getattr(self, "kvcached", None)
+    if engine is None or not self.is_sleeping:
+        original(self, tags, *args, **kwargs)
+        return
+    with engine.room_to_wake(max(self.collective_rpc(asleep_bytes, args=(tags,)))):
+        original(self, tags, *args, **kwargs)
 
 
-def kv_cache_manager_init(original: Callable[..., None]) -> Callable[..., None]:
+@around
+def kv_cache_manager_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap `KVCacheManager.__init__`: the block pool built inside is the scheduler's own."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        token = _building_pool.set(True)
-        try:
-            original(self, *args, **kwargs)
-        finally:
-            _building_pool.reset(token)
-
-    return wrapper
+    token = _building_pool.set(True)
+    try:
+        original(self, *args, **kwargs)
+    finally:
+        _building_pool.reset(token)
 
 
 def block_pool_factory(original: Any) -> Any:

@@ -14,6 +14,7 @@ from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.devices import Device, cuda_device, host_device
 from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_core.memory.vmm.host import HostBackend
+from kvcached_patches.around import around
 from kvcached_vllm.layout import PLACEMENT, Placement, plane_layout, sparse_config
 from kvcached_vllm.obstacles import can_serve
 from kvcached_vllm.sleeping import all_or_none, mapped_only
@@ -74,86 +75,74 @@ def _current_stream(worker: Any) -> Callable[[], int]:
     return lambda: int(torch.cuda.current_stream(device).cuda_stream)
 
 
-def worker_init_device(original: Callable[..., None]) -> Callable[..., None]:
+@around
+def worker_init_device(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap `Worker.init_device`: `request_memory` inside must know whether we serve."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        token = _is_served.set(can_serve(self.vllm_config))
-        try:
-            original(self, *args, **kwargs)
-        finally:
-            _is_served.reset(token)
-
-    return wrapper
-
-
-def request_memory(original: Callable[..., int]) -> Callable[..., int]:
-    """Wrap `request_memory`: a share of the device need not be free when an engine starts."""
-
-    @functools.wraps(original)
-    def wrapper(init_snapshot: Any, cache_config: Any, *args: Any, **kwargs: Any) -> int:
-        if not _is_served.get():
-            return original(init_snapshot, cache_config, *args, **kwargs)
-        share = int(init_snapshot.total_memory * cache_config.gpu_memory_utilization)
-        return min(share, init_snapshot.free_memory)
-
-    return wrapper
-
-
-def worker_load_model(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `Worker.load_model`: neighbours make room for the weights first."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        if self.device.type == CUDA and can_serve(self.vllm_config):
-            self.kvcached_arrival = Arrival(
-                device_of(self),
-                read_config(),
-                name=model_name(self.vllm_config.model_config.model),
-                engine=startup.engine,
-                static_bytes=static_bytes(self.vllm_config),
-            )
-            self.kvcached_arrival.make_room()
+    token = _is_served.set(can_serve(self.vllm_config))
+    try:
         original(self, *args, **kwargs)
-        if hasattr(self, "kvcached_arrival"):
-            self.kvcached_arrival.shrink(OTHER_BYTES)
-
-    return wrapper
+    finally:
+        _is_served.reset(token)
 
 
-def worker_initialize_from_config(original: Callable[..., None]) -> Callable[..., None]:
+@around
+def request_memory(
+    original: Any, init_snapshot: Any, cache_config: Any, *args: Any, **kwargs: Any
+) -> int:
+    """Wrap `request_memory`: a share of the device need not be free when an engine starts."""
+    if not _is_served.get():
+        return original(init_snapshot, cache_config, *args, **kwargs)
+    share = int(init_snapshot.total_memory * cache_config.gpu_memory_utilization)
+    return min(share, init_snapshot.free_memory)
+
+
+@around
+def worker_load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """Wrap `Worker.load_model`: neighbours make room for the weights first."""
+    if self.device.type == CUDA and can_serve(self.vllm_config):
+        self.kvcached_arrival = Arrival(
+            device_of(self),
+            read_config(),
+            name=model_name(self.vllm_config.model_config.model),
+            engine=startup.engine,
+            static_bytes=static_bytes(self.vllm_config),
+        )
+        self.kvcached_arrival.make_room()
+    original(self, *args, **kwargs)
+    if hasattr(self, "kvcached_arrival"):
+        self.kvcached_arrival.shrink(OTHER_BYTES)
+
+
+@around
+def worker_initialize_from_config(
+    original: Any, self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any
+) -> None:
     """Wrap `Worker.initialize_from_config`: vLLM allocates, on our addresses."""
+    arrival: Arrival | None = self.__dict__.pop("kvcached_arrival", None)
+    if arrival is not None:
+        arrival.close()
+    placement: Placement | None = getattr(kv_cache_config, PLACEMENT, None)
+    if placement is None:
+        original(self, kv_cache_config, *args, **kwargs)
+        return
+    from kvcached_vllm.zeros import ZerosFromArena
 
-    @functools.wraps(original)
-    def wrapper(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
-        arrival: Arrival | None = self.__dict__.pop("kvcached_arrival", None)
-        if arrival is not None:
-            arrival.close()
-        placement: Placement | None = getattr(kv_cache_config, PLACEMENT, None)
-        if placement is None:
-            original(self, kv_cache_config, *args, **kwargs)
-            return
-        from kvcached_vllm.zeros import ZerosFromArena
-
-        layout = plane_layout(kv_cache_config)
-        memory = WorkerMemory(placement, _backend(self), _current_stream(self))
-        arena = memory.arena
-        if layout.is_one_allocation:
-            tensors = [arena.tensor()]
-        else:
-            tensors = [arena.plane_tensor(plane) for plane in range(layout.num_planes)]
-        with ZerosFromArena(tensors) as zeros:
-            original(self, sparse_config(kv_cache_config, layout, placement), *args, **kwargs)
-        if zeros.num_left:
-            raise UnsupportedEngineError(
-                f"vLLM allocated {len(tensors) - zeros.num_left} KV tensors, not {len(tensors)}"
-            )
-        # One process may be worker and engine core: what vLLM reports stays the number of blocks.
-        self.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
-        self.kvcached = memory
-
-    return wrapper
+    layout = plane_layout(kv_cache_config)
+    memory = WorkerMemory(placement, _backend(self), _current_stream(self))
+    arena = memory.arena
+    if layout.is_one_allocation:
+        tensors = [arena.tensor()]
+    else:
+        tensors = [arena.plane_tensor(plane) for plane in range(layout.num_planes)]
+    with ZerosFromArena(tensors) as zeros:
+        original(self, sparse_config(kv_cache_config, layout, placement), *args, **kwargs)
+    if zeros.num_left:
+        raise UnsupportedEngineError(
+            f"vLLM allocated {len(tensors) - zeros.num_left} KV tensors, not {len(tensors)}"
+        )
+    # One process may be worker and engine core: what vLLM reports stays the number of blocks.
+    self.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
+    self.kvcached = memory
 
 
 def worker_execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -179,87 +168,67 @@ def worker_execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def worker_warm_up(original: Callable[..., Any]) -> Callable[..., Any]:
+@around
+def worker_warm_up(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Wrap `compile_or_warm_up_model`: steps inside run on made-up blocks."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        memory: WorkerMemory | None = getattr(self, "kvcached", None)
-        if memory is not None:
-            memory.end_warm_up()
-        return result
-
-    return wrapper
+    result = original(self, *args, **kwargs)
+    memory: WorkerMemory | None = getattr(self, "kvcached", None)
+    if memory is not None:
+        memory.end_warm_up()
+    return result
 
 
-def worker_sleep(original: Callable[..., None]) -> Callable[..., None]:
+@around
+def worker_sleep(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap `Worker.sleep`: our pages are gone before vLLM looks what it freed.
 
     vLLM asserts that the device has more free memory afterwards. On a shared device a neighbour may
     have taken it meanwhile, which is what sleeping is for.
     """
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        if not hasattr(self, "kvcached"):
-            original(self, *args, **kwargs)
-            return
-        settle_orders(self)
-        try:
-            original(self, *args, **kwargs)
-        except AssertionError as error:
-            if "increased after sleeping" not in str(error):
-                raise
-            logger.info("kvcached: a neighbour took more memory than this engine's sleep freed")
-
-    return wrapper
-
-
-def worker_wake_up(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `Worker.wake_up`: all of it or none, and what it zeroes must be mapped."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        if not hasattr(self, "kvcached"):
-            original(self, *args, **kwargs)
-            return
-        with all_or_none(), mapped_only(self):
-            original(self, *args, **kwargs)
-
-    return wrapper
-
-
-def worker_shutdown(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `Worker.shutdown`: give the memory back when nothing runs on it any more."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+    if not hasattr(self, "kvcached"):
         original(self, *args, **kwargs)
-        memory: WorkerMemory | None = self.__dict__.pop("kvcached", None)
-        if memory is not None:
-            memory.close()
+        return
+    settle_orders(self)
+    try:
+        original(self, *args, **kwargs)
+    except AssertionError as error:
+        if "increased after sleeping" not in str(error):
+            raise
+        logger.info("kvcached: a neighbour took more memory than this engine's sleep freed")
 
-    return wrapper
+
+@around
+def worker_wake_up(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """Wrap `Worker.wake_up`: all of it or none, and what it zeroes must be mapped."""
+    if not hasattr(self, "kvcached"):
+        original(self, *args, **kwargs)
+        return
+    with all_or_none(), mapped_only(self):
+        original(self, *args, **kwargs)
 
 
-def worker_determine_available_memory(original: Callable[..., int]) -> Callable[..., int]:
+@around
+def worker_shutdown(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """Wrap `Worker.shutdown`: give the memory back when nothing runs on it any more."""
+    original(self, *args, **kwargs)
+    memory: WorkerMemory | None = self.__dict__.pop("kvcached", None)
+    if memory is not None:
+        memory.close()
+
+
+@around
+def worker_determine_available_memory(original: Any, self: Any, *args: Any, **kwargs: Any) -> int:
     """Wrap `Worker.determine_available_memory`: the answer is the virtual size.
 
     With a size given, vLLM only runs its profile, and does not compare a neighbour's memory of
     before and after. A size that the user gave is kept as far as the limit allows.
     """
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> int:
-        if not can_serve(self.vllm_config):
-            return original(self, *args, **kwargs)
-        size = _virtual_bytes(self)
-        given = self.cache_config.kv_cache_memory_bytes
-        self.cache_config.kv_cache_memory_bytes = min(given or size, size)
+    if not can_serve(self.vllm_config):
         return original(self, *args, **kwargs)
-
-    return wrapper
+    size = _virtual_bytes(self)
+    given = self.cache_config.kv_cache_memory_bytes
+    self.cache_config.kv_cache_memory_bytes = min(given or size, size)
+    return original(self, *args, **kwargs)
 
 
 def _virtual_bytes(worker: Any) -> int:
@@ -269,34 +238,28 @@ def _virtual_bytes(worker: Any) -> int:
     return virtual_bytes(config, device.capacity_bytes(config), num_ranks)
 
 
-def cpu_worker_init(original: Callable[..., None]) -> Callable[..., None]:
+@around
+def cpu_worker_init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap `CPUWorker.__init__`: it must not compare a share of the memory with what is free."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        is_unset = vllm_config.cache_config.kv_cache_memory_bytes is None
-        if is_unset and can_serve(vllm_config):
-            config = read_config()
-            pool_bytes = host_device(config).total_bytes
-            vllm_config.cache_config.kv_cache_memory_bytes = config.virtual_bytes(pool_bytes)
-        original(self, vllm_config, *args, **kwargs)
-
-    return wrapper
+    is_unset = vllm_config.cache_config.kv_cache_memory_bytes is None
+    if is_unset and can_serve(vllm_config):
+        config = read_config()
+        pool_bytes = host_device(config).total_bytes
+        vllm_config.cache_config.kv_cache_memory_bytes = config.virtual_bytes(pool_bytes)
+    original(self, vllm_config, *args, **kwargs)
 
 
-def cpu_worker_determine_available_memory(original: Callable[..., int]) -> Callable[..., int]:
+@around
+def cpu_worker_determine_available_memory(
+    original: Any, self: Any, *args: Any, **kwargs: Any
+) -> int:
     """Wrap `CPUWorker.determine_available_memory`: the answer is the virtual size."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> int:
-        if not can_serve(self.vllm_config):
-            return original(self, *args, **kwargs)
-        size = min(self.cache_config.kv_cache_memory_bytes, _virtual_bytes(self))
-        self.cache_config.kv_cache_memory_bytes = TOKEN_KV_BYTES
-        try:
-            original(self, *args, **kwargs)
-        finally:
-            self.cache_config.kv_cache_memory_bytes = size
-        return size
-
-    return wrapper
+    if not can_serve(self.vllm_config):
+        return original(self, *args, **kwargs)
+    size = min(self.cache_config.kv_cache_memory_bytes, _virtual_bytes(self))
+    self.cache_config.kv_cache_memory_bytes = TOKEN_KV_BYTES
+    try:
+        original(self, *args, **kwargs)
+    finally:
+        self.cache_config.kv_cache_memory_bytes = size
+    return size
