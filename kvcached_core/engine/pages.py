@@ -65,6 +65,7 @@ class Pages:
         self.min_spare_pages = min_spare_pages
         self.max_spare_pages = max(max_spare_pages, min_spare_pages)
         self.num_quiet_pages = num_quiet_pages
+        self._num_spare_promised = self.max_spare_pages if shared is None else 0
         self.book = PageBook(num_pages, clock) if shared is None else shared
         self.num_promised = 0
         self.num_open_blocks = 0  # on open pages
@@ -103,21 +104,26 @@ class Pages:
             num_blocks: Blocks that are needed beside the free ones.
             is_urgent: A request has to wait without them, so others are asked for memory.
         """
+        num_pages = self.num_lacking(num_blocks)
+        if num_pages:
+            self.promise(num_pages, is_urgent=is_urgent)
+
+    def num_lacking(self, num_blocks: int) -> int:
+        """Return how many pages are missing until so many blocks are ready."""
         missing = num_blocks - self.num_ready_blocks
-        if missing > 0:
-            self.promise(-(-missing // self.geometry.blocks_per_page), is_urgent=is_urgent)
+        return max(-(-missing // self.geometry.blocks_per_page), 0)
 
     def promise(self, num_pages: int, *, is_urgent: bool) -> int:
         """Ask for `num_pages` more pages, but for no more than the arena has; return how many came.
 
         With an urgent wish comes one for spare pages: the next request of a burst finds them here
-        and needs no ledger.
+        and needs no ledger. Pools that share an arena leave them to one another.
         """
         num_left = self.book.num_left
         wanted = min(num_pages, num_left)
         if wanted <= 0:
             return 0
-        num_spare = min(self.max_spare_pages, num_left - wanted) if is_urgent else 0
+        num_spare = min(self._num_spare_promised, num_left - wanted) if is_urgent else 0
         return self._reserve(wanted, is_urgent=is_urgent, num_spare=num_spare)
 
     def cancel(self) -> None:

@@ -180,6 +180,7 @@ class SameCaches(RuleBasedStateMachine):
             lock = parts.cache.inc_lock_ref(node)
             ids = parts.alloc(len(tokens) - len(held)) if len(held) < len(tokens) else held[:0]
             given.append((held, ids))
+            self.engine.tell()  # as at the end of a schedule, before its step
             if ids is not None:
                 parts.write(ids, marks_of(tokens, len(held)))
                 value = torch.cat([held, ids])

@@ -45,9 +45,9 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr("kvcached_core.engine.instance.time", made)
-    for module in ("ranks", "waiting", "engine"):
-        monkeypatch.setattr(f"kvcached_sglang.{module}.time", made)
+    for module in ("kvcached_core.engine.instance", "kvcached_core.engine.ranks"):
+        monkeypatch.setattr(f"{module}.time", made)
+    monkeypatch.setattr("kvcached_sglang.waiting.time", made)
     return made
 
 

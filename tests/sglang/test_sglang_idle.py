@@ -70,7 +70,9 @@ def engine(tmp_path: Path) -> Iterator[ElasticEngine]:
             enable_memory_saver=False,
         )
         allocator = TokenToKVPoolAllocator(size, torch.float32, "cpu", pool, need_sort=False)
-    allocator.free(allocator.alloc(NUM_PAGES // 2 * PAGE_TOKENS))
+    ids = allocator.alloc(NUM_PAGES // 2 * PAGE_TOKENS)
+    made.tell()
+    allocator.free(ids)
     yield made
     pool.k_buffer.clear()
     pool.v_buffer.clear()

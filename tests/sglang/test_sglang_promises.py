@@ -41,11 +41,12 @@ class Blocks:
     def available_tokens(self) -> int:
         return self.num_free_blocks + self._source.room_pages * BLOCKS_PER_PAGE
 
-    def pages_for(self, num_blocks: int) -> int:
+    def num_lacking(self, num_blocks: int) -> int:
         return max(-(-num_blocks // BLOCKS_PER_PAGE), 0)
 
-    def reserve_blocks(self, num_blocks: int) -> None:
-        granted = min(self.pages_for(num_blocks), self._source.room_pages)
+    def promise_blocks(self, num_blocks: int, *, is_urgent: bool) -> None:
+        assert is_urgent
+        granted = min(self.num_lacking(num_blocks), self._source.room_pages)
         self._source.promised.append(granted)
         self._source.room_pages -= granted
         self.num_ready_blocks += granted * BLOCKS_PER_PAGE

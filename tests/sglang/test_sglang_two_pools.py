@@ -117,6 +117,7 @@ class TwoPools(RuleBasedStateMachine):
         assert (found[0] is None) == (found[1] is None)
         if found[0] is None:
             return
+        self.engine.tell()
         theirs, ours = (Tokens(ids, self.mark) for ids in found)
         for allocator, tokens in ((self.theirs, theirs), (self.ours, ours)):
             for plane, ids in planes(allocator, tokens):
@@ -168,10 +169,7 @@ class TwoPools(RuleBasedStateMachine):
     @invariant()
     def open_pages_are_one_pools_each_and_resident(self) -> None:
         full, window = (one.pages for one in self.engine.free_lists)
-        of_full, of_window = (
-            {page for page in range(NUM_PAGES + 1) if is_open(pages, page)}
-            for pages in (full, window)
-        )
+        of_full, of_window = set(full.open_pages), set(window.open_pages)
         assert not of_full & of_window
         assert 0 not in of_full | of_window
         assert set(self.engine.memory.arena.resident_pages) == {0} | of_full | of_window
@@ -191,11 +189,6 @@ def planes(allocator: Any, tokens: Tokens) -> list[tuple[torch.Tensor, torch.Ten
         for part, ids in ((pool.full_kv_pool, tokens.ids), (pool.swa_kv_pool, in_window))
         for plane in (*part.k_buffer, *part.v_buffer)
     ]
-
-
-def is_open(pages: Any, page: int) -> bool:
-    first = page * pages.geometry.ids_per_page
-    return first in set(pages.all_ids().tolist())
 
 
 TestTwoPools = TwoPools.TestCase

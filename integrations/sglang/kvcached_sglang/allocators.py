@@ -4,6 +4,7 @@ An allocator that SGLang built becomes one of these (`make_elastic`), so each ad
 class of SGLang's and nothing else.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ try:
 except ModuleNotFoundError:  # one module up to 0.5.12
     from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
 
-from kvcached_sglang.blocks import BlockPages
+from kvcached_core.engine.pages import Pages
 from kvcached_sglang.free_list import FreeList
 
 
@@ -89,17 +90,22 @@ ELASTIC = {
 }
 
 
-def make_elastic(allocator: Any, pages: BlockPages, room: Any) -> FreeList:
-    """Let an allocator that SGLang built hand out the blocks of `pages` alone.
+def make_elastic(
+    allocator: Any,
+    make_pages: Callable[[FreeList], Pages],
+    room: Callable[[], int],
+    count_cached: Callable[[], int],
+) -> FreeList:
+    """Let an allocator that SGLang built hand out the blocks of open pages alone.
 
     Args:
         allocator: SGLang's allocator.
-        pages: The pages.
-        room: Returns how many more blocks would be promised now.
+        make_pages: See `FreeList`.
+        room: See `FreeList`.
+        count_cached: See `FreeList`.
     """
     engines = type(allocator)
     count_tokens = partial(engines.available_size, allocator)
-    allocator.free_list = FreeList(allocator, count_tokens, pages, room)
+    allocator.free_list = FreeList(allocator, count_tokens, make_pages, room, count_cached)
     allocator.__class__ = ELASTIC[engines]
-    allocator.free_list.fill()
     return allocator.free_list

@@ -2,22 +2,20 @@
 
 import atexit
 import logging
-import time
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import CUDA, HOST, Config, read_config
-from kvcached_core.engine.page_book import REPORT_SECONDS
-from kvcached_core.engine.pages import NUM_QUIET_PAGES
+from kvcached_core.engine.page_book import PageBook
+from kvcached_core.engine.pages import NUM_QUIET_PAGES, Pages
 from kvcached_core.engine.placing import Placing, Planes, virtual_bytes
+from kvcached_core.engine.port import Blocks
 from kvcached_core.engine.start import model_name
 from kvcached_core.errors import UnmappedBlockError
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import Geometry
-from kvcached_core.memory.orders import PageOrders
 from kvcached_core.memory.rank import RankMemory
 from kvcached_sglang import hardware
-from kvcached_sglang.blocks import BlockPages
 from kvcached_sglang.demand import demand_of, named_blocks, tokens_to_go_on
 from kvcached_sglang.giving import Giving
 from kvcached_sglang.obstacles import has_two_pools
@@ -37,6 +35,7 @@ from kvcached_sglang.startup import startup
 from kvcached_sglang.waiting import Waiting
 
 if TYPE_CHECKING:
+    from kvcached_core.memory.orders import PageOrders
     from kvcached_sglang.free_list import FreeList
 
 logger = logging.getLogger("sglang.kvcached")
@@ -91,18 +90,17 @@ class ElasticEngine:
             num_pools=num_pools,
         )
         self.memory: RankMemory | None = None  # made with SGLang's first pool
-        self.unmapped: list[int] | None = None  # a heap of pages, where two pools take of it
+        self._shared: PageBook | None = None  # that of two pools
         self._backend = hardware.make_backend(device)
         self._context_tokens = context_tokens
         self.saved = SavedMemory(hardware.reserved_bytes if self.device.kind == CUDA else lambda: 0)
         self.free_lists: list[FreeList] = []  # that of the pool of all layers first
         self.waiting = Waiting(self.ranks)
         self.promises = Promises(self.ranks, self.free_lists)
-        self.giving = Giving(self.ranks, self.free_lists, self._unmap)
-        self._reported = (0, 0)
-        self._reported_at = 0.0
+        self.giving = Giving(self.ranks, self.free_lists, self.tell)
+        self._later: PageOrders | None = None  # of which a part waits for the launches
+        self._tree_cache: Any = None
         self._held_since: float | None = None
-        self._is_ahead_due = False
         self._room_pages = 0  # at the last schedule
         self._forward_stream: Any = None
         atexit.register(self.close)
@@ -139,7 +137,7 @@ class ElasticEngine:
             )
             logger.info("kvcached: %s", self.memory.addresses)
             if self.placing.num_pools > 1:
-                self.unmapped = list(range(1, num_pages))
+                self._shared = PageBook(num_pages, self.ranks.clock)
         return geometry, self.memory.arena
 
     def adopt(self, allocator: Any, geometry: Geometry) -> None:
@@ -147,22 +145,29 @@ class ElasticEngine:
         from kvcached_sglang.allocators import make_elastic
 
         low, high = self.config.spare_pages(self.device.kind)
-        pages = BlockPages(
-            geometry,
-            self.placing.num_pages,
-            self.ranks,
-            self._carry_out,
-            allocator.device,
-            min_spare_pages=low,
-            max_spare_pages=high,
-            idle_seconds=self.config.idle_seconds,
-            num_quiet_pages=0 if self.free_lists else NUM_QUIET_PAGES,
-            unmapped=self.unmapped,
-            clock=self.ranks.clock,
-        )
-        per_page = geometry.blocks_per_page
-        free_list = make_elastic(allocator, pages, lambda: self.ranks.room_pages * per_page)
-        self.free_lists.append(free_list)
+        number = len(self.free_lists)
+
+        def make_pages(blocks: Blocks) -> Pages:
+            return Pages(
+                geometry,
+                self.placing.num_pages,
+                self.ranks,
+                blocks,
+                min_spare_pages=low,
+                max_spare_pages=high,
+                idle_seconds=self.config.idle_seconds,
+                num_quiet_pages=0 if number else NUM_QUIET_PAGES,
+                shared=self._shared,
+                clock=self.ranks.clock,
+            )
+
+        def count_cached() -> int:
+            if self._tree_cache is None:
+                return 0
+            return evictable_of_pools(self._tree_cache, self.placing.num_pools)[number]
+
+        room = lambda: self.ranks.room_pages  # noqa: E731
+        self.free_lists.append(make_elastic(allocator, make_pages, room, count_cached))
 
     def make_room_for(self, static_bytes: int) -> None:
         """Let neighbours make room for what a start allocates first: the weights, above all.
@@ -180,11 +185,8 @@ class ElasticEngine:
             return
         # A batch runs on this stream beside the next schedule, and reads what was freed for it.
         self._forward_stream = getattr(scheduler, "forward_stream", None)
-        # Only now: mapping beside a batch's launches would hold them up.
-        is_ahead_due, self._is_ahead_due = self._is_ahead_due, False
-        if is_ahead_due and is_busy(scheduler):
-            for free_list in self.free_lists:
-                free_list.pages.map_ahead(free_list.num_free_blocks)
+        self._tree_cache = scheduler.tree_cache
+        self._carry_out_later()
         room_pages = self._room_pages
         wanted = self.ranks.look(is_busy=is_busy(scheduler))
         self._room_pages = self.ranks.room_pages
@@ -228,19 +230,23 @@ class ElasticEngine:
 
     def end_schedule(self, scheduler: Any, *, has_batch: bool) -> None:
         """Give back what was promised and not used, and see to empty pages."""
-        self._is_ahead_due = has_batch
+        if not self.free_lists:
+            return
         is_live = has_batch or bool(scheduler.running_batch.reqs)
         for free_list in self.free_lists:
             free_list.is_bound = False
-            pages = free_list.pages
-            pages.cancel()
-            if pages.is_surplus_due(free_list.num_free_blocks, is_live=is_live):
-                keep = pages.max_spare_pages if is_live else pages.num_quiet_pages
-                self._unmap(free_list.release(self.placing.num_pages, keep=keep))
+            free_list.pages.end_schedule(is_live=is_live)
+        self._tell(is_live=is_live)
+        if not has_batch:
+            self._carry_out_later()
         self.waiting.end_schedule(scheduler, has_batch=has_batch)
-        self._report(scheduler.tree_cache)
-        if not has_batch and scheduler.last_batch is None and self.memory is not None:
-            self.memory.keeper.wait(STEP_ASIDE_SECONDS)
+        if not has_batch and scheduler.last_batch is None:
+            self.memory.keeper.wait(STEP_ASIDE_SECONDS)  # type: ignore[union-attr]
+
+    def tell(self) -> None:
+        """Have done what was decided, between two steps."""
+        self._tell(is_live=False)
+        self._carry_out_later()
 
     def check(self, scheduler: Any, batch: Any) -> None:
         """Refuse a batch that names a block which is not mapped.
@@ -267,7 +273,8 @@ class ElasticEngine:
         """Give everything back but page 0; return when it is done."""
         if self.memory is not None:
             self.ranks.clear_waiting()
-            self._unmap(self.giving.release(self.placing.num_pages))
+            self.giving.close_empty(self.placing.num_pages)
+            self.tell()
             self.memory.keeper.wait()
 
     def close(self) -> None:
@@ -275,29 +282,26 @@ class ElasticEngine:
         atexit.unregister(self.close)
         self.ranks.close()
 
-    def _carry_out(self, orders: PageOrders) -> None:
-        orders.num_used_pages, orders.num_cached_pages = self._reported
-        self.memory.apply(orders)  # type: ignore[union-attr]
+    def _tell(self, *, is_live: bool) -> None:
+        """Have mapped what the next step needs; the rest can wait until it is launched.
 
-    def _unmap(self, pages: list[int]) -> None:
-        if pages:
-            self.memory.after_step(PageOrders(unmap_pages=pages))  # type: ignore[union-attr]
+        Mapping and unmapping beside a batch's launches would hold them up.
+        """
+        self._carry_out_later()
+        book = self.free_lists[0].pages.book
+        self._later = book.take_orders(self._count_pages, is_live=is_live)
+        if self._later is not None:
+            self.memory.before_step(self._later)  # type: ignore[union-attr]
 
-    def _report(self, tree_cache: Any) -> None:
-        now = time.monotonic()
-        if not self.free_lists or now < self._reported_at + REPORT_SECONDS:
-            return
-        self._reported_at = now
-        evictable = evictable_of_pools(tree_cache, self.placing.num_pools)
-        counts = [
-            free_list.count_pages(num_tokens)
-            for free_list, num_tokens in zip(self.free_lists, evictable, strict=True)
-        ]
+    def _carry_out_later(self) -> None:
+        orders, self._later = self._later, None
+        if orders is not None:
+            self.memory.after_step(orders)  # type: ignore[union-attr]
+
+    def _count_pages(self) -> tuple[int, int]:
+        counts = [free_list.count_pages() for free_list in self.free_lists]
         page_0 = int(self.placing.num_pools > 1)
-        reported = page_0 + sum(used for used, _ in counts), sum(cached for _, cached in counts)
-        if reported != self._reported:
-            self._reported = reported
-            self._carry_out(PageOrders())
+        return page_0 + sum(used for used, _ in counts), sum(cached for _, cached in counts)
 
     def _stream(self) -> int:
         if self.device.kind == HOST:

@@ -23,15 +23,15 @@ class Giving:
     Args:
         ranks: Who is told what is given.
         free_lists: The lists of free blocks, that of the pool of all layers first.
-        unmap: Unmaps closed pages behind the last step.
+        tell: Has closed pages unmapped behind the last step.
     """
 
     def __init__(
-        self, ranks: Ranks, free_lists: "list[FreeList]", unmap: Callable[[list[int]], None]
+        self, ranks: Ranks, free_lists: "list[FreeList]", tell: Callable[[], None]
     ) -> None:
         self._ranks = ranks
         self._free_lists = free_lists
-        self._unmap = unmap
+        self._tell = tell
         self._owed_pages = 0
         self._yielded_pages = 0
         self._yielded_until = 0.0
@@ -61,13 +61,13 @@ class Giving:
         """
         return self._is_yielding() and bool(scheduler.running_batch.reqs)
 
-    def release(self, num_pages: int) -> list[int]:
-        """Close up to so many empty pages of all pools; return them, to be unmapped."""
-        closed: list[int] = []
+    def close_empty(self, num_pages: int) -> int:
+        """Close up to so many empty pages of all pools; return how many it was."""
+        num_closed = 0
         for free_list in self._free_lists:
-            if len(closed) < num_pages:
-                closed += free_list.release(num_pages - len(closed))
-        return closed
+            if num_closed < num_pages:
+                num_closed += free_list.pages.close_empty(num_pages - num_closed)
+        return num_closed
 
     def _is_yielding(self) -> bool:
         return self._yielded_pages > 0 and self._ranks.clock() < self._yielded_until
@@ -86,12 +86,12 @@ class Giving:
             free_list.is_owing = num_pages > 0
 
     def _give(self, tree_cache: Any, num_pages: int) -> int:
-        closed = self.release(num_pages)
-        while len(closed) < num_pages and self._evict(tree_cache, num_pages - len(closed)):
-            closed += self.release(num_pages - len(closed))
-        self._ranks.answer(len(closed))
-        self._unmap(closed)
-        return len(closed)
+        num_closed = self.close_empty(num_pages)
+        while num_closed < num_pages and self._evict(tree_cache, num_pages - num_closed):
+            num_closed += self.close_empty(num_pages - num_closed)
+        self._ranks.answer(num_closed)
+        self._tell()
+        return num_closed
 
     def _evict(self, tree_cache: Any, num_pages: int) -> bool:
         from sglang.srt.mem_cache.base_prefix_cache import EvictParams

@@ -38,7 +38,7 @@ class Promises:
             self._reserve(demand.num_running)
             room = self._ranks.room_pages
             lacking = [
-                free_list.pages.pages_for(wanted - free_list.num_free_blocks)
+                free_list.pages.num_lacking(wanted - free_list.num_free_blocks)
                 for free_list in self._free_lists
             ]
             self._ranks.ask(sum(lacking) - room)
@@ -62,15 +62,15 @@ class Promises:
             self._split_room(missing)
         for free_list, number in zip(self._free_lists, missing, strict=True):
             if number > 0:
-                free_list.pages.reserve_blocks(number)
+                free_list.pages.promise_blocks(number, is_urgent=True)
                 # What is not promised cannot be counted on: an allocation that fails ends SGLang.
                 free_list.is_bound = free_list.pages.num_ready_blocks < number
 
     def _split_room(self, missing: list[int]) -> None:
         """Where there are fewer pages than both pools want, promise each its share first."""
         pages = [free_list.pages for free_list in self._free_lists]
-        wanted = [one.pages_for(number) for one, number in zip(pages, missing, strict=True)]
+        wanted = [one.num_lacking(number) for one, number in zip(pages, missing, strict=True)]
         room = self._ranks.room_pages
         if sum(wanted) > room:
             for one, number in zip(pages, wanted, strict=True):
-                one.reserve_pages(room * number // sum(wanted))
+                one.promise(room * number // sum(wanted), is_urgent=True)
