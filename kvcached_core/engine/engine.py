@@ -2,7 +2,8 @@
 
 import atexit
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from kvcached_core.engine.giving import Giving
@@ -13,6 +14,9 @@ from kvcached_core.memory.orders import PageOrders
 
 if TYPE_CHECKING:
     from kvcached_core.engine.pages import Pages
+
+
+logger = logging.getLogger("kvcached")
 
 
 class ElasticEngine:
@@ -34,6 +38,17 @@ class ElasticEngine:
         self.giving = Giving(ranks, port, self.pools, self._tell)
         self._is_wake_pending = False
         atexit.register(self.close)
+
+    def promise(self, num_blocks: Sequence[int]) -> None:
+        """Have blocks ready in each pool; where there is less than all need, each has its share.
+
+        Args:
+            num_blocks: What each pool needs beside its free blocks.
+        """
+        if len(self.pools) > 1:
+            self._share_room(num_blocks)
+        for pages, number in zip(self.pools, num_blocks, strict=True):
+            pages.promise_blocks(number, is_urgent=True)
 
     def end_schedule(self) -> PageOrders | None:
         """Give back what a schedule was promised and did not use; return the workers' orders."""
@@ -87,6 +102,16 @@ class ElasticEngine:
             self._send(self._take_orders(is_live=False), wait=True)
             self.port.publish()
 
+    def make_room_for(self, static_bytes: int) -> None:
+        """Let neighbours make room for what a start allocates first: the weights, above all.
+
+        Where there is not enough, the start goes on, and what it needs is promised to nobody else.
+        """
+        shortage = self.ranks.make_room(static_bytes)
+        if shortage is not None:
+            logger.warning("kvcached: %s; the start of this engine goes on", shortage)
+            self.ranks.announce(static_bytes)
+
     @contextlib.contextmanager
     def room_to_wake(self, num_bytes: int) -> Iterator[None]:
         """Announce what a wake allocates beside the KV cache, and let neighbours make room for it.
@@ -134,6 +159,13 @@ class ElasticEngine:
         """Leave the ledgers."""
         atexit.unregister(self.close)
         self.ranks.close()
+
+    def _share_room(self, num_blocks: Sequence[int]) -> None:
+        needed = [pages.num_lacking(n) for pages, n in zip(self.pools, num_blocks, strict=True)]
+        room_pages, num_pages = self.ranks.room_pages, sum(needed)
+        if num_pages > room_pages:
+            for pages, number in zip(self.pools, needed, strict=True):
+                pages.promise(room_pages * number // num_pages, is_urgent=True)
 
     def _tell(self, *, wait: bool) -> None:
         orders = self._take_orders(is_live=self.port.is_live())

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from kvcached_core.errors import (
@@ -13,6 +13,7 @@ from kvcached_core.errors import (
     LedgerError,
     OutOfMemoryError,
     PageKeeperError,
+    UnmappedBlockError,
 )
 from kvcached_core.ledger.bell import wake
 from kvcached_core.ledger.ledger import Ledger
@@ -104,6 +105,29 @@ class RankMemory:
             if missing_bytes:
                 ask_peers(self.ledger, self.seat.row, missing_bytes)
                 time.sleep(ASK_SECONDS)
+
+    def check_blocks(self, block_ids: Iterable[int], geometry: Geometry | None = None) -> None:
+        """Refuse a step that names a block which is not mapped.
+
+        Args:
+            block_ids: The blocks that it reads or writes.
+            geometry: That of their pool; None if there is only one.
+
+        Raises:
+            UnmappedBlockError: With the block ids and their pages.
+        """
+        geometry = geometry or self.arena.geometry
+        wrong = [
+            block_id
+            for block_id in block_ids
+            if not geometry.exists(block_id)
+            or not self.arena.is_resident(geometry.page_of(block_id))
+        ]
+        if wrong:
+            pages = sorted({geometry.page_of(block_id) for block_id in wrong})
+            raise UnmappedBlockError(
+                f"a step uses unmapped blocks {wrong[:8]} of pages {pages[:8]}"
+            )
 
     def carry_out(self, orders: PageOrders) -> None:
         """Map and unmap, and return when it is done: only between steps."""

@@ -7,18 +7,20 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from kvcached_core.config import read_config
 from kvcached_sglang import engine as engines
-from kvcached_sglang.engine import ElasticEngine
+from kvcached_sglang.engine import SglangEngine
 
 Hooked = tuple[type, str, Callable[[Any], Any]]
 
 
-def make_engine(directory: Path, num_pools: int = 1, **settings: int) -> ElasticEngine:
+def make_engine(directory: Path, num_pools: int = 1, **settings: int) -> SglangEngine:
     """Return an engine of one rank on the host; `settings` are ours without their prefix."""
     variables = {f"KVCACHED_{name.upper()}": str(value) for name, value in settings.items()}
-    return ElasticEngine(
-        "cpu",
+    return SglangEngine(
+        torch.device("cpu"),
         SimpleNamespace(served_model_name="m", model_path="m", max_prefill_tokens=1024),
         64,
         read_config({"KVCACHED_DIR": str(directory)} | variables),
@@ -28,10 +30,26 @@ def make_engine(directory: Path, num_pools: int = 1, **settings: int) -> Elastic
 
 
 @contextmanager
-def hooked(engine: ElasticEngine, *hooks: Hooked) -> Iterator[None]:
+def hooked(engine: SglangEngine, *hooks: Hooked) -> Iterator[None]:
     """Let SGLang's classes find `engine`; each hook is an owner, a method's name, and our hook."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(engines, "_engine", engine))
         for owner, name, wrap in hooks:
             stack.enter_context(patch.object(owner, name, wrap(getattr(owner, name))))
         yield
+
+
+def tell(engine: SglangEngine) -> None:
+    """Have everything done that was decided: what a schedule's end does before a step."""
+    engine.port.carry_out(engine._take_orders(is_live=False), wait=True)
+
+
+def let_schedule(engine: SglangEngine, tree_cache: Any) -> None:
+    """Let the engine know a scheduler that has no requests."""
+    engine.port.scheduler = SimpleNamespace(
+        running_batch=SimpleNamespace(reqs=[]),
+        last_batch=None,
+        chunked_req=None,
+        waiting_queue=[],
+        tree_cache=tree_cache,
+    )

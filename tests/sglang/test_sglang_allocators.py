@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from inspect import getsource
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -43,6 +44,10 @@ class Source:
     num_left: int = NUM_PAGES - 1
     num_promised: int = 0
 
+    @property
+    def room_pages(self) -> int:
+        return self.num_left
+
     def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
         granted = min(num_pages + num_spare, self.num_left)
         self.num_left -= granted
@@ -53,6 +58,15 @@ class Source:
         assert 0 < num_pages <= self.num_promised
         self.num_left += num_pages
         self.num_promised -= num_pages
+
+
+def engine_of(source: Source) -> Any:
+    """Return an engine that owes nothing and has nothing cached."""
+    return SimpleNamespace(
+        ranks=source,
+        giving=SimpleNamespace(owed_pages=0),
+        port=SimpleNamespace(evictable_tokens=lambda _number: 0),
+    )
 
 
 def build(
@@ -75,10 +89,7 @@ def build(
 
     source, ours = Source(num_left), one()
     make_elastic(
-        ours,
-        lambda blocks: Pages(geometry, num_pages, source, blocks),
-        lambda: source.num_left,
-        lambda: 0,
+        ours, lambda blocks: Pages(geometry, num_pages, source, blocks), engine_of(source), 0
     )
     return one(), ours, source
 
@@ -310,7 +321,8 @@ class DryLedger(Elastic):
     @rule(num_cached=st.integers(0, 200))
     def count_pages(self, num_cached: int) -> None:
         free_list = self.ours.free_list
-        free_list._count_cached = lambda: min(num_cached, free_list.num_taken_blocks)
+        num_tokens = min(num_cached, free_list.num_taken_blocks)
+        free_list._engine.port.evictable_tokens = lambda _number: num_tokens
         used, cached = free_list.count_pages()
         assert used >= 1  # page 0 holds the padding block
         assert 0 <= cached <= self.pages.num_open_pages - used
@@ -339,7 +351,7 @@ def test_closed_pages_count_only_while_sglang_adds_up() -> None:
 
 def test_nothing_is_available_while_pages_are_owed() -> None:
     _, ours, _ = build(1)
-    ours.free_list.is_owing = True
+    ours.free_list._engine.giving.owed_pages = 1
     assert ours.available_size() == 0
 
 
@@ -354,7 +366,7 @@ def test_pages_are_counted_by_the_blocks_on_them() -> None:
     ours.alloc(7 + 2 * 8)  # pages 0 to 2, with the padding block
 
     def count_pages(num_cached: int) -> tuple[int, int]:
-        ours.free_list._count_cached = lambda: num_cached
+        ours.free_list._engine.port.evictable_tokens = lambda _number: num_cached
         return cast("tuple[int, int]", ours.free_list.count_pages())
 
     assert count_pages(0) == (3, 0)
@@ -391,8 +403,8 @@ def test_two_pools_take_their_pages_from_the_same_ones_and_share_padding_alone()
         make_elastic(
             one,
             lambda blocks: Pages(GEOMETRY, NUM_PAGES, source, blocks, shared=book),
-            lambda: source.num_left,
-            lambda: 0,
+            engine_of(source),
+            0,
         )
     assert len(first.free_pages) == len(second.free_pages) == 0
     ids = first.alloc(9)

@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from helpers.sglang_elastic import hooked, make_engine
+from helpers.sglang_elastic import hooked, let_schedule, make_engine, tell
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -31,7 +31,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from kvcached_core.engine.ranks import Wanted
 from kvcached_core.units import MIB
 from kvcached_sglang import hooks
-from kvcached_sglang.engine import ElasticEngine
+from kvcached_sglang.engine import SglangEngine
 
 pytestmark = pytest.mark.sglang
 
@@ -136,7 +136,7 @@ def build(cache: Any, block_tokens: int) -> Parts:
     return Parts(pool, allocator, cache(parameters))
 
 
-def build_elastic(cache: Any, block_tokens: int, directory: Path) -> tuple[ElasticEngine, Parts]:
+def build_elastic(cache: Any, block_tokens: int, directory: Path) -> tuple[SglangEngine, Parts]:
     ours = make_engine(directory, host_pool=PAGE_BYTES * NUM_PAGES, page_bytes=PAGE_BYTES)
     with hooked(
         ours,
@@ -161,6 +161,7 @@ class SameCaches(RuleBasedStateMachine):
         self.engine, self.ours = build_elastic(
             self.cache, self.block_tokens, Path(self.folder.name) / "kv"
         )
+        let_schedule(self.engine, self.ours.cache)
         self.pages = self.ours.allocator.free_list.pages
         self.served: list[list[int]] = []
         self.look()
@@ -180,7 +181,7 @@ class SameCaches(RuleBasedStateMachine):
             lock = parts.cache.inc_lock_ref(node)
             ids = parts.alloc(len(tokens) - len(held)) if len(held) < len(tokens) else held[:0]
             given.append((held, ids))
-            self.engine.tell()  # as at the end of a schedule, before its step
+            tell(self.engine)  # as at the end of a schedule, before its step
             if ids is not None:
                 parts.write(ids, marks_of(tokens, len(held)))
                 value = torch.cat([held, ids])
@@ -211,7 +212,7 @@ class SameCaches(RuleBasedStateMachine):
 
         before = self.pages.num_open_pages
         with patch.object(self.ours.cache, "evict", evict_and_note):
-            self.engine.giving.answer(Wanted(num_pages, 0), self.ours.cache)
+            self.engine.giving.give(Wanted(num_pages, 0))
         for num_tokens in evicted:
             self.theirs.evict(num_tokens)
         assert before - self.pages.num_open_pages >= 0

@@ -19,7 +19,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from kvcached_core.units import MIB
 from kvcached_sglang import hooks
-from kvcached_sglang.engine import ElasticEngine
+from kvcached_sglang.engine import SglangEngine
 
 pytestmark = pytest.mark.sglang
 
@@ -47,7 +47,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     for module in ("kvcached_core.engine.instance", "kvcached_core.engine.ranks"):
         monkeypatch.setattr(f"{module}.time", made)
-    monkeypatch.setattr("kvcached_sglang.waiting.time", made)
+    monkeypatch.setattr("kvcached_sglang.port.time", made)
     return made
 
 
@@ -85,7 +85,7 @@ class Request:
 class Server:
     """An engine, and a scheduler that does what SGLang's does with it."""
 
-    def __init__(self, engine: ElasticEngine, allocator: Any, num_prompt_tokens: int) -> None:
+    def __init__(self, engine: SglangEngine, allocator: Any, num_prompt_tokens: int) -> None:
         self.engine, self.allocator = engine, allocator
         self.num_completed = self.num_retracted = self.num_tokens = 0
         requests = [Request(num_prompt_tokens, number) for number in ANSWERS]
@@ -99,7 +99,7 @@ class Server:
 
     def turn(self) -> None:
         running, queue = self.scheduler.running_batch.reqs, self.scheduler.waiting_queue
-        self.engine.begin_schedule(self.scheduler)
+        self.engine.before_schedule(self.scheduler)
         if not self.engine.must_hold(self.scheduler):
             while queue and self.fits(queue[0]):
                 request = queue.popleft()
@@ -116,7 +116,7 @@ class Server:
                 self.free(request)
                 self.num_completed += 1
                 queue.append(Request(request.num_prompt_tokens, request.num_answer_tokens))
-        self.engine.end_schedule(self.scheduler, has_batch=bool(running))
+        self.engine.after_schedule(self.scheduler, has_batch=bool(running))
         assert self.engine.memory is not None
         self.engine.memory.keeper.wait()
 
@@ -220,14 +220,14 @@ def test_requests_are_let_in_again_when_a_neighbour_gave_something(
     assert waiting.scheduler.waiting_queue
     waiting.scheduler.running_batch.reqs.append(Request(1, 1))  # SGLang's flag holds while one runs
     waiting.scheduler.running_batch.batch_is_full = True
-    waiting.engine.begin_schedule(waiting.scheduler)
+    waiting.engine.before_schedule(waiting.scheduler)
     assert waiting.scheduler.running_batch.batch_is_full
-    waiting.engine.end_schedule(waiting.scheduler, has_batch=True)
+    waiting.engine.after_schedule(waiting.scheduler, has_batch=True)
     for request in full.scheduler.running_batch.reqs:
         full.free(request)
     full.scheduler.running_batch.reqs.clear()
     full.engine.empty()
     clock.now += TURN_SECONDS
-    waiting.engine.begin_schedule(waiting.scheduler)
+    waiting.engine.before_schedule(waiting.scheduler)
     assert not waiting.scheduler.running_batch.batch_is_full
-    waiting.engine.end_schedule(waiting.scheduler, has_batch=True)
+    waiting.engine.after_schedule(waiting.scheduler, has_batch=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.sglang_elastic import hooked, make_engine
+from helpers.sglang_elastic import hooked, make_engine, tell
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
@@ -17,7 +17,7 @@ from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import MIB
 from kvcached_sglang import engine as engines
 from kvcached_sglang import hooks
-from kvcached_sglang.engine import ElasticEngine
+from kvcached_sglang.engine import SglangEngine
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(60)]
 
@@ -50,7 +50,7 @@ class Fence:
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[ElasticEngine]:
+def engine(tmp_path: Path) -> Iterator[SglangEngine]:
     """Return an engine whose prompt of half the pool has just ended."""
     made = make_engine(tmp_path, host_pool=NUM_PAGES * 2 * MIB, page_bytes=2 * MIB, idle_seconds=0)
     with hooked(
@@ -71,7 +71,7 @@ def engine(tmp_path: Path) -> Iterator[ElasticEngine]:
         )
         allocator = TokenToKVPoolAllocator(size, torch.float32, "cpu", pool, need_sort=False)
     ids = allocator.alloc(NUM_PAGES // 2 * PAGE_TOKENS)
-    made.tell()
+    tell(made)
     allocator.free(ids)
     yield made
     pool.k_buffer.clear()
@@ -83,7 +83,7 @@ def engine(tmp_path: Path) -> Iterator[ElasticEngine]:
 
 @pytest.fixture
 def stepped_aside(
-    engine: ElasticEngine, monkeypatch: pytest.MonkeyPatch
+    engine: SglangEngine, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[threading.Event]:
     """Return what is set when the scheduler's thread waits; nothing is unmapped before."""
     assert engine.memory is not None
@@ -102,20 +102,20 @@ def stepped_aside(
     event.set()
 
 
-def turn(engine: ElasticEngine, **state: Any) -> None:
+def turn(engine: SglangEngine, **state: Any) -> None:
     idle = {"last_batch": None, "chunked_req": None, "waiting_queue": [], "tree_cache": NoCache()}
     scheduler = SimpleNamespace(running_batch=SimpleNamespace(reqs=[]), **(idle | state))
-    engine.begin_schedule(scheduler)
-    engine.end_schedule(scheduler, has_batch=False)
+    engine.before_schedule(scheduler)
+    engine.after_schedule(scheduler, has_batch=False)
 
 
-def num_resident(engine: ElasticEngine) -> int:
+def num_resident(engine: SglangEngine) -> int:
     assert engine.memory is not None
     return len(engine.memory.arena.resident_pages)
 
 
 def test_pages_are_given_back_in_the_turn_that_closed_them(
-    engine: ElasticEngine, stepped_aside: threading.Event
+    engine: SglangEngine, stepped_aside: threading.Event
 ) -> None:
     assert num_resident(engine) > NUM_PAGES // 2
     turn(engine)
@@ -124,7 +124,7 @@ def test_pages_are_given_back_in_the_turn_that_closed_them(
 
 
 def test_a_turn_whose_last_batch_has_to_be_looked_at_goes_on(
-    engine: ElasticEngine, stepped_aside: threading.Event
+    engine: SglangEngine, stepped_aside: threading.Event
 ) -> None:
     turn(engine, last_batch=SimpleNamespace(reqs=[]))
     assert not stepped_aside.is_set()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvcached_sglang.demand import Demand, demand_of
-from kvcached_sglang.promises import Promises
+from kvcached_sglang.engine import SglangEngine
 
 pytestmark = pytest.mark.sglang
 
@@ -47,6 +47,8 @@ class Blocks:
     def promise_blocks(self, num_blocks: int, *, is_urgent: bool) -> None:
         assert is_urgent
         granted = min(self.num_lacking(num_blocks), self._source.room_pages)
+        if num_blocks <= 0:
+            return
         self._source.promised.append(granted)
         self._source.room_pages -= granted
         self.num_ready_blocks += granted * BLOCKS_PER_PAGE
@@ -54,8 +56,11 @@ class Blocks:
 
 def take(demand: Demand, *, room: int, free: int, evictable: int = 0) -> tuple[Source, Blocks]:
     source = Source(room)
-    blocks: Any = Blocks(source, free)
-    Promises(source, [blocks]).take(demand, evictable)  # type: ignore[arg-type]
+    blocks = Blocks(source, free)
+    engine: Any = SglangEngine.__new__(SglangEngine)
+    engine.ranks, engine.pools = source, [blocks]
+    engine.port = SimpleNamespace(free_lists=[blocks], evictable_tokens=lambda _number: evictable)
+    engine.promise_demand(demand)
     return source, blocks
 
 

@@ -22,7 +22,7 @@ from kvcached_core.engine.instance import Instance
 from kvcached_core.memory.devices import host_device
 from kvcached_core.units import MIB
 from kvcached_sglang import sleep_hooks
-from kvcached_sglang.engine import ElasticEngine
+from kvcached_sglang.engine import SglangEngine
 from kvcached_sglang.hooks import get_new_batch_prefill
 from kvcached_sglang.saved_memory import CUDA_GRAPH, KV_CACHE, WEIGHTS, SavedMemory
 
@@ -67,7 +67,7 @@ def one_rank() -> Iterator[None]:
 class Sleeper:
     """A scheduler's part that sleeps and wakes, SGLang's own, with our hooks on it."""
 
-    def __init__(self, engine: ElasticEngine, saver: Saver) -> None:
+    def __init__(self, engine: SglangEngine, saver: Saver) -> None:
         self.engine, self.saver = engine, saver
         engine.saved = SavedMemory(lambda: saver.reserved)
         region = sleep_hooks.saver_region(lambda self, tag: self.region(tag))
@@ -124,7 +124,7 @@ def neighbour(tmp_path: Path) -> Iterator[Instance]:
     instance.close()
 
 
-def announced_bytes(engine: ElasticEngine) -> int:
+def announced_bytes(engine: SglangEngine) -> int:
     instance = engine.ranks.instance
     assert instance is not None
     (ledger,) = instance._ledgers.values()
@@ -162,7 +162,9 @@ def test_without_room_a_wake_is_refused_with_nothing_touched_and_granted_later(
     before = list(sleeper.saver.calls)
     assert neighbour.reserve(20, is_urgent=False) == 20
     answer = sleeper.wake()
-    assert answer.rid.startswith("kvcached: no room to wake up: 16 MiB of 40 MiB are missing")
+    assert answer.rid.startswith(
+        "kvcached: there is no room to wake up: 16 MiB of 40 MiB are missing"
+    )
     assert "neighbour (40 MiB)" in answer.rid
     assert sleeper.saver.calls == before
     assert sleeper.updater.offload_tags == set(SIZES)
@@ -199,7 +201,7 @@ def test_a_refused_wake_is_an_error_of_its_caller() -> None:
 
     good = io_struct.ResumeMemoryOccupationReqOutput()
     assert asyncio.run(call(good)) == [good]
-    with pytest.raises(ValueError, match="kvcached: no room"):
+    with pytest.raises(ValueError, match="no room"):
         asyncio.run(call(sleep_hooks._refused("no room")))
 
 
@@ -208,4 +210,4 @@ def test_a_reason_survives_the_way_to_the_front_end() -> None:
     if not hasattr(io_struct, "msgpack_encode"):
         pytest.skip("this release pickles what it sends")
     sent = io_struct.msgpack_encode(refused)
-    assert io_struct._msgpack_decoder.decode(sent).rid == "kvcached: no room"
+    assert io_struct._msgpack_decoder.decode(sent).rid == "no room"

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.sglang_elastic import hooked, make_engine
+from helpers.sglang_elastic import hooked, let_schedule, make_engine, tell
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -32,7 +32,7 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from kvcached_core.engine.ranks import Wanted
 from kvcached_core.units import MIB
 from kvcached_sglang import hooks
-from kvcached_sglang.engine import ElasticEngine
+from kvcached_sglang.engine import SglangEngine
 
 pytestmark = pytest.mark.sglang
 
@@ -60,7 +60,7 @@ def build() -> Any:
     )
 
 
-def build_elastic(directory: Path) -> tuple[ElasticEngine, Any]:
+def build_elastic(directory: Path) -> tuple[SglangEngine, Any]:
     ours = make_engine(
         directory, num_pools=2, host_pool=PAGE_BYTES * NUM_PAGES, page_bytes=PAGE_BYTES
     )
@@ -73,7 +73,7 @@ def build_elastic(directory: Path) -> tuple[ElasticEngine, Any]:
         return ours, build()
 
 
-def close(engine: ElasticEngine, allocator: Any) -> None:
+def close(engine: SglangEngine, allocator: Any) -> None:
     pool = allocator.get_kvcache()
     for part in (pool.full_kv_pool, pool.swa_kv_pool):
         part.k_buffer.clear()
@@ -92,6 +92,14 @@ class Tokens:
     num_left: int = 0
 
 
+NO_CACHE = SimpleNamespace(
+    supports_mamba=lambda: False,
+    supports_swa=lambda: True,
+    full_evictable_size=lambda: 0,
+    swa_evictable_size=lambda: 0,
+)
+
+
 class TwoPools(RuleBasedStateMachine):
     """Both get the same calls; neighbours take pages from ours."""
 
@@ -101,6 +109,7 @@ class TwoPools(RuleBasedStateMachine):
         os.chmod(self.folder.name, 0o700)  # noqa: PTH101
         self.theirs = build()
         self.engine, self.ours = build_elastic(Path(self.folder.name) / "kv")
+        let_schedule(self.engine, NO_CACHE)
         self.requests: list[tuple[Tokens, Tokens]] = []
         self.mark = 0.0
         self.look()
@@ -117,7 +126,7 @@ class TwoPools(RuleBasedStateMachine):
         assert (found[0] is None) == (found[1] is None)
         if found[0] is None:
             return
-        self.engine.tell()
+        tell(self.engine)
         theirs, ours = (Tokens(ids, self.mark) for ids in found)
         for allocator, tokens in ((self.theirs, theirs), (self.ours, ours)):
             for plane, ids in planes(allocator, tokens):
@@ -145,12 +154,7 @@ class TwoPools(RuleBasedStateMachine):
     @rule(num_pages=st.integers(1, NUM_PAGES))
     def give(self, num_pages: int) -> None:
         """A neighbour wants pages: only empty ones go, for there is no cache."""
-        cache = SimpleNamespace(
-            supports_mamba=lambda: False,
-            supports_swa=lambda: True,
-            full_evictable_size=lambda: 0,
-        )
-        self.engine.giving.answer(Wanted(num_pages, 0), cache)
+        self.engine.giving.give(Wanted(num_pages, 0))
         self.engine.memory.keeper.wait()
 
     @invariant()
@@ -195,14 +199,6 @@ TestTwoPools = TwoPools.TestCase
 TestTwoPools.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
 
 
-NO_CACHE = SimpleNamespace(
-    supports_mamba=lambda: False,
-    supports_swa=lambda: True,
-    full_evictable_size=lambda: 0,
-    swa_evictable_size=lambda: 0,
-)
-
-
 def test_more_than_there_is_is_promised_to_both_pools_alike(tmp_path: Path) -> None:
     engine, allocator = build_elastic(tmp_path / "kv")
     request = SimpleNamespace(
@@ -217,7 +213,7 @@ def test_more_than_there_is_is_promised_to_both_pools_alike(tmp_path: Path) -> N
         waiting_queue=[request] * 4,
         tree_cache=NO_CACHE,
     )
-    engine.begin_schedule(scheduler)
+    engine.before_schedule(scheduler)
     assert allocator.full_available_size() >= 2 * NUM_WINDOW_TOKENS - 100
     assert allocator.swa_available_size() == NUM_WINDOW_TOKENS
     close(engine, allocator)

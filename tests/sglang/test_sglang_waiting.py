@@ -11,9 +11,10 @@ from helpers.sglang_elastic import make_engine
 
 from kvcached_core.engine.ranks import NUM_IDLE_TURNS, Ranks
 from kvcached_core.errors import UnmappedBlockError
+from kvcached_core.memory.rank import RankMemory
 from kvcached_core.units import MIB
-from kvcached_sglang.engine import ElasticEngine
-from kvcached_sglang.waiting import GAUGE_SECONDS, Waiting
+from kvcached_sglang.engine import SglangEngine
+from kvcached_sglang.port import GAUGE_SECONDS
 
 pytestmark = pytest.mark.sglang
 
@@ -32,7 +33,8 @@ class Reporter:
 
 
 def scheduler(*waiting: str) -> Any:
-    made = SimpleNamespace(waiting_queue=list(waiting))
+    running = SimpleNamespace(reqs=[])
+    made = SimpleNamespace(waiting_queue=list(waiting), last_batch=None, running_batch=running)
     made.metrics_reporter = Reporter(made)
     return made
 
@@ -41,6 +43,8 @@ def scheduler(*waiting: str) -> Any:
 def engine(tmp_path: Path) -> Any:
     made = make_engine(tmp_path, host_pool=8 * MIB)
     made.ranks.describe(page_bytes=2 * MIB, num_pages=4, least_pages=1)
+    book = SimpleNamespace(take_orders=lambda *_, **__: None)
+    made.pools.append(SimpleNamespace(end_schedule=lambda **_: None, book=book))  # type: ignore[arg-type]
     neighbour = make_engine(tmp_path, host_pool=8 * MIB)
     neighbour.ranks.describe(page_bytes=2 * MIB, num_pages=4, least_pages=1)
     neighbour.ranks.reserve(2, is_urgent=True)
@@ -49,53 +53,58 @@ def engine(tmp_path: Path) -> Any:
     neighbour.close()
 
 
-def waiting_bytes(engine: ElasticEngine) -> int:
+def end_schedule(engine: SglangEngine, busy: Any, *, has_batch: bool) -> None:
+    engine.port.scheduler = busy
+    engine.after_schedule(busy, has_batch=has_batch)
+
+
+def waiting_bytes(engine: SglangEngine) -> int:
     (ledger,) = engine.ranks.instance._ledgers.values()  # type: ignore[union-attr]
     return next(row.waiting_bytes for row in ledger.view().instances if row.name == "m")
 
 
-def test_an_aborted_request_leaves_nobody_waiting(engine: ElasticEngine) -> None:
+def test_an_aborted_request_leaves_nobody_waiting(engine: SglangEngine) -> None:
     busy = scheduler("one")
     engine.ranks.reserve(6, is_urgent=True)
-    engine.waiting.end_schedule(busy, has_batch=False)
+    end_schedule(engine, busy, has_batch=False)
     assert waiting_bytes(engine) > 0
     busy.waiting_queue.clear()
-    engine.waiting.end_schedule(busy, has_batch=False)
+    end_schedule(engine, busy, has_batch=False)
     assert waiting_bytes(engine) == 0
 
 
-def test_who_was_refused_waits_while_its_request_does(engine: ElasticEngine) -> None:
+def test_who_was_refused_waits_while_its_request_does(engine: SglangEngine) -> None:
     busy = scheduler("one")
     engine.ranks.reserve(6, is_urgent=True)
     for _ in range(3):
-        engine.waiting.end_schedule(busy, has_batch=False)
+        end_schedule(engine, busy, has_batch=False)
     assert waiting_bytes(engine) > 0
 
 
 def test_the_gauges_say_so_once_a_second(
-    engine: ElasticEngine, monkeypatch: pytest.MonkeyPatch
+    engine: SglangEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr("kvcached_sglang.waiting.time", SimpleNamespace(monotonic=lambda: now))
-    busy, waiting = scheduler("one", "two"), Waiting(engine.ranks)
+    monkeypatch.setattr("kvcached_sglang.port.time", SimpleNamespace(monotonic=lambda: now))
+    busy = scheduler("one", "two")
     engine.ranks.reserve(6, is_urgent=True)
     for _ in range(6):
-        waiting.end_schedule(busy, has_batch=False)
+        end_schedule(engine, busy, has_batch=False)
         now += GAUGE_SECONDS / 2
     assert busy.metrics_reporter.published == [2] * 3
 
 
-def test_who_is_only_asked_for_waits_too(engine: ElasticEngine) -> None:
+def test_who_is_only_asked_for_waits_too(engine: SglangEngine) -> None:
     busy = scheduler("one")
     engine.ranks.ask(1)
-    engine.waiting.end_schedule(busy, has_batch=True)
+    end_schedule(engine, busy, has_batch=True)
     assert waiting_bytes(engine) == 2 * MIB
 
 
-def test_who_has_a_batch_leaves_the_gauges_to_sglang(engine: ElasticEngine) -> None:
+def test_who_has_a_batch_leaves_the_gauges_to_sglang(engine: SglangEngine) -> None:
     busy = scheduler("one")
     engine.ranks.reserve(6, is_urgent=True)
-    engine.waiting.end_schedule(busy, has_batch=True)
+    end_schedule(engine, busy, has_batch=True)
     assert not busy.metrics_reporter.published
 
 
@@ -175,18 +184,21 @@ def test_idle_ranks_whose_loop_sleeps_a_second_look_in_every_turn() -> None:
     assert len(told) == 3
 
 
-def test_ranks_on_one_device_share_its_virtual_size(engine: ElasticEngine) -> None:
+def test_ranks_on_one_device_share_its_virtual_size(engine: SglangEngine) -> None:
     whole = engine.virtual_bytes
     engine.ranks.seat = SimpleNamespace(num_ranks=2)  # type: ignore[assignment]
     assert engine.virtual_bytes == whole // 2
 
 
 def test_a_batch_that_names_a_block_which_is_not_mapped_is_refused() -> None:
-    engine: Any = ElasticEngine.__new__(ElasticEngine)
-    geometry = SimpleNamespace(exists=lambda block: block < 8, page_of=lambda block: block // 4)
-    engine.free_lists = [SimpleNamespace(pages=SimpleNamespace(geometry=geometry), block_tokens=2)]
-    arena = SimpleNamespace(is_resident=lambda page: page == 0)
-    engine.memory = SimpleNamespace(arena=arena)
+    engine: Any = SglangEngine.__new__(SglangEngine)
+    geometry: Any = SimpleNamespace(
+        exists=lambda block: block < 8, page_of=lambda block: block // 4
+    )
+    memory = RankMemory.__new__(RankMemory)
+    memory.arena = SimpleNamespace(is_resident=lambda page: page == 0)  # type: ignore[assignment]
+    engine.pools = [SimpleNamespace(geometry=geometry)]
+    engine.port = SimpleNamespace(memory=memory, free_lists=[SimpleNamespace(block_tokens=2)])
     table = torch.tensor([[0, 0, 0], [2, 3, 4]])
     scheduler = SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token=table))
 

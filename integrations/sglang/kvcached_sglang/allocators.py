@@ -6,7 +6,7 @@ class of SGLang's and nothing else.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ except ModuleNotFoundError:  # one module up to 0.5.12
 
 from kvcached_core.engine.pages import Pages
 from kvcached_sglang.free_list import FreeList
+
+if TYPE_CHECKING:
+    from kvcached_sglang.engine import SglangEngine
 
 
 class ElasticTokenAllocator(TokenToKVPoolAllocator):
@@ -91,21 +94,18 @@ ELASTIC = {
 
 
 def make_elastic(
-    allocator: Any,
-    make_pages: Callable[[FreeList], Pages],
-    room: Callable[[], int],
-    count_cached: Callable[[], int],
+    allocator: Any, make_pages: Callable[[FreeList], Pages], engine: "SglangEngine", number: int
 ) -> FreeList:
     """Let an allocator that SGLang built hand out the blocks of open pages alone.
 
     Args:
         allocator: SGLang's allocator.
         make_pages: See `FreeList`.
-        room: See `FreeList`.
-        count_cached: See `FreeList`.
+        engine: See `FreeList`.
+        number: See `FreeList`.
     """
     engines = type(allocator)
     count_tokens = partial(engines.available_size, allocator)
-    allocator.free_list = FreeList(allocator, count_tokens, make_pages, room, count_cached)
+    allocator.free_list = FreeList(allocator, count_tokens, make_pages, engine, number)
     allocator.__class__ = ELASTIC[engines]
     return allocator.free_list

@@ -5,12 +5,15 @@ What lies on a page is counted only when somebody wants pages back: counting wai
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvcached_core.engine.pages import Pages
 from kvcached_core.errors import PageStateError
+
+if TYPE_CHECKING:
+    from kvcached_sglang.engine import SglangEngine
 
 FULLEST_FIRST = 1 << 31  # above every id, so pages are in order before the ids on them are
 
@@ -25,8 +28,8 @@ class FreeList:
         allocator: SGLang's allocator.
         count_tokens: Returns the tokens in its list, as SGLang counts them.
         make_pages: Returns the pages that the blocks are on.
-        room: Returns how many more pages would be promised now.
-        count_cached: Returns the tokens that only the prefix cache wants.
+        engine: The engine; it says what would be promised, is owed and is cached.
+        number: Which of the engine's pools this is.
     """
 
     def __init__(
@@ -34,17 +37,16 @@ class FreeList:
         allocator: Any,
         count_tokens: Callable[[], int],
         make_pages: Callable[["FreeList"], Pages],
-        room: Callable[[], int],
-        count_cached: Callable[[], int],
+        engine: "SglangEngine",
+        number: int,
     ) -> None:
         self.block_tokens: int = allocator.page_size
-        self.is_owing = False  # pages are to be given back, by stopping requests if it must be
         self.is_nominal = False  # while SGLang adds up its tokens: closed pages count, too
         self.is_bound = False  # while a schedule counts only on what is promised
         self._allocator = allocator
         self._count_tokens = count_tokens
-        self._room = room
-        self._count_cached = count_cached
+        self._engine = engine
+        self._number = number
         self._added: list[int] = []  # pages that are open, and whose blocks are not listed yet
         self.pages = make_pages(self)
         # Page 0, where it is this pool's, is open from the first and begins with the padding block.
@@ -68,11 +70,11 @@ class FreeList:
         largest = int(self._allocator.size) // self.block_tokens - num_taken
         if self.is_nominal:
             return largest * self.block_tokens
-        if self.is_owing:
+        if self._engine.giving.owed_pages:
             return 0  # free blocks here and there do not pay whole pages
         num_blocks = num_free + self.pages.num_ready_blocks
         if not self.is_bound:
-            num_blocks += self._room() * self.pages.geometry.blocks_per_page
+            num_blocks += self._engine.ranks.room_pages * self.pages.geometry.blocks_per_page
         return min(num_blocks, largest) * self.block_tokens
 
     def open(self, num_blocks: int) -> None:
@@ -122,7 +124,7 @@ class FreeList:
     def count_pages(self) -> tuple[int, int]:
         """See `Blocks.count_pages`: how many pages' worth, by tokens, is used and is cached."""
         per_page = self.pages.geometry.blocks_per_page
-        num_cached = self._count_cached() // self.block_tokens
+        num_cached = self._engine.port.evictable_tokens(self._number) // self.block_tokens
         num_used = self.num_taken_blocks - num_cached + self._num_padding_blocks
         num_open = self.pages.num_open_pages
         used_pages = min(-(-num_used // per_page), num_open)

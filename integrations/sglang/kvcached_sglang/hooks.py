@@ -61,7 +61,7 @@ def allocator_init(original: Callable[..., None]) -> Callable[..., None]:
         pools.check_class(type(pool))
         # A hybrid's pool has one of keys and values inside; its states lie elsewhere.
         geometry = getattr(getattr(pool, "full_kv_pool", pool), "kvcached", None)
-        if geometry is not None and len(ours.free_lists) < ours.placing.num_pools:
+        if geometry is not None and len(ours.pools) < ours.placing.num_pools:
             ours.adopt(self, geometry)
 
     return wrapper
@@ -96,12 +96,12 @@ def get_next_batch_to_run(original: Callable[..., Any]) -> Callable[..., Any]:
         ours = engine()
         if ours is None:
             return original(self, *args, **kwargs)
-        ours.begin_schedule(self)
+        ours.before_schedule(self)
         plan = original(self, *args, **kwargs)
         batch = getattr(plan, "batch_to_run", plan)
         if batch is None and self.last_batch is None:
             answer_health_checks(self)
-        ours.end_schedule(self, has_batch=batch is not None)
+        ours.after_schedule(self, has_batch=batch is not None)
         return plan
 
     return wrapper
@@ -113,7 +113,7 @@ def run_batch(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         ours = engine()
-        if ours is not None and ours.config.debug and ours.free_lists:
+        if ours is not None and ours.config.debug and ours.pools:
             ours.check(self, batch)
         return original(self, batch, *args, **kwargs)
 
@@ -174,7 +174,7 @@ def retract_decode(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
 
         def pay_and_check(selected_indices: Any = None) -> bool:
-            ours.giving.pay(self.tree_cache)
+            ours.pay()
             return bool(check(selected_indices=selected_indices))
 
         def check_but_keep_the_last(selected_indices: Any = None) -> bool:

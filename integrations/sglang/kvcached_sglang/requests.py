@@ -12,19 +12,18 @@ def num_computed(request: Any) -> int:
     return len(request.prefix_indices)  # up to 0.5.15
 
 
-def evictable_tokens(tree_cache: Any) -> int:
-    """Return the tokens of the prefix cache that no request holds: of the pool of all layers."""
+def evictable_tokens(tree_cache: Any, number: int) -> int:
+    """Return the tokens of the prefix cache that no request holds, in one of its pools.
+
+    Args:
+        tree_cache: SGLang's.
+        number: 0 for the pool of all layers, 1 for that of sliding windows.
+    """
+    if number:
+        return int(tree_cache.swa_evictable_size())
     if tree_cache.supports_mamba() or tree_cache.supports_swa():
         return int(tree_cache.full_evictable_size())  # up to 0.5.15 such a cache has no other name
     return int(tree_cache.evictable_size())
-
-
-def evictable_of_pools(tree_cache: Any, num_pools: int) -> list[int]:
-    """Return the same for each pool: full layers' first, then that of sliding windows."""
-    sizes = [evictable_tokens(tree_cache)]
-    if num_pools > 1:
-        sizes.append(int(tree_cache.swa_evictable_size()))
-    return sizes
 
 
 def is_busy(scheduler: Any) -> bool:

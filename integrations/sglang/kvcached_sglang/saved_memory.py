@@ -35,3 +35,10 @@ class SavedMemory:
     def bytes_of(self, tags: Iterable[str]) -> int:
         """Return what comes back with `tags`."""
         return sum(self._bytes[tag] for tag in tags)
+
+
+def reserved_bytes() -> int:
+    """Return what torch's allocator has of this process's GPU, in bytes."""
+    import torch
+
+    return int(torch.cuda.memory_reserved())

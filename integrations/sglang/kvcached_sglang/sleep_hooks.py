@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from kvcached_core.errors import NoRoomError
 from kvcached_sglang.engine import engine
 from kvcached_sglang.saved_memory import ALL_TAGS, CUDA_GRAPH, KV_CACHE
 
@@ -64,14 +65,12 @@ def resume_memory_occupation(original: Callable[..., Any]) -> Callable[..., Any]
         tags = _tags(recv_req)
         awake = [tag for tag in tags if tag not in self.offload_tags]
         if awake:
-            return _refused(f"{', '.join(awake)} cannot be resumed: not released")
-        shortage = ours.ranks.make_room(ours.saved.bytes_of(tags))
-        if shortage is not None:
-            return _refused(f"no room to wake up: {shortage}; the engine sleeps on")
+            return _refused(f"kvcached: {', '.join(awake)} cannot be resumed: not released")
         try:
-            return original(self, recv_req, *args, **kwargs)
-        finally:
-            ours.ranks.announce(0)
+            with ours.room_to_wake(ours.saved.bytes_of(tags)):
+                return original(self, recv_req, *args, **kwargs)
+        except NoRoomError as error:
+            return _refused(str(error))
 
     return wrapper
 
@@ -106,7 +105,7 @@ def _refused(reason: str) -> Any:
     # SGLang's answer has no field for a reason; no answer of this kind belongs to a request.
     from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqOutput
 
-    return ResumeMemoryOccupationReqOutput(rid=f"kvcached: {reason}")
+    return ResumeMemoryOccupationReqOutput(rid=reason)
 
 
 def _tags(recv_req: Any) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from kvcached_core.config import read_config
-from kvcached_core.errors import UnmappedBlockError
 from kvcached_core.memory.orders import PageOrders
 from kvcached_core.memory.rank import RankMemory
 from kvcached_core.memory.vmm.backend import Backend
@@ -42,18 +41,7 @@ class WorkerMemory(RankMemory):
         Raises:
             UnmappedBlockError: With the block ids and their pages.
         """
-        geometry = self.arena.geometry
-        wrong = [
-            block_id
-            for block_id in _block_ids(scheduler_output)
-            if not geometry.exists(block_id)
-            or not self.arena.is_resident(geometry.page_of(block_id))
-        ]
-        if wrong:
-            pages = sorted({geometry.page_of(block_id) for block_id in wrong})
-            raise UnmappedBlockError(
-                f"a step uses unmapped blocks {wrong[:8]} of pages {pages[:8]}"
-            )
+        self.check_blocks(_block_ids(scheduler_output))
 
     def map_for_warm_up(self, scheduler_output: Any) -> None:
         """Map what a warm-up step touches: the engine made its block ids up."""

@@ -11,9 +11,9 @@ from kvcached_core.engine.arrival import Arrival
 from kvcached_core.engine.placing import virtual_bytes
 from kvcached_core.engine.start import model_name
 from kvcached_core.errors import UnsupportedEngineError
-from kvcached_core.memory.devices import Device, cuda_device, host_device
+from kvcached_core.memory.devices import Device, host_device
 from kvcached_core.memory.model_bytes import OTHER_BYTES
-from kvcached_core.memory.vmm.host import HostBackend
+from kvcached_core.memory.torch_device import current_stream, find_device, make_backend
 from kvcached_patches.around import around
 from kvcached_vllm.layout import PLACEMENT, Placement, plane_layout, sparse_config
 from kvcached_vllm.obstacles import can_serve
@@ -36,13 +36,7 @@ _is_served: ContextVar[bool] = ContextVar("kvcached_is_served", default=False)
 
 def device_of(worker: Any) -> Device:
     """Return the device of a worker; vLLM's `collective_rpc` calls this."""
-    device = inner_worker(worker).device
-    if device.type != CUDA:
-        return host_device(read_config())
-    import torch
-
-    properties = torch.cuda.get_device_properties(device)
-    return cuda_device(str(properties.uuid), properties.total_memory)
+    return find_device(inner_worker(worker).device, read_config())
 
 
 def granularity_of(worker: Any) -> int:
@@ -53,26 +47,9 @@ def granularity_of(worker: Any) -> int:
 def _backend(worker: Any) -> "Backend":
     """Return the worker's backend: one, because on a GPU it holds a context and a stream."""
     if not hasattr(worker, "kvcached_backend"):
-        worker.kvcached_backend = _new_backend(worker.device)
+        worker.kvcached_backend = make_backend(worker.device)
     backend: Backend = worker.kvcached_backend
     return backend
-
-
-def _new_backend(device: Any) -> "Backend":
-    if device.type != CUDA:
-        return HostBackend()
-    from kvcached_core.memory.vmm.cuda import CudaBackend
-
-    return CudaBackend(device.index or 0)
-
-
-def _current_stream(worker: Any) -> Callable[[], int]:
-    if worker.device.type != CUDA:
-        return lambda: 0
-    import torch
-
-    device = worker.device
-    return lambda: int(torch.cuda.current_stream(device).cuda_stream)
 
 
 @around
@@ -128,7 +105,7 @@ def worker_initialize_from_config(
     from kvcached_vllm.zeros import ZerosFromArena
 
     layout = plane_layout(kv_cache_config)
-    memory = WorkerMemory(placement, _backend(self), _current_stream(self))
+    memory = WorkerMemory(placement, _backend(self), current_stream(self.device))
     arena = memory.arena
     if layout.is_one_allocation:
         tensors = [arena.tensor()]

@@ -1,0 +1,39 @@
+"""Devices by torch's names: which one it is, what maps memory there, and where its steps run."""
+
+from collections.abc import Callable
+from typing import Any
+
+from kvcached_core.config import CUDA, Config
+from kvcached_core.memory.devices import Device, cuda_device, host_device
+from kvcached_core.memory.vmm.backend import Backend
+from kvcached_core.memory.vmm.host import HostBackend
+
+
+def find_device(device: Any, config: Config) -> Device:
+    """Return the device that torch calls `device`; without an index it is the current one."""
+    if device.type != CUDA:
+        return host_device(config)
+    import torch  # noqa: PLC0415  an engine that calls this has it
+
+    properties = torch.cuda.get_device_properties(device)
+    return cuda_device(str(properties.uuid), properties.total_memory)
+
+
+def make_backend(device: Any) -> Backend:
+    """Return what maps pages there."""
+    if device.type != CUDA:
+        return HostBackend()
+    import torch  # noqa: PLC0415  as above
+
+    from kvcached_core.memory.vmm.cuda import CudaBackend  # noqa: PLC0415  not on a host without a GPU
+
+    return CudaBackend(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def current_stream(device: Any) -> Callable[[], int]:
+    """Return a function that says which stream torch launches on there; it is 0 on the host."""
+    if device.type != CUDA:
+        return lambda: 0
+    import torch  # noqa: PLC0415  as above
+
+    return lambda: int(torch.cuda.current_stream(device).cuda_stream)

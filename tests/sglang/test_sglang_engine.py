@@ -1,0 +1,126 @@
+"""A schedule of our engine: what is mapped before its batch, and what waits for the launches."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers.sglang_elastic import hooked, let_schedule, make_engine
+from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+from kvcached_core.memory.orders import PageOrders
+from kvcached_core.units import MIB
+from kvcached_sglang import hooks
+from kvcached_sglang.engine import SglangEngine
+
+pytestmark = pytest.mark.sglang
+
+PAGE_TOKENS = 64
+NUM_PAGES = 16
+
+
+class NoCache:
+    """A prefix cache that is off."""
+
+    def supports_mamba(self) -> bool:
+        return False
+
+    def supports_swa(self) -> bool:
+        return False
+
+    def evictable_size(self) -> int:
+        return 0
+
+
+class Memory:
+    """A rank's memory that notes what it is told, and when."""
+
+    def __init__(self) -> None:
+        self.mapped: list[list[int]] = []
+        self.later: list[tuple[list[int], list[int]]] = []
+        self.keeper = SimpleNamespace(wait=lambda _seconds=None: None)
+
+    def before_step(self, orders: PageOrders) -> None:
+        self.mapped.append(orders.map_pages + orders.ready_pages)
+
+    def after_step(self, orders: PageOrders) -> None:
+        self.later.append((orders.spare_pages, orders.unmap_pages))
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[SglangEngine]:
+    """Return an engine that keeps one spare page, and has no requests."""
+    made = make_engine(tmp_path, host_pool=NUM_PAGES * 2 * MIB, page_bytes=2 * MIB, idle_seconds=0)
+    with hooked(
+        made,
+        (MHATokenToKVPool, "_create_buffers", hooks.create_buffers),
+        (TokenToKVPoolAllocator, "__init__", hooks.allocator_init),
+    ):
+        size = NUM_PAGES * PAGE_TOKENS - 1
+        pool = MHATokenToKVPool(
+            size=size,
+            page_size=1,
+            dtype=torch.float32,
+            head_num=2,
+            head_dim=1024,
+            layer_num=2,
+            device="cpu",
+            enable_memory_saver=False,
+        )
+        TokenToKVPoolAllocator(size, torch.float32, "cpu", pool, need_sort=False)
+    let_schedule(made, NoCache())
+    memory, made.port.memory = made.port.memory, Memory()  # type: ignore[assignment]
+    yield made
+    pool.k_buffer.clear()
+    pool.v_buffer.clear()
+    assert memory is not None
+    memory.close()
+    made.close()
+
+
+def allocator_of(engine: SglangEngine) -> Any:
+    return engine.free_lists[0]._allocator
+
+
+def test_what_a_batch_needs_is_mapped_before_it_and_the_rest_behind_its_launches(
+    engine: SglangEngine,
+) -> None:
+    memory: Any = engine.port.memory
+    engine.before_schedule(engine.port.scheduler)
+    allocator_of(engine).alloc(3 * PAGE_TOKENS - 1)
+    assert memory.mapped == []  # all of a schedule's are mapped together
+    engine.after_schedule(engine.port.scheduler, has_batch=True)
+    assert memory.mapped == [[1, 2]]
+    assert memory.later == []
+    engine.before_schedule(engine.port.scheduler)
+    assert memory.later == [([3], [])]
+
+
+def test_what_is_owed_is_told_before_the_schedule_can_take_it(engine: SglangEngine) -> None:
+    memory: Any = engine.port.memory
+    engine.before_schedule(engine.port.scheduler)
+    allocator = allocator_of(engine)
+    ids = allocator.alloc(3 * PAGE_TOKENS - 1)
+    engine.after_schedule(engine.port.scheduler, has_batch=True)
+    allocator.free(ids)
+    engine.giving.owed_pages = 2
+    assert allocator.available_size() == 0
+    engine.before_schedule(engine.port.scheduler)
+    assert sorted(memory.later[-1][1]) == [2, 3]  # the spare page, and the highest
+    assert engine.giving.owed_pages == 0
+    assert allocator.available_size() > 0
+
+
+def test_a_turn_without_a_batch_leaves_nothing_for_later(engine: SglangEngine) -> None:
+    memory: Any = engine.port.memory
+    engine.before_schedule(engine.port.scheduler)
+    allocator = allocator_of(engine)
+    ids = allocator.alloc(5 * PAGE_TOKENS)
+    engine.after_schedule(engine.port.scheduler, has_batch=True)
+    allocator.free(ids)
+    engine.before_schedule(engine.port.scheduler)
+    engine.after_schedule(engine.port.scheduler, has_batch=False)
+    assert len(memory.later[-1][1]) == 5  # of six, the spare one included, one stays
