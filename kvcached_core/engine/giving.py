@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from kvcached_core.engine.instance import REFUSAL_SECONDS
 from kvcached_core.engine.pages import Pages
 from kvcached_core.engine.port import EnginePort
 from kvcached_core.engine.ranks import Ranks, Wanted
+from kvcached_core.engine.waiting import REFUSAL_SECONDS
 
 # Pages that a neighbour gets early when it asks for many: the rest follows when all is evicted.
 FIRST_PAGES = 8

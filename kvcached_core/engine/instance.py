@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvcached_core.config import Config
 from kvcached_core.engine.names import numbered_names
-from kvcached_core.engine.waiting import WaitingLog, explain_wait
+from kvcached_core.engine.waiting import Refusals, explain_waits
 from kvcached_core.ledger.bell import Doorbell, wake
 from kvcached_core.ledger.opening import doorbell_path
 from kvcached_core.ledger.shortage import (
@@ -21,16 +21,12 @@ from kvcached_core.ledger.shortage import (
     ask_peers,
     make_room,
 )
-from kvcached_core.memory.devices import Device, open_ledger
-from kvcached_core.memory.seats import Seat, leave_rows, take_rows
+from kvcached_core.memory.devices import Device
+from kvcached_core.memory.seats import Seat, close_ledgers, leave_rows, open_ledgers, take_rows
 
 if TYPE_CHECKING:
     from kvcached_core.ledger.file import RowKey
     from kvcached_core.ledger.ledger import Ledger
-
-# Who was refused asks again when it is rung, or after this time: what others than engines free on a
-# device nobody tells.
-REFUSAL_SECONDS = 0.05
 
 
 class Instance:
@@ -72,15 +68,10 @@ class Instance:
         self._num_asked: dict[Device, int] = {}
         self._answer = answer
         self._rang = threading.Event()
-        self._refused_pages = 0
-        self._refused_until = 0.0
         self._pid = os.getpid()
-        self._waiting_log = WaitingLog(self._explain_refusal)
-        self._asked_until = 0.0
+        self._refusals = Refusals(lambda: explain_waits(self._ledgers, self._rows))
         try:
-            # One order for all instances, so that two of them never wait for each other.
-            for device in sorted(self._num_ranks, key=lambda device: device.name):
-                self._ledgers[device] = open_ledger(device, config)
+            self._ledgers = open_ledgers(self._num_ranks, config)
             names = [name] if name else numbered_names(default_name)
             self._rows = take_rows(self._ledgers, names, engine=engine, config=config)
             for device, ledger in self._ledgers.items():
@@ -134,17 +125,15 @@ class Instance:
         Returns:
             How many pages were promised, the same on all devices.
         """
-        if is_urgent and self._is_refused(num_pages):
+        if is_urgent and self._refusals.is_refused(num_pages):
             return 0
         granted = self._promise(num_pages, num_spare, may_borrow=is_urgent)
         if is_urgent and num_pages:
             if granted < num_pages:
-                self._refused_pages = num_pages - granted
-                self._refused_until = time.monotonic() + REFUSAL_SECONDS
+                self._refusals.refuse(num_pages - granted)
                 self._ask_peers(num_pages - granted)
-                self._waiting_log.refused()
             else:
-                self._waiting_log.over()
+                self._refusals.end()
         return granted
 
     def _promise(self, num_pages: int, num_spare: int, *, may_borrow: bool) -> int:
@@ -168,14 +157,9 @@ class Instance:
         return granted
 
     def ask(self, num_pages: int) -> None:
-        """Ask others for `num_pages` that a request waits for; nothing is promised yet.
-
-        Who asks again within `REFUSAL_SECONDS`, and was not rung, has been heard.
-        """
-        if time.monotonic() >= self._asked_until:
-            self._asked_until = time.monotonic() + REFUSAL_SECONDS
+        """Ask others for what a request waits for, unless they were just asked; promise nothing."""
+        if self._refusals.may_ask():
             self._ask_peers(num_pages)
-            self._waiting_log.refused()
 
     def reserve_first_page(self) -> bool:
         """Return whether one page was promised; wait for neighbours as long as a start may.
@@ -191,18 +175,15 @@ class Instance:
             self._rang.clear()
         return True
 
-    def make_room(
-        self, static_bytes: int, patience_seconds: float = PATIENCE_SECONDS
-    ) -> Shortage | None:
+    def make_room(self, static_bytes: int, patience_seconds: float) -> Shortage | None:
         """Announce what each rank is about to allocate beside its KV cache, and ask for it.
 
         Neighbours give idle pages and cached blocks, never what their requests use, and nobody is
-        promised what is announced. Without room the announcement is taken back. Blocks the calling
-        thread, the scheduler's, for up to `patience_seconds`.
+        promised what is announced. Without room the announcement is taken back.
 
         Args:
             static_bytes: Bytes on each rank, such as weights that come back from sleep.
-            patience_seconds: How long neighbours may take.
+            patience_seconds: How long neighbours may take; the calling thread waits for them.
 
         Returns:
             None if there is room: call `announce(0)` when it is allocated. Otherwise what is
@@ -228,8 +209,7 @@ class Instance:
 
     def clear_waiting(self) -> None:
         """Say that nothing of this instance waits for memory any more, on any device."""
-        self._refused_until = 0.0
-        self._waiting_log.over()
+        self._refusals.end()
         for device, ledger in self._ledgers.items():
             ledger.clear_waiting(self._rows[device])
 
@@ -299,22 +279,13 @@ class Instance:
             bell.close()
         self._bells = []
         leave_rows(self._ledgers, self._rows)
-        self._rows = {}
-        for ledger in self._ledgers.values():
-            ledger.close()
-        self._ledgers = {}
+        close_ledgers(self._ledgers)
+        self._rows, self._ledgers = {}, {}
 
     def _on_ring(self) -> None:
-        self._refused_until = self._asked_until = 0.0
+        self._refusals.forget()
         self._rang.set()
         self._answer()
-
-    def _is_refused(self, num_pages: int) -> bool:
-        return num_pages >= self._refused_pages and time.monotonic() < self._refused_until
-
-    def _explain_refusal(self) -> str:
-        views = [(ledger.view(), self._rows[device]) for device, ledger in self._ledgers.items()]
-        return "; ".join(explain_wait(view, row) for view, row in views)
 
     def _unit_bytes(self, device: Device) -> int:
         return self.page_bytes * self._num_ranks[device]
@@ -325,5 +296,4 @@ class Instance:
 
     def _ask_peers(self, num_pages: int) -> None:
         for device, ledger in self._ledgers.items():
-            wanted = num_pages * self._unit_bytes(device)
-            ask_peers(ledger, self._rows[device], wanted)
+            ask_peers(ledger, self._rows[device], num_pages * self._unit_bytes(device))

@@ -10,7 +10,7 @@ from kvcached_core.ledger.bell import wake
 from kvcached_core.ledger.file import RowKey
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.policy import Policy
-from kvcached_core.memory.devices import Device
+from kvcached_core.memory.devices import Device, open_ledger
 
 logger = logging.getLogger("kvcached")
 
@@ -28,6 +28,30 @@ class Seat:
     ledger_path: str
     row: RowKey
     num_ranks: int
+
+
+def open_ledgers(devices: Iterable[Device], config: Config) -> dict[Device, Ledger]:
+    """Open the ledgers of `devices`, in an order that all engines keep.
+
+    So two engines that share several devices never wait for each other.
+
+    Raises:
+        LedgerError: If one cannot be used; then none is open.
+    """
+    ledgers: dict[Device, Ledger] = {}
+    try:
+        for device in sorted(devices, key=lambda device: device.name):
+            ledgers[device] = open_ledger(device, config)
+    except BaseException:
+        close_ledgers(ledgers)
+        raise
+    return ledgers
+
+
+def close_ledgers(ledgers: Mapping[Device, Ledger]) -> None:
+    """Close the ledgers again; the rows in them have to be left before."""
+    for ledger in ledgers.values():
+        ledger.close()
 
 
 def take_rows(

@@ -295,7 +295,7 @@ def test_a_wait_for_memory_is_said_with_who_holds_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("kvcached_core.engine.waiting.LOG_SECONDS", 0.0)
-    monkeypatch.setattr("kvcached_core.engine.instance.REFUSAL_SECONDS", 0.0)
+    monkeypatch.setattr("kvcached_core.engine.waiting.REFUSAL_SECONDS", 0.0)
     holder, asker = (start([HOUSE], name=name) for name in ("holder", "asker"))
     assert holder.reserve(8, is_urgent=True) == 8
     for _ in range(2):

@@ -83,7 +83,7 @@ def test_neighbours_give_their_cache_to_who_wakes_and_get_none_of_it_back(
 ) -> None:
     sleeper, neighbour = start("sleeper"), start("neighbour")
     neighbour.hold(num_cached=8)
-    assert sleeper.instance.make_room(5 * PAGE) is None
+    assert sleeper.instance.make_room(5 * PAGE, 10.0) is None
     assert neighbour.view().resident_bytes == 3 * PAGE
     assert neighbour.instance.reserve(1, is_urgent=False) == 0
     assert sleeper.view().waiting_bytes == 0
@@ -93,7 +93,7 @@ def test_who_wakes_is_not_promised_pages_where_its_weights_will_lie(
     start: Callable[..., Engine],
 ) -> None:
     sleeper = start("sleeper")
-    assert sleeper.instance.make_room(5 * PAGE) is None
+    assert sleeper.instance.make_room(5 * PAGE, 10.0) is None
     assert sleeper.instance.room_pages() == 3
     assert sleeper.instance.reserve(8, is_urgent=False) == 3
     sleeper.instance.announce(0)
@@ -132,7 +132,7 @@ def test_a_refusal_on_one_device_leaves_nothing_announced_on_the_other(
 
 def test_ranks_on_one_device_need_room_each(start: Callable[..., Engine]) -> None:
     sleeper = start("sleeper", [POOL, POOL])
-    assert sleeper.instance.make_room(4 * PAGE) is None
+    assert sleeper.instance.make_room(4 * PAGE, 10.0) is None
     assert sleeper.view().static_bytes == 8 * PAGE
     shortage = sleeper.instance.make_room(5 * PAGE, patience_seconds=0.0)
     assert shortage is not None
@@ -145,7 +145,7 @@ def test_no_limit_keeps_weights_out_and_no_request_stops_for_them(
     sleeper = start("sleeper", KVCACHED_LIMIT="32MiB", KVCACHED_FLOOR="32MiB")
     neighbour = start("neighbour")
     neighbour.hold(num_cached=4, num_used=2)
-    assert sleeper.instance.make_room(6 * PAGE) is None
+    assert sleeper.instance.make_room(6 * PAGE, 10.0) is None
     assert neighbour.view().resident_bytes == 2 * PAGE
     assert sleeper.instance.make_room(8 * PAGE, patience_seconds=0.0) is not None
     assert neighbour.instance.wanted_pages() == (0, 0)
@@ -153,7 +153,7 @@ def test_no_limit_keeps_weights_out_and_no_request_stops_for_them(
 
 def test_who_waits_is_woken_when_an_announcement_shrinks(start: Callable[..., Engine]) -> None:
     sleeper, neighbour = start("sleeper"), start("neighbour")
-    assert sleeper.instance.make_room(8 * PAGE) is None
+    assert sleeper.instance.make_room(8 * PAGE, 10.0) is None
     assert neighbour.instance.reserve(2, is_urgent=True) == 0
     neighbour.asked.clear()
     sleeper.instance.announce(4 * PAGE)

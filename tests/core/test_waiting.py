@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from kvcached_core.engine.waiting import WaitingLog
+from kvcached_core.engine.waiting import Refusals, WaitingLog
 
 
 class Clock:
@@ -44,3 +44,29 @@ def test_a_wait_that_is_over_is_not_counted_to_the_next_one(
     clock.now += 9
     log.refused()
     assert caplog.records == []
+
+
+def test_only_as_many_pages_as_were_refused_are_refused_again_until_somebody_rings() -> None:
+    refusals = Refusals(lambda: "nobody")
+    assert not refusals.is_refused(4)
+    refusals.refuse(4)
+    assert refusals.is_refused(4)
+    assert refusals.is_refused(5)
+    assert not refusals.is_refused(3)
+    refusals.forget()
+    assert not refusals.is_refused(4)
+
+
+def test_peers_are_asked_once_until_somebody_rings() -> None:
+    refusals = Refusals(lambda: "nobody")
+    assert refusals.may_ask()
+    assert not refusals.may_ask()
+    refusals.forget()
+    assert refusals.may_ask()
+
+
+def test_what_nobody_waits_for_any_more_may_be_asked_for_at_once() -> None:
+    refusals = Refusals(lambda: "nobody")
+    refusals.refuse(1)
+    refusals.end()
+    assert not refusals.is_refused(1)

@@ -197,7 +197,8 @@ class Served(ABC):
     def hears(self) -> None:
         """Wait until the bell told a refused engine that there is memory now."""
         instance: Any = self.engine.ranks.instance
-        await_that(lambda: max(instance._refused_until, instance._asked_until) == 0, 20)
+        refusals = instance._refusals
+        await_that(lambda: max(refusals._until, refusals._asked_until) == 0, 20)
 
     def _schedule_running(self) -> bool:
         """Let running requests have what they need; return whether one was stopped for it."""
