@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from kvcached_patches.hook import OVERRIDE, REPLACE, Finding, Hook
+from kvcached_patches.hook import OVERRIDE, Finding, Hook
 from kvcached_patches.sources import Sources
 from kvcached_patches.symbols import Symbol, describe, find, parameters_of
 
@@ -40,7 +40,7 @@ def compare(
         locked: What the lock says.
         found: What is there.
         exactly: Whether a changed body is a finding also where the original runs, as it does in
-            everything that is not replaced or overridden.
+            everything that is not overridden.
     """
     findings = []
     for hook in hooks:
@@ -54,7 +54,7 @@ def compare(
         elif (was.signature, was.decorators) != (now.signature, now.decorators):
             text = f"it is {_text(now)}, the lock has {_text(was)}"
             findings.append(Finding(hook.target, text))
-        elif was.body != now.body and (exactly or hook.how in (REPLACE, OVERRIDE)):
+        elif was.body != now.body and (exactly or hook.how == OVERRIDE):
             findings.append(Finding(hook.target, "its body is not the locked one"))
     return findings
 

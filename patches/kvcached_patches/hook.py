@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-WRAP, REBIND, REPLACE = "wrap", "rebind", "replace"
+WRAP, REBIND = "wrap", "rebind"
 # Not hooked, but locked: a symbol that we call or read, and a method that a subclass overrides.
 USE, OVERRIDE = "use", "override"
 
@@ -24,7 +24,7 @@ class Hook:
         alternatives: Where other releases define the same thing, in other modules or by other
             names; the first that is there is hooked.
         how: `WRAP` a method or function where it is defined, the original runs inside; `REBIND` a
-            name that a module imported; `REPLACE` a body, which then must be the locked one. With
+            name that a module imported. With
             `USE` nothing is replaced, and the signature must be the locked one; with `OVERRIDE` a
             subclass of ours stands in for it, and the body must be the locked one.
         adr: The decision record, for everything but `WRAP`.

@@ -10,7 +10,7 @@ from kvcached_patches import Hook, locks, sglang, vllm
 from kvcached_patches.aliases import aliases
 from kvcached_patches.check import choose_targets, describe_hooks
 from kvcached_patches.engines import DISTRIBUTIONS, ENGINES
-from kvcached_patches.hook import OVERRIDE, REBIND, REPLACE, USE, WRAP, uses
+from kvcached_patches.hook import OVERRIDE, REBIND, USE, WRAP, uses
 from kvcached_patches.locks import Lock, check_lock, examine, locked_hooks
 from kvcached_patches.sources import Folder, Sources, Wheel
 from kvcached_patches.symbols import Symbol
@@ -30,7 +30,7 @@ class Owner:
 USER = "from engine.parts import Part as P\n"
 HOOKS = (
     Hook("engine.core:Owner.method", "x:y", "why", ("tokens",)),
-    Hook("engine.core:Owner.swapped", "x:y", "why", how=REPLACE, adr=1),
+    Hook("engine.core:Owner.swapped", "x:y", "why", how=OVERRIDE),
     Hook("engine.core:Part", "x:y", "why", how=REBIND, adr=1),
 )
 
