@@ -77,12 +77,10 @@ def answer_all(engine: Any, prompts: list[Any], sampling: Any) -> tuple[float, f
 def mapping_seconds(llm: Any) -> float:
     """Return the seconds inside map since the last call: what giving memory back costs later."""
     core = llm.llm_engine.engine_core.engine_core
-    statistics_of_map = core.model_executor.driver_worker.worker.kvcached.backend.statistics.of(
-        "map"
-    )
-    seconds = statistics_of_map.seconds
-    statistics_of_map.seconds = 0.0
-    return float(seconds)
+    memory = core.model_executor.driver_worker.worker.kvcached
+    all_seconds = float(memory.arena.maps.times().seconds)
+    before, memory.seconds_seen = getattr(memory, "seconds_seen", 0.0), all_seconds
+    return all_seconds - before
 
 
 class Engine:

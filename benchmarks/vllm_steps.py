@@ -142,7 +142,7 @@ class Stopwatch:
 
     Args:
         core: The engine core.
-        count_calls: Returns how often the driver was called so far, in whatever thread.
+        count_calls: Returns how often the driver mapped and unmapped so far, in whatever thread.
     """
 
     def __init__(self, core: Any, count_calls: Callable[[], int]) -> None:
@@ -199,12 +199,13 @@ class Driver:
         self._num_requests = 0
         core = self._engine.engine_core.engine_core
         memory = getattr(inner_worker(core.model_executor.driver_worker), "kvcached", None)
-        self.verbs = memory.backend.statistics.verbs if memory is not None else {}
+        arena = memory.arena if memory is not None else None
+        self.meters = {"map": arena.maps, "unmap": arena.unmaps} if arena is not None else {}
         self.watch = Stopwatch(core, self.count_calls)
 
     def count_calls(self) -> int:
-        """Return how often the driver was called so far; always 0 without us."""
-        return sum(found.num_calls for found in list(self.verbs.values()))
+        """Return how many pages were mapped and unmapped so far; always 0 without us."""
+        return sum(meter.times().num_calls for meter in self.meters.values())
 
     def run(self, load: Load) -> tuple[dict[str, float], list[list[int]]]:
         """Carry out a load; return its figures and the tokens of each request."""
@@ -328,7 +329,7 @@ def engine(options: Any) -> dict[str, Any]:
         "runs": runs,
         "tokens": tokens,
         "kernels": kernels,
-        "calls": {verb: found.num_calls for verb, found in driver.verbs.items()},
+        "calls": {verb: meter.times().num_calls for verb, meter in driver.meters.items()},
         "is_asynchronous": bool(core.async_scheduling),
     }
 

@@ -18,7 +18,6 @@ from machine import describe_gpu
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import choose_geometry
 from kvcached_core.memory.vmm.cuda import CudaBackend
-from kvcached_core.memory.vmm.metered import MeteredBackend
 from kvcached_core.units import GIB, MIB
 from kvcached_demo.harness.background import Background
 
@@ -127,7 +126,7 @@ def time_launches_beside(backend: CudaBackend) -> dict[str, dict[str, float]]:
 
 def time_arena(page_mib: int, total_bytes: int = 64 * GIB) -> dict[str, Any]:
     """Map and unmap `total_bytes` through our own arena, three times."""
-    backend = MeteredBackend(CudaBackend())
+    backend = CudaBackend()
     geometry = choose_geometry(
         **LLAMA_8B,
         granularity_bytes=backend.granularity_bytes,

@@ -3,16 +3,23 @@
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 
 from kvcached_core.errors import KVCachedError
 from kvcached_core.ledger.reach import pressure
 from kvcached_core.ledger.survey import survey
+from kvcached_core.ledger.times import BOUNDS_SECONDS, CallTimes
 from kvcached_core.ledger.view import DeviceView, InstanceView
 
 try:
     from prometheus_client import CollectorRegistry, generate_latest, start_http_server
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+    from prometheus_client.core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+        Metric,
+    )
 except ImportError as error:
     raise KVCachedError(
         "metrics need prometheus-client; pip install 'kvcached-elastic[metrics]'"
@@ -40,7 +47,14 @@ INSTANCE_COUNTERS: dict[str, tuple[str, Callable[[InstanceView], float]]] = {
     "refusals": ("Promises that were not given in full.", lambda i: i.num_refused),
     "pressure_asked": ("Times that others asked for memory.", lambda i: i.num_asked),
     "pressure_answered": ("Times that it answered.", lambda i: i.num_answered),
+    "map_failures": ("Pages that could not be mapped.", lambda i: i.map_times.num_failures),
+    "unmap_failures": ("Pages that could not be unmapped.", lambda i: i.unmap_times.num_failures),
 }
+INSTANCE_HISTOGRAMS: dict[str, tuple[str, Callable[[InstanceView], CallTimes]]] = {
+    "map_seconds": ("Mapping a page.", lambda i: i.map_times),
+    "unmap_seconds": ("Unmapping a page.", lambda i: i.unmap_times),
+}
+_BOUNDS = (*(str(seconds) for seconds in BOUNDS_SECONDS), "+Inf")
 
 
 class LedgerCollector:
@@ -79,6 +93,14 @@ class LedgerCollector:
         for name, (text, read) in INSTANCE_COUNTERS.items():
             counter = CounterMetricFamily(PREFIX + name, text, labels=_LABELS)
             yield _filled(counter, rows, read)
+        for name, (text, times_of) in INSTANCE_HISTOGRAMS.items():
+            histogram = HistogramMetricFamily(PREFIX + name, text, labels=_LABELS)
+            for device_name, row in rows:
+                times = times_of(row)
+                buckets = list(zip(_BOUNDS, accumulate(times.buckets), strict=True))
+                labels = [device_name, row.name, row.engine]
+                histogram.add_metric(labels, buckets, times.seconds)
+            yield histogram
         limit = GaugeMetricFamily(
             PREFIX + "limit_bytes", "What it may hold at most; absent without one.", labels=_LABELS
         )

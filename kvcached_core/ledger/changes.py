@@ -4,6 +4,7 @@ import threading
 from dataclasses import dataclass, field
 
 from kvcached_core.ledger.file import Row, RowKey
+from kvcached_core.ledger.times import NO_CALLS, CallTimes
 
 
 @dataclass
@@ -37,6 +38,8 @@ class Changes:
         counts: Used and cached bytes, the last that were told; None for none.
         answers: Answers to being asked.
         is_waiting_over: Whether nothing waits for memory any more.
+        map_times: What maps took.
+        unmap_times: What unmaps took.
     """
 
     unpromised_bytes: int = 0
@@ -47,6 +50,8 @@ class Changes:
     counts: tuple[int, int] | None = None
     answers: list[Answer] = field(default_factory=list)
     is_waiting_over: bool = False
+    map_times: CallTimes = NO_CALLS
+    unmap_times: CallTimes = NO_CALLS
 
     def add(self, later: "Changes") -> None:
         """Add what was done afterwards."""
@@ -58,6 +63,8 @@ class Changes:
         self.counts = later.counts or self.counts
         self.answers += later.answers
         self.is_waiting_over |= later.is_waiting_over
+        self.map_times += later.map_times
+        self.unmap_times += later.unmap_times
 
     def write(self, row: Row, now_ns: int) -> int:
         """Write it into the instance's row; return how many bytes are allocated for a promise."""
@@ -68,6 +75,7 @@ class Changes:
         row.promised_bytes = max(row.promised_bytes - self.unpromised_bytes, 0)
         write_moves(row, self.mapped_bytes, self.unmapped_bytes, self.unneeded_bytes)
         write_stuck(row, self.stuck_bytes)
+        write_times(row, self.map_times, self.unmap_times)
         if self.counts is not None:
             write_counts(row, *self.counts, now_ns)
         return self.mapped_bytes
@@ -102,6 +110,14 @@ def write_stuck(row: Row, stuck_bytes: int) -> None:
     if stuck_bytes:
         row.coming_bytes = max(row.coming_bytes - stuck_bytes, 0)
         row.num_freed_bytes += stuck_bytes
+
+
+def write_times(row: Row, map_times: CallTimes, unmap_times: CallTimes) -> None:
+    """Add to the instance's row what maps and unmaps took."""
+    if map_times is not NO_CALLS:
+        map_times.write(row.map_times)
+    if unmap_times is not NO_CALLS:
+        unmap_times.write(row.unmap_times)
 
 
 def write_counts(row: Row, used_bytes: int, cached_bytes: int, now_ns: int) -> None:

@@ -28,7 +28,9 @@ ASKED, OWED, NUM_ASKED, NOTICES, CHANGES, FREED = 12, 13, 15, 16, 17, 24
 
 # Words of a row that are kept for what comes next, so that it needs no other version: 28 bytes of
 # weights, 29 what of them is needed, 30 what is offered; 31 bytes of a token; 32 activations, 33
-# their nanoseconds; 34 holds. Nobody has given 35 to 47 a name, or 8 to 63 of the header.
+# their nanoseconds; 34 holds. Nobody has given 45 to 47 a name, or 8 to 63 of the header.
+# What maps and unmaps took (`CallTimes`) is in 35 to 39 and in 40 to 44.
+_MAP_TIMES, _UNMAP_TIMES, _TIMES_WORDS = 35, 40, 5
 _NAME, _NAME_WORDS = 48, 8  # as long as a name may be
 _ENGINE, _ENGINE_WORDS = 56, 8
 
@@ -138,16 +140,14 @@ class Row(_Words):
     num_answered = _Word(26)
     pid_namespace = _Word(27)  # in which `pid` means something; 0 where it could not be read
 
-    def __init__(self, words: memoryview, index: int) -> None:
-        super().__init__(words, HEADER_WORDS + index * ROW_WORDS)
+    def __init__(self, words: memoryview, index: int, base: int | None = None) -> None:
+        super().__init__(words, HEADER_WORDS + index * ROW_WORDS if base is None else base)
         self.index = index
 
     @classmethod
-    def of_copy(cls, copy: bytes) -> "Row":
+    def of_copy(cls, copy: bytes | bytearray) -> "Row":
         """Return a row over what `copy` returned."""
-        row = cls(memoryview(copy).cast("q"), 0)
-        row.base = 0
-        return row
+        return cls(memoryview(copy).cast("q"), index=0, base=0)
 
     @property
     def key(self) -> RowKey:
@@ -187,6 +187,19 @@ class Row(_Words):
     @engine.setter
     def engine(self, value: str) -> None:
         self._set_text(_ENGINE, _ENGINE_WORDS, value)
+
+    @property
+    def map_times(self) -> memoryview:
+        """The words that say what maps took."""
+        return self._times(_MAP_TIMES)
+
+    @property
+    def unmap_times(self) -> memoryview:
+        """The words that say what unmaps took."""
+        return self._times(_UNMAP_TIMES)
+
+    def _times(self, offset: int) -> memoryview:
+        return self.words[self.base + offset : self.base + offset + _TIMES_WORDS]
 
     def clear(self) -> None:
         """Empty the row; it has no instance afterwards."""

@@ -11,10 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvcached_core.errors import LedgerError
-from kvcached_core.ledger.changes import Answer, Changes, write_counts, write_moves, write_stuck
+from kvcached_core.ledger.changes import (
+    Answer,
+    Changes,
+    write_counts,
+    write_moves,
+    write_stuck,
+    write_times,
+)
 from kvcached_core.ledger.entry import LOOK_INTERVAL_NS, LedgerEntry
 from kvcached_core.ledger.file import ALLOCATED, FREED, PROMISED, WAITING, RowKey
 from kvcached_core.ledger.room import free_bytes, room_bytes, waiting_bytes
+from kvcached_core.ledger.times import NO_CALLS, CallTimes
 
 _LATER_SECONDS = 0.05
 _DEVICE_INTERVAL_NS = 1_000_000
@@ -123,6 +131,8 @@ class LedgerPromises(LedgerEntry):
         stuck_bytes: int = 0,
         used_bytes: int,
         cached_bytes: int,
+        map_times: CallTimes = NO_CALLS,
+        unmap_times: CallTimes = NO_CALLS,
     ) -> list[RowKey]:
         """Record what a worker mapped and unmapped, and what its resident pages are for.
 
@@ -138,6 +148,7 @@ class LedgerPromises(LedgerEntry):
             if not self._enter():
                 changes = Changes(0, mapped_bytes, unmapped_bytes, unneeded_bytes, stuck_bytes)
                 changes.counts = used_bytes, cached_bytes
+                changes.map_times, changes.unmap_times = map_times, unmap_times
                 self._put_off(row, changes)
                 return []
             base, found = self._base(row), self._rows[row.number]
@@ -145,6 +156,7 @@ class LedgerPromises(LedgerEntry):
                 write_moves(found, mapped_bytes, unmapped_bytes, unneeded_bytes)
                 self._words[ALLOCATED] += mapped_bytes
             write_stuck(found, stuck_bytes)
+            write_times(found, map_times, unmap_times)
             write_counts(found, used_bytes, cached_bytes, now_ns)
             self._keep(row, base)
             return self._waiting() if unmapped_bytes or unneeded_bytes else []

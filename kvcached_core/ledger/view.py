@@ -14,6 +14,7 @@ from kvcached_core.ledger.file import (
     RowKey,
 )
 from kvcached_core.ledger.policy import Policy
+from kvcached_core.ledger.times import NO_CALLS, CallTimes
 
 # A writer is done in some microseconds. One that was stopped, or ended in the middle, is not waited
 # for: what it wrote so far is what there is.
@@ -30,6 +31,8 @@ class InstanceView:
         pid: The process that registered it, as that sees itself.
         pid_namespace: Where that number means something; 0 where nobody could tell.
         least_bytes: What one request of the largest size needs.
+        map_times: What mapping a page took, on all ranks of the device.
+        unmap_times: What unmapping a page took.
     """
 
     row: RowKey
@@ -58,6 +61,8 @@ class InstanceView:
     num_asked: int
     num_answered: int
     last_used_seconds: float
+    map_times: CallTimes = NO_CALLS
+    unmap_times: CallTimes = NO_CALLS
 
     @property
     def policy(self) -> Policy:
@@ -145,6 +150,8 @@ def view_of(row: Row) -> InstanceView:
         num_asked=row.num_asked,
         num_answered=row.num_answered,
         last_used_seconds=row.last_used_ns / 1e9,
+        map_times=CallTimes.read(row.map_times),
+        unmap_times=CallTimes.read(row.unmap_times),
     )
 
 

@@ -25,7 +25,6 @@ from kvcached_core.memory.keeper import PageChanges, PageKeeper
 from kvcached_core.memory.orders import PageOrders
 from kvcached_core.memory.seats import Seat
 from kvcached_core.memory.vmm.backend import Backend
-from kvcached_core.memory.vmm.metered import MeteredBackend
 from kvcached_core.units import format_bytes
 
 logger = logging.getLogger("kvcached")
@@ -65,7 +64,7 @@ class RankMemory:
     ) -> None:
         self.seat = seat
         self._pid = os.getpid()
-        self.backend = MeteredBackend(backend)
+        self.backend = backend
         self._current_stream = current_stream
         self._counts = (0, 0)
         with contextlib.ExitStack() as undo:
@@ -197,6 +196,7 @@ class RankMemory:
                 if now >= log_at:
                     log_at = now + LOG_SECONDS
                     logger.warning("kvcached: %s; asking the neighbours, trying again", error)
+                    self._report(PageChanges())
                 wanted_bytes = len(pages) * self.arena.geometry.page_bytes
                 ask_peers(self.ledger, self.seat.row, wanted_bytes)
                 time.sleep(pause_seconds)
@@ -215,5 +215,7 @@ class RankMemory:
             stuck_bytes=changes.num_stuck * page_bytes,
             used_bytes=num_used * page_bytes,
             cached_bytes=num_cached * page_bytes,
+            map_times=self.arena.maps.take(),
+            unmap_times=self.arena.unmaps.take(),
         )
         wake(self.ledger, waiting)

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from helpers.backends import CountingBackend, FaultyBackend
 from helpers.process_memory import resident_bytes
 
 from kvcached_core.errors import BackendError, GeometryError, OutOfMemoryError, PageStateError
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import choose_geometry
-from kvcached_core.memory.vmm.faulty import FaultyBackend
 from kvcached_core.memory.vmm.host import HostBackend
-from kvcached_core.memory.vmm.metered import MeteredBackend
 from kvcached_core.units import MIB
 
 GEOMETRY = choose_geometry(
@@ -57,19 +56,19 @@ def test_zeroing_touches_the_mapped_pages_and_no_other() -> None:
 @pytest.mark.parametrize("verb", ["create", "map"])
 @pytest.mark.parametrize("number", range(4))
 def test_a_failure_at_any_step_of_mapping_leaves_nothing_behind(verb: str, number: int) -> None:
-    metered = MeteredBackend(HostBackend())
-    faulty = FaultyBackend(metered, lambda called, count: (called, count) == (verb, 1 + number))
+    counting = CountingBackend(HostBackend())
+    faulty = FaultyBackend(counting, lambda called, count: (called, count) == (verb, 1 + number))
     arena = Arena(faulty, GEOMETRY, 8)
     arena.map([7])
     with pytest.raises(OutOfMemoryError):
         arena.map([0, 1, 2, 3])
     assert arena.resident_pages == [7]
-    assert metered.statistics.created_bytes == GEOMETRY.page_bytes
+    assert counting.created_bytes == GEOMETRY.page_bytes
     assert resident_bytes(arena.address, arena.num_bytes) == GEOMETRY.page_bytes
     arena.map([0, 1, 2, 3])
     assert len(arena.resident_pages) == 5
     arena.close()
-    assert metered.statistics.created_bytes == 0
+    assert counting.created_bytes == 0
 
 
 def test_a_failure_of_unmapping_keeps_the_books_right() -> None:

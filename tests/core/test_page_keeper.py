@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
+from helpers.backends import CountingBackend, FaultyBackend, Layer, Result
 
 from kvcached_core.errors import BackendError, LedgerError, OutOfMemoryError, PageKeeperError
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import choose_geometry
 from kvcached_core.memory.keeper import PageChanges, PageKeeper
-from kvcached_core.memory.vmm.backend import Backend, Layer, Result
-from kvcached_core.memory.vmm.faulty import FaultyBackend
+from kvcached_core.memory.vmm.backend import Backend
 from kvcached_core.memory.vmm.host import HostBackend
-from kvcached_core.memory.vmm.metered import MeteredBackend
 from kvcached_core.units import MIB
 
 # A thread that is gone is waited for by nobody, or for ever.
@@ -43,7 +42,7 @@ class Setup:
     """A keeper over host memory, with its reports added up."""
 
     def __init__(self) -> None:
-        self.backend = MeteredBackend(FaultyBackend(HostBackend(), lambda *_: False))
+        self.backend = CountingBackend(FaultyBackend(HostBackend(), lambda *_: False))
         self.arena = Arena(self.backend, GEOMETRY, NUM_PAGES)
         self.mapped = self.unmapped = self.spared = self.stuck = 0
         self.error: Exception | None = None
@@ -91,7 +90,7 @@ def test_spare_pages_and_pages_given_back_are_no_work_of_the_caller(setup: Setup
     setup.keeper.wait()
     assert (setup.mapped, setup.unmapped, setup.spared) == (10, 10, 0)
     assert setup.threads == {"kvcached-map", "kvcached-unmap"}
-    mine = setup.backend.statistics.num_calls_of_thread(threading.get_ident())
+    mine = setup.backend.num_calls_of_thread(threading.get_ident())
     assert mine == 1  # the reservation of the arena
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.backends import FaultyBackend, Result
 
 from kvcached_core.config import HOST, read_config
 from kvcached_core.engine.instance import Instance
@@ -20,8 +21,7 @@ from kvcached_core.memory.geometry import choose_geometry
 from kvcached_core.memory.orders import PageOrders
 from kvcached_core.memory.rank import LOG_SECONDS, PATIENCE_SECONDS, RankMemory
 from kvcached_core.memory.seats import Seat
-from kvcached_core.memory.vmm.backend import Fence, Result
-from kvcached_core.memory.vmm.faulty import FaultyBackend
+from kvcached_core.memory.vmm.backend import Fence
 from kvcached_core.memory.vmm.host import HostBackend, HostFence
 from kvcached_core.units import MIB
 

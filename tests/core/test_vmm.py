@@ -5,32 +5,31 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
+from helpers.backends import CountingBackend, FaultyBackend, Layer, LimitedBackend
 from helpers.contract import *  # noqa: F403  the tests that every backend passes
 from helpers.contract import PAGE, Resident
 from helpers.fake_driver import FakeDriver, tensors_on_the_host
 from helpers.process_memory import resident_bytes
 
 from kvcached_core.errors import OutOfMemoryError
-from kvcached_core.memory.vmm.backend import Backend, Layer
+from kvcached_core.memory.vmm.backend import Backend
 from kvcached_core.memory.vmm.cuda import CudaBackend
-from kvcached_core.memory.vmm.faulty import FaultyBackend
 from kvcached_core.memory.vmm.host import HostBackend
-from kvcached_core.memory.vmm.limited import LimitedBackend
-from kvcached_core.memory.vmm.metered import MeteredBackend
 from kvcached_core.units import MIB
 
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "host": HostBackend,
     "cuda": lambda: CudaBackend(api=cast("Any", FakeDriver())),
     "layer": lambda: Layer(HostBackend()),
-    "metered": lambda: MeteredBackend(HostBackend()),
+    "counting": lambda: CountingBackend(HostBackend()),
     "limited": lambda: LimitedBackend(HostBackend(), 64 * MIB),
     "faulty": lambda: FaultyBackend(HostBackend(), lambda _verb, _number: False),
-    "stacked": lambda: MeteredBackend(LimitedBackend(HostBackend(), 64 * MIB)),
+    "stacked": lambda: CountingBackend(LimitedBackend(HostBackend(), 64 * MIB)),
 }
 
 
@@ -75,17 +74,15 @@ def test_touching_an_unmapped_page_ends_the_process(prepare: str, offset: str, w
     assert done.returncode == -signal.SIGSEGV
 
 
-def test_metered_counts_calls_bytes_and_failures() -> None:
-    backend = MeteredBackend(LimitedBackend(HostBackend(), PAGE))
+def test_counting_counts_calls_of_a_thread_and_bytes() -> None:
+    backend = CountingBackend(LimitedBackend(HostBackend(), PAGE))
     first = backend.create(PAGE)
     with pytest.raises(OutOfMemoryError):
         backend.create(PAGE)
-    statistics = backend.statistics
-    assert (statistics.of("create").num_calls, statistics.of("create").num_failures) == (1, 1)
-    assert statistics.created_bytes == PAGE
+    assert backend.created_bytes == PAGE
     backend.release(first)
-    assert statistics.created_bytes == 0
-    assert statistics.of("create").seconds > 0
+    assert backend.created_bytes == 0
+    assert backend.num_calls_of_thread(threading.get_ident()) == 3
 
 
 def test_limited_says_what_was_needed_and_available() -> None:

@@ -56,7 +56,7 @@ def resident(worker: Any) -> int:
     """Return the bytes of the pages that are mapped."""
     worker.kvcached.keeper.wait()
     arena = worker.kvcached.arena
-    assert worker.kvcached.backend.statistics.created_bytes == arena.resident_bytes
+    assert worker.kvcached.backend.created_bytes == arena.resident_bytes
     return arena.resident_bytes
 
 
@@ -100,6 +100,10 @@ def main() -> None:
     report["runner"] = type(worker.model_runner).__module__
     report["async"] = bool(core.async_scheduling)
     if elastic:
+        from helpers.backends import count_calls
+
+        worker.kvcached.keeper.wait()
+        count_calls(worker.kvcached)
         geometry = core.kvcached.geometry
         report["page_bytes"] = geometry.page_bytes
         report["geometry"] = vars(geometry) | {"num_pages": worker.kvcached.arena.num_pages}
@@ -142,14 +146,14 @@ def steady_decode(llm: Any, core: Any, worker: Any) -> dict[str, Any]:
     """Decode with growing contexts and count the backend's calls on the engine's thread."""
     from vllm import SamplingParams
 
-    statistics = worker.kvcached.backend.statistics
+    counting, maps = worker.kvcached.backend, worker.kvcached.arena.maps
     scheduler = core.scheduler
     schedule = scheduler.schedule
     counts: list[tuple[int, int, int]] = []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        me = statistics.num_calls_of_thread(threading.get_ident())
-        counts.append((me, statistics.of("map").num_calls, len(scheduler.running)))
+        me = counting.num_calls_of_thread(threading.get_ident())
+        counts.append((me, maps.times().num_calls, len(scheduler.running)))
         return schedule(*args, **kwargs)
 
     scheduler.schedule = counted

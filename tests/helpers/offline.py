@@ -78,7 +78,7 @@ def main() -> None:
         report["usage"] = core.scheduler.kv_cache_manager.usage
         report["reset"] = llm.reset_prefix_cache()
         report["after_reset"] = resident(worker)
-        report["mapped_calls"] = worker.kvcached.backend.statistics.of("map").num_calls
+        report["mapped_calls"] = worker.kvcached.arena.maps.times().num_calls
         trim([], directory=engine.config.dir, wait_seconds=0)
         engine.between_steps()
         report["after_trim"] = resident(worker)

@@ -1,14 +1,11 @@
 """What a memory backend can do, in pairs: reserve / free, create / release, map / unmap."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 from kvcached_core.errors import PageStateError
 
 if TYPE_CHECKING:
     import torch
-
-Result = TypeVar("Result")
 
 
 class Handle(Protocol):
@@ -115,67 +112,3 @@ class Mappings:
     def remove(self, address: int, handle: Handle) -> None:
         """Record that it is not any more."""
         del self._handles[address], self._addresses[handle]
-
-
-class Layer:
-    """A backend that passes every call on to another one, through a single place.
-
-    Subclasses override `_call` to see all calls, or single verbs to change them.
-    """
-
-    def __init__(self, inner: Backend) -> None:
-        self.inner = inner
-
-    def _call(
-        self, _verb: str, _num_bytes: int, function: Callable[..., Result], *args: object
-    ) -> Result:
-        return function(*args)
-
-    @property
-    def granularity_bytes(self) -> int:
-        """The inner backend's granularity, in bytes."""
-        return self.inner.granularity_bytes
-
-    def reserve(self, num_bytes: int) -> int:
-        """See `Backend.reserve`."""
-        return self._call("reserve", num_bytes, self.inner.reserve, num_bytes)
-
-    def free(self, address: int, num_bytes: int) -> None:
-        """See `Backend.free`."""
-        self._call("free", num_bytes, self.inner.free, address, num_bytes)
-
-    def create(self, num_bytes: int) -> Handle:
-        """See `Backend.create`."""
-        return self._call("create", num_bytes, self.inner.create, num_bytes)
-
-    def release(self, handle: Handle) -> None:
-        """See `Backend.release`."""
-        self._call("release", handle.num_bytes, self.inner.release, handle)
-
-    def map(self, address: int, handle: Handle) -> None:
-        """See `Backend.map`."""
-        self._call("map", handle.num_bytes, self.inner.map, address, handle)
-
-    def unmap(self, address: int, handle: Handle) -> None:
-        """See `Backend.unmap`."""
-        self._call("unmap", handle.num_bytes, self.inner.unmap, address, handle)
-
-    def zero(self, address: int, num_bytes: int) -> None:
-        """See `Backend.zero`."""
-        self._call("zero", num_bytes, self.inner.zero, address, num_bytes)
-
-    def join(self, stream: int) -> None:
-        """See `Backend.join`."""
-        self._call("join", 0, self.inner.join, stream)
-
-    def synchronize(self) -> None:
-        """See `Backend.synchronize`."""
-        self._call("synchronize", 0, self.inner.synchronize)
-
-    def fence(self, stream: int) -> Fence:
-        """See `Backend.fence`."""
-        return self._call("fence", 0, self.inner.fence, stream)
-
-    def tensor(self, address: int, num_bytes: int) -> "torch.Tensor":
-        """See `Backend.tensor`."""
-        return self._call("tensor", num_bytes, self.inner.tensor, address, num_bytes)
