@@ -18,6 +18,7 @@ from kvcached_patches.locks import (
     Lock,
     check_lock,
     examine,
+    gone_since,
     locked_releases,
     order,
     read_lock,
@@ -73,6 +74,8 @@ def lock(names: Annotated[list[str], typer.Argument(help="such as vllm==0.32.0")
             describe_hooks(chosen, sources),
             aliases(chosen, sources, engine.package),
         )
+        for finding in gone_since(engine.locked, distribution, version, made.symbols):
+            console.print(f"{name}: {finding}")
         findings = check_lock(made, engine.locked, sources)
         if _say(name, findings):
             made.write()

@@ -102,6 +102,32 @@ def locked_hooks(hooks: Iterable[Hook], lock: Lock) -> tuple[Hook, ...]:
     return tuple(chosen)
 
 
+def gone_since(
+    hooks: Iterable[Hook], distribution: str, release: str, symbols: Iterable[str]
+) -> list[Finding]:
+    """Return what a release may lack and does, though the nearest locked one has it.
+
+    It may have been renamed: our code would find nothing, and go on without.
+
+    Args:
+        hooks: What we hook and use.
+        distribution: The release's package.
+        release: The release.
+        symbols: The targets that it has.
+    """
+    closest = nearest(distribution, release)
+    lock = read_lock(distribution, closest) if closest else None
+    if lock is None:
+        return []
+    optional = {
+        target for hook in hooks if hook.is_optional for target in (hook.target, *hook.alternatives)
+    }
+    gone = sorted(optional & lock.symbols.keys() - set(symbols))
+    return [
+        Finding(target, f"it is gone, and {closest} has it; was it renamed?") for target in gone
+    ]
+
+
 def examine(
     hooks: Iterable[Hook], distribution: str, release: str, sources: Sources
 ) -> list[Finding]:

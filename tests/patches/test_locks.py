@@ -11,7 +11,7 @@ from kvcached_patches.aliases import aliases
 from kvcached_patches.check import choose_targets, describe_hooks
 from kvcached_patches.engines import DISTRIBUTIONS, ENGINES
 from kvcached_patches.hook import OVERRIDE, REBIND, USE, WRAP, uses
-from kvcached_patches.locks import Lock, check_lock, examine, locked_hooks
+from kvcached_patches.locks import Lock, check_lock, examine, gone_since, locked_hooks
 from kvcached_patches.sources import Folder, Sources, Wheel
 from kvcached_patches.symbols import Symbol
 
@@ -148,6 +148,19 @@ def test_what_only_some_releases_have_is_there_or_not_as_the_lock_says(
     Lock("engine", "1.0.0", "", describe_hooks(SOME_HAVE_IT, engine(tmp_path, before))).write()
     found = examine(SOME_HAVE_IT, "engine", "1.0.0", engine(tmp_path, after))
     assert [one.problem for one in found] == ([problem] if problem else [])
+
+
+def test_what_a_new_release_lacks_and_the_one_before_has_is_told_to_who_locks_it(
+    tmp_path: Path,
+) -> None:
+    before = describe_hooks(SOME_HAVE_IT, engine(tmp_path, WITH_ATTRIBUTE))
+    Lock("engine", "1.0.0", "", before).write()
+    assert gone_since(SOME_HAVE_IT, "engine", "1.1.0", before) == []
+    (found,) = gone_since(SOME_HAVE_IT, "engine", "1.1.0", ())
+    assert str(found) == (
+        "engine.core:Owner.attribute: it is gone, and 1.0.0 has it; was it renamed?"
+    )
+    assert gone_since(LEANED_ON, "engine", "1.1.0", ()) == []
 
 
 def test_what_we_lean_on_is_never_given_to_the_patcher() -> None:
