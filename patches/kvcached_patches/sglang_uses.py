@@ -99,7 +99,7 @@ _MEMORY = (
         is_optional=True,
     ),
     *uses(
-        "pools are measured, and laid out in our pages, through it (kvcached_sglang/pools.py)",
+        "pools are measured, and laid out in our pages, through it (memory/layer_tensors.py)",
         *members(f"{_SRT}.mem_cache.memory_pool:KVCache", "size page_size"),
         f"{_SRT}.mem_cache.memory_pool:HybridLinearKVPool.full_kv_pool",
         *members(f"{_SRT}.mem_cache.swa_memory_pool:SWAKVPool", "full_kv_pool register_mapping"),

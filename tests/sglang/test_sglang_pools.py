@@ -17,6 +17,7 @@ from sglang.srt.mem_cache.memory_pool import (
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from kvcached_core.errors import UnsupportedEngineError
+from kvcached_core.memory import layer_tensors
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import Geometry, choose_geometry
 from kvcached_core.memory.vmm.host import HostBackend
@@ -46,7 +47,7 @@ class Pool:
 @pytest.mark.parametrize("make", [Pool.apart, Pool.fused])
 def test_each_plane_holds_what_is_written_to_it_alone(make: Callable[[Any], None]) -> None:
     pool, backend = Pool(), HostBackend()
-    shape = pools.measure(lambda: make(pool), ROWS, 1)
+    shape = layer_tensors.measure(lambda: make(pool), ROWS, 1)
     assert (shape.num_planes, shape.block_bytes, shape.num_blocks) == (4, 64, ROWS)
     geometry = choose_geometry(
         block_bytes=shape.block_bytes,
@@ -56,8 +57,8 @@ def test_each_plane_holds_what_is_written_to_it_alone(make: Callable[[Any], None
     )
     arena = Arena(backend, geometry, -(-ROWS // geometry.blocks_per_page))
     arena.map(range(arena.num_pages))
-    pool.rows = pools.num_rows(shape, geometry, arena.num_pages)
-    pools.lay_out(lambda: make(pool), shape, geometry, arena)
+    pool.rows = layer_tensors.num_rows(shape, geometry, arena.num_pages)
+    layer_tensors.lay_out(lambda: make(pool), shape, geometry, arena)
     ids = torch.tensor([geometry.block_id(index) for index in range(ROWS)])
     for number, plane in enumerate(pool.made):
         assert plane.shape == (pool.rows, 2, 16)
@@ -79,7 +80,7 @@ def test_layers_of_different_sizes_are_refused() -> None:
         torch.zeros((ROWS, 2, 8), dtype=torch.float16)
 
     with pytest.raises(UnsupportedEngineError, match=r"\[32, 64\]"):
-        pools.measure(make, ROWS, 1)
+        layer_tensors.measure(make, ROWS, 1)
 
 
 def test_of_sglangs_own_pools_those_of_more_than_keys_and_values_are_refused_by_name() -> None:
@@ -118,6 +119,6 @@ def test_a_pool_of_more_than_keys_and_values_ends_the_start_before_it_takes_memo
 
 
 def test_a_plane_is_as_long_as_the_ids_of_its_pages() -> None:
-    shape = pools.PoolShape(num_planes=4, num_rows=100, row_bytes=16, block_tokens=2)
+    shape = layer_tensors.PoolShape(num_planes=4, num_rows=100, row_bytes=16, block_tokens=2)
     geometry = Geometry(block_bytes=32, num_planes=4, ids_per_page=33, blocks_per_page=8)
-    assert pools.num_rows(shape, geometry, 3) == (2 * 33 + 8) * 2
+    assert layer_tensors.num_rows(shape, geometry, 3) == (2 * 33 + 8) * 2

@@ -12,11 +12,11 @@ from kvcached_core.engine.placing import Placing, Planes, virtual_bytes
 from kvcached_core.engine.start import model_name
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import Geometry
+from kvcached_core.memory.layer_tensors import PoolShape
 from kvcached_core.memory.rank import RankMemory
 from kvcached_core.memory.torch_device import current_stream, find_device, make_backend
 from kvcached_sglang.demand import Demand, demand_of, named_blocks, tokens_to_go_on
 from kvcached_sglang.obstacles import has_two_pools
-from kvcached_sglang.pools import PoolShape
 from kvcached_sglang.port import SglangPort
 from kvcached_sglang.ranks import join_ranks
 from kvcached_sglang.requests import give_up_part, is_asleep, reopen

@@ -4,88 +4,74 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from kvcached_core.memory import layer_tensors
+from kvcached_patches.around import around
 from kvcached_sglang import pools
 from kvcached_sglang.engine import engine
 from kvcached_sglang.requests import answer_health_checks, is_asleep
 from kvcached_sglang.startup import startup
 
 
-def kv_cache_init(original: Callable[..., None]) -> Callable[..., None]:
+@around
+def kv_cache_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap `KVCache.__init__`: a pool of more than keys and values ends the start, not yet made.
 
     What a pool keeps beside its planes, it finds by the same ids, of which we make more.
     """
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        if engine() is not None:
-            pools.check_class(type(self))
-        original(self, *args, **kwargs)
-
-    return wrapper
+    if engine() is not None:
+        pools.check_class(type(self))
+    original(self, *args, **kwargs)
 
 
-def create_buffers(original: Callable[..., None]) -> Callable[..., None]:
+@around
+def create_buffers(original: Any, self: Any) -> None:
     """Wrap a KV pool's `_create_buffers`: its planes lie in our pages."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any) -> None:
-        ours = engine()
-        if ours is None or ours.placing.is_complete:
-            original(self)
-            return
-        layout = getattr(self, "kv_cache_layout", "nhd")
-        if layout != "nhd":
-            startup.end(f"the KV layout {layout!r} cannot be served; unset it")
-        make = functools.partial(original, self)
-        num_rows = self.size + self.page_size
-        with startup.one_message():
-            shape = pools.measure(make, num_rows, self.page_size)
-            geometry, arena = ours.place(shape)
-        self.size = pools.num_rows(shape, geometry, arena.num_pages) - self.page_size
-        pools.lay_out(make, shape, geometry, arena)
-        self.kvcached = geometry
-
-    return wrapper
+    ours = engine()
+    if ours is None or ours.placing.is_complete:
+        original(self)
+        return
+    layout = getattr(self, "kv_cache_layout", "nhd")
+    if layout != "nhd":
+        startup.end(f"the KV layout {layout!r} cannot be served; unset it")
+    make = functools.partial(original, self)
+    num_rows = self.size + self.page_size
+    with startup.one_message():
+        shape = layer_tensors.measure(make, num_rows, self.page_size)
+        geometry, arena = ours.place(shape)
+    self.size = layer_tensors.num_rows(shape, geometry, arena.num_pages) - self.page_size
+    layer_tensors.lay_out(make, shape, geometry, arena)
+    self.kvcached = geometry
 
 
-def allocator_init(original: Callable[..., None]) -> Callable[..., None]:
+@around
+def allocator_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap an allocator's `__init__`: over an elastic pool it becomes an elastic allocator."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        ours, pool = engine(), self.get_kvcache()
-        if ours is None:
-            return
-        pools.check_class(type(pool))
-        # A hybrid's pool has one of keys and values inside; its states lie elsewhere.
-        geometry = getattr(getattr(pool, "full_kv_pool", pool), "kvcached", None)
-        if geometry is not None and len(ours.pools) < ours.placing.num_pools:
-            ours.adopt(self, geometry)
-
-    return wrapper
+    original(self, *args, **kwargs)
+    ours, pool = engine(), self.get_kvcache()
+    if ours is None:
+        return
+    pools.check_class(type(pool))
+    # A hybrid's pool has one of keys and values inside; its states lie elsewhere.
+    geometry = getattr(getattr(pool, "full_kv_pool", pool), "kvcached", None)
+    if geometry is not None and len(ours.pools) < ours.placing.num_pools:
+        ours.adopt(self, geometry)
 
 
-def two_pools_init(original: Callable[..., None]) -> Callable[..., None]:
+@around
+def two_pools_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap `__init__` of the allocator of two pools: its map covers the ids of elastic pages."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        if engine() is None:
-            return
-        pool = self.get_kvcache()
-        pools.check_class(type(pool))
-        if getattr(pool, "swa_req_ring_size", None) is not None:
-            startup.end("a ring of window tokens for each request is not served")
-        mapping = self.full_to_swa_index_mapping
-        longer = mapping.new_zeros(pool.full_kv_pool.size + self.page_size + 1)
-        longer[-1] = -1  # no token before a prompt's first, in either pool
-        self.full_to_swa_index_mapping = longer
-        pool.register_mapping(longer)
-
-    return wrapper
+    original(self, *args, **kwargs)
+    if engine() is None:
+        return
+    pool = self.get_kvcache()
+    pools.check_class(type(pool))
+    if getattr(pool, "swa_req_ring_size", None) is not None:
+        startup.end("a ring of window tokens for each request is not served")
+    mapping = self.full_to_swa_index_mapping
+    longer = mapping.new_zeros(pool.full_kv_pool.size + self.page_size + 1)
+    longer[-1] = -1  # no token before a prompt's first, in either pool
+    self.full_to_swa_index_mapping = longer
+    pool.register_mapping(longer)
 
 
 def get_next_batch_to_run(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -143,55 +129,47 @@ def get_new_batch_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def get_pool_stats(original: Callable[..., Any]) -> Callable[..., Any]:
+@around
+def get_pool_stats(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Wrap `get_pool_stats`: used, cached and free tokens add up to the whole virtual pool."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        ours = engine()
-        free_lists = ours.free_lists if ours is not None else []
+    ours = engine()
+    free_lists = ours.free_lists if ours is not None else []
+    for free_list in free_lists:
+        free_list.is_nominal = True
+    try:
+        return original(self, *args, **kwargs)
+    finally:
         for free_list in free_lists:
-            free_list.is_nominal = True
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            for free_list in free_lists:
-                free_list.is_nominal = False
-
-    return wrapper
+            free_list.is_nominal = False
 
 
-def retract_decode(original: Callable[..., Any]) -> Callable[..., Any]:
+@around
+def retract_decode(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Wrap `ScheduleBatch.retract_decode`: the last request waits, too, instead of being aborted.
 
     Alone on a device it would be lost either way; beside neighbours there will be room again.
     """
+    ours, check = engine(), self.check_decode_mem
+    if ours is None:
+        return original(self, *args, **kwargs)
 
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        ours, check = engine(), self.check_decode_mem
-        if ours is None:
-            return original(self, *args, **kwargs)
+    def pay_and_check(selected_indices: Any = None) -> bool:
+        ours.pay()
+        return bool(check(selected_indices=selected_indices))
 
-        def pay_and_check(selected_indices: Any = None) -> bool:
-            ours.pay()
-            return bool(check(selected_indices=selected_indices))
+    def check_but_keep_the_last(selected_indices: Any = None) -> bool:
+        if selected_indices is not None and len(selected_indices) <= 1:
+            return True
+        return pay_and_check(selected_indices)
 
-        def check_but_keep_the_last(selected_indices: Any = None) -> bool:
-            if selected_indices is not None and len(selected_indices) <= 1:
-                return True
-            return pay_and_check(selected_indices)
-
-        self.check_decode_mem = check_but_keep_the_last
-        try:
-            retracted, ratio, aborted = original(self, *args, **kwargs)
-        finally:
-            del self.check_decode_mem
-        if len(self.reqs) == 1 and not pay_and_check():
-            request = self.reqs[0]
-            self.release_req(0, 0, *args, **kwargs)
-            self.filter_batch(keep_indices=[])
-            retracted = [*retracted, request]
-        return retracted, ratio, aborted
-
-    return wrapper
+    self.check_decode_mem = check_but_keep_the_last
+    try:
+        retracted, ratio, aborted = original(self, *args, **kwargs)
+    finally:
+        del self.check_decode_mem
+    if len(self.reqs) == 1 and not pay_and_check():
+        request = self.reqs[0]
+        self.release_req(0, 0, *args, **kwargs)
+        self.filter_batch(keep_indices=[])
+        retracted = [*retracted, request]
+    return retracted, ratio, aborted

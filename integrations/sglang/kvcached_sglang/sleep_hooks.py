@@ -4,86 +4,69 @@ The bytes that a wake will allocate are announced and asked for first. Where the
 call is refused before anything of the engine is touched, and the engine sleeps on.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 from kvcached_core.errors import NoRoomError
+from kvcached_patches.around import around
 from kvcached_sglang.engine import engine
 from kvcached_sglang.saved_memory import ALL_TAGS, CUDA_GRAPH, KV_CACHE
 
 
-def saver_region(original: Callable[..., Any]) -> Callable[..., Any]:
+@around
+def saver_region(original: Any, self: Any, tag: str, *args: Any, **kwargs: Any) -> Any:
     """Wrap `region` of SGLang's memory saver: what is allocated in it is counted."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, tag: str, *args: Any, **kwargs: Any) -> Any:
-        ours, region = engine(), original(self, tag, *args, **kwargs)
-        return region if ours is None else ours.saved.measured(tag, region)
-
-    return wrapper
+    ours, region = engine(), original(self, tag, *args, **kwargs)
+    return region if ours is None else ours.saved.measured(tag, region)
 
 
-def saver_cuda_graph(original: Callable[..., Any]) -> Callable[..., Any]:
+@around
+def saver_cuda_graph(original: Any, self: Any, **kwargs: Any) -> Any:
     """Wrap `cuda_graph` of SGLang's memory saver: what a capture allocates is counted."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, **kwargs: Any) -> Any:
-        ours, region = engine(), original(self, **kwargs)
-        tag = kwargs.get("tag", CUDA_GRAPH)
-        return region if ours is None else ours.saved.measured(tag, region)
-
-    return wrapper
+    ours, region = engine(), original(self, **kwargs)
+    tag = kwargs.get("tag", CUDA_GRAPH)
+    return region if ours is None else ours.saved.measured(tag, region)
 
 
-def release_memory_occupation(original: Callable[..., Any]) -> Callable[..., Any]:
+@around
+def release_memory_occupation(
+    original: Any, self: Any, recv_req: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Wrap the handler of `/release_memory_occupation`: all pages but page 0 go back."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
-        answer = original(self, recv_req, *args, **kwargs)
-        ours = engine()
-        if ours is not None and KV_CACHE in _tags(recv_req):
-            ours.empty()
-        return answer
-
-    return wrapper
+    answer = original(self, recv_req, *args, **kwargs)
+    ours = engine()
+    if ours is not None and KV_CACHE in _tags(recv_req):
+        ours.empty()
+    return answer
 
 
-def resume_memory_occupation(original: Callable[..., Any]) -> Callable[..., Any]:
+@around
+def resume_memory_occupation(
+    original: Any, self: Any, recv_req: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Wrap the handler of `/resume_memory_occupation`: room is made first, or it is refused.
 
     The scheduler's thread waits for neighbours here, for seconds at most; nothing runs meanwhile.
     Every rank comes here, and all of them do the same.
     """
-
-    @functools.wraps(original)
-    def wrapper(self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
-        ours = engine()
-        if ours is None:
+    ours = engine()
+    if ours is None:
+        return original(self, recv_req, *args, **kwargs)
+    tags = _tags(recv_req)
+    awake = [tag for tag in tags if tag not in self.offload_tags]
+    if awake:
+        return _refused(f"kvcached: {', '.join(awake)} cannot be resumed: not released")
+    try:
+        with ours.room_to_wake(ours.saved.bytes_of(tags)):
             return original(self, recv_req, *args, **kwargs)
-        tags = _tags(recv_req)
-        awake = [tag for tag in tags if tag not in self.offload_tags]
-        if awake:
-            return _refused(f"kvcached: {', '.join(awake)} cannot be resumed: not released")
-        try:
-            with ours.room_to_wake(ours.saved.bytes_of(tags)):
-                return original(self, recv_req, *args, **kwargs)
-        except NoRoomError as error:
-            return _refused(str(error))
-
-    return wrapper
+    except NoRoomError as error:
+        return _refused(str(error))
 
 
-def init_communicators(original: Callable[..., None]) -> Callable[..., None]:
+@around
+def init_communicators(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap `init_communicators` of SGLang's front end: a refused wake is an error of its caller."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        make_refusable(self.resume_memory_occupation_communicator)
-
-    return wrapper
+    original(self, *args, **kwargs)
+    make_refusable(self.resume_memory_occupation_communicator)
 
 
 def make_refusable(communicator: Any) -> None:

@@ -1,8 +1,6 @@
 """What takes the place of SGLang's methods at a start, up to its first pool."""
 
-import functools
 import sys
-from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -12,6 +10,7 @@ from kvcached_core.engine.start import SAID
 from kvcached_core.errors import KVCachedError
 from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_core.units import GIB
+from kvcached_patches.around import around
 from kvcached_sglang import obstacles
 from kvcached_sglang.engine import engine, start_engine
 from kvcached_sglang.saved_memory import WEIGHTS
@@ -30,83 +29,69 @@ def launch_subprocesses(original: Any) -> Any:
     return classmethod(wrapper)
 
 
-def wait_for_scheduler_ready(original: Callable[..., Any]) -> Callable[..., Any]:
+@around
+def wait_for_scheduler_ready(
+    original: Any, scheduler_pipe_readers: Any, scheduler_procs: Any
+) -> Any:
     """Wrap `_wait_for_scheduler_ready`: nothing is added to what a scheduler's process has said."""
-
-    @functools.wraps(original)
-    def wrapper(scheduler_pipe_readers: Any, scheduler_procs: Any) -> Any:
-        try:
-            return original(scheduler_pipe_readers, scheduler_procs)
-        except Exception:
-            if any(process.exitcode == SAID for process in scheduler_procs):
-                raise SystemExit(1) from None
-            raise
-
-    return wrapper
+    try:
+        return original(scheduler_pipe_readers, scheduler_procs)
+    except Exception:
+        if any(process.exitcode == SAID for process in scheduler_procs):
+            raise SystemExit(1) from None
+        raise
 
 
-def scheduler_init(original: Callable[..., None]) -> Callable[..., None]:
+@around
+def scheduler_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap `Scheduler.__init__`: what of ours ends a start is one message, said by one rank."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            original(self, *args, **kwargs)
-        except FirstRankError:
-            raise SystemExit(SAID) from None
-        except KVCachedError as error:
-            _say(f"kvcached: {error}")
-        except SystemExit as error:
-            if not isinstance(error.code, str):
-                raise
-            _say(error.code)
-
-    return wrapper
+    try:
+        original(self, *args, **kwargs)
+    except FirstRankError:
+        raise SystemExit(SAID) from None
+    except KVCachedError as error:
+        _say(f"kvcached: {error}")
+    except SystemExit as error:
+        if not isinstance(error.code, str):
+            raise
+        _say(error.code)
 
 
-def load_model(original: Callable[..., Any]) -> Callable[..., Any]:
+@around
+def load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Wrap `ModelRunner.load_model`: before it is decided whether we serve; nothing is sized yet.
 
     On a GPU neighbours make room for the weights, as in vLLM's worker. What fails after it ends the
     start, under `auto`, too: SGLang is told the virtual size then.
     """
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if engine() is None and startup.is_on:
-            found = obstacles.argument_obstacles(self.server_args), obstacles.model_obstacles(self)
-            if startup.serves(chain(*found)):
-                start_engine(self)
-        ours = engine()
-        if ours is None or ours.device.kind == HOST:
-            return original(self, *args, **kwargs)
-        ours.make_room_for(static_bytes(self))
-        answer = original(self, *args, **kwargs)
-        ours.ranks.announce(OTHER_BYTES)
-        if getattr(self.server_args, "enable_memory_saver", False):
-            ours.saved.at_least(WEIGHTS, loaded_bytes(self.model))
-        return answer
-
-    return wrapper
+    if engine() is None and startup.is_on:
+        found = obstacles.argument_obstacles(self.server_args), obstacles.model_obstacles(self)
+        if startup.serves(chain(*found)):
+            start_engine(self)
+    ours = engine()
+    if ours is None or ours.device.kind == HOST:
+        return original(self, *args, **kwargs)
+    ours.make_room_for(static_bytes(self))
+    answer = original(self, *args, **kwargs)
+    ours.ranks.announce(OTHER_BYTES)
+    if getattr(self.server_args, "enable_memory_saver", False):
+        ours.saved.at_least(WEIGHTS, loaded_bytes(self.model))
+    return answer
 
 
-def profile_available_bytes(original: Callable[..., int]) -> Callable[..., int]:
+@around
+def profile_available_bytes(original: Any, self: Any, *args: Any, **kwargs: Any) -> int:
     """Wrap `_profile_available_bytes`: the limit is the virtual size, not what is free."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> int:
-        ours = engine()
-        if ours is None:
-            return original(self, *args, **kwargs)
-        virtual_bytes = ours.virtual_bytes
-        if obstacles.has_states(self):
-            # The states' pool stays SGLang's own, and the original is what would have sized it.
-            size_states = getattr(self, "_handle_max_mamba_cache", None)
-            size_states = size_states or self.handle_max_mamba_cache  # up to 0.5.15
-            return int(size_states(virtual_bytes / GIB) * GIB)
-        return virtual_bytes
-
-    return wrapper
+    ours = engine()
+    if ours is None:
+        return original(self, *args, **kwargs)
+    virtual_bytes = ours.virtual_bytes
+    if obstacles.has_states(self):
+        # The states' pool stays SGLang's own, and the original is what would have sized it.
+        size_states = getattr(self, "_handle_max_mamba_cache", None)
+        size_states = size_states or self.handle_max_mamba_cache  # up to 0.5.15
+        return int(size_states(virtual_bytes / GIB) * GIB)
+    return virtual_bytes
 
 
 def _say(message: str) -> None:
