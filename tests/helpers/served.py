@@ -166,7 +166,7 @@ class Served(ABC):
         if request.num_blocks is not None:
             return request.num_blocks
         num_blocks = request.num_pages * self.engine.pools[0].geometry.blocks_per_page
-        return num_blocks - (self._in_page_0 is None)
+        return max(num_blocks - (self._in_page_0 is None), 1)
 
     def expect(self, *, is_waiting: bool | None = False, **pages: int) -> None:
         """Assert what the ledger says of the engine, in pages; what is not named is 0.
