@@ -165,8 +165,8 @@ class SglangEngine(ElasticEngine):
             return
         self.port.scheduler = scheduler
         self.port.carry_out_later()
-        room_pages = self._room_pages
-        wanted = self.ranks.look(is_busy=self.port.is_busy())
+        room_pages, is_busy = self._room_pages, self.port.is_busy()
+        wanted = self.ranks.look(is_busy=is_busy)
         self._room_pages = self.ranks.room_pages
         reopen(scheduler, has_more=self._room_pages > room_pages)
         if wanted is not None:
@@ -175,7 +175,7 @@ class SglangEngine(ElasticEngine):
         if self._held_since is not None and self.ranks.clock() > self._held_since + HOLD_SECONDS:
             self._held_since = None
             give_up_part(scheduler)
-        if not is_asleep(scheduler):
+        if (is_busy or scheduler.last_batch is not None) and not is_asleep(scheduler):
             tokens = self.free_lists[0].block_tokens
             self.promise_demand(demand_of(scheduler, tokens, self.server_args.max_prefill_tokens))
 
