@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 from math import ceil
-from typing import Protocol
+from typing import Any, Protocol
 
 from kvcached_core.config import HOST, Config
 from kvcached_core.errors import ConfigError
@@ -91,6 +91,16 @@ class Placing:
     def is_complete(self) -> bool:
         """Whether every pool has its place."""
         return len(self.geometries) == self.num_pools
+
+    @property
+    def page_options(self) -> dict[str, Any]:
+        """What the settings say of pages here, for `Pages`."""
+        low, high = self._config.spare_pages(self._device.kind)
+        return {
+            "min_spare_pages": low,
+            "max_spare_pages": high,
+            "idle_seconds": self._config.idle_seconds,
+        }
 
     def place(self, planes: Planes, granularity_bytes: int, num_ranks: int = 1) -> Geometry:
         """Choose a pool's geometry; with the first one page 0 is promised.

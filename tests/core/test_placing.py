@@ -49,6 +49,15 @@ def placing(rows: Rows, config: Config, num_pools: int = 1) -> Placing:
     return Placing(rows, config, DEVICE, LOGGER, length_setting="--length", num_pools=num_pools)
 
 
+def test_the_settings_say_how_many_pages_are_spare_and_how_long_they_stay() -> None:
+    variables = {"KVCACHED_MAX_SPARE_PAGES": "5", "KVCACHED_IDLE_SECONDS": "3"}
+    assert placing(Rows(), read_config(variables)).page_options == {
+        "min_spare_pages": 1,
+        "max_spare_pages": 5,
+        "idle_seconds": 3.0,
+    }
+
+
 def test_the_ledgers_know_the_sizes_before_a_page_is_promised(
     config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -138,7 +138,6 @@ class SglangEngine(ElasticEngine):
         """Give an allocator the blocks of our pages."""
         from kvcached_sglang.allocators import make_elastic
 
-        low, high = self.config.spare_pages(self.device.kind)
         number = len(self.pools)
 
         def make_pages(blocks: "FreeList") -> Pages:
@@ -147,12 +146,10 @@ class SglangEngine(ElasticEngine):
                 self.placing.num_pages,
                 self.ranks,
                 blocks,
-                min_spare_pages=low,
-                max_spare_pages=high,
-                idle_seconds=self.config.idle_seconds,
                 num_quiet_pages=0 if number else NUM_QUIET_PAGES,
                 shared=self._shared,
                 clock=self.ranks.clock,
+                **self.placing.page_options,
             )
 
         free_list = make_elastic(allocator, make_pages, self, number)

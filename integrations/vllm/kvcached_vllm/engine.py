@@ -92,16 +92,11 @@ class VllmEngine(ElasticEngine):
             args = (args[0] // per_page * per_page, *args[1:])
         else:
             kwargs["num_gpu_blocks"] = kwargs["num_gpu_blocks"] // per_page * per_page
-        low, high = self.config.spare_pages(self.devices[0].kind)
         pool = ElasticBlockPool(
             self.geometry,
             self.ranks,
             *args,
-            options={
-                "min_spare_pages": low,
-                "max_spare_pages": high,
-                "idle_seconds": self.config.idle_seconds,
-            },
+            options=self._placing.page_options,
             **kwargs,
         )
         pool.engine = self
