@@ -10,7 +10,10 @@ from typing import Any
 
 from machine import describe_machine
 
-from kvcached_core.memory.geometry import Geometry
+try:
+    from kvcached_core.memory.geometry import Geometry
+except ModuleNotFoundError:  # up to 0.1
+    from kvcached_core.geometry import Geometry
 
 GEOMETRY = Geometry(block_bytes=65536, num_planes=32, ids_per_page=256, blocks_per_page=8)
 NUM_PAGES = 1024
@@ -90,6 +93,9 @@ def fill_cache(pool: Any, num_blocks: int) -> None:
 
 def end_schedule(pool: Any) -> None:
     """Do what happens in a pool of ours at the end of each schedule."""
+    if hasattr(pool.pages, "drain"):  # up to 0.1, which scheduler_path.py measures as well
+        pool.pages.drain()
+        return
     is_live = pool.num_used_blocks > 0
     pool.pages.end_schedule(is_live=is_live)
     pool.pages.book.take_orders(pool.pages.count_pages, is_live=is_live)
@@ -97,7 +103,9 @@ def end_schedule(pool: Any) -> None:
 
 def evict(pool: Any, num_pages: int) -> None:
     """Evict the oldest cached blocks: for a request, or with us together with their pages."""
-    if hasattr(pool, "pages"):
+    if hasattr(pool, "release_pages"):  # up to 0.1
+        pool.release_pages(num_pages)
+    elif hasattr(pool, "pages"):
         pool.evict_pages(num_pages - pool.pages.close_empty(num_pages))
         pool.pages.close_empty(num_pages)
     else:

@@ -29,7 +29,7 @@ class Owner:
 
     def __init__(self) -> None:
         engine = SimpleNamespace(giving=SimpleNamespace(owed_pages=0), end_schedule=lambda: None)
-        self.block_pool = SimpleNamespace(engine=engine, num_kept_blocks=None)
+        self.block_pool = SimpleNamespace(engine=engine, has_plenty=lambda _num: True)
         self.kv_cache_manager = self
         self.kvcached = SimpleNamespace(
             is_warming_up=False, debug=False, between_steps=lambda: None
@@ -53,10 +53,9 @@ def pass_on(original: Callable[..., Any]) -> Callable[..., Any]:
 
 CASES: dict[str, tuple[Callable[[Any], Any], tuple[Any, ...]]] = {
     "a wrapper that only passes on": (pass_on, (None, 1)),
-    "allocate_slots, per request": (engine_hooks.kv_cache_manager_allocate_slots, (None, 1)),
-    "get_num_blocks_to_allocate, per request": (
-        engine_hooks.get_num_blocks_to_allocate,
-        (None, 1),
+    "allocate_slots, per request": (
+        engine_hooks.kv_cache_manager_allocate_slots,
+        (SimpleNamespace(num_computed_tokens=1), 1),
     ),
     "get_num_skipped_tokens, per request": (engine_hooks.get_num_skipped_tokens, (1,)),
     "schedule, per step": (engine_hooks.scheduler_schedule, ()),

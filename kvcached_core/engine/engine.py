@@ -57,7 +57,7 @@ class ElasticEngine:
         is_live = self.port.is_live()
         for pages in self.pools:
             pages.end_schedule(is_live=is_live)
-        return self._take_orders(is_live=is_live)
+        return pages.book.take_orders(self._count_pages, is_live=is_live)
 
     def between_steps(self) -> None:
         """Give back what others or the limit want, if they want something new."""

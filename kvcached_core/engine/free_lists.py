@@ -59,13 +59,16 @@ class FreeLists(Generic[Block]):
         self._states = [CLOSED] * num_pages
         self._num_in_state = [num_pages, 0, 0, 0]
         self._empty: dict[int, None] = {}  # the longest empty first
+        # Puts blocks that hold nothing any more back on their pages. It has at hand what it needs:
+        # the lists that it closes over are emptied, and never replaced.
+        self.give: Callable[[Collection[Block]], None] = self._bind_give()
 
     def num_empty_pages(self, *, is_live: bool) -> int:
         """See `Blocks.num_empty_pages`: while requests are live, those in hand are not counted."""
-        if is_live:
-            self._settle()
-        else:
+        if not is_live:
             self._settle_all()
+        elif self._dirty:
+            self._settle()
         return len(self._empty)
 
     def add(self, page: int) -> None:
@@ -119,18 +122,21 @@ class FreeLists(Generic[Block]):
         self.num_free -= len(taken)
         return taken
 
-    def give(self, blocks: Collection[Block]) -> None:
-        """Put blocks that hold nothing any more back on their pages."""
-        self.num_free += len(blocks)
+    def _bind_give(self) -> Callable[[Collection[Block]], None]:
         lists, ids_per_page = self._lists, self._ids_per_page
         mark_dirty, add_new = self._dirty.add, self._new.append
-        for block in blocks:
-            page = block.block_id // ids_per_page
-            free = lists[page]
-            if not free:
-                add_new(page)
-            free.append(block)
-            mark_dirty(page)
+
+        def give(blocks: Collection[Block]) -> None:
+            self.num_free += len(blocks)
+            for block in blocks:
+                page = block.block_id // ids_per_page
+                free = lists[page]
+                if not free:
+                    add_new(page)
+                free.append(block)
+                mark_dirty(page)
+
+        return give
 
     def add_cached(self, blocks: Iterable[Block]) -> None:
         """Count blocks that only the prefix cache wants now: those of requests that ended."""
@@ -207,9 +213,10 @@ class FreeLists(Generic[Block]):
     def _settle_all(self) -> None:
         """Bring all books up to date: what is in hand goes back to its pages."""
         if self._in_hand:
-            self.num_free -= len(self._in_hand)
-            self.give(self._in_hand)
+            in_hand = self._in_hand.copy()
             self._in_hand.clear()
+            self.num_free -= len(in_hand)
+            self.give(in_hand)
         self._settle()
 
     def _enter_state(self, page: int, state: int) -> None:

@@ -192,7 +192,8 @@ class Pages:
             self._lingering.note(0)
             if is_live and num_empty < self.min_spare_pages:
                 self._open_spare(self.max_spare_pages - num_empty)
-        self.cancel()
+        if self.num_promised:
+            self.cancel()
 
     def seconds_until_due(self) -> float | None:
         """Return when all surplus pages are due, or None if there were none at the last look."""

@@ -54,13 +54,8 @@ HOOKS = (
     Hook(
         "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
         "kvcached_vllm.engine_hooks:kv_cache_manager_allocate_slots",
-        "pay what is owed before a request gets slots, and know what vLLM keeps free for others",
-        ("request",),
-    ),
-    Hook(
-        "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.get_num_blocks_to_allocate",
-        "kvcached_vllm.engine_hooks:get_num_blocks_to_allocate",
-        "have the ledger promise what a request needs, before the scheduler preempts for it",
+        "pay what is owed, and have the ledger promise what a request needs, before vLLM preempts",
+        ("request", "num_new_tokens"),
     ),
     Hook(
         "vllm.v1.core.kv_cache_coordinator:BlockPool",

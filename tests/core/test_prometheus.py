@@ -127,7 +127,6 @@ def test_instances_keep_their_names_and_every_panel_has_data(prometheus: str) ->
         ("KVCachedInstanceWaitsForMemory", "kvcached_waiting_bytes", "1x20"),
         ("KVCachedInstanceIsFull", "kvcached_pressure", "1x20"),
         ("KVCachedManyRefusals", "kvcached_refusals_total", "0+1200x20"),
-        ("KVCachedPagesCannotBeMapped", "kvcached_map_failures_total", "0+60x20"),
     ],
 )
 def test_an_alert_names_the_instance_and_not_the_exporter(

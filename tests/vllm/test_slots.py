@@ -48,11 +48,9 @@ def engine(tmp_path: Path) -> Iterator[VllmEngine]:
 @pytest.fixture
 def manager(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return vLLM's own manager over our block pool, hooked as an engine hooks it."""
-    coordinator = kv_cache_coordinator.KVCacheCoordinator
     for owner, name, hook in (
         (KVCacheManager, "__init__", engine_hooks.kv_cache_manager_init),
         (KVCacheManager, "allocate_slots", engine_hooks.kv_cache_manager_allocate_slots),
-        (coordinator, "get_num_blocks_to_allocate", engine_hooks.get_num_blocks_to_allocate),
         (kv_cache_coordinator, "BlockPool", engine_hooks.block_pool_factory),
     ):
         monkeypatch.setattr(owner, name, hook(getattr(owner, name)))
@@ -161,14 +159,34 @@ def test_vllms_watermark_is_kept_for_requests_that_wait_alone(  # noqa: PLR0917 
 def test_what_vllm_counts_outside_an_allocation_is_not_promised(
     engine: VllmEngine, manager: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wishes = wishes_of(engine, monkeypatch)
-    count = engine_hooks.get_num_blocks_to_allocate(lambda _self: NUM_BLOCKS // 2)
-    assert count(manager.coordinator) == NUM_BLOCKS // 2
+    count = manager.coordinator.get_num_blocks_to_allocate
     one = request(1)
     with pytest.raises(ValueError, match="num_new_tokens"):
         manager.allocate_slots(one, 0)
-    assert count(manager.coordinator) == NUM_BLOCKS // 2
+    assert manager.coordinator.get_num_blocks_to_allocate == count
+    wishes = wishes_of(engine, monkeypatch)
+    assert manager.allocate_slots(one, one.num_tokens) is not None
+    assert manager.coordinator.get_num_blocks_to_allocate == count
     assert wishes == []
+
+
+def test_a_running_request_is_promised_blocks_when_few_are_free(
+    engine: VllmEngine, manager: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pages,) = engine.pools
+    one = request(2 * pages.geometry.blocks_per_page - 1)  # all of pages 0 and 1
+    one.status = RequestStatus.RUNNING
+    assert manager.allocate_slots(one, one.num_tokens) is not None
+    pages.cancel()
+    one.num_computed_tokens = one.num_tokens
+    one.append_output_token_ids(7)
+    wishes = wishes_of(engine, monkeypatch)
+    assert manager.allocate_slots(one, 1) is not None
+    assert wishes == [(1, True)]
+    one.num_computed_tokens += 1
+    one.append_output_token_ids(7)
+    assert manager.allocate_slots(one, 1) is not None  # the same block
+    assert wishes == [(1, True)]
 
 
 def test_nobody_gets_slots_while_pages_are_owed(engine: VllmEngine, manager: Any) -> None:

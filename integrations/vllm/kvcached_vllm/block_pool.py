@@ -75,8 +75,9 @@ class ElasticBlockPool(BlockPool):
             geometry, num_pages, lambda page: blocks[page * per_page : (page + 1) * per_page]
         )
         self.pages = Pages(geometry, num_pages, source, self.free_lists, **options)
-        self.null_block = self.free_lists.take_one()
-        self.num_kept_blocks: int | None = None  # while vLLM allocates: those that it keeps free
+        self._take_one = self.free_lists.take_one
+        self.null_block = self._take_one()
+        self.num_groups = 1  # of layers, each of which takes blocks of its own
 
     @property
     def num_idle_blocks(self) -> int:
@@ -87,7 +88,8 @@ class ElasticBlockPool(BlockPool):
     @property
     def num_used_blocks(self) -> int:
         """Blocks of live requests; the null block is not counted."""
-        return self.pages.num_open_blocks - self.num_idle_blocks - 1
+        num_idle = self.free_lists.num_free + self.free_block_queue.num_free_blocks
+        return self.pages.num_open_blocks - num_idle - 1
 
     def get_num_free_blocks(self) -> int:
         """Return the blocks that can be had without asking anybody: promised ones included."""
@@ -105,8 +107,11 @@ class ElasticBlockPool(BlockPool):
         Raises:
             ValueError: If there are not as many, as vLLM's pool does.
         """
-        blocks = self._take(num_blocks)
         collector = self.metrics_collector
+        if num_blocks == 1 and not collector and (one := self._take_one()) is not None:
+            one.ref_cnt += 1
+            return [one]
+        blocks = self._take(num_blocks)
         for block in blocks:
             block.ref_cnt += 1
             if collector:
@@ -128,8 +133,8 @@ class ElasticBlockPool(BlockPool):
         free = []
         cached = []
         for block in ordered_blocks:
-            block.ref_cnt -= 1
-            if block.ref_cnt == 0 and not block.is_null:
+            block.ref_cnt = ref_cnt = block.ref_cnt - 1
+            if not ref_cnt and not block.is_null:
                 if caching and block.block_hash is not None:
                     cached.append(block)
                 else:
@@ -171,6 +176,11 @@ class ElasticBlockPool(BlockPool):
             self.free_lists.remove_cached(blocks)
             self.free_lists.give(blocks)
         return done
+
+    def has_plenty(self, num_tokens: int) -> bool:
+        """Return whether more blocks can be had than so many tokens of a running request need."""
+        num_free = self.free_lists.num_free + self.free_block_queue.num_free_blocks
+        return bool(num_free + self.pages.num_ready_blocks > num_tokens * self.num_groups)
 
     def promise_blocks(self, num_blocks: int) -> None:
         """Have `num_blocks` blocks that can be had, or as many as there may be: a request waits."""

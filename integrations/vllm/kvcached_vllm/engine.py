@@ -40,6 +40,7 @@ class VllmEngine(ElasticEngine):
         self.vllm_config = vllm_config
         self.geometry: Geometry | None = None
         self.devices = devices
+        self._num_groups = 1
         self.pools = []  # from here on somebody may ring
         self.instance = Instance(
             devices,
@@ -76,6 +77,7 @@ class VllmEngine(ElasticEngine):
             granularity_bytes,
         )
         self.geometry = geometry
+        self._num_groups = max(len(plan.kv_cache_groups), 1)
         for config, layout, device in zip(kv_cache_configs, layouts, self.devices, strict=True):
             own = replace(geometry, num_planes=layout.num_planes)
             placement = Placement(own, self._placing.num_pages, self.instance.seat(device))
@@ -100,6 +102,7 @@ class VllmEngine(ElasticEngine):
             **kwargs,
         )
         pool.engine = self
+        pool.num_groups = self._num_groups
         self.port.pool = pool
         self.pools.append(pool.pages)
         return pool

@@ -162,57 +162,68 @@ def block_pool_factory(original: Any) -> Any:
 
 
 def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `KVCacheManager.allocate_slots`: what is needed for it is promised inside, before.
+    """Wrap `KVCacheManager.allocate_slots`: what a request needs is promised before vLLM looks.
+
+    vLLM counts the blocks that it needs, and then compares them with those that are free. Most
+    tokens of an answer need none, and find more free than they could need at all.
 
     While pages are owed, nobody gets slots: vLLM preempts one request after the other until they
     are paid.
     """
 
     @functools.wraps(original)
-    def wrapper(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(self: Any, request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
         pool = self.block_pool
         engine: VllmEngine | None = getattr(pool, "engine", None)  # only our pool has it
         if engine is None:
-            return original(self, request, *args, **kwargs)
+            return original(self, request, num_new_tokens, *args, **kwargs)
         if engine.giving.owed_pages and not engine.giving.pay():
             return None
-        pool.num_kept_blocks = _kept_blocks(self, request, kwargs)
+        num_tokens = num_new_tokens + kwargs.get("num_lookahead_tokens", 0)
+        if request.num_computed_tokens and pool.has_plenty(num_tokens):
+            return original(self, request, num_new_tokens, *args, **kwargs)
+        coordinator = self.coordinator
+        coordinator.get_num_blocks_to_allocate = _promised(
+            self, _kept_blocks(self, request, kwargs)
+        )
         try:
-            return original(self, request, *args, **kwargs)
+            return original(self, request, num_new_tokens, *args, **kwargs)
         finally:
-            pool.num_kept_blocks = None
+            del coordinator.get_num_blocks_to_allocate
 
     return wrapper
+
+
+def _promised(manager: Any, num_kept_blocks: int) -> Callable[..., int]:
+    """Return what counts the blocks that vLLM needs, and has them promised.
+
+    What is promised and then not needed goes back at the end of the schedule.
+
+    Args:
+        manager: vLLM's manager of the KV cache.
+        num_kept_blocks: How many free blocks it keeps for other requests.
+    """
+    count = manager.coordinator.get_num_blocks_to_allocate
+    promise = manager.block_pool.promise_blocks
+
+    def count_and_promise(*args: Any, **kwargs: Any) -> int:
+        num_blocks: int = count(*args, **kwargs)
+        promise(num_blocks + num_kept_blocks)
+        return num_blocks
+
+    return count_and_promise
 
 
 def _kept_blocks(manager: Any, request: Any, options: dict[str, Any]) -> int:
     """Return how many free blocks vLLM leaves to others when it allocates for `request`."""
     num_blocks: int = options.get("reserved_blocks", 0)
-    watermark_blocks: int = getattr(manager, "watermark_blocks", 0)  # from 0.25 on
+    watermark_blocks: int = getattr(manager, "watermark_blocks", 0)  # from 0.24 on
     if watermark_blocks and options.get("has_scheduled_reqs", True):
         from vllm.v1.request import RequestStatus
 
         if request.status in {RequestStatus.WAITING, RequestStatus.PREEMPTED}:
             num_blocks += watermark_blocks
     return num_blocks
-
-
-def get_num_blocks_to_allocate(original: Callable[..., int]) -> Callable[..., int]:
-    """Wrap `KVCacheCoordinator.get_num_blocks_to_allocate`: have so many blocks promised.
-
-    vLLM asks it in `allocate_slots`, and then compares it with the blocks that are free. What is
-    promised and then not needed goes back at the end of the schedule.
-    """
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> int:
-        num_blocks = original(self, *args, **kwargs)
-        num_kept_blocks = getattr(self.block_pool, "num_kept_blocks", None)
-        if num_kept_blocks is not None and (num_blocks or num_kept_blocks):
-            self.block_pool.promise_blocks(num_blocks + num_kept_blocks)
-        return num_blocks
-
-    return wrapper
 
 
 def scheduler_schedule(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -35,7 +35,9 @@ class VllmPort:
 
     def is_live(self) -> bool:
         """See `EnginePort.is_live`."""
-        return self.pool.num_used_blocks > 0
+        pool = self.pool
+        num_idle = pool.free_lists.num_free + pool.free_block_queue.num_free_blocks
+        return bool(pool.pages.num_open_blocks - num_idle > 1)  # one is the null block
 
     def num_waiting(self) -> int:
         """See `EnginePort.num_waiting`."""
