@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -174,6 +175,22 @@ def test_a_worker_that_is_killed_leaves_nothing(start: Start) -> None:
     demo.process.communicate(timeout=SECONDS)
     assert demo.leaves_nothing()
     assert demo.process.returncode == 128 + signal.SIGKILL
+
+
+def test_killed_before_the_worker_starts_it_leaves_nothing(tmp_path: Path) -> None:
+    script = """
+        import os, signal
+        from kvcached_demo.watched import run_watched
+        os.fork = lambda: os.kill(os.getpid(), signal.SIGKILL)
+        run_watched(lambda folder: 0, prefix="demo-")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("how", ["code", "error"])

@@ -9,6 +9,7 @@ whoever is left ends all of it and removes the folder.
 import contextlib
 import ctypes
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -46,7 +47,8 @@ def run_watched(work: Callable[[Path], int], *, prefix: str) -> int:
     sys.stderr.flush()
     me = os.getpid()
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {*ENDING, signal.SIGCHLD})
-    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    # The worker makes it: nobody would remove it if this process were killed before it forks.
+    folder = Path(tempfile.gettempdir(), f"{prefix}{secrets.token_hex(8)}")
     try:
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
         worker = os.fork()
@@ -92,6 +94,7 @@ def _be_the_worker(
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if os.getppid() == parent:  # else it died before we would have been told
+                folder.mkdir(mode=0o700)
                 code = work(folder)
         finally:
             signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
