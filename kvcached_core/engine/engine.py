@@ -116,17 +116,15 @@ class ElasticEngine:
     def room_to_wake(self, num_bytes: int) -> Iterator[None]:
         """Announce what a wake allocates beside the KV cache, and let neighbours make room for it.
 
-        Until the end of the block nobody else is promised these bytes.
+        Until the end of the block nobody else is promised these bytes. Every rank has to call it,
+        one that allocates nothing as well: the largest number of all ranks counts.
 
         Args:
-            num_bytes: On the rank that allocates most, in bytes.
+            num_bytes: What this rank allocates, in bytes.
 
         Raises:
             NoRoomError: If neighbours do not give enough; nothing was allocated then.
         """
-        if not num_bytes:
-            yield
-            return
         shortage = self.ranks.make_room(num_bytes)
         if shortage is not None:
             raise NoRoomError(

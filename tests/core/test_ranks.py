@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import pytest
+
+from kvcached_core.engine.engine import ElasticEngine
 from kvcached_core.engine.ranks import Ranks
 
 
@@ -42,3 +45,23 @@ def test_all_ranks_are_promised_what_the_first_one_is_and_know_the_same_room() -
         assert rank.room_pages == 6
         rank.cancel(1)
         assert rank.room_pages == 7
+
+
+@pytest.mark.parametrize("num_bytes", [0, 5])
+def test_every_rank_takes_part_in_a_wake_whatever_it_allocates(num_bytes: int) -> None:
+    calls: list[str] = []
+
+    def share(values: list[int]) -> list[int]:
+        calls.append("share")
+        return values
+
+    def largest(value: int) -> int:
+        calls.append("largest")
+        return value
+
+    seat: Any = None
+    engine = ElasticEngine(Ranks(None, seat, 0, share, largest), port=seat)
+    with engine.room_to_wake(num_bytes):
+        calls.append("wake")
+    engine.close()
+    assert calls == ["largest", "share", "wake"]
