@@ -189,6 +189,20 @@ def test_a_running_request_is_promised_blocks_when_few_are_free(
     assert wishes == [(1, True)]
 
 
+def test_a_request_that_vllm_puts_off_to_the_next_step_takes_no_neighbours_memory(
+    engine: VllmEngine, manager: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mamba layers name more blocks than there are where another request's block is not ready."""
+    wishes = wishes_of(engine, monkeypatch)
+    (of_mamba,) = manager.coordinator.single_type_managers
+    not_now = manager.block_pool.num_gpu_blocks + 1
+    monkeypatch.setattr(of_mamba, "get_num_blocks_to_allocate", lambda *_, **__: not_now)
+    one = request(1)
+    assert manager.allocate_slots(one, one.num_tokens) is None
+    assert wishes == []
+    assert not engine.ranks.is_waiting
+
+
 def test_nobody_gets_slots_while_pages_are_owed(engine: VllmEngine, manager: Any) -> None:
     one, two = request(engine.pools[0].geometry.blocks_per_page * 2), request(1)
     two.request_id = "two"

@@ -204,11 +204,13 @@ def _promised(manager: Any, num_kept_blocks: int) -> Callable[..., int]:
         num_kept_blocks: How many free blocks it keeps for other requests.
     """
     count = manager.coordinator.get_num_blocks_to_allocate
-    promise = manager.block_pool.promise_blocks
+    pool = manager.block_pool
 
     def count_and_promise(*args: Any, **kwargs: Any) -> int:
         num_blocks: int = count(*args, **kwargs)
-        promise(num_blocks + num_kept_blocks)
+        # With more blocks than there are, vLLM's mamba layers put a request off to the next step.
+        if num_blocks <= pool.num_gpu_blocks:
+            pool.promise_blocks(num_blocks + num_kept_blocks)
         return num_blocks
 
     return count_and_promise
