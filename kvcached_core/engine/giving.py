@@ -72,6 +72,8 @@ class Giving:
         """
         if self.owed_pages:
             self.owed_pages -= self.close(self.owed_pages)
+            if self._has_given_all():  # pages may have gone for another reason, such as a sleep
+                self.owed_pages = 0
         elif self._is_yielding() and self._has_more():
             self._yielded_pages -= self.close(self._yielded_pages)
         return not self.owed_pages
@@ -97,6 +99,11 @@ class Giving:
             if num_closed < num_pages:
                 num_closed += pages.close_empty(num_pages - num_closed)
         return num_closed
+
+    def _has_given_all(self) -> bool:
+        """Return whether page 0 alone is left, which never goes."""
+        num_pages = sum(pages.num_resident_pages for pages in self._pools)
+        return num_pages == (len(self._pools) == 1)  # of several pools it is none of theirs
 
     def _is_yielding(self) -> bool:
         return self._yielded_pages > 0 and self._ranks.clock() < self._yielded_until

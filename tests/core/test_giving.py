@@ -20,16 +20,18 @@ NUM_PAGES = 64
 class Engine:
     """Two pools of pages, each used, cached or empty, and a log of what is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_pools: int = 2) -> None:
         self.now = 0.0
         self.is_busy_now = True
         self.told: list[tuple[int, bool]] = []
         self.num_published = 0
         self.cached: list[FakeBlock] = []
-        book, source = PageBook(NUM_PAGES), CountingSource(1000)
-        self.lists = [FreeLists(GEOMETRY, NUM_PAGES, self.blocks_of) for _ in range(2)]
+        source, book = CountingSource(1000), PageBook(NUM_PAGES) if num_pools > 1 else None
+        self.lists = [FreeLists(GEOMETRY, NUM_PAGES, self.blocks_of) for _ in range(num_pools)]
         self.pools = [Pages(GEOMETRY, NUM_PAGES, source, each, shared=book) for each in self.lists]
-        self.book = book
+        self.book = self.pools[0].book
+        if book is None:
+            self.lists[0].take_one()  # the padding block
         port: Any = SimpleNamespace(
             is_busy=lambda: self.is_busy_now,
             evict=self.evict,
@@ -132,6 +134,19 @@ def test_a_debt_is_paid_with_what_comes_free(engine: Engine) -> None:
     assert not engine.giving.pay()
     engine.cache(blocks[4:])
     assert engine.giving.pay()
+    assert engine.giving.owed_pages == 0
+
+
+@pytest.mark.parametrize("num_pools", [1, 2])
+def test_an_engine_that_has_nothing_left_owes_nothing_and_one_with_a_page_in_use_does(
+    num_pools: int,
+) -> None:
+    engine = Engine(num_pools)
+    blocks = engine.use(2)
+    engine.giving.owed_pages = 5
+    assert not engine.giving.pay()
+    engine.lists[0].give(blocks)
+    assert engine.giving.pay()  # it had no more
     assert engine.giving.owed_pages == 0
 
 
