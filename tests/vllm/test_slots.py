@@ -189,6 +189,20 @@ def test_a_running_request_is_promised_blocks_when_few_are_free(
     assert wishes == [(1, True)]
 
 
+def test_a_request_that_goes_on_and_needs_more_than_its_new_tokens_is_promised_it(
+    engine: VllmEngine, manager: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session's next part waits again: all of it has to fit, and a watermark stays free."""
+    wishes = wishes_of(engine, monkeypatch)
+    one = request(1)
+    assert manager.allocate_slots(one, one.num_tokens) is not None
+    one.num_computed_tokens = one.num_tokens
+    one.append_output_token_ids(7)
+    manager.watermark_blocks = NUM_BLOCKS // 2
+    assert manager.allocate_slots(one, 1) is not None
+    assert [is_urgent for _, is_urgent in wishes] == [True]
+
+
 def test_a_request_that_vllm_puts_off_to_the_next_step_takes_no_neighbours_memory(
     engine: VllmEngine, manager: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,7 +181,9 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
             return None
         num_tokens = num_new_tokens + kwargs.get("num_lookahead_tokens", 0)
         if request.num_computed_tokens and pool.has_plenty(num_tokens):
-            return original(self, request, num_new_tokens, *args, **kwargs)
+            blocks = original(self, request, num_new_tokens, *args, **kwargs)
+            if blocks is not None:
+                return blocks
         coordinator = self.coordinator
         coordinator.get_num_blocks_to_allocate = _promised(
             self, _kept_blocks(self, request, kwargs)
