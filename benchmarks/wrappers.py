@@ -31,9 +31,7 @@ class Owner:
         engine = SimpleNamespace(giving=SimpleNamespace(owed_pages=0), end_schedule=lambda: None)
         self.block_pool = SimpleNamespace(engine=engine, has_plenty=lambda _num: True)
         self.kv_cache_manager = self
-        self.kvcached = SimpleNamespace(
-            is_warming_up=False, debug=False, between_steps=lambda: None
-        )
+        self.kvcached = SimpleNamespace(is_warming_up=False, between_steps=lambda: None)
         self.scheduler = SimpleNamespace(has_unfinished_requests=lambda: True)
 
 

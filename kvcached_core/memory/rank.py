@@ -63,6 +63,7 @@ class RankMemory:
         current_stream: Callable[[], int] = lambda: 0,
     ) -> None:
         self.seat = seat
+        self.is_warming_up = False  # until `end_warm_up`, where an engine warms up on made-up ids
         self._pid = os.getpid()
         self.backend = backend
         self._current_stream = current_stream
@@ -84,12 +85,29 @@ class RankMemory:
         end = self.arena.address + self.arena.num_bytes
         return f"process {os.getpid()} has addresses {self.arena.address:#x} to {end:#x}"
 
-    def reserve_or_wait(self, num_pages: int) -> None:
-        """Have pages promised that no scheduler asked for, as an engine's warm-up touches them.
+    def map_for_warm_up(self, block_ids: Iterable[int]) -> None:
+        """Map what a warm-up step touches: the engine made its block ids up.
 
         Raises:
-            ConfigError: If neighbours did not give them in the time that a start may take.
+            ConfigError: If neighbours did not give the pages in the time that a start may take.
         """
+        touched = {
+            page
+            for block_id in block_ids
+            for page in self.arena.geometry.pages_touched(block_id)
+            if page < self.arena.num_pages and not self.arena.is_resident(page)
+        }
+        self._reserve_or_wait(len(touched))
+        self.carry_out(PageOrders(map_pages=sorted(touched), num_used_pages=1))
+
+    def end_warm_up(self) -> None:
+        """Give back what warm-up steps used."""
+        self.is_warming_up = False
+        pages = [page for page in self.arena.resident_pages if page != 0]
+        self.carry_out(PageOrders(unmap_pages=pages, num_used_pages=1))
+
+    def _reserve_or_wait(self, num_pages: int) -> None:
+        """Have pages promised that no scheduler asked for."""
         page_bytes = self.arena.geometry.page_bytes
         missing_bytes = num_pages * page_bytes
         deadline = time.monotonic() + ROOM_SECONDS

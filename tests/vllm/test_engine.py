@@ -14,11 +14,11 @@ from kvcached_core.errors import ConfigError, PolicyError
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.devices import Device
+from kvcached_core.memory.rank import RankMemory
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import MIB
 from kvcached_vllm.engine import VllmEngine
-from kvcached_vllm.layout import PLACEMENT
-from kvcached_vllm.worker import WorkerMemory
+from kvcached_vllm.layout import PLACEMENT, Placement
 
 pytestmark = pytest.mark.vllm
 
@@ -68,6 +68,10 @@ def engine(config: Config) -> Iterator[VllmEngine]:
     made = VllmEngine(vllm_config, config, [FIRST, SECOND], Core())
     yield made
     made.close()
+
+
+def memory_at(place: Placement) -> RankMemory:
+    return RankMemory(place.geometry, place.num_pages, place.seat, HostBackend())
 
 
 def place(engine: VllmEngine) -> list[Any]:
@@ -391,7 +395,7 @@ def test_four_ranks_on_one_device_share_a_row_and_each_maps_every_page(config: C
     plans = [plan(8) for _ in range(4)]
     engine.place(plans, 2 * MIB)
     pool = build_pool(engine)
-    ranks = [WorkerMemory(getattr(each, PLACEMENT), HostBackend()) for each in plans]
+    ranks = [memory_at(getattr(each, PLACEMENT)) for each in plans]
     page_bytes = engine.instance.page_bytes
     with ledger_of(engine) as ledger:
         (view,) = ledger.view().instances

@@ -11,9 +11,9 @@ from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import choose_geometry
 from kvcached_core.memory.seats import Seat
 from kvcached_core.memory.vmm.host import HostBackend
+from kvcached_core.memory.zeros import ZerosFromArena
 from kvcached_core.units import MIB
 from kvcached_vllm.layout import Placement, plane_layout, sparse_config
-from kvcached_vllm.zeros import ZerosFromArena
 
 pytestmark = pytest.mark.vllm
 

@@ -19,12 +19,12 @@ from kvcached_core.ledger.view import InstanceView
 from kvcached_core.memory import rank
 from kvcached_core.memory.geometry import choose_geometry
 from kvcached_core.memory.orders import PageOrders
+from kvcached_core.memory.rank import RankMemory
 from kvcached_core.memory.seats import Seat
 from kvcached_core.memory.vmm.cuda import CudaBackend
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import MIB
-from kvcached_vllm.layout import Placement
-from kvcached_vllm.worker import WorkerMemory, apply_orders
+from kvcached_vllm.worker import apply_orders, block_ids
 
 pytestmark = pytest.mark.vllm
 
@@ -41,10 +41,10 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 @pytest.fixture
-def memory(ledger: Ledger) -> Iterator[WorkerMemory]:
+def memory(ledger: Ledger) -> Iterator[RankMemory]:
     row = ledger.register(name="a", engine="test")
     ledger.reserve(row, PAGE, PAGE)
-    memory = WorkerMemory(Placement(GEOMETRY, 16, Seat(str(ledger.path), row, 1)), HostBackend())
+    memory = RankMemory(GEOMETRY, 16, Seat(str(ledger.path), row, 1), HostBackend())
     yield memory
     memory.close()
 
@@ -64,14 +64,18 @@ def step(new: list[list[int]], grown: list[list[int] | None] | None = None) -> A
     )
 
 
-def test_page_zero_is_resident_from_the_start(memory: WorkerMemory, ledger: Ledger) -> None:
+def ids_of(new: list[list[int]], grown: list[list[int] | None] | None = None) -> Any:
+    return block_ids(step(new, grown))
+
+
+def test_page_zero_is_resident_from_the_start(memory: RankMemory, ledger: Ledger) -> None:
     assert memory.arena.resident_pages == [0]
     assert (seen(ledger).resident_bytes, seen(ledger).used_bytes) == (PAGE, PAGE)
     assert seen(ledger).promised_bytes == 0
 
 
 def test_orders_map_before_and_unmap_after_and_may_come_twice(
-    memory: WorkerMemory, ledger: Ledger
+    memory: RankMemory, ledger: Ledger
 ) -> None:
     ledger.reserve(seen(ledger).row, 2 * PAGE, PAGE)
     orders = PageOrders(map_pages=[3, 5], num_used_pages=2, num_cached_pages=1)
@@ -90,10 +94,10 @@ def test_orders_map_before_and_unmap_after_and_may_come_twice(
 
 
 def test_warm_up_on_made_up_ids_is_mapped_and_given_back(
-    memory: WorkerMemory, ledger: Ledger
+    memory: RankMemory, ledger: Ledger
 ) -> None:
     ids = list(range(1, GEOMETRY.ids_per_page + 2))
-    memory.map_for_warm_up(step([ids], [[3 * GEOMETRY.ids_per_page], None]))
+    memory.map_for_warm_up(ids_of([ids], [[3 * GEOMETRY.ids_per_page], None]))
     assert sorted(memory.arena.resident_pages) == [0, 1, 3]
     assert seen(ledger).resident_bytes == 3 * PAGE
     memory.arena.plane_tensor(GEOMETRY.num_planes - 1).view(-1, GEOMETRY.block_bytes)[ids] = 1
@@ -104,12 +108,12 @@ def test_warm_up_on_made_up_ids_is_mapped_and_given_back(
 
 
 def test_warm_up_waits_for_a_promise_and_maps_nothing_without_one(
-    memory: WorkerMemory, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    memory: RankMemory, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rank, "ROOM_SECONDS", 0.1)
     other = ledger.register(name="b", engine="test")
     held = ledger.reserve(other, 64 * PAGE, PAGE)
-    touches = step([[GEOMETRY.ids_per_page]])
+    touches = [GEOMETRY.ids_per_page]
     with pytest.raises(ConfigError, match=r"needed 1 pages of .* missing .* on host"):
         memory.map_for_warm_up(touches)
     assert memory.arena.resident_pages == [0]
@@ -129,26 +133,26 @@ def test_warm_up_waits_for_a_promise_and_maps_nothing_without_one(
 
 
 def test_warm_up_on_an_id_in_a_gap_maps_both_pages_that_it_may_reach(
-    memory: WorkerMemory, ledger: Ledger
+    memory: RankMemory, ledger: Ledger
 ) -> None:
-    memory.map_for_warm_up(step([[GEOMETRY.blocks_per_page]]))
+    memory.map_for_warm_up(ids_of([[GEOMETRY.blocks_per_page]]))
     assert sorted(memory.arena.resident_pages) == [0, 1]
     assert seen(ledger).resident_bytes == 2 * PAGE
 
 
-def test_the_check_names_blocks_that_are_not_mapped_or_do_not_exist(memory: WorkerMemory) -> None:
-    memory.check_step(step([[1, 2]], [None]))
+def test_the_check_names_blocks_that_are_not_mapped_or_do_not_exist(memory: RankMemory) -> None:
+    memory.check_blocks(ids_of([[1, 2]], [None]))
     with pytest.raises(UnmappedBlockError, match=rf"\[{GEOMETRY.ids_per_page}\] of pages \[1\]"):
-        memory.check_step(step([[1]], [[GEOMETRY.ids_per_page]]))
+        memory.check_blocks(ids_of([[1]], [[GEOMETRY.ids_per_page]]))
     gap = GEOMETRY.blocks_per_page
     with pytest.raises(UnmappedBlockError, match=rf"\[{gap}\] of pages \[0\]"):
-        memory.check_step(step([[gap]]))
+        memory.check_blocks(ids_of([[gap]]))
 
 
 def test_closing_gives_every_byte_back(ledger: Ledger) -> None:
     row = ledger.register(name="a", engine="test")
     ledger.reserve(row, 2 * PAGE, PAGE)
-    memory = WorkerMemory(Placement(GEOMETRY, 16, Seat(str(ledger.path), row, 1)), HostBackend())
+    memory = RankMemory(GEOMETRY, 16, Seat(str(ledger.path), row, 1), HostBackend())
     memory.carry_out(PageOrders(map_pages=[4], num_used_pages=2))
     memory.close()
     assert seen(ledger).resident_bytes == 0
@@ -202,13 +206,11 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 
 
 @pytest.fixture
-def gpu_memory(ledger: Ledger, driver: FakeDriver) -> Iterator[WorkerMemory]:
+def gpu_memory(ledger: Ledger, driver: FakeDriver) -> Iterator[RankMemory]:
     row = ledger.register(name="a", engine="test")
     ledger.reserve(row, PAGE, PAGE)
     backend = CudaBackend(api=cast("Any", driver))
-    memory = WorkerMemory(
-        Placement(GEOMETRY, 16, Seat(str(ledger.path), row, 1)), backend, lambda: 7
-    )
+    memory = RankMemory(GEOMETRY, 16, Seat(str(ledger.path), row, 1), backend, lambda: 7)
     yield memory
     driver.idle.set()
     memory.close()
@@ -216,7 +218,7 @@ def gpu_memory(ledger: Ledger, driver: FakeDriver) -> Iterator[WorkerMemory]:
 
 
 def test_on_a_gpu_a_page_goes_when_the_step_behind_it_is_done(
-    gpu_memory: WorkerMemory, driver: FakeDriver, ledger: Ledger
+    gpu_memory: RankMemory, driver: FakeDriver, ledger: Ledger
 ) -> None:
     ledger.reserve(seen(ledger).row, 2 * PAGE, PAGE)
     gpu_memory.before_step(PageOrders(map_pages=[1, 2], num_used_pages=3))
@@ -233,7 +235,7 @@ def test_on_a_gpu_a_page_goes_when_the_step_behind_it_is_done(
 
 
 def test_on_a_gpu_spare_pages_cost_the_engines_thread_no_driver_call(
-    gpu_memory: WorkerMemory, ledger: Ledger
+    gpu_memory: RankMemory, ledger: Ledger
 ) -> None:
     ledger.reserve(seen(ledger).row, 4 * PAGE, PAGE)
     counting = count_calls(gpu_memory)
@@ -248,7 +250,7 @@ def test_on_a_gpu_spare_pages_cost_the_engines_thread_no_driver_call(
 
 
 def test_a_step_waits_for_memory_that_somebody_outside_took(
-    gpu_memory: WorkerMemory, driver: FakeDriver, ledger: Ledger
+    gpu_memory: RankMemory, driver: FakeDriver, ledger: Ledger
 ) -> None:
     ledger.reserve(seen(ledger).row, PAGE, PAGE)
     first = driver.calls["cuMemCreate"]

@@ -13,6 +13,7 @@ from kvcached_core.engine.start import model_name
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.devices import Device, host_device
 from kvcached_core.memory.model_bytes import OTHER_BYTES
+from kvcached_core.memory.rank import RankMemory
 from kvcached_core.memory.torch_device import current_stream, find_device, make_backend
 from kvcached_patches.around import around
 from kvcached_vllm.layout import PLACEMENT, Placement, plane_layout, sparse_config
@@ -20,7 +21,7 @@ from kvcached_vllm.obstacles import can_serve
 from kvcached_vllm.sleeping import all_or_none, mapped_only
 from kvcached_vllm.startup import startup
 from kvcached_vllm.weights import static_bytes
-from kvcached_vllm.worker import WorkerMemory, inner_worker, settle_orders
+from kvcached_vllm.worker import block_ids, inner_worker, settle_orders
 
 if TYPE_CHECKING:
     from kvcached_core.memory.orders import PageOrders
@@ -102,16 +103,24 @@ def worker_initialize_from_config(
     if placement is None:
         original(self, kv_cache_config, *args, **kwargs)
         return
-    from kvcached_vllm.zeros import ZerosFromArena
+    from kvcached_core.memory.zeros import ZerosFromArena  # it imports torch
 
     layout = plane_layout(kv_cache_config)
-    memory = WorkerMemory(placement, _backend(self), current_stream(self.device))
+    memory = RankMemory(
+        placement.geometry,
+        placement.num_pages,
+        placement.seat,
+        _backend(self),
+        current_stream(self.device),
+    )
+    memory.is_warming_up = True
+    logger.info("kvcached: %s", memory.addresses)
     arena = memory.arena
     if layout.is_one_allocation:
         tensors = [arena.tensor()]
     else:
         tensors = [arena.plane_tensor(plane) for plane in range(layout.num_planes)]
-    with ZerosFromArena(tensors) as zeros:
+    with ZerosFromArena(tensors) as zeros:  # vLLM does it in every release, wherever it is
         original(self, sparse_config(kv_cache_config, layout, placement), *args, **kwargs)
     if zeros.num_left:
         raise UnsupportedEngineError(
@@ -124,19 +133,20 @@ def worker_initialize_from_config(
 
 def worker_execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `Worker.execute_model`: map before it, unmap behind it."""
+    is_debugging = read_config().debug
 
     @functools.wraps(original)
     def wrapper(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        memory: WorkerMemory | None = getattr(self, "kvcached", None)
+        memory: RankMemory | None = getattr(self, "kvcached", None)
         if memory is None:
             return original(self, scheduler_output, *args, **kwargs)
         orders: PageOrders | None = getattr(scheduler_output, "kvcached_orders", None)
         if orders is not None:
             memory.before_step(orders)
         if memory.is_warming_up:
-            memory.map_for_warm_up(scheduler_output)
-        elif memory.debug:
-            memory.check_step(scheduler_output)
+            memory.map_for_warm_up(block_ids(scheduler_output))
+        elif is_debugging:
+            memory.check_blocks(block_ids(scheduler_output))
         output = original(self, scheduler_output, *args, **kwargs)
         if orders is not None:
             memory.after_step(orders)
@@ -149,7 +159,7 @@ def worker_execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
 def worker_warm_up(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Wrap `compile_or_warm_up_model`: steps inside run on made-up blocks."""
     result = original(self, *args, **kwargs)
-    memory: WorkerMemory | None = getattr(self, "kvcached", None)
+    memory: RankMemory | None = getattr(self, "kvcached", None)
     if memory is not None:
         memory.end_warm_up()
     return result
@@ -188,7 +198,7 @@ def worker_wake_up(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 def worker_shutdown(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap `Worker.shutdown`: give the memory back when nothing runs on it any more."""
     original(self, *args, **kwargs)
-    memory: WorkerMemory | None = self.__dict__.pop("kvcached", None)
+    memory: RankMemory | None = self.__dict__.pop("kvcached", None)
     if memory is not None:
         memory.close()
 

@@ -1,4 +1,4 @@
-"""Handing our addresses to vLLM where it asks torch for a zeroed KV cache."""
+"""Handing our addresses to an engine where it asks torch for a zeroed KV cache as bytes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +10,7 @@ from torch.overrides import TorchFunctionMode
 class ZerosFromArena(TorchFunctionMode):
     """While active, `torch.zeros(n, dtype=torch.int8)` returns our tensor of `n` bytes.
 
-    vLLM has allocated its KV cache with this call in every release, in whatever function. A real
-    `torch.zeros` would touch, and so need, the whole virtual size.
+    A real `torch.zeros` would touch, and so need, the whole virtual size.
 
     Args:
         tensors: What to hand out, in this order.
