@@ -63,16 +63,6 @@ def waiting_bytes(engine: SglangEngine) -> int:
     return next(row.waiting_bytes for row in ledger.view().instances if row.name == "m")
 
 
-def test_an_aborted_request_leaves_nobody_waiting(engine: SglangEngine) -> None:
-    busy = scheduler("one")
-    engine.ranks.reserve(6, is_urgent=True)
-    end_schedule(engine, busy, has_batch=False)
-    assert waiting_bytes(engine) > 0
-    busy.waiting_queue.clear()
-    end_schedule(engine, busy, has_batch=False)
-    assert waiting_bytes(engine) == 0
-
-
 def test_who_was_refused_waits_while_its_request_does(engine: SglangEngine) -> None:
     busy = scheduler("one")
     engine.ranks.reserve(6, is_urgent=True)
