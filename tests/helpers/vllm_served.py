@@ -183,12 +183,10 @@ class VllmServed(Served):
 @contextmanager
 def hooked() -> Iterator[None]:
     """Let vLLM's classes have our hooks, as far as blocks are concerned."""
-    coordinator = kv_cache_coordinator.KVCacheCoordinator
     with ExitStack() as stack:
         for owner, name, hook in (
             (KVCacheManager, "__init__", engine_hooks.kv_cache_manager_init),
             (KVCacheManager, "allocate_slots", engine_hooks.kv_cache_manager_allocate_slots),
-            (coordinator, "get_num_blocks_to_allocate", engine_hooks.get_num_blocks_to_allocate),
             (kv_cache_coordinator, "BlockPool", engine_hooks.block_pool_factory),
         ):
             stack.enter_context(patch.object(owner, name, hook(getattr(owner, name))))
