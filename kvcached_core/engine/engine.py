@@ -31,6 +31,8 @@ class ElasticEngine:
         port: What the adapter says of its engine.
     """
 
+    can_counts_wait = False  # of an idle engine: nobody may come again for long
+
     def __init__(self, ranks: Ranks, port: EnginePort) -> None:
         self.ranks = ranks
         self.port = port
@@ -57,6 +59,7 @@ class ElasticEngine:
         is_live = self.port.is_live()
         for pages in self.pools:
             pages.end_schedule(is_live=is_live)
+        is_live = is_live or self.can_counts_wait
         return pages.book.take_orders(self._count_pages, is_live=is_live)
 
     def between_steps(self) -> None:
@@ -176,6 +179,7 @@ class ElasticEngine:
             self.port.carry_out(orders, wait=wait)
 
     def _take_orders(self, *, is_live: bool) -> PageOrders | None:
+        is_live = is_live or self.can_counts_wait
         return self.pools[0].book.take_orders(self._count_pages, is_live=is_live)
 
     def _count_pages(self) -> tuple[int, int]:

@@ -124,3 +124,30 @@ def test_a_turn_without_a_batch_leaves_nothing_for_later(engine: SglangEngine) -
     engine.before_schedule(engine.port.scheduler)
     engine.after_schedule(engine.port.scheduler, has_batch=False)
     assert len(memory.later[-1][1]) == 5  # of six, the spare one included, one stays
+
+
+def test_what_is_opened_after_a_schedule_is_mapped_before_the_batch(engine: SglangEngine) -> None:
+    memory: Any = engine.port.memory
+    engine.before_schedule(engine.port.scheduler)
+    engine.after_schedule(engine.port.scheduler, has_batch=True)
+    memory.mapped.clear()
+    seen: list[list[list[int]]] = []
+    run = hooks.run_batch(lambda _self, _batch: seen.append([*memory.mapped]))
+    with hooked(engine):
+        run(engine.port.scheduler, None)
+        allocator_of(engine).alloc(3 * PAGE_TOKENS - 1)
+        run(engine.port.scheduler, None)
+    assert seen[0] == []
+    assert len(seen[1]) == 1
+
+
+def test_a_turn_that_has_nothing_to_do_counts_no_pages(
+    engine: SglangEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[bool] = []
+    monkeypatch.setattr(engine, "_count_pages", lambda: (counted.append(True), (1, 0))[1])
+    monkeypatch.setattr(engine.ranks, "look", lambda **_: None)  # no time passes
+    for _ in range(3):
+        engine.before_schedule(engine.port.scheduler)
+        engine.after_schedule(engine.port.scheduler, has_batch=False)
+    assert len(counted) == 1

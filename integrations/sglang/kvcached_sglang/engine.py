@@ -24,7 +24,6 @@ from kvcached_sglang.saved_memory import SavedMemory, reserved_bytes
 from kvcached_sglang.startup import startup
 
 if TYPE_CHECKING:
-    from kvcached_core.memory.orders import PageOrders
     from kvcached_sglang.free_list import FreeList
 
 logger = logging.getLogger("sglang.kvcached")
@@ -51,6 +50,7 @@ class SglangEngine(ElasticEngine):
     """
 
     port: SglangPort
+    can_counts_wait = True  # its loop comes again soon
 
     def __init__(
         self,
@@ -243,6 +243,11 @@ class SglangEngine(ElasticEngine):
         if scheduler.last_batch is None and self.memory is not None:
             self.memory.keeper.wait(STEP_ASIDE_SECONDS)
 
+    def begin_batch(self) -> None:
+        """Map what was opened since the schedule ended: no loop that we serve opens anything."""
+        if self.pools and self.pools[0].book.orders:
+            self.port.begin_step(self._take_orders(is_live=True))
+
     def check(self, scheduler: Any, batch: Any) -> None:
         """Refuse a batch that names a block which is not mapped.
 
@@ -269,9 +274,6 @@ class SglangEngine(ElasticEngine):
         free_list = self.free_lists[0]
         needed = (demand.num_running + demand.num_least) * free_list.block_tokens
         return needed <= free_list.available_tokens() + self.port.evictable_tokens(0)
-
-    def _take_orders(self, *, is_live: bool) -> "PageOrders | None":  # noqa: ARG002  as below
-        return super()._take_orders(is_live=True)  # the loop comes again soon: counts can wait
 
     def _stream(self) -> int:
         # A batch runs on this stream beside the next schedule, and reads what was freed for it.

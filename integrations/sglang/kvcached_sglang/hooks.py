@@ -94,13 +94,18 @@ def get_next_batch_to_run(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run_batch(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `Scheduler.run_batch`: with `KVCACHED_DEBUG` every block that it names is looked up."""
+    """Wrap `Scheduler.run_batch`: what it may touch is mapped.
+
+    With `KVCACHED_DEBUG` every block that it names is looked up.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         ours = engine()
-        if ours is not None and ours.config.debug and ours.pools:
-            ours.check(self, batch)
+        if ours is not None:
+            ours.begin_batch()
+            if ours.config.debug and ours.pools:
+                ours.check(self, batch)
         return original(self, batch, *args, **kwargs)
 
     return wrapper
