@@ -175,7 +175,11 @@ def _driver() -> Finding:
 
 def _engines() -> Iterator[Finding]:
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
-        for is_good, text in entry.load()():
+        try:
+            found = list(entry.load()())
+        except Exception as error:  # noqa: BLE001  another package's: one that fails hides no other
+            found = [(False, f"{entry.value} fails: {type(error).__name__}: {error}")]
+        for is_good, text in found:
             yield Finding(entry.name, is_good, text)
 
 

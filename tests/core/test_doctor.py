@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from kvcached_core.cli import doctor
 from kvcached_core.cli.doctor import Finding, examine
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import ledger_directory
@@ -127,3 +130,19 @@ def test_a_pool_that_the_process_may_not_fill_is_bad(
     memory = found(tmp_path / "kv")["memory"]
     assert not memory.is_good
     assert "KVCACHED_HOST_POOL=4 GiB is more than the process may use" in memory.text
+
+
+def test_an_adapter_that_fails_is_named_and_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = doctor.GROUP
+    broken = EntryPoint("broken", "no_such_package:findings", group)
+    working = EntryPoint("working", "tests_of_kvcached:findings", group)
+    module = ModuleType("tests_of_kvcached")
+    module.findings = lambda: [(True, "every hook fits")]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(doctor, "entry_points", lambda **_: [working, broken])
+    seen = found(tmp_path)
+    assert seen["working"].is_good
+    assert not seen["broken"].is_good
+    assert "no_such_package:findings fails: ModuleNotFoundError" in seen["broken"].text
