@@ -3,8 +3,8 @@
 Each has a process of its own, which measures one case when it is told to. A round is one
 measurement of each; its ratios compare what was measured within seconds of each other. In CPU time.
 
-    git worktree add --detach /tmp/before 6122019
-    python benchmarks/scheduler_path.py --before /tmp/before --json out.json
+    git worktree add --detach BEFORE 6122019
+    python benchmarks/scheduler_path.py --before BEFORE --json out.json
 """
 
 import argparse
@@ -278,21 +278,22 @@ def main() -> None:
                 if number or case in block_pool.CACHING_CASES:  # the first one warms up
                     seconds[name].append(measured)
         ratios = {
-            f"{over} / {under}": median_and_interval(
-                [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
-            )
+            f"{over} beside {under}": [
+                a / b for a, b in zip(seconds[over], seconds[under], strict=True)
+            ]
             for over, under in ((AFTER, VANILLA), (BEFORE, VANILLA), (AFTER, BEFORE))
         }
-        medians = {name: statistics.median(found) for name, found in seconds.items()}
+        intervals = {name: median_and_interval(found) for name, found in ratios.items()}
         results.append(
-            {"case": case, "caching": caching, "ratios": ratios, "medians": medians}
-            | {"rounds": seconds}
+            {"case": case, "caching": caching, "seconds": seconds}
+            | {"ratios": ratios, "medians_and_intervals": intervals}
         )
         shown = "  ".join(
             f"{name} {middle:.2f} ({low:.2f} to {high:.2f})"
-            for name, (middle, low, high) in ratios.items()
+            for name, (middle, low, high) in intervals.items()
         )
-        print(f"{case:44} caching={caching!s:5} {medians[AFTER] * SECONDS_UNIT:8.2f} us  {shown}")
+        middle = statistics.median(seconds[AFTER]) * SECONDS_UNIT
+        print(f"{case:44} caching={caching!s:5} {middle:8.2f} us  {shown}")
     for one in served.values():
         one.close()
     if options.json:
