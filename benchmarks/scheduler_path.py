@@ -49,6 +49,7 @@ def elastic_pool(*args: Any, **kwargs: Any) -> Any:
     port.pool = pool
     pool.engine = ElasticEngine(SimpleNamespace(is_waiting=False, close=lambda: None), port)
     pool.engine.pools.append(pool.pages)
+    pool.giving = pool.engine.giving
     return pool
 
 

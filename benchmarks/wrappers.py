@@ -28,8 +28,14 @@ class Owner:
     """Has what the wrappers look at, and nothing to do."""
 
     def __init__(self) -> None:
-        engine = SimpleNamespace(giving=SimpleNamespace(owed_pages=0), end_schedule=lambda: None)
-        self.block_pool = SimpleNamespace(engine=engine, has_plenty=lambda _num: True)
+        self.block_pool = SimpleNamespace(
+            engine=SimpleNamespace(end_schedule=lambda: None),
+            giving=SimpleNamespace(owed_pages=0),
+            free_lists=SimpleNamespace(num_free=8),
+            free_block_queue=SimpleNamespace(num_free_blocks=0),
+            pages=SimpleNamespace(num_ready_blocks=0),
+            num_groups=1,
+        )
         self.kv_cache_manager = self
         self.kvcached = SimpleNamespace(is_warming_up=False, between_steps=lambda: None)
         self.scheduler = SimpleNamespace(has_unfinished_requests=lambda: True)

@@ -14,6 +14,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 
 from kvcached_core.engine.free_lists import CACHED, FreeLists
+from kvcached_core.engine.giving import Giving
 from kvcached_core.engine.pages import Pages
 from kvcached_core.engine.port import PageSource
 from kvcached_core.memory.geometry import Geometry
@@ -52,7 +53,8 @@ class ElasticBlockPool(BlockPool):
 
     blocks: Any
     num_gpu_blocks: int
-    engine: Any  # the `VllmEngine` that built it
+    engine: Any  # the `VllmEngine` that built it, and what it gives
+    giving: Giving
 
     def __init__(
         self,
@@ -176,11 +178,6 @@ class ElasticBlockPool(BlockPool):
             self.free_lists.remove_cached(blocks)
             self.free_lists.give(blocks)
         return done
-
-    def has_plenty(self, num_tokens: int) -> bool:
-        """Return whether more blocks can be had than so many tokens of a running request need."""
-        num_free = self.free_lists.num_free + self.free_block_queue.num_free_blocks
-        return bool(num_free + self.pages.num_ready_blocks > num_tokens * self.num_groups)
 
     def promise_blocks(self, num_blocks: int) -> None:
         """Have `num_blocks` blocks that can be had, or as many as there may be: a request waits."""

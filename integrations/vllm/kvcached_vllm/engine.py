@@ -101,7 +101,7 @@ class VllmEngine(ElasticEngine):
             options=self._placing.page_options,
             **kwargs,
         )
-        pool.engine = self
+        pool.engine, pool.giving = self, self.giving
         pool.num_groups = self._num_groups
         self.port.pool = pool
         self.pools.append(pool.pages)

@@ -4,7 +4,7 @@ import functools
 import logging
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import read_config
 from kvcached_patches.around import around
@@ -13,6 +13,9 @@ from kvcached_vllm.obstacles import obstacles
 from kvcached_vllm.sleeping import asleep_bytes
 from kvcached_vllm.startup import startup
 from kvcached_vllm.worker_hooks import device_of, granularity_of
+
+if TYPE_CHECKING:
+    from kvcached_core.engine.giving import Giving
 
 logger = logging.getLogger("vllm.kvcached")
 
@@ -174,13 +177,14 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
     @functools.wraps(original)
     def wrapper(self: Any, request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
         pool = self.block_pool
-        engine: VllmEngine | None = getattr(pool, "engine", None)  # only our pool has it
-        if engine is None:
+        giving: Giving | None = getattr(pool, "giving", None)  # only our pool has it
+        if giving is None:
             return original(self, request, num_new_tokens, *args, **kwargs)
-        if engine.giving.owed_pages and not engine.giving.pay():
+        if giving.owed_pages and not giving.pay():
             return None
-        num_tokens = num_new_tokens + kwargs.get("num_lookahead_tokens", 0)
-        if request.num_computed_tokens and pool.has_plenty(num_tokens):
+        most_blocks = (num_new_tokens + kwargs.get("num_lookahead_tokens", 0)) * pool.num_groups
+        num_free = pool.free_lists.num_free + pool.free_block_queue.num_free_blocks
+        if most_blocks < num_free + pool.pages.num_ready_blocks and request.num_computed_tokens:
             blocks = original(self, request, num_new_tokens, *args, **kwargs)
             if blocks is not None:
                 return blocks
