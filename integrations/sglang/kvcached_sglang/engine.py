@@ -4,7 +4,7 @@ import logging
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from kvcached_core.config import CUDA, HOST, Config, read_config
+from kvcached_core.config import CUDA, Config, read_config
 from kvcached_core.engine.engine import ElasticEngine
 from kvcached_core.engine.page_book import PageBook
 from kvcached_core.engine.pages import NUM_QUIET_PAGES, Pages
@@ -72,7 +72,7 @@ class SglangEngine(ElasticEngine):
             engine=startup.engine,
             does_loop_sleep=getattr(server_args, "sleep_on_idle", False),
         )
-        super().__init__(ranks, SglangPort())
+        super().__init__(ranks, SglangPort(current_stream(device)))
         self.placing = Placing(
             ranks,
             config,
@@ -87,7 +87,6 @@ class SglangEngine(ElasticEngine):
         self._context_tokens = context_tokens
         self._held_since: float | None = None
         self._room_pages = 0  # at the last schedule
-        self._current_stream = current_stream(device)
 
     @property
     def memory(self) -> RankMemory | None:
@@ -124,15 +123,15 @@ class SglangEngine(ElasticEngine):
             self._backend.granularity_bytes,
             self.ranks.seat.num_ranks,
         )
-        num_pages = self.placing.num_pages
-        if self.port.memory is None:
-            self.port.memory = RankMemory(
-                geometry, num_pages, self.ranks.seat, self._backend, self._stream
+        port, num_pages = self.port, self.placing.num_pages
+        if port.memory is None:
+            port.memory = RankMemory(
+                geometry, num_pages, self.ranks.seat, self._backend, port.stream
             )
-            logger.info("kvcached: %s", self.port.memory.addresses)
+            logger.info("kvcached: %s", port.memory.addresses)
             if self.placing.num_pools > 1:
                 self._shared = PageBook(num_pages, self.ranks.clock)
-        return geometry, self.port.memory.arena
+        return geometry, port.memory.arena
 
     def adopt(self, allocator: Any, geometry: Geometry) -> None:
         """Give an allocator the blocks of our pages."""
@@ -188,13 +187,11 @@ class SglangEngine(ElasticEngine):
             self._promise_all(num_wanted)
             return
         self._promise_all(demand.num_running)
-        lacking = [
-            free_list.pages.num_lacking(num_wanted - free_list.num_free_blocks)
-            for free_list in self.free_lists
-        ]
-        self.ranks.ask(sum(lacking) - self.ranks.room_pages)
+        num_lacking = 0
         for free_list in self.free_lists:
+            num_lacking += free_list.pages.num_lacking(num_wanted - free_list.num_free_blocks)
             free_list.is_bound = True  # one with a cached prefix needs less, and may come in
+        self.ranks.ask(num_lacking - self.ranks.room_pages)
 
     def pay(self) -> None:
         """Give more of what is owed, at once: this schedule would take it."""
@@ -249,11 +246,7 @@ class SglangEngine(ElasticEngine):
             self.port.begin_step(self._take_orders(is_live=True))
 
     def check(self, scheduler: Any, batch: Any) -> None:
-        """Refuse a batch that names a block which is not mapped.
-
-        Raises:
-            UnmappedBlockError: With the block ids and their pages.
-        """
+        """Refuse a batch that names a block which is not mapped: see `RankMemory.check_blocks`."""
         named = named_blocks(scheduler, batch, self.free_lists[0].block_tokens).tolist()
         self.memory.check_blocks(named, self.pools[0].geometry)  # type: ignore[union-attr]
 
@@ -274,13 +267,6 @@ class SglangEngine(ElasticEngine):
         free_list = self.free_lists[0]
         needed = (demand.num_running + demand.num_least) * free_list.block_tokens
         return needed <= free_list.available_tokens() + self.port.evictable_tokens(0)
-
-    def _stream(self) -> int:
-        # A batch runs on this stream beside the next schedule, and reads what was freed for it.
-        stream = getattr(self.port.scheduler, "forward_stream", None)
-        if self.device.kind == HOST or stream is None:
-            return self._current_stream()
-        return int(stream.cuda_stream)
 
 
 _engine: SglangEngine | None = None

@@ -1,6 +1,7 @@
 """SGLang as our engine sees it: what it asks of SGLang, and how its orders are carried out."""
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.memory.orders import PageOrders
@@ -22,17 +23,30 @@ class SglangPort:
         has_batch: Whether the last schedule made a batch.
         memory: This rank's, from SGLang's first pool on.
         free_lists: Those of its allocators, that of the pool of all layers first.
+
+    Args:
+        current_stream: Returns the stream that torch launches on.
     """
 
     can_be_woken = True
 
-    def __init__(self) -> None:
+    def __init__(self, current_stream: Callable[[], int] = lambda: 0) -> None:
         self.scheduler: Any = None
         self.has_batch = False
         self.memory: RankMemory | None = None
         self.free_lists: list[FreeList] = []
+        self._current_stream = current_stream
         self._later: PageOrders | None = None  # of which a part waits for the launches
         self._published_at = 0.0
+
+    def stream(self) -> int:
+        """Return the stream that a batch runs on beside the next schedule.
+
+        There it reads what was freed for that schedule.
+        """
+        stream = getattr(self.scheduler, "forward_stream", None)
+        handle = getattr(stream, "cuda_stream", None)  # the host's have none
+        return self._current_stream() if handle is None else int(handle)
 
     def is_busy(self) -> bool:
         """See `EnginePort.is_busy`."""
