@@ -19,13 +19,13 @@ from vllm.v1.request import Request as VllmRequest
 from helpers.served import PATIENCE_SECONDS, Request, Served
 from kvcached_core.config import Config
 from kvcached_core.memory.devices import host_device
+from kvcached_core.memory.rank import RankMemory
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_vllm import engine_hooks
 from kvcached_vllm.engine import VllmEngine
 from kvcached_vllm.engine_hooks import ORDERS
 from kvcached_vllm.layout import PLACEMENT
 from kvcached_vllm.sleeping import asleep_bytes
-from kvcached_vllm.worker import WorkerMemory
 
 BLOCK_TOKENS = 16
 BLOCK_BYTES = 65536
@@ -63,7 +63,8 @@ class VllmServed(Served):
         plan = SimpleNamespace(kv_cache_tensors=tensors, num_blocks=num_blocks, kv_cache_groups=[])
         backend = HostBackend()
         self.engine.place([plan], backend.granularity_bytes)
-        self.memory = WorkerMemory(getattr(plan, PLACEMENT), backend)
+        place = getattr(plan, PLACEMENT)
+        self.memory = RankMemory(place.geometry, place.num_pages, place.seat, backend)
         self._worker = SimpleNamespace(kvcached=self.memory)
         self._hooks = ExitStack()
         self._hooks.enter_context(hooked())
