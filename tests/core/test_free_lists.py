@@ -49,12 +49,12 @@ def test_the_next_block_comes_from_the_fullest_page() -> None:
 
 def test_a_page_that_was_full_once_and_emptied_since_is_not_the_fullest() -> None:
     free_lists = make(4)
-    blocks = free_lists.take(15)
-    free_lists.give([blocks[4], blocks[5]])
+    blocks = free_lists.take(16)
+    free_lists.give([blocks[12], blocks[4], blocks[5]])
     assert page_of(free_lists.take_one()) == 3  # page 1 is known with two free blocks
     free_lists.give([blocks[6], blocks[7]])
-    free_lists.give([blocks[0], blocks[1]])
-    assert [page_of(block) for block in free_lists.take(3)] == [0, 0, 1]
+    free_lists.give([blocks[0], blocks[1], blocks[2]])
+    assert [page_of(block) for block in free_lists.take(4)] == [0, 0, 0, 1]
 
 
 def test_single_blocks_here_and_there_come_before_those_of_an_emptier_page() -> None:

@@ -422,6 +422,19 @@ def test_two_pools_of_one_arena_have_different_pages_and_page_0_is_neithers() ->
     assert (sorted(orders.map_pages), orders.unmap_pages) == ([1, 2, 3, 4, 5, 6], [])
 
 
+def test_what_one_pool_was_promised_no_other_one_is() -> None:
+    book = PageBook(8)
+    source = CountingSource(100)
+    lists = [FreeLists(GEOMETRY, 8, Pool(8).blocks_of) for _ in range(2)]
+    first, second = (Pages(GEOMETRY, 8, source, each, shared=book) for each in lists)
+    assert first.promise(5, is_urgent=False) == 5
+    assert second.promise(1, is_urgent=False) == 1
+    assert first.promise(9, is_urgent=False) == 1
+    first.cancel()
+    assert second.promise(9, is_urgent=False) == 6
+    assert (book.num_left, book.num_promised) == (0, second.num_promised)
+
+
 class PagesMachine(RuleBasedStateMachine):
     """Any sequence of taking, giving, caching and ending schedules keeps the books.
 
