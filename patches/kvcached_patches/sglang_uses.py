@@ -48,6 +48,7 @@ def _arguments(group: str, names: str, *, is_optional: bool = False) -> Iterator
 _ARGUMENTS = (
     *_arguments("device:Device", "device sleep_on_idle"),
     *_arguments("disagg:Disagg", "disaggregation_mode"),
+    *_arguments("disagg:Disagg", "enable_pdmux", is_optional=True),
     *_arguments("exec_:ExecDllm", "dllm_algorithm"),
     *_arguments("exec_:ExecFeatures", "enable_memory_saver"),
     *_arguments(
@@ -60,7 +61,8 @@ _ARGUMENTS = (
     ),
     *_arguments(
         "memory:Memory",
-        "enable_flexkv enable_unified_memory enable_page_major_kv_layout",
+        "enable_flexkv enable_unified_memory enable_page_major_kv_layout "
+        "enable_unified_cache_external_linker",
         is_optional=True,
     ),
     *_arguments("model:Model", "model_path revision download_dir"),

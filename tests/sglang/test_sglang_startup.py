@@ -179,6 +179,11 @@ def test_plain_models_mixes_and_hybrids_of_fixed_states_are_served(
         ({"pp_size": 2}, "set --pp-size 1"),
         ({"enable_hierarchical_cache": True}, "remove --enable-hierarchical-cache"),
         ({"disaggregation_mode": "prefill"}, "--disaggregation-mode null"),
+        ({"enable_pdmux": True}, "remove --enable-pdmux"),
+        (
+            {"enable_unified_cache_external_linker": True},
+            "remove --enable-unified-cache-external-linker",
+        ),
         ({"speculative_algorithm": "EAGLE"}, "remove --speculative-algorithm"),
         (
             {"is_hybrid_swa": False, "model": "MiMoV2FlashForCausalLM"},

@@ -21,6 +21,14 @@ OBSTACLES = {
     ),
     "enable_lmcache": (False, "LMCache: it holds KV addresses; remove --enable-lmcache"),
     "enable_flexkv": (False, "FlexKV: it holds KV addresses; remove --enable-flexkv"),
+    "enable_pdmux": (
+        False,
+        "PD multiplexing: its loop takes no promise before a schedule; remove --enable-pdmux",
+    ),
+    "enable_unified_cache_external_linker": (
+        False,
+        "a cache linker: it holds KV addresses; remove --enable-unified-cache-external-linker",
+    ),
     "enable_hisparse": (False, "HiSparse: it has pools of its own; remove --enable-hisparse"),
     "enable_unified_memory": (
         False,
