@@ -8,6 +8,7 @@ import pytest
 from mutants import run
 from mutants.run import KILLED, SURVIVED, Mutant, MutantError, Warm, read_mutants
 
+ROOT = Path(__file__).parents[2]
 MUTANT = Mutant("m", "house.py", "roof = 1", "roof = 0", "It rains in.", ("test_house.py",))
 TEST = "from house import roof\n\n\ndef test_roof() -> None:\n    assert roof {} 1\n"
 
@@ -74,3 +75,12 @@ def test_an_entry_says_who_sees_it_or_why_nobody_can(
     (tmp_path / "list.toml").write_text(text)
     with pytest.raises(MutantError, match=reason):
         read_mutants([tmp_path / "list.toml"])
+
+
+LISTED = read_mutants(sorted((ROOT / "tests/mutants").glob("*.toml")))
+
+
+@pytest.mark.parametrize("mutant", LISTED, ids=lambda mutant: mutant.name)
+def test_the_text_of_each_planted_fault_is_in_its_file_once(mutant: Mutant) -> None:
+    assert (ROOT / mutant.file).read_text().count(mutant.old) == 1
+    assert [test for test in mutant.tests if not (ROOT / test.partition("::")[0]).is_file()] == []
