@@ -35,7 +35,7 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True)
-class Answer:
+class Result:
     """What became of a wish.
 
     Attributes:
@@ -86,7 +86,7 @@ def devices(directory: Path) -> list[DeviceView]:
 
 def set_limit(
     name: str, limit: str, *, directory: Path, wait_seconds: float = PATIENCE_SECONDS
-) -> Answer:
+) -> Result:
     """Set the most that an instance may hold on each of its devices.
 
     Above it, its idle pages go, then cached ones, then requests are preempted until it holds.
@@ -115,7 +115,7 @@ def set_floor(
     directory: Path,
     wait_seconds: float = PATIENCE_SECONDS,
     is_forced: bool = False,
-) -> Answer:
+) -> Result:
     """Set what an instance can always get back on each of its devices.
 
     Others are asked at once for idle and cached pages, as far as the floor is not free; their
@@ -151,7 +151,7 @@ def set_floor(
         return _wait(places, _missing_to_floor, wait_seconds)
 
 
-def set_priority(name: str, priority: int, *, directory: Path) -> Answer:
+def set_priority(name: str, priority: int, *, directory: Path) -> Result:
     """Set how late an instance gives: the higher the later, -1000 to 1000.
 
     Raises:
@@ -168,7 +168,7 @@ def trim(
     directory: Path,
     keep_bytes: int = 0,
     wait_seconds: float = PATIENCE_SECONDS,
-) -> list[Answer]:
+) -> list[Result]:
     """Ask the named instances, or all, for all but `keep_bytes` of what no request needs.
 
     Raises:
@@ -211,7 +211,7 @@ def _size(text: str, what: str, place: _Place) -> int | None:
     return parse_bytes(text, what=what, whole_bytes=place.ledger.capacity_bytes)
 
 
-def _change(places: list[_Place], changes: list[dict[str, Any]]) -> Answer | None:
+def _change(places: list[_Place], changes: list[dict[str, Any]]) -> Result | None:
     """Change words of an instance's policy on all its devices, or on none."""
     done: list[tuple[_Place, PolicyChange]] = []
     try:
@@ -222,7 +222,7 @@ def _change(places: list[_Place], changes: list[dict[str, Any]]) -> Answer | Non
             place.ledger.undo_policy(place.view.row, change)
         if isinstance(error, LedgerError):
             raise
-        return Answer(places[0].view.name, Outcome.REFUSED, reason=str(error))
+        return Result(places[0].view.name, Outcome.REFUSED, reason=str(error))
     for place, change in done:
         wake(place.ledger, {place.view.row, *change.waiting})
     return None
@@ -241,7 +241,7 @@ def _still_to_give(_place: _Place, view: InstanceView) -> int:
 
 def _wait(
     places: list[_Place], remaining: Callable[[_Place, InstanceView], int], seconds: float
-) -> Answer:
+) -> Result:
     deadline = time.monotonic() + seconds
     before = sum(place.view.resident_bytes for place in places)
     while True:
@@ -250,14 +250,14 @@ def _wait(
         after = sum(view.resident_bytes for _, view in views)
         if not left or time.monotonic() >= deadline:
             outcome = Outcome.IN_PROGRESS if left else Outcome.APPLIED
-            return Answer(places[0].view.name, outcome, left, before, after)
+            return Result(places[0].view.name, outcome, left, before, after)
         time.sleep(LOOK_SECONDS)
 
 
-def describe(answer: Answer) -> str:
-    """Return an answer as one line."""
-    if answer.outcome is Outcome.REFUSED:
-        return f"{answer.instance}: refused: {answer.reason}"
-    moved = f"{format_bytes(answer.before_bytes)} -> {format_bytes(answer.after_bytes)}"
-    coming = f", {format_bytes(answer.remaining_bytes)} to come" if answer.remaining_bytes else ""
-    return f"{answer.instance}: {answer.outcome}, {moved}{coming}"
+def describe(result: Result) -> str:
+    """Return a result as one line."""
+    if result.outcome is Outcome.REFUSED:
+        return f"{result.instance}: refused: {result.reason}"
+    moved = f"{format_bytes(result.before_bytes)} -> {format_bytes(result.after_bytes)}"
+    coming = f", {format_bytes(result.remaining_bytes)} to come" if result.remaining_bytes else ""
+    return f"{result.instance}: {result.outcome}, {moved}{coming}"

@@ -15,7 +15,7 @@ import typer
 
 from kvcached_core import __version__, control
 from kvcached_core.cli.commands import Commands
-from kvcached_core.control import Answer, Outcome
+from kvcached_core.control import Outcome, Result
 from kvcached_core.errors import KVCachedError
 from kvcached_core.ledger.reach import pressure
 from kvcached_core.ledger.survey import Survey, survey
@@ -164,10 +164,10 @@ def floor(
     ] = False,
 ) -> None:
     """Set what an instance can always get back."""
-    answer = control.set_floor(
+    result = control.set_floor(
         name, size, directory=directory, wait_seconds=timeout, is_forced=force
     )
-    _end([answer])
+    _end([result])
 
 
 @app.command(context_settings=DASHES)
@@ -196,12 +196,12 @@ def trim(
     from kvcached_core.units import parse_bytes
 
     keep_bytes = parse_bytes(keep, what="--keep")
-    answers = control.trim(
+    results = control.trim(
         names or [], directory=directory, keep_bytes=keep_bytes, wait_seconds=timeout
     )
-    if not answers:
+    if not results:
         typer.echo(f"{NOBODY}: nothing to trim", err=True)
-    _end(answers)
+    _end(results)
 
 
 @app.command()
@@ -242,10 +242,10 @@ def _end_for(problems: list[str]) -> None:
         raise typer.Exit(EXIT_FAILED)
 
 
-def _end(answers: list[Answer]) -> None:
-    outcomes = {answer.outcome for answer in answers}
-    for answer in answers:
-        typer.echo(control.describe(answer), err=answer.outcome is Outcome.REFUSED)
+def _end(results: list[Result]) -> None:
+    outcomes = {result.outcome for result in results}
+    for result in results:
+        typer.echo(control.describe(result), err=result.outcome is Outcome.REFUSED)
     if Outcome.REFUSED in outcomes:
         raise typer.Exit(EXIT_FAILED)
     if Outcome.IN_PROGRESS in outcomes:

@@ -171,7 +171,7 @@ class ElasticEngine:
     def _tell(self, *, wait: bool) -> None:
         orders = self._take_orders(is_live=self.port.is_live())
         # Before the orders: to unmap takes from what is announced here.
-        self.ranks.answer(len(orders.unmap_pages) if orders else 0)
+        self.ranks.acknowledge(len(orders.unmap_pages) if orders else 0)
         self._send(orders, wait=wait)
 
     def _send(self, orders: PageOrders | None, *, wait: bool = False) -> None:

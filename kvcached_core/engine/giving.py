@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from kvcached_core.engine.pages import Pages
 from kvcached_core.engine.port import EnginePort
-from kvcached_core.engine.ranks import Ranks, Wanted
+from kvcached_core.engine.ranks import Ranks, WantedPages
 from kvcached_core.engine.waiting import REFUSAL_SECONDS
 
 # Pages that a neighbour gets early when it asks for many: the rest follows when all is evicted.
@@ -44,7 +44,7 @@ class Giving:
         self._yielded_until = 0.0
         self._num_tried_blocks = 0
 
-    def give(self, wanted: Wanted) -> None:
+    def give(self, wanted: WantedPages) -> None:
         """Give what others or the limit want: empty pages, cached ones, then requests' own.
 
         Requests stop in the next schedule, for what is owed then. What is asked beyond that comes

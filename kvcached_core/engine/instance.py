@@ -41,7 +41,7 @@ class Instance:
         name: The instance's name; None takes `default_name`, with a number behind it if need be.
         default_name: What it is called when nobody named it.
         engine: The engine and its release.
-        answer: Called in a thread of ours when somebody rings or an alarm goes off.
+        on_ring: Called in a thread of ours when somebody rings or an alarm goes off.
 
     Raises:
         LedgerError: If a ledger cannot be used, or the name is taken.
@@ -57,7 +57,7 @@ class Instance:
         name: str | None,
         default_name: str,
         engine: str,
-        answer: Callable[[], None],
+        on_ring: Callable[[], None],
     ) -> None:
         self.page_bytes = 0
         self._num_ranks = Counter(devices)
@@ -66,7 +66,7 @@ class Instance:
         self._bells: list[Doorbell] = []
         self._seen: dict[Device, int] = {}
         self._num_asked: dict[Device, int] = {}
-        self._answer = answer
+        self._tell = on_ring
         self._rang = threading.Event()
         self._pid = os.getpid()
         self._refusals = Refusals(lambda: explain_waits(self._ledgers, self._rows))
@@ -241,20 +241,20 @@ class Instance:
         asked = max(ceil(wanted.asked_bytes / unit_bytes) for wanted, unit_bytes in found)
         return asked, max(ceil(wanted.owed_bytes / unit_bytes) for wanted, unit_bytes in found)
 
-    def answer(self, num_pages: int) -> None:
+    def acknowledge(self, num_pages: int) -> None:
         """Say that this instance gives what it can, and that `num_pages` are about to be unmapped.
 
         It comes before the orders to unmap them, which take from what is announced here.
         """
         for device, ledger in self._ledgers.items():
-            ledger.answer(
+            ledger.acknowledge(
                 self._rows[device],
                 num_pages * self._unit_bytes(device),
                 num_asked=self._num_asked.get(device),
             )
 
     def set_alarm(self, seconds: float) -> None:
-        """Call `answer` once in `seconds`; an alarm that is set already is replaced."""
+        """Call `on_ring` once in `seconds`; an alarm that is set already is replaced."""
         self._bells[0].set_alarm(seconds)
 
     def free_bytes(self) -> int:
@@ -285,7 +285,7 @@ class Instance:
     def _on_ring(self) -> None:
         self._refusals.forget()
         self._rang.set()
-        self._answer()
+        self._tell()
 
     def _unit_bytes(self, device: Device) -> int:
         return self.page_bytes * self._num_ranks[device]

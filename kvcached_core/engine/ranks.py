@@ -35,7 +35,7 @@ def alone(values: list[int]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedPages:
     """What others, or the limit, want back.
 
     Attributes:
@@ -92,7 +92,7 @@ class Ranks:
                 page_bytes=page_bytes, num_pages=num_pages, least_pages=least_pages
             )
 
-    def look(self, *, is_busy: bool = True) -> Wanted | None:
+    def look(self, *, is_busy: bool = True) -> WantedPages | None:
         """Look at the ledgers and the clock; return what is wanted back, or None for no news.
 
         An idle scheduler does this in every turn of its loop. It takes no lock unless somebody
@@ -117,7 +117,7 @@ class Ranks:
                 self._looked_at = now
                 values[3] = self.instance.room_pages()
         has_news, asked_pages, owed_pages, self.room_pages, self._microseconds = self._share(values)
-        return Wanted(asked_pages, owed_pages) if has_news else None
+        return WantedPages(asked_pages, owed_pages) if has_news else None
 
     def end_schedule(self, *, is_busy: bool) -> bool:
         """Take back that this server waits for memory, if nothing of it does any more.
@@ -199,10 +199,10 @@ class Ranks:
         if self.instance is not None:
             self.instance.cancel(num_pages)
 
-    def answer(self, num_pages: int) -> None:
-        """See `Instance.answer`."""
+    def acknowledge(self, num_pages: int) -> None:
+        """See `Instance.acknowledge`."""
         if self.instance is not None:
-            self.instance.answer(num_pages)
+            self.instance.acknowledge(num_pages)
 
     def set_alarm(self, seconds: float) -> None:
         """See `Instance.set_alarm`."""

@@ -28,15 +28,15 @@ class Doorbell:
 
     Args:
         path: Where the socket lies; an older one there is replaced.
-        answer: Called in the listening thread at each ring or alarm; it must only pass the word on.
+        on_ring: Called in the bell's thread at each ring or alarm; it may only pass the word on.
 
     Raises:
         LedgerError: If the socket cannot be made.
     """
 
-    def __init__(self, path: Path, answer: Callable[[], None]) -> None:
+    def __init__(self, path: Path, on_ring: Callable[[], None]) -> None:
         self.path = path
-        self._answer = answer
+        self._tell = on_ring
         self._deadline: float | None = None
         self._is_ours = True
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -85,7 +85,7 @@ class Doorbell:
     def _listen(self) -> None:
         while (message := self._receive()) != _STOP:
             if message == _RING:
-                self._answer()
+                self._tell()
 
     def _receive(self) -> bytes:
         deadline = self._deadline

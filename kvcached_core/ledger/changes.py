@@ -8,14 +8,14 @@ from kvcached_core.ledger.times import NO_CALLS, CallTimes
 
 
 @dataclass
-class Answer:
-    """An answer to being asked; sizes in bytes.
+class Acknowledgement:
+    """What an instance says when it is asked; sizes in bytes.
 
     Attributes:
         coming_bytes: What the workers are about to unmap.
         num_asked: Which ask it is for; of a later one the rest stays. None answers all.
         freed_bytes: What the instance had freed, ever, when it answered: what is announced may be
-            freed before the answer is written.
+            freed before it is written.
     """
 
     coming_bytes: int
@@ -48,7 +48,7 @@ class Changes:
     unneeded_bytes: int = 0
     stuck_bytes: int = 0
     counts: tuple[int, int] | None = None
-    answers: list[Answer] = field(default_factory=list)
+    acknowledgements: list[Acknowledgement] = field(default_factory=list)
     is_waiting_over: bool = False
     map_times: CallTimes = NO_CALLS
     unmap_times: CallTimes = NO_CALLS
@@ -61,15 +61,15 @@ class Changes:
         self.unneeded_bytes += later.unneeded_bytes
         self.stuck_bytes += later.stuck_bytes
         self.counts = later.counts or self.counts
-        self.answers += later.answers
+        self.acknowledgements += later.acknowledgements
         self.is_waiting_over |= later.is_waiting_over
         self.map_times += later.map_times
         self.unmap_times += later.unmap_times
 
     def write(self, row: Row, now_ns: int) -> int:
         """Write it into the instance's row; return how many bytes are allocated for a promise."""
-        for answer in self.answers:
-            write_answer(row, answer)
+        for given in self.acknowledgements:
+            write_acknowledgement(row, given)
         if self.is_waiting_over:
             row.waiting_bytes = 0
         row.promised_bytes = max(row.promised_bytes - self.unpromised_bytes, 0)
@@ -128,15 +128,15 @@ def write_counts(row: Row, used_bytes: int, cached_bytes: int, now_ns: int) -> N
     row.last_used_ns = now_ns
 
 
-def write_answer(row: Row, answer: Answer) -> None:
-    """Write an answer into the instance's row."""
-    if answer.num_asked in (None, row.num_asked):
+def write_acknowledgement(row: Row, given: Acknowledgement) -> None:
+    """Write an acknowledgement into the instance's row."""
+    if given.num_asked in (None, row.num_asked):
         row.asked_bytes = row.owed_bytes = 0
     else:
-        row.asked_bytes = max(row.asked_bytes - answer.coming_bytes, 0)
+        row.asked_bytes = max(row.asked_bytes - given.coming_bytes, 0)
         row.owed_bytes = min(row.owed_bytes, row.asked_bytes)
-    already_bytes = row.num_freed_bytes - answer.freed_bytes
-    row.coming_bytes += max(answer.coming_bytes - max(already_bytes, 0), 0)
+    already_bytes = row.num_freed_bytes - given.freed_bytes
+    row.coming_bytes += max(given.coming_bytes - max(already_bytes, 0), 0)
     row.num_answered += 1
 
 

@@ -36,7 +36,7 @@ from kvcached_core.ledger.view import DeviceView, read_rows, view_of
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedBytes:
     """What others want of an instance, in bytes.
 
     Attributes:
@@ -140,7 +140,7 @@ class Ledger(LedgerPromises, LedgerMembers):
             return words[base + NOTICES]
         return -1
 
-    def wanted(self, row: RowKey) -> Wanted:
+    def wanted(self, row: RowKey) -> WantedBytes:
         """Return what others, or its limit, want back from this instance. It takes no lock.
 
         Raises:
@@ -148,12 +148,14 @@ class Ledger(LedgerPromises, LedgerMembers):
         """
         base = self._look(row)
         if base is None:
-            return Wanted(0, 0)
+            return WantedBytes(0, 0)
         words = self._words
         # First: who asks meanwhile has asked later than what the answer will be for.
         num_asked = words[base + NUM_ASKED]
         excess = self._rows[row.number].excess_bytes
-        return Wanted(max(words[base + ASKED], excess), max(words[base + OWED], excess), num_asked)
+        return WantedBytes(
+            max(words[base + ASKED], excess), max(words[base + OWED], excess), num_asked
+        )
 
     def view(self) -> DeviceView:
         """Return a consistent picture of the device, without the dead. It takes no lock.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcached_core.errors import LedgerError, NameTakenError
-from kvcached_core.ledger import file as layout
+from kvcached_core.ledger import file as ledger_file
 from kvcached_core.ledger.entry import LedgerEntry
 from kvcached_core.ledger.file import NO_LIMIT, Row, RowKey
 from kvcached_core.ledger.lifetime import LifetimesReplacedError, own_pid_namespace
@@ -233,7 +233,9 @@ class LedgerMembers(LedgerEntry):
                 row.clear()
                 row.limit_bytes = NO_LIMIT
                 return row
-        raise LedgerError(f"all {layout.NUM_ROWS} rows of {self.path} are taken by live instances")
+        raise LedgerError(
+            f"all {ledger_file.NUM_ROWS} rows of {self.path} are taken by live instances"
+        )
 
     def _set_policy(self, row: Row, policy: Policy, *, is_forced: bool = False) -> None:
         peers, capacity_bytes = self._peers(row), self._header.capacity_bytes

@@ -18,7 +18,7 @@ from hashlib import blake2s
 from pathlib import Path
 
 from kvcached_core.errors import LedgerBusyError, LedgerError
-from kvcached_core.ledger import file as layout
+from kvcached_core.ledger import file as ledger_file
 from kvcached_core.ledger.file import Header, RowKey, column_sum
 from kvcached_core.ledger.lock import FileLock
 
@@ -148,7 +148,7 @@ def open_ledger_file(
 
 def busy(fd: int, path: Path) -> LedgerBusyError:
     """Return the error that names who holds the lock of a ledger for too long."""
-    sequence = struct.unpack("q", os.pread(fd, 8, 8 * layout.SEQUENCE).ljust(8, b"\0"))[0]
+    sequence = struct.unpack("q", os.pread(fd, 8, 8 * ledger_file.SEQUENCE).ljust(8, b"\0"))[0]
     holder = f"process {-sequence}, as it sees itself," if sequence < 0 else "another process"
     return LedgerBusyError(
         f"the ledger {path} is locked by {holder} which does not go on; it may be stopped: "
@@ -181,12 +181,12 @@ def _check_file(fd: int, path: Path) -> None:
     if len(start) < 16:  # noqa: PLR2004  two words
         return
     magic, version = struct.unpack("qq", start)
-    if magic == layout.MAGIC and version != layout.VERSION:
+    if magic == ledger_file.MAGIC and version != ledger_file.VERSION:
         raise LedgerError(
             f"the ledger {path} is of version {version}, this kvcached writes version "
-            f"{layout.VERSION}: engines of another kvcached may be using it, and it is left as it "
-            "is; run one version on a device, set KVCACHED_DIR to another folder, or remove the "
-            "file when no engine uses it"
+            f"{ledger_file.VERSION}: engines of another kvcached may be using it, and it is left "
+            "as it is; run one version on a device, set KVCACHED_DIR to another folder, or remove "
+            "the file when no engine uses it"
         )
 
 
@@ -227,9 +227,9 @@ def _words_to_write(fd: int, path: Path, capacity_bytes: int) -> memoryview | No
 
 def _mapped(fd: int) -> tuple[memoryview | None, str]:
     num_bytes = os.fstat(fd).st_size
-    if num_bytes != layout.FILE_BYTES:
-        return None, f"it has {num_bytes} bytes, expected are {layout.FILE_BYTES}"
-    words = memoryview(mmap.mmap(fd, layout.FILE_BYTES)).cast("q")
+    if num_bytes != ledger_file.FILE_BYTES:
+        return None, f"it has {num_bytes} bytes, expected are {ledger_file.FILE_BYTES}"
+    words = memoryview(mmap.mmap(fd, ledger_file.FILE_BYTES)).cast("q")
     problem = _problem(Header(words))
     if problem is None:
         return words, ""
@@ -240,15 +240,15 @@ def _mapped(fd: int) -> tuple[memoryview | None, str]:
 def _new_words(fd: int, path: Path, capacity_bytes: int) -> memoryview:
     try:
         # Not only the length: a page that cannot be provided later would end the process.
-        os.posix_fallocate(fd, 0, layout.FILE_BYTES)
+        os.posix_fallocate(fd, 0, ledger_file.FILE_BYTES)
     except OSError as error:
         os.ftruncate(fd, 0)
         path.unlink(missing_ok=True)
         raise LedgerError(
-            f"the ledger {path} cannot be made: {error.strerror}; {layout.FILE_BYTES} bytes are "
-            "needed there, or set KVCACHED_DIR to another folder in memory"
+            f"the ledger {path} cannot be made: {error.strerror}; {ledger_file.FILE_BYTES} bytes "
+            "are needed there, or set KVCACHED_DIR to another folder in memory"
         ) from error
-    words = memoryview(mmap.mmap(fd, layout.FILE_BYTES)).cast("q")
+    words = memoryview(mmap.mmap(fd, ledger_file.FILE_BYTES)).cast("q")
     # Generations go on where those of any earlier file ended.
     Header(words).initialise(capacity_bytes, first_generation=time.time_ns())
     return words
@@ -258,13 +258,13 @@ _GONE = "its last user removed it"
 
 
 def _problem(header: Header) -> str | None:
-    if header.magic == layout.REMOVED:
+    if header.magic == ledger_file.REMOVED:
         return _GONE
-    if header.magic != layout.MAGIC:
+    if header.magic != ledger_file.MAGIC:
         return "its first word is not a ledger's"
-    if header.capacity_bytes <= 0 or not 0 <= header.num_rows <= layout.NUM_ROWS:
+    if header.capacity_bytes <= 0 or not 0 <= header.num_rows <= ledger_file.NUM_ROWS:
         return f"its header says {header.num_rows} rows and {header.capacity_bytes} bytes"
-    for column in (layout.RESIDENT, layout.PROMISED, layout.STATIC):
+    for column in (ledger_file.RESIDENT, ledger_file.PROMISED, ledger_file.STATIC):
         if column_sum(header.words, column, header.num_rows) < 0:
             return "a row holds less than nothing"
     return None
@@ -281,6 +281,6 @@ def set_aside(fd: int, path: Path, problem: str) -> None:
         aside.name,
     )
     with suppress(OSError):
-        os.ftruncate(fd, layout.FILE_BYTES)  # who has it mapped must not read behind its end
+        os.ftruncate(fd, ledger_file.FILE_BYTES)  # who has it mapped must not read behind its end
     os.pwrite(fd, bytes(8), 0)
     path.rename(aside)

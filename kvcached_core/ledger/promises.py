@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kvcached_core.errors import LedgerError
 from kvcached_core.ledger.changes import (
-    Answer,
+    Acknowledgement,
     Changes,
     write_counts,
     write_moves,
@@ -163,7 +163,9 @@ class LedgerPromises(LedgerEntry):
         finally:
             self._exit()
 
-    def answer(self, row: RowKey, coming_bytes: int = 0, *, num_asked: int | None = None) -> None:
+    def acknowledge(
+        self, row: RowKey, coming_bytes: int = 0, *, num_asked: int | None = None
+    ) -> None:
         """Say that this instance gives what it can.
 
         Args:
@@ -172,7 +174,8 @@ class LedgerPromises(LedgerEntry):
             num_asked: Which ask this answers; of a later one the rest stays. None answers all.
         """
         freed_bytes = self._words[self._rows[row.number].base + FREED] if self._is_intact() else 0
-        self._change(row, Changes(answers=[Answer(coming_bytes, num_asked, freed_bytes)]))
+        given = Acknowledgement(coming_bytes, num_asked, freed_bytes)
+        self._change(row, Changes(acknowledgements=[given]))
 
     def clear_waiting(self, row: RowKey) -> None:
         """Say that nothing of this instance waits for memory any more."""

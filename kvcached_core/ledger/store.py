@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from kvcached_core.errors import LedgerError
-from kvcached_core.ledger import file as layout
+from kvcached_core.ledger import file as ledger_file
 from kvcached_core.ledger.changes import PendingChanges
 from kvcached_core.ledger.file import (
     CHANGES,
@@ -110,7 +110,7 @@ class LedgerStore:
         self._fd = fd
         self._words = words
         self._header = Header(words)
-        self._rows = [Row(words, index) for index in range(layout.NUM_ROWS)]
+        self._rows = [Row(words, index) for index in range(ledger_file.NUM_ROWS)]
 
     def _is_intact(self) -> bool:
         """Return whether the file is whole and current; no lock is needed to look."""

@@ -27,7 +27,7 @@ class Neighbour:
 
     def __init__(self, config: Config, num_cached: int) -> None:
         self.instance = Instance(
-            [POOL], config, name="neighbour", default_name="", engine="test", answer=self.answer
+            [POOL], config, name="neighbour", default_name="", engine="test", on_ring=self.answer
         )
         self.instance.describe(page_bytes=PAGE, num_pages=8)
         self.instance.reserve(num_cached, is_urgent=False)
@@ -41,7 +41,7 @@ class Neighbour:
     def answer(self) -> None:
         size = self.ledger.wanted(self.row).asked_bytes
         self.ledger.settle(self.row, unmapped_bytes=size, used_bytes=0, cached_bytes=8 * PAGE)
-        self.instance.answer(0)
+        self.instance.acknowledge(0)
         self.gave.set()
 
     def close(self) -> None:

@@ -106,7 +106,7 @@ def test_trim_asks_and_waits_for_the_answer(ledger: Ledger) -> None:
     def give() -> None:
         given = ledger.wanted(row).asked_bytes
         ledger.settle(row, unmapped_bytes=given, used_bytes=2 * PAGE, cached_bytes=PAGE)
-        ledger.answer(row)
+        ledger.acknowledge(row)
 
     bell = Doorbell(doorbell_path(ledger.path, row), give)
     done = kvcached("trim", "llama", "--keep", "32MiB", directory=ledger.path.parent)

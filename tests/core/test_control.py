@@ -38,7 +38,7 @@ class Engine:
             return
         give = self.ledger.wanted(self.row).asked_bytes
         self.cached_bytes -= give
-        self.ledger.answer(self.row)
+        self.ledger.acknowledge(self.row)
         self.ledger.settle(
             self.row, unmapped_bytes=give, used_bytes=0, cached_bytes=self.cached_bytes
         )

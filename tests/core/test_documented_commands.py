@@ -56,7 +56,7 @@ def directory(tmp_path: Path) -> Iterator[Path]:
         def give() -> None:
             given = ledger.wanted(row).asked_bytes
             ledger.settle(row, unmapped_bytes=given, used_bytes=2 * PAGE, cached_bytes=0)
-            ledger.answer(row)
+            ledger.acknowledge(row)
 
         bell = Doorbell(doorbell_path(ledger.path, row), give)
         yield folder

@@ -39,7 +39,7 @@ def rang() -> threading.Event:
 
 @pytest.fixture
 def instance(config: Config, rang: threading.Event) -> Iterator[Instance]:
-    made = Instance([POOL], config, name="parent", default_name="", engine="test", answer=rang.set)
+    made = Instance([POOL], config, name="parent", default_name="", engine="test", on_ring=rang.set)
     made.describe(page_bytes=PAGE, num_pages=8)
     yield made
     made.close()
@@ -101,7 +101,7 @@ from kvcached_core.config import HOST, read_config
 from kvcached_core.memory.devices import Device
 from kvcached_core.engine.instance import Instance
 instance = Instance([Device(HOST, "host", 8 << 20)], read_config(), name="parent",
-                    default_name="", engine="test", answer=lambda: None)
+                    default_name="", engine="test", on_ring=lambda: None)
 instance.describe(page_bytes=1 << 20, num_pages=8)
 atexit.register(instance.close)
 if os.fork() == 0:
@@ -140,7 +140,7 @@ def test_a_child_may_not_use_what_its_parent_opened(instance: Instance) -> None:
 def test_a_child_may_have_an_engine_of_its_own(config: Config, instance: Instance) -> None:
     def start() -> None:
         own = Instance(
-            [POOL], config, name="child", default_name="", engine="test", answer=lambda: None
+            [POOL], config, name="child", default_name="", engine="test", on_ring=lambda: None
         )
         own.describe(page_bytes=PAGE, num_pages=8)
         assert own.reserve(8, is_urgent=False) == 6

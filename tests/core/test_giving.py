@@ -10,7 +10,7 @@ from kvcached_core.engine.free_lists import FreeLists
 from kvcached_core.engine.giving import FIRST_PAGES, YIELD_SECONDS, Giving
 from kvcached_core.engine.page_book import PageBook
 from kvcached_core.engine.pages import Pages
-from kvcached_core.engine.ranks import Wanted
+from kvcached_core.engine.ranks import WantedPages
 from kvcached_core.memory.geometry import Geometry
 
 GEOMETRY = Geometry(block_bytes=1024, num_planes=4, ids_per_page=16, blocks_per_page=4)
@@ -89,7 +89,7 @@ def test_empty_pages_of_all_pools_go_before_cached_ones(engine: Engine) -> None:
     engine.lists[0].give(first)
     engine.lists[1].give(second)
     engine.cache(third)
-    engine.giving.give(Wanted(asked_pages=5, owed_pages=0))
+    engine.giving.give(WantedPages(asked_pages=5, owed_pages=0))
     assert [pages.num_open_pages for pages in engine.pools] == [3 + 3, 0]
     assert len(engine.cached) == 3 * GEOMETRY.blocks_per_page
     assert engine.told == [(5, False)]
@@ -102,11 +102,11 @@ def test_an_idle_engine_sees_its_first_pages_go_and_a_busy_one_does_not_wait(
     blocks = engine.use(2 * (FIRST_PAGES + 2))
     settle(engine)
     engine.cache(blocks)
-    engine.giving.give(Wanted(FIRST_PAGES + 2, 0))
+    engine.giving.give(WantedPages(FIRST_PAGES + 2, 0))
     assert engine.told == [(FIRST_PAGES + 2, False)]
     engine.told.clear()
     engine.is_busy_now = False
-    engine.giving.give(Wanted(FIRST_PAGES + 2, 0))
+    engine.giving.give(WantedPages(FIRST_PAGES + 2, 0))
     assert engine.told == [(FIRST_PAGES, True), (2, False)]
 
 
@@ -114,15 +114,15 @@ def test_what_cannot_be_given_is_owed_as_far_as_requests_have_to_stop_for_it(
     engine: Engine,
 ) -> None:
     engine.lists[0].give(engine.use(1))
-    engine.giving.give(Wanted(asked_pages=6, owed_pages=2))
+    engine.giving.give(WantedPages(asked_pages=6, owed_pages=2))
     assert engine.giving.owed_pages == 2
-    engine.giving.give(Wanted(asked_pages=0, owed_pages=0))
+    engine.giving.give(WantedPages(asked_pages=0, owed_pages=0))
     assert engine.giving.owed_pages == 0
 
 
 def test_what_pages_pay_at_once_is_not_owed(engine: Engine) -> None:
     engine.lists[0].give(engine.use(5))
-    engine.giving.give(Wanted(asked_pages=6, owed_pages=4))
+    engine.giving.give(WantedPages(asked_pages=6, owed_pages=4))
     assert engine.giving.owed_pages == 1
 
 
@@ -151,7 +151,7 @@ def test_an_engine_that_has_nothing_left_owes_nothing_and_one_with_a_page_in_use
 
 
 def test_nothing_is_told_where_nothing_is_asked(engine: Engine) -> None:
-    engine.giving.give(Wanted(0, 0))
+    engine.giving.give(WantedPages(0, 0))
     assert (engine.told, engine.num_published) == ([], 0)
 
 
@@ -159,7 +159,7 @@ def test_a_neighbour_comes_before_new_requests_for_a_while_and_gets_what_comes_f
     engine: Engine,
 ) -> None:
     blocks = engine.use(3)
-    engine.giving.give(Wanted(asked_pages=2, owed_pages=0))
+    engine.giving.give(WantedPages(asked_pages=2, owed_pages=0))
     assert engine.giving.must_yield(is_running=True)
     assert not engine.giving.must_yield(is_running=False)
     engine.lists[0].give(blocks[:4])
@@ -174,7 +174,7 @@ def test_a_neighbour_comes_before_new_requests_for_a_while_and_gets_what_comes_f
 
 def test_a_neighbour_that_asks_no_more_gets_nothing(engine: Engine) -> None:
     blocks = engine.use(3)
-    engine.giving.give(Wanted(asked_pages=2, owed_pages=0))
+    engine.giving.give(WantedPages(asked_pages=2, owed_pages=0))
     engine.now = YIELD_SECONDS
     engine.lists[0].give(blocks)
     engine.giving.pay()

@@ -31,7 +31,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Instance]]:
     ) -> Instance:
         config = read_config({"KVCACHED_DIR": str(tmp_path / "kv"), **settings})
         instance = Instance(
-            devices, config, name=name, default_name="model", engine="test", answer=rung.set
+            devices, config, name=name, default_name="model", engine="test", on_ring=rung.set
         )
         instance.describe(page_bytes=page_bytes, num_pages=4)
         opened.append(instance)
@@ -131,7 +131,7 @@ def test_an_urgent_wish_asks_the_neighbours_and_rings_their_bell(
     assert asker.reserve(3, is_urgent=True) == 0
     assert start.rung.wait(10)  # type: ignore[attr-defined]
     assert holder.wanted_pages()[0] == 2
-    holder.answer(2)
+    holder.acknowledge(2)
     assert (holder.wanted_pages()[0], view(holder, HOUSE).coming_bytes) == (0, 2 * PAGE)
 
 
@@ -141,7 +141,7 @@ def test_what_is_coming_is_over_when_it_was_unmapped(start: Callable[..., Instan
     seat = holder.seat(HOUSE)
     with Ledger(Path(seat.ledger_path)) as ledger:
         ledger.settle(seat.row, mapped_bytes=2 * PAGE, used_bytes=0, cached_bytes=0)
-        holder.answer(2)
+        holder.acknowledge(2)
         ledger.settle(seat.row, unmapped_bytes=PAGE, used_bytes=0, cached_bytes=0)
         assert view(holder, HOUSE).coming_bytes == PAGE
         ledger.settle(seat.row, unneeded_bytes=PAGE, used_bytes=0, cached_bytes=0)
@@ -222,7 +222,7 @@ def test_an_ask_between_looking_and_answering_stays(start: Callable[..., Instanc
     assert holder.wanted_pages()[0] == 1
     asker.clear_waiting()
     asker.reserve(2, is_urgent=True)
-    holder.answer(1)
+    holder.acknowledge(1)
     assert holder.wanted_pages()[0] == 1
 
 

@@ -15,7 +15,7 @@ from helpers.waiting import await_that
 from kvcached_core.errors import ConfigError, LedgerError, PolicyError
 from kvcached_core.ledger import file as ledger_file
 from kvcached_core.ledger.file import RowKey
-from kvcached_core.ledger.ledger import Ledger, Wanted
+from kvcached_core.ledger.ledger import Ledger, WantedBytes
 from kvcached_core.ledger.opening import doorbell_path, ledger_directory
 from kvcached_core.ledger.policy import Policy
 from kvcached_core.units import GIB, MIB
@@ -181,7 +181,7 @@ def test_asking_takes_from_the_longest_unused_and_only_what_nobody_needs(ledger:
     assert ledger.ask_peers(asker, 9 * PAGE) == [old]
     assert ledger.wanted(old).asked_bytes == 3 * PAGE
     assert ledger.wanted(young).asked_bytes == 0
-    ledger.answer(old)
+    ledger.acknowledge(old)
     assert ledger.wanted(old).asked_bytes == 0
 
 
@@ -190,7 +190,7 @@ def test_what_is_on_its_way_is_not_asked_for_again(ledger: Ledger) -> None:
     holder = ledger.register(name="holder", engine="test")
     fill(ledger, holder, GIB, cached=GIB)
     assert ledger.ask_peers(asker, 4 * PAGE) == [holder]
-    ledger.answer(holder, 4 * PAGE, num_asked=ledger.wanted(holder).num_asked)
+    ledger.acknowledge(holder, 4 * PAGE, num_asked=ledger.wanted(holder).num_asked)
     assert ledger.ask_peers(asker, 4 * PAGE) == []
     assert ledger.wanted(holder).asked_bytes == 0
     left = GIB - 4 * PAGE
@@ -207,7 +207,7 @@ def test_an_answer_leaves_what_was_asked_since(ledger: Ledger) -> None:
     ledger.ask_peers(asker, 4 * PAGE)
     seen = ledger.wanted(holder)
     ledger.ask_peers(asker, 6 * PAGE)
-    ledger.answer(holder, seen.asked_bytes, num_asked=seen.num_asked)
+    ledger.acknowledge(holder, seen.asked_bytes, num_asked=seen.num_asked)
     assert ledger.wanted(holder).asked_bytes == 2 * PAGE
 
 
@@ -219,7 +219,7 @@ def test_an_instance_at_its_limit_asks_nobody(ledger: Ledger) -> None:
     assert ledger.ask_peers(asker, 3 * PAGE) == [peer]
     assert ledger.wanted(peer).asked_bytes == PAGE
     ledger.reserve(asker, PAGE, PAGE)
-    ledger.answer(peer)
+    ledger.acknowledge(peer)
     assert ledger.ask_peers(asker, PAGE) == []
 
 
@@ -498,7 +498,7 @@ def test_a_lowered_limit_is_owed(ledger: Ledger) -> None:
     seen = ledger.num_notices(row)
     ledger.change_policy(row, limit_bytes=PAGE)
     assert ledger.num_notices(row) > seen
-    assert ledger.wanted(row) == Wanted(3 * PAGE, 3 * PAGE, num_asked=0)
+    assert ledger.wanted(row) == WantedBytes(3 * PAGE, 3 * PAGE, num_asked=0)
     assert ledger.reserve(row, PAGE, PAGE) == 0
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from kvcached_core.ledger.changes import Answer, Changes, PendingChanges
+from kvcached_core.ledger.changes import Acknowledgement, Changes, PendingChanges
 from kvcached_core.ledger.file import FILE_BYTES, Row, RowKey
 
 ROW, OTHER = RowKey(0, 7), RowKey(1, 8)
 CHANGES = [
-    Changes(answers=[Answer(coming_bytes=9, num_asked=None, freed_bytes=0)]),
+    Changes(acknowledgements=[Acknowledgement(coming_bytes=9, num_asked=None, freed_bytes=0)]),
     Changes(unpromised_bytes=1, counts=(5, 3)),
     Changes(mapped_bytes=20, unneeded_bytes=2),
     Changes(unmapped_bytes=4, stuck_bytes=3, counts=(6, 2)),

@@ -46,7 +46,7 @@ CALLS: dict[str, Callable[[Ledger, RowKey], object]] = {
     "settle": lambda ledger, row: ledger.settle(
         row, unmapped_bytes=2 * PAGE, used_bytes=0, cached_bytes=0
     ),
-    "answer": lambda ledger, row: ledger.answer(row, PAGE),
+    "answer": lambda ledger, row: ledger.acknowledge(row, PAGE),
     "ask": lambda ledger, row: ledger.ask(row, PAGE),
     "ask_peers": lambda ledger, row: ledger.ask_peers(row, PAGE),
     "wanted": lambda ledger, row: ledger.wanted(row),

@@ -152,7 +152,7 @@ def test_what_could_not_be_written_is_written_when_the_lock_is_free(
     ledger: Ledger, row: RowKey, holder: StoppedHolder
 ) -> None:
     assert ledger.cancel(row, PAGE) == []
-    ledger.answer(row, 2 * PAGE, num_asked=ledger.wanted(row).num_asked)
+    ledger.acknowledge(row, 2 * PAGE, num_asked=ledger.wanted(row).num_asked)
     ledger.settle(row, mapped_bytes=PAGE, used_bytes=2 * PAGE, cached_bytes=PAGE)
     ledger.settle(row, unmapped_bytes=2 * PAGE, used_bytes=3 * PAGE, cached_bytes=0)
     ledger.settle(row, unneeded_bytes=PAGE, used_bytes=PAGE, cached_bytes=2 * PAGE)
@@ -196,7 +196,7 @@ def test_what_is_put_off_behind_a_writer_that_found_nothing_left_is_written_too(
     late.join(30)
     assert not late.is_alive()  # the ledger's next call had written it
     holder = StoppedHolder(ledger.path)
-    ledger.answer(row, 0, num_asked=ledger.wanted(row).num_asked)
+    ledger.acknowledge(row, 0, num_asked=ledger.wanted(row).num_asked)
     holder.end()
     await_that(lambda: only(ledger).asked_bytes == 0, 30.0)
 
@@ -224,7 +224,7 @@ def test_an_answer_that_is_written_late_announces_only_what_is_still_to_come(
     with Ledger(ledger.path) as worker:
         worker.join(row)
         assert worker._lock.acquire(1.0)
-        ledger.answer(row, 3 * PAGE, num_asked=ledger.wanted(row).num_asked)
+        ledger.acknowledge(row, 3 * PAGE, num_asked=ledger.wanted(row).num_asked)
         worker._lock.release()
         ledger._is_held_up = True
         worker.settle(row, unmapped_bytes=2 * PAGE, used_bytes=PAGE, cached_bytes=PAGE)

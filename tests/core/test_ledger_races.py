@@ -226,7 +226,7 @@ def test_engines_of_one_model_that_start_at_once_get_different_names(path: Path)
 
     def start(number: int) -> None:
         instance = Instance(
-            [pool], config, name=None, default_name="model", engine="test", answer=lambda: None
+            [pool], config, name=None, default_name="model", engine="test", on_ring=lambda: None
         )
         instance.describe(page_bytes=PAGE, num_pages=64)
         instance.reserve(64, is_urgent=False)

@@ -65,7 +65,7 @@ def test_a_bell_is_heard_in_a_folder_of_80_characters(tmp_path: Path, device: st
         name="a",
         default_name="",
         engine="test",
-        answer=heard.set,
+        on_ring=heard.set,
     )
     with Ledger(folder / f"{device}.ledger") as ledger:
         wake(ledger, [ledger.view().instances[0].row])

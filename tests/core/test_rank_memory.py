@@ -36,7 +36,7 @@ POOL = Device(HOST, "host", 64 * PAGE)
 @pytest.fixture
 def instance(tmp_path: Path) -> Iterator[Instance]:
     config = read_config({"KVCACHED_DIR": str(tmp_path / "kv")})
-    made = Instance([POOL], config, name="a", default_name="", engine="test", answer=lambda: None)
+    made = Instance([POOL], config, name="a", default_name="", engine="test", on_ring=lambda: None)
     made.describe(page_bytes=PAGE, num_pages=NUM_PAGES)
     made.reserve(1, is_urgent=False)
     yield made
@@ -179,7 +179,7 @@ def test_nobody_waits_for_a_page_that_cannot_be_unmapped(instance: Instance, sea
     instance.reserve(3, is_urgent=False)
     memory.carry_out(PageOrders(map_pages=[1, 2, 3], num_used_pages=4))
     backend.fails = lambda verb, _number: verb == "unmap"
-    instance.answer(3)
+    instance.acknowledge(3)
     instance.reserve(2, is_urgent=False)  # for other pages
     assert seen(seat).coming_bytes == 3 * PAGE
     memory.carry_out(PageOrders(unmap_pages=[1, 2, 3], num_used_pages=1))
@@ -291,7 +291,7 @@ def test_a_spare_page_that_a_step_needs_is_there_before_it(instance: Instance, s
 def test_pages_of_ranks_on_one_device_are_counted_for_each(tmp_path: Path) -> None:
     config = read_config({"KVCACHED_DIR": str(tmp_path / "kv")})
     instance = Instance(
-        [POOL, POOL], config, name="a", default_name="", engine="test", answer=lambda: None
+        [POOL, POOL], config, name="a", default_name="", engine="test", on_ring=lambda: None
     )
     instance.describe(page_bytes=PAGE, num_pages=NUM_PAGES)
     instance.reserve(3, is_urgent=False)

@@ -194,7 +194,7 @@ class Engine:
         """Give what others asked for, and say so."""
         wanted = self.ledger.wanted(self.row)
         num_pages = min(wanted.asked_bytes // PAGE, self.cached)
-        self.ledger.answer(self.row, num_pages * PAGE, num_asked=wanted.num_asked)
+        self.ledger.acknowledge(self.row, num_pages * PAGE, num_asked=wanted.num_asked)
         self.cached -= num_pages
         self.settle(unmapped_bytes=num_pages * PAGE)
         return num_pages

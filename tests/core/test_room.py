@@ -26,7 +26,7 @@ class Engine:
         self.is_deaf = False
         self.asked = threading.Event()
         self.instance = Instance(
-            devices, config, name=name, default_name="", engine="test", answer=self.answer
+            devices, config, name=name, default_name="", engine="test", on_ring=self.answer
         )
         self.instance.describe(page_bytes=PAGE, num_pages=8)
         self.num_cached = self.num_used = 0
@@ -55,7 +55,7 @@ class Engine:
         num_given = min(self.instance.wanted_pages()[0], self.num_cached)
         if num_given:
             self.num_cached -= num_given
-            self.instance.answer(num_given)
+            self.instance.acknowledge(num_given)
             self.settle(unmapped_bytes=num_given * PAGE)
 
     def view(self, device: Device = POOL) -> InstanceView:

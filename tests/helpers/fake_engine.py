@@ -43,7 +43,7 @@ class FakeEngine(Served):
             name=config.name,
             default_name="",
             engine="fake",
-            answer=lambda: self.engine.ring(),  # noqa: PLW0108  it is made below
+            on_ring=lambda: self.engine.ring(),  # noqa: PLW0108  it is made below
         )
         placing = Placing(
             instance, config, device, logging.getLogger("fake"), length_setting="--length"

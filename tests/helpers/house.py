@@ -35,7 +35,7 @@ class Neighbour:
             name=NEIGHBOUR,
             default_name="",
             engine="test",
-            answer=self._rang.set,
+            on_ring=self._rang.set,
         )
         self.instance.describe(page_bytes=PAGE_BYTES, num_pages=device.total_bytes // PAGE_BYTES)
         self._row = self.instance.seat(device).row
@@ -62,7 +62,7 @@ class Neighbour:
 
     def give(self, num_pages: int) -> None:
         """Unmap so many idle pages, as its answer to whoever asked."""
-        self.instance.answer(num_pages)
+        self.instance.acknowledge(num_pages)
         self._settle(unmapped=num_pages, used_bytes=self.view().used_bytes)
 
     def view(self) -> InstanceView:

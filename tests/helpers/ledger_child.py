@@ -69,7 +69,7 @@ class Child:
 
     def answer(self, _num: int) -> int:
         wanted = self.ledger.wanted(self.row)
-        self.ledger.answer(self.row)
+        self.ledger.acknowledge(self.row)
         return self.free(wanted.asked_bytes // PAGE)
 
     def storm(self, num: int) -> None:

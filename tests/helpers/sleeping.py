@@ -72,7 +72,7 @@ def neighbour(engine: Any) -> Any:
         name="neighbour",
         default_name="neighbour",
         engine="test",
-        answer=lambda: None,
+        on_ring=lambda: None,
     )
     instance.describe(page_bytes=engine.geometry.page_bytes, num_pages=64)
     instance.reserve(64, is_urgent=False)

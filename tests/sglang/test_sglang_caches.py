@@ -28,7 +28,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from kvcached_core.engine.ranks import Wanted
+from kvcached_core.engine.ranks import WantedPages
 from kvcached_core.units import MIB
 from kvcached_sglang import hooks
 from kvcached_sglang.engine import SglangEngine
@@ -212,7 +212,7 @@ class SameCaches(RuleBasedStateMachine):
 
         before = self.pages.num_open_pages
         with patch.object(self.ours.cache, "evict", evict_and_note):
-            self.engine.giving.give(Wanted(num_pages, 0))
+            self.engine.giving.give(WantedPages(num_pages, 0))
         for num_tokens in evicted:
             self.theirs.evict(num_tokens)
         assert before - self.pages.num_open_pages >= 0

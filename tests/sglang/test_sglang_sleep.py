@@ -117,7 +117,7 @@ def neighbour(tmp_path: Path) -> Iterator[Instance]:
         name="neighbour",
         default_name="",
         engine="test",
-        answer=lambda: None,
+        on_ring=lambda: None,
     )
     instance.describe(page_bytes=2 * MIB, num_pages=32)
     yield instance

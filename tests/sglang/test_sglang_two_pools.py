@@ -29,7 +29,7 @@ from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
-from kvcached_core.engine.ranks import Wanted
+from kvcached_core.engine.ranks import WantedPages
 from kvcached_core.units import MIB
 from kvcached_sglang import hooks
 from kvcached_sglang.engine import SglangEngine
@@ -154,7 +154,7 @@ class TwoPools(RuleBasedStateMachine):
     @rule(num_pages=st.integers(1, NUM_PAGES))
     def give(self, num_pages: int) -> None:
         """A neighbour wants pages: only empty ones go, for there is no cache."""
-        self.engine.giving.give(Wanted(num_pages, 0))
+        self.engine.giving.give(WantedPages(num_pages, 0))
         self.engine.memory.keeper.wait()
 
     @invariant()

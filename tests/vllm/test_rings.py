@@ -40,7 +40,7 @@ LOOP = (
     Ranks.look,
     Instance.has_news,
     Instance.wanted_pages,
-    Instance.answer,
+    Instance.acknowledge,
 )
 
 

@@ -99,7 +99,7 @@ def config(tmp_path: Path) -> Config:
 
 def join(config: Config, name: str, devices: list[Device]) -> Instance:
     made = Instance(
-        devices, config, name=name, default_name=name, engine="vllm", answer=lambda: None
+        devices, config, name=name, default_name=name, engine="vllm", on_ring=lambda: None
     )
     made.describe(page_bytes=16 * MIB, num_pages=16)
     return made

@@ -41,7 +41,7 @@ def join_ranks(
             name=config.name,
             default_name=name,
             engine=engine,
-            answer=lambda: None,  # the scheduler's loop never sleeps for long, and looks by itself
+            on_ring=lambda: None,  # the scheduler's loop never sleeps for long, and looks by itself
         )
 
     if group.world_size == 1:

@@ -48,7 +48,7 @@ class VllmEngine(ElasticEngine):
             name=config.name,
             default_name=model_name(vllm_config.model_config.model),
             engine=startup.engine,
-            answer=self.ring,
+            on_ring=self.ring,
         )
         self._placing = Placing(
             self.instance, config, devices[0], logger, length_setting="--max-model-len"
