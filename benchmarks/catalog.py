@@ -35,6 +35,12 @@ class Benchmark:
 
 BENCHMARKS = (
     Benchmark("block_pool", "block_pool.py", HOST, "vLLM's block pool and ours, call by call"),
+    Benchmark(
+        "scheduler_path",
+        "scheduler_path.py",
+        HOST,
+        "calls and schedules beside older code",
+    ),
     Benchmark("wrappers", "wrappers.py", HOST, "what our wrappers add to the scheduler's path"),
     Benchmark("ledger", "ledger.py", HOST, "one operation of the ledger, alone and contended"),
     Benchmark("pressure", "pressure.py", HOST, "how soon an idle engine gives memory back"),

@@ -235,6 +235,7 @@ def test_a_limit_that_is_lifted_in_time_leaves_no_debt_and_stops_nobody(house: H
     served.turn()
     served.expect(used=8, owed=4)
     set_limit(house, NO_LIMIT)
+    served.hears()
     served.turn()
     served.expect(used=8)
     served.grow("a")

@@ -7,6 +7,7 @@ Arguments: a model folder and a JSON object: `gpu`, and there further arguments 
 import json
 import os
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from helpers.offline import ENGINE_OPTIONS, mixed_prompts
@@ -46,7 +47,7 @@ def main() -> None:
         report["pages"] = core.model_executor.collective_rpc(resident_pages)
         report["page_bytes"] = core.kvcached.geometry.page_bytes
         ledgers = core.kvcached.instance._ledgers.values()
-        report["view"] = [vars(view) for ledger in ledgers for view in ledger.view().instances]
+        report["view"] = [asdict(view) for ledger in ledgers for view in ledger.view().instances]
     print("\n" + json.dumps(report), flush=True)
     if on_gpus:
         os._exit(0)  # workers on GPUs take seconds to tear down; their parent's end ends them
