@@ -171,7 +171,8 @@ class ElasticEngine:
     def _tell(self, *, wait: bool) -> None:
         orders = self._take_orders(is_live=self.port.is_live())
         # Before the orders: to unmap takes from what is announced here.
-        self.ranks.acknowledge(len(orders.unmap_pages) if orders else 0)
+        # What is waited for is the first part: whoever asked has not got everything with it.
+        self.ranks.acknowledge(len(orders.unmap_pages) if orders else 0, is_last=not wait)
         self._send(orders, wait=wait)
 
     def _send(self, orders: PageOrders | None, *, wait: bool = False) -> None:

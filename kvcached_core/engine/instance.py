@@ -12,6 +12,7 @@ from kvcached_core.config import Config
 from kvcached_core.engine.names import numbered_names
 from kvcached_core.engine.waiting import Refusals, explain_waits
 from kvcached_core.ledger.bell import Doorbell, wake
+from kvcached_core.ledger.changes import NO_ASK
 from kvcached_core.ledger.opening import doorbell_path
 from kvcached_core.ledger.shortage import (
     LOOK_SECONDS,
@@ -241,17 +242,16 @@ class Instance:
         asked = max(ceil(wanted.asked_bytes / unit_bytes) for wanted, unit_bytes in found)
         return asked, max(ceil(wanted.owed_bytes / unit_bytes) for wanted, unit_bytes in found)
 
-    def acknowledge(self, num_pages: int) -> None:
+    def acknowledge(self, num_pages: int, *, is_last: bool = True) -> None:
         """Say that this instance gives what it can, and that `num_pages` are about to be unmapped.
 
-        It comes before the orders to unmap them, which take from what is announced here.
+        It comes before the orders to unmap them, which take from what is announced here. Until the
+        last of several parts the rest stays asked for.
         """
         for device, ledger in self._ledgers.items():
-            ledger.acknowledge(
-                self._rows[device],
-                num_pages * self._unit_bytes(device),
-                num_asked=self._num_asked.get(device),
-            )
+            coming_bytes = num_pages * self._unit_bytes(device)
+            asked = self._num_asked.get(device) if is_last else NO_ASK
+            ledger.acknowledge(self._rows[device], coming_bytes, num_asked=asked)
 
     def set_alarm(self, seconds: float) -> None:
         """Call `on_ring` once in `seconds`; an alarm that is set already is replaced."""

@@ -199,10 +199,10 @@ class Ranks:
         if self.instance is not None:
             self.instance.cancel(num_pages)
 
-    def acknowledge(self, num_pages: int) -> None:
+    def acknowledge(self, num_pages: int, *, is_last: bool = True) -> None:
         """See `Instance.acknowledge`."""
         if self.instance is not None:
-            self.instance.acknowledge(num_pages)
+            self.instance.acknowledge(num_pages, is_last=is_last)
 
     def set_alarm(self, seconds: float) -> None:
         """See `Instance.set_alarm`."""

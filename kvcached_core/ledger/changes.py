@@ -128,6 +128,10 @@ def write_counts(row: Row, used_bytes: int, cached_bytes: int, now_ns: int) -> N
     row.last_used_ns = now_ns
 
 
+# Names no ask: an acknowledgement that does not end one.
+NO_ASK = -1
+
+
 def write_acknowledgement(row: Row, given: Acknowledgement) -> None:
     """Write an acknowledgement into the instance's row."""
     if given.num_asked in (None, row.num_asked):

@@ -171,7 +171,8 @@ class LedgerPromises(LedgerEntry):
         Args:
             row: Its row.
             coming_bytes: What its workers are about to unmap.
-            num_asked: Which ask this answers; of a later one the rest stays. None answers all.
+            num_asked: Which ask this answers; of a later one the rest stays. None answers all,
+                and with `NO_ASK` the rest of every ask stays.
         """
         freed_bytes = self._words[self._rows[row.number].base + FREED] if self._is_intact() else 0
         given = Acknowledgement(coming_bytes, num_asked, freed_bytes)

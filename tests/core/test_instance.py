@@ -308,3 +308,20 @@ def test_a_wait_for_memory_is_said_with_who_holds_it(
     holder.reserve(8, is_urgent=True)
     asker.reserve(2, is_urgent=True)
     assert len(caplog.records) == 1  # another wait, not yet a long one
+
+
+def test_what_is_asked_for_beyond_a_first_part_stays_asked_until_the_last(
+    start: Callable[..., Instance],
+) -> None:
+    holder = start([HOUSE], name="holder")
+    holder.reserve(8, is_urgent=False)
+    seat = holder.seat(HOUSE)
+    with Ledger(Path(seat.ledger_path)) as ledger:
+        ledger.settle(seat.row, mapped_bytes=8 * PAGE, used_bytes=0, cached_bytes=8 * PAGE)
+        start([HOUSE], name="asker").reserve(6, is_urgent=True)
+        assert holder.wanted_pages()[0] == 6
+        holder.acknowledge(4, is_last=False)
+        ledger.settle(seat.row, unmapped_bytes=4 * PAGE, used_bytes=0, cached_bytes=4 * PAGE)
+        assert holder.wanted_pages()[0] == 2  # a trim that asked for them is not applied yet
+        holder.acknowledge(1)
+        assert holder.wanted_pages()[0] == 0
