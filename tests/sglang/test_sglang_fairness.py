@@ -204,10 +204,10 @@ def test_long_requests_get_as_much_memory_as_short_ones(
     start: Callable[[int], Server], clock: Clock
 ) -> None:
     servers = [start(SHORT), start(LONG)]
-    run(servers, clock, 1500)
+    run(servers, clock, 6000)  # bells ring in threads, so a short run says little
     held = [server.num_tokens for server in servers]
     assert min(held) >= 0.7 * max(held)
-    assert servers[1].num_retracted <= 3  # work that is lost
+    assert servers[1].num_retracted <= 12  # work that is lost
 
 
 def test_requests_are_let_in_again_when_a_neighbour_gave_something(
