@@ -7,10 +7,11 @@ import pytest
 from helpers.configurations import configuration, parallel
 
 from kvcached_core.errors import UnsupportedEngineError
+from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_vllm import engine_hooks, worker_hooks
 from kvcached_vllm.engine_hooks import MAX_TILE_TOKENS, executor_sleep, get_num_skipped_tokens
 from kvcached_vllm.obstacles import can_serve
-from kvcached_vllm.weights import OTHER_BYTES, static_bytes
+from kvcached_vllm.weights import static_bytes
 
 pytestmark = pytest.mark.vllm
 

@@ -2,12 +2,7 @@
 
 from typing import Any
 
-from kvcached_core.memory.model_bytes import ModelBytes, model_bytes
-from kvcached_core.units import GIB
-
-# CUDA context, libraries, activations of the profile run and CUDA graphs: about 2 GiB for an 8B
-# model. What is wrong with it the headroom has to bear.
-OTHER_BYTES = 2 * GIB
+from kvcached_core.memory.model_bytes import OTHER_BYTES, ModelBytes, model_bytes
 
 
 def static_bytes(vllm_config: Any) -> int:
