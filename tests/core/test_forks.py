@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.forked import exit_code_of_child
 from helpers.waiting import await_that
 
 from kvcached_core.config import HOST, Config, read_config
@@ -45,20 +46,6 @@ def instance(config: Config, rang: threading.Event) -> Iterator[Instance]:
     made.close()
 
 
-def in_child(action: Callable[[], object]) -> int:
-    """Return the exit code of a forked child in which `action` ran."""
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(30)
-        code = 1
-        try:
-            action()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def names(config: Config) -> list[str]:
     with Ledger(config.dir / "host.ledger") as ledger:
         return [seen.name for seen in ledger.view().instances]
@@ -75,7 +62,7 @@ def test_a_child_that_closes_its_parents_engine_changes_nothing(
         instance.close()
         arrival.close()
 
-    assert in_child(close) == 0
+    assert exit_code_of_child(close) == 0
     assert len(names(config)) == 2
     assert ring(bell)
     assert rang.wait(10)
@@ -87,7 +74,7 @@ def test_a_child_that_closes_its_parents_engine_changes_nothing(
 def test_a_child_that_closes_its_parents_bell_leaves_it_ringing(tmp_path: Path) -> None:
     rang = threading.Event()
     bell = Doorbell(tmp_path / "a.sock", rang.set)
-    assert in_child(bell.close) == 0
+    assert exit_code_of_child(bell.close) == 0
     assert ring(bell.path)
     assert rang.wait(10)
     bell.close()
@@ -133,7 +120,7 @@ def test_a_child_may_not_use_what_its_parent_opened(instance: Instance) -> None:
             with pytest.raises(LedgerError, match="a forked child owns nothing"):
                 call()
 
-    assert in_child(use) == 0
+    assert exit_code_of_child(use) == 0
     assert instance.reserve(8, is_urgent=False) == 8
 
 
@@ -148,7 +135,7 @@ def test_a_child_may_have_an_engine_of_its_own(config: Config, instance: Instanc
         own.close()
 
     instance.reserve(2, is_urgent=False)
-    assert in_child(start) == 0
+    assert exit_code_of_child(start) == 0
     assert names(config) == ["parent"]
 
 
@@ -220,7 +207,7 @@ def test_a_fork_while_another_thread_has_the_lock_leaves_the_child_free_to_start
         instance.close()
         assert names(config) == ["parent"]
 
-    assert in_child(look) == 0
+    assert exit_code_of_child(look) == 0
     end.set()
     holder.join()
     assert instance.reserve(1, is_urgent=False) == 1

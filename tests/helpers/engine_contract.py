@@ -4,11 +4,10 @@ It is a `House` whose engine under test is a port's: see `helpers.house` and `he
 """
 
 import os
-import signal
-from collections.abc import Callable
 
 import pytest
 
+from helpers.forked import exit_code_of_child
 from helpers.house import NEIGHBOUR, House, Neighbour
 from helpers.served import ENGINE, NUM_PAGES, PAGE_BYTES, Served
 from kvcached_core import control
@@ -26,6 +25,20 @@ def size_of(num_pages: int) -> str:
 def set_limit(house: House, limit: str) -> None:
     answer = control.set_limit(ENGINE, limit, directory=house.directory, wait_seconds=0)
     assert answer.outcome is not Outcome.REFUSED, answer.reason
+
+
+def leave_cached_and_idle(served: Served, *, is_running: bool) -> int:
+    """Leave four pages cached and the rest of five idle; return how many are used."""
+    served.send("a", 3)
+    served.send("b", 4, is_cached=True)
+    served.send("c", 2)
+    served.turn()
+    served.end("b")
+    served.end("c")
+    if not is_running:
+        served.end("a")
+    served.turn()
+    return 3 if is_running else 1
 
 
 def trim(house: House) -> None:
@@ -141,16 +154,7 @@ def test_a_trim_takes_what_no_request_needs_and_leaves_what_runs(
     house: House, *, is_running: bool
 ) -> None:
     served = house.start()
-    served.send("a", 3)
-    served.send("b", 4, is_cached=True)
-    served.send("c", 2)
-    served.turn()
-    served.end("b")
-    served.end("c")
-    if not is_running:
-        served.end("a")
-    served.turn()
-    used = 3 if is_running else 1
+    used = leave_cached_and_idle(served, is_running=is_running)
     served.expect(used=used, cached=4, idle=5 - used)
     trim(house)
     look(served)
@@ -397,16 +401,7 @@ def test_a_neighbour_gets_idle_pages_first_then_cached_ones_and_no_requests(
     house: House, *, is_running: bool
 ) -> None:
     served, neighbour = house.start(), house.neighbour()
-    served.send("a", 3)
-    served.send("b", 4, is_cached=True)
-    served.send("c", 2)
-    served.turn()
-    served.end("b")
-    served.end("c")
-    if not is_running:
-        served.end("a")
-    served.turn()
-    used = 3 if is_running else 1
+    used = leave_cached_and_idle(served, is_running=is_running)
     is_waiting = None if is_running else False
     num_idle = 5 - used
     assert neighbour.take(7) == 7  # all that is free
@@ -508,19 +503,6 @@ def test_a_forked_child_that_closes_its_parents_engine_takes_nothing_of_it(house
     served.turn()
     served.expect(used=5)
     assert names_in_ledger(house) == [ENGINE]
-
-
-def exit_code_of_child(action: Callable[[], object]) -> int:
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(30)
-        code = 1
-        try:
-            action()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_beside_a_ledger_that_was_cut_off_an_engine_goes_on_and_writes_its_row_again(
