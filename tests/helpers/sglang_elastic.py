@@ -8,9 +8,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from kvcached_core.config import read_config
 from kvcached_sglang import engine as engines
+from kvcached_sglang import hooks
 from kvcached_sglang.engine import SglangEngine
 
 Hooked = tuple[type, str, Callable[[Any], Any]]
@@ -37,6 +40,43 @@ def hooked(engine: SglangEngine, *hooks: Hooked) -> Iterator[None]:
         for owner, name, wrap in hooks:
             stack.enter_context(patch.object(owner, name, wrap(getattr(owner, name))))
         yield
+
+
+class NoCache:
+    """A prefix cache that is off."""
+
+    def supports_mamba(self) -> bool:
+        return False
+
+    def supports_swa(self) -> bool:
+        return False
+
+    def evictable_size(self) -> int:
+        return 0
+
+
+def make_allocator(engine: SglangEngine, num_tokens: int, **shape: int) -> Any:
+    """Return SGLang's allocator of blocks of one token, over its pool of keys and values.
+
+    Args:
+        engine: The engine whose pages they lie in.
+        num_tokens: The size that SGLang believes in.
+        shape: The pool's `layer_num`, `head_num` and `head_dim`.
+    """
+    with hooked(
+        engine,
+        (MHATokenToKVPool, "_create_buffers", hooks.create_buffers),
+        (TokenToKVPoolAllocator, "__init__", hooks.allocator_init),
+    ):
+        pool = MHATokenToKVPool(
+            size=num_tokens,
+            page_size=1,
+            dtype=torch.float32,
+            device="cpu",
+            enable_memory_saver=False,
+            **{"layer_num": 2, "head_num": 2, "head_dim": 1024} | shape,
+        )
+        return TokenToKVPoolAllocator(num_tokens, torch.float32, "cpu", pool, need_sort=False)
 
 
 def tell(engine: SglangEngine) -> None:

@@ -7,14 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from helpers.served import Request, Served
-from helpers.sglang_elastic import hooked
+from helpers.sglang_elastic import make_allocator
 from kvcached_core.config import Config
 from kvcached_core.memory.devices import host_device
-from kvcached_sglang import hooks
 from kvcached_sglang.engine import SglangEngine
 
 NUM_LAYERS = 2
@@ -60,24 +57,10 @@ class SglangServed(Served):
         group = SimpleNamespace(world_size=1)
         self.engine = SglangEngine(torch.device("cpu"), arguments, 4, config, group)
         num_tokens = host_device(config).total_bytes // (2 * NUM_LAYERS * BLOCK_BYTES) - 1
-        with hooked(
-            self.engine,
-            (MHATokenToKVPool, "_create_buffers", hooks.create_buffers),
-            (TokenToKVPoolAllocator, "__init__", hooks.allocator_init),
-        ):
-            self._pool = MHATokenToKVPool(
-                size=num_tokens,
-                page_size=1,
-                dtype=torch.float32,
-                head_num=NUM_HEADS,
-                head_dim=HEAD_DIM,
-                layer_num=NUM_LAYERS,
-                device="cpu",
-                enable_memory_saver=False,
-            )
-            self._allocator: Any = TokenToKVPoolAllocator(
-                num_tokens, torch.float32, "cpu", self._pool, need_sort=False
-            )
+        self._allocator = make_allocator(
+            self.engine, num_tokens, layer_num=NUM_LAYERS, head_num=NUM_HEADS, head_dim=HEAD_DIM
+        )
+        self._pool = self._allocator.get_kvcache()
         assert self.engine.memory is not None
         self.memory = self.engine.memory
         self._cache = Cache(self._allocator.free)

@@ -6,10 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from helpers.sglang_elastic import hooked, let_schedule, make_engine
-from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from helpers.sglang_elastic import NoCache, hooked, let_schedule, make_allocator, make_engine
 
 from kvcached_core.memory.orders import PageOrders
 from kvcached_core.units import MIB
@@ -20,19 +17,6 @@ pytestmark = pytest.mark.sglang
 
 PAGE_TOKENS = 64
 NUM_PAGES = 16
-
-
-class NoCache:
-    """A prefix cache that is off."""
-
-    def supports_mamba(self) -> bool:
-        return False
-
-    def supports_swa(self) -> bool:
-        return False
-
-    def evictable_size(self) -> int:
-        return 0
 
 
 class Memory:
@@ -54,23 +38,7 @@ class Memory:
 def engine(tmp_path: Path) -> Iterator[SglangEngine]:
     """Return an engine that keeps one spare page, and has no requests."""
     made = make_engine(tmp_path, host_pool=NUM_PAGES * 2 * MIB, page_bytes=2 * MIB, idle_seconds=0)
-    with hooked(
-        made,
-        (MHATokenToKVPool, "_create_buffers", hooks.create_buffers),
-        (TokenToKVPoolAllocator, "__init__", hooks.allocator_init),
-    ):
-        size = NUM_PAGES * PAGE_TOKENS - 1
-        pool = MHATokenToKVPool(
-            size=size,
-            page_size=1,
-            dtype=torch.float32,
-            head_num=2,
-            head_dim=1024,
-            layer_num=2,
-            device="cpu",
-            enable_memory_saver=False,
-        )
-        TokenToKVPoolAllocator(size, torch.float32, "cpu", pool, need_sort=False)
+    pool = make_allocator(made, NUM_PAGES * PAGE_TOKENS - 1).get_kvcache()
     let_schedule(made, NoCache())
     memory, made.port.memory = made.port.memory, Memory()  # type: ignore[assignment]
     yield made

@@ -13,12 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.sglang_elastic import hooked, make_engine
-from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from helpers.sglang_elastic import NoCache, make_allocator, make_engine
 
 from kvcached_core.units import MIB
-from kvcached_sglang import hooks
 from kvcached_sglang.engine import SglangEngine
 
 pytestmark = pytest.mark.sglang
@@ -49,19 +46,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         monkeypatch.setattr(f"{module}.time", made)
     monkeypatch.setattr("kvcached_sglang.port.time", made)
     return made
-
-
-class NoCache:
-    """A prefix cache that is off."""
-
-    def supports_mamba(self) -> bool:
-        return False
-
-    def supports_swa(self) -> bool:
-        return False
-
-    def evictable_size(self) -> int:
-        return 0
 
 
 @dataclass
@@ -150,23 +134,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[int], Server]]:
         engine = make_engine(
             tmp_path, host_pool=PAGE_BYTES * NUM_PAGES, page_bytes=PAGE_BYTES, idle_seconds=0
         )
-        with hooked(
-            engine,
-            (MHATokenToKVPool, "_create_buffers", hooks.create_buffers),
-            (TokenToKVPoolAllocator, "__init__", hooks.allocator_init),
-        ):
-            size = NUM_PAGES * PAGE_TOKENS - 1
-            pool = MHATokenToKVPool(
-                size=size,
-                page_size=1,
-                dtype=torch.float32,
-                head_num=2,
-                head_dim=1024,
-                layer_num=2,
-                device="cpu",
-                enable_memory_saver=False,
-            )
-            allocator = TokenToKVPoolAllocator(size, torch.float32, "cpu", pool, need_sort=False)
+        allocator = make_allocator(engine, NUM_PAGES * PAGE_TOKENS - 1)
         servers.append(Server(engine, allocator, num_prompt_tokens))
         return servers[-1]
 

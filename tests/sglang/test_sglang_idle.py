@@ -7,16 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from helpers.sglang_elastic import hooked, make_engine, tell
-from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from helpers.sglang_elastic import NoCache, make_allocator, make_engine, tell
 
 from kvcached_core.memory.keeper import PageKeeper
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import MIB
 from kvcached_sglang import engine as engines
-from kvcached_sglang import hooks
 from kvcached_sglang.engine import SglangEngine
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(60)]
@@ -24,19 +20,6 @@ pytestmark = [pytest.mark.sglang, pytest.mark.timeout(60)]
 PAGE_TOKENS = 64
 NUM_PAGES = 16
 NUM_AT_REST = 2  # page 0, and one that a quiet engine keeps
-
-
-class NoCache:
-    """A prefix cache that is off."""
-
-    def supports_mamba(self) -> bool:
-        return False
-
-    def supports_swa(self) -> bool:
-        return False
-
-    def evictable_size(self) -> int:
-        return 0
 
 
 class Fence:
@@ -53,23 +36,8 @@ class Fence:
 def engine(tmp_path: Path) -> Iterator[SglangEngine]:
     """Return an engine whose prompt of half the pool has just ended."""
     made = make_engine(tmp_path, host_pool=NUM_PAGES * 2 * MIB, page_bytes=2 * MIB, idle_seconds=0)
-    with hooked(
-        made,
-        (MHATokenToKVPool, "_create_buffers", hooks.create_buffers),
-        (TokenToKVPoolAllocator, "__init__", hooks.allocator_init),
-    ):
-        size = NUM_PAGES * PAGE_TOKENS - 1
-        pool = MHATokenToKVPool(
-            size=size,
-            page_size=1,
-            dtype=torch.float32,
-            head_num=2,
-            head_dim=1024,
-            layer_num=2,
-            device="cpu",
-            enable_memory_saver=False,
-        )
-        allocator = TokenToKVPoolAllocator(size, torch.float32, "cpu", pool, need_sort=False)
+    allocator = make_allocator(made, NUM_PAGES * PAGE_TOKENS - 1)
+    pool = allocator.get_kvcache()
     ids = allocator.alloc(NUM_PAGES // 2 * PAGE_TOKENS)
     tell(made)
     allocator.free(ids)
