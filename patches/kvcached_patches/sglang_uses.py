@@ -192,7 +192,7 @@ _START = (
         f"{_SRT}.distributed.parallel_state:get_tp_group",
         *members(
             f"{_SRT}.distributed.parallel_state:GroupCoordinator",
-            "cpu_group rank_in_group ranks world_size",
+            "cpu_group rank_in_group ranks",
         ),
         *members(
             f"{_SRT}.model_executor.model_runner:ModelRunner",

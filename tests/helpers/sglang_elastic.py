@@ -27,8 +27,7 @@ def make_engine(directory: Path, num_pools: int = 1, **settings: int) -> SglangE
         SimpleNamespace(served_model_name="m", model_path="m", max_prefill_tokens=1024),
         64,
         read_config({"KVCACHED_DIR": str(directory)} | variables),
-        SimpleNamespace(world_size=1),
-        num_pools,
+        num_pools=num_pools,
     )
 
 

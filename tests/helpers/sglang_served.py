@@ -54,8 +54,7 @@ class SglangServed(Served):
         arguments = SimpleNamespace(
             served_model_name="m", model_path="m", max_prefill_tokens=1 << 20
         )
-        group = SimpleNamespace(world_size=1)
-        self.engine = SglangEngine(torch.device("cpu"), arguments, 4, config, group)
+        self.engine = SglangEngine(torch.device("cpu"), arguments, 4, config)
         num_tokens = host_device(config).total_bytes // (2 * NUM_LAYERS * BLOCK_BYTES) - 1
         self._allocator = make_allocator(
             self.engine, num_tokens, layer_num=NUM_LAYERS, head_num=NUM_HEADS, head_dim=HEAD_DIM

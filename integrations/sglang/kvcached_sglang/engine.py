@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import CUDA, Config, read_config
 from kvcached_core.engine.engine import ElasticEngine
+from kvcached_core.engine.instance import Instance
+from kvcached_core.engine.joining import Group, join_ranks
 from kvcached_core.engine.page_book import PageBook
 from kvcached_core.engine.pages import NUM_QUIET_PAGES, Pages
 from kvcached_core.engine.placing import Placing, Planes, virtual_bytes
+from kvcached_core.engine.ranks import NUM_IDLE_TURNS
 from kvcached_core.engine.start import model_name
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import Geometry
@@ -18,7 +21,6 @@ from kvcached_core.memory.torch_device import current_stream, find_device, make_
 from kvcached_sglang.demand import Demand, demand_of, named_blocks, tokens_to_go_on
 from kvcached_sglang.obstacles import has_two_pools
 from kvcached_sglang.port import SglangPort
-from kvcached_sglang.ranks import join_ranks
 from kvcached_sglang.requests import give_up_part, is_asleep, reopen
 from kvcached_sglang.saved_memory import SavedMemory, reserved_bytes
 from kvcached_sglang.startup import startup
@@ -45,7 +47,7 @@ class SglangEngine(ElasticEngine):
         server_args: SGLang's settings.
         context_tokens: The longest request.
         config: Ours.
-        group: SGLang's group of the ranks that share the model.
+        group: The ranks that share the model.
         num_pools: 1, or 2 where layers with a sliding window have a pool of their own.
     """
 
@@ -58,19 +60,25 @@ class SglangEngine(ElasticEngine):
         server_args: Any,
         context_tokens: int,
         config: Config,
-        group: Any,
+        group: Group = Group(),  # noqa: B008  it is frozen
         num_pools: int = 1,
     ) -> None:
         self.config = config
         self.server_args = server_args
         self.device = find_device(device, config)
+        does_loop_sleep = getattr(server_args, "sleep_on_idle", False)  # a second in an idle turn
         ranks = join_ranks(
             self.device,
-            config,
             group,
-            name=model_name(server_args.served_model_name or server_args.model_path),
-            engine=startup.engine,
-            does_loop_sleep=getattr(server_args, "sleep_on_idle", False),
+            lambda devices: Instance(
+                devices,
+                config,
+                name=config.name,
+                default_name=model_name(server_args.served_model_name or server_args.model_path),
+                engine=startup.engine,
+                on_ring=lambda: None,  # the scheduler's loop looks by itself
+            ),
+            num_idle_turns=1 if does_loop_sleep else NUM_IDLE_TURNS,
         )
         super().__init__(ranks, SglangPort(current_stream(device)))
         self.placing = Placing(
@@ -283,12 +291,13 @@ def start_engine(runner: Any) -> SglangEngine:
         import torch
         from sglang.srt.distributed.parallel_state import get_tp_group
 
+        group = get_tp_group()
         _engine = SglangEngine(
             torch.device(runner.device),
             runner.server_args,
             runner.model_config.context_len,
             read_config(),
-            get_tp_group(),
+            Group(group.rank_in_group, group.ranks, group.cpu_group),
             num_pools=2 if has_two_pools(runner) else 1,
         )
     return _engine

@@ -1,19 +1,17 @@
 """Several ranks of one server: what rank 0 sees, all of them are told, its failure included."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch import distributed
 
 from kvcached_core.config import Config, read_config
+from kvcached_core.engine.instance import Instance
+from kvcached_core.engine.joining import Group, join_ranks
 from kvcached_core.engine.ranks import FirstRankError, Ranks
 from kvcached_core.errors import ConfigError
 from kvcached_core.memory.devices import host_device
-from kvcached_sglang.ranks import join_ranks
-
-pytestmark = pytest.mark.sglang
 
 
 class Channel:
@@ -35,8 +33,18 @@ class Channel:
 
     def join(self, rank: int, config: Config) -> Ranks:
         self.rank = rank
-        group = SimpleNamespace(world_size=2, ranks=[0, 1], rank_in_group=rank, cpu_group=None)
-        return join_ranks(host_device(config), config, group, name="m", engine="sglang 0")
+        return join_ranks(
+            host_device(config),
+            Group(rank, [0, 1]),
+            lambda devices: Instance(
+                devices,
+                config,
+                name=None,
+                default_name="m",
+                engine="test",
+                on_ring=lambda: None,
+            ),
+        )
 
 
 @pytest.fixture

@@ -1,70 +1,67 @@
-"""The ranks of one SGLang server: rank 0 enters it in the ledgers, and tells the others."""
+"""Ranks that schedule alike: rank 0 enters their server in the ledgers, and tells the others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from kvcached_core.config import Config
 from kvcached_core.engine.instance import Instance
 from kvcached_core.engine.ranks import NUM_IDLE_TURNS, FirstRankError, Ranks
 from kvcached_core.errors import KVCachedError
 from kvcached_core.memory.devices import Device
 
 
+@dataclass(frozen=True)
+class Group:
+    """The processes that hold a part of every token's keys and values.
+
+    Attributes:
+        rank: This one's number in the group.
+        ranks: What torch calls each of them.
+        channel: torch's group of them on the host; several ranks need one.
+    """
+
+    rank: int = 0
+    ranks: Sequence[int] = (0,)
+    channel: Any = None
+
+
 def join_ranks(
     device: Device,
-    config: Config,
-    group: Any,
+    group: Group,
+    enter: Callable[[list[Device]], Instance],
     *,
-    name: str,
-    engine: str,
-    does_loop_sleep: bool = False,
+    num_idle_turns: int = NUM_IDLE_TURNS,
 ) -> Ranks:
     """Return this rank's view; rank 0 enters the server in the ledgers of all ranks' devices.
 
     Args:
         device: This rank's device.
-        config: The settings.
-        group: SGLang's group of the ranks that hold a part of every token's keys and values.
-        name: What the instance is called when nobody named it.
-        engine: The engine and its release.
-        does_loop_sleep: Whether an idle turn of SGLang's loop takes a second (`--sleep-on-idle`).
+        group: The ranks, all of which call this.
+        enter: Returns the instance on these devices.
+        num_idle_turns: See `Ranks`.
 
     Raises:
-        KVCachedError: On rank 0, as `Instance`.
+        KVCachedError: On rank 0, as `enter`.
         FirstRankError: On the others, if rank 0 could not.
     """
-
-    def enter(devices: list[Device]) -> Instance:
-        return Instance(
-            devices,
-            config,
-            name=config.name,
-            default_name=name,
-            engine=engine,
-            on_ring=lambda: None,  # the scheduler's loop never sleeps for long, and looks by itself
-        )
-
-    if group.world_size == 1:
+    if len(group.ranks) == 1:
         instance = enter([device])
         return Ranks(instance, instance.seat(device), instance.capacity_bytes)
-    return _join_many(device, group, enter, 1 if does_loop_sleep else NUM_IDLE_TURNS)
+    return _join_many(device, group, enter, num_idle_turns)
 
 
 def _join_many(
-    device: Device,
-    group: Any,
-    enter: Callable[[list[Device]], Instance],
-    num_idle_turns: int,
+    device: Device, group: Group, enter: Callable[[list[Device]], Instance], num_idle_turns: int
 ) -> Ranks:
-    import torch
-    from torch import distributed
+    import torch  # noqa: PLC0415  an engine of several ranks has it
+    from torch import distributed  # noqa: PLC0415  as above
 
-    first, channel = group.ranks[0], group.cpu_group
-    devices: list[Any] = [None] * group.world_size
+    first, channel = group.ranks[0], group.channel
+    devices: list[Any] = [None] * len(group.ranks)
     distributed.all_gather_object(devices, device, group=channel)
     instance, problem = None, None
     told: list[Any] = [None, None, None]
-    if group.rank_in_group == 0:
+    if group.rank == 0:
         try:
             instance = enter(devices)
             seats = [instance.seat(device) for device in devices]
@@ -87,10 +84,5 @@ def _join_many(
         return int(number)
 
     return Ranks(
-        instance,
-        seats[group.rank_in_group],
-        capacity_bytes,
-        share,
-        largest,
-        num_idle_turns=num_idle_turns,
+        instance, seats[group.rank], capacity_bytes, share, largest, num_idle_turns=num_idle_turns
     )
