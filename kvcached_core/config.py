@@ -36,6 +36,13 @@ class Enable(StrEnum):
     AUTO = "auto"
 
 
+class WeightsMode(StrEnum):
+    """What an idle engine does with its weights when a neighbour needs the memory."""
+
+    KEEP = "keep"
+    YIELD = "yield"
+
+
 def _size(name: str) -> BeforeValidator:
     def parse(value: object) -> object:
         return parse_bytes(value, what=PREFIX + name) if isinstance(value, str) else value
@@ -110,6 +117,26 @@ class Config(BaseModel):
     idle_seconds: float = Field(
         default=1.0, ge=0, description="how long a page stays idle before it goes back"
     )
+    weights: WeightsMode = Field(
+        default=WeightsMode.KEEP, description="whether an idle engine yields its weights, too"
+    )
+    weights_dir: Path | None = Field(
+        default=None, description="folder of the host copies of weights; none is one in the other"
+    )
+    weights_kept_seconds: float = Field(
+        default=10.0,
+        ge=0,
+        description="how long weights that were activated are kept, whoever asks, but for higher "
+        "priorities; never less than 30 times what the activation took",
+    )
+    host_budget: Annotated[int | str, _size_or_share("HOST_BUDGET")] = Field(
+        default="50%",
+        description="host memory for all copies of ours: a size, or a share of what a process "
+        "may use",
+    )
+    sleep_after: Annotated[float | None, Field(ge=0), BeforeValidator(_none)] = Field(
+        default=None, description="seconds after which an idle engine yields its weights unasked"
+    )
     debug: bool = Field(
         default=False, description="check before each step that every block it names is mapped"
     )
@@ -136,6 +163,19 @@ class Config(BaseModel):
         if not pool_bytes:
             raise ConfigError(f"{what}={self.host_pool!r} is not allowed; it must be more than 0")
         return pool_bytes
+
+    @property
+    def copies_dir(self) -> Path:
+        """The folder of the host copies of weights."""
+        return self.dir / "weights" if self.weights_dir is None else self.weights_dir
+
+    def host_budget_bytes(self, usable_bytes: int) -> int:
+        """Return what our copies in host memory may take; a share is one of `usable_bytes`."""
+        if isinstance(self.host_budget, str):
+            return parse_bytes(
+                self.host_budget, what=PREFIX + "HOST_BUDGET", whole_bytes=usable_bytes
+            )
+        return self.host_budget
 
     def headroom_bytes(self, device_bytes: int) -> int:
         """Return the bytes of a device of `device_bytes` that KV caches leave free."""

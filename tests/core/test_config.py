@@ -10,6 +10,7 @@ from kvcached_core.config import (
     PREFIX,
     Config,
     Enable,
+    WeightsMode,
     read_config,
     read_switch,
 )
@@ -55,6 +56,10 @@ def test_values_are_read_in_the_units_people_write() -> None:
         ("MIN_SPARE_PAGES", "-1", "greater than or equal to 0"),
         ("MAX_SPARE_PAGES", "many", "integer"),
         ("DEBUG", "maybe", "boolean"),
+        ("WEIGHTS", "drop", "'keep' or 'yield'"),
+        ("WEIGHTS_KEPT_SECONDS", "-1", "greater than or equal to 0"),
+        ("HOST_BUDGET", "much", "share such as 50%"),
+        ("SLEEP_AFTER", "-1", "greater than or equal to 0"),
         ("NAME", "../etc", "letters, digits"),
         ("NAME", "", "letters, digits"),
     ],
@@ -96,6 +101,26 @@ def test_watermarks_depend_on_the_device_unless_they_are_set() -> None:
 def test_a_headroom_is_a_size_or_a_share_of_the_device() -> None:
     assert read_config({}).headroom_bytes(1000 * MIB) == 20 * MIB
     assert read_config({"KVCACHED_HEADROOM": "3MiB"}).headroom_bytes(1000 * MIB) == 3 * MIB
+
+
+def test_weights_stay_and_copies_lie_beside_the_ledgers_unless_it_is_set() -> None:
+    config = read_config({"KVCACHED_DIR": "/home/other"})
+    assert config.weights is WeightsMode.KEEP
+    assert config.copies_dir == Path("/home/other/weights")
+    assert config.sleep_after is None
+    assert config.host_budget_bytes(1000 * MIB) == 500 * MIB
+    config = read_config(
+        {
+            "KVCACHED_WEIGHTS": "yield",
+            "KVCACHED_WEIGHTS_DIR": "/models/copies",
+            "KVCACHED_HOST_BUDGET": "3GiB",
+            "KVCACHED_SLEEP_AFTER": "30",
+        }
+    )
+    assert config.weights is WeightsMode.YIELD
+    assert config.copies_dir == Path("/models/copies")
+    assert config.host_budget_bytes(1) == 3072 * MIB
+    assert config.sleep_after == 30
 
 
 @pytest.mark.parametrize(("text", "switch"), [("1", Enable.ON), ("AUTO", Enable.AUTO)])
