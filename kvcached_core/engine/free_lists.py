@@ -6,7 +6,7 @@ only counted here. A live one is a request's. A page is used while it has a live
 it has only cached ones beside free ones, and empty while all its blocks are free.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from heapq import heappop, heappush, heapreplace
 from typing import Generic, Protocol, TypeVar
 
@@ -154,9 +154,24 @@ class FreeLists(Generic[Block]):
             num_cached[page] -= 1
             mark_dirty(page)
 
-    def num_cached_on(self, page: int) -> int:
-        """Return how many blocks of a page only the prefix cache wants."""
-        return self._num_cached[page]
+    def cached_pages(self, queue: Iterable[Block]) -> Iterator[list[Block]]:
+        """Yield the blocks of each cached page, the page that was unused for longest first.
+
+        A page comes when its youngest block does. Whoever wants few pages of a large cache walks
+        only a part of it.
+
+        Args:
+            queue: The blocks that only the prefix cache wants, the oldest first. Those that were
+                yielded may leave it: the ones that come next are on other pages.
+        """
+        seen: dict[int, list[Block]] = {page: [] for page in self.pages_in(CACHED)}
+        for block in queue:
+            page = block.block_id // self._ids_per_page
+            blocks = seen.get(page)
+            if blocks is not None:
+                blocks.append(block)
+                if len(blocks) == self._num_cached[page]:
+                    yield blocks
 
     def _fill_hand(self) -> bool:
         """Take the fullest page's blocks in hand; return whether there are any.

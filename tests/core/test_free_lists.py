@@ -118,3 +118,12 @@ def test_a_block_of_a_removed_page_is_never_taken() -> None:
     assert free_lists.pages_in(CLOSED) == [1]
     free_lists.add(1)
     assert {page_of(block) for block in free_lists.take(100)} == {1}
+
+
+def test_cached_pages_come_when_their_youngest_block_does() -> None:
+    free_lists = make(3)
+    blocks = free_lists.take(12)
+    free_lists.give(blocks[0:2])
+    queue = [blocks[4], blocks[2], blocks[5], blocks[3], blocks[8], blocks[6], blocks[7]]
+    free_lists.add_cached(queue)  # page 2 has live blocks beside its cached one
+    assert [page_of(page[0]) for page in free_lists.cached_pages(iter(queue))] == [0, 1]

@@ -13,31 +13,12 @@ from typing import Any
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 
-from kvcached_core.engine.free_lists import CACHED, FreeLists
+from kvcached_core.engine.free_lists import FreeLists
 from kvcached_core.engine.giving import Giving
 from kvcached_core.engine.pages import Pages
 from kvcached_core.engine.port import PageSource
+from kvcached_core.engine.sparse_blocks import SparseBlocks
 from kvcached_core.memory.geometry import Geometry
-
-
-class SparseBlocks(Sequence[KVCacheBlock]):
-    """The pool's blocks, indexed by their sparse ids; iterating yields those that exist."""
-
-    def __init__(self, blocks: list[KVCacheBlock], geometry: Geometry) -> None:
-        self._blocks = blocks
-        self._geometry = geometry
-
-    def __len__(self) -> int:
-        return self._geometry.block_id(len(self._blocks) - 1) + 1
-
-    def __iter__(self) -> Iterator[KVCacheBlock]:
-        return iter(self._blocks)
-
-    def __getitem__(self, block_id: Any) -> Any:
-        page, index = divmod(block_id, self._geometry.ids_per_page)
-        if index >= self._geometry.blocks_per_page or page < 0:
-            raise IndexError(f"block id {block_id} does not exist")
-        return self._blocks[page * self._geometry.blocks_per_page + index]
 
 
 class ElasticBlockPool(BlockPool):
@@ -65,16 +46,14 @@ class ElasticBlockPool(BlockPool):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        blocks = list(self.blocks)
-        for index, block in enumerate(blocks):
-            block.block_id = geometry.block_id(index)
+        for block in self.blocks:
             block.prev_free_block = block.next_free_block = None
-        self.blocks = SparseBlocks(blocks, geometry)
+        self.blocks = SparseBlocks(self.blocks, geometry)
         self.free_block_queue = FreeKVCacheBlockQueue([])
-        per_page = geometry.blocks_per_page
-        num_pages = len(blocks) // per_page
+        num_pages = self.blocks.num_pages
+        self.num_gpu_blocks = num_pages * geometry.blocks_per_page
         self.free_lists: FreeLists[KVCacheBlock] = FreeLists(
-            geometry, num_pages, lambda page: blocks[page * per_page : (page + 1) * per_page]
+            geometry, num_pages, self.blocks.on_page
         )
         self.pages = Pages(geometry, num_pages, source, self.free_lists, **options)
         self._take_one = self.free_lists.take_one
@@ -191,7 +170,8 @@ class ElasticBlockPool(BlockPool):
         The page whose youngest block is oldest goes first.
         """
         num_evicted = 0
-        for num_evicted, blocks in enumerate(islice(self._cached_pages(), num_pages), 1):  # noqa: B007
+        for blocks in islice(self.free_lists.cached_pages(self._queued_blocks()), num_pages):
+            num_evicted += 1
             for block in blocks:
                 self.free_block_queue.remove(block)
                 self._maybe_evict_cached_block(block)
@@ -216,21 +196,9 @@ class ElasticBlockPool(BlockPool):
             blocks.extend(evicted)
         return blocks
 
-    def _cached_pages(self) -> Iterator[list[KVCacheBlock]]:
-        """Yield the blocks of each cached page, the page that was unused for longest first.
-
-        The queue has the oldest block first, so a page comes when its youngest block does. Whoever
-        wants few pages of a large cache walks only a part of it. The blocks that are yielded may
-        leave the queue: those that come next are on other pages.
-        """
-        free_lists, ids_per_page = self.free_lists, self.pages.geometry.ids_per_page
-        seen: dict[int, list[KVCacheBlock]] = {page: [] for page in free_lists.pages_in(CACHED)}
+    def _queued_blocks(self) -> Iterator[KVCacheBlock]:
+        """Yield what may be evicted, the oldest first; what was yielded may leave the queue."""
         block: Any = self.free_block_queue.fake_free_list_head.next_free_block
         while (following := block.next_free_block) is not None:  # the tail, no block, has none
-            page = block.block_id // ids_per_page
-            blocks = seen.get(page)
-            if blocks is not None:
-                blocks.append(block)
-                if len(blocks) == free_lists.num_cached_on(page):
-                    yield blocks
+            yield block
             block = following

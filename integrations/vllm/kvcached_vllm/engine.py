@@ -89,18 +89,8 @@ class VllmEngine(ElasticEngine):
 
         if self.geometry is None:
             raise UnsupportedEngineError("vLLM built its block pool before its KV cache plan")
-        per_page = self.geometry.blocks_per_page
-        if args:
-            args = (args[0] // per_page * per_page, *args[1:])
-        else:
-            kwargs["num_gpu_blocks"] = kwargs["num_gpu_blocks"] // per_page * per_page
-        pool = ElasticBlockPool(
-            self.geometry,
-            self.ranks,
-            *args,
-            options=self._placing.page_options,
-            **kwargs,
-        )
+        options = self._placing.page_options
+        pool = ElasticBlockPool(self.geometry, self.ranks, *args, options=options, **kwargs)
         pool.engine, pool.giving = self, self.giving
         pool.num_groups = self._num_groups
         self.port.pool = pool
