@@ -1,10 +1,12 @@
 """The CUDA backend over a fake driver that keeps the real one's rules and can fail any call."""
 
 import ctypes
+import mmap
 import threading
 from typing import Any, cast
 
 import pytest
+import torch
 from helpers.fake_driver import FakeDriver, Result, tensors_on_the_host
 
 from kvcached_core.errors import BackendError, OutOfMemoryError
@@ -189,3 +191,97 @@ def test_a_handle_of_another_backend_is_refused(driver: FakeDriver) -> None:
     address = backend.reserve(PAGE)
     with pytest.raises(BackendError, match="HostHandle is not one of this backend"):
         backend.map(address, HostBackend().create(PAGE))
+
+
+@pytest.fixture
+def host() -> torch.Tensor:
+    """Two pages of the host's memory."""
+    return torch.frombuffer(mmap.mmap(-1, 2 * PAGE), dtype=torch.int8).fill_(3)
+
+
+def test_a_copy_waits_for_nobody_and_who_needs_it_waits_for_it(
+    driver: FakeDriver, host: torch.Tensor
+) -> None:
+    backend = open_backend(driver)
+    arena = Arena(backend, GEOMETRY, 2, is_zeroed=False)
+    arena.map([0])
+    backend.register(host.data_ptr(), 2 * PAGE)
+    backend.copy_in(arena.address, host.data_ptr(), PAGE)
+    assert driver.is_copied_under_way(arena.address, PAGE)
+    backend.join(0)  # what is zeroed is not what is copied
+    backend.synchronize()
+    assert driver.is_copied_under_way(arena.address, PAGE)
+    backend.join_copies(0)
+    assert arena.tensor()[:PAGE].equal(host[:PAGE])
+    assert not driver._events
+    arena.close()
+
+
+def test_a_page_is_not_unmapped_under_a_copy(driver: FakeDriver, host: torch.Tensor) -> None:
+    backend = open_backend(driver)
+    arena = Arena(backend, GEOMETRY, 2, is_zeroed=False)
+    arena.map([0])
+    backend.register(host.data_ptr(), 2 * PAGE)
+    backend.copy_out(host.data_ptr(), arena.address, PAGE)
+    with pytest.raises(AssertionError, match="under a copy"):
+        arena.unmap([0])
+    backend.finish_copies()
+    arena.unmap([0])
+    arena.close()
+
+
+def test_host_memory_is_registered_once_and_a_copy_lies_in_one_registration(
+    driver: FakeDriver, host: torch.Tensor
+) -> None:
+    backend = open_backend(driver)
+    arena = Arena(backend, GEOMETRY, 2)
+    arena.map([0, 1])
+    backend.register(host.data_ptr(), PAGE)
+    with pytest.raises(BackendError, match="HOST_MEMORY_ALREADY_REGISTERED"):
+        backend.register(host.data_ptr(), 2 * PAGE)
+    with pytest.raises(BackendError, match="cuMemcpyHtoDAsync failed: CUDA_ERROR_INVALID_VALUE"):
+        backend.copy_in(arena.address, host.data_ptr(), 2 * PAGE)
+    backend.unregister(host.data_ptr())
+    with pytest.raises(BackendError, match="HOST_MEMORY_NOT_REGISTERED"):
+        backend.unregister(host.data_ptr())
+    backend.copy_in(arena.address, host.data_ptr(), 2 * PAGE)
+    assert arena.tensor().equal(host)
+    arena.close()
+
+
+def copy_both_ways(backend: CudaBackend, address: int, host_address: int) -> None:
+    backend.register(host_address, PAGE)
+    backend.copy_in(address, host_address, PAGE)
+    backend.copy_out(host_address, address, PAGE)
+    backend.join_copies(0)
+    backend.finish_copies()
+    backend.unregister(host_address)
+
+
+COPY_CALLS = [
+    "cuMemcpyHtoDAsync",
+    "cuMemcpyDtoHAsync",
+    "cuMemHostRegister",
+    "cuMemHostUnregister",
+    "cuEventCreate",
+    "cuEventRecord",
+    "cuStreamWaitEvent",
+    "cuEventSynchronize",
+]
+
+
+@pytest.mark.parametrize("name", COPY_CALLS)
+def test_a_copy_that_fails_says_which_call_it_was_and_leaves_no_event(
+    driver: FakeDriver, host: torch.Tensor, name: str
+) -> None:
+    backend = open_backend(driver)
+    arena = Arena(backend, GEOMETRY, 1)
+    arena.map([0])
+    driver.fails = lambda called, _: Result.CUDA_ERROR_LAUNCH_FAILED if called == name else None
+    with pytest.raises(BackendError, match=f"{name} failed: CUDA_ERROR_LAUNCH_FAILED"):
+        copy_both_ways(backend, arena.address, host.data_ptr())
+    driver.fails = lambda _name, _number: None
+    backend.finish_copies()
+    arena.close()
+    assert len(driver._events) <= (name == "cuEventSynchronize")
+    assert driver.created_bytes == 0

@@ -63,6 +63,24 @@ class Layer:
     def fence(self, stream: int) -> Fence:
         return self._call("fence", 0, self.inner.fence, stream)
 
+    def copy_in(self, address: int, host_address: int, num_bytes: int) -> None:
+        self._call("copy_in", num_bytes, self.inner.copy_in, address, host_address, num_bytes)
+
+    def copy_out(self, host_address: int, address: int, num_bytes: int) -> None:
+        self._call("copy_out", num_bytes, self.inner.copy_out, host_address, address, num_bytes)
+
+    def join_copies(self, stream: int) -> None:
+        self._call("join_copies", 0, self.inner.join_copies, stream)
+
+    def finish_copies(self) -> None:
+        self._call("finish_copies", 0, self.inner.finish_copies)
+
+    def register(self, host_address: int, num_bytes: int) -> None:
+        self._call("register", num_bytes, self.inner.register, host_address, num_bytes)
+
+    def unregister(self, host_address: int) -> None:
+        self._call("unregister", 0, self.inner.unregister, host_address)
+
     def tensor(self, address: int, num_bytes: int) -> "torch.Tensor":
         return self._call("tensor", num_bytes, self.inner.tensor, address, num_bytes)
 

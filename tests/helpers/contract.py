@@ -3,7 +3,8 @@
 `resident` is a fixture too: a function that returns the bytes that are resident in a range.
 """
 
-from collections.abc import Callable
+import mmap
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -120,4 +121,98 @@ def test_a_page_mapped_again_elsewhere_leaves_the_others_alone(backend: Backend)
     for index, handle in ((0, handles[0]), (3, handles[1]), (2, handles[2])):
         backend.unmap(address + index * PAGE, handle)
         backend.release(handle)
+    backend.free(address, 4 * PAGE)
+
+
+@pytest.fixture(params=[True, False], ids=["registered", "not registered"])
+def host(request: pytest.FixtureRequest, backend: Backend) -> Iterator[torch.Tensor]:
+    """Four pages of the host's memory, each with random bytes of its own."""
+    memory = torch.frombuffer(mmap.mmap(-1, 4 * PAGE), dtype=torch.int8)
+    memory.random_(-128, 128, generator=torch.Generator().manual_seed(0))
+    if request.param:
+        backend.register(memory.data_ptr(), 4 * PAGE)
+    yield memory
+    if request.param:
+        backend.unregister(memory.data_ptr())
+
+
+def test_what_was_copied_in_is_there_for_a_stream_that_joins(
+    backend: Backend, host: torch.Tensor
+) -> None:
+    address = backend.reserve(4 * PAGE)
+    handles = [backend.create(PAGE) for _ in range(4)]
+    for _ in range(5):
+        for index, handle in enumerate(handles):
+            backend.map(address + index * PAGE, handle)
+            backend.copy_in(address + index * PAGE, host.data_ptr() + index * PAGE, PAGE)
+        backend.join_copies(0)
+        found = backend.tensor(address, 4 * PAGE).to(host.device, copy=True)
+        assert found.equal(host)
+        for index, handle in enumerate(handles):
+            backend.unmap(address + index * PAGE, handle)
+    for handle in handles:
+        backend.release(handle)
+    backend.free(address, 4 * PAGE)
+
+
+def test_what_was_copied_out_is_there_when_copies_are_finished(
+    backend: Backend, host: torch.Tensor
+) -> None:
+    address = backend.reserve(2 * PAGE)
+    handles = [backend.create(PAGE) for _ in range(2)]
+    for index, handle in enumerate(handles):
+        backend.map(address + index * PAGE, handle)
+    tensor = backend.tensor(address, 2 * PAGE)
+    tensor[:PAGE].fill_(1)
+    tensor[PAGE:].fill_(2)
+    backend.fence(0).wait()
+    before = host.clone()
+    backend.copy_out(host.data_ptr() + PAGE, address, 2 * PAGE)
+    backend.finish_copies()
+    assert host[:PAGE].equal(before[:PAGE])
+    assert host[3 * PAGE :].equal(before[3 * PAGE :])
+    assert host[PAGE : 2 * PAGE].min() == host[PAGE : 2 * PAGE].max() == 1
+    assert host[2 * PAGE : 3 * PAGE].min() == host[2 * PAGE : 3 * PAGE].max() == 2
+    for index, handle in enumerate(handles):
+        backend.unmap(address + index * PAGE, handle)
+        backend.release(handle)
+    backend.free(address, 2 * PAGE)
+
+
+def test_copies_are_done_in_the_order_they_begin(backend: Backend, host: torch.Tensor) -> None:
+    address = backend.reserve(PAGE)
+    handle = backend.create(PAGE)
+    backend.map(address, handle)
+    first = host[:PAGE].clone()
+    backend.copy_in(address, host.data_ptr(), PAGE)
+    backend.copy_out(host.data_ptr() + PAGE, address, PAGE)
+    backend.copy_in(address, host.data_ptr() + 2 * PAGE, PAGE)
+    backend.finish_copies()
+    assert host[PAGE : 2 * PAGE].equal(first)
+    assert backend.tensor(address, PAGE).to(host.device).equal(host[2 * PAGE : 3 * PAGE])
+    backend.unmap(address, handle)
+    backend.release(handle)
+    backend.free(address, PAGE)
+
+
+def test_a_copy_to_addresses_that_are_not_mapped_is_refused_as_a_whole(
+    backend: Backend, host: torch.Tensor
+) -> None:
+    address = backend.reserve(4 * PAGE)
+    handle = backend.create(PAGE)
+    backend.map(address + PAGE, handle)
+    backend.tensor(address, 4 * PAGE)[PAGE : 2 * PAGE].fill_(5)
+    backend.fence(0).wait()
+    before = host.clone()
+    for start, num_bytes in ((0, PAGE), (0, 2 * PAGE), (PAGE, 2 * PAGE), (2 * PAGE, PAGE)):
+        with pytest.raises(BackendError):
+            backend.copy_in(address + start, host.data_ptr(), num_bytes)
+        with pytest.raises(BackendError):
+            backend.copy_out(host.data_ptr(), address + start, num_bytes)
+    backend.finish_copies()
+    run = backend.tensor(address, 4 * PAGE)[PAGE : 2 * PAGE]
+    assert int(run.min()) == int(run.max()) == 5
+    assert host.equal(before)
+    backend.unmap(address + PAGE, handle)
+    backend.release(handle)
     backend.free(address, 4 * PAGE)

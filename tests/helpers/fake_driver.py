@@ -3,12 +3,14 @@
 It keeps what was measured on an H200: sizes are multiples of the granularity; a handle is mapped
 whole, without an offset; unmap takes whole handles; memory is inaccessible until access is set,
 then full of garbage; memory is short at a set capacity; every call needs a context in its thread.
-Any call can be made to fail. Its enums and structs are the real module's.
+Copies from and to registered host memory are done only when somebody waits for them, in the order
+of their stream; others, and those that are in front of them, at once. Any call can be made to fail.
+Its enums and structs are the real module's.
 """
 
 import ctypes
 import threading
-from collections import Counter
+from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 from cuda.bindings import driver as real
@@ -57,7 +59,10 @@ class FakeDriver:
         self._ranges: dict[int, tuple[int, int]] = {}
         self._handles: dict[int, int] = {}
         self._mapped: dict[int, int] = {}
-        self._events: set[int] = set()
+        self._events: dict[int, tuple[Any, int] | None] = {}  # a stream, and what it had to do
+        self._copies: dict[int, deque[tuple[int, int, int]]] = {}  # to, from and bytes, by stream
+        self._num_copied: Counter[int] = Counter()
+        self.registered: dict[int, int] = {}
         self._numbers = 0
 
     @property
@@ -186,6 +191,7 @@ class FakeDriver:
         mapped = self._mapped_in(address, num_bytes)
         if sum(self._handles[self._mapped[at]] for at in mapped) != num_bytes:
             return (Result.CUDA_ERROR_INVALID_VALUE,)
+        assert not self.is_copied_under_way(address, num_bytes), "unmapped under a copy"
         for at in mapped:
             del self._mapped[at]
         host._libc.madvise(address, num_bytes, host.MADV_DONTNEED)
@@ -198,36 +204,102 @@ class FakeDriver:
         ctypes.memset(address, value, num_bytes)
         return (Result.CUDA_SUCCESS,)
 
+    def cuMemcpyHtoDAsync(
+        self, address: int, host_address: int, num_bytes: int, stream: int
+    ) -> tuple[Any, ...]:
+        return self._copy(address, host_address, num_bytes, stream, is_out=False)
+
+    def cuMemcpyDtoHAsync(
+        self, host_address: int, address: int, num_bytes: int, stream: int
+    ) -> tuple[Any, ...]:
+        return self._copy(address, host_address, num_bytes, stream, is_out=True)
+
+    def cuMemHostRegister(self, host_address: int, num_bytes: int, flags: int) -> tuple[Any, ...]:
+        if num_bytes <= 0 or flags:
+            return (Result.CUDA_ERROR_INVALID_VALUE,)
+        if any(_overlap((host_address, num_bytes), found) for found in self.registered.items()):
+            return (Result.CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED,)
+        self.registered[host_address] = num_bytes
+        return (Result.CUDA_SUCCESS,)
+
+    def cuMemHostUnregister(self, host_address: int) -> tuple[Any, ...]:
+        if host_address not in self.registered:
+            return (Result.CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED,)
+        num_bytes = self.registered.pop(host_address)
+        assert not self.is_copied_under_way(host_address, num_bytes), "unregistered under a copy"
+        return (Result.CUDA_SUCCESS,)
+
     def cuStreamCreateWithPriority(self, _flags: Any, _priority: int) -> tuple[Any, ...]:
         self._numbers += 1
         return (Result.CUDA_SUCCESS, self._numbers)
 
-    def cuStreamSynchronize(self, _stream: Any) -> tuple[Any, ...]:
+    def cuStreamSynchronize(self, stream: int) -> tuple[Any, ...]:
+        self._carry_out(stream)
         return (Result.CUDA_SUCCESS,)
 
     def cuStreamWaitEvent(self, _stream: Any, event: int, _flags: int) -> tuple[Any, ...]:
-        return (self._known(event),)
+        return (self._reach(event),)  # other streams' work is the host's, which has begun
 
     def cuEventCreate(self, _flags: Any) -> tuple[Any, ...]:
         self._numbers += 1
-        self._events.add(self._numbers)
+        self._events[self._numbers] = None
         return (Result.CUDA_SUCCESS, self._numbers)
 
-    def cuEventRecord(self, event: int, _stream: Any) -> tuple[Any, ...]:
-        return (self._known(event),)
+    def cuEventRecord(self, event: int, stream: int) -> tuple[Any, ...]:
+        if event not in self._events:
+            return (Result.CUDA_ERROR_INVALID_HANDLE,)
+        num_begun = self._num_copied[stream] + len(self._copies.get(stream, ()))
+        self._events[event] = (stream, num_begun)
+        return (Result.CUDA_SUCCESS,)
 
     def cuEventSynchronize(self, event: int) -> tuple[Any, ...]:
         self.idle.wait()
-        return (self._known(event),)
+        return (self._reach(event),)
 
     def cuEventDestroy(self, event: int) -> tuple[Any, ...]:
-        known = self._known(event)
-        self._events.discard(event)
-        return (known,)
-
-    def _known(self, event: int) -> Any:
         known = event in self._events
-        return Result.CUDA_SUCCESS if known else Result.CUDA_ERROR_INVALID_HANDLE
+        self._events.pop(event, None)
+        return (Result.CUDA_SUCCESS if known else Result.CUDA_ERROR_INVALID_HANDLE,)
+
+    def is_copied_under_way(self, address: int, num_bytes: int) -> bool:
+        """Return whether a copy that is not done reads or writes in a range."""
+        return any(
+            _overlap((address, num_bytes), (end, size))
+            for copies in self._copies.values()
+            for to, source, size in copies
+            for end in (to, source)
+        )
+
+    def _copy(
+        self, address: int, host_address: int, num_bytes: int, stream: int, *, is_out: bool
+    ) -> tuple[Any, ...]:
+        host_range = (host_address, num_bytes)
+        registered = [found for found in self.registered.items() if _overlap(host_range, found)]
+        if not self._is_mapped(address, num_bytes) or not all(
+            start <= host_address and host_address + num_bytes <= start + size
+            for start, size in registered
+        ):
+            return (Result.CUDA_ERROR_INVALID_VALUE,)
+        to, source = (host_address, address) if is_out else (address, host_address)
+        self._copies.setdefault(stream, deque()).append((to, source, num_bytes))
+        if not registered:
+            self._carry_out(stream)
+        return (Result.CUDA_SUCCESS,)
+
+    def _carry_out(self, stream: int, num_copies: int | None = None) -> None:
+        """Do a stream's copies, or those up to the `num_copies`-th of all it was given."""
+        copies = self._copies.get(stream, deque())
+        while copies and (num_copies is None or self._num_copied[stream] < num_copies):
+            ctypes.memmove(*copies.popleft())
+            self._num_copied[stream] += 1
+
+    def _reach(self, event: int) -> Any:
+        if event not in self._events:
+            return Result.CUDA_ERROR_INVALID_HANDLE
+        recorded = self._events[event]
+        if recorded is not None:
+            self._carry_out(*recorded)
+        return Result.CUDA_SUCCESS
 
     def _is_reserved(self, address: int, num_bytes: int) -> bool:
         return any(
@@ -235,8 +307,21 @@ class FakeDriver:
             for aligned, (start, whole_bytes) in self._ranges.items()
         )
 
+    def _is_mapped(self, address: int, num_bytes: int) -> bool:
+        end = address + num_bytes
+        covered = (
+            min(at + self._handles[handle], end) - max(at, address)
+            for at, handle in self._mapped.items()
+        )
+        return sum(size for size in covered if size > 0) == num_bytes
+
     def _mapped_in(self, address: int, num_bytes: int) -> list[int]:
         return [at for at in self._mapped if address <= at < address + num_bytes]
+
+
+def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Return whether two ranges, each a start and a length, have a byte in common."""
+    return one[0] < other[0] + other[1] and other[0] < one[0] + one[1]
 
 
 def tensors_on_the_host(monkeypatch: Any) -> None:

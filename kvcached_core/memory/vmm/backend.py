@@ -1,4 +1,7 @@
-"""What a memory backend can do, in pairs: reserve / free, create / release, map / unmap."""
+"""What a memory backend can do, in pairs: reserve / free, create / release, map / unmap.
+
+Beside that it copies, in and out, between mapped memory and the host's.
+"""
 
 from typing import TYPE_CHECKING, Protocol
 
@@ -71,6 +74,42 @@ class Backend(Protocol):
     def fence(self, stream: int) -> Fence:
         """Return a fence behind what `stream` has been given so far."""
 
+    def copy_in(self, address: int, host_address: int, num_bytes: int) -> None:
+        """Begin to copy host bytes to a mapped range; copies are done in the order they begin.
+
+        The host bytes must stay as they are until `finish_copies` returns.
+
+        Raises:
+            BackendError: If a part of the range is not mapped; then nothing is copied.
+        """
+
+    def copy_out(self, host_address: int, address: int, num_bytes: int) -> None:
+        """Begin to copy a mapped range to host bytes, which are there when `finish_copies` returns.
+
+        It waits for no stream: who wrote into the range has to be done.
+
+        Raises:
+            BackendError: If a part of the range is not mapped; then nothing is copied.
+        """
+
+    def join_copies(self, stream: int) -> None:
+        """Make later work on `stream` wait for every copy that has begun."""
+
+    def finish_copies(self) -> None:
+        """Return when every copy that has begun is done; other threads run meanwhile."""
+
+    def register(self, host_address: int, num_bytes: int) -> None:
+        """Make host memory fast to copy from and to; it works without, only slower.
+
+        A copy must lie in one registered range or in none.
+
+        Raises:
+            BackendError: If the range, or a part of it, cannot be registered or is already.
+        """
+
+    def unregister(self, host_address: int) -> None:
+        """Take back the registration that begins at `host_address`; no copy may be under way."""
+
     def tensor(self, address: int, num_bytes: int) -> "torch.Tensor":
         """Return an int8 tensor over the range, mapped or not, without touching it."""
 
@@ -103,6 +142,15 @@ class Mappings:
         """Refuse to free a range with mapped pages in it."""
         if any(address <= mapped < address + num_bytes for mapped in tuple(self._handles)):
             raise PageStateError(f"free of a range at {address:#x} that still has mapped pages")
+
+    def is_covered(self, address: int, num_bytes: int) -> bool:
+        """Return whether all of a range is mapped."""
+        end = address + num_bytes
+        covered = (
+            min(start + handle.num_bytes, end) - max(start, address)
+            for start, handle in tuple(self._handles.items())
+        )
+        return sum(size for size in covered if size > 0) == num_bytes
 
     def add(self, address: int, handle: Handle) -> None:
         """Record that `handle` is mapped at `address`."""

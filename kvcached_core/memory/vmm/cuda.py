@@ -129,9 +129,11 @@ class CudaBackend:
             "cuMemGetAllocationGranularity", self._properties, minimum
         )
         # New memory is zeroed on a stream of its own, ahead of kernels that wait for a free core.
-        (_, highest) = self._driver.call("cuCtxGetStreamPriorityRange")
+        (lowest, highest) = self._driver.call("cuCtxGetStreamPriorityRange")
         flags = api_types.CUstream_flags.CU_STREAM_NON_BLOCKING
         (self._stream,) = self._driver.call("cuStreamCreateWithPriority", flags, highest)
+        # A copy engine does one direction at a time: several streams copy no faster than one.
+        (self._copies,) = self._driver.call("cuStreamCreateWithPriority", flags, lowest)
         self._mappings = Mappings()
 
     @property
@@ -204,14 +206,7 @@ class CudaBackend:
 
     def join(self, stream: int) -> None:
         """Let `stream` wait until all that `zero` began is done."""
-        api = self._driver.api
-        flags = api.CUevent_flags.CU_EVENT_DISABLE_TIMING
-        (event,) = self._driver.call("cuEventCreate", flags)
-        try:
-            self._driver.call("cuEventRecord", event, self._stream)
-            self._driver.call("cuStreamWaitEvent", stream, event, 0)
-        finally:
-            self._driver.call("cuEventDestroy", event)
+        self._let_wait(stream, self._stream)
 
     def synchronize(self) -> None:
         """Return when all that `zero` began is done."""
@@ -221,9 +216,46 @@ class CudaBackend:
         """Return a fence behind what `stream` has been given so far."""
         return CudaFence(self._driver, stream)
 
+    def copy_in(self, address: int, host_address: int, num_bytes: int) -> None:
+        """Begin to copy host bytes to a mapped range, on the stream of all copies."""
+        self._driver.call(
+            "cuMemcpyHtoDAsync", address, host_address, num_bytes, self._copies, num_bytes=num_bytes
+        )
+
+    def copy_out(self, host_address: int, address: int, num_bytes: int) -> None:
+        """Begin to copy a mapped range to host bytes, on the stream of all copies."""
+        self._driver.call(
+            "cuMemcpyDtoHAsync", host_address, address, num_bytes, self._copies, num_bytes=num_bytes
+        )
+
+    def join_copies(self, stream: int) -> None:
+        """Let `stream` wait until all copies that have begun are done."""
+        self._let_wait(stream, self._copies)
+
+    def finish_copies(self) -> None:
+        """Return when all copies that have begun are done; without the interpreter's lock."""
+        self.fence(self._copies).wait()
+
+    def register(self, host_address: int, num_bytes: int) -> None:
+        """Page-lock host memory, so that the device reads and writes it by itself."""
+        self._driver.call("cuMemHostRegister", host_address, num_bytes, 0, num_bytes=num_bytes)
+
+    def unregister(self, host_address: int) -> None:
+        """Let the system move the host memory again."""
+        self._driver.call("cuMemHostUnregister", host_address)
+
     def tensor(self, address: int, num_bytes: int) -> "torch.Tensor":
         """Return an int8 tensor over the range without touching it."""
         return dlpack.int8_tensor(address, num_bytes, (dlpack.CUDA, self._ordinal))
+
+    def _let_wait(self, stream: int, other: Any) -> None:
+        flags = self._driver.api.CUevent_flags.CU_EVENT_DISABLE_TIMING
+        (event,) = self._driver.call("cuEventCreate", flags)
+        try:
+            self._driver.call("cuEventRecord", event, other)
+            self._driver.call("cuStreamWaitEvent", stream, event, 0)
+        finally:
+            self._driver.call("cuEventDestroy", event)
 
     def _map_when_ready(self, address: int, handle: CudaHandle) -> None:
         num_bytes = handle.num_bytes

@@ -129,12 +129,38 @@ class HostBackend:
         """Return a fence that is behind everything already."""
         return HostFence()
 
+    def copy_in(self, address: int, host_address: int, num_bytes: int) -> None:
+        """Copy host bytes to a mapped range, all of it at once."""
+        self._check_mapped("copy_in", address, num_bytes)
+        ctypes.memmove(address, host_address, num_bytes)
+
+    def copy_out(self, host_address: int, address: int, num_bytes: int) -> None:
+        """Copy a mapped range to host bytes, all of it at once."""
+        self._check_mapped("copy_out", address, num_bytes)
+        ctypes.memmove(host_address, address, num_bytes)
+
+    def join_copies(self, stream: int) -> None:
+        """Do nothing: nothing is under way."""
+
+    def finish_copies(self) -> None:
+        """Do nothing: nothing is under way."""
+
+    def register(self, host_address: int, num_bytes: int) -> None:
+        """Do nothing: copies on the host are as fast without."""
+
+    def unregister(self, host_address: int) -> None:
+        """Do nothing, as `register`."""
+
     def tensor(self, address: int, num_bytes: int) -> "torch.Tensor":
         """Return an int8 tensor over the range without touching it."""
         import torch  # noqa: PLC0415  the core needs torch nowhere else
 
         buffer = (ctypes.c_int8 * num_bytes).from_address(address)
         return torch.frombuffer(buffer, dtype=torch.int8)
+
+    def _check_mapped(self, call: str, address: int, num_bytes: int) -> None:
+        if not self._mappings.is_covered(address, num_bytes):
+            raise BackendError(call, f"EFAULT (not all mapped from {address:#x} on)", num_bytes)
 
     def _check_aligned(self, call: str, value: int) -> None:
         if value <= 0 or value % self.granularity_bytes:
