@@ -23,13 +23,17 @@ class Arena:
         backend: Where addresses and memory come from.
         geometry: The size of a page and what lies in it.
         num_pages: Pages of the reservation: the pool's virtual size.
+        is_zeroed: Whether pages are zeroed when they are mapped; not needed where all of a page is
+            written before any of it is read.
 
     Raises:
         GeometryError: If the block ids would not fit 31 bits.
         BackendError: If the range cannot be reserved.
     """
 
-    def __init__(self, backend: Backend, geometry: Geometry, num_pages: int) -> None:
+    def __init__(
+        self, backend: Backend, geometry: Geometry, num_pages: int, *, is_zeroed: bool = True
+    ) -> None:
         geometry.check_ids(num_pages)
         self.backend = backend
         self.geometry = geometry
@@ -37,6 +41,7 @@ class Arena:
         self.num_bytes = num_pages * geometry.page_bytes
         self.address = backend.reserve(self.num_bytes)
         self.maps, self.unmaps = Meter(), Meter()
+        self._is_zeroed = is_zeroed
         self._handles: dict[int, Handle] = {}
         self._loose: list[Handle] = []  # not mapped; there only while a release fails
 
@@ -55,7 +60,7 @@ class Arena:
         return page in self._handles
 
     def map(self, pages: Iterable[int]) -> None:
-        """Map `pages`, all of them or none, and begin to zero them (see `Backend.zero`).
+        """Map `pages`, all of them or none, and begin to zero them (see `Backend.zero`) if told so.
 
         Raises:
             PageStateError: If a page is mapped already or outside the arena.
@@ -66,7 +71,7 @@ class Arena:
             for page in pages:
                 self._map_page(page)
                 done.append(page)
-            for first, num_pages in _runs(done):
+            for first, num_pages in _runs(done) if self._is_zeroed else ():
                 num_bytes = num_pages * self.geometry.page_bytes
                 self.backend.zero(self._page_address(first), num_bytes)
         except BaseException:

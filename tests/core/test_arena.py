@@ -120,3 +120,12 @@ def test_strided_views_over_the_arena_address_the_same_bytes_as_its_planes() -> 
     for plane in range(GEOMETRY.num_planes):
         assert view[plane].data_ptr() == arena.plane_tensor(plane).data_ptr()
     arena.close()
+
+
+def test_an_arena_whose_pages_are_written_whole_is_not_zeroed() -> None:
+    for is_zeroed in (True, False):
+        faulty = FaultyBackend(HostBackend(), lambda _verb, _number: False)
+        arena = Arena(faulty, GEOMETRY, 8, is_zeroed=is_zeroed)
+        arena.map([0, 1, 5])
+        assert faulty.num_calls.get("zero", 0) == (2 if is_zeroed else 0)
+        arena.close()
