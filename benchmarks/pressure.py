@@ -11,19 +11,16 @@ import asyncio
 import json
 import statistics
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from neighbour import Neighbour
 from profiles import Profile, gpu, host, parser
 
 from kvcached_core import control
-from kvcached_core.ledger.bell import Doorbell
 from kvcached_core.ledger.ledger import Ledger
-from kvcached_core.ledger.opening import doorbell_path
-from kvcached_core.ledger.shortage import ask_peers
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB, MIB
 from kvcached_demo.harness.engines import VLLM
@@ -63,36 +60,6 @@ def fill(server: EngineServer, profile: Profile, seed: int, num_bytes: int) -> N
 def view(ledger: Ledger, name: str) -> InstanceView:
     """Return an instance as it is now."""
     return next(row for row in ledger.view().instances if row.name == name)
-
-
-class Neighbour:
-    """An instance of this process that wants memory."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
-        self.row = ledger.register(name="neighbour", engine="benchmark")
-        self.rang = threading.Event()
-        self.bell = Doorbell(doorbell_path(ledger.path, self.row), self.rang.set)
-
-    def take(self, num_bytes: int, page_bytes: int) -> tuple[float, float]:
-        """Take `num_bytes`; return after how many ms the first page came, and all of it."""
-        granted, first_ms = 0, 0.0
-        start = time.perf_counter()
-        while granted < num_bytes:
-            self.rang.clear()
-            more = self.ledger.reserve(self.row, num_bytes - granted, page_bytes)
-            granted += more
-            if more and not first_ms:
-                first_ms = (time.perf_counter() - start) * 1e3
-            if granted < num_bytes:
-                ask_peers(self.ledger, self.row, num_bytes - granted)
-                self.rang.wait(1.0)
-        return first_ms, (time.perf_counter() - start) * 1e3
-
-    def close(self) -> None:
-        """Leave the ledger."""
-        self.bell.close()
-        self.ledger.unregister(self.row)
 
 
 def measure(servers: Servers, profile: Profile, sizes: Sizes) -> dict[str, Any]:

@@ -31,11 +31,15 @@ def mixed_prompts(num_prompts: int, max_prompt: int) -> list[list[int]]:
 
 def give_weights(worker: Any) -> None:
     """Fill the weights so that answers depend on the prompt: dummy ones are nearly zero."""
+    fill(getattr(worker, "worker", worker).model_runner.model)
+
+
+def fill(model: Any, seed: int = 0) -> None:
+    """Fill the matrices of a model, the same for the same seed."""
     import torch
 
-    model = getattr(worker, "worker", worker).model_runner.model
     device = next(model.parameters()).device
-    generator = torch.Generator(device=device).manual_seed(0)
+    generator = torch.Generator(device=device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             if parameter.dim() < 2 or not parameter.is_floating_point():
