@@ -1,8 +1,15 @@
 """Hooks as plain functions of the original and its arguments."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+# Where an engine's object has what is ours of it, if there is something.
+OURS = "kvcached"
 
 
 def around(hook: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -21,3 +28,33 @@ def around(hook: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[
         return wrapper
 
     return replace
+
+
+def around_ours(hook: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let `hook(call, ours, self)` stand in for a method of an object that has something of ours.
+
+    `call()` runs the original with every argument. On any other object the original runs alone.
+    """
+
+    @functools.wraps(hook)
+    def replace(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            ours = getattr(self, OURS, None)
+            if ours is None:
+                return original(self, *args, **kwargs)
+            return hook(functools.partial(original, self, *args, **kwargs), ours, self)
+
+        return wrapper
+
+    return replace
+
+
+@contextmanager
+def setting(variable: ContextVar[Value], value: Value) -> Iterator[None]:
+    """Let a hook inside another one read what the outer one knows."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)

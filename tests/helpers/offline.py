@@ -46,6 +46,15 @@ def lose_orders() -> None:
     Scheduler.schedule = forgetful
 
 
+def resident_pages(worker: Any) -> list[int]:
+    """Return the pages that a rank has mapped when all its orders are carried out."""
+    from kvcached_vllm.worker import memory_of
+
+    memory = memory_of(worker)
+    memory.keeper.wait()
+    return sorted(memory.arena.resident_pages)
+
+
 def main() -> None:
     """Start, generate twice, report one JSON object on the last line."""
     model, options = sys.argv[1], json.loads(sys.argv[2])

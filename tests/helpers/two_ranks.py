@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from helpers.offline import ENGINE_OPTIONS, mixed_prompts
+from helpers.offline import ENGINE_OPTIONS, mixed_prompts, resident_pages
 
 CPU_ENGINE = ENGINE_OPTIONS | {"tensor_parallel_size": 2}
 GPU_ENGINE = {"load_format": "dummy", "dtype": "bfloat16", "max_model_len": 4096, "seed": 0}
@@ -42,8 +42,6 @@ def main() -> None:
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
     report: dict[str, Any] = {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
     if elastic:
-        from kvcached_vllm.worker import resident_pages
-
         report["pages"] = core.model_executor.collective_rpc(resident_pages)
         report["page_bytes"] = core.kvcached.geometry.page_bytes
         ledgers = core.kvcached.instance._ledgers.values()

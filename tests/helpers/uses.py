@@ -14,6 +14,7 @@ from argparse import ArgumentParser, Namespace
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -38,7 +39,7 @@ LIBRARY_TYPES = (
     *(str, bytes, int, float, list, dict, set, tuple, type, property, classmethod, FunctionType),
     *(SystemExit, ImportError, Counter, OrderedDict, Future, Queue, Path, Process, Signature),
     *(ArgumentParser, Namespace, ContextVar, logging.Logger, logging.LogRecord, threading.Thread),
-    *(torch.Tensor, torch.Size, torch.dtype, torch.nn.Module, ast.AST),
+    *(ExitStack, torch.Tensor, torch.Size, torch.dtype, torch.nn.Module, ast.AST),
 )
 # ... and these of CUDA streams and devices, of which there are no classes without a GPU, and of a
 # model's configuration, which is Hugging Face's. The last one SGLang sets by a computed name, so no
@@ -204,7 +205,7 @@ class Adapter:
         """Return the function that takes a target's place, and its file; None if it is no function.
 
         It is the one that the hook's function returns, or that function itself, without the
-        original, where `around` decorates it.
+        original, where `around` decorates it, or `around_ours`.
         """
         module, _, name = hook.replacement.partition(":")
         for path, tree in self.modules.items():
@@ -411,10 +412,22 @@ def _defined(scope: ast.AST) -> Iterator[str]:
                     yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
+# What stands in for a method where a hook only runs the original before, after or around its own.
+_PASSES_ALL = ast.parse("def alone(self, *args, **kwargs): call(*args, **kwargs)").body[0]
+
+
 def _standing_in(hook: ast.FunctionDef) -> Iterator[ast.FunctionDef]:
-    if any(isinstance(one, ast.Name) and one.id == "around" for one in hook.decorator_list):
-        alone = copy.deepcopy(hook)
+    decorators = {one.id for one in hook.decorator_list if isinstance(one, ast.Name)}
+    alone = copy.deepcopy(hook)
+    if "around" in decorators:
         del alone.args.args[0]
         yield alone
-        return
-    yield from (one for one in hook.body if isinstance(one, ast.FunctionDef))
+    elif "around_ours" in decorators:
+        assert isinstance(_PASSES_ALL, ast.FunctionDef)
+        passes_all = copy.deepcopy(_PASSES_ALL)
+        passes_all.args.args[0].arg = alone.args.args[2].arg.lstrip("_")
+        alone.args = passes_all.args
+        alone.body.extend(passes_all.body)
+        yield alone
+    else:
+        yield from (one for one in hook.body if isinstance(one, ast.FunctionDef))

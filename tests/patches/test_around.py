@@ -1,9 +1,13 @@
 """A hook around a function gets it first, and whoever looks at it sees the engine's function."""
 
 import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
-from kvcached_patches.around import around
+import pytest
+
+from kvcached_patches.around import around, around_ours, setting
 
 
 class Engine:
@@ -38,3 +42,37 @@ def test_a_hook_stands_in_for_several_functions_at_once() -> None:
     first: Any = one_more(Engine.step)
     second: Any = one_more(first)
     assert second(Engine(), 3) == (5, False)
+
+
+@around_ours
+def twice(call: Callable[[], tuple[int, bool]], ours: list[Any], self: Engine) -> Any:
+    """Run a step twice."""
+    ours.append(self)
+    return call(), call()
+
+
+def test_a_hook_on_an_object_with_something_of_ours_gets_that_and_passes_every_argument_on() -> (
+    None
+):
+    hooked, engine = twice(Engine.step), Engine()
+    engine.kvcached = []  # type: ignore[attr-defined]
+    assert hooked(engine, 3, is_last=True) == ((3, True), (3, True))
+    assert engine.kvcached == [engine]  # type: ignore[attr-defined]
+    assert inspect.signature(hooked) == inspect.signature(Engine.step)
+
+
+@pytest.mark.parametrize("has_had", [True, False])
+def test_on_an_object_without_anything_of_ours_the_original_runs_alone(*, has_had: bool) -> None:
+    engine: Any = Engine()
+    if has_had:
+        engine.kvcached = None
+    assert twice(Engine.step)(engine, 3, is_last=True) == (3, True)
+
+
+def test_what_a_hook_sets_is_read_inside_it_alone() -> None:
+    variable = ContextVar("variable", default=0)
+    with setting(variable, 1):
+        assert variable.get() == 1
+    with pytest.raises(KeyError), setting(variable, 1):
+        raise KeyError
+    assert variable.get() == 0

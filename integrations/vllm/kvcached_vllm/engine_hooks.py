@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import read_config
-from kvcached_patches.around import around
+from kvcached_patches.around import around, around_ours, setting
 from kvcached_vllm.engine import VllmEngine
 from kvcached_vllm.obstacles import obstacles
 from kvcached_vllm.sleeping import asleep_bytes
@@ -61,45 +61,37 @@ def _start_engine(vllm_config: Any, core: Any) -> VllmEngine | None:
         return VllmEngine(vllm_config, read_config(), devices, core)
 
 
-def _engine_of(core: Any) -> VllmEngine | None:
-    engine: VllmEngine | None = getattr(core, "kvcached", None)
-    return engine
-
-
-@around
-def engine_core_post_step(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+@around_ours
+def engine_core_post_step(call: Callable[[], None], engine: VllmEngine, self: Any) -> None:
     """Wrap `EngineCore.post_step`: answer who asks, and leave nothing behind the last request.
 
     An engine in the caller's process makes no further step that could carry the last orders.
     """
-    original(self, *args, **kwargs)
-    engine: VllmEngine | None = getattr(self, "kvcached", None)
-    if engine is not None:
-        engine.between_steps()
-        if not self.scheduler.has_unfinished_requests():
-            engine.rest()
+    call()
+    engine.between_steps()
+    if not self.scheduler.has_unfinished_requests():
+        engine.rest()
 
 
-@around
-def engine_core_reset_prefix_cache(original: Any, self: Any, *args: Any, **kwargs: Any) -> bool:
+@around_ours
+def engine_core_reset_prefix_cache(
+    call: Callable[[], bool], engine: VllmEngine, _self: Any
+) -> bool:
     """Wrap `EngineCore.reset_prefix_cache`: unmap what it emptied."""
-    done = original(self, *args, **kwargs)
-    engine = _engine_of(self)
-    if engine is not None:
-        engine.flush(is_last=True)
-        engine.port.publish()
+    done = call()
+    engine.flush(is_last=True)
+    engine.port.publish()
     return done
 
 
-@around
-def engine_core_shutdown(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+@around_ours
+def engine_core_shutdown(call: Callable[[], None], engine: VllmEngine, self: Any) -> None:
     """Wrap `EngineCore.shutdown`: leave the ledger after the workers."""
     try:
-        original(self, *args, **kwargs)
+        call()
     finally:
-        engine: VllmEngine | None = self.__dict__.pop("kvcached", None)
-        if engine is not None:
-            engine.close()
+        self.kvcached = None
+        engine.close()
 
 
 @around
@@ -118,13 +110,11 @@ def executor_initialize_from_config(
     original(self, kv_cache_configs, *args, **kwargs)
 
 
-@around
-def executor_sleep(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+@around_ours
+def executor_sleep(call: Callable[[], None], engine: VllmEngine, _self: Any) -> None:
     """Wrap `Executor.sleep`: a sleeping engine keeps page 0 alone."""
-    engine: VllmEngine | None = getattr(self, "kvcached", None)
-    if engine is not None:
-        engine.empty()
-    original(self, *args, **kwargs)
+    engine.empty()
+    call()
 
 
 @around
@@ -143,11 +133,8 @@ def executor_wake_up(
 @around
 def kv_cache_manager_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap `KVCacheManager.__init__`: the block pool built inside is the scheduler's own."""
-    token = _building_pool.set(True)
-    try:
+    with setting(_building_pool, value=True):
         original(self, *args, **kwargs)
-    finally:
-        _building_pool.reset(token)
 
 
 def block_pool_factory(original: Any) -> Any:

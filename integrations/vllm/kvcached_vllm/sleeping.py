@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from kvcached_vllm.worker import memory_of
+from kvcached_core.memory.rank import RankMemory
 
 
 def bytes_to_wake(
@@ -48,43 +48,37 @@ def all_or_none() -> Iterator[None]:
     """
     from vllm.device_allocator import cumem
 
-    allocator = cumem.CuMemAllocator.instance
+    allocator, create_and_map = cumem.CuMemAllocator.instance, cumem.create_and_map
     if allocator is None:
         yield
         return
-    table = allocator.pointer_to_data
-    backups = {address: data.cpu_backup_tensor for address, data in table.items()}
-    done: list[int] = []
-    create_and_map = cumem.create_and_map
 
     def create_once(handle: Any) -> None:
-        address = handle[2]
-        if getattr(table[address], "is_asleep", True):
+        data = allocator.pointer_to_data[handle[2]]
+        if getattr(data, "is_asleep", True):
             create_and_map(handle)
-            done.append(address)
+            undo.callback(put_back, data, data.cpu_backup_tensor)
+
+    def put_back(data: Any, backup: Any) -> None:
+        cumem.unmap_and_release(data.handle)
+        data.cpu_backup_tensor = backup
+        data.is_asleep = True
 
     cumem.create_and_map = create_once
-    try:
-        yield
-    except BaseException:
-        for address in reversed(done):
-            data = table[address]
-            cumem.unmap_and_release(data.handle)
-            data.cpu_backup_tensor = backups[address]
-            if hasattr(data, "is_asleep"):
-                data.is_asleep = True
-        raise
-    finally:
-        cumem.create_and_map = create_and_map
+    with contextlib.ExitStack() as undo:
+        try:
+            yield
+            undo.pop_all()
+        finally:
+            cumem.create_and_map = create_and_map
 
 
 @contextlib.contextmanager
-def mapped_only(worker: Any) -> Iterator[None]:
+def mapped_only(runner: Any, memory: RankMemory) -> Iterator[None]:
     """Let vLLM's wake zero the KV pages that are mapped, not the whole reserved range.
 
     Up to 0.28 the V1 runner of a quantised KV cache fills all of `kv_caches` with zeros.
     """
-    runner = worker.model_runner
     if not hasattr(runner, "init_fp8_kv_scales"):
         yield
         return
@@ -93,6 +87,5 @@ def mapped_only(worker: Any) -> Iterator[None]:
         yield
     finally:
         runner.kv_caches = kv_caches
-    memory = memory_of(worker)
     memory.keeper.wait()
     memory.arena.zero()

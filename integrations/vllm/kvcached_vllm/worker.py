@@ -17,12 +17,6 @@ def settle_orders(worker: Any) -> None:
     memory_of(worker).keeper.wait()
 
 
-def resident_pages(worker: Any) -> list[int]:
-    """Return the pages that a rank has mapped when all its orders are carried out."""
-    settle_orders(worker)
-    return sorted(memory_of(worker).arena.resident_pages)
-
-
 def memory_of(worker: Any) -> RankMemory:
     """Return the memory of a worker."""
     memory: RankMemory = inner_worker(worker).kvcached

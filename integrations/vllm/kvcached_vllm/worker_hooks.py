@@ -15,13 +15,13 @@ from kvcached_core.memory.devices import Device, host_device
 from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_core.memory.rank import RankMemory
 from kvcached_core.memory.torch_device import current_stream, find_device, make_backend
-from kvcached_patches.around import around
+from kvcached_patches.around import around, around_ours, setting
 from kvcached_vllm.layout import PLACEMENT, Placement, plane_layout, sparse_config
 from kvcached_vllm.obstacles import can_serve
 from kvcached_vllm.sleeping import all_or_none, mapped_only
 from kvcached_vllm.startup import startup
 from kvcached_vllm.weights import static_bytes
-from kvcached_vllm.worker import block_ids, inner_worker, settle_orders
+from kvcached_vllm.worker import block_ids, inner_worker
 
 if TYPE_CHECKING:
     from kvcached_core.memory.orders import PageOrders
@@ -56,11 +56,8 @@ def _backend(worker: Any) -> "Backend":
 @around
 def worker_init_device(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap `Worker.init_device`: `request_memory` inside must know whether we serve."""
-    token = _is_served.set(can_serve(self.vllm_config))
-    try:
+    with setting(_is_served, can_serve(self.vllm_config)):
         original(self, *args, **kwargs)
-    finally:
-        _is_served.reset(token)
 
 
 @around
@@ -155,52 +152,43 @@ def worker_execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-@around
-def worker_warm_up(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+@around_ours
+def worker_warm_up(call: Callable[[], Any], memory: RankMemory, _self: Any) -> Any:
     """Wrap `compile_or_warm_up_model`: steps inside run on made-up blocks."""
-    result = original(self, *args, **kwargs)
-    memory: RankMemory | None = getattr(self, "kvcached", None)
-    if memory is not None:
-        memory.end_warm_up()
+    result = call()
+    memory.end_warm_up()
     return result
 
 
-@around
-def worker_sleep(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+@around_ours
+def worker_sleep(call: Callable[[], None], memory: RankMemory, _self: Any) -> None:
     """Wrap `Worker.sleep`: our pages are gone before vLLM looks what it freed.
 
     vLLM asserts that the device has more free memory afterwards. On a shared device a neighbour may
     have taken it meanwhile, which is what sleeping is for.
     """
-    if not hasattr(self, "kvcached"):
-        original(self, *args, **kwargs)
-        return
-    settle_orders(self)
+    memory.keeper.wait()
     try:
-        original(self, *args, **kwargs)
+        call()
     except AssertionError as error:
         if "increased after sleeping" not in str(error):
             raise
         logger.info("kvcached: a neighbour took more memory than this engine's sleep freed")
 
 
-@around
-def worker_wake_up(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+@around_ours
+def worker_wake_up(call: Callable[[], None], memory: RankMemory, self: Any) -> None:
     """Wrap `Worker.wake_up`: all of it or none, and what it zeroes must be mapped."""
-    if not hasattr(self, "kvcached"):
-        original(self, *args, **kwargs)
-        return
-    with all_or_none(), mapped_only(self):
-        original(self, *args, **kwargs)
+    with all_or_none(), mapped_only(self.model_runner, memory):
+        call()
 
 
-@around
-def worker_shutdown(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+@around_ours
+def worker_shutdown(call: Callable[[], None], memory: RankMemory, self: Any) -> None:
     """Wrap `Worker.shutdown`: give the memory back when nothing runs on it any more."""
-    original(self, *args, **kwargs)
-    memory: RankMemory | None = self.__dict__.pop("kvcached", None)
-    if memory is not None:
-        memory.close()
+    call()
+    self.kvcached = None
+    memory.close()
 
 
 @around
