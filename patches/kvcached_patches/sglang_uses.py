@@ -82,7 +82,7 @@ _BASE, _TOKEN, _PAGED = (
 )
 
 _MEMORY = (
-    *_of_allocator(_BASE, "base", "get_kvcache page_size size device free_pages"),
+    *_of_allocator(_BASE, "base", "get_kvcache page_size size free_pages"),
     *_of_allocator(_BASE, "base", "available_size merge_and_sort_free size_full", OVERRIDE),
     *_of_allocator(
         _BASE,

@@ -321,8 +321,8 @@ class DryLedger(Elastic):
     @rule(num_cached=st.integers(0, 200))
     def count_pages(self, num_cached: int) -> None:
         free_list = self.ours.free_list
-        num_tokens = min(num_cached, free_list.num_taken_blocks)
-        free_list._engine.port.evictable_tokens = lambda _number: num_tokens
+        num_left = min(num_cached, free_list.num_taken_blocks)
+        free_list._count_cached = lambda: num_left
         used, cached = free_list.count_pages()
         assert used >= 1  # page 0 holds the padding block
         assert 0 <= cached <= self.pages.num_open_pages - used
@@ -351,7 +351,7 @@ def test_closed_pages_count_only_while_sglang_adds_up() -> None:
 
 def test_nothing_is_available_while_pages_are_owed() -> None:
     _, ours, _ = build(1)
-    ours.free_list._engine.giving.owed_pages = 1
+    ours.free_list._giving.owed_pages = 1
     assert ours.available_size() == 0
 
 
@@ -366,7 +366,7 @@ def test_pages_are_counted_by_the_blocks_on_them() -> None:
     ours.alloc(7 + 2 * 8)  # pages 0 to 2, with the padding block
 
     def count_pages(num_cached: int) -> tuple[int, int]:
-        ours.free_list._engine.port.evictable_tokens = lambda _number: num_cached
+        ours.free_list._count_cached = lambda: num_cached
         return cast("tuple[int, int]", ours.free_list.count_pages())
 
     assert count_pages(0) == (3, 0)

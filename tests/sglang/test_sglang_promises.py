@@ -38,7 +38,7 @@ class Blocks:
         self.num_ready_blocks = 0
         self._source = source
 
-    def available_tokens(self) -> int:
+    def num_available_blocks(self) -> int:
         return self.num_free_blocks + self._source.room_pages * BLOCKS_PER_PAGE
 
     def num_lacking(self, num_blocks: int) -> int:

@@ -16,6 +16,7 @@ try:
 except ModuleNotFoundError:  # one module up to 0.5.12
     from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
 
+from kvcached_core.engine.counted_blocks import CountedBlocks
 from kvcached_core.engine.pages import Pages
 from kvcached_sglang.free_list import FreeList
 
@@ -30,7 +31,7 @@ class ElasticTokenAllocator(TokenToKVPoolAllocator):
 
     def available_size(self) -> int:
         """Return the tokens that can be had without evicting."""
-        return self.free_list.available_tokens()
+        return self.free_list.num_available_blocks() * self.page_size
 
     def alloc(self, need_size: int) -> Any:
         """Return `need_size` token ids, or None if there are not as many."""
@@ -50,7 +51,7 @@ class ElasticPagedAllocator(PagedTokenToKVPoolAllocator):
 
     def available_size(self) -> int:
         """Return the tokens that can be had without evicting."""
-        return self.free_list.available_tokens()
+        return self.free_list.num_available_blocks() * self.page_size
 
     def alloc(self, need_size: int) -> Any:
         """Return the ids of whole blocks for `need_size` tokens, or None."""
@@ -94,7 +95,10 @@ ELASTIC = {
 
 
 def make_elastic(
-    allocator: Any, make_pages: Callable[[FreeList], Pages], engine: "SglangEngine", number: int
+    allocator: Any,
+    make_pages: Callable[[CountedBlocks], Pages],
+    engine: "SglangEngine",
+    number: int,
 ) -> FreeList:
     """Let an allocator that SGLang built hand out the blocks of open pages alone.
 

@@ -5,6 +5,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import CUDA, Config, read_config
+from kvcached_core.engine.counted_blocks import CountedBlocks
 from kvcached_core.engine.engine import ElasticEngine
 from kvcached_core.engine.instance import Instance
 from kvcached_core.engine.joining import Group, join_ranks
@@ -147,7 +148,7 @@ class SglangEngine(ElasticEngine):
 
         number = len(self.pools)
 
-        def make_pages(blocks: "FreeList") -> Pages:
+        def make_pages(blocks: CountedBlocks) -> Pages:
             return Pages(
                 geometry,
                 self.placing.num_pages,
@@ -220,7 +221,8 @@ class SglangEngine(ElasticEngine):
             return self.giving.must_yield(is_running=is_running)
         needed = tokens_to_go_on(scheduler, self.free_lists[0].block_tokens)
         available = min(
-            free_list.available_tokens() + self.port.evictable_tokens(number)
+            free_list.num_available_blocks() * free_list.block_tokens
+            + self.port.evictable_tokens(number)
             for number, free_list in enumerate(self.free_lists)
         )
         if available >= needed:
@@ -274,7 +276,11 @@ class SglangEngine(ElasticEngine):
         """
         free_list = self.free_lists[0]
         needed = (demand.num_running + demand.num_least) * free_list.block_tokens
-        return needed <= free_list.available_tokens() + self.port.evictable_tokens(0)
+        return (
+            needed
+            <= free_list.num_available_blocks() * free_list.block_tokens
+            + self.port.evictable_tokens(0)
+        )
 
 
 _engine: SglangEngine | None = None
