@@ -66,6 +66,24 @@ class NameTakenError(LedgerError):
     """A live instance of the device has this name already."""
 
 
+class HostCopyError(KVCachedError, RuntimeError):
+    """The folder or a file of host copies cannot be used; the message says why and what to do."""
+
+
+class HostBudgetError(HostCopyError, MemoryError):
+    """The host budget has no room; the message names what is needed, the budget, and who holds it.
+
+    Attributes:
+        needed_bytes: What was claimed.
+        budget_bytes: What all claims together may be.
+    """
+
+    def __init__(self, message: str, needed_bytes: int, budget_bytes: int) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.budget_bytes = budget_bytes
+
+
 class PolicyError(KVCachedError, ValueError):
     """A limit, floor or priority is refused; the message says why and what is allowed."""
 

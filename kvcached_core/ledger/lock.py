@@ -140,6 +140,20 @@ def hold_byte(fd: int, number: int) -> None:
     _control(fd, _TRY, _flock(fcntl.F_RDLCK, number, 1))
 
 
+def take_byte(fd: int, number: int) -> bool:
+    """Lock one byte of a file for this open description alone; return whether nobody else has it.
+
+    `hold_byte` then shares it, without a moment in between in which somebody else could take it.
+    """
+    try:
+        _control(fd, _TRY, _flock(fcntl.F_WRLCK, number, 1))
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        return False
+    return True
+
+
 def drop_byte(fd: int, number: int) -> None:
     """Give a byte's lock back."""
     _control(fd, _TRY, _flock(fcntl.F_UNLCK, number, 1))
