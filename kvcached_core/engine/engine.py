@@ -147,7 +147,7 @@ class ElasticEngine:
         """
         if self.pools and self.port.can_be_woken and not self._is_wake_pending:
             self._is_wake_pending = True
-            self.port.wake()
+            self.port.wake(self.answer_ring)
 
     def answer_ring(self) -> None:
         """Look, in the engine's own thread: `port.wake` brought it here."""

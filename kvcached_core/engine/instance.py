@@ -39,8 +39,8 @@ class Instance:
     Args:
         devices: The device of each rank.
         config: The settings; they name the folder and the limit.
-        name: The instance's name; None takes `default_name`, with a number behind it if need be.
-        default_name: What it is called when nobody named it.
+        name: The instance's name, if it is not the one in the settings.
+        default_name: What it is called without either, with a number behind it if need be.
         engine: The engine and its release.
         on_ring: Called in a thread of ours when somebody rings or an alarm goes off.
 
@@ -55,10 +55,10 @@ class Instance:
         devices: Sequence[Device],
         config: Config,
         *,
-        name: str | None,
+        name: str | None = None,
         default_name: str,
         engine: str,
-        on_ring: Callable[[], None],
+        on_ring: Callable[[], None] = lambda: None,
     ) -> None:
         self.page_bytes = 0
         self._num_ranks = Counter(devices)
@@ -73,6 +73,7 @@ class Instance:
         self._refusals = Refusals(lambda: explain_waits(self._ledgers, self._rows))
         try:
             self._ledgers = open_ledgers(self._num_ranks, config)
+            name = name or config.name
             names = [name] if name else numbered_names(default_name)
             self._rows = take_rows(self._ledgers, names, engine=engine, config=config)
             for device, ledger in self._ledgers.items():

@@ -45,8 +45,7 @@ def join_ranks(
         FirstRankError: On the others, if rank 0 could not.
     """
     if len(group.ranks) == 1:
-        instance = enter([device])
-        return Ranks(instance, instance.seat(device), instance.capacity_bytes)
+        return Ranks.alone(enter([device]), device)
     return _join_many(device, group, enter, num_idle_turns)
 
 

@@ -1,7 +1,7 @@
 """Where the pools of an engine lie: their geometry, their size in the ledgers, their first page."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, Protocol
 
@@ -9,6 +9,7 @@ from kvcached_core.config import HOST, Config
 from kvcached_core.errors import ConfigError
 from kvcached_core.memory.devices import Device
 from kvcached_core.memory.geometry import Geometry, choose_geometry, fit_geometry
+from kvcached_core.memory.seats import Placement, Seat
 from kvcached_core.units import format_bytes
 
 
@@ -137,6 +138,18 @@ class Placing:
             self._device.name,
         )
         return geometry
+
+    def placement(self, seat: Seat, num_planes: int) -> Placement:
+        """Return where the first pool lies on a rank, which has `num_planes` of its planes."""
+        return Placement(replace(self.geometries[0], num_planes=num_planes), self.num_pages, seat)
+
+    def explain_size(self) -> str:
+        """Say where the size comes from that the engine was told, where it finds it too small."""
+        size = format_bytes(self._config.virtual_bytes(self._rows.capacity_bytes))
+        return (
+            f"what is called available memory is what this engine may take here, {size}; raise "
+            f"{pool_settings(self._device)}, or lower {self._length_setting}"
+        )
 
     def _choose(self, planes: Planes, granularity_bytes: int) -> Geometry:
         sizes = {"block_bytes": planes.block_bytes, "num_planes": planes.num_planes}

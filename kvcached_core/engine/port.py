@@ -1,6 +1,6 @@
 """What the scheduler's side of an engine asks of the ledger, of an allocator and of an adapter."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kvcached_core.memory.orders import PageOrders
@@ -82,5 +82,5 @@ class EnginePort(Protocol):
     def publish(self) -> None:
         """Tell those that mirror the prefix cache what left it."""
 
-    def wake(self) -> None:
-        """Make the engine's loop call `ElasticEngine.answer_ring` when it is idle; any thread."""
+    def wake(self, answer: Callable[[], None]) -> None:
+        """Make the engine's loop call `answer` when it is idle; any thread."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from kvcached_core.engine.instance import Instance
 from kvcached_core.errors import KVCachedError
 from kvcached_core.ledger.shortage import PATIENCE_SECONDS
+from kvcached_core.memory.devices import Device
 from kvcached_core.memory.seats import Seat
 
 MICROSECONDS = 1_000_000
@@ -84,6 +85,11 @@ class Ranks:
         self._num_idle_turns = 0
         self.is_waiting = False  # as far as the ledger was told
         self._is_refused = False  # in this schedule
+
+    @classmethod
+    def alone(cls, instance: Instance, device: Device) -> "Ranks":
+        """Return the view of an engine's only scheduler, whose first rank is on `device`."""
+        return cls(instance, instance.seat(device), instance.capacity_bytes)
 
     def describe(self, *, page_bytes: int, num_pages: int, least_pages: int) -> None:
         """See `Instance.describe`."""

@@ -11,6 +11,7 @@ from kvcached_core.ledger.file import RowKey
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.policy import Policy
 from kvcached_core.memory.devices import Device, open_ledger
+from kvcached_core.memory.geometry import Geometry
 
 logger = logging.getLogger("kvcached")
 
@@ -28,6 +29,21 @@ class Seat:
     ledger_path: str
     row: RowKey
     num_ranks: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a rank's KV cache lies; travels to the workers.
+
+    Attributes:
+        geometry: This rank's geometry; ids and blocks per page are the same on all ranks.
+        num_pages: Pages of the pool's virtual size.
+        seat: The instance's row in the ledger of the rank's device.
+    """
+
+    geometry: Geometry
+    num_pages: int
+    seat: Seat
 
 
 def open_ledgers(devices: Iterable[Device], config: Config) -> dict[Device, Ledger]:

@@ -1,10 +1,13 @@
 """Devices by torch's names: which one it is, what maps memory there, and where its steps run."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from kvcached_core.config import CUDA, Config
 from kvcached_core.memory.devices import Device, cuda_device, host_device
+from kvcached_core.memory.rank import RankMemory
+from kvcached_core.memory.seats import Placement
 from kvcached_core.memory.vmm.backend import Backend
 from kvcached_core.memory.vmm.host import HostBackend
 
@@ -20,14 +23,30 @@ def find_device(device: Any, config: Config) -> Device:
 
 
 def make_backend(device: Any) -> Backend:
-    """Return what maps pages there."""
+    """Return what maps pages there; of a GPU it is the same for the whole process."""
     if device.type != CUDA:
         return HostBackend()
     import torch  # noqa: PLC0415  as above
 
+    return _gpu_backend(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _gpu_backend(index: int) -> Backend:
+    """Return the one backend of a GPU: it holds a context and a stream."""
     from kvcached_core.memory.vmm.cuda import CudaBackend  # noqa: PLC0415  not on a host without a GPU
 
-    return CudaBackend(torch.cuda.current_device() if device.index is None else device.index)
+    return CudaBackend(index)
+
+
+def make_memory(placement: Placement, device: Any) -> RankMemory:
+    """Return a rank's memory there, whose steps run on torch's current stream.
+
+    Raises:
+        KVCachedError: As `RankMemory`.
+    """
+    backend, stream = make_backend(device), current_stream(device)
+    return RankMemory(placement.geometry, placement.num_pages, placement.seat, backend, stream)
 
 
 def current_stream(device: Any) -> Callable[[], int]:

@@ -1,10 +1,14 @@
 """Handing our addresses to an engine where it asks torch for a zeroed KV cache as bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from kvcached_core.errors import UnsupportedEngineError
+from kvcached_core.memory.arena import Arena
 
 
 class ZerosFromArena(TorchFunctionMode):
@@ -39,3 +43,26 @@ class ZerosFromArena(TorchFunctionMode):
             if size in (self._tensors[0].numel(), (self._tensors[0].numel(),)):
                 return self._tensors.pop(0)
         return function(*args, **kwargs)
+
+
+@contextmanager
+def zeros_from(arena: Arena, *, is_one_allocation: bool) -> Iterator[None]:
+    """Let an engine that allocates its KV cache inside get the addresses of an arena.
+
+    Args:
+        arena: The arena.
+        is_one_allocation: Whether the engine asks for all planes at once, or for each in turn.
+
+    Raises:
+        UnsupportedEngineError: If it did not ask for all of them.
+    """
+    if is_one_allocation:
+        tensors = [arena.tensor()]
+    else:
+        tensors = [arena.plane_tensor(plane) for plane in range(arena.geometry.num_planes)]
+    with ZerosFromArena(tensors) as zeros:
+        yield
+    if zeros.num_left:
+        raise UnsupportedEngineError(
+            f"the engine allocated {len(tensors) - zeros.num_left} KV tensors, not {len(tensors)}"
+        )

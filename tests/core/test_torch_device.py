@@ -1,5 +1,6 @@
 """Devices by torch's names: the host, a GPU by its index, and the one that is current."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ CURRENT = 3
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let torch have GPUs, of which the one with the index `CURRENT` is the current one."""
 
     def index_of(device: Any) -> int:
@@ -32,6 +33,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: CURRENT)
     monkeypatch.setattr(cuda, "CudaBackend", lambda index: f"backend of {index}")
+    torch_device._gpu_backend.cache_clear()
+    yield
+    torch_device._gpu_backend.cache_clear()
 
 
 def test_the_host_has_one_device_and_one_stream() -> None:
@@ -49,4 +53,5 @@ def test_a_gpu_without_an_index_is_the_current_one(name: str, index: int) -> Non
     found = torch_device.find_device(gpu, read_config({}))
     assert (found.kind, found.name, found.total_bytes) == (CUDA, f"GPU-uuid-{index}", GIB)
     assert str(torch_device.make_backend(gpu)) == f"backend of {index}"
+    assert torch_device.make_backend(gpu) is torch_device.make_backend(gpu)
     assert torch_device.current_stream(gpu)() == 100 + index

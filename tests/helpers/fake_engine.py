@@ -182,9 +182,9 @@ class FakeEngine(Served):
     def publish(self) -> None:
         """See `EnginePort.publish`: nobody mirrors this cache."""
 
-    def wake(self) -> None:
+    def wake(self, answer: Callable[[], None]) -> None:
         """See `EnginePort.wake`."""
-        self._wakes.put(self.engine.answer_ring)
+        self._wakes.put(answer)
 
     def _evict(self, block: FakeBlock) -> None:
         self.free_lists.remove_cached([block])

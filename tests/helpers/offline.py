@@ -67,6 +67,7 @@ def main() -> None:
     report: dict[str, Any] = {}
     core = llm.llm_engine.engine_core.engine_core
     if elastic:
+        from kvcached_core.config import read_config
         from kvcached_core.control import trim
 
         engine = core.kvcached
@@ -88,7 +89,7 @@ def main() -> None:
         report["reset"] = llm.reset_prefix_cache()
         report["after_reset"] = resident(worker)
         report["mapped_calls"] = worker.kvcached.arena.maps.times().num_calls
-        trim([], directory=engine.config.dir, wait_seconds=0)
+        trim([], directory=read_config().dir, wait_seconds=0)
         engine.between_steps()
         report["after_trim"] = resident(worker)
     print(json.dumps(report))

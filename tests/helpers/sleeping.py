@@ -64,11 +64,12 @@ def answer(llm: Any, sampling: Any) -> list[int]:
 
 def neighbour(engine: Any) -> Any:
     """Return an instance that was promised all that is free."""
+    from kvcached_core.config import read_config
     from kvcached_core.engine.instance import Instance
 
     instance = Instance(
         engine.devices,
-        engine.config,
+        read_config(),
         name="neighbour",
         default_name="neighbour",
         engine="test",

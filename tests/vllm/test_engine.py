@@ -15,10 +15,11 @@ from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.devices import Device
 from kvcached_core.memory.rank import RankMemory
+from kvcached_core.memory.seats import Placement
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import MIB
 from kvcached_vllm.engine import VllmEngine
-from kvcached_vllm.layout import PLACEMENT, Placement
+from kvcached_vllm.layout import PLACEMENT
 
 pytestmark = pytest.mark.vllm
 

@@ -133,9 +133,7 @@ class Starting:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.closed: list[bool] = []
-        self.engine = SimpleNamespace(
-            place=self.place, close=lambda: self.closed.append(True), explain_size=lambda: "size"
-        )
+        self.engine = SimpleNamespace(place=self.place, close=lambda: self.closed.append(True))
         self.error: Exception | None = None
         self.model_executor = SimpleNamespace(collective_rpc=lambda *_: [2 << 20])
         self.allocate = Recorder()

@@ -9,11 +9,11 @@ import torch
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import choose_geometry
-from kvcached_core.memory.seats import Seat
+from kvcached_core.memory.seats import Placement, Seat
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.memory.zeros import ZerosFromArena
 from kvcached_core.units import MIB
-from kvcached_vllm.layout import Placement, plane_layout, sparse_config
+from kvcached_vllm.layout import plane_layout, sparse_config
 
 pytestmark = pytest.mark.vllm
 

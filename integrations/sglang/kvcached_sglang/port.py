@@ -120,5 +120,5 @@ class SglangPort:
             collector.last_log_time = 0.0  # it would wait for half a minute
             publish()
 
-    def wake(self) -> None:
+    def wake(self, answer: Callable[[], None]) -> None:
         """See `EnginePort.wake`: its loop is awake."""

@@ -1,19 +1,17 @@
 """One vLLM engine: where its memory lies, and its block pool."""
 
 import logging
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import Config
 from kvcached_core.engine.engine import ElasticEngine
 from kvcached_core.engine.instance import Instance
-from kvcached_core.engine.placing import Placing, Planes, pool_settings
+from kvcached_core.engine.placing import Placing, Planes
 from kvcached_core.engine.ranks import Ranks
 from kvcached_core.engine.start import model_name
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.devices import Device
-from kvcached_core.units import format_bytes
-from kvcached_vllm.layout import PLACEMENT, Placement, plane_layout, request_blocks
+from kvcached_vllm.layout import PLACEMENT, plane_layout, request_blocks
 from kvcached_vllm.port import VllmPort
 from kvcached_vllm.startup import startup
 
@@ -36,7 +34,6 @@ class VllmEngine(ElasticEngine):
     port: VllmPort
 
     def __init__(self, vllm_config: Any, config: Config, devices: list[Device], core: Any) -> None:
-        self.config = config
         self.vllm_config = vllm_config
         self.geometry: Geometry | None = None
         self.devices = devices
@@ -45,17 +42,14 @@ class VllmEngine(ElasticEngine):
         self.instance = Instance(
             devices,
             config,
-            name=config.name,
             default_name=model_name(vllm_config.model_config.model),
             engine=startup.engine,
             on_ring=self.ring,
         )
-        self._placing = Placing(
-            self.instance, config, devices[0], logger, length_setting="--max-model-len"
+        super().__init__(Ranks.alone(self.instance, devices[0]), VllmPort(core))
+        self.placing = Placing(
+            self.ranks, config, devices[0], logger, length_setting="--max-model-len"
         )
-        seat = self.instance.seat(devices[0])
-        super().__init__(Ranks(self.instance, seat, self.instance.capacity_bytes), VllmPort(core))
-        self.port.answer_ring = self.answer_ring
 
     def place(self, kv_cache_configs: list[Any], granularity_bytes: int) -> None:
         """Choose the geometry and write each rank's placement on its config.
@@ -67,21 +61,13 @@ class VllmEngine(ElasticEngine):
         layouts = [plane_layout(config) for config in kv_cache_configs]
         widest = max(layouts, key=lambda layout: layout.num_planes)
         plan = kv_cache_configs[0]
-        geometry = self._placing.place(
-            Planes(
-                widest.block_bytes,
-                widest.num_planes,
-                plan.num_blocks,
-                request_blocks(plan, self.vllm_config),
-            ),
-            granularity_bytes,
-        )
-        self.geometry = geometry
+        request = request_blocks(plan, self.vllm_config)
+        planes = Planes(widest.block_bytes, widest.num_planes, plan.num_blocks, request)
+        self.geometry = self.placing.place(planes, granularity_bytes)
         self._num_groups = max(len(plan.kv_cache_groups), 1)
         for config, layout, device in zip(kv_cache_configs, layouts, self.devices, strict=True):
-            own = replace(geometry, num_planes=layout.num_planes)
-            placement = Placement(own, self._placing.num_pages, self.instance.seat(device))
-            setattr(config, PLACEMENT, placement)
+            seat = self.instance.seat(device)
+            setattr(config, PLACEMENT, self.placing.placement(seat, layout.num_planes))
 
     def build_pool(self, *args: Any, **kwargs: Any) -> Any:
         """Return the elastic block pool in the place of vLLM's own."""
@@ -89,19 +75,10 @@ class VllmEngine(ElasticEngine):
 
         if self.geometry is None:
             raise UnsupportedEngineError("vLLM built its block pool before its KV cache plan")
-        options = self._placing.page_options
+        options = self.placing.page_options
         pool = ElasticBlockPool(self.geometry, self.ranks, *args, options=options, **kwargs)
         pool.engine, pool.giving = self, self.giving
         pool.num_groups = self._num_groups
         self.port.pool = pool
         self.pools.append(pool.pages)
         return pool
-
-    def explain_size(self) -> str:
-        """Say where the size comes from that vLLM calls available memory."""
-        size = self.config.virtual_bytes(self.instance.capacity_bytes)
-        return (
-            f"what vLLM calls available memory is what this engine may take here, "
-            f"{format_bytes(size)}; raise {pool_settings(self.devices[0])}, or lower "
-            "--max-model-len"
-        )

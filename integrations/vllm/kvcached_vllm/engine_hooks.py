@@ -48,7 +48,7 @@ def engine_core_initialize_kv_caches(
     except BaseException as error:
         _starting.set(None)
         if isinstance(error, ValueError):  # vLLM's own word that one request does not fit
-            error.add_note(f"kvcached: {engine.explain_size()}")
+            error.add_note(f"kvcached: {engine.placing.explain_size()}")
         engine.close()
         raise
 

@@ -11,8 +11,7 @@ from math import ceil
 from typing import Any
 
 from kvcached_core.errors import UnsupportedEngineError
-from kvcached_core.memory.geometry import Geometry
-from kvcached_core.memory.seats import Seat
+from kvcached_core.memory.seats import Placement
 
 
 @dataclass(frozen=True)
@@ -32,22 +31,7 @@ class PlaneLayout:
     is_one_allocation: bool
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where a worker's KV cache lies; travels with its `KVCacheConfig` as `PLACEMENT`.
-
-    Attributes:
-        geometry: This rank's geometry; ids and blocks per page are the same on all ranks.
-        num_pages: Pages of the pool's virtual size.
-        seat: The instance's row in the ledger of the rank's device.
-    """
-
-    geometry: Geometry
-    num_pages: int
-    seat: Seat
-
-
-PLACEMENT = "kvcached_placement"
+PLACEMENT = "kvcached_placement"  # as what a worker's `Placement` travels with its `KVCacheConfig`
 
 
 def plane_layout(kv_cache_config: Any) -> PlaneLayout:

@@ -19,7 +19,6 @@ class VllmPort:
     """
 
     pool: "ElasticBlockPool"  # once vLLM has built it
-    answer_ring: Callable[[], None]  # the engine's
 
     def __init__(self, core: Any) -> None:
         self.core = core
@@ -72,9 +71,9 @@ class VllmPort:
             batch = KVEventBatch(ts=time.time(), events=events)
             scheduler.kv_event_publisher.publish(batch)
 
-    def wake(self) -> None:
+    def wake(self, answer: Callable[[], None]) -> None:
         """See `EnginePort.wake`."""
         from vllm.v1.engine import EngineCoreRequestType
 
-        self.core._idle_state_callbacks.append(lambda _core: self.answer_ring())
+        self.core._idle_state_callbacks.append(lambda _core: answer())
         self.core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))

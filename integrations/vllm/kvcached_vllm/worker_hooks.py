@@ -10,13 +10,12 @@ from kvcached_core.config import CUDA, HOST, read_config
 from kvcached_core.engine.arrival import Arrival
 from kvcached_core.engine.placing import virtual_bytes
 from kvcached_core.engine.start import model_name
-from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.devices import Device, host_device
 from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_core.memory.rank import RankMemory
-from kvcached_core.memory.torch_device import current_stream, find_device, make_backend
+from kvcached_core.memory.torch_device import find_device, make_backend, make_memory
 from kvcached_patches.around import around, around_ours, setting
-from kvcached_vllm.layout import PLACEMENT, Placement, plane_layout, sparse_config
+from kvcached_vllm.layout import PLACEMENT, plane_layout, sparse_config
 from kvcached_vllm.obstacles import can_serve
 from kvcached_vllm.sleeping import all_or_none, mapped_only
 from kvcached_vllm.startup import startup
@@ -25,7 +24,7 @@ from kvcached_vllm.worker import block_ids, inner_worker
 
 if TYPE_CHECKING:
     from kvcached_core.memory.orders import PageOrders
-    from kvcached_core.memory.vmm.backend import Backend
+    from kvcached_core.memory.seats import Placement
 
 logger = logging.getLogger("vllm.kvcached")
 
@@ -42,15 +41,7 @@ def device_of(worker: Any) -> Device:
 
 def granularity_of(worker: Any) -> int:
     """Return the granularity of a worker's device in bytes; `collective_rpc` calls this."""
-    return _backend(inner_worker(worker)).granularity_bytes
-
-
-def _backend(worker: Any) -> "Backend":
-    """Return the worker's backend: one, because on a GPU it holds a context and a stream."""
-    if not hasattr(worker, "kvcached_backend"):
-        worker.kvcached_backend = make_backend(worker.device)
-    backend: Backend = worker.kvcached_backend
-    return backend
+    return make_backend(inner_worker(worker).device).granularity_bytes
 
 
 @around
@@ -100,29 +91,14 @@ def worker_initialize_from_config(
     if placement is None:
         original(self, kv_cache_config, *args, **kwargs)
         return
-    from kvcached_core.memory.zeros import ZerosFromArena  # it imports torch
+    from kvcached_core.memory.zeros import zeros_from  # it imports torch
 
     layout = plane_layout(kv_cache_config)
-    memory = RankMemory(
-        placement.geometry,
-        placement.num_pages,
-        placement.seat,
-        _backend(self),
-        current_stream(self.device),
-    )
+    memory = make_memory(placement, self.device)
     memory.is_warming_up = True
     logger.info("kvcached: %s", memory.addresses)
-    arena = memory.arena
-    if layout.is_one_allocation:
-        tensors = [arena.tensor()]
-    else:
-        tensors = [arena.plane_tensor(plane) for plane in range(layout.num_planes)]
-    with ZerosFromArena(tensors) as zeros:  # vLLM does it in every release, wherever it is
+    with zeros_from(memory.arena, is_one_allocation=layout.is_one_allocation):
         original(self, sparse_config(kv_cache_config, layout, placement), *args, **kwargs)
-    if zeros.num_left:
-        raise UnsupportedEngineError(
-            f"vLLM allocated {len(tensors) - zeros.num_left} KV tensors, not {len(tensors)}"
-        )
     # One process may be worker and engine core: what vLLM reports stays the number of blocks.
     self.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
     self.kvcached = memory
