@@ -50,6 +50,7 @@ def examine(directory: Path) -> list[Finding]:
         *(_ledgers(directory) if folder.is_good else ()),
         _settings(),
         _memory(),
+        *_copies(directory),
         _driver(),
         *_engines(),
     ]
@@ -162,6 +163,53 @@ def _memory() -> Finding:
             f"{usable}; the kernel would end engines that fill it, so set it lower",
         )
     return _good("memory", f"{usable}; engines on the host share {format_bytes(pool_bytes)}")
+
+
+def _copies(directory: Path) -> Iterator[Finding]:
+    """Say what copies of weights in host memory would find."""
+    from kvcached_core.config import WeightsMode, read_config
+    from kvcached_core.weights.survey import memory_nodes, pinnable_bytes, survey_copies
+
+    try:
+        config = read_config().model_copy(update={"dir": directory})
+    except KVCachedError:
+        return  # what is wrong with the settings is said there
+    try:
+        found = survey_copies(config)
+    except KVCachedError as error:
+        yield Finding("host copies", config.weights is WeightsMode.KEEP, str(error))
+        return
+    text = f"{found.folder}, {format_bytes(found.room_bytes)} free"
+    if not found.is_there:
+        text += "; the first engine that copies its weights makes it"
+    if not found.is_in_memory:
+        text += f"; it is on {found.file_system}: a folder in memory serves faster"
+    if found.missing_bytes:
+        text += (
+            f"; that is {format_bytes(found.missing_bytes)} less than the budget allows, and what "
+            "does not fit is kept by each process for itself (Docker: raise --shm-size)"
+        )
+    yield _good("host copies", text)
+    names = ", ".join(
+        f"{holder.name} {format_bytes(holder.num_bytes)}{'' if holder.is_used else ' (unused)'}"
+        for holder in found.holders
+    )
+    held = f"{format_bytes(found.held_bytes)} of {format_bytes(found.budget_bytes)} in use"
+    yield _good("host budget", f"{held}: {names}" if names else held)
+    num_bytes = pinnable_bytes()
+    yield _good(
+        "pinning",
+        "no limit of locked memory"
+        if num_bytes is None
+        else f"{format_bytes(num_bytes)} of memory may be locked (`ulimit -l`); if an engine says "
+        "that its host copy cannot be page-locked, raise it (Docker: --ulimit memlock=-1)",
+    )
+    nodes = memory_nodes()
+    if len(nodes) > 1:
+        which = ", ".join(f"{node} with CPUs {cpus}" for node, cpus in nodes.items())
+        yield _good(
+            "NUMA", f"nodes {which}; run an engine on the node of its GPU (`nvidia-smi topo -m`)"
+        )
 
 
 def _driver() -> Finding:

@@ -5,6 +5,7 @@ first byte of an image and of a claim is locked by who has it; the kernel drops 
 process that ends, however it ends.
 """
 
+import errno
 import json
 import logging
 import os
@@ -53,10 +54,36 @@ def copies_folder(folder: Path) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
     except OSError as error:
-        raise HostCopyError(
-            f"{PREFIX}WEIGHTS_DIR={str(folder)!r} cannot be made: {error.strerror}; set it to a "
-            "folder that this user may write"
-        ) from error
+        raise _not_made(folder, error.strerror) from error
+    _check_owner(folder, found)
+    return folder
+
+
+def check_folder(folder: Path) -> Path:
+    """Return what is there of the folder of the host copies, itself or the folder it would be in.
+
+    Raises:
+        HostCopyError: If an engine could not use it; nothing is made.
+    """
+    for place in (folder, *folder.parents):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            found = place.lstat()
+            if place == folder:
+                _check_owner(folder, found)
+            elif not stat.S_ISDIR(found.st_mode) or not os.access(place, os.W_OK | os.X_OK):
+                raise _not_made(folder, f"{place} may not be written to")
+            return place
+    raise _not_made(folder, os.strerror(errno.ENOENT))
+
+
+def _not_made(folder: Path, reason: str | None) -> HostCopyError:
+    return HostCopyError(
+        f"{PREFIX}WEIGHTS_DIR={str(folder)!r} cannot be made: {reason}; set it to a folder that "
+        "this user may write"
+    )
+
+
+def _check_owner(folder: Path, found: os.stat_result) -> None:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise HostCopyError(
             f"{PREFIX}WEIGHTS_DIR={str(folder)!r} is not a folder of this user (it belongs to user "
@@ -67,7 +94,6 @@ def copies_folder(folder: Path) -> Path:
             f"{PREFIX}WEIGHTS_DIR={str(folder)!r} is open to other users (mode "
             f"{stat.S_IMODE(found.st_mode):04o}); allowed is 0700"
         )
-    return folder
 
 
 def read_holders(folder: Path) -> list[Holder]:

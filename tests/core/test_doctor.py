@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,10 +15,13 @@ import pytest
 
 from kvcached_core.cli import doctor
 from kvcached_core.cli.doctor import Finding, examine
+from kvcached_core.config import Config
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.memory.host_memory import HostMemory
-from kvcached_core.units import GIB
+from kvcached_core.units import GIB, MIB
+from kvcached_core.weights import survey
+from kvcached_core.weights.host_budget import HostBudget
 
 KVCACHED = Path(sys.executable).with_name("kvcached")
 
@@ -130,6 +134,62 @@ def test_a_pool_that_the_process_may_not_fill_is_bad(
     memory = found(tmp_path / "kv")["memory"]
     assert not memory.is_good
     assert "KVCACHED_HOST_POOL=4 GiB is more than the process may use" in memory.text
+
+
+def test_host_copies_are_said_with_their_room_and_who_has_them(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ledger.path.parent
+    monkeypatch.setenv("KVCACHED_HOST_BUDGET", "4GiB")
+    room = shutil.disk_usage(folder)._replace(free=GIB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
+    before = sorted(folder.iterdir())
+    copies = found(folder)["host copies"]
+    assert copies.is_good
+    assert f"{folder / 'weights'}, 1 GiB free; the first engine" in copies.text
+    assert "3 GiB less than the budget allows" in copies.text
+    assert "Docker: raise --shm-size" in copies.text
+    assert sorted(folder.iterdir()) == before
+    assert found(folder)["host budget"].text == "0 B of 4 GiB in use"
+    claim = HostBudget(Config(dir=folder, host_budget=4 * GIB)).claim("llama", 3 * GIB)
+    assert found(folder)["host budget"].text == "3 GiB of 4 GiB in use: llama 3 GiB"
+    assert "less than the budget" not in found(folder)["host copies"].text
+    claim.close()
+
+
+def test_a_folder_of_copies_that_cannot_be_used_is_bad_where_weights_are_yielded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights").chmod(0o755)
+    tmp_path.chmod(0o700)
+    assert found(tmp_path)["host copies"].is_good
+    monkeypatch.setenv("KVCACHED_WEIGHTS", "yield")
+    copies = found(tmp_path)["host copies"]
+    assert not copies.is_good
+    assert "KVCACHED_WEIGHTS_DIR=" in copies.text
+    assert "is open to other users (mode 0755)" in copies.text
+
+
+def test_a_limit_of_locked_memory_and_a_disk_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(survey, "pinnable_bytes", lambda: 8 * MIB)
+    monkeypatch.setattr(survey, "_file_system", lambda *_: "ext4")
+    seen = found(tmp_path / "kv")
+    assert "8 MiB of memory may be locked" in seen["pinning"].text
+    assert "it is on ext4: a folder in memory serves faster" in seen["host copies"].text
+    monkeypatch.setattr(survey, "pinnable_bytes", lambda: None)
+    assert found(tmp_path / "kv")["pinning"].text == "no limit of locked memory"
+
+
+def test_nodes_of_memory_are_said_where_there_are_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(survey, "memory_nodes", lambda: {0: "0-7"})
+    assert "NUMA" not in found(tmp_path / "kv")
+    monkeypatch.setattr(survey, "memory_nodes", lambda: {0: "0-7", 1: "8-15"})
+    assert "nodes 0 with CPUs 0-7, 1 with CPUs 8-15" in found(tmp_path / "kv")["NUMA"].text
 
 
 def test_an_adapter_that_fails_is_named_and_hides_no_other(

@@ -51,6 +51,7 @@ CORE_MAY_IMPORT = {
 # Single arrows beside these, and why.
 ARROWS_BESIDE = {
     ("cli.doctor", "memory.host_memory"),  # it says what engines may take of the host
+    ("cli.doctor", "weights.survey"),  # and what copies of their weights find there
 }
 MAX_LAYERS = 7
 MAX_ENTRIES = 10
