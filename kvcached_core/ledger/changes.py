@@ -3,8 +3,9 @@
 import threading
 from dataclasses import dataclass, field
 
-from kvcached_core.ledger.file import Row, RowKey
+from kvcached_core.ledger.file import RESIDENT, WEIGHTS, Row, RowKey
 from kvcached_core.ledger.times import NO_CALLS, CallTimes
+from kvcached_core.ledger.weight_changes import WeightChanges, write_weights
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Changes:
         is_waiting_over: Whether nothing waits for memory any more.
         map_times: What maps took.
         unmap_times: What unmaps took.
+        weights: What was done with weights; None for nothing.
     """
 
     unpromised_bytes: int = 0
@@ -52,6 +54,7 @@ class Changes:
     is_waiting_over: bool = False
     map_times: CallTimes = NO_CALLS
     unmap_times: CallTimes = NO_CALLS
+    weights: WeightChanges | None = None
 
     def add(self, later: "Changes") -> None:
         """Add what was done afterwards."""
@@ -65,9 +68,16 @@ class Changes:
         self.is_waiting_over |= later.is_waiting_over
         self.map_times += later.map_times
         self.unmap_times += later.unmap_times
+        if later.weights is not None:
+            self.weights = self.weights or WeightChanges()
+            self.weights.add(later.weights)
 
     def write(self, row: Row, now_ns: int) -> int:
-        """Write it into the instance's row; return how many bytes are allocated for a promise."""
+        """Write it into the instance's row.
+
+        Returns:
+            How many bytes are allocated now that were promised or announced.
+        """
         for given in self.acknowledgements:
             write_acknowledgement(row, given)
         if self.is_waiting_over:
@@ -76,9 +86,10 @@ class Changes:
         write_moves(row, self.mapped_bytes, self.unmapped_bytes, self.unneeded_bytes)
         write_stuck(row, self.stuck_bytes)
         write_times(row, self.map_times, self.unmap_times)
+        weights_bytes = 0 if self.weights is None else self.weights.write(row, now_ns)
         if self.counts is not None:
             write_counts(row, *self.counts, now_ns)
-        return self.mapped_bytes
+        return self.mapped_bytes + weights_bytes
 
 
 def write_moves(row: Row, mapped_bytes: int, unmapped_bytes: int, unneeded_bytes: int) -> None:
@@ -95,11 +106,22 @@ def write_moves(row: Row, mapped_bytes: int, unmapped_bytes: int, unneeded_bytes
 
 
 def write_missed(row: Row, other: Row) -> None:
-    """Write into the instance's row what was mapped and unmapped that only another copy knows."""
+    """Write into the instance's row what was mapped and unmapped that only another copy knows.
+
+    What of it are weights is what both differ by: of an instance's processes on a device one maps
+    and unmaps them.
+    """
     mapped_bytes = max(other.num_mapped_bytes - row.num_mapped_bytes, 0)
     unmapped_bytes = max(other.num_unmapped_bytes - row.num_unmapped_bytes, 0)
     freed_bytes = max(other.num_freed_bytes - row.num_freed_bytes, unmapped_bytes)
     if mapped_bytes or freed_bytes:
+        weights_bytes = other.weights_bytes - row.weights_bytes
+        mapped_weights = min(max(weights_bytes, 0), mapped_bytes)
+        unmapped_weights = min(max(-weights_bytes, 0), unmapped_bytes)
+        write_weights(row, mapped_weights, unmapped_weights)
+        mapped_bytes -= mapped_weights
+        freed_bytes -= unmapped_weights
+        unmapped_bytes -= unmapped_weights
         write_moves(row, mapped_bytes, unmapped_bytes, freed_bytes - unmapped_bytes)
         write_counts(row, other.used_bytes, other.cached_bytes, other.last_used_ns)
         row.taken_bytes = row.resident_bytes + row.promised_bytes + row.static_bytes
@@ -122,7 +144,8 @@ def write_times(row: Row, map_times: CallTimes, unmap_times: CallTimes) -> None:
 
 def write_counts(row: Row, used_bytes: int, cached_bytes: int, now_ns: int) -> None:
     """Write into the instance's row what its resident pages are for."""
-    resident_bytes = row.resident_bytes
+    words, base = row.words, row.base
+    resident_bytes = words[base + RESIDENT] - words[base + WEIGHTS]
     row.used_bytes = used_bytes = min(used_bytes, resident_bytes)
     row.cached_bytes = min(cached_bytes, resident_bytes - used_bytes)
     row.last_used_ns = now_ns

@@ -5,13 +5,23 @@ the middle of what it wrote, or be stopped there.
 """
 
 import os
+import threading
 import time
 from contextlib import suppress
 from os import SEEK_END, lseek
+from pathlib import Path
 
 from kvcached_core.errors import LedgerBusyError, LedgerError
-from kvcached_core.ledger.changes import write_missed
-from kvcached_core.ledger.file import ALLOCATED, FILE_BYTES, MAGIC, SEQUENCE, Row, RowKey
+from kvcached_core.ledger.changes import Changes, PendingChanges, write_missed
+from kvcached_core.ledger.file import (
+    ALLOCATED,
+    FILE_BYTES,
+    MAGIC,
+    SEQUENCE,
+    WAKING,
+    Row,
+    RowKey,
+)
 from kvcached_core.ledger.opening import busy, open_ledger_file
 from kvcached_core.ledger.room import waiting_bytes, waiting_rows
 from kvcached_core.ledger.store import PATIENT_SECONDS, LedgerStore
@@ -20,10 +30,15 @@ from kvcached_core.ledger.store import PATIENT_SECONDS, LedgerStore
 # time that a busy machine takes to wake it, that is under 5 ms.
 SCHEDULER_SECONDS = 0.004
 LOOK_INTERVAL_NS = 50_000_000
+_LATER_SECONDS = 0.05
 
 
 class LedgerEntry(LedgerStore):
-    """A ledger that is entered and left."""
+    """A ledger that is entered and left; see `LedgerStore` for what opens it."""
+
+    def __init__(self, path: Path, capacity_bytes: int | None) -> None:
+        self._pending = PendingChanges()
+        super().__init__(path, capacity_bytes)
 
     def _enter(self, seconds: float | None = None, *, is_looking_around: bool = False) -> bool:
         """Lock the file that is current, whole and ours; return whether that was in time.
@@ -45,6 +60,7 @@ class LedgerEntry(LedgerStore):
             if lseek(self._fd, 0, SEEK_END) < FILE_BYTES or self._words[0] != MAGIC:
                 self._move(seconds)
             if is_looking_around:
+                self._look_around_ns = time.monotonic_ns() + LOOK_INTERVAL_NS
                 self._look_for_file(seconds)
             words = self._words
             self._sequence = words[SEQUENCE]
@@ -83,6 +99,55 @@ class LedgerEntry(LedgerStore):
     def _waiting(self) -> list[RowKey]:
         """Return the rows that wait for memory and could have some."""
         return waiting_rows(self._words, self._rows) if waiting_bytes(self._words) else []
+
+    def _look(self, row: RowKey) -> int | None:
+        """Return where the row lies; None if that needs the lock, and it is held for too long."""
+        if self._is_intact():
+            return self._base(row)
+        try:
+            if not self._enter():
+                return None
+            return self._base(row)
+        finally:
+            self._exit()
+
+    def _change(
+        self, row: RowKey, changes: Changes, *, is_freeing: bool = False, is_looking: bool = False
+    ) -> list[RowKey]:
+        """Write changes of the own row, now or later.
+
+        Returns:
+            If they leave others more than before, the rows that wait and could have some.
+        """
+        now_ns = time.time_ns()
+        try:
+            if not self._enter(is_looking_around=is_looking):
+                self._put_off(row, changes)
+                return []
+            base, words = self._base(row), self._words
+            was_waking = words[base + WAKING]
+            words[ALLOCATED] += changes.write(self._rows[row.number], now_ns)
+            self._keep(row, base)
+            is_over = was_waking and not words[base + WAKING]
+            return self._waiting() if is_freeing or is_over else []
+        finally:
+            self._exit()
+
+    def _put_off(self, row: RowKey, changes: Changes) -> None:
+        if self._pending.add(row, changes):
+            # An idle engine may not come again for long.
+            threading.Thread(target=self._write_later, name="kvcached-ledger", daemon=True).start()
+
+    def _write_later(self) -> None:
+        while self._pending.keep_writer():
+            time.sleep(_LATER_SECONDS)
+            try:
+                self._enter()
+            except LedgerError:  # closed, or its files are not there now
+                self._pending.drop_writer()
+                return
+            finally:
+                self._exit()
 
     def _catch_up(self) -> None:
         """Do what is seldom to be done before anything else."""

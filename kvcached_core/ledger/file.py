@@ -26,10 +26,14 @@ NUM_USED_ROWS, CAPACITY, SEQUENCE, LIFETIME_TOKEN, ALLOCATED = 2, 3, 4, 6, 7
 LIMIT, FLOOR, RESIDENT, PROMISED, STATIC, TAKEN, WAITING = 2, 3, 5, 8, 9, 10, 11
 ASKED, OWED, NUM_ASKED, NOTICES, CHANGES, FREED = 12, 13, 15, 16, 17, 24
 
-# Words of a row that are kept for what comes next, so that it needs no other version: 28 bytes of
-# weights, 29 what of them is needed, 30 what is offered; 31 bytes of a token; 32 activations, 33
-# their nanoseconds; 34 holds. Nobody has given 45 to 47 a name, or 8 to 63 of the header.
-# What maps and unmaps took (`CallTimes`) is in 35 to 39 and in 40 to 44.
+# Words of a row: how much of its weights is resident, and since when it wakes.
+WEIGHTS, WAKING = 28, 46
+
+# Zeros in the words from 28 on are what a kvcached without elastic weights writes there. 34 is kept
+# for holds, so that they need no other version. Nobody has given 8 to 63 of the header a name.
+# How long activations took (`Activations`) is in 32 and 33, what maps and unmaps took (`CallTimes`)
+# in 35 to 39 and in 40 to 44.
+_ACTIVATIONS, _ACTIVATIONS_WORDS = 32, 2
 _MAP_TIMES, _UNMAP_TIMES, _TIMES_WORDS = 35, 40, 5
 _NAME, _NAME_WORDS = 48, 8  # as long as a name may be
 _ENGINE, _ENGINE_WORDS = 56, 8
@@ -139,6 +143,13 @@ class Row(_Words):
     num_refused = _Word(25)  # promises that were not given in full
     num_answered = _Word(26)
     pid_namespace = _Word(27)  # in which `pid` means something; 0 where it could not be read
+    weights_bytes = _Word(WEIGHTS)  # part of what is resident
+    weights_needed_bytes = _Word(29)  # to run; 0 for an instance whose weights never yield
+    weights_offered_bytes = _Word(30)  # of those that are resident, what may be asked for
+    token_bytes = _Word(31)  # KV of one token, or 0 where nobody said so
+    weights_kept_until_ns = _Word(45)  # no equal or lower priority is given weights before
+    waking_since_ns = _Word(WAKING)  # and so before whom it wakes; 0 for one that does not
+    weights_wish = _Word(47)  # of a `WeightsWish`: what somebody outside wants
 
     def __init__(self, words: memoryview, index: int, base: int | None = None) -> None:
         super().__init__(words, HEADER_WORDS + index * ROW_WORDS if base is None else base)
@@ -155,15 +166,21 @@ class Row(_Words):
         return RowKey(self.index, self.generation)
 
     @property
+    def held_bytes(self) -> int:
+        """What is held for KV, or promised: what limit and floor are about."""
+        words, base = self.words, self.base
+        return words[base + RESIDENT] - words[base + WEIGHTS] + words[base + PROMISED]
+
+    @property
     def unmet_floor_bytes(self) -> int:
         """What is missing to the floor."""
-        return max(self.floor_bytes - self.resident_bytes - self.promised_bytes, 0)
+        return max(self.floor_bytes - self.held_bytes, 0)
 
     @property
     def excess_bytes(self) -> int:
         """What is held, or promised and about to be mapped, above the limit."""
-        held_bytes = self.resident_bytes + self.promised_bytes
-        return max(held_bytes - self.limit_bytes, 0) if self.limit_bytes >= 0 else 0
+        limit_bytes = self.words[self.base + LIMIT]
+        return max(self.held_bytes - limit_bytes, 0) if limit_bytes >= 0 else 0
 
     @property
     def is_live(self) -> bool:
@@ -191,15 +208,20 @@ class Row(_Words):
     @property
     def map_times(self) -> memoryview:
         """The words that say what maps took."""
-        return self._times(_MAP_TIMES)
+        return self._part(_MAP_TIMES, _TIMES_WORDS)
 
     @property
     def unmap_times(self) -> memoryview:
         """The words that say what unmaps took."""
-        return self._times(_UNMAP_TIMES)
+        return self._part(_UNMAP_TIMES, _TIMES_WORDS)
 
-    def _times(self, offset: int) -> memoryview:
-        return self.words[self.base + offset : self.base + offset + _TIMES_WORDS]
+    @property
+    def activations(self) -> memoryview:
+        """The words that say how often it woke, and what that took."""
+        return self._part(_ACTIVATIONS, _ACTIVATIONS_WORDS)
+
+    def _part(self, offset: int, num_words: int) -> memoryview:
+        return self.words[self.base + offset : self.base + offset + num_words]
 
     def clear(self) -> None:
         """Empty the row; it has no instance afterwards."""

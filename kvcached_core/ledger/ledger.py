@@ -6,9 +6,11 @@ description, which the kernel drops when its holder dies; who only looks takes n
 it maps them. Rows of dead owners are reaped: the memory itself went back with their processes.
 
 Layers, each in its file: the rows of one process (`store`), coming in (`entry`), on it who is in
-the ledger (`members`) and promises (`promises`), and here asking and being asked.
+the ledger (`members`), promises (`promises`) and weights (`weights`), and here asking and being
+asked.
 """
 
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from os import SEEK_END, lseek
@@ -33,6 +35,7 @@ from kvcached_core.ledger.members import LedgerMembers
 from kvcached_core.ledger.policy import shares
 from kvcached_core.ledger.promises import LedgerPromises
 from kvcached_core.ledger.view import DeviceView, read_rows, view_of
+from kvcached_core.ledger.weights import LedgerWeights
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class WantedBytes:
     num_asked: int = 0
 
 
-class Ledger(LedgerPromises, LedgerMembers):
+class Ledger(LedgerPromises, LedgerWeights, LedgerMembers):
     """An open ledger file. Any thread may call it; a forked child may not.
 
     Args:
@@ -74,7 +77,8 @@ class Ledger(LedgerPromises, LedgerMembers):
         try:
             self._enter_patiently()
             found = self._row(row)
-            return self._ask(found, min(num_bytes, found.resident_bytes - found.used_bytes))
+            most_bytes = found.resident_bytes - found.weights_bytes - found.used_bytes
+            return self._ask(found, min(num_bytes, most_bytes))
         finally:
             self._exit()
 
@@ -89,8 +93,8 @@ class Ledger(LedgerPromises, LedgerMembers):
         Args:
             row: The row in whose name they are asked.
             num_bytes: What it lacks.
-            is_static: Whether it is for what was announced. No limit counts that, and nobody's
-                requests stop for it.
+            is_static: Whether it is for what was announced. No limit counts that, and requests
+                stop for it only for an instance that wakes: those of lower priorities.
             is_waiting: Whether the instance waits for it, and is told when memory comes.
 
         Returns:
@@ -98,7 +102,7 @@ class Ledger(LedgerPromises, LedgerMembers):
             after a while, so that a ring which nobody heard costs that time and not more.
         """
         try:
-            if not self._enter():
+            if not self._enter(is_looking_around=is_static):
                 return []
             asker = self._row(row)
             wanted = num_bytes if is_static else min(num_bytes, self._room_below_limit(asker))
@@ -109,11 +113,17 @@ class Ledger(LedgerPromises, LedgerMembers):
             asked = []
             lacking = max(wanted - coming_bytes, 0)
             # Weights that borrowed below a floor could not be given back to its owner.
-            may_borrow = is_waiting and not is_static
-            for share in shares(asker, peers, lacking, is_waiting=may_borrow):
-                peer, owed_bytes = self._rows[share.index], 0 if is_static else share.owed_bytes
-                peer.owed_bytes = max(peer.owed_bytes, owed_bytes)
-                if not self._ask(peer, share.give_bytes + owed_bytes):
+            for share in shares(
+                asker,
+                peers,
+                lacking,
+                is_waiting=is_waiting and not is_static,
+                is_static=is_static,
+                now_ns=time.time_ns(),
+            ):
+                peer = self._rows[share.index]
+                peer.owed_bytes = max(peer.owed_bytes, share.owed_bytes)
+                if not self._ask(peer, share.give_bytes + share.owed_bytes):
                     if not (is_waiting and peer.asked_bytes):
                         continue
                     # It has not answered. Whoever asked first may have ended before it rang, or
@@ -204,7 +214,7 @@ class Ledger(LedgerPromises, LedgerMembers):
         limit = row.limit_bytes
         if limit == NO_LIMIT:
             limit = self._header.capacity_bytes
-        return limit - row.resident_bytes - row.promised_bytes
+        return limit - row.held_bytes
 
     def _ask(self, row: Row, num_bytes: int) -> int:
         more = num_bytes - row.asked_bytes

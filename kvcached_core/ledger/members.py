@@ -143,9 +143,15 @@ class LedgerMembers(LedgerEntry):
             self._exit()
 
     def describe(
-        self, row: RowKey, *, page_bytes: int, virtual_bytes: int, least_bytes: int = 0
+        self,
+        row: RowKey,
+        *,
+        page_bytes: int,
+        virtual_bytes: int,
+        least_bytes: int = 0,
+        token_bytes: int = 0,
     ) -> None:
-        """Say how large a page, the whole pool and the largest request are, in bytes.
+        """Say how large a page, the whole pool, the largest request and a token are, in bytes.
 
         Raises:
             PolicyError: If others' floors leave no room for the largest request.
@@ -157,25 +163,8 @@ class LedgerMembers(LedgerEntry):
             floors = {peer.name: peer.floor_bytes for peer in self._peers(found)}
             check_longest(found.name, least_bytes, floors, self._header.capacity_bytes)
             found.page_bytes, found.virtual_bytes = page_bytes, virtual_bytes
-            found.least_bytes = least_bytes
+            found.least_bytes, found.token_bytes = least_bytes, token_bytes
             self._keep(row, found.base)
-        finally:
-            self._exit()
-
-    def announce(self, row: RowKey, static_bytes: int) -> list[RowKey]:
-        """Say what the process is still about to allocate beside its KV cache, in bytes.
-
-        Returns:
-            The rows that wait for memory, if this leaves more than before; ring their bells.
-        """
-        try:
-            self._enter_patiently()
-            found = self._row(row)
-            less_bytes = found.static_bytes - static_bytes
-            found.static_bytes = static_bytes
-            self._header.allocated_bytes += max(less_bytes, 0)
-            self._keep(row, found.base)
-            return self._waiting() if less_bytes > 0 else []
         finally:
             self._exit()
 

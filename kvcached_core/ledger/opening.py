@@ -264,7 +264,12 @@ def _problem(header: Header) -> str | None:
         return "its first word is not a ledger's"
     if header.capacity_bytes <= 0 or not 0 <= header.num_rows <= ledger_file.NUM_ROWS:
         return f"its header says {header.num_rows} rows and {header.capacity_bytes} bytes"
-    for column in (ledger_file.RESIDENT, ledger_file.PROMISED, ledger_file.STATIC):
+    for column in (
+        ledger_file.RESIDENT,
+        ledger_file.PROMISED,
+        ledger_file.STATIC,
+        ledger_file.WEIGHTS,
+    ):
         if column_sum(header.words, column, header.num_rows) < 0:
             return "a row holds less than nothing"
     return None

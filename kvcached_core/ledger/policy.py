@@ -2,12 +2,15 @@
 
 Memory that nobody needs goes first, whoever holds it. An instance that waits itself, with requests
 that run, needs what it has idle, and gives of it until both hold the same. Cached blocks come next,
-from the lowest priority, and among equals from the instance that was unused longest.
+from the lowest priority, and among equals from the instance that was unused longest. Weights that
+it offers go after its cached blocks, and before those of the next one. Just after an instance woke,
+only a higher priority gets its weights.
 
 A floor guarantees what requests hold and what they wait for. Idle pages and cached blocks below it
 are borrowed last, by an instance whose request waits, and only while their owner does not wait. The
-owner gets them back on demand: live requests of others stop for an instance below its floor, and
-for no other reason but a limit of their own.
+owner gets them back on demand: live requests of others stop for an instance below its floor, for
+one that wakes if their priority is lower, and for no other reason but a limit of their own. Limits
+and floors are about KV, not weights.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -76,8 +79,24 @@ class Standing(Protocol):
         """What it has mapped."""
 
     @property
-    def promised_bytes(self) -> int:
-        """What it is about to map."""
+    def held_bytes(self) -> int:
+        """What it has mapped, or is about to, for KV."""
+
+    @property
+    def weights_bytes(self) -> int:
+        """What it has mapped for weights."""
+
+    @property
+    def weights_offered_bytes(self) -> int:
+        """What of these may be asked for."""
+
+    @property
+    def weights_kept_until_ns(self) -> int:
+        """Until when only a higher priority gets some."""
+
+    @property
+    def waking_since_ns(self) -> int:
+        """Since when its weights come back, or 0."""
 
     @property
     def used_bytes(self) -> int:
@@ -112,7 +131,13 @@ class Share:
 
 
 def shares(
-    asker: Standing, peers: Iterable[Standing], num_bytes: int, *, is_waiting: bool = True
+    asker: Standing,
+    peers: Iterable[Standing],
+    num_bytes: int,
+    *,
+    is_waiting: bool = True,
+    is_static: bool = False,
+    now_ns: int = 0,
 ) -> list[Share]:
     """Return who shall give how much, so that `asker` gets `num_bytes` if there are as many.
 
@@ -122,13 +147,16 @@ def shares(
         num_bytes: What it lacks.
         is_waiting: Whether a request waits for it: then what others have idle or cached below their
             floors is borrowed, too.
+        is_static: Whether it is for what was announced. Requests stop for that only if it is for
+            weights that come back, and only those of lower priorities.
+        now_ns: The time, by `time_ns`.
     """
     order = sorted(peers, key=lambda peer: (peer.priority, peer.last_used_ns))
     found = [Share(peer.index) for peer in order]
     idle = [_idle_to_give(peer, asker) for peer in order]
     cached = [peer.cached_bytes for peer in order]
     above_floor = [_above_floor(peer) for peer in order]
-    below_floor = [0 if peer.waiting_bytes else _held(peer) for peer in order]
+    below_floor = [0 if peer.waiting_bytes else peer.held_bytes for peer in order]
     for left in (above_floor, below_floor) if is_waiting else (above_floor,):
         for spare in (idle, cached):
             for number, share in enumerate(found):
@@ -137,9 +165,17 @@ def shares(
                 spare[number] -= give
                 above_floor[number] -= give
                 num_bytes -= give
-    num_bytes = min(num_bytes, asker.unmet_floor_bytes)
+                if spare is cached and left is above_floor:
+                    give = min(_weights_to_give(order[number], asker, now_ns), num_bytes)
+                    share.give_bytes += give
+                    num_bytes -= give
+    if not is_static:
+        num_bytes = min(num_bytes, asker.unmet_floor_bytes)
     for number, share in enumerate(found):
-        share.owed_bytes = max(min(order[number].used_bytes, above_floor[number], num_bytes), 0)
+        peer = order[number]
+        if is_static and not (asker.waking_since_ns and peer.priority < asker.priority):
+            continue
+        share.owed_bytes = max(min(peer.used_bytes, above_floor[number], num_bytes), 0)
         num_bytes -= share.owed_bytes
     return [share for share in found if share.give_bytes or share.owed_bytes]
 
@@ -232,18 +268,26 @@ def _terms(floors: Mapping[str, int]) -> str:
 
 
 def _idle_to_give(row: Standing, asker: Standing) -> int:
-    idle = row.resident_bytes - row.used_bytes - row.cached_bytes - row.coming_bytes
+    idle = _idle(row) - row.coming_bytes
     is_short = row.waiting_bytes and row.used_bytes > row.page_bytes  # page 0 is always used
     if is_short and row.priority >= asker.priority:
         # It stopped a request for these pages, and would stop the next one if it gave them.
-        half = (_held(row) - _held(asker)) // 2
+        half = (row.held_bytes - asker.held_bytes) // 2
         idle = min(idle, half - half % max(row.page_bytes, 1))
     return max(idle, 0)
 
 
+def _weights_to_give(row: Standing, asker: Standing, now_ns: int) -> int:
+    if now_ns < row.weights_kept_until_ns and asker.priority <= row.priority:
+        return 0
+    offered = min(row.weights_offered_bytes, row.weights_bytes)
+    # What is on its way beyond all that is idle are weights.
+    return max(offered - max(row.coming_bytes - _idle(row), 0), 0)
+
+
+def _idle(row: Standing) -> int:
+    return row.resident_bytes - row.weights_bytes - row.used_bytes - row.cached_bytes
+
+
 def _above_floor(row: Standing) -> int:
-    return max(_held(row) - row.floor_bytes, 0)
-
-
-def _held(row: Standing) -> int:
-    return row.resident_bytes + row.promised_bytes
+    return max(row.held_bytes - row.floor_bytes, 0)

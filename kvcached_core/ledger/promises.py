@@ -5,12 +5,10 @@ A process may be stopped while it has the lock. What is called here waits for it
 soon as the lock can be had.
 """
 
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kvcached_core.errors import LedgerError
 from kvcached_core.ledger.changes import (
     Acknowledgement,
     Changes,
@@ -19,12 +17,11 @@ from kvcached_core.ledger.changes import (
     write_stuck,
     write_times,
 )
-from kvcached_core.ledger.entry import LOOK_INTERVAL_NS, LedgerEntry
+from kvcached_core.ledger.entry import LedgerEntry
 from kvcached_core.ledger.file import ALLOCATED, FREED, PROMISED, WAITING, RowKey
-from kvcached_core.ledger.room import free_bytes, room_bytes, waiting_bytes
+from kvcached_core.ledger.room import free_bytes, room_bytes, waiting_bytes, younger_bytes
 from kvcached_core.ledger.times import NO_CALLS, CallTimes
 
-_LATER_SECONDS = 0.05
 _DEVICE_INTERVAL_NS = 1_000_000
 
 
@@ -75,10 +72,7 @@ class LedgerPromises(LedgerEntry):
         Raises:
             LedgerError: If the instance has left.
         """
-        now_ns = time.monotonic_ns()
-        is_looking_around = now_ns >= self._look_around_ns
-        if is_looking_around:
-            self._look_around_ns = now_ns + LOOK_INTERVAL_NS
+        is_looking_around = time.monotonic_ns() >= self._look_around_ns
         device = None if self._device_free_bytes is None else self._ask_device()
         try:
             if not self._enter(is_looking_around=is_looking_around):
@@ -187,7 +181,8 @@ class LedgerPromises(LedgerEntry):
         """Return what the instance could be promised, its limit aside; negative if it is too late.
 
         That is what is free, less the promises and static needs of all, its own need aside, and
-        less what the others' floors keep. It takes no lock.
+        less what the others' floors keep. For who wakes, what others have announced that wake later
+        is free. It takes no lock.
 
         Raises:
             LedgerError: If the instance has left.
@@ -196,7 +191,9 @@ class LedgerPromises(LedgerEntry):
         base = self._look(row)
         if base is None:
             return 0
-        return free_bytes(self._words, self._rows, base, device_free_bytes)
+        words, rows = self._words, self._rows
+        found = free_bytes(words, rows, base, device_free_bytes)
+        return found + younger_bytes(words, rows, base)
 
     def room_bytes(self, row: RowKey) -> int:
         """Return what a request that waits would be promised now, in bytes.
@@ -230,43 +227,3 @@ class LedgerPromises(LedgerEntry):
             self._ask_device_ns = now_ns + _DEVICE_INTERVAL_NS
             self._recent_bytes = self._device_free_bytes()
         return self._recent_bytes
-
-    def _look(self, row: RowKey) -> int | None:
-        """Return where the row lies; None if that needs the lock, and it is held for too long."""
-        if self._is_intact():
-            return self._base(row)
-        try:
-            if not self._enter():
-                return None
-            return self._base(row)
-        finally:
-            self._exit()
-
-    def _change(self, row: RowKey, changes: Changes) -> None:
-        """Write changes of the own row, now or later."""
-        now_ns = time.time_ns()
-        try:
-            if not self._enter():
-                self._put_off(row, changes)
-                return
-            base = self._base(row)
-            changes.write(self._rows[row.number], now_ns)
-            self._keep(row, base)
-        finally:
-            self._exit()
-
-    def _put_off(self, row: RowKey, changes: Changes) -> None:
-        if self._pending.add(row, changes):
-            # An idle engine may not come again for long.
-            threading.Thread(target=self._write_later, name="kvcached-ledger", daemon=True).start()
-
-    def _write_later(self) -> None:
-        while self._pending.keep_writer():
-            time.sleep(_LATER_SECONDS)
-            try:
-                self._enter()
-            except LedgerError:  # closed, or its files are not there now
-                self._pending.drop_writer()
-                return
-            finally:
-                self._exit()

@@ -1,5 +1,7 @@
 """How near an instance is to the end of the memory that it can get."""
 
+import time
+
 from kvcached_core.ledger.policy import shares
 from kvcached_core.ledger.view import DeviceView, InstanceView
 
@@ -25,12 +27,12 @@ def reachable_bytes(device: DeviceView, instance: InstanceView) -> int:
     free -= sum(min(peer.unmet_floor_bytes, peer.waiting_bytes) for peer in peers)
     given = sum(peer.coming_bytes for peer in peers) + sum(
         share.give_bytes + share.owed_bytes
-        for share in shares(instance, peers, device.capacity_bytes)
+        for share in shares(instance, peers, device.capacity_bytes, now_ns=time.time_ns())
     )
     more = max(free + given, 0)
     if instance.limit_bytes is not None:
-        more = min(more, instance.limit_bytes - instance.resident_bytes - instance.promised_bytes)
-    own = instance.resident_bytes + instance.promised_bytes - instance.used_bytes
+        more = min(more, instance.limit_bytes - instance.held_bytes)
+    own = instance.held_bytes - instance.used_bytes
     return max(own + more, 0)
 
 

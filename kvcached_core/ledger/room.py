@@ -15,6 +15,8 @@ from kvcached_core.ledger.file import (
     STATIC,
     TAKEN,
     WAITING,
+    WAKING,
+    WEIGHTS,
     Row,
     RowKey,
 )
@@ -62,13 +64,30 @@ def room_bytes(
     *,
     is_waiting: bool = False,
 ) -> int:
-    """Return what the row at `base` can be promised: what is free, up to its limit."""
+    """Return what the row at `base` can be promised: what is free, up to its limit for KV."""
     free = free_bytes(words, rows, base, device_free_bytes, is_waiting=is_waiting)
     free -= words[base + STATIC]
     limit = words[base + LIMIT]
     if limit == NO_LIMIT:
         return free
-    return int(min(free, limit - words[base + RESIDENT] - words[base + PROMISED]))
+    held = words[base + RESIDENT] - words[base + WEIGHTS] + words[base + PROMISED]
+    return int(min(free, limit - held))
+
+
+def younger_bytes(words: memoryview, rows: Sequence[Row], base: int) -> int:
+    """Return what those have announced that wake after the row at `base`.
+
+    One wakes after the other, so the first counts as free what later ones wait for. For a row that
+    does not wake, it is 0.
+    """
+    since = words[base + WAKING]
+    if not since:
+        return 0
+    return sum(
+        words[row.base + STATIC]
+        for row in rows[: words[NUM_USED_ROWS]]
+        if (words[row.base + WAKING], row.base) > (since, base)
+    )
 
 
 def waiting_bytes(words: memoryview) -> int:
@@ -84,5 +103,6 @@ def waiting_rows(words: memoryview, rows: Sequence[Row]) -> list[RowKey]:
         for row in rows[: words[NUM_USED_ROWS]]
         if row.waiting_bytes
         and free_bytes(words, rows, row.base, is_waiting=True)
+        + younger_bytes(words, rows, row.base)
         >= min(row.waiting_bytes, max(row.page_bytes, 1))
     ]

@@ -10,7 +10,6 @@ from typing import Self
 
 from kvcached_core.errors import LedgerError
 from kvcached_core.ledger import file as ledger_file
-from kvcached_core.ledger.changes import PendingChanges
 from kvcached_core.ledger.file import (
     CHANGES,
     FILE_BYTES,
@@ -61,8 +60,8 @@ class LedgerStore:
         self.device = path.stem
         self._wanted_capacity = capacity_bytes
         self._own: dict[RowKey, bytes] = {}  # copies of the rows that this process writes
+        self._wakers: set[RowKey] = set()  # of them, those that it has let wake
         self._lifetimes: Lifetimes | None = None
-        self._pending = PendingChanges()
         self._is_held_up = False
         self._is_moving = False
         self._sequence = 0

@@ -4,6 +4,7 @@ import os
 import time
 from dataclasses import dataclass
 
+from kvcached_core.ledger.activations import NO_ACTIVATIONS, Activations
 from kvcached_core.ledger.file import (
     FILE_BYTES,
     NO_LIMIT,
@@ -31,6 +32,14 @@ class InstanceView:
         pid: The process that registered it, as that sees itself.
         pid_namespace: Where that number means something; 0 where nobody could tell.
         least_bytes: What one request of the largest size needs.
+        token_bytes: What one token needs; 0 where nobody said so.
+        weights_bytes: Weights that are resident, and that it can give and have back.
+        weights_needed_bytes: What of these it needs to run; 0 where none yield.
+        weights_offered_bytes: What of those that are resident may be asked for.
+        weights_kept_until_ns: Until when only a higher priority is given some, by `time_ns`.
+        weights_wish: What somebody wishes of them, a `WeightsWish`.
+        waking_since_ns: Since when it wakes, by `time_ns`, and before whom; 0 if it does not.
+        activations: The times that it woke.
         map_times: What mapping a page took, on all ranks of the device.
         unmap_times: What unmapping a page took.
     """
@@ -63,6 +72,24 @@ class InstanceView:
     last_used_seconds: float
     map_times: CallTimes = NO_CALLS
     unmap_times: CallTimes = NO_CALLS
+    token_bytes: int = 0
+    weights_bytes: int = 0
+    weights_needed_bytes: int = 0
+    weights_offered_bytes: int = 0
+    weights_kept_until_ns: int = 0
+    weights_wish: int = 0
+    waking_since_ns: int = 0
+    activations: Activations = NO_ACTIVATIONS
+
+    @property
+    def is_waking(self) -> bool:
+        """Whether its weights come back, or it waits for room for them."""
+        return self.waking_since_ns != 0
+
+    @property
+    def held_bytes(self) -> int:
+        """What it holds for KV, or is promised: what limit and floor are about."""
+        return self.resident_bytes - self.weights_bytes + self.promised_bytes
 
     @property
     def policy(self) -> Policy:
@@ -82,12 +109,14 @@ class InstanceView:
     @property
     def unmet_floor_bytes(self) -> int:
         """What is missing to its floor."""
-        return max(self.floor_bytes - self.resident_bytes - self.promised_bytes, 0)
+        return max(self.floor_bytes - self.held_bytes, 0)
 
     @property
     def excess_bytes(self) -> int:
         """What it holds above its limit."""
-        return 0 if self.limit_bytes is None else max(self.resident_bytes - self.limit_bytes, 0)
+        if self.limit_bytes is None:
+            return 0
+        return max(self.resident_bytes - self.weights_bytes - self.limit_bytes, 0)
 
 
 @dataclass(frozen=True)
@@ -121,8 +150,9 @@ class DeviceView:
 def view_of(row: Row) -> InstanceView:
     """Return what a row says now."""
     resident = row.resident_bytes
-    used = min(row.used_bytes, resident)
-    cached = min(row.cached_bytes, resident - used)
+    weights = min(row.weights_bytes, resident)
+    used = min(row.used_bytes, resident - weights)
+    cached = min(row.cached_bytes, resident - weights - used)
     return InstanceView(
         row=row.key,
         name=row.name,
@@ -138,7 +168,7 @@ def view_of(row: Row) -> InstanceView:
         resident_bytes=resident,
         used_bytes=used,
         cached_bytes=cached,
-        idle_bytes=resident - used - cached,
+        idle_bytes=resident - weights - used - cached,
         promised_bytes=row.promised_bytes,
         static_bytes=row.static_bytes,
         asked_bytes=row.asked_bytes,
@@ -152,6 +182,14 @@ def view_of(row: Row) -> InstanceView:
         last_used_seconds=row.last_used_ns / 1e9,
         map_times=CallTimes.read(row.map_times),
         unmap_times=CallTimes.read(row.unmap_times),
+        token_bytes=row.token_bytes,
+        weights_bytes=weights,
+        weights_needed_bytes=row.weights_needed_bytes,
+        weights_offered_bytes=min(row.weights_offered_bytes, weights),
+        weights_kept_until_ns=row.weights_kept_until_ns,
+        weights_wish=row.weights_wish,
+        waking_since_ns=row.waking_since_ns,
+        activations=Activations.read(row.activations),
     )
 
 

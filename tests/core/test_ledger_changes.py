@@ -2,8 +2,10 @@
 
 import pytest
 
+from kvcached_core.ledger.activations import Activations
 from kvcached_core.ledger.changes import Acknowledgement, Changes, PendingChanges
 from kvcached_core.ledger.file import FILE_BYTES, Row, RowKey
+from kvcached_core.ledger.weight_changes import WeightChanges
 
 ROW, OTHER = RowKey(0, 7), RowKey(1, 8)
 CHANGES = [
@@ -12,13 +14,18 @@ CHANGES = [
     Changes(mapped_bytes=20, unneeded_bytes=2),
     Changes(unmapped_bytes=4, stuck_bytes=3, counts=(6, 2)),
     Changes(is_waiting_over=True),
+    Changes(weights=WeightChanges(mapped_bytes=7, offer=(9, 90))),
+    Changes(weights=WeightChanges(announced=(30, True), activations=Activations.one(5))),
+    Changes(weights=WeightChanges(mapped_bytes=11, unmapped_bytes=2, ended_wish=1)),
+    Changes(weights=WeightChanges(offer=(3, 80), activations=Activations.one(6))),
 ]
 
 
 def fresh_row() -> Row:
     row = Row(memoryview(bytearray(FILE_BYTES)).cast("q"), 0)
     row.promised_bytes, row.resident_bytes, row.coming_bytes = 100, 50, 30
-    row.asked_bytes = row.waiting_bytes = 40
+    row.asked_bytes = row.waiting_bytes = row.static_bytes = 40
+    row.weights_needed_bytes, row.weights_wish = 90, 1
     return row
 
 
@@ -27,12 +34,16 @@ def test_the_sum_of_changes_says_what_they_say_one_by_one() -> None:
     for changes in CHANGES:
         changes.write(one_by_one, 1)
         total.add(Changes(**vars(changes)))
-    assert total.write(at_once, 1) == 20
+    assert total.write(at_once, 1) == 20 + 7 + 11 + (40 - 7 - 30)
     for row in (one_by_one, at_once):
-        assert (row.promised_bytes, row.resident_bytes) == (100 - 1 - 20 - 2, 50 + 20 - 4)
+        assert (row.promised_bytes, row.resident_bytes) == (100 - 1 - 20 - 2, 50 + 20 - 4 + 16)
         assert (row.used_bytes, row.cached_bytes) == (6, 2)
-        assert (row.asked_bytes, row.waiting_bytes, row.num_freed_bytes) == (0, 0, 4 + 2 + 3)
-        assert row.coming_bytes == 30 + 9 - (4 + 2 + 3)
+        assert (row.asked_bytes, row.waiting_bytes, row.num_freed_bytes) == (0, 0, 4 + 2 + 3 + 2)
+        assert row.coming_bytes == 30 + 9 - (4 + 2 + 3 + 2)
+        assert (row.weights_bytes, row.static_bytes) == (7 + 11 - 2, 30 - 11)
+        assert (row.weights_offered_bytes, row.weights_kept_until_ns) == (3, 80)
+        assert (row.waking_since_ns, row.weights_wish) == (1, 0)
+        assert Activations.read(row.activations).num == 2
 
 
 def test_what_is_taken_is_gone_and_each_rows_own() -> None:

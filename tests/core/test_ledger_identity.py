@@ -14,6 +14,7 @@ from kvcached_core.errors import LedgerError
 from kvcached_core.ledger.file import MAGIC, RowKey
 from kvcached_core.ledger.ledger import Ledger, sweep
 from kvcached_core.ledger.opening import ledger_directory
+from kvcached_core.ledger.weights import WeightsWish
 from kvcached_core.units import GIB, MIB
 
 PAGE = 16 * MIB
@@ -53,7 +54,16 @@ CALLS: dict[str, Callable[[Ledger, RowKey], object]] = {
     "free_bytes": lambda ledger, row: ledger.free_bytes(row),
     "room_bytes": lambda ledger, row: ledger.room_bytes(row),
     "announce": lambda ledger, row: ledger.announce(row, PAGE),
+    "announce waking": lambda ledger, row: ledger.announce(row, PAGE, is_waking=True),
+    "is_first_waker": lambda ledger, row: ledger.is_first_waker(row),
     "describe": lambda ledger, row: ledger.describe(row, page_bytes=1, virtual_bytes=1),
+    "describe_weights": lambda ledger, row: ledger.describe_weights(row, PAGE),
+    "settle_weights": lambda ledger, row: ledger.settle_weights(row, mapped_bytes=PAGE),
+    "offer_weights": lambda ledger, row: ledger.offer_weights(row, PAGE),
+    "activated": lambda ledger, row: ledger.activated(row, 1),
+    "set_wish": lambda ledger, row: ledger.set_wish(row, WeightsWish.SLEEP),
+    "weights_wish": lambda ledger, row: ledger.weights_wish(row),
+    "end_wish": lambda ledger, row: ledger.end_wish(row, WeightsWish.SLEEP),
     "join": lambda ledger, row: ledger.join(row),
     "unregister": lambda ledger, row: ledger.unregister(row),
     "change_policy": lambda ledger, row: ledger.change_policy(row, limit_bytes=PAGE),
@@ -249,6 +259,51 @@ def test_of_two_processes_with_one_row_the_newer_copy_is_written_into_a_new_file
                 each._exit()
         (seen,) = ledger.view().instances
         assert seen.promised_bytes == 3 * PAGE
+
+
+@pytest.mark.parametrize("is_worker_first", [True, False])
+def test_weights_that_only_a_worker_knows_are_in_the_new_file_too(
+    ledger: Ledger, path: Path, *, is_worker_first: bool
+) -> None:
+    with Ledger(path) as worker:
+        row = ledger.register(name="a", engine="test")
+        worker.join(row)
+        ledger.describe_weights(row, 20 * PAGE)
+        worker.settle_weights(row, mapped_bytes=20 * PAGE)
+        ledger.offer_weights(row, 20 * PAGE)
+        fill(ledger, row, 3)
+        worker.settle_weights(row, unmapped_bytes=8 * PAGE)
+        damage(path)
+        with Ledger(path, GIB):
+            for each in (worker, ledger) if is_worker_first else (ledger, worker):
+                each._enter_patiently()
+                each._exit()
+        (seen,) = ledger.view().instances
+        assert (seen.resident_bytes, seen.used_bytes) == (15 * PAGE, 3 * PAGE)
+        assert (seen.weights_bytes, seen.weights_offered_bytes) == (12 * PAGE, 12 * PAGE)
+        assert ledger.room_bytes(row) == GIB - 15 * PAGE
+
+
+@pytest.mark.parametrize("num_later", [0, 4])
+def test_weights_that_moved_while_another_process_had_not_repaired_are_counted_once(
+    ledger: Ledger, path: Path, *, num_later: int
+) -> None:
+    with Ledger(path) as worker:
+        row = ledger.register(name="a", engine="test")
+        worker.join(row)
+        ledger.describe_weights(row, 20 * PAGE)
+        fill(ledger, row, 3)
+        worker.settle_weights(row, mapped_bytes=20 * PAGE)
+        worker.settle_weights(row, unmapped_bytes=4 * PAGE)
+        damage(path)
+        with Ledger(path, GIB):
+            for _ in range(num_later):  # in the new file, from what it knew
+                ledger.settle(row, used_bytes=2 * PAGE, cached_bytes=PAGE)
+            worker._enter_patiently()
+            worker._exit()
+        (seen,) = ledger.view().instances
+        assert (seen.resident_bytes, seen.weights_bytes) == (19 * PAGE, 16 * PAGE)
+        assert seen.idle_bytes == 0
 
 
 def test_a_process_that_only_joined_repairs_its_row_and_keeps_it_alive(

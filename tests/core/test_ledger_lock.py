@@ -166,6 +166,37 @@ def test_what_could_not_be_written_is_written_when_the_lock_is_free(
     assert (after.asked_bytes, after.coming_bytes) == (0, 0)
 
 
+def test_weights_that_move_while_the_lock_is_held_are_counted_when_it_is_free(
+    ledger: Ledger, row: RowKey, holder: StoppedHolder
+) -> None:
+    ledger.announce(row, 9 * PAGE, is_waking=True)
+    assert not ledger.is_first_waker(row)
+    ledger.settle_weights(row, mapped_bytes=8 * PAGE)
+    ledger.settle_weights(row, unmapped_bytes=2 * PAGE)
+    ledger.activated(row, 1)
+    ledger.offer_weights(row, 6 * PAGE, 7)
+    assert (only(ledger).weights_bytes, only(ledger).static_bytes) == (0, 0)
+    holder.end()
+    ledger.cancel(row, 0)
+    seen = only(ledger)
+    assert (seen.weights_bytes, seen.resident_bytes) == (6 * PAGE, 10 * PAGE)
+    assert (seen.static_bytes, seen.activations.num) == (PAGE, 1)
+    assert (seen.weights_offered_bytes, seen.weights_kept_until_ns) == (6 * PAGE, 7)
+
+
+def test_who_wakes_does_not_wait_for_the_lock_and_is_first_when_it_is_written(
+    ledger: Ledger, row: RowKey, holder: StoppedHolder
+) -> None:
+    ledger.announce(row, 9 * PAGE, is_waking=True)
+    ledger.announce(row, 0)
+    ledger.announce(row, 5 * PAGE, is_waking=True)
+    assert not ledger.is_first_waker(row)
+    holder.end()
+    ledger.describe_weights(row, 5 * PAGE)
+    assert ledger.is_first_waker(row)
+    assert only(ledger).static_bytes == 5 * PAGE
+
+
 def test_an_idle_engine_writes_it_without_being_called_again_each_time(
     ledger: Ledger, row: RowKey
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from helpers import ledger_child
-from helpers.ledger_child import OPERATIONS, PAGE
+from helpers.ledger_child import OPERATIONS, PAGE, WITH_WEIGHTS
 
 from kvcached_core.errors import PolicyError
 from kvcached_core.ledger.file import RowKey
@@ -39,6 +39,9 @@ class Model:
     limit: int = NONE
     floor: int = 0
     used: int = 0
+    weights: int = 0
+    announced: int = 0
+    waking: int = 0
 
     @property
     def held(self) -> int:
@@ -91,6 +94,7 @@ class World:
     ledger: Ledger
     source: random.Random
     names: Iterator[int] = field(default_factory=count)
+    wakes: Iterator[int] = field(default_factory=lambda: count(1))
     processes: list[Process] = field(default_factory=list)
 
     def start(self) -> None:
@@ -107,10 +111,20 @@ class World:
     def expected_grant(self, process: Process, num: int, *, may_borrow: bool) -> int:
         mine = process.model
         others = [other.model for other in self.processes if other is not process]
-        free = CAPACITY - sum(other.held for other in others) - mine.held
+        free = CAPACITY - sum(one.held + one.weights + one.announced for one in (*others, mine))
         if not may_borrow:
             free -= sum(other.unmet for other in others)
         return max(min(num, free, mine.limit - mine.held), 0)
+
+    def may_restore(self, process: Process) -> bool:
+        """Return whether it is the first that wakes, and all that it announced is free."""
+        mine = process.model
+        others = [other.model for other in self.processes if other is not process]
+        wakers = [other for other in others if other.waking]
+        if not mine.waking or any(other.waking < mine.waking for other in wakers):
+            return False
+        free = CAPACITY - sum(one.held + one.weights for one in (*others, mine))
+        return mine.announced <= free - sum(other.unmet for other in others)
 
     def step(self) -> None:
         process = self.source.choice(self.processes)
@@ -122,7 +136,8 @@ class World:
             self.ledger.ask(process.row, num * PAGE)
             mine.asked = max(mine.asked, min(num, mine.resident - mine.used))
         else:
-            expected = self.expected(process, operation, num)
+            model = self.expected_of_weights if operation in WITH_WEIGHTS else self.expected
+            expected = model(process, operation, num)
             assert process.do(operation, num) == expected, (process.name, operation, num, mine)
         self.check(self.ledger.view())
 
@@ -145,6 +160,24 @@ class World:
         done = min(num, mine.resident)
         mine.resident -= done
         mine.used = min(mine.used, mine.resident)
+        return done
+
+    def expected_of_weights(self, process: Process, operation: str, num: int) -> int:
+        mine = process.model
+        if operation == "wake":
+            done = 0 if mine.announced else num
+            mine.announced += done
+            mine.waking = next(self.wakes) if done else mine.waking
+        elif operation == "restore":
+            done = min(num, mine.announced) if self.may_restore(process) else 0
+            mine.announced -= done
+            mine.weights += done
+            mine.waking = mine.waking if mine.announced else 0
+        elif operation == "drop":
+            done = 0 if mine.announced else min(num, mine.weights)
+            mine.weights -= done
+        else:
+            done, mine.announced, mine.waking = mine.announced, 0, 0
         return done
 
     def set_policy(self, process: Process, what: str, num: int) -> None:
@@ -173,10 +206,17 @@ class World:
             row, mine = seen[process.name], process.model
             assert (row.promised_bytes, row.resident_bytes) == (
                 mine.promised * PAGE,
-                mine.resident * PAGE,
+                (mine.resident + mine.weights) * PAGE,
             )
-            assert row.asked_bytes == mine.asked * PAGE
-            assert row.resident_bytes == row.used_bytes + row.cached_bytes + row.idle_bytes
+            assert (row.weights_bytes, row.static_bytes) == (
+                mine.weights * PAGE,
+                mine.announced * PAGE,
+            )
+            assert (row.asked_bytes, row.is_waking) == (mine.asked * PAGE, bool(mine.waking))
+            held = row.used_bytes + row.cached_bytes + row.idle_bytes
+            assert row.resident_bytes == held + row.weights_bytes
+            taken = self.ledger._row(process.row).taken_bytes
+            assert taken == row.resident_bytes + row.promised_bytes + row.static_bytes
 
 
 @pytest.fixture
@@ -222,4 +262,6 @@ def test_a_storm_of_eight_never_promises_too_much(world: World) -> None:
     for process in survivors:
         process.do("cancel", NONE)
         process.do("free", NONE)
+        process.do("give_up", 0)
+        process.do("drop", NONE)
     assert world.ledger.view().free_bytes == CAPACITY * PAGE

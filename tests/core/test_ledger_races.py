@@ -50,10 +50,10 @@ class Pair:
         self.start = threading.Barrier(2)
         self.errors: list[BaseException] = []
 
-    def race(self, *actions: Callable[[int], None]) -> None:
+    def race(self, *actions: Callable[[int], object]) -> None:
         """Do both for each number from 0 on; raise what one of them raised."""
 
-        def run(action: Callable[[int], None]) -> None:
+        def run(action: Callable[[int], object]) -> None:
             try:
                 for number in range(NUM_RACES):
                     self.start.wait(60)
@@ -366,3 +366,39 @@ def test_a_process_stopped_at_any_point_makes_a_scheduler_wait_once_at_most(
         assert num_held_up > 0
         ledger._look_around_ns = 0
         assert ledger.reserve(row, CAPACITY, PAGE) == CAPACITY
+
+
+def wake_and_sleep(ledger: Ledger, row: RowKey, num_pages: int) -> None:
+    """Get the weights, when it is this one's turn and there is room, and give them back."""
+    ledger.announce(row, num_pages * PAGE, is_waking=True)
+    while not (ledger.is_first_waker(row) and ledger.free_bytes(row) >= num_pages * PAGE):
+        ledger.ask_peers(row, num_pages * PAGE, is_static=True)
+    for _ in range(num_pages // 4):
+        ledger.settle_weights(row, mapped_bytes=4 * PAGE)
+        assert ledger.view().free_bytes >= 0
+    ledger.clear_waiting(row)
+    ledger.settle_weights(row, unmapped_bytes=num_pages * PAGE)
+
+
+def test_of_two_that_wake_at_once_beside_a_third_that_works_each_gets_its_turn(path: Path) -> None:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(3000)
+        work_for_ever(path, writer)
+    assert os.read(reader, 1) == b"x"
+    try:
+        with Ledger(path, CAPACITY) as first, Ledger(path, CAPACITY) as second:
+            rows = {
+                each: each.register(name=str(id(each)), engine="test") for each in (first, second)
+            }
+            for each, row in rows.items():
+                each.describe_weights(row, 40 * PAGE)
+            Pair().race(
+                lambda number: number % 20 or wake_and_sleep(first, rows[first], 40),
+                lambda number: number % 20 or wake_and_sleep(second, rows[second], 40),
+            )
+            assert {view.weights_bytes for view in first.view().instances} == {0}
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)

@@ -4,7 +4,9 @@ import pytest
 
 from kvcached_core.errors import PolicyError
 from kvcached_core.ledger.file import HEADER_WORDS, NUM_ROWS, ROW_WORDS, Row
-from kvcached_core.ledger.policy import Policy, check, shares
+from kvcached_core.ledger.policy import Policy, Share, check, shares
+
+NOW = 100
 
 
 def rows(*sizes: dict[str, int]) -> list[Row]:
@@ -14,12 +16,14 @@ def rows(*sizes: dict[str, int]) -> list[Row]:
         row.limit_bytes = -1
         for name, value in values.items():
             setattr(row, name, value)
-        row.resident_bytes = row.used_bytes + row.cached_bytes + values.get("resident_bytes", 0)
+        row.resident_bytes = (
+            row.used_bytes + row.cached_bytes + row.weights_bytes + values.get("resident_bytes", 0)
+        )
     return made
 
 
 def asked(asker: Row, peers: list[Row], num_bytes: int) -> dict[int, tuple[int, int]]:
-    found = shares(asker, peers, num_bytes)
+    found = shares(asker, peers, num_bytes, now_ns=NOW)
     return {share.index: (share.give_bytes, share.owed_bytes) for share in found}
 
 
@@ -75,6 +79,61 @@ def test_nobody_is_asked_below_its_floor_for_what_nobody_waits_for() -> None:
     asker, peer = rows({}, {"cached_bytes": 10, "floor_bytes": 7})
     (share,) = shares(asker, [peer], 10, is_waiting=False)
     assert share.give_bytes == 3
+
+
+def test_weights_go_after_the_cache_of_the_same_instance_and_before_that_of_the_next() -> None:
+    asker, recent, old = rows(
+        {},
+        {"cached_bytes": 10, "weights_bytes": 50, "weights_offered_bytes": 50, "last_used_ns": 9},
+        {"cached_bytes": 10, "weights_bytes": 50, "weights_offered_bytes": 50, "last_used_ns": 2},
+    )
+    recent.resident_bytes += 5  # of whoever has idle pages, these go first
+    peers = [recent, old]
+    assert asked(asker, peers, 15) == {recent.index: (5, 0), old.index: (10, 0)}
+    assert asked(asker, peers, 40) == {recent.index: (5, 0), old.index: (35, 0)}
+    assert asked(asker, peers, 70) == {recent.index: (10, 0), old.index: (60, 0)}
+    assert asked(asker, peers, 999) == {recent.index: (65, 0), old.index: (60, 0)}
+
+
+def test_of_a_busy_higher_priority_the_cache_stays_while_a_lower_one_has_weights() -> None:
+    offered = {"weights_bytes": 50, "weights_offered_bytes": 50}
+    asker, high, low = rows({}, {"cached_bytes": 10, "priority": 1}, offered)
+    assert asked(asker, [high, low], 50) == {low.index: (50, 0)}
+
+
+def test_weights_that_are_not_offered_are_neither_idle_nor_borrowed_nor_below_a_floor() -> None:
+    asker, peer = rows({"floor_bytes": 99}, {"weights_bytes": 50, "cached_bytes": 4})
+    assert asked(asker, [peer], 60) == {peer.index: (4, 0)}
+    peer.floor_bytes, peer.weights_offered_bytes = 4, 20
+    assert asked(asker, [peer], 30) == {peer.index: (24, 0)}  # weights first, then below the floor
+    assert asked(asker, [peer], 20) == {peer.index: (20, 0)}
+
+
+def test_only_a_higher_priority_gets_weights_of_who_woke_just_now() -> None:
+    kept = {"weights_bytes": 9, "weights_offered_bytes": 9, "weights_kept_until_ns": NOW + 1}
+    equal, higher, peer = rows({}, {"priority": 1}, kept)
+    assert asked(equal, [peer], 9) == {}
+    assert asked(higher, [peer], 9) == {peer.index: (9, 0)}
+    peer.weights_kept_until_ns = NOW
+    assert asked(equal, [peer], 9) == {peer.index: (9, 0)}
+
+
+def test_requests_of_lower_priorities_alone_stop_for_who_wakes() -> None:
+    asker, low, equal = rows({}, {"used_bytes": 9, "priority": -1}, {"used_bytes": 9})
+    peers = [low, equal]
+    assert shares(asker, peers, 12, is_waiting=False, is_static=True) == []
+    asker.waking_since_ns = 1
+    assert shares(asker, peers, 12, is_waiting=False, is_static=True) == [Share(low.index, 0, 9)]
+    low.floor_bytes = 4
+    assert shares(asker, peers, 12, is_waiting=False, is_static=True) == [Share(low.index, 0, 5)]
+
+
+def test_weights_that_are_on_their_way_are_not_asked_for_again() -> None:
+    asker, peer = rows(
+        {},
+        {"resident_bytes": 4, "weights_bytes": 9, "weights_offered_bytes": 9, "coming_bytes": 6},
+    )
+    assert asked(asker, [peer], 20) == {peer.index: (7, 0)}
 
 
 def test_an_owner_that_waits_itself_keeps_what_lies_below_its_floor() -> None:

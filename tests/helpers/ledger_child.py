@@ -17,7 +17,8 @@ from kvcached_core.memory.vmm.host import HostBackend
 PAGE = 2 * 1024 * 1024
 NUM_PAGES = 64
 GEOMETRY = Geometry(block_bytes=128 * 1024, num_planes=4, ids_per_page=16, blocks_per_page=4)
-OPERATIONS = ("reserve", "borrow", "map", "cancel", "free", "use", "answer")
+WITH_WEIGHTS = ("wake", "restore", "drop", "give_up")
+OPERATIONS = ("reserve", "borrow", "map", "cancel", "free", "use", "answer", *WITH_WEIGHTS)
 
 
 class Child:
@@ -28,6 +29,7 @@ class Child:
         self.row = self.ledger.register(name=name, engine="test", page_bytes=PAGE)
         self.arena = Arena(HostBackend(), GEOMETRY, NUM_PAGES)
         self.num_promised = self.num_used = self.num_cached = 0
+        self.num_weights = self.num_announced = 0
 
     def reserve(self, num: int) -> int:
         granted = self.ledger.reserve(self.row, num * PAGE, PAGE) // PAGE
@@ -71,6 +73,39 @@ class Child:
         wanted = self.ledger.wanted(self.row)
         self.ledger.acknowledge(self.row)
         return self.free(wanted.asked_bytes // PAGE)
+
+    def wake(self, num: int) -> int:
+        """Announce so many pages of weights, unless some are announced already."""
+        if self.num_announced:
+            return 0
+        self.ledger.describe_weights(self.row, (self.num_weights + num) * PAGE)
+        self.ledger.announce(self.row, num * PAGE, is_waking=True)
+        self.num_announced = num
+        return num
+
+    def restore(self, num: int) -> int:
+        """Map weights that were announced, if it is this one's turn and there is room for all."""
+        has_room = self.ledger.free_bytes(self.row) >= self.num_announced * PAGE
+        if not self.ledger.is_first_waker(self.row) or not has_room:
+            return 0
+        num = min(num, self.num_announced)
+        self.ledger.settle_weights(self.row, mapped_bytes=num * PAGE)
+        self.num_announced -= num
+        self.num_weights += num
+        return num
+
+    def drop(self, num: int) -> int:
+        """Unmap weights, unless it wakes."""
+        num = 0 if self.num_announced else min(num, self.num_weights)
+        self.ledger.settle_weights(self.row, unmapped_bytes=num * PAGE)
+        self.num_weights -= num
+        return num
+
+    def give_up(self, _num: int) -> int:
+        """Wake no more."""
+        given_up, self.num_announced = self.num_announced, 0
+        self.ledger.announce(self.row, 0)
+        return given_up
 
     def storm(self, num: int) -> None:
         """Do `num` operations of its own choice."""
