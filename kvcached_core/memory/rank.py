@@ -23,6 +23,7 @@ from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import Geometry
 from kvcached_core.memory.keeper import PageChanges, PageKeeper
 from kvcached_core.memory.orders import PageOrders
+from kvcached_core.memory.patience import keep_trying
 from kvcached_core.memory.seats import Seat
 from kvcached_core.memory.vmm.backend import Backend
 from kvcached_core.units import format_bytes
@@ -31,11 +32,6 @@ logger = logging.getLogger("kvcached")
 
 # How long a step waits for memory that was promised and that somebody outside the ledger took.
 PATIENCE_SECONDS = 30.0
-# It asks for it again and again, after a pause that doubles from the first of these to the second,
-# and says so once in the third.
-FIRST_PAUSE_SECONDS = 0.01
-LAST_PAUSE_SECONDS = 0.16
-LOG_SECONDS = 1.0
 # How often who warms up asks again: the bell of its instance is the scheduler's.
 ASK_SECONDS = 0.05
 
@@ -195,32 +191,24 @@ class RankMemory:
                 self._report(PageChanges(num_unmapped=num_resident))
 
     def _map_now(self, pages: list[int]) -> None:
-        started_at = time.monotonic()
-        log_at, pause_seconds = started_at, FIRST_PAUSE_SECONDS
-        while True:
-            try:
-                self.keeper.map_now(pages, self._current_stream())
-            except OutOfMemoryError as error:
-                # The step is scheduled and its engine cannot take it back, so it waits.
-                now = time.monotonic()
-                if now > started_at + PATIENCE_SECONDS:
-                    logger.exception(
-                        "kvcached: %d pages were promised and found no memory in %d s, so this "
-                        "engine ends; others than engines took it: raise KVCACHED_HEADROOM",
-                        len(pages),
-                        PATIENCE_SECONDS,
-                    )
-                    raise
-                if now >= log_at:
-                    log_at = now + LOG_SECONDS
-                    logger.warning("kvcached: %s; asking the neighbours, trying again", error)
-                    self._report(PageChanges())
-                wanted_bytes = len(pages) * self.arena.geometry.page_bytes
-                ask_peers(self.ledger, self.seat.row, wanted_bytes)
-                time.sleep(pause_seconds)
-                pause_seconds = min(2 * pause_seconds, LAST_PAUSE_SECONDS)
-            else:
-                return
+        def ask() -> None:
+            self._report(PageChanges())  # so that the metrics say what failed
+            wanted_bytes = len(pages) * self.arena.geometry.page_bytes
+            ask_peers(self.ledger, self.seat.row, wanted_bytes)
+
+        try:
+            # The step is scheduled and its engine cannot take it back, so it waits.
+            keep_trying(
+                lambda: self.keeper.map_now(pages, self._current_stream()), ask, PATIENCE_SECONDS
+            )
+        except OutOfMemoryError:
+            logger.exception(
+                "kvcached: %d pages were promised and found no memory in %d s, so this "
+                "engine ends; others than engines took it: raise KVCACHED_HEADROOM",
+                len(pages),
+                PATIENCE_SECONDS,
+            )
+            raise
 
     def _report(self, changes: PageChanges) -> None:
         page_bytes = self.arena.geometry.page_bytes

@@ -15,11 +15,12 @@ from kvcached_core.engine.instance import Instance
 from kvcached_core.errors import BackendError, OutOfMemoryError, PageKeeperError
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.view import InstanceView
-from kvcached_core.memory import rank
+from kvcached_core.memory import patience, rank
 from kvcached_core.memory.devices import Device
 from kvcached_core.memory.geometry import choose_geometry
 from kvcached_core.memory.orders import PageOrders
-from kvcached_core.memory.rank import LOG_SECONDS, PATIENCE_SECONDS, RankMemory
+from kvcached_core.memory.patience import LOG_SECONDS
+from kvcached_core.memory.rank import PATIENCE_SECONDS, RankMemory
 from kvcached_core.memory.seats import Seat
 from kvcached_core.memory.vmm.backend import Fence
 from kvcached_core.memory.vmm.host import HostBackend, HostFence
@@ -132,7 +133,8 @@ class VirtualTime:
 def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualTime:
     made = VirtualTime()
     clock = SimpleNamespace(monotonic=made.monotonic, sleep=made.sleep)
-    monkeypatch.setattr(rank, "time", clock)
+    for module in (patience, rank):
+        monkeypatch.setattr(module, "time", clock)
     return made
 
 

@@ -108,7 +108,7 @@ def test_two_ranks_of_an_instance_add_up_in_its_row(ledger: Ledger) -> None:
 def test_what_a_rank_maps_and_cannot_map_is_in_the_metrics(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvcached_core.memory.rank.FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("kvcached_core.memory.patience.FIRST_PAUSE_SECONDS", 0.0)
     row = ledger.register(name="llama", engine="vLLM 0.32.0")
     ledger.reserve(row, 4 * PAGE, PAGE)
     backend = FaultyBackend(HostBackend(), lambda verb, number: (verb, number) == ("map", 2))
