@@ -1,0 +1,292 @@
+"""The weights of one rank: given from the end of the image, and brought back from the host's copy.
+
+A page that is what its copy is, is dropped; one that has changed is written back before. All pages
+in front of the first that is missing are there, so who schedules knows the state by one number.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kvcached_core.errors import BackendError, HostCopyError, LedgerError
+from kvcached_core.ledger.bell import wake
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.shortage import ask_peers
+from kvcached_core.memory.patience import keep_trying
+from kvcached_core.memory.seats import Seat
+from kvcached_core.units import format_bytes
+from kvcached_core.weights.host_copy import HostCopy, complete
+from kvcached_core.weights.image import Image
+from kvcached_core.weights.status import WeightStatus
+from kvcached_core.weights.sums import page_sums
+
+logger = logging.getLogger("kvcached")
+
+# Pages that are given at a time: whoever asked has the first of them while the others still go.
+DROP_BATCH_PAGES = 8
+# Pages that are brought at a time before the ledger is told.
+MAP_BATCH_PAGES = 4
+# How long a wake waits for memory that was promised; the engine goes on asking afterwards.
+PATIENCE_SECONDS = 2.0
+# When it is tried again to copy the weights, where it failed; each time twice as long.
+FIRST_RETRY_SECONDS = 5.0
+LAST_RETRY_SECONDS = 600.0
+
+
+class CopySource:
+    """An image as a host copy is taken of it.
+
+    Args:
+        image: Of which the pages that are copied are resident.
+    """
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+
+    def sums(self, first: int, num_pages: int) -> Sequence[tuple[int, int]]:
+        """Return the sums of a run of pages as they are now."""
+        return page_sums(self._image, first, num_pages)
+
+    def copy_out(self, page: int, host_address: int) -> None:
+        """Copy a page to host memory; return when it is done."""
+        image = self._image
+        image.backend.copy_out(host_address, image.page_address(page), image.page_bytes)
+        image.backend.finish_copies()
+
+
+class RankWeights:
+    """An image, its copy on the host, and their part of the ledger.
+
+    Its methods are for the worker's thread, between two steps.
+
+    Args:
+        image: The image; what of it is resident is there, all of it as a rule.
+        make_copy: Returns the host copy, complete or to be filled, or None if there is none. It is
+            called in a thread of its own, and returns soon after its argument is set.
+        current_stream: Returns the stream that the engine's steps are launched on.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        make_copy: Callable[[threading.Event], HostCopy | None],
+        current_stream: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.image = image
+        self._pid = os.getpid()
+        self._make_copy = make_copy
+        self._current_stream = current_stream
+        self._source = CopySource(image)
+        self._copy: HostCopy | None = None  # once it is complete
+        self._copying: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._changed: set[int] = set()
+        # A page whose content could not be brought is resident, and not there.
+        self._num_there = image.num_resident_pages
+        self._ledger: Ledger | None = None
+        self._seat: Seat | None = None
+        self._num_reported = 0
+
+    def status(self) -> WeightStatus:
+        """Return how much is there, and whether more may be dropped. Any thread may call it."""
+        is_copied = self._copy is not None
+        image = self.image
+        return WeightStatus(image.num_pages, self._num_there, image.page_bytes, is_copied)
+
+    def join(self, seat: Seat) -> None:
+        """From now on, tell the ledger of the rank's device what is resident.
+
+        Raises:
+            LedgerError: If the ledger cannot be used.
+        """
+        with contextlib.ExitStack() as undo:
+            ledger = Ledger(Path(seat.ledger_path))
+            undo.callback(ledger.close)
+            ledger.join(seat.row)
+            undo.pop_all()
+        self._ledger, self._seat = ledger, seat
+        self._report()
+
+    def begin_copy(self) -> None:
+        """Begin to have a copy on the host, behind the engine's back; `status` says when it is.
+
+        Call it when the engine is ready: what it captures as a graph must not meet another thread's
+        copies.
+        """
+        if self._copying is None:
+            self._copying = threading.Thread(
+                target=self._have_copy, name="kvcached-weights", daemon=True
+            )
+            self._copying.start()
+
+    def mark_changed(self) -> None:
+        """Take every page for changed, because somebody has written weights on purpose."""
+        self._changed.update(range(self.image.num_pages))
+
+    def hold(self, num_pages: int) -> WeightStatus:
+        """Have exactly the first `num_pages` there, or all if there are not so many.
+
+        Pages go when all work of the engine's stream is done. Work that is launched on it after
+        this has returned finds the pages that came; the host does not wait for them. Nothing is
+        dropped that cannot be brought back: without a copy, or without room for what has changed,
+        pages stay.
+
+        Returns:
+            What is there then.
+
+        Raises:
+            OutOfMemoryError: If others took the memory. What came until then stays.
+            BackendError: If the backend fails; the pages in front of that are there.
+            LedgerError: If the instance has left the ledger.
+        """
+        wanted = min(num_pages, self.image.num_pages)
+        try:
+            self._drop_unfinished()
+            if self._copy is None or wanted == self._num_there:
+                return self.status()
+            if wanted > self._num_there:
+                self._bring(self._copy, wanted)
+            else:
+                self._give(self._copy, wanted)
+        finally:
+            self._report()
+        return self.status()
+
+    def close(self) -> None:
+        """Give everything back; in a forked child, which owns nothing, do nothing.
+
+        No tensor over the image may be used any more.
+        """
+        if os.getpid() != self._pid:
+            return
+        self._stop.set()
+        if self._copying is not None:
+            self._copying.join()
+        with contextlib.ExitStack() as rest:
+            if self._ledger is not None:
+                rest.callback(self._ledger.close)
+            rest.callback(self._report_end)
+            rest.callback(self.image.close)
+            if self._copy is not None:
+                rest.callback(self._copy.close)
+            with contextlib.suppress(BackendError):  # a device that failed has nothing to wait for
+                self._wait_for_device()
+        self._copy, self._num_there = None, 0
+
+    def _have_copy(self) -> None:
+        with contextlib.ExitStack() as undo:
+            try:
+                copy = self._make_copy(self._stop)
+                if copy is None:
+                    return
+                undo.callback(copy.close)
+                retry_seconds = FIRST_RETRY_SECONDS
+                while not complete(copy, self.image.backend, self._source, self._stop):
+                    if self._stop.wait(retry_seconds):
+                        return
+                    retry_seconds = min(2 * retry_seconds, LAST_RETRY_SECONDS)
+            except Exception:
+                logger.exception("kvcached: the weights could not be copied, so they stay")
+                return
+            undo.pop_all()
+        self._copy = copy
+        logger.info(
+            "kvcached: %s of weights may be given to neighbours: host memory has them (%s)",
+            format_bytes(self.image.layout.num_bytes),
+            "shared" if copy.is_shared else "of this process alone",
+        )
+
+    def _give(self, copy: HostCopy, num_pages: int) -> None:
+        self._wait_for_device()
+        while self._num_there > num_pages:
+            first = max(self._num_there - DROP_BATCH_PAGES, num_pages)
+            try:
+                is_clean = self._write_back(copy, first, self._num_there)
+            except HostCopyError as error:
+                logger.warning("kvcached: changed weights stay on the device: %s", error)
+                return
+            if not is_clean:
+                logger.warning("kvcached: weights change though nothing runs, so they stay")
+                return
+            self._num_there = first
+            self._drop_unfinished()
+            self._report()
+
+    def _write_back(self, copy: HostCopy, first: int, end: int) -> bool:
+        """Have the copy know what the pages are; return whether it does."""
+        known = [page for page in range(first, end) if page not in self._changed]
+        sums = dict(enumerate(self._source.sums(first, end - first), first)) if known else {}
+        changed = [page for page in range(first, end) if page not in known]
+        changed += [page for page in known if sums[page] != copy.sums[page]]
+        if changed and not copy.write_back(changed, self._source):
+            return False
+        self._changed.difference_update(changed)
+        return True
+
+    def _bring(self, copy: HostCopy, num_pages: int) -> None:
+        image = self.image
+        try:
+            while self._num_there < num_pages:
+                batch_end = min(self._num_there + MAP_BATCH_PAGES, num_pages)
+                while (page := self._num_there) < batch_end:
+                    self._map_next((num_pages - page) * image.page_bytes)
+                    image.backend.copy_in(
+                        image.page_address(page), copy.page_address(page), image.page_bytes
+                    )
+                    self._num_there += 1
+                self._report()
+        finally:
+            image.backend.join_copies(self._current_stream())
+
+    def _map_next(self, missing_bytes: int) -> None:
+        ledger, seat = self._ledger, self._seat
+        if ledger is None or seat is None:
+            self.image.map_next(1)
+            return
+        has_asked = False
+
+        def ask() -> None:
+            nonlocal has_asked
+            has_asked = True
+            self._report()
+            ask_peers(ledger, seat.row, missing_bytes, is_static=True)
+
+        try:
+            keep_trying(lambda: self.image.map_next(1), ask, PATIENCE_SECONDS)
+        finally:
+            if has_asked:
+                ledger.clear_waiting(seat.row)
+
+    def _drop_unfinished(self) -> None:
+        """Drop resident pages that do not count as there."""
+        surplus = self.image.num_resident_pages - self._num_there
+        if surplus:
+            self.image.drop_last(surplus)
+
+    def _wait_for_device(self) -> None:
+        """Return when nothing reads or writes a page any more."""
+        self.image.backend.fence(self._current_stream()).wait()
+        self.image.backend.finish_copies()
+
+    def _report(self) -> None:
+        """Tell the ledger what became of pages since it was told last; wake who waits for them."""
+        if self._ledger is None or self._seat is None:
+            return
+        more = self.image.num_resident_pages - self._num_reported
+        if not more:
+            return
+        self._num_reported += more
+        more_bytes = more * self.image.page_bytes
+        waiting = self._ledger.settle_weights(
+            self._seat.row,
+            mapped_bytes=max(more_bytes, 0),
+            unmapped_bytes=max(-more_bytes, 0),
+        )
+        wake(self._ledger, waiting)
+
+    def _report_end(self) -> None:
+        with contextlib.suppress(LedgerError):  # the engine may have left, and with it the row
+            self._report()
