@@ -50,6 +50,7 @@ HOOKS = (
         "vllm.v1.core.kv_cache_manager:KVCacheManager.__init__",
         "kvcached_vllm.engine_hooks:kv_cache_manager_init",
         "tell the scheduler's own block pool from those of offloading connectors",
+        ("kv_cache_config",),
     ),
     Hook(
         "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",

@@ -71,7 +71,6 @@ class VllmServed(Served):
         self.kv_cache_manager = self._build_manager(num_blocks)
 
     def _build_manager(self, num_blocks: int) -> Any:
-        engine_hooks._starting.set(self.engine)
         spec = FullAttentionSpec(
             block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=8, dtype=torch.float32
         )
@@ -86,8 +85,10 @@ class VllmServed(Served):
         }
         known = signature(KVCacheManager.__init__).parameters
         init_none_hash(hash_of)
+        plan = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
+        plan.kvcached = self.engine
         return KVCacheManager(
-            KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+            plan,
             **{name: value for name, value in options.items() if name in known},
         )
 

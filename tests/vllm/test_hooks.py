@@ -133,6 +133,7 @@ class Starting:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.closed: list[bool] = []
+        self.kvcached: Any = None
         self.engine = SimpleNamespace(place=self.place, close=lambda: self.closed.append(True))
         self.error: Exception | None = None
         self.model_executor = SimpleNamespace(collective_rpc=lambda *_: [2 << 20])
@@ -144,13 +145,14 @@ class Starting:
         if self.error is not None:
             raise self.error
 
-    def start(self, plans: list[Any]) -> None:
+    def start(self, plans: list[Any]) -> Any:
         initialize = engine_hooks.executor_initialize_from_config(self.allocate)
 
-        def original(_core: Any, _config: Any) -> None:
+        def original(_core: Any, _config: Any) -> Any:
             initialize(self.model_executor, plans)
+            return plans[0]
 
-        engine_hooks.engine_core_initialize_kv_caches(original)(self, object())
+        return engine_hooks.engine_core_initialize_kv_caches(original)(self, object())
 
 
 def test_a_model_without_a_kv_cache_starts_and_leaves_the_ledger(
@@ -158,12 +160,11 @@ def test_a_model_without_a_kv_cache_starts_and_leaves_the_ledger(
 ) -> None:
     core = Starting(monkeypatch)
     with caplog.at_level("INFO"):
-        core.start([plan_of()])
+        plan = core.start([plan_of()])
     assert core.closed == [True]
     assert len(core.allocate.calls) == 1
-    assert not hasattr(core, "kvcached")
+    assert core.kvcached is core.model_executor.kvcached is plan.kvcached is None
     assert [text for text in caplog.messages if "no KV cache" in text] == caplog.messages
-    assert engine_hooks._starting.get() is None
 
 
 @pytest.mark.parametrize("switch", ["1", "auto"])

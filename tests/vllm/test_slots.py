@@ -57,7 +57,6 @@ def manager(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> Any:
     spec = FullAttentionSpec(
         block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32
     )
-    engine_hooks._starting.set(engine)
     sizes = {
         "max_model_len": NUM_BLOCKS * BLOCK_SIZE,
         "max_num_batched_tokens": NUM_BLOCKS * BLOCK_SIZE,
@@ -66,8 +65,10 @@ def manager(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> Any:
         "hash_block_size": BLOCK_SIZE,
         "enable_caching": False,
     }
+    plan = KVCacheConfig(NUM_BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)])
+    plan.kvcached = engine
     return KVCacheManager(
-        KVCacheConfig(NUM_BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)]),
+        plan,
         **{
             name: sizes[name]
             for name in signature(KVCacheManager.__init__).parameters & sizes.keys()

@@ -4,7 +4,7 @@ import functools
 import logging
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvcached_core.config import read_config
 from kvcached_patches.around import around, around_ours, setting
@@ -14,9 +14,6 @@ from kvcached_vllm.sleeping import asleep_bytes
 from kvcached_vllm.startup import startup
 from kvcached_vllm.worker_hooks import device_of, granularity_of
 
-if TYPE_CHECKING:
-    from kvcached_core.engine.giving import Giving
-
 logger = logging.getLogger("vllm.kvcached")
 
 ORDERS = "kvcached_orders"
@@ -25,8 +22,7 @@ ORDERS = "kvcached_orders"
 # of vLLM has tiles of more tokens than this; FlashAttention 3's largest have 224 (fp8).
 MAX_TILE_TOKENS = 256
 
-_starting: ContextVar["VllmEngine | None"] = ContextVar("kvcached_starting", default=None)
-_building_pool: ContextVar[bool] = ContextVar("kvcached_building_pool", default=False)
+_building_pool: ContextVar[VllmEngine | None] = ContextVar("kvcached_building_pool", default=None)
 
 
 @around
@@ -40,17 +36,17 @@ def engine_core_initialize_kv_caches(
     engine = _start_engine(vllm_config, self)
     if engine is None:
         return original(self, vllm_config, *args, **kwargs)
-    self.kvcached = engine
-    _starting.set(engine)
+    self.kvcached = self.model_executor.kvcached = engine
     try:
         with startup.one_message():
-            return original(self, vllm_config, *args, **kwargs)
+            plan = original(self, vllm_config, *args, **kwargs)
     except BaseException as error:
-        _starting.set(None)
         if isinstance(error, ValueError):  # vLLM's own word that one request does not fit
             error.add_note(f"kvcached: {engine.placing.explain_size()}")
         engine.close()
         raise
+    plan.kvcached = self.kvcached  # the scheduler's block manager is made of it
+    return plan
 
 
 def _start_engine(vllm_config: Any, core: Any) -> VllmEngine | None:
@@ -99,13 +95,12 @@ def executor_initialize_from_config(
     original: Any, self: Any, kv_cache_configs: list[Any], *args: Any, **kwargs: Any
 ) -> None:
     """Wrap `Executor.initialize_from_config`: it sees the plans of all ranks."""
-    engine = _starting.get()
+    engine: VllmEngine | None = getattr(self, "kvcached", None)
     if engine is not None and not any(plan.kv_cache_tensors for plan in kv_cache_configs):
         logger.info("kvcached: this model has no KV cache, so there is nothing to share")
-        _starting.set(None)
-        engine.port.core.__dict__.pop("kvcached").close()
+        self.kvcached = engine.port.core.kvcached = None
+        engine.close()
     elif engine is not None:
-        self.kvcached = engine
         engine.place(kv_cache_configs, self.collective_rpc(granularity_of)[0])
     original(self, kv_cache_configs, *args, **kwargs)
 
@@ -131,10 +126,12 @@ def executor_wake_up(
 
 
 @around
-def kv_cache_manager_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+def kv_cache_manager_init(
+    original: Any, self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any
+) -> None:
     """Wrap `KVCacheManager.__init__`: the block pool built inside is the scheduler's own."""
-    with setting(_building_pool, value=True):
-        original(self, *args, **kwargs)
+    with setting(_building_pool, kv_cache_config.__dict__.pop("kvcached", None)):
+        original(self, kv_cache_config, *args, **kwargs)
 
 
 def block_pool_factory(original: Any) -> Any:
@@ -142,11 +139,8 @@ def block_pool_factory(original: Any) -> Any:
 
     @functools.wraps(original, updated=())
     def factory(*args: Any, **kwargs: Any) -> Any:
-        engine = _starting.get() if _building_pool.get() else None
-        if engine is None:
-            return original(*args, **kwargs)
-        _starting.set(None)
-        return engine.build_pool(*args, **kwargs)
+        engine = _building_pool.get()
+        return (original if engine is None else engine.build_pool)(*args, **kwargs)
 
     return factory
 
@@ -164,7 +158,7 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
     @functools.wraps(original)
     def wrapper(self: Any, request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
         pool = self.block_pool
-        giving: Giving | None = getattr(pool, "giving", None)  # only our pool has it
+        giving = getattr(pool, "giving", None)  # only our pool has it
         if giving is None:
             return original(self, request, num_new_tokens, *args, **kwargs)
         if giving.owed_pages and not giving.pay():
