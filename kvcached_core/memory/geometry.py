@@ -12,10 +12,11 @@ So block id `k * ids_per_page + i` lies `id * block_bytes` behind the plane's ow
 is an ordinary dense tensor with the block stride that the engine's kernels always had.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import gcd
 
-from kvcached_core.errors import GeometryError
+from kvcached_core.errors import GeometryError, UnsupportedEngineError
 from kvcached_core.units import DEFAULT_PAGE_BYTES
 
 MAX_WASTE = 0.03
@@ -99,6 +100,19 @@ class Geometry:
                 f"{self.num_ids(num_pages)}, allowed are ids below {MAX_ID}; "
                 "lower the limit or raise the engine's block size"
             )
+
+
+def only_size(what: str, sizes: Collection[int]) -> int:
+    """Return the one size that all layers have of something, in bytes.
+
+    Raises:
+        UnsupportedEngineError: If they differ, or there are no layers.
+    """
+    if len(set(sizes)) != 1:
+        raise UnsupportedEngineError(
+            f"the layers differ in {what} ({sorted(set(sizes))} bytes); only one is served yet"
+        )
+    return next(iter(sizes))
 
 
 def choose_geometry(

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.arena import Arena
-from kvcached_core.memory.geometry import Geometry
+from kvcached_core.memory.geometry import Geometry, only_size
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,8 @@ def measure(
 
     with MakePlanes(rows_per_plane, count):
         create_buffers()
-    if len(set(rows)) != 1:
-        raise UnsupportedEngineError(
-            f"the layers differ in bytes of a token ({sorted(set(rows))}); only one size is "
-            "served yet"
-        )
-    return PoolShape(len(rows), rows_per_plane, rows[0], block_tokens)
+    row_bytes = only_size("size of a token", rows)
+    return PoolShape(len(rows), rows_per_plane, row_bytes, block_tokens)
 
 
 def num_rows(shape: PoolShape, geometry: Geometry, num_pages: int) -> int:

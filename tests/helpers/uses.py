@@ -227,10 +227,10 @@ class Adapter:
         """Our methods and their files, by the engine's class under ours, and their names."""
         found = {}
         for path, tree in self.modules.items():
-            names = self._engine_names(tree)
+            names, foreign = self._engine_names(tree), self._foreign_names(tree)
             classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
             for node in classes:
-                for base in node.bases:
+                for base in (base for base in node.bases if _root(base) not in foreign):
                     owner = names.get(_root(base) or "", "").partition(":")[2]
                     for method in node.body:
                         if isinstance(method, Function):

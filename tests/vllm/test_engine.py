@@ -37,7 +37,7 @@ class Core:
     """An engine core that has workers to call and a queue to be woken through."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[str, Any]] = []
+        self.calls: list[tuple[Any, ...]] = []
         self.model_executor = self
         self.is_busy = False
         self.published: list[Any] = []
@@ -150,8 +150,8 @@ def test_what_the_pool_decided_goes_to_all_workers(engine: VllmEngine) -> None:
     pool = build_pool(engine)
     pool.get_new_blocks(40)
     engine.flush()
-    ((name, orders),) = engine.port.core.calls
-    assert name == "apply_orders"
+    ((name, orders, wait),) = engine.port.core.calls
+    assert (name, wait) == ("carry_out", False)
     assert len(orders.map_pages) >= 1
 
 
@@ -165,8 +165,8 @@ def test_before_sleep_everything_but_page_zero_goes_and_is_waited_for(
     pool.free_blocks(blocks)
     engine.port.core.calls.clear()
     engine.empty()
-    (name, orders), (last,) = engine.port.core.calls
-    assert (name, last) == ("apply_orders", "settle_orders")
+    ((name, orders, wait),) = engine.port.core.calls
+    assert (name, wait) == ("carry_out", True)
     assert pool.pages.num_resident_pages == 1
     assert len(orders.unmap_pages) >= 1
 
@@ -204,13 +204,9 @@ def test_an_idle_engine_waits_until_its_first_pages_are_gone_and_a_busy_one_does
         engine.port.core.calls.clear()
         engine.between_steps()
         assert ledger.wanted(seat.row).asked_bytes == 0
-    unmapped = [len(call[1].unmap_pages) for call in engine.port.core.calls if len(call) > 1]
-    names = [call[0] for call in engine.port.core.calls]
-    if is_busy:
-        assert (names, unmapped) == (["apply_orders"], [4])
-    else:
-        assert names == ["apply_orders", "settle_orders", "apply_orders"]
-        assert unmapped == [2, 2]
+    unmapped = [len(orders.unmap_pages) for _, orders, _ in engine.port.core.calls]
+    waits = [wait for _, _, wait in engine.port.core.calls]
+    assert (waits, unmapped) == (([False], [4]) if is_busy else ([True, False], [2, 2]))
 
 
 def ledger_of(engine: VllmEngine) -> Ledger:
@@ -263,7 +259,7 @@ def test_what_is_coming_is_announced_before_the_workers_unmap_it(
     announced: list[tuple[int, int]] = []
 
     def unmap(_function: Any, args: tuple[Any, ...] = ()) -> list[Any]:
-        (orders,) = args
+        orders, _ = args
         announced.append((coming_pages(engine), len(orders.unmap_pages)))
         for device in (FIRST, SECOND):
             seat = engine.instance.seat(device)
@@ -403,7 +399,7 @@ def test_four_ranks_on_one_device_share_a_row_and_each_maps_every_page(config: C
         assert (view.resident_bytes, view.promised_bytes) == (4 * page_bytes, 0)
         pool.get_new_blocks(40)
         engine.flush()
-        (_, orders) = engine.port.core.calls[-1]
+        (_, orders, _) = engine.port.core.calls[-1]
         for rank in ranks:
             rank.carry_out(orders)
         (view,) = ledger.view().instances

@@ -24,7 +24,7 @@ from kvcached_core.memory.seats import Seat
 from kvcached_core.memory.vmm.cuda import CudaBackend
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import MIB
-from kvcached_vllm.worker import apply_orders, block_ids
+from kvcached_vllm.worker import block_ids, carry_out
 
 pytestmark = pytest.mark.vllm
 
@@ -80,7 +80,7 @@ def test_orders_map_before_and_unmap_after_and_may_come_twice(
     ledger.reserve(seen(ledger).row, 2 * PAGE, PAGE)
     orders = PageOrders(map_pages=[3, 5], num_used_pages=2, num_cached_pages=1)
     for _ in range(2):
-        apply_orders(SimpleNamespace(kvcached=memory), orders)
+        carry_out(SimpleNamespace(kvcached=memory), orders, wait=False)
         view = seen(ledger)
         sizes = (view.resident_bytes, view.used_bytes, view.cached_bytes, view.promised_bytes)
         assert sizes == (3 * PAGE, 2 * PAGE, PAGE, 0)

@@ -11,6 +11,7 @@ from math import ceil
 from typing import Any
 
 from kvcached_core.errors import UnsupportedEngineError
+from kvcached_core.memory.geometry import only_size
 from kvcached_core.memory.seats import Placement
 
 
@@ -64,30 +65,23 @@ def request_blocks(kv_cache_config: Any, vllm_config: Any) -> int:
 def sparse_config(kv_cache_config: Any, layout: PlaneLayout, placement: Placement) -> Any:
     """Return a copy of the plan whose tensors lie in pages and are as long as the id space."""
     geometry = placement.geometry
-    num_ids = geometry.num_ids(placement.num_pages)
     config = copy.deepcopy(kv_cache_config)
-    config.num_blocks = num_ids
-    if layout.is_one_allocation:
-        config.kv_cache_tensors = [
-            replace(
-                tensor,
-                size=placement.num_pages * geometry.page_bytes,
-                layer_stride=geometry.run_bytes,
-                block_stride=geometry.block_bytes,
-                offset=geometry.plane_offset(plane),
-            )
-            for tensor, plane in zip(config.kv_cache_tensors, layout.first_planes, strict=True)
-        ]
-    else:
-        config.kv_cache_tensors = [
-            replace(tensor, size=num_ids * geometry.block_bytes)
-            for tensor in config.kv_cache_tensors
-        ]
+    config.num_blocks = num_ids = geometry.num_ids(placement.num_pages)
+    for index, plane in enumerate(layout.first_planes):
+        changes = {"size": num_ids * geometry.block_bytes}
+        if layout.is_one_allocation:
+            changes = {
+                "size": placement.num_pages * geometry.page_bytes,
+                "layer_stride": geometry.run_bytes,
+                "block_stride": geometry.block_bytes,
+                "offset": geometry.plane_offset(plane),
+            }
+        config.kv_cache_tensors[index] = replace(config.kv_cache_tensors[index], **changes)
     return config
 
 
 def _strided_layout(tensors: list[Any], num_blocks: int) -> PlaneLayout:
-    block_bytes = _only_one("block size", {tensor.block_stride for tensor in tensors})
+    block_bytes = only_size("block size", {tensor.block_stride for tensor in tensors})
     plane_bytes = block_bytes * num_blocks
     num_planes = 0
     for tensor in tensors:
@@ -105,14 +99,6 @@ def _strided_layout(tensors: list[Any], num_blocks: int) -> PlaneLayout:
 def _separate_layout(tensors: list[Any], num_blocks: int) -> PlaneLayout:
     if any(getattr(tensor, "block_stride", 0) for tensor in tensors):
         raise UnsupportedEngineError("the KV layout packs a block's layers side by side")
-    plane_bytes = _only_one("plane size", {tensor.size for tensor in tensors})
+    plane_bytes = only_size("plane size", {tensor.size for tensor in tensors})
     planes = tuple(range(len(tensors)))
     return PlaneLayout(plane_bytes // num_blocks, len(tensors), planes, is_one_allocation=False)
-
-
-def _only_one(what: str, values: set[int]) -> int:
-    if len(values) != 1:
-        raise UnsupportedEngineError(
-            f"the layers differ in {what} ({sorted(values)} bytes); only one is served yet"
-        )
-    return values.pop()

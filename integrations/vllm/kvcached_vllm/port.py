@@ -4,14 +4,15 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from kvcached_core.engine.port import EnginePort
 from kvcached_core.memory.orders import PageOrders
-from kvcached_vllm.worker import apply_orders, settle_orders
+from kvcached_vllm.worker import carry_out
 
 if TYPE_CHECKING:
     from kvcached_vllm.block_pool import ElasticBlockPool
 
 
-class VllmPort:
+class VllmPort(EnginePort):
     """The `EnginePort` of vLLM.
 
     Args:
@@ -25,44 +26,32 @@ class VllmPort:
 
     @property
     def can_be_woken(self) -> bool:
-        """See `EnginePort.can_be_woken`."""
         return hasattr(self.core, "input_queue")
 
     def is_busy(self) -> bool:
-        """See `EnginePort.is_busy`."""
         return bool(self.core.scheduler.has_unfinished_requests())
 
     def is_live(self) -> bool:
-        """See `EnginePort.is_live`."""
         pool = self.pool
         num_idle = pool.free_lists.num_free + pool.free_block_queue.num_free_blocks
         return bool(pool.pages.num_open_blocks - num_idle > 1)  # one is the null block
 
     def num_waiting(self) -> int:
-        """See `EnginePort.num_waiting`."""
         _, num_waiting = self.core.scheduler.get_request_counts()
         return int(num_waiting)
 
     def num_idle_blocks(self) -> int:
-        """See `EnginePort.num_idle_blocks`."""
         return self.pool.num_idle_blocks
 
     def carry_out(self, orders: PageOrders | None, *, wait: bool) -> None:
-        """See `EnginePort.carry_out`."""
-        if orders is not None:
-            self.core.model_executor.collective_rpc(apply_orders, args=(orders,))
-        if wait:
-            self.core.model_executor.collective_rpc(settle_orders)
+        self.core.model_executor.collective_rpc(carry_out, args=(orders, wait))
 
     def evict(self, num_pages: int) -> bool:
-        """See `EnginePort.evict`."""
         return self.pool.evict_pages(num_pages)
 
     def publish(self) -> None:
-        """See `EnginePort.publish`: an idle engine makes no step that would.
-
-        Events of a step's own stay in order: vLLM publishes what is queued when a step ends.
-        """
+        # An idle engine makes no step that would. Events of a step's own stay in order: vLLM
+        # publishes what is queued when a step ends.
         scheduler = self.core.scheduler
         events = scheduler.kv_cache_manager.take_events()
         if events:
@@ -72,7 +61,6 @@ class VllmPort:
             scheduler.kv_event_publisher.publish(batch)
 
     def wake(self, answer: Callable[[], None]) -> None:
-        """See `EnginePort.wake`."""
         from vllm.v1.engine import EngineCoreRequestType
 
         self.core._idle_state_callbacks.append(lambda _core: answer())

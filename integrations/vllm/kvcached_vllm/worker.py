@@ -7,14 +7,13 @@ from kvcached_core.memory.orders import PageOrders
 from kvcached_core.memory.rank import RankMemory
 
 
-def apply_orders(worker: Any, orders: PageOrders) -> None:
-    """Carry out orders between two steps; vLLM's `collective_rpc` calls this in each worker."""
-    memory_of(worker).apply(orders)
-
-
-def settle_orders(worker: Any) -> None:
-    """Return when all orders are carried out; vLLM's `collective_rpc` calls this."""
-    memory_of(worker).keeper.wait()
+def carry_out(worker: Any, orders: PageOrders | None, wait: bool) -> None:  # noqa: FBT001  in a call by name and place
+    """See `EnginePort.carry_out`: vLLM's `collective_rpc` calls this in each worker."""
+    memory = memory_of(worker)
+    if orders is not None:
+        memory.apply(orders)
+    if wait:
+        memory.keeper.wait()
 
 
 def memory_of(worker: Any) -> RankMemory:
