@@ -70,11 +70,12 @@ class SglangServed(Served):
             waiting_queue=[],
             tree_cache=self._cache,
         )
+        self.engine.port.scheduler = self._scheduler
 
     @property
     def may_admit(self) -> bool:
         """See `Served.may_admit`."""
-        return not self.engine.must_hold(self._scheduler)
+        return not self.engine.must_hold()
 
     def allocate(self, request: Request, num_blocks: int) -> bool:
         """See `Served.allocate`: SGLang looks whether there is enough, evicts, and takes it."""
@@ -117,12 +118,12 @@ class SglangServed(Served):
             )
             for request in self.waiting
         ]
-        self.engine.before_schedule(self._scheduler)
+        self.engine.before_schedule()
 
     def end_schedule(self, step: Callable[[], None]) -> None:
         """See `Served.end_schedule`: what waits for a step's launches begins behind it."""
         self._scheduler.waiting_queue = list(self.waiting)
-        self.engine.after_schedule(self._scheduler, has_batch=bool(self.running))
+        self.engine.after_schedule(has_batch=bool(self.running))
         step()
         self.engine.port.carry_out_later()
 

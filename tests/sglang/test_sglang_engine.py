@@ -57,26 +57,26 @@ def test_what_a_batch_needs_is_mapped_before_it_and_the_rest_behind_its_launches
     engine: SglangEngine,
 ) -> None:
     memory: Any = engine.port.memory
-    engine.before_schedule(engine.port.scheduler)
+    engine.before_schedule()
     allocator_of(engine).alloc(3 * PAGE_TOKENS - 1)
     assert memory.mapped == []  # all of a schedule's are mapped together
-    engine.after_schedule(engine.port.scheduler, has_batch=True)
+    engine.after_schedule(has_batch=True)
     assert memory.mapped == [[1, 2]]
     assert memory.later == []
-    engine.before_schedule(engine.port.scheduler)
+    engine.before_schedule()
     assert memory.later == [([3], [])]
 
 
 def test_what_is_owed_is_told_before_the_schedule_can_take_it(engine: SglangEngine) -> None:
     memory: Any = engine.port.memory
-    engine.before_schedule(engine.port.scheduler)
+    engine.before_schedule()
     allocator = allocator_of(engine)
     ids = allocator.alloc(3 * PAGE_TOKENS - 1)
-    engine.after_schedule(engine.port.scheduler, has_batch=True)
+    engine.after_schedule(has_batch=True)
     allocator.free(ids)
     engine.giving.owed_pages = 2
     assert allocator.available_size() == 0
-    engine.before_schedule(engine.port.scheduler)
+    engine.before_schedule()
     assert sorted(memory.later[-1][1]) == [2, 3]  # the spare page, and the highest
     assert engine.giving.owed_pages == 0
     assert allocator.available_size() > 0
@@ -84,20 +84,20 @@ def test_what_is_owed_is_told_before_the_schedule_can_take_it(engine: SglangEngi
 
 def test_a_turn_without_a_batch_leaves_nothing_for_later(engine: SglangEngine) -> None:
     memory: Any = engine.port.memory
-    engine.before_schedule(engine.port.scheduler)
+    engine.before_schedule()
     allocator = allocator_of(engine)
     ids = allocator.alloc(5 * PAGE_TOKENS)
-    engine.after_schedule(engine.port.scheduler, has_batch=True)
+    engine.after_schedule(has_batch=True)
     allocator.free(ids)
-    engine.before_schedule(engine.port.scheduler)
-    engine.after_schedule(engine.port.scheduler, has_batch=False)
+    engine.before_schedule()
+    engine.after_schedule(has_batch=False)
     assert len(memory.later[-1][1]) == 5  # of six, the spare one included, one stays
 
 
 def test_what_is_opened_after_a_schedule_is_mapped_before_the_batch(engine: SglangEngine) -> None:
     memory: Any = engine.port.memory
-    engine.before_schedule(engine.port.scheduler)
-    engine.after_schedule(engine.port.scheduler, has_batch=True)
+    engine.before_schedule()
+    engine.after_schedule(has_batch=True)
     memory.mapped.clear()
     seen: list[list[list[int]]] = []
     run = hooks.run_batch(lambda _self, _batch: seen.append([*memory.mapped]))
@@ -116,6 +116,6 @@ def test_a_turn_that_has_nothing_to_do_counts_no_pages(
     monkeypatch.setattr(engine, "_count_pages", lambda: (counted.append(True), (1, 0))[1])
     monkeypatch.setattr(engine.ranks, "look", lambda **_: None)  # no time passes
     for _ in range(3):
-        engine.before_schedule(engine.port.scheduler)
-        engine.after_schedule(engine.port.scheduler, has_batch=False)
+        engine.before_schedule()
+        engine.after_schedule(has_batch=False)
     assert len(counted) == 1

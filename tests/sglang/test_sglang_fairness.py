@@ -80,11 +80,12 @@ class Server:
             waiting_queue=deque(requests),
             tree_cache=NoCache(),
         )
+        engine.port.scheduler = self.scheduler
 
     def turn(self) -> None:
         running, queue = self.scheduler.running_batch.reqs, self.scheduler.waiting_queue
-        self.engine.before_schedule(self.scheduler)
-        if not self.engine.must_hold(self.scheduler):
+        self.engine.before_schedule()
+        if not self.engine.must_hold():
             while queue and self.fits(queue[0]):
                 request = queue.popleft()
                 request.ids.append(self.alloc(request.num_prompt_tokens + len(request.output_ids)))
@@ -100,7 +101,7 @@ class Server:
                 self.free(request)
                 self.num_completed += 1
                 queue.append(Request(request.num_prompt_tokens, request.num_answer_tokens))
-        self.engine.after_schedule(self.scheduler, has_batch=bool(running))
+        self.engine.after_schedule(has_batch=bool(running))
         assert self.engine.memory is not None
         self.engine.memory.keeper.wait()
 
@@ -188,14 +189,14 @@ def test_requests_are_let_in_again_when_a_neighbour_gave_something(
     assert waiting.scheduler.waiting_queue
     waiting.scheduler.running_batch.reqs.append(Request(1, 1))  # SGLang's flag holds while one runs
     waiting.scheduler.running_batch.batch_is_full = True
-    waiting.engine.before_schedule(waiting.scheduler)
+    waiting.engine.before_schedule()
     assert waiting.scheduler.running_batch.batch_is_full
-    waiting.engine.after_schedule(waiting.scheduler, has_batch=True)
+    waiting.engine.after_schedule(has_batch=True)
     for request in full.scheduler.running_batch.reqs:
         full.free(request)
     full.scheduler.running_batch.reqs.clear()
     full.engine.empty()
     clock.now += TURN_SECONDS
-    waiting.engine.before_schedule(waiting.scheduler)
+    waiting.engine.before_schedule()
     assert not waiting.scheduler.running_batch.batch_is_full
-    waiting.engine.after_schedule(waiting.scheduler, has_batch=True)
+    waiting.engine.after_schedule(has_batch=True)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from helpers.sglang_elastic import NoCache, make_allocator, make_engine, tell
 
+from kvcached_core.engine import looping
 from kvcached_core.memory.keeper import PageKeeper
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import MIB
-from kvcached_sglang import engine as engines
 from kvcached_sglang.engine import SglangEngine
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(60)]
@@ -65,7 +65,7 @@ def stepped_aside(
 
     monkeypatch.setattr(HostBackend, "fence", lambda _self, _stream: Fence(event))
     monkeypatch.setattr(PageKeeper, "wait", wait_and_say_so)
-    monkeypatch.setattr(engines, "STEP_ASIDE_SECONDS", 30)
+    monkeypatch.setattr(looping, "STEP_ASIDE_SECONDS", 30)
     yield event
     event.set()
 
@@ -73,8 +73,9 @@ def stepped_aside(
 def turn(engine: SglangEngine, **state: Any) -> None:
     idle = {"last_batch": None, "chunked_req": None, "waiting_queue": [], "tree_cache": NoCache()}
     scheduler = SimpleNamespace(running_batch=SimpleNamespace(reqs=[]), **(idle | state))
-    engine.before_schedule(scheduler)
-    engine.after_schedule(scheduler, has_batch=False)
+    engine.port.scheduler = scheduler
+    engine.before_schedule()
+    engine.after_schedule(has_batch=False)
 
 
 def num_resident(engine: SglangEngine) -> int:

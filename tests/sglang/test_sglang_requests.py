@@ -6,25 +6,28 @@ from typing import Any
 
 import pytest
 
-from kvcached_sglang.requests import answer_health_checks, is_busy, reopen
+from kvcached_sglang.port import SglangPort
+from kvcached_sglang.requests import answer_health_checks
 
 pytestmark = pytest.mark.sglang
 
 
-def scheduler(**facts: Any) -> SimpleNamespace:
+def port(**facts: Any) -> SglangPort:
     running = SimpleNamespace(reqs=facts.pop("running", []), batch_is_full=True)
     defaults = {"waiting_queue": [], "chunked_req": None, "running_batch": running}
-    return SimpleNamespace(**defaults | facts)
+    made = SglangPort(1024, lambda: 0)
+    made.scheduler = SimpleNamespace(**defaults | facts)
+    return made
 
 
 def test_requests_are_let_in_again_when_nothing_runs_or_memory_came() -> None:
-    empty, running = scheduler(), scheduler(running=["request"])
-    reopen(empty)
-    reopen(running)
-    assert not empty.running_batch.batch_is_full
-    assert running.running_batch.batch_is_full  # a request that ends opens it
-    reopen(running, has_more=True)
-    assert not running.running_batch.batch_is_full
+    empty, running = port(), port(running=["request"])
+    for one in (empty, running):
+        one.reopen(has_more=False)
+    assert not empty.scheduler.running_batch.batch_is_full
+    assert running.scheduler.running_batch.batch_is_full  # a request that ends opens it
+    running.reopen(has_more=True)
+    assert not running.scheduler.running_batch.batch_is_full
 
 
 @pytest.mark.parametrize(
@@ -37,7 +40,7 @@ def test_requests_are_let_in_again_when_nothing_runs_or_memory_came() -> None:
     ],
 )
 def test_memory_is_wanted_soon_where_requests_are(facts: dict[str, Any], *, expected: bool) -> None:
-    assert is_busy(scheduler(**facts)) is expected
+    assert port(**facts).is_busy() is expected
 
 
 class Loop:

@@ -213,7 +213,8 @@ def test_more_than_there_is_is_promised_to_both_pools_alike(tmp_path: Path) -> N
         waiting_queue=[request] * 4,
         tree_cache=NO_CACHE,
     )
-    engine.before_schedule(scheduler)
+    engine.port.scheduler = scheduler
+    engine.before_schedule()
     assert allocator.full_available_size() >= 2 * NUM_WINDOW_TOKENS - 100
     assert allocator.swa_available_size() == NUM_WINDOW_TOKENS
     close(engine, allocator)

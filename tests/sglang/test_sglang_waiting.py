@@ -55,7 +55,7 @@ def engine(tmp_path: Path) -> Any:
 
 def end_schedule(engine: SglangEngine, busy: Any, *, has_batch: bool) -> None:
     engine.port.scheduler = busy
-    engine.after_schedule(busy, has_batch=has_batch)
+    engine.after_schedule(has_batch=has_batch)
 
 
 def waiting_bytes(engine: SglangEngine) -> int:
@@ -188,7 +188,7 @@ def test_a_batch_that_names_a_block_which_is_not_mapped_is_refused() -> None:
     memory = RankMemory.__new__(RankMemory)
     memory.arena = SimpleNamespace(is_resident=lambda page: page == 0)  # type: ignore[assignment]
     engine.pools = [SimpleNamespace(geometry=geometry)]
-    engine.port = SimpleNamespace(memory=memory, free_lists=[SimpleNamespace(block_tokens=2)])
+    engine.port = SimpleNamespace(memory=memory, block_tokens=2)
     table = torch.tensor([[0, 0, 0], [2, 3, 4]])
     scheduler = SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token=table))
 

@@ -1,27 +1,12 @@
 """What the next batches of a SGLang scheduler take, and what lies where: read of it, in blocks."""
 
-from dataclasses import dataclass
 from typing import Any
 
+from kvcached_core.engine.looping_port import Demand
 from kvcached_sglang.requests import num_computed
 
 # How much of a request's answer an admission counts on, as SGLang's own policy does.
 MAX_ANSWER_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What the next batch takes at most, in blocks of each pool.
-
-    Attributes:
-        num_running: For what runs, and for the prompt that was begun.
-        num_queued: For requests that wait, as many as a batch may take.
-        num_least: For the one of them that needs least; 0 if there is none.
-    """
-
-    num_running: int
-    num_queued: int
-    num_least: int
 
 
 def demand_of(scheduler: Any, block_tokens: int, prefill_tokens: int) -> Demand:

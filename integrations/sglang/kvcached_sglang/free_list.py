@@ -38,7 +38,7 @@ class FreeList(CountedBlocks):
             make_pages,
             engine.ranks,
             engine.giving,
-            lambda: engine.port.evictable_tokens(number) // self.block_tokens,
+            lambda: engine.port.num_cached_blocks(number),
         )
 
     @property

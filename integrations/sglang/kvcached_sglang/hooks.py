@@ -54,7 +54,9 @@ def allocator_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     # A hybrid's pool has one of keys and values inside; its states lie elsewhere.
     geometry = getattr(getattr(pool, "full_kv_pool", pool), "kvcached", None)
     if geometry is not None and len(ours.pools) < ours.placing.num_pools:
-        ours.adopt(self, geometry)
+        from kvcached_sglang.allocators import make_elastic
+
+        make_elastic(self, functools.partial(ours.make_pages, geometry), ours, len(ours.pools))
 
 
 @around
@@ -82,12 +84,13 @@ def get_next_batch_to_run(original: Callable[..., Any]) -> Callable[..., Any]:
         ours = engine()
         if ours is None:
             return original(self, *args, **kwargs)
-        ours.before_schedule(self)
+        ours.port.scheduler = self
+        ours.before_schedule()
         plan = original(self, *args, **kwargs)
         batch = getattr(plan, "batch_to_run", plan)
         if batch is None and self.last_batch is None:
             answer_health_checks(self)
-        ours.after_schedule(self, has_batch=batch is not None)
+        ours.after_schedule(has_batch=batch is not None)
         return plan
 
     return wrapper
@@ -122,7 +125,7 @@ def get_new_batch_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         ours = engine()
-        if ours is None or not (is_asleep(self) or ours.must_hold(self)):
+        if ours is None or not (is_asleep(self) or ours.must_hold()):
             return original(self, *args, **kwargs)
         running = [*args, *kwargs.values()]
         if not running:

@@ -26,12 +26,6 @@ def evictable_tokens(tree_cache: Any, number: int) -> int:
     return int(tree_cache.evictable_size())
 
 
-def is_busy(scheduler: Any) -> bool:
-    """Return whether there are requests that will take more memory soon."""
-    running = scheduler.running_batch.reqs
-    return bool(running or scheduler.waiting_queue or scheduler.chunked_req is not None)
-
-
 def is_asleep(scheduler: Any) -> bool:
     """Return whether something of the engine was released and not resumed."""
     owner = getattr(scheduler, "weight_updater", scheduler)  # its own up to 0.5.12
@@ -52,20 +46,6 @@ def answer_health_checks(scheduler: Any) -> None:
                 scheduler.waiting_queue.remove(request)
                 scheduler.return_health_check_ipcs.append(request.http_worker_ipc)
     scheduler.maybe_send_health_check_signal()
-
-
-def reopen(scheduler: Any, *, has_more: bool = False) -> None:
-    """Let requests in again after one found no memory.
-
-    Only a request that ends opens what that closed: an engine on a device of its own gets memory
-    from nobody else, and with nothing running it is never short of it.
-
-    Args:
-        scheduler: SGLang's.
-        has_more: Whether there is more memory than before, as a neighbour gave some.
-    """
-    if has_more or not scheduler.running_batch.reqs:
-        scheduler.running_batch.batch_is_full = False
 
 
 def give_up_part(scheduler: Any) -> None:

@@ -1,0 +1,259 @@
+"""An engine that is its own worker, whose loop never sleeps, and which plans a batch by counting.
+
+It counts the blocks that are free before it lets requests in, takes them for all of a batch, and
+ends if there are fewer. So what a batch may take is promised before the schedule.
+"""
+
+import logging
+from math import ceil
+from typing import Any
+
+from kvcached_core.config import Config
+from kvcached_core.engine.counted_blocks import CountedBlocks
+from kvcached_core.engine.engine import ElasticEngine
+from kvcached_core.engine.instance import Instance
+from kvcached_core.engine.joining import Group, join_ranks
+from kvcached_core.engine.looping_port import Demand, LoopingPort
+from kvcached_core.engine.page_book import PageBook
+from kvcached_core.engine.pages import NUM_QUIET_PAGES, Pages
+from kvcached_core.engine.placing import Placing, Planes, virtual_bytes
+from kvcached_core.engine.ranks import NUM_IDLE_TURNS
+from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.geometry import Geometry
+from kvcached_core.memory.layer_tensors import PoolShape
+from kvcached_core.memory.rank import RankMemory
+from kvcached_core.memory.torch_device import find_device, make_backend
+
+# How long a prompt of which a part is computed waits while nothing else runs; then it gives that
+# part back, or two engines that hold a part each would wait for each other.
+HOLD_SECONDS = 2.0
+
+# The loop never sleeps. In a turn that runs nothing it leaves the interpreter's lock for so long to
+# the threads that map and unmap: they would have to wait for it twice a page.
+STEP_ASIDE_SECONDS = 0.002
+
+
+class LoopingEngine(ElasticEngine):
+    """The memory of one scheduler process, from its first size to its end.
+
+    Args:
+        port: The engine.
+        config: The settings.
+        device: Where the KV cache lies, as torch names it.
+        group: The ranks that share the model.
+        name: What the instance is called when nobody named it.
+        engine: The engine and its release.
+        logger: The engine's: it shows no other.
+        request_tokens: The longest request.
+        length_setting: The engine's setting for it.
+        num_pools: 1, or 2 where some layers have a pool of their own.
+        num_idle_turns: See `Ranks`.
+
+    Raises:
+        KVCachedError: As `join_ranks`.
+    """
+
+    port: LoopingPort
+    can_counts_wait = True  # its loop comes again soon
+
+    def __init__(
+        self,
+        port: LoopingPort,
+        config: Config,
+        device: Any,
+        group: Group,
+        *,
+        name: str,
+        engine: str,
+        logger: logging.Logger,
+        request_tokens: int,
+        length_setting: str,
+        num_pools: int = 1,
+        num_idle_turns: int = NUM_IDLE_TURNS,
+    ) -> None:
+        self.config = config
+        self.device = find_device(device, config)
+        ranks = join_ranks(
+            self.device,
+            group,
+            lambda devices: Instance(devices, config, default_name=name, engine=engine),
+            num_idle_turns=num_idle_turns,
+        )
+        super().__init__(ranks, port)
+        self.placing = Placing(
+            ranks, config, self.device, logger, length_setting=length_setting, num_pools=num_pools
+        )
+        self._logger = logger
+        self._shared: PageBook | None = None  # that of two pools
+        self._backend = make_backend(device)
+        self._request_tokens = request_tokens
+        self._held_since: float | None = None
+        self._room_pages = 0  # at the last schedule
+
+    @property
+    def memory(self) -> RankMemory | None:
+        """This rank's, once the engine has made its first pool."""
+        return self.port.memory
+
+    @property
+    def free_lists(self) -> list[CountedBlocks]:
+        """The blocks of all pools, those of the pool of all layers first."""
+        return self.port.free_lists
+
+    @property
+    def virtual_bytes(self) -> int:
+        """What the engine is told that it has for its KV cache, in bytes."""
+        return virtual_bytes(self.config, self.ranks.capacity_bytes, self.ranks.seat.num_ranks)
+
+    def place(self, shape: PoolShape) -> tuple[Geometry, Arena]:
+        """Choose a pool's geometry; with the first one make the arena, with page 0 mapped.
+
+        The engine refuses a request that is longer than its pool, so none needs more.
+
+        Raises:
+            KVCachedError: As `Placing.place`.
+        """
+        longest_blocks = ceil(self._request_tokens / shape.block_tokens)
+        geometry = self.placing.place(
+            Planes(
+                shape.block_bytes,
+                shape.num_planes,
+                shape.num_blocks,
+                min(longest_blocks, shape.num_blocks - 1),
+                is_exact=True,
+            ),
+            self._backend.granularity_bytes,
+            self.ranks.seat.num_ranks,
+        )
+        port, num_pages = self.port, self.placing.num_pages
+        if port.memory is None:
+            port.block_tokens = shape.block_tokens
+            port.memory = RankMemory(
+                geometry, num_pages, self.ranks.seat, self._backend, port.stream
+            )
+            self._logger.info("kvcached: %s", port.memory.addresses)
+            if self.placing.num_pools > 1:
+                self._shared = PageBook(num_pages, self.ranks.clock)
+        return geometry, port.memory.arena
+
+    def make_pages(self, geometry: Geometry, blocks: CountedBlocks) -> Pages:
+        """Return the pages of the next pool, that of all layers first, which has these blocks."""
+        pages = Pages(
+            geometry,
+            self.placing.num_pages,
+            self.ranks,
+            blocks,
+            num_quiet_pages=0 if self.pools else NUM_QUIET_PAGES,
+            shared=self._shared,
+            clock=self.ranks.clock,
+            **self.placing.page_options,
+        )
+        self.free_lists.append(blocks)
+        self.pools.append(pages)
+        return pages
+
+    def before_schedule(self) -> None:
+        """Give what others want, and take a promise of what this schedule may need at most."""
+        if not self.pools:
+            return
+        port, ranks, room_pages = self.port, self.ranks, self._room_pages
+        port.carry_out_later()
+        is_busy = port.is_busy()
+        wanted = ranks.look(is_busy=is_busy)
+        self._room_pages = ranks.room_pages
+        port.reopen(has_more=self._room_pages > room_pages)
+        if wanted is not None:
+            self.giving.give(wanted)
+        self.pay()
+        if self._held_since is not None and ranks.clock() > self._held_since + HOLD_SECONDS:
+            self._held_since = None
+            port.give_up_part()
+        if (is_busy or port.is_pending()) and (demand := port.demand()) is not None:
+            self.promise_demand(demand)
+
+    def promise_demand(self, demand: Demand) -> None:
+        """Take a promise of what the next batch takes at most, or of what there is of it.
+
+        Where no waiting request can be let in anyhow, nothing is promised for one: it would go back
+        after the schedule, and a neighbour that asked meanwhile would have stopped a request. Then
+        others are only asked, and nothing is counted on but what is free.
+        """
+        num_wanted = demand.num_running + demand.num_queued
+        if not demand.num_least or self._fits(demand):
+            self._promise_all(num_wanted)
+            return
+        self._promise_all(demand.num_running)
+        num_lacking = 0
+        for free_list in self.free_lists:
+            num_lacking += free_list.pages.num_lacking(num_wanted - free_list.num_free_blocks)
+            free_list.is_bound = True  # one with a cached prefix needs less, and may come in
+        self.ranks.ask(num_lacking - self.ranks.room_pages)
+
+    def pay(self) -> None:
+        """Give more of what is owed, at once: this schedule would take it."""
+        self.giving.pay()
+        if self.pools[0].book.orders:
+            self._tell(wait=False)
+
+    def must_hold(self) -> bool:
+        """Return whether no prompt may be computed now.
+
+        One that was begun waits if its next part has no room, and a new one if a neighbour waits
+        for what was asked of this engine and comes free next.
+        """
+        if not self.pools:
+            return False
+        is_running, num_needed = self.port.is_running(), self.port.num_blocks_to_go_on()
+        if num_needed is None:
+            return self.giving.must_yield(is_running=is_running)
+        if min(map(self._num_evictable_too, range(len(self.pools)))) >= num_needed:
+            self._held_since = None
+            return False
+        if self._held_since is None or is_running or self.port.is_pending():
+            self._held_since = self.ranks.clock()  # what runs will end, and free something
+        return True
+
+    def after_schedule(self, *, has_batch: bool) -> None:
+        """Give back what was promised and not used, and map what the batch needs."""
+        if not self.pools:
+            return
+        port = self.port
+        for free_list in self.free_lists:
+            free_list.is_bound = False
+        port.has_batch = has_batch
+        orders = self.end_schedule()
+        if orders is not None:
+            port.begin_step(orders)
+        if has_batch:
+            return
+        port.carry_out_later()
+        if self.ranks.is_waiting and port.num_waiting():
+            port.show_waiting()
+        if port.memory is not None and not port.is_pending():
+            port.memory.keeper.wait(STEP_ASIDE_SECONDS)
+
+    def begin_batch(self) -> None:
+        """Map what was opened since the schedule ended: no loop that is served opens anything."""
+        if self.pools and self.pools[0].book.orders:
+            self.port.begin_step(self._take_orders(is_live=True))
+
+    def _promise_all(self, num_blocks: int) -> None:
+        missing = [num_blocks - free_list.num_free_blocks for free_list in self.free_lists]
+        if max(missing) <= 0:
+            return
+        self.promise(missing)
+        for free_list, number in zip(self.free_lists, missing, strict=True):
+            # What is not promised cannot be counted on: an allocation that fails ends the engine.
+            free_list.is_bound = free_list.pages.num_ready_blocks < number
+
+    def _fits(self, demand: Demand) -> bool:
+        """Return whether one waiting request can be let in, by the pool of all layers.
+
+        What leaves a window comes back, so of the other pool a request never needs all its tokens.
+        """
+        return demand.num_running + demand.num_least <= self._num_evictable_too(0)
+
+    def _num_evictable_too(self, number: int) -> int:
+        """Return the blocks of a pool that are available, or only cached."""
+        free_list = self.free_lists[number]
+        return free_list.num_available_blocks() + self.port.num_cached_blocks(number)
