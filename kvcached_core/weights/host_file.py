@@ -114,11 +114,12 @@ class SharedFile:
         Raises:
             OSError: If that cannot be written down; the file stays this process's own.
         """
-        if is_current(self.fd, self.path):  # somebody may have removed it
-            words = _words(self._shape) | {"sums": sums, "checksums": checksums}
-            new = self._record.with_suffix(NEW_RECORD)
-            new.write_text(json.dumps(words))
-            new.replace(self._record)
+        if not is_current(self.fd, self.path):
+            raise FileNotFoundError(errno.ENOENT, "somebody removed it")
+        words = _words(self._shape) | {"sums": sums, "checksums": checksums}
+        new = self._record.with_suffix(NEW_RECORD)
+        new.write_text(json.dumps(words))
+        new.replace(self._record)
         self.sums = sums
         hold_byte(self.fd, WHOLE)
 

@@ -129,11 +129,10 @@ class _Opening:
         claim: Claim | None = None
         shape = self.shape
         with ExitStack() as undo:
-            undo.callback(file.close)
+            undo.callback(file.close)  # removes what is not finished
             if file.sums is None:
                 claim = self.budget.claim(shape.key.name, shape.num_bytes, file=file.path.name)
                 undo.callback(claim.close)
-                undo.callback(file.discard)
                 file.allocate()
             whole = HostBytes(shape.num_bytes, shape.page_bytes, file.fd)
             undo.callback(whole.close)

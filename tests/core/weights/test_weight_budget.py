@@ -10,6 +10,7 @@ from helpers.forked import exit_code_of_child
 
 from kvcached_core.config import Config
 from kvcached_core.errors import HostBudgetError, HostCopyError, KVCachedError
+from kvcached_core.ledger.lock import FileLock
 from kvcached_core.units import GIB, KIB, MIB
 from kvcached_core.weights import host_budget
 from kvcached_core.weights.copies_folder import copies_folder, read_holders
@@ -216,11 +217,20 @@ def test_who_does_not_go_on_with_the_lock_is_said(
     budget.claim("qwen", KIB)
 
 
-def test_a_lock_that_was_removed_is_not_believed(budget: HostBudget) -> None:
+def test_a_lock_that_was_removed_is_not_believed(
+    budget: HostBudget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquire, path = FileLock.acquire, budget.folder / "budget.lock"
+    removals = [path.unlink]
+
+    def lose_once(lock: FileLock, seconds: float) -> bool:
+        if removals:
+            removals.pop()()
+        return acquire(lock, seconds)
+
+    monkeypatch.setattr(FileLock, "acquire", lose_once)
     with budget._room_for("llama", 0):
-        (budget.folder / "budget.lock").unlink()
-    budget.claim("qwen", KIB)
-    assert held(budget) == {"qwen": KIB}
+        assert path.exists()
 
 
 def test_a_lock_that_cannot_be_opened_is_said(budget: HostBudget) -> None:

@@ -22,7 +22,8 @@ from helpers.weight_copies import (
 from helpers.weight_pages import PAGE_BYTES, Pages, Pins
 
 from kvcached_core.config import Config
-from kvcached_core.errors import HostBudgetError
+from kvcached_core.errors import BackendError, HostBudgetError
+from kvcached_core.units import GIB
 from kvcached_core.weights import host_bytes
 from kvcached_core.weights.host_budget import HostBudget
 from kvcached_core.weights.host_bytes import HostBytes
@@ -62,6 +63,16 @@ def test_two_models_have_two_copies(start: Start, config: Config) -> None:
     start(Pages.of(1))
     start(Pages.of(2), OTHER_KEY)
     assert held_bytes(config) == 2 * WHOLE_BYTES
+
+
+def test_a_copy_that_is_being_filled_counts_once(
+    opened: Callable[..., HostCopy | None], config: Config
+) -> None:
+    claim = HostBudget(config, GIB).claim("other", 6 * WHOLE_BYTES)
+    assert opened() is not None
+    assert opened(OTHER_KEY) is not None
+    assert held_bytes(config) == 8 * WHOLE_BYTES
+    claim.close()
 
 
 def test_a_page_that_changes_while_it_is_copied_is_copied_again(start: Start) -> None:
@@ -209,6 +220,24 @@ def test_a_page_that_moves_while_it_is_written_back_is_not_believed(start: Start
     assert not copy.is_complete
     pages.copy_out = copy_out  # type: ignore[method-assign]
     assert complete(copy, Pins(), pages, Event())
+    check(copy, pages)
+
+
+def test_pages_that_could_not_be_written_back_are_not_believed(start: Start) -> None:
+    pages = Pages.of(1)
+    copy = start(pages)
+    copy_out = pages.copy_out
+
+    def fail(*_: object) -> None:
+        raise BackendError("copy_out", "CUDA_ERROR_UNKNOWN", PAGE_BYTES)
+
+    pages.copy_out = fail  # type: ignore[method-assign]
+    with pytest.raises(BackendError):
+        copy.write_back([1, 3], pages)
+    assert copy.sums[1] is None
+    assert copy.sums[3] is None
+    pages.copy_out = copy_out  # type: ignore[method-assign]
+    assert copy.write_back([1, 3], pages)
     check(copy, pages)
 
 

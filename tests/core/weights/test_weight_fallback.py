@@ -240,6 +240,25 @@ def test_a_full_disk_leaves_a_private_copy(
     assert [path.suffix for path in sorted(image.parent.iterdir())] == [".claim", ".lock"]
 
 
+def test_room_that_is_not_there_is_not_taken_from_others(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    around = os.fstatvfs
+
+    class Small:
+        f_frsize, f_bavail = 4096, WHOLE_BYTES // 4096 - 1
+
+    taken: list[int] = []
+    lengthen = os.ftruncate
+    monkeypatch.setattr(os, "ftruncate", lambda fd, size: (taken.append(size), lengthen(fd, size)))
+    monkeypatch.setattr(os, "fstatvfs", lambda _: Small)
+    assert not start(Pages.of(1)).is_shared
+    assert taken == []
+    monkeypatch.setattr(os, "fstatvfs", around)
+    assert start(Pages.of(1)).is_shared
+    assert taken == [WHOLE_BYTES]
+
+
 def test_a_host_without_memory_leaves_the_weights_where_they_are(
     opened: Callable[[], HostCopy | None],
     config: Config,
@@ -273,13 +292,18 @@ def test_a_record_that_cannot_be_written_leaves_the_copy_to_who_filled_it(
 
 
 def test_a_file_that_was_removed_while_it_was_filled_serves_who_filled_it(
-    opened: Callable[[], HostCopy | None], start: Start, config: Config, image: Path
+    opened: Callable[[], HostCopy | None],
+    start: Start,
+    config: Config,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     copy, pages = opened(), Pages.of(1)
     assert copy is not None
     shutil.rmtree(config.copies_dir)
     second = start(Pages.of(1))
     assert copy.fill(pages, Event())
+    assert not copy.is_shared
+    assert "cannot be shared: somebody removed it" in one_line(caplog)
     check(copy, pages)
     copy.close()
     check(second, pages)

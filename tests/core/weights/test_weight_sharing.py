@@ -26,7 +26,9 @@ from helpers.weight_copies import (
 from helpers.weight_pages import Pages, Pins
 
 from kvcached_core.config import Config
+from kvcached_core.ledger.lock import take_byte
 from kvcached_core.units import GIB
+from kvcached_core.weights import host_file
 from kvcached_core.weights.host_budget import HostBudget
 from kvcached_core.weights.host_bytes import HostBytes
 from kvcached_core.weights.host_copy import HostCopy, complete
@@ -105,6 +107,22 @@ def test_a_copy_whose_filler_was_killed_is_filled_anew(
     start(again)
     assert again.copied == []
     assert sorted(path.suffix for path in image.parent.iterdir()) == [".image", ".json", ".lock"]
+
+
+def test_a_copy_whose_filler_was_killed_with_other_weights_is_not_believed(
+    start: Start, config: Config, image: Path
+) -> None:
+    def fill() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            POINTS["half filled"](patch, die)
+            run_engine(config, Pages.of(2))
+
+    start(Pages.of(1)).close()
+    assert exit_code_of_child(fill) == -signal.SIGKILL
+    assert not image.with_suffix(".json").exists()
+    pages = Pages.of(1)
+    start(pages)
+    assert pages.copied == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -198,6 +216,40 @@ def test_who_waits_for_a_filler_can_be_stopped(
         assert waiting.result(60) is None
 
 
+def test_who_waits_for_a_filler_that_gives_up_has_a_file_that_others_find(
+    opened: Callable[..., HostCopy | None], start: Start
+) -> None:
+    first, pages, stop = opened(), Pages.of(1), Watched()
+    assert first is not None
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(opened, stop=stop)
+        assert stop.is_waited_for.wait(60)
+        first.close()
+        second = waiting.result(60)
+    assert second is not None
+    assert complete(second, Pins(), pages, Event())
+    again = Pages.of(1)
+    start(again)
+    assert again.copied == []
+
+
+def test_a_file_that_is_removed_before_it_is_locked_is_not_filled(
+    start: Start, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removals = [image.unlink]
+
+    def lose_once(fd: int, number: int) -> bool:
+        if removals:
+            removals.pop()()
+        return take_byte(fd, number)
+
+    monkeypatch.setattr(host_file, "take_byte", lose_once)
+    start(Pages.of(1))
+    again = Pages.of(1)
+    start(again)
+    assert again.copied == []
+
+
 def test_who_waits_attaches_to_what_the_filler_finished(
     opened: Callable[..., HostCopy | None], start: Start
 ) -> None:
@@ -247,9 +299,10 @@ def test_a_forked_child_has_nothing_of_a_copy(start: Start, config: Config, imag
     pid = os.fork()
     if pid == 0:
         os.close(writing)
+        has_nothing = copy.page_address(0) == 0  # whatever lies there in the child is not ours
         copy.close()
         os.read(reading, 1)
-        os._exit(0)
+        os._exit(0 if has_nothing else 1)
     try:
         copy.close()  # now nobody uses it, whatever the child still has open
         HostBudget(config, GIB).claim("qwen", 8 * WHOLE_BYTES).close()
@@ -257,4 +310,5 @@ def test_a_forked_child_has_nothing_of_a_copy(start: Start, config: Config, imag
     finally:
         os.close(writing)
         os.close(reading)
-        os.waitpid(pid, 0)
+        code = os.waitpid(pid, 0)[1]
+    assert code == 0
