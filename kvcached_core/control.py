@@ -1,4 +1,4 @@
-"""Steering instances from outside: limits, floors, priorities, and asking for memory back.
+"""Steering instances from outside: limits, floors, priorities, asking for memory back, weights.
 
 Every function may be called again with the same arguments: it says how far things are.
 """
@@ -7,52 +7,37 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.errors import LedgerError, PolicyError
-from kvcached_core.ledger.bell import wake
+from kvcached_core.ledger import bell
 from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.outcome import Outcome, Result, describe
 from kvcached_core.ledger.survey import open_ledgers, survey
 from kvcached_core.ledger.view import DeviceView, InstanceView
-from kvcached_core.units import check_name, format_bytes, parse_bytes
+from kvcached_core.ledger.weights import WeightsWish
+from kvcached_core.units import check_name, parse_bytes
 
 if TYPE_CHECKING:
     from kvcached_core.ledger.members import PolicyChange
 
+__all__ = [
+    "Outcome",
+    "Result",
+    "describe",
+    "devices",
+    "set_floor",
+    "set_limit",
+    "set_priority",
+    "sleep",
+    "trim",
+    "wake",
+]
+
 LOOK_SECONDS = 0.005
 PATIENCE_SECONDS = 2.0
 NONE = "none"
-
-
-class Outcome(StrEnum):
-    """How a wish ended."""
-
-    APPLIED = "applied"
-    IN_PROGRESS = "in progress"
-    REFUSED = "refused"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of a wish.
-
-    Attributes:
-        instance: The instance's name.
-        outcome: Applied, in progress or refused; refused means that nothing was changed.
-        remaining_bytes: What is still to come while it is in progress.
-        before_bytes: Resident bytes at the beginning, on all devices.
-        after_bytes: Resident bytes at the end.
-        reason: Why it was refused.
-    """
-
-    instance: str
-    outcome: Outcome
-    remaining_bytes: int = 0
-    before_bytes: int = 0
-    after_bytes: int = 0
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +54,7 @@ class _Place:
 
     def wake(self) -> None:
         """Ring the instance's bell."""
-        wake(self.ledger, [self.view.row])
+        bell.wake(self.ledger, [self.view.row])
 
 
 def devices(directory: Path) -> list[DeviceView]:
@@ -147,7 +132,7 @@ def set_floor(
             missing = _missing_to_floor(place, place.now())
             if missing:
                 asked = place.ledger.ask_peers(place.view.row, missing, is_waiting=False)
-                wake(place.ledger, asked)
+                bell.wake(place.ledger, asked)
         return _wait(places, _missing_to_floor, wait_seconds)
 
 
@@ -177,7 +162,7 @@ def trim(
     with _places(directory, names) as places:
         for place in places:
             view = place.view
-            if place.ledger.ask(view.row, view.resident_bytes - view.used_bytes - keep_bytes):
+            if place.ledger.ask(view.row, view.cached_bytes + view.idle_bytes - keep_bytes):
                 place.wake()
         deadline = time.monotonic() + wait_seconds
         by_name: dict[str, list[_Place]] = {}
@@ -187,6 +172,50 @@ def trim(
             _wait(of_name, _still_to_give, max(deadline - time.monotonic(), 0.0))
             for of_name in by_name.values()
         ]
+
+
+def sleep(name: str, *, directory: Path, wait_seconds: float = PATIENCE_SECONDS) -> Result:
+    """Make an idle instance give all its weights; a request for it, or `wake`, brings them back.
+
+    Raises:
+        LedgerError: If there is no such instance.
+    """
+    return _wish(name, WeightsWish.SLEEP, directory, wait_seconds)
+
+
+def wake(name: str, *, directory: Path, wait_seconds: float = PATIENCE_SECONDS) -> Result:
+    """Make an instance get its weights back before the first request does.
+
+    Raises:
+        LedgerError: If there is no such instance.
+    """
+    return _wish(name, WeightsWish.WAKE, directory, wait_seconds)
+
+
+def _wish(name: str, wish: WeightsWish, directory: Path, wait_seconds: float) -> Result:
+    def remaining(_place: _Place, view: InstanceView) -> int:
+        if wish is WeightsWish.SLEEP:
+            return view.weights_bytes
+        return max(view.weights_needed_bytes - view.weights_bytes, 0)
+
+    with _places(directory, [name]) as places:
+        reason = next(filter(None, (_refusal(place.view, wish) for place in places)), "")
+        if reason:
+            return Result(name, Outcome.REFUSED, reason=reason)
+        for place in places:
+            if remaining(place, place.view) or place.view.weights_wish:
+                place.ledger.set_wish(place.view.row, wish)
+                place.wake()
+        return _wait(places, remaining, wait_seconds)
+
+
+def _refusal(view: InstanceView, wish: WeightsWish) -> str:
+    if not view.weights_needed_bytes:
+        return f"the weights of {view.name!r} never yield; start it with KVCACHED_WEIGHTS=yield"
+    is_used = view.used_bytes > view.page_bytes  # page 0 is always used
+    if wish is WeightsWish.SLEEP and (is_used or view.waiting_bytes or view.is_waking):
+        return f"{view.name!r} has requests; it gives its weights when it has none"
+    return ""
 
 
 @contextmanager
@@ -224,15 +253,14 @@ def _change(places: list[_Place], changes: list[dict[str, Any]]) -> Result | Non
             raise
         return Result(places[0].view.name, Outcome.REFUSED, reason=str(error))
     for place, change in done:
-        wake(place.ledger, {place.view.row, *change.waiting})
+        bell.wake(place.ledger, {place.view.row, *change.waiting})
     return None
 
 
 def _missing_to_floor(place: _Place, view: InstanceView | None) -> int:
     if view is None:
         return 0
-    unmet = max(view.floor_bytes - view.resident_bytes - view.promised_bytes, 0)
-    return max(unmet - max(place.ledger.free_bytes(view.row), 0), 0)
+    return max(view.unmet_floor_bytes - max(place.ledger.free_bytes(view.row), 0), 0)
 
 
 def _still_to_give(_place: _Place, view: InstanceView) -> int:
@@ -252,12 +280,3 @@ def _wait(
             outcome = Outcome.IN_PROGRESS if left else Outcome.APPLIED
             return Result(places[0].view.name, outcome, left, before, after)
         time.sleep(LOOK_SECONDS)
-
-
-def describe(result: Result) -> str:
-    """Return a result as one line."""
-    if result.outcome is Outcome.REFUSED:
-        return f"{result.instance}: refused: {result.reason}"
-    moved = f"{format_bytes(result.before_bytes)} -> {format_bytes(result.after_bytes)}"
-    coming = f", {format_bytes(result.remaining_bytes)} to come" if result.remaining_bytes else ""
-    return f"{result.instance}: {result.outcome}, {moved}{coming}"

@@ -102,6 +102,8 @@ def _options(
 @app.command(name="list")
 def list_instances(directory: Directory = default_directory(), as_json: AsJson = False) -> None:
     """List the instances: a line each."""
+    from kvcached_core.cli.columns import weights_text
+
     found = survey(directory)
     if as_json:
         typer.echo(to_json(found))
@@ -110,7 +112,10 @@ def list_instances(directory: Directory = default_directory(), as_json: AsJson =
     else:
         for view in found.devices:
             for instance in view.instances:
-                typer.echo(f"{view.device}\t{instance.name}\t{instance.engine}\tpid {instance.pid}")
+                typer.echo(
+                    f"{view.device}\t{instance.name}\t{instance.engine}\tpid {instance.pid}"
+                    f"\tweights {weights_text(instance)}"
+                )
     _end_for(found.problems)
 
 
@@ -178,6 +183,18 @@ def priority(
 ) -> None:
     """Set how late an instance gives its cached blocks to others."""
     _end([control.set_priority(name, number, directory=directory)])
+
+
+@app.command()
+def sleep(name: Name, directory: Directory = default_directory(), timeout: Timeout = 5.0) -> None:
+    """Make an idle instance give its weights back; its next request brings them back."""
+    _end([control.sleep(name, directory=directory, wait_seconds=timeout)])
+
+
+@app.command()
+def wake(name: Name, directory: Directory = default_directory(), timeout: Timeout = 5.0) -> None:
+    """Make an instance get its weights back before the first request."""
+    _end([control.wake(name, directory=directory, wait_seconds=timeout)])
 
 
 @app.command()

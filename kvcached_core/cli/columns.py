@@ -9,16 +9,18 @@ from rich.text import Text
 from kvcached_core.cli.history import CURVE_WIDTH, History
 from kvcached_core.ledger.reach import pressure
 from kvcached_core.ledger.view import DeviceView, InstanceView
-from kvcached_core.units import scale_bytes
+from kvcached_core.units import KIB, scale_bytes
 
 NAME_WIDTH = 14  # the least; names get what the other columns leave
 SIZE_WIDTH = 8
 BAR_WIDTH = 20
 NUM_DIGITS = 3
+_LETTERS = "BKMGT"
 # A sign of its own for each state: without colours they must differ, too.
-SIGNS, ASCII_SIGNS = "█▒░·", "#=-."
-STYLES = ("green", "yellow", "bright_black", "bright_black")
-STATES = ("used", "cached", "idle", "free")
+SIGNS, ASCII_SIGNS = "█▒░▚·", "#=-%."
+STYLES = ("green", "yellow", "bright_black", "blue", "bright_black")
+STATES = ("used", "cached", "idle", "weights", "free")
+WEIGHTS_WIDTH = len("waking 100 %")
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,32 @@ class Column:
 def short_bytes(num_bytes: float) -> str:
     """Return a size in three digits and at most eight characters: `1.23 GiB`, `1000 MiB`."""
     size, unit = scale_bytes(num_bytes)
-    num_decimals = max(NUM_DIGITS - len(str(int(abs(size)))), 0)
+    num_decimals = _num_decimals(size, NUM_DIGITS)
     text = f"{size:.{num_decimals}f}"
     return f"{text.rstrip('0').rstrip('.') if num_decimals else text} {unit}"
+
+
+def weights_text(instance: InstanceView) -> str:
+    """Return how much of an instance's weights is resident: `15.0G`, `7.2/15G`, `waking 60 %`.
+
+    `-` is for weights that never yield.
+    """
+    there = instance.weights_bytes
+    needed = max(instance.weights_needed_bytes, there)
+    if not needed:
+        return "-"
+    if instance.is_waking:
+        return f"waking {100 * there // needed} %"
+    power = max(number for number in range(len(_LETTERS)) if needed >= KIB**number)
+    unit, letter = KIB**power, _LETTERS[power]
+    if there == needed:
+        return f"{needed / unit:.{_num_decimals(needed / unit, NUM_DIGITS)}f}{letter}"
+    sizes = (f"{size / unit:.{_num_decimals(size / unit, 2)}f}" for size in (there, needed))
+    return "/".join(sizes) + letter
+
+
+def _num_decimals(size: float, num_digits: int) -> int:
+    return max(num_digits - len(str(int(abs(size)))), 0) if size else 0
 
 
 def shortened(text: str, width: int, *, is_ascii: bool = False) -> str:
@@ -70,9 +95,10 @@ def shortened(text: str, width: int, *, is_ascii: bool = False) -> str:
 def bar(
     capacity_bytes: int, instance: InstanceView, width: int = BAR_WIDTH, *, is_ascii: bool = False
 ) -> Text:
-    """Return a bar of the device with the instance's used, cached and idle shares on it."""
+    """Return a bar of the device with the instance's used, cached, idle and weights' shares."""
     signs = ASCII_SIGNS if is_ascii else SIGNS
-    sizes = (instance.used_bytes, instance.cached_bytes, instance.idle_bytes)
+    kv = (instance.used_bytes, instance.cached_bytes, instance.idle_bytes)
+    sizes = (*kv, instance.weights_bytes)
     text = Text()
     total_bytes = 0
     for num_bytes, sign, style in zip(sizes, signs, STYLES, strict=False):
@@ -110,25 +136,27 @@ MEMORY = Column(
     lambda seen: bar(seen.device.capacity_bytes, seen.row, is_ascii=seen.is_ascii),
     is_number=False,
 )
+WEIGHTS = Column("weights", WEIGHTS_WIDTH, lambda seen: weights_text(seen.row))
 # From left to right, and the order in which they are added as there is room.
 COLUMNS = {
     1: INSTANCE,
-    7: MEMORY,
+    8: MEMORY,
     2: _size("resident", lambda row: row.resident_bytes),
     3: _size("used", lambda row: row.used_bytes),
     4: _size("cached", lambda row: row.cached_bytes),
     5: _size("idle", lambda row: row.idle_bytes),
+    7: WEIGHTS,
     6: Column(
         "pressure", SIZE_WIDTH, lambda seen: f"{floor(100 * pressure(seen.device, seen.row))} %"
     ),
-    12: _size("promised", lambda row: row.promised_bytes),
-    9: _size("limit", lambda row: row.limit_bytes),
-    10: _size("floor", lambda row: row.floor_bytes, zero="none"),
-    13: Column("priority", 8, lambda seen: str(seen.row.priority)),
-    8: _size("waiting", lambda row: row.waiting_bytes, zero=""),
-    14: Column("refused", 7, lambda seen: str(seen.row.num_refused)),
-    15: Column("asked", 7, lambda seen: str(seen.row.num_asked)),
-    16: Column("mapped/s", 9, _rate(0, "+"), is_live=True),
-    17: Column("unmapped/s", 10, _rate(1, "-"), is_live=True),
-    11: Column("so far", CURVE_WIDTH, _curve, is_number=False, is_live=True),
+    13: _size("promised", lambda row: row.promised_bytes),
+    10: _size("limit", lambda row: row.limit_bytes),
+    11: _size("floor", lambda row: row.floor_bytes, zero="none"),
+    14: Column("priority", 8, lambda seen: str(seen.row.priority)),
+    9: _size("waiting", lambda row: row.waiting_bytes, zero=""),
+    15: Column("refused", 7, lambda seen: str(seen.row.num_refused)),
+    16: Column("asked", 7, lambda seen: str(seen.row.num_asked)),
+    17: Column("mapped/s", 9, _rate(0, "+"), is_live=True),
+    18: Column("unmapped/s", 10, _rate(1, "-"), is_live=True),
+    12: Column("so far", CURVE_WIDTH, _curve, is_number=False, is_live=True),
 }

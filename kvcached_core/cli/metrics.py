@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from kvcached_core.errors import KVCachedError
+from kvcached_core.ledger.activations import ACTIVATION_BOUNDS_SECONDS, Activations
 from kvcached_core.ledger.reach import pressure
 from kvcached_core.ledger.survey import survey
 from kvcached_core.ledger.times import BOUNDS_SECONDS, CallTimes
@@ -31,10 +32,16 @@ DEVICE_GAUGES: dict[str, tuple[str, Callable[[DeviceView], float]]] = {
     "device_unclaimed_bytes": ("Neither resident nor promised.", lambda d: d.free_bytes),
 }
 INSTANCE_GAUGES: dict[str, tuple[str, Callable[[InstanceView], float]]] = {
-    "resident_bytes": ("Mapped bytes: used, cached and idle.", lambda i: i.resident_bytes),
+    "resident_bytes": (
+        "Mapped bytes: used, cached, idle and weights.",
+        lambda i: i.resident_bytes,
+    ),
     "used_bytes": ("Mapped bytes of live requests.", lambda i: i.used_bytes),
     "cached_bytes": ("Mapped bytes that only the prefix cache wants.", lambda i: i.cached_bytes),
     "idle_bytes": ("Mapped bytes that hold nothing.", lambda i: i.idle_bytes),
+    "weights_bytes": ("Mapped bytes of weights that yield.", lambda i: i.weights_bytes),
+    "weights_needed_bytes": ("What of them it needs to run.", lambda i: i.weights_needed_bytes),
+    "weights_offered_bytes": ("What others may ask for.", lambda i: i.weights_offered_bytes),
     "promised_bytes": ("Promised and not mapped yet.", lambda i: i.promised_bytes),
     "waiting_bytes": ("Refused, and still wanted.", lambda i: i.waiting_bytes),
     "virtual_bytes": ("What the engine believes to have.", lambda i: i.virtual_bytes),
@@ -47,14 +54,22 @@ INSTANCE_COUNTERS: dict[str, tuple[str, Callable[[InstanceView], float]]] = {
     "refusals": ("Promises that were not given in full.", lambda i: i.num_refused),
     "pressure_asked": ("Times that others asked for memory.", lambda i: i.num_asked),
     "pressure_answered": ("Times that it answered.", lambda i: i.num_answered),
+    "activations": ("Times that its weights came back.", lambda i: i.activations.num),
     "map_failures": ("Pages that could not be mapped.", lambda i: i.map_times.num_failures),
     "unmap_failures": ("Pages that could not be unmapped.", lambda i: i.unmap_times.num_failures),
 }
-INSTANCE_HISTOGRAMS: dict[str, tuple[str, Callable[[InstanceView], CallTimes]]] = {
-    "map_seconds": ("Mapping a page.", lambda i: i.map_times),
-    "unmap_seconds": ("Unmapping a page.", lambda i: i.unmap_times),
+INSTANCE_HISTOGRAMS: dict[
+    str,
+    tuple[str, tuple[float, ...], Callable[[InstanceView], CallTimes | Activations]],
+] = {
+    "map_seconds": ("Mapping a page.", BOUNDS_SECONDS, lambda i: i.map_times),
+    "unmap_seconds": ("Unmapping a page.", BOUNDS_SECONDS, lambda i: i.unmap_times),
+    "activation_seconds": (
+        "From the request on until all weights are back.",
+        ACTIVATION_BOUNDS_SECONDS,
+        lambda i: i.activations,
+    ),
 }
-_BOUNDS = (*(str(seconds) for seconds in BOUNDS_SECONDS), "+Inf")
 
 
 class LedgerCollector:
@@ -93,11 +108,12 @@ class LedgerCollector:
         for name, (text, read) in INSTANCE_COUNTERS.items():
             counter = CounterMetricFamily(PREFIX + name, text, labels=_LABELS)
             yield _filled(counter, rows, read)
-        for name, (text, times_of) in INSTANCE_HISTOGRAMS.items():
+        for name, (text, bounds, times_of) in INSTANCE_HISTOGRAMS.items():
+            titles = (*map(str, bounds), "+Inf")
             histogram = HistogramMetricFamily(PREFIX + name, text, labels=_LABELS)
             for device_name, row in rows:
                 times = times_of(row)
-                buckets = list(zip(_BOUNDS, accumulate(times.buckets), strict=True))
+                buckets = list(zip(titles, accumulate(times.buckets), strict=True))
                 labels = [device_name, row.name, row.engine]
                 histogram.add_metric(labels, buckets, times.seconds)
             yield histogram

@@ -16,6 +16,7 @@ from kvcached_core.cli.columns import (
     SIGNS,
     STATES,
     STYLES,
+    WEIGHTS,
     Column,
     Seen,
     bar,
@@ -31,7 +32,7 @@ LEAST_WIDTH = len("pid 4194304")  # which is as large as a pid gets
 
 
 class Picture:
-    """All devices and their instances: resident = used + cached + idle, and who may have what.
+    """All devices and their instances: what is resident is for what, and who may have what.
 
     It is drawn for the terminal that it is printed on. Columns that do not fit are left out, the
     least important first. In a low terminal an instance has one line instead of two, and instances
@@ -52,6 +53,8 @@ class Picture:
         self._devices = [view for view in devices if view.instances]
         self._history = history
         self._problems = problems
+        rows = [row for view in self._devices for row in view.instances]
+        self._has_weights = any(row.weights_needed_bytes or row.weights_bytes for row in rows)
 
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the parts; rich calls it."""
@@ -76,7 +79,7 @@ class Picture:
         num_left_out = sum(len(view.instances) for view in self._devices) - num_shown
         if num_left_out:
             yield Text(f"and {num_left_out} more, for which this terminal is too low", "dim")
-        yield _legend(is_ascii=is_ascii)
+        yield _legend(is_ascii=is_ascii, has_weights=self._has_weights)
 
     def _columns(self, width: int) -> list[Column]:
         longest = max(len(row.name) for view in self._devices for row in view.instances)
@@ -84,6 +87,8 @@ class Picture:
         left = width - chosen[1].width
         for number, column in sorted(COLUMNS.items()):
             if number in chosen or (column.is_live and self._history is None):
+                continue
+            if column is WEIGHTS and not self._has_weights:
                 continue
             if column.width + 1 > left:
                 break
@@ -152,7 +157,13 @@ def _title(view: DeviceView, width: int, *, is_ascii: bool) -> Text:
     return Text(device + text, "italic", no_wrap=True)
 
 
-def _legend(*, is_ascii: bool) -> Text:
+def _legend(*, is_ascii: bool, has_weights: bool) -> Text:
     signs = ASCII_SIGNS if is_ascii else SIGNS
     parts = zip(signs, STATES, STYLES, strict=True)
-    return Text.assemble(*((f"{sign} {state}  ", style) for sign, state, style in parts))
+    return Text.assemble(
+        *(
+            (f"{sign} {state}  ", style)
+            for sign, state, style in parts
+            if has_weights or state != WEIGHTS.title
+        )
+    )

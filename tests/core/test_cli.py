@@ -66,7 +66,46 @@ def test_top_prints_a_plain_table_where_there_is_no_terminal(ledger: Ledger) -> 
 def test_list_prints_a_line_for_each_instance(ledger: Ledger) -> None:
     listed = kvcached("list", directory=ledger.path.parent)
     assert listed.stdout.startswith("host\tllama\tvllm 0.32.0\tpid")
+    assert listed.stdout.endswith("\tweights -\n")
     assert (listed.stdout.count("\n"), listed.stderr) == (1, "")
+
+
+def test_weights_are_listed_shown_counted_and_steered(ledger: Ledger) -> None:
+    directory, row = ledger.path.parent, ledger.view().instances[0].row
+    for command in ("sleep", "wake"):
+        refused = kvcached(command, "llama", directory=directory)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "llama: refused: the weights of 'llama' never yield" in refused.stderr
+    ledger.describe_weights(row, 30 * PAGE)
+    ledger.settle_weights(row, mapped_bytes=12 * PAGE)
+    ledger.offer_weights(row, 12 * PAGE)
+    ledger.activated(row, 300_000_000)
+    assert "\tweights 192/480M" in kvcached("list", directory=directory).stdout
+    assert "192/480M" in kvcached("top", directory=directory).stdout
+    woken = kvcached("wake", "llama", "--timeout", "0", directory=directory)
+    assert (woken.returncode, woken.stdout) == (
+        *(3, "llama: in progress, 320 MiB -> 320 MiB, 288 MiB to come\n"),
+    )
+    shown = json.loads(kvcached("top", "--json", directory=directory).stdout)
+    (instance,) = shown["devices"][0]["instances"]
+    assert instance["resident_bytes"] == sum(
+        instance[f"{state}_bytes"] for state in ("used", "cached", "idle", "weights")
+    )
+    text = kvcached("metrics", "--once", directory=directory).stdout
+    found = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if not sample.name.endswith("_bucket")
+    }
+    assert (found["kvcached_weights_bytes"], found["kvcached_weights_offered_bytes"]) == (
+        *(12 * PAGE, 12 * PAGE),
+    )
+    assert found["kvcached_weights_needed_bytes"] == 30 * PAGE
+    assert (found["kvcached_activations_total"], found["kvcached_activation_seconds_sum"]) == (
+        *(1, 0.3),
+    )
+    assert 'kvcached_activation_seconds_bucket{device="host",engine="vllm 0.32.0"' in text
 
 
 def test_where_nobody_runs_that_is_said_and_not_taken_for_an_instance(tmp_path: Path) -> None:

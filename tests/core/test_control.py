@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.waiting import await_that
 
 from kvcached_core import control
 from kvcached_core.control import Outcome
@@ -14,6 +15,8 @@ from kvcached_core.ledger.bell import Doorbell
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import doorbell_path, ledger_directory
 from kvcached_core.ledger.policy import Policy
+from kvcached_core.ledger.view import InstanceView
+from kvcached_core.ledger.weights import WeightsWish
 from kvcached_core.units import GIB, MIB
 
 PAGE = 16 * MIB
@@ -31,11 +34,13 @@ class Engine:
             self.row, mapped_bytes=self.cached_bytes, used_bytes=0, cached_bytes=self.cached_bytes
         )
         self.is_deaf = threading.Event()
+        self.num_wishes = 0
         self.bell = Doorbell(doorbell_path(ledger.path, self.row), self.answer)
 
     def answer(self) -> None:
         if self.is_deaf.is_set():
             return
+        self.fulfil(self.ledger.weights_wish(self.row))
         give = self.ledger.wanted(self.row).asked_bytes
         self.cached_bytes -= give
         self.ledger.acknowledge(self.row)
@@ -43,9 +48,22 @@ class Engine:
             self.row, unmapped_bytes=give, used_bytes=0, cached_bytes=self.cached_bytes
         )
 
-    def policy(self) -> Policy:
+    def fulfil(self, wish: WeightsWish) -> None:
+        seen = self.view()
+        if wish is WeightsWish.SLEEP:
+            self.ledger.settle_weights(self.row, unmapped_bytes=seen.weights_bytes)
+        elif wish is WeightsWish.WAKE:
+            missing = seen.weights_needed_bytes - seen.weights_bytes
+            self.ledger.settle_weights(self.row, mapped_bytes=missing)
+        self.num_wishes += wish is not WeightsWish.NONE
+        self.ledger.end_wish(self.row, wish)
+
+    def view(self) -> InstanceView:
         views = self.ledger.view().instances
-        return next(view.policy for view in views if view.row == self.row)
+        return next(view for view in views if view.row == self.row)
+
+    def policy(self) -> Policy:
+        return self.view().policy
 
 
 @pytest.fixture
@@ -117,6 +135,66 @@ def test_a_floor_beside_which_a_neighbours_longest_request_never_fits_has_to_be_
     forced = control.set_floor("a", "60%", directory=directory, is_forced=True)
     assert forced.outcome is Outcome.APPLIED
     assert pair[0].policy().floor_bytes == GIB * 6 // 10
+
+
+def test_an_idle_instance_gives_its_weights_and_gets_them_back(
+    directory: Path, pair: tuple[Engine, Engine]
+) -> None:
+    engine = pair[0]
+    engine.ledger.describe_weights(engine.row, 8 * PAGE)
+    engine.ledger.settle_weights(engine.row, mapped_bytes=8 * PAGE)
+    for _ in range(2):  # the second time there is nothing to do
+        asleep = control.sleep("a", directory=directory)
+        assert (asleep.outcome, asleep.after_bytes) == (Outcome.APPLIED, 10 * PAGE)
+        await_that(lambda: engine.view().weights_wish == WeightsWish.NONE, 10.0)
+        assert (engine.num_wishes, engine.view().weights_bytes) == (1, 0)
+    awake = control.wake("a", directory=directory)
+    assert (awake.outcome, awake.after_bytes) == (Outcome.APPLIED, 18 * PAGE)
+    await_that(lambda: engine.view().weights_wish == WeightsWish.NONE, 10.0)
+
+
+def test_a_sleep_and_a_wake_that_take_longer_are_in_progress(
+    directory: Path, pair: tuple[Engine, Engine]
+) -> None:
+    engine = pair[0]
+    engine.ledger.describe_weights(engine.row, 8 * PAGE)
+    engine.ledger.settle_weights(engine.row, mapped_bytes=3 * PAGE)
+    engine.is_deaf.set()
+    for steer, num_pages in ((control.sleep, 3), (control.wake, 5)):
+        answer = steer("a", directory=directory, wait_seconds=0.0)
+        assert (answer.outcome, answer.remaining_bytes) == (
+            *(Outcome.IN_PROGRESS, num_pages * PAGE),
+        )
+    assert engine.view().weights_wish == WeightsWish.WAKE
+
+
+def test_who_cannot_sleep_or_wake_is_left_alone(
+    directory: Path, pair: tuple[Engine, Engine]
+) -> None:
+    engine = pair[0]
+    for steer in (control.sleep, control.wake):
+        refused = steer("a", directory=directory)
+        assert refused.outcome is Outcome.REFUSED
+        assert "start it with KVCACHED_WEIGHTS=yield" in refused.reason
+    engine.ledger.describe_weights(engine.row, 8 * PAGE)
+    engine.ledger.settle_weights(engine.row, mapped_bytes=8 * PAGE)
+    for say in (
+        lambda: engine.ledger.announce(engine.row, PAGE, is_waking=True),
+        lambda: engine.ledger.settle(engine.row, used_bytes=2 * PAGE, cached_bytes=0),
+    ):
+        engine.ledger.announce(engine.row, 0)
+        say()
+        refused = control.sleep("a", directory=directory)
+        assert (refused.outcome, engine.num_wishes) == (Outcome.REFUSED, 0)
+        assert "'a' has requests" in refused.reason
+
+
+def test_a_trim_leaves_weights_where_they_are(directory: Path, pair: tuple[Engine, Engine]) -> None:
+    engine = pair[0]
+    engine.ledger.describe_weights(engine.row, 8 * PAGE)
+    engine.ledger.settle_weights(engine.row, mapped_bytes=8 * PAGE)
+    (answer,) = control.trim(["a"], directory=directory)
+    assert (answer.outcome, answer.after_bytes) == (Outcome.APPLIED, 8 * PAGE)
 
 
 def test_priorities_are_set(directory: Path, pair: tuple[Engine, Engine]) -> None:

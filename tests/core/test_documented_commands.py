@@ -14,6 +14,7 @@ from kvcached_core.config import Enable, read_config, read_switch
 from kvcached_core.ledger.bell import Doorbell
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import doorbell_path, ledger_directory
+from kvcached_core.ledger.weights import WeightsWish
 from kvcached_core.units import GIB, MIB
 
 PAGE = 16 * MIB
@@ -49,14 +50,17 @@ def directory(tmp_path: Path) -> Iterator[Path]:
     """The folder of a ledger with one instance, `llama`, that gives what it is asked for."""
     folder = ledger_directory(tmp_path / "kv")
     with Ledger(folder / "host.ledger", POOL_BYTES) as ledger:
-        row = ledger.register(name="llama", engine="vllm 0.32.0")
+        row = ledger.register(name="llama", engine="vllm 0.32.0", page_bytes=PAGE)
         ledger.reserve(row, 8 * PAGE, PAGE)
-        ledger.settle(row, mapped_bytes=8 * PAGE, used_bytes=2 * PAGE, cached_bytes=5 * PAGE)
+        ledger.settle(row, mapped_bytes=8 * PAGE, used_bytes=PAGE, cached_bytes=6 * PAGE)
+        ledger.describe_weights(row, GIB)
 
         def give() -> None:
             given = ledger.wanted(row).asked_bytes
-            ledger.settle(row, unmapped_bytes=given, used_bytes=2 * PAGE, cached_bytes=0)
+            ledger.settle(row, unmapped_bytes=given, used_bytes=PAGE, cached_bytes=0)
             ledger.acknowledge(row)
+            if ledger.weights_wish(row) is WeightsWish.WAKE:
+                ledger.settle_weights(row, mapped_bytes=GIB)
 
         bell = Doorbell(doorbell_path(ledger.path, row), give)
         yield folder

@@ -17,7 +17,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kvcached_core.cli.columns import ASCII_SIGNS, SIGNS, bar, short_bytes, shortened
+from kvcached_core.cli.columns import (
+    ASCII_SIGNS,
+    SIGNS,
+    WEIGHTS,
+    bar,
+    short_bytes,
+    shortened,
+    weights_text,
+)
 from kvcached_core.cli.history import History
 from kvcached_core.cli.picture import Picture
 from kvcached_core.ledger.ledger import Ledger
@@ -30,7 +38,16 @@ GPU = "GPU-5f2c1c3e-8f5e-4c3b-9e39-1f2f3a4b5c6d"
 LONG_NAME = "meta-llama-Llama-3.1-8B-Instruct"
 
 
-def instance(name: str, *, used: int = 0, cached: int = 0, idle: int = 0) -> InstanceView:
+def instance(
+    name: str,
+    *,
+    used: int = 0,
+    cached: int = 0,
+    idle: int = 0,
+    weights: int = 0,
+    needed: int = 0,
+    since: int = 0,
+) -> InstanceView:
     numbers = dict.fromkeys((field.name for field in fields(InstanceView)), 0)
     return InstanceView(
         **{
@@ -38,7 +55,10 @@ def instance(name: str, *, used: int = 0, cached: int = 0, idle: int = 0) -> Ins
             "used_bytes": used,
             "cached_bytes": cached,
             "idle_bytes": idle,
-            "resident_bytes": used + cached + idle,
+            "resident_bytes": used + cached + idle + weights,
+            "weights_bytes": weights,
+            "weights_needed_bytes": needed,
+            "waking_since_ns": since,
             "limit_bytes": None,
             "pid": 3817422,
             "name": name,
@@ -102,11 +122,52 @@ def test_names_that_are_cut_still_differ() -> None:
 def test_used_cached_and_idle_look_different_without_colours() -> None:
     row = instance("a", used=2 * MIB, cached=5 * MIB, idle=MIB)
     text = bar(16 * MIB, row, width=64)
-    assert [text.plain.count(sign) for sign in SIGNS] == [8, 20, 4, 32]
+    assert [text.plain.count(sign) for sign in SIGNS] == [8, 20, 4, 0, 32]
     plain = bar(16 * MIB, row, width=64, is_ascii=True).plain
-    assert [plain.count(sign) for sign in ASCII_SIGNS] == [8, 20, 4, 32]
-    for sign, state in zip(SIGNS, ("used", "cached", "idle", "free"), strict=True):
+    assert [plain.count(sign) for sign in ASCII_SIGNS] == [8, 20, 4, 0, 32]
+    for sign, state in zip("█▒░·", ("used", "cached", "idle", "free"), strict=True):
         assert f"{sign} {state}" in drawn(60)[-1]
+
+
+YIELDING = DeviceView(
+    GPU,
+    80 * GIB,
+    (
+        instance("awake", used=2 * GIB, weights=15 * GIB, needed=15 * GIB),
+        instance("half", weights=7373 * MIB, needed=15 * GIB),
+        instance("asleep", needed=15 * GIB),
+        instance("wakes", weights=9 * GIB, needed=15 * GIB, since=1),
+        instance("kept", used=MIB),
+    ),
+)
+
+
+def test_weights_have_a_column_and_a_sign_where_some_yield() -> None:
+    assert "weights" not in "\n".join(drawn(200))
+    lines = drawn(80, devices=[YIELDING])
+    assert "weights" in lines[0].split()
+    assert max(map(len, lines)) <= 80
+    texts = ("15.0G", "7.2/15G", "0/15G", "waking 60 %", "-")
+    for text, row in zip(texts, YIELDING.instances, strict=True):
+        assert weights_text(row) == text
+        assert any(line.startswith(row.name) and f" {text} " in line for line in lines)
+    assert "▚ weights" in lines[-1]
+    assert bar(80 * GIB, YIELDING.instances[0], width=80).plain == "█" * 2 + "▚" * 15 + "·" * 63
+
+
+@pytest.mark.parametrize(
+    ("there", "needed", "text"),
+    [
+        (0, MIB, "0/1.0M"),
+        (MIB, MIB, "1.00M"),
+        (140 * GIB, 140 * GIB, "140G"),
+        (100 * MIB, 140 * GIB, "0.1/140G"),
+        (3 * MIB, 0, "3.00M"),
+    ],
+)
+def test_weights_of_every_size_fit_their_column(there: int, needed: int, text: str) -> None:
+    assert weights_text(instance("a", weights=there, needed=needed)) == text
+    assert len(text) <= WEIGHTS.width
 
 
 def test_a_bar_never_grows_over_its_width() -> None:
