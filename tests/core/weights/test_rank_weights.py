@@ -1,5 +1,6 @@
 """A rank's weights: the same bytes after any give and return, and a ledger that knows it."""
 
+import ctypes
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -319,12 +320,11 @@ def test_a_wake_that_finds_no_memory_asks_its_neighbours_and_goes_on_when_it_com
 
 
 def test_a_wake_that_finds_no_memory_keeps_what_came_and_ends(
-    make: Make, clock: list[float]
+    make: Make, driver: FakeDriver, clock: list[float]
 ) -> None:
-    limited = LimitedBackend(HostBackend(PAGE), NUM_PAGES * PAGE)
-    ours = make(limited).start()
+    ours = make(CudaBackend(api=cast("Any", driver))).start()
     ours.weights.hold(4)
-    limited.limit_bytes = 10 * PAGE
+    driver.capacity_bytes = 10 * PAGE
     neighbour = ours.ledger.register(name="neighbour", engine="test")
     ours.ledger.settle(neighbour, mapped_bytes=50 * PAGE, used_bytes=0, cached_bytes=0)
     ours.ledger.announce(ours.row, GIB, is_waking=True)
@@ -334,7 +334,7 @@ def test_a_wake_that_finds_no_memory_keeps_what_came_and_ends(
     assert PATIENCE_SECONDS < sum(clock) < PATIENCE_SECONDS + 1
     ours.check(10)
     assert ours.view().waiting_bytes == 0
-    limited.limit_bytes = NUM_PAGES * PAGE
+    driver.capacity_bytes = NUM_PAGES * PAGE
     ours.weights.hold(NUM_PAGES)
     ours.check(NUM_PAGES)
 
@@ -448,7 +448,12 @@ def test_an_instance_that_has_left_is_not_reported_to(make: Make) -> None:
 
 def test_a_forked_child_owns_no_weights(make: Make) -> None:
     ours = make(HostBackend(PAGE)).start()
-    assert exit_code_of_child(ours.weights.close) == 0
+
+    def close_and_read() -> None:
+        ours.weights.close()
+        ctypes.string_at(ours.image.page_address(NUM_PAGES - 1), PAGE)
+
+    assert exit_code_of_child(close_and_read) == 0
     ours.check(NUM_PAGES)
     ours.weights.hold(0)
     ours.weights.hold(NUM_PAGES)
