@@ -56,3 +56,15 @@ def current_stream(device: Any) -> Callable[[], int]:
     import torch  # noqa: PLC0415  as above
 
     return lambda: int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def reserved_bytes(device: Any) -> Callable[[], int]:
+    """Return a function that says what torch's allocator has there for this process, in bytes.
+
+    On the host it is not known, and 0.
+    """
+    if device.type != CUDA:
+        return lambda: 0
+    import torch  # noqa: PLC0415  as above
+
+    return lambda: int(torch.cuda.memory_reserved(device))

@@ -150,7 +150,7 @@ HOOKS = (
     ),
     Hook(
         "sglang.srt.utils.torch_memory_saver_adapter:_TorchMemorySaverAdapterReal.cuda_graph",
-        "kvcached_sglang.sleep_hooks:saver_cuda_graph",
+        "kvcached_sglang.sleep_hooks:saver_region",
         "count what captured graphs hold in the memory saver",
     ),
 )

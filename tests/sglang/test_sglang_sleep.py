@@ -20,11 +20,12 @@ from torch import distributed
 from kvcached_core.config import read_config
 from kvcached_core.engine.instance import Instance
 from kvcached_core.memory.devices import host_device
+from kvcached_core.memory.saved_memory import SavedMemory
 from kvcached_core.units import MIB
 from kvcached_sglang import sleep_hooks
 from kvcached_sglang.engine import SglangEngine
 from kvcached_sglang.hooks import get_new_batch_prefill
-from kvcached_sglang.saved_memory import CUDA_GRAPH, KV_CACHE, WEIGHTS, SavedMemory
+from kvcached_sglang.sleep_hooks import CUDA_GRAPH, KV_CACHE, WEIGHTS
 
 pytestmark = pytest.mark.sglang
 
@@ -179,6 +180,14 @@ def test_what_was_not_released_cannot_be_resumed_and_ends_nothing(sleeper: Sleep
         sleeper.sleep(KV_CACHE) and sleeper.wake(WEIGHTS, CUDA_GRAPH).rid
     )
     assert sleeper.updater.offload_tags == {KV_CACHE}
+
+
+def test_what_a_capture_allocates_comes_back_with_the_graphs(sleeper: Sleeper) -> None:
+    before = sleeper.engine.saved.bytes_of([CUDA_GRAPH])
+    capture = sleep_hooks.saver_region(lambda self: self.region(CUDA_GRAPH))
+    with capture(sleeper.saver):
+        pass
+    assert sleeper.engine.saved.bytes_of([CUDA_GRAPH]) == before + SIZES[CUDA_GRAPH]
 
 
 def test_a_request_to_a_sleeping_engine_waits(sleeper: Sleeper) -> None:

@@ -3,16 +3,16 @@
 import logging
 from typing import Any
 
-from kvcached_core.config import CUDA, Config, read_config
+from kvcached_core.config import Config, read_config
 from kvcached_core.engine.joining import Group
 from kvcached_core.engine.looping import LoopingEngine
 from kvcached_core.engine.ranks import NUM_IDLE_TURNS
 from kvcached_core.engine.start import model_name
-from kvcached_core.memory.torch_device import current_stream
+from kvcached_core.memory.saved_memory import SavedMemory
+from kvcached_core.memory.torch_device import current_stream, reserved_bytes
 from kvcached_sglang.demand import named_blocks
 from kvcached_sglang.obstacles import has_two_pools
 from kvcached_sglang.port import SglangPort
-from kvcached_sglang.saved_memory import SavedMemory, reserved_bytes
 from kvcached_sglang.startup import startup
 
 logger = logging.getLogger("sglang.kvcached")
@@ -55,7 +55,7 @@ class SglangEngine(LoopingEngine):
             num_pools=num_pools,
             num_idle_turns=1 if does_loop_sleep else NUM_IDLE_TURNS,
         )
-        self.saved = SavedMemory(reserved_bytes if self.device.kind == CUDA else lambda: 0)
+        self.saved = SavedMemory(reserved_bytes(device))
 
     def check(self, scheduler: Any, batch: Any) -> None:
         """Refuse a batch that names a block which is not mapped: see `RankMemory.check_blocks`."""

@@ -9,21 +9,15 @@ from typing import Any
 from kvcached_core.errors import NoRoomError
 from kvcached_patches.around import around
 from kvcached_sglang.engine import engine
-from kvcached_sglang.saved_memory import ALL_TAGS, CUDA_GRAPH, KV_CACHE
+
+KV_CACHE, WEIGHTS, CUDA_GRAPH = ALL_TAGS = ("kv_cache", "weights", "cuda_graph")
 
 
 @around
-def saver_region(original: Any, self: Any, tag: str, *args: Any, **kwargs: Any) -> Any:
-    """Wrap `region` of SGLang's memory saver: what is allocated in it is counted."""
-    ours, region = engine(), original(self, tag, *args, **kwargs)
-    return region if ours is None else ours.saved.measured(tag, region)
-
-
-@around
-def saver_cuda_graph(original: Any, self: Any, **kwargs: Any) -> Any:
-    """Wrap `cuda_graph` of SGLang's memory saver: what a capture allocates is counted."""
-    ours, region = engine(), original(self, **kwargs)
-    tag = kwargs.get("tag", CUDA_GRAPH)
+def saver_region(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wrap `region` and `cuda_graph` of SGLang's memory saver: count what is allocated inside."""
+    ours, region = engine(), original(self, *args, **kwargs)
+    tag = kwargs.get("tag", args[0] if args else CUDA_GRAPH)
     return region if ours is None else ours.saved.measured(tag, region)
 
 

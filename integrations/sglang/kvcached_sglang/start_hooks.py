@@ -13,7 +13,7 @@ from kvcached_core.units import GIB
 from kvcached_patches.around import around
 from kvcached_sglang import obstacles
 from kvcached_sglang.engine import engine, start_engine
-from kvcached_sglang.saved_memory import WEIGHTS
+from kvcached_sglang.sleep_hooks import WEIGHTS
 from kvcached_sglang.startup import check_arguments, startup
 from kvcached_sglang.weights import loaded_bytes, static_bytes
 

@@ -1,16 +1,15 @@
-"""How much of a process lies in SGLang's memory saver: what a wake will allocate."""
+"""How much of a process its engine takes off the device in a sleep: what a wake will allocate."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-KV_CACHE, WEIGHTS, CUDA_GRAPH = "kv_cache", "weights", "cuda_graph"
-ALL_TAGS = (KV_CACHE, WEIGHTS, CUDA_GRAPH)
-
 
 class SavedMemory:
-    """What of this process lies in SGLang's memory saver, in bytes, by tag.
+    """What an engine allocates in regions that it may release and resume, in bytes, by tag.
+
+    The thread of the worker calls it.
 
     Args:
         reserved_bytes: Returns what torch's allocator has of the device for this process.
@@ -22,7 +21,7 @@ class SavedMemory:
 
     @contextmanager
     def measured(self, tag: str, region: AbstractContextManager[Any]) -> Iterator[Any]:
-        """Run a region of the saver, and count what was allocated in it."""
+        """Run a region, and count what was allocated in it."""
         before = self._reserved_bytes()
         with region as inner:
             yield inner
@@ -35,10 +34,3 @@ class SavedMemory:
     def bytes_of(self, tags: Iterable[str]) -> int:
         """Return what comes back with `tags`."""
         return sum(self._bytes[tag] for tag in tags)
-
-
-def reserved_bytes() -> int:
-    """Return what torch's allocator has of this process's GPU, in bytes."""
-    import torch
-
-    return int(torch.cuda.memory_reserved())
