@@ -90,3 +90,7 @@ class PolicyError(KVCachedError, ValueError):
 
 class UnsupportedEngineError(KVCachedError, RuntimeError):
     """This engine release or configuration cannot be served elastically."""
+
+
+class FirstRankError(KVCachedError):
+    """Rank 0 could not enter the server in the ledgers, and has said why."""

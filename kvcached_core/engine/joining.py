@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvcached_core.engine.instance import Instance
-from kvcached_core.engine.ranks import NUM_IDLE_TURNS, FirstRankError, Ranks
-from kvcached_core.errors import KVCachedError
+from kvcached_core.engine.ranks import NUM_IDLE_TURNS, Ranks
+from kvcached_core.errors import FirstRankError, KVCachedError
 from kvcached_core.memory.devices import Device
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvcached_core.engine.instance import Instance
-from kvcached_core.errors import KVCachedError
 from kvcached_core.ledger.shortage import PATIENCE_SECONDS
 from kvcached_core.memory.devices import Device
 from kvcached_core.memory.seats import Seat
@@ -21,10 +20,6 @@ MICROSECONDS = 1_000_000
 LOOK_SECONDS = 0.001
 # Several ranks that have nothing to do tell each other what is new once in so many turns.
 NUM_IDLE_TURNS = 16
-
-
-class FirstRankError(KVCachedError):
-    """Rank 0 could not enter the server in the ledgers, and has said why."""
 
 
 Share = Callable[[list[int]], list[int]]

@@ -8,6 +8,7 @@ by then.
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -17,6 +18,7 @@ from kvcached_core.engine.leaving import sweep_at_exit
 from kvcached_core.engine.names import safe_name
 from kvcached_core.errors import (
     ConfigError,
+    FirstRankError,
     GeometryError,
     KVCachedError,
     UnsupportedEngineError,
@@ -186,3 +188,36 @@ def check(obstacles: Iterable[str]) -> None:
 def model_name(model: object) -> str:
     """Return what an instance is called by default: the last part of its model's name or path."""
     return safe_name(Path(str(model)).name)
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is an engine's only one, or torch's first rank."""
+    from torch import distributed  # noqa: PLC0415  an engine that asks has it
+
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """End the process with one line where what of ours ends a start; the first rank says it.
+
+    For an engine that would log what ends its process. Errors of its own stay what they are.
+
+    Raises:
+        SystemExit: With the exit code `SAID`.
+    """
+    try:
+        yield
+    except FirstRankError:
+        raise SystemExit(SAID) from None
+    except KVCachedError as error:
+        _say(f"kvcached: {error}")
+    except SystemExit as error:
+        if not isinstance(error.code, str):
+            raise
+        _say(error.code)
+
+
+def _say(message: str) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)  # noqa: T201  the process ends with it
+    raise SystemExit(SAID) from None

@@ -9,8 +9,8 @@ from torch import distributed
 from kvcached_core.config import Config, read_config
 from kvcached_core.engine.instance import Instance
 from kvcached_core.engine.joining import Group, join_ranks
-from kvcached_core.engine.ranks import FirstRankError, Ranks
-from kvcached_core.errors import ConfigError
+from kvcached_core.engine.ranks import Ranks
+from kvcached_core.errors import ConfigError, FirstRankError
 from kvcached_core.memory.devices import host_device
 
 

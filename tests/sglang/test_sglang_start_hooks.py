@@ -8,9 +8,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from kvcached_core.engine.ranks import FirstRankError
 from kvcached_core.engine.start import SAID
-from kvcached_core.errors import LedgerError
+from kvcached_core.errors import FirstRankError, LedgerError
 from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_sglang import engine as engines
 from kvcached_sglang import obstacles, start_hooks

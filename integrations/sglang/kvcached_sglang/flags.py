@@ -1,24 +1,10 @@
-"""Our flags among SGLang's: they set variables, which all processes of the server inherit.
-
-They are plain flags, so that SGLang's `--config` file may have them, and nothing happens before all
-arguments are known: their order says nothing.
-"""
+"""Where our flags come among SGLang's, and what follows when all arguments are known."""
 
 import argparse
-import os
 from typing import Any
 
-from kvcached_core.config import SWITCH, Enable, read_switch
-from kvcached_core.errors import ConfigError
+from kvcached_core.engine.flags import add_flags, take_flags
 from kvcached_sglang.startup import check_arguments, startup
-
-SWITCH_FLAG = "--enable-kvcached"
-FLAGS = {
-    "--kvcached-limit": ("KVCACHED_LIMIT", "The most it may hold: 24GiB, 50%% or none."),
-    "--kvcached-floor": ("KVCACHED_FLOOR", "What it can always get back, such as 8GiB."),
-    "--kvcached-priority": ("KVCACHED_PRIORITY", "-1000 to 1000; the lowest gives first."),
-    "--kvcached-name": ("KVCACHED_NAME", "The instance's name in `kvcached top`."),
-}
 
 
 def server_args_add_cli_args(original: Any) -> Any:
@@ -27,14 +13,7 @@ def server_args_add_cli_args(original: Any) -> Any:
 
     def wrapper(parser: argparse.ArgumentParser) -> None:
         add(parser)
-        group = parser.add_argument_group("kvcached")
-        group.add_argument(
-            SWITCH_FLAG,
-            action="store_true",
-            help="Share KV memory elastically with other engines on the device.",
-        )
-        for flag, (_, text) in FLAGS.items():
-            group.add_argument(flag, help=text)
+        add_flags(parser)
 
     return staticmethod(wrapper)
 
@@ -56,25 +35,6 @@ def take(arguments: argparse.Namespace) -> None:
     Raises:
         SystemExit: With one message: a flag without the switch, a bad value, what cannot be served.
     """
-    values = {flag: getattr(arguments, _destination(flag), None) for flag in FLAGS}
-    given = {flag: str(value) for flag, value in values.items() if value is not None}
-    try:
-        is_off = read_switch() is Enable.OFF
-    except ConfigError as error:
-        raise SystemExit(f"kvcached: {error}") from error
-    if getattr(arguments, _destination(SWITCH_FLAG), False):
-        if is_off:
-            os.environ[SWITCH] = "1"
-    elif given and is_off:
-        raise SystemExit(
-            f"kvcached: {', '.join(given)} would do nothing; add {SWITCH_FLAG}, "
-            f"set {SWITCH}=1, or remove it"
-        )
-    for flag, value in given.items():
-        os.environ[FLAGS[flag][0]] = value
+    take_flags(arguments)
     startup.start()
     check_arguments(arguments)
-
-
-def _destination(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")

@@ -1,13 +1,10 @@
 """What takes the place of SGLang's methods at a start, up to its first pool."""
 
-import sys
 from itertools import chain
 from typing import Any
 
 from kvcached_core.config import HOST
-from kvcached_core.engine.ranks import FirstRankError
-from kvcached_core.engine.start import SAID
-from kvcached_core.errors import KVCachedError
+from kvcached_core.engine.start import SAID, said_once
 from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_core.units import GIB
 from kvcached_patches.around import around
@@ -45,16 +42,8 @@ def wait_for_scheduler_ready(
 @around
 def scheduler_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap `Scheduler.__init__`: what of ours ends a start is one message, said by one rank."""
-    try:
+    with said_once():
         original(self, *args, **kwargs)
-    except FirstRankError:
-        raise SystemExit(SAID) from None
-    except KVCachedError as error:
-        _say(f"kvcached: {error}")
-    except SystemExit as error:
-        if not isinstance(error.code, str):
-            raise
-        _say(error.code)
 
 
 @around
@@ -92,8 +81,3 @@ def profile_available_bytes(original: Any, self: Any, *args: Any, **kwargs: Any)
         size_states = size_states or self.handle_max_mamba_cache  # up to 0.5.15
         return int(size_states(virtual_bytes / GIB) * GIB)
     return virtual_bytes
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)  # noqa: T201  the process ends with it
-    raise SystemExit(SAID) from None

@@ -5,20 +5,12 @@ What is the same for every engine is the core's.
 
 from typing import Any
 
-from kvcached_core.engine.start import Startup
+from kvcached_core.engine.start import Startup, is_first_rank
 from kvcached_patches import ENGINES, Patcher
 from kvcached_patches.sglang import FLAG_HOOKS
 from kvcached_sglang.obstacles import argument_obstacles
 
 _flags = Patcher(FLAG_HOOKS)
-
-
-def is_first_rank() -> bool:
-    """Return whether this process is a server's only one, or its first rank."""
-    from torch import distributed
-
-    return not distributed.is_initialized() or distributed.get_rank() == 0
-
 
 startup = Startup(ENGINES["sglang"], is_first_rank)
 
