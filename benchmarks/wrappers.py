@@ -31,9 +31,7 @@ class Owner:
         self.block_pool = SimpleNamespace(
             engine=SimpleNamespace(end_schedule=lambda: None),
             giving=SimpleNamespace(owed_pages=0),
-            free_lists=SimpleNamespace(num_free=8),
-            free_block_queue=SimpleNamespace(num_free_blocks=0),
-            pages=SimpleNamespace(num_ready_blocks=0),
+            get_num_free_blocks=lambda: 8,
             num_groups=1,
         )
         self.kv_cache_manager = self

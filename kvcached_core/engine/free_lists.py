@@ -6,7 +6,7 @@ only counted here. A live one is a request's. A page is used while it has a live
 it has only cached ones beside free ones, and empty while all its blocks are free.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heappop, heappush, heapreplace
 from typing import Generic, Protocol, TypeVar
 
@@ -28,7 +28,8 @@ Block = TypeVar("Block", bound=HasId)
 class FreeLists(Generic[Block]):
     """Which blocks of open pages are free, and what their pages are for. `Blocks` of `Pages`.
 
-    The books of a page are brought up to date when somebody asks for them, not with each block.
+    The books of a page are brought up to date when somebody asks for them, not with each block, and
+    what comes back is sorted into its pages when the next blocks are taken in hand.
 
     Args:
         geometry: What lies in a page.
@@ -42,13 +43,15 @@ class FreeLists(Generic[Block]):
         num_pages: int,
         blocks_of_page: Callable[[int], Sequence[Block]],
     ) -> None:
-        self.num_free = 0
         self._num_pages = num_pages
         self._ids_per_page = geometry.ids_per_page
         self._blocks_per_page = geometry.blocks_per_page
         self._blocks_of_page = blocks_of_page
         self._lists: list[list[Block]] = [[] for _ in range(num_pages)]
-        self._in_hand: list[Block] = []  # those that are taken next, the last one first
+        self._num_listed = 0
+        self.in_hand: list[Block] = []  # those that are taken next, the last one first: to be read
+        self._page_in_hand = -1  # if they are of one page
+        self._returned: list[Block] = []  # those that are not sorted into their pages yet
         # A page whose list has a block is among the new ones or has an entry in the heap, which is
         # (free blocks when entered) * num_pages + page. A page that has none now was closed since.
         self._new: list[int] = []
@@ -59,15 +62,21 @@ class FreeLists(Generic[Block]):
         self._states = [CLOSED] * num_pages
         self._num_in_state = [num_pages, 0, 0, 0]
         self._empty: dict[int, None] = {}  # the longest empty first
-        # Puts blocks that hold nothing any more back on their pages. It has at hand what it needs:
-        # the lists that it closes over are emptied, and never replaced.
-        self.give: Callable[[Collection[Block]], None] = self._bind_give()
+        # What an engine calls for single blocks: its own call of a method would cost as much again.
+        # Both lists are emptied, and never replaced. `take_in_hand` wants a block in hand.
+        self.take_in_hand: Callable[[], Block] = self.in_hand.pop
+        self.give_one: Callable[[Block], None] = self._returned.append
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be taken."""
+        return self._num_listed + len(self.in_hand) + len(self._returned)
 
     def num_empty_pages(self, *, is_live: bool) -> int:
         """See `Blocks.num_empty_pages`: while requests are live, those in hand are not counted."""
         if not is_live:
             self._settle_all()
-        elif self._dirty:
+        elif self._dirty or self._returned:
             self._settle()
         return len(self._empty)
 
@@ -75,7 +84,7 @@ class FreeLists(Generic[Block]):
         """See `Blocks.add`."""
         blocks = self._blocks_of_page(page)
         self._lists[page] = [*reversed(blocks)]
-        self.num_free += len(blocks)
+        self._num_listed += len(blocks)
         self._new.append(page)
         self._enter_state(page, EMPTY)
 
@@ -86,7 +95,7 @@ class FreeLists(Generic[Block]):
             if self._states[page] != EMPTY:
                 raise PageStateError(f"page {page} cannot be closed: it is not empty")
             self._enter_state(page, CLOSED)
-            self.num_free -= len(self._lists[page])
+            self._num_listed -= len(self._lists[page])
             self._lists[page] = []
 
     def empty_pages(self) -> list[int]:
@@ -106,37 +115,20 @@ class FreeLists(Generic[Block]):
 
     def take_one(self) -> Block | None:
         """Return a free block, or None if there is none."""
-        in_hand = self._in_hand
-        if in_hand or self._fill_hand():
-            self.num_free -= 1
-            return in_hand.pop()
-        return None
+        return self.take_in_hand() if self.in_hand or self.fill_hand() else None
 
     def take(self, num_blocks: int) -> list[Block]:
         """Return up to `num_blocks` free blocks."""
         taken: list[Block] = []
-        while len(taken) < num_blocks and (self._in_hand or self._fill_hand()):
-            count = min(num_blocks - len(taken), len(self._in_hand))
-            taken.extend(reversed(self._in_hand[-count:]))
-            del self._in_hand[-count:]
-        self.num_free -= len(taken)
+        while len(taken) < num_blocks and (self.in_hand or self.fill_hand()):
+            count = min(num_blocks - len(taken), len(self.in_hand))
+            taken.extend(reversed(self.in_hand[-count:]))
+            del self.in_hand[-count:]
         return taken
 
-    def _bind_give(self) -> Callable[[Collection[Block]], None]:
-        lists, ids_per_page = self._lists, self._ids_per_page
-        mark_dirty, add_new = self._dirty.add, self._new.append
-
-        def give(blocks: Collection[Block]) -> None:
-            self.num_free += len(blocks)
-            for block in blocks:
-                page = block.block_id // ids_per_page
-                free = lists[page]
-                if not free:
-                    add_new(page)
-                free.append(block)
-                mark_dirty(page)
-
-        return give
+    def give(self, blocks: Iterable[Block]) -> None:
+        """Put blocks that hold nothing any more back."""
+        self._returned.extend(blocks)
 
     def add_cached(self, blocks: Iterable[Block]) -> None:
         """Count blocks that only the prefix cache wants now: those of requests that ended."""
@@ -173,26 +165,37 @@ class FreeLists(Generic[Block]):
                 if len(blocks) == self._num_cached[page]:
                     yield blocks
 
-    def _fill_hand(self) -> bool:
-        """Take the fullest page's blocks in hand; return whether there are any.
+    def fill_hand(self) -> bool:
+        """Take the fullest page's blocks in hand, which is empty; return whether there are any.
+
+        What came back since to the page that was in hand is taken first: it was the fullest.
+        """
+        in_hand = self.in_hand
+        if self._returned:
+            self._sort(self._page_in_hand)
+        if not in_hand:
+            self._take_fullest()
+        self._num_listed -= len(in_hand)
+        return bool(in_hand)
+
+    def _take_fullest(self) -> None:
+        """Move the fullest page's blocks from its list to the hand.
 
         No page can be fuller than those with one free block, so all that are new go together.
         """
-        in_hand, lists, heap, entered = self._in_hand, self._lists, self._heap, self._entered
-        num_pages, mark_dirty, is_single = (
-            self._num_pages,
-            self._dirty.add,
-            self._blocks_per_page > 1,
-        )
+        in_hand, lists, heap, entered = self.in_hand, self._lists, self._heap, self._entered
+        num_pages, mark_dirty = self._num_pages, self._dirty.add
+        has_singles = self._blocks_per_page > 1
         for page in self._new:
             free = lists[page]
-            if is_single and len(free) == 1:
+            if has_singles and len(free) == 1:
                 in_hand.append(free.pop())
                 mark_dirty(page)
             elif free and page not in entered:
                 heappush(heap, len(free) * num_pages + page)
                 entered.add(page)
         self._new.clear()
+        self._page_in_hand = -1
         while heap and not in_hand:
             entered_with, page = divmod(heap[0], num_pages)
             num_free = len(lists[page])
@@ -205,10 +208,31 @@ class FreeLists(Generic[Block]):
                 in_hand.extend(lists[page])
                 lists[page].clear()
                 mark_dirty(page)
-        return bool(in_hand)
+                self._page_in_hand = page
+
+    def _sort(self, page_in_hand: int = -1) -> None:
+        """Put what came back into the lists of its pages, or in hand: what is on the page there."""
+        lists, ids_per_page, last_page = self._lists, self._ids_per_page, -1
+        free: list[Block] = []
+        for block in self._returned:
+            page = block.block_id // ids_per_page
+            if page != last_page:  # most come in runs
+                last_page = page
+                if page == page_in_hand:
+                    free = self.in_hand
+                else:
+                    free = lists[page]
+                    self._dirty.add(page)
+                    if not free:
+                        self._new.append(page)
+            free.append(block)
+        self._num_listed += len(self._returned)
+        self._returned.clear()
 
     def _settle(self) -> None:
         """Bring the books up to date, but for what is in hand: those pages count as used."""
+        if self._returned:
+            self._sort()
         if not self._dirty:
             return
         blocks_per_page, lists, num_cached = self._blocks_per_page, self._lists, self._num_cached
@@ -227,11 +251,8 @@ class FreeLists(Generic[Block]):
 
     def _settle_all(self) -> None:
         """Bring all books up to date: what is in hand goes back to its pages."""
-        if self._in_hand:
-            in_hand = self._in_hand.copy()
-            self._in_hand.clear()
-            self.num_free -= len(in_hand)
-            self.give(in_hand)
+        self.give(self.in_hand)
+        self.in_hand.clear()
         self._settle()
 
     def _enter_state(self, page: int, state: int) -> None:

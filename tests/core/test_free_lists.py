@@ -76,6 +76,41 @@ def test_what_is_in_hand_is_seen_where_pages_are_asked_for() -> None:
     assert free_lists.num_free == 8
 
 
+def test_what_comes_back_to_the_page_in_hand_is_taken_before_other_pages() -> None:
+    free_lists = make(2)
+    blocks = free_lists.take(6)  # two of page 1 are left in hand
+    free_lists.give([blocks[4], blocks[0]])
+    assert [page_of(free_lists.take_one()) for _ in range(4)] == [1, 1, 1, 0]
+
+
+def test_after_a_schedule_the_next_block_comes_from_the_fullest_page_whatever_was_in_hand() -> None:
+    free_lists = make(2)
+    blocks = free_lists.take(8)
+    free_lists.give([blocks[4], blocks[5], blocks[0]])
+    free_lists.num_empty_pages(is_live=True)
+    assert [page_of(free_lists.take_one()) for _ in range(3)] == [0, 1, 1]
+
+
+def test_a_page_that_emptied_is_seen_at_once_while_requests_are_live() -> None:
+    free_lists = make(2)
+    blocks = free_lists.take(8)
+    assert free_lists.num_empty_pages(is_live=True) == 0
+    free_lists.give(blocks[:4])
+    assert free_lists.num_empty_pages(is_live=True) == 1
+
+
+def test_single_blocks_are_taken_from_the_hand_and_given_back_like_many() -> None:
+    free_lists = make(2)
+    assert free_lists.in_hand == []
+    assert free_lists.fill_hand()
+    block = free_lists.take_in_hand()
+    assert (block.block_id, free_lists.num_free) == (0, 7)
+    free_lists.give_one(block)
+    assert free_lists.num_free == 8
+    assert len(free_lists.take(100)) == 8
+    assert not free_lists.fill_hand()
+
+
 def test_the_page_that_is_empty_for_longest_goes_first() -> None:
     free_lists = make(4)
     blocks = free_lists.take(16)

@@ -562,7 +562,7 @@ class PagesMachine(RuleBasedStateMachine):
     def evict_pages(self) -> None:
         for page in self.free_lists.pages_in(CACHED)[:1]:
             mine = [block for block in self.queue if self.pool.page_of(block) == page]
-            assert self.free_lists.num_cached_on(page) == len(mine)
+            assert self.free_lists._num_cached[page] == len(mine)
             self.queue = [block for block in self.queue if block not in mine]
             self.free_lists.remove_cached(mine)
             self.free_lists.give(mine)
@@ -634,8 +634,8 @@ class PagesMachine(RuleBasedStateMachine):
         assert self.source.num_left >= 0
         assert min(self.free_lists._num_cached) >= 0
         assert min(self.free_lists._num_in_state) >= 0
-        num_listed = sum(map(len, self.free_lists._lists)) + len(self.free_lists._in_hand)
-        assert self.free_lists.num_free == num_listed
+        num_held = len(self.live) + len(self.queue) + 1
+        assert self.free_lists.num_free == self.pages.num_open_blocks - num_held
 
     def teardown(self) -> None:
         if hasattr(self, "pool"):

@@ -129,6 +129,8 @@ def check_pages(pool: Any, live: list[Any]) -> None:
     free = [block.block_id for blocks in free_lists._lists for block in blocks]
     taken = {block.block_id for block in live}
     assert len(free) == free_lists.num_free
+    assert pool.num_used_blocks == len(taken)
+    assert pool.num_idle_blocks == len(free) + len(queued)
     places = sorted([*free, *queued, *taken, 0])
     opened = [page for page in range(pages.num_pages) if page not in states[CLOSED]]
     assert places == [

@@ -56,26 +56,23 @@ class ElasticBlockPool(BlockPool):
             geometry, num_pages, self.blocks.on_page
         )
         self.pages = Pages(geometry, num_pages, source, self.free_lists, **options)
-        self._take_one = self.free_lists.take_one
-        self.null_block = self._take_one()
+        self._in_hand = self.free_lists.in_hand
+        self._take_in_hand = self.free_lists.take_in_hand
+        self._give_one = self.free_lists.give_one
+        self.null_block = self.free_lists.take_one()
+        self.num_used_blocks = 0  # of live requests; the null block is not counted
         self.num_groups = 1  # of layers, each of which takes blocks of its own
 
     @property
     def num_idle_blocks(self) -> int:
         """Blocks of open pages that hold nothing, or only what the prefix cache wants."""
-        num_blocks: int = self.free_lists.num_free + self.free_block_queue.num_free_blocks
+        num_blocks: int = self.pages.num_open_blocks - self.num_used_blocks - 1
         return num_blocks
-
-    @property
-    def num_used_blocks(self) -> int:
-        """Blocks of live requests; the null block is not counted."""
-        num_idle = self.free_lists.num_free + self.free_block_queue.num_free_blocks
-        return self.pages.num_open_blocks - num_idle - 1
 
     def get_num_free_blocks(self) -> int:
         """Return the blocks that can be had without asking anybody: promised ones included."""
-        num_blocks: int = self.free_lists.num_free + self.free_block_queue.num_free_blocks
-        return num_blocks + self.pages.num_ready_blocks
+        pages = self.pages
+        return pages.num_open_blocks - self.num_used_blocks - 1 + pages.num_ready_blocks
 
     def get_usage(self) -> float:
         """Return the share of the virtual capacity that live requests hold, from 0 to 1."""
@@ -89,8 +86,10 @@ class ElasticBlockPool(BlockPool):
             ValueError: If there are not as many, as vLLM's pool does.
         """
         collector = self.metrics_collector
-        if num_blocks == 1 and not collector and (one := self._take_one()) is not None:
+        if num_blocks == 1 and not collector and (self._in_hand or self.free_lists.fill_hand()):
+            one = self._take_in_hand()
             one.ref_cnt += 1
+            self.num_used_blocks += 1
             return [one]
         blocks = self._take(num_blocks)
         for block in blocks:
@@ -99,6 +98,7 @@ class ElasticBlockPool(BlockPool):
                 if self.enable_caching:
                     collector.on_block_evicted(block)
                 collector.on_block_allocated(block)
+        self.num_used_blocks += num_blocks
         return blocks
 
     def free_blocks(
@@ -110,18 +110,18 @@ class ElasticBlockPool(BlockPool):
 
         With `prepend` cached blocks go before all others. Blocks that hold nothing do so anyway.
         """
-        caching = self.enable_caching
-        free = []
+        caching, give_one = self.enable_caching, self._give_one
+        num_dropped = 0
         cached = []
         for block in ordered_blocks:
             block.ref_cnt = ref_cnt = block.ref_cnt - 1
             if not ref_cnt and not block.is_null:
+                num_dropped += 1
                 if caching and block.block_hash is not None:
                     cached.append(block)
                 else:
-                    free.append(block)
-        if free:
-            self.free_lists.give(free)
+                    give_one(block)
+        self.num_used_blocks -= num_dropped
         if cached:
             self.free_lists.add_cached(cached)
             queue = self.free_block_queue
@@ -139,6 +139,7 @@ class ElasticBlockPool(BlockPool):
             block.ref_cnt += 1
             if collector:
                 collector.on_block_accessed(block)
+        self.num_used_blocks += len(hit)
         self.free_lists.remove_cached(hit)
 
     def reset_prefix_cache(self) -> bool:

@@ -158,14 +158,14 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
     @functools.wraps(original)
     def wrapper(self: Any, request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
         pool = self.block_pool
-        giving = getattr(pool, "giving", None)  # only our pool has it
-        if giving is None:
+        try:
+            giving = pool.giving
+        except AttributeError:  # vLLM's own pool
             return original(self, request, num_new_tokens, *args, **kwargs)
         if giving.owed_pages and not giving.pay():
             return None
         most_blocks = (num_new_tokens + kwargs.get("num_lookahead_tokens", 0)) * pool.num_groups
-        num_free = pool.free_lists.num_free + pool.free_block_queue.num_free_blocks
-        if most_blocks < num_free + pool.pages.num_ready_blocks and request.num_computed_tokens:
+        if most_blocks < pool.get_num_free_blocks() and request.num_computed_tokens:
             blocks = original(self, request, num_new_tokens, *args, **kwargs)
             if blocks is not None:
                 return blocks

@@ -32,9 +32,7 @@ class VllmPort(EnginePort):
         return bool(self.core.scheduler.has_unfinished_requests())
 
     def is_live(self) -> bool:
-        pool = self.pool
-        num_idle = pool.free_lists.num_free + pool.free_block_queue.num_free_blocks
-        return bool(pool.pages.num_open_blocks - num_idle > 1)  # one is the null block
+        return self.pool.num_used_blocks > 0
 
     def num_waiting(self) -> int:
         _, num_waiting = self.core.scheduler.get_request_counts()
