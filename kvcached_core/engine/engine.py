@@ -52,13 +52,17 @@ class ElasticEngine:
         for pages, number in zip(self.pools, num_blocks, strict=True):
             pages.promise_blocks(number, is_urgent=True)
 
-    def end_schedule(self) -> PageOrders | None:
-        """Give back what a schedule was promised and did not use; return the workers' orders."""
+    def end_schedule(self, *, is_last: bool = False) -> PageOrders | None:
+        """Give back what a schedule was promised and did not use; return the workers' orders.
+
+        Args:
+            is_last: Nobody will call again soon, so surplus pages go now.
+        """
         if self.ranks.is_waiting:
             self.ranks.end_schedule(is_busy=self.port.num_waiting() > 0)
         is_live = self.port.is_live()
         for pages in self.pools:
-            pages.end_schedule(is_live=is_live)
+            pages.end_schedule(is_live=is_live, is_last=is_last)
         is_live = is_live or self.can_counts_wait
         return pages.book.take_orders(self._count_pages, is_live=is_live)
 
@@ -92,10 +96,7 @@ class ElasticEngine:
         Args:
             is_last: Nobody will call again soon, so surplus pages go now.
         """
-        is_live = self.port.is_live()
-        for pages in self.pools:
-            pages.end_schedule(is_live=is_live, is_last=is_last)
-        self._send(self._take_orders(is_live=is_live))
+        self._send(self.end_schedule(is_last=is_last))
 
     def empty(self) -> None:
         """Give everything back but page 0, before the engine sleeps; return when it is done."""
@@ -180,7 +181,6 @@ class ElasticEngine:
             self.port.carry_out(orders, wait=wait)
 
     def _take_orders(self, *, is_live: bool) -> PageOrders | None:
-        is_live = is_live or self.can_counts_wait
         return self.pools[0].book.take_orders(self._count_pages, is_live=is_live)
 
     def _count_pages(self) -> tuple[int, int]:

@@ -22,11 +22,11 @@ class Lingering:
         self._clock = clock
         # (since, number): from `since` on, until the next entry's, no number was below this one.
         # Both ascend. Before the first entry it was 0.
-        self._least: deque[tuple[float, int]] = deque()
+        self.least: deque[tuple[float, int]] = deque()
 
     def note(self, num_surplus: int) -> None:
         """Say how many pages are surplus from now on."""
-        least = self._least
+        least = self.least
         if not num_surplus:
             least.clear()
             return
@@ -37,7 +37,7 @@ class Lingering:
 
     def num_due(self) -> int:
         """Return how many pages were surplus all the time for `idle_seconds`."""
-        least = self._least
+        least = self.least
         if not least:
             return 0
         latest = self._clock() - self._idle_seconds
@@ -48,10 +48,10 @@ class Lingering:
 
     def seconds_until_due(self) -> float | None:
         """Return when all pages that are surplus now are due, or None if there are none."""
-        if not self._least:
+        if not self.least:
             return None
-        return max(self._least[-1][0] + self._idle_seconds - self._clock(), 0.0)
+        return max(self.least[-1][0] + self._idle_seconds - self._clock(), 0.0)
 
     def restart(self) -> None:
         """Forget what was noted: what is surplus lingers once more."""
-        self._least.clear()
+        self.least.clear()

@@ -27,7 +27,7 @@ class PageBook:
         self._unmapped = list(range(1, num_pages))
         self._clock = clock
         self._reported = (0, 0)
-        self._looked_at: float | None = None
+        self._look_again_at = 0.0  # while requests are live and no page has an order
 
     @property
     def num_left(self) -> int:
@@ -51,13 +51,12 @@ class PageBook:
             count_pages: Returns how many pages are used and cached.
             is_live: Requests run, so changed counts alone are told seldom.
         """
-        now, before = self._clock(), self._looked_at
-        has_pages = bool(self.orders)
-        if not has_pages and is_live and before is not None and now < before + REPORT_SECONDS:
+        ordered, now = self.orders.kinds, self._clock()
+        if is_live and not ordered and now < self._look_again_at:
             return None
-        self._looked_at = now
+        self._look_again_at = now + REPORT_SECONDS
         counts = count_pages()
-        if not has_pages and counts == self._reported:
+        if not ordered and counts == self._reported:
             return None
         self._reported = counts
         return self.orders.take(*counts)

@@ -189,7 +189,8 @@ class Pages:
         if num_empty > num_kept:
             self._close_surplus(num_empty - num_kept, num_kept, is_live=is_live, is_last=is_last)
         else:
-            self._lingering.note(0)
+            if self._lingering.least:
+                self._lingering.note(0)
             if is_live and num_empty < self.min_spare_pages:
                 self._open_spare(self.max_spare_pages - num_empty)
         if self.num_promised:

@@ -30,11 +30,11 @@ class PendingOrders:
     """What was decided since the workers were told: at most one order for a page."""
 
     def __init__(self) -> None:
-        self._kinds: dict[int, int] = {}
+        self.kinds: dict[int, int] = {}
         self._unready: set[int] = set()  # ordered as spare, and no step has needed them yet
 
     def __bool__(self) -> bool:
-        return bool(self._kinds)
+        return bool(self.kinds)
 
     def open(self, page: int, *, is_spare: bool) -> bool:
         """Order `page` to be there; return whether it is mapped still, so needs no memory.
@@ -45,37 +45,37 @@ class PendingOrders:
         """
         if is_spare:
             self._unready.add(page)
-        is_mapped = self._kinds.pop(page, None) == UNMAP
+        is_mapped = self.kinds.pop(page, None) == UNMAP
         if not is_mapped:
-            self._kinds[page] = SPARE if is_spare else MAP
+            self.kinds[page] = SPARE if is_spare else MAP
         elif not is_spare:
-            self._kinds[page] = READY
+            self.kinds[page] = READY
         return is_mapped
 
     def need(self, page: int) -> None:
         """Let the next step have `page`, which is open, if it was ordered as spare."""
         if page in self._unready:
             self._unready.remove(page)
-            is_told = self._kinds.pop(page, None) != SPARE
-            self._kinds[page] = READY if is_told else MAP
+            is_told = self.kinds.pop(page, None) != SPARE
+            self.kinds[page] = READY if is_told else MAP
 
     def close(self, page: int) -> bool:
         """Order `page` to go; return whether no worker knew of it, so its promise is not used."""
         self._unready.discard(page)
-        is_unknown = self._kinds.pop(page, None) in (MAP, SPARE)
+        is_unknown = self.kinds.pop(page, None) in (MAP, SPARE)
         if not is_unknown:
-            self._kinds[page] = UNMAP
+            self.kinds[page] = UNMAP
         return is_unknown
 
     def take(self, num_used_pages: int, num_cached_pages: int) -> PageOrders:
         """Return the orders, which the workers are told now."""
         orders = PageOrders(num_used_pages=num_used_pages, num_cached_pages=num_cached_pages)
         of_kind = orders.map_pages, orders.ready_pages, orders.spare_pages, orders.unmap_pages
-        for page, kind in self._kinds.items():
+        for page, kind in self.kinds.items():
             of_kind[kind].append(page)
-        self._kinds.clear()
+        self.kinds.clear()
         return orders
 
     def forget(self) -> None:
         """Take for done what was ordered so far."""
-        self._kinds.clear()
+        self.kinds.clear()

@@ -147,7 +147,7 @@ class Elastic(RuleBasedStateMachine):
     def every_page_is_in_one_place_and_promises_add_up(self) -> None:
         if not hasattr(self, "ours"):
             return
-        pages, orders = self.pages, self.pages.book.orders._kinds
+        pages, orders = self.pages, self.pages.book.orders.kinds
         places = sorted([*pages.open_pages, *pages._spare, *pages.book._unmapped])
         assert places == list(range(self.num_pages))
         going = {page for page, kind in orders.items() if kind == UNMAP}
@@ -219,7 +219,7 @@ class SameAnswers(Elastic):
 
     @invariant()
     def available_tokens_are_the_same(self) -> None:
-        going = [kind for kind in self.pages.book.orders._kinds.values() if kind == UNMAP]
+        going = [kind for kind in self.pages.book.orders.kinds.values() if kind == UNMAP]
         num_going = len(going) * self.geometry.blocks_per_page * self.block_tokens
         assert self.ours.available_size() + num_going == self.vanilla.available_size()
 

@@ -221,9 +221,12 @@ def scheduler_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
-        engine: VllmEngine | None = getattr(self.kv_cache_manager.block_pool, "engine", None)
-        orders = engine.end_schedule() if engine is not None else None
-        if orders is not None:
+        pool = self.kv_cache_manager.block_pool
+        try:
+            engine: VllmEngine = pool.engine
+        except AttributeError:  # vLLM's own pool
+            return output
+        if (orders := engine.end_schedule()) is not None:
             setattr(output, ORDERS, orders)
         return output
 
