@@ -11,6 +11,7 @@ from kvcached_core.errors import BackendError
 logger = logging.getLogger("kvcached")
 
 GPU_PREFIXES = ("GPU-", "MIG-")
+_MAX_CPUS, _WORD_BITS = 4096, 64
 
 
 def free_memory_reader(name: str) -> Callable[[], int]:
@@ -48,6 +49,27 @@ def free_memory_reader(name: str) -> Callable[[], int]:
         return free_bytes
 
     return read
+
+
+def near_cpus(name: str) -> frozenset[int]:
+    """Return the numbers of the processors near a GPU; none where nobody knows.
+
+    Args:
+        name: The GPU's UUID as `nvidia-smi -L` prints it.
+    """
+    try:
+        nvml = _nvml()
+        with _named("nvmlDeviceGetCpuAffinity"):
+            handle = nvml.nvmlDeviceGetHandleByUUID(name)
+            words = nvml.nvmlDeviceGetCpuAffinity(handle, _MAX_CPUS // _WORD_BITS)
+    except BackendError:  # a device in a machine of some clouds says nothing of it
+        return frozenset()
+    return frozenset(
+        number * _WORD_BITS + bit
+        for number, word in enumerate(words)
+        for bit in range(_WORD_BITS)
+        if word >> bit & 1
+    )
 
 
 def driver_version() -> str:

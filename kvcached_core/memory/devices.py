@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from kvcached_core.config import CUDA, HOST, Config
 from kvcached_core.ledger.file import NUM_ROWS, RowKey
 from kvcached_core.ledger.ledger import Ledger
-from kvcached_core.ledger.nvml import GPU_PREFIXES, free_memory_reader
+from kvcached_core.ledger.nvml import GPU_PREFIXES, free_memory_reader, near_cpus
 from kvcached_core.ledger.opening import doorbell_path, ledger_directory
 from kvcached_core.memory.host_memory import host_memory
 
@@ -38,6 +38,10 @@ class Device:
         headroom_bytes = config.headroom_bytes(self.total_bytes)
         read = free_memory_reader(self.name)
         return lambda: read() - headroom_bytes
+
+    def near_cpus(self) -> frozenset[int]:
+        """Return the processors near the device; none where nobody knows, as on the host."""
+        return frozenset() if self.kind == HOST else near_cpus(self.name)
 
 
 def host_device(config: Config) -> Device:

@@ -9,10 +9,12 @@ import pytest
 
 from kvcached_core import control
 from kvcached_core.cli.doctor import examine
+from kvcached_core.config import Config
 from kvcached_core.errors import BackendError
 from kvcached_core.ledger import nvml
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import ledger_directory
+from kvcached_core.memory.devices import cuda_device, host_device
 from kvcached_core.units import GIB
 
 GPU = "GPU-00000000-1111-2222-3333-444444444444"
@@ -40,6 +42,11 @@ class FakeNVML:
         if self.is_lost:
             raise NVMLError("GPU is lost")
         return SimpleNamespace(total=80 * GIB, free=self.free)
+
+    def nvmlDeviceGetCpuAffinity(self, _handle: object, num_words: int) -> list[int]:  # noqa: N802
+        if self.is_lost:
+            raise NVMLError("not supported")
+        return [0b101, 0, 1 << 63] + [0] * (num_words - 3)
 
     def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802  the same
         if self.is_lost:
@@ -140,3 +147,18 @@ def test_errors_of_the_doctors_questions_are_ours(gpu: FakeNVML) -> None:
         nvml.driver_version()
     with pytest.raises(BackendError, match="NVML, GPU 0 failed: GPU is lost"):
         list(nvml.gpus())
+
+
+def test_the_processors_near_a_gpu_are_those_that_nvml_says(gpu: FakeNVML) -> None:
+    device = cuda_device(GPU, 80 * GIB)
+    assert device.near_cpus() == {0, 2, 191}
+    gpu.is_lost = True
+    assert device.near_cpus() == set()
+
+
+def test_nobody_knows_of_near_processors_without_nvml_or_on_the_host(
+    missing_nvml: Callable[[], None],
+) -> None:
+    missing_nvml()
+    assert cuda_device(GPU, 80 * GIB).near_cpus() == set()
+    assert host_device(Config(host_pool=GIB)).near_cpus() == set()
