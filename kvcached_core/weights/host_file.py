@@ -229,6 +229,8 @@ def _checked(shape: Shape, path: Path, fd: int, *, is_alone: bool) -> SharedFile
         if os.fstat(fd).st_size or record.exists():
             logger.warning("kvcached: the host copy %s is filled again: %s", path, problem)
         record.unlink(missing_ok=True)
+        if os.fstat(fd).st_size:
+            os.ftruncate(fd, 0)  # what it held must not count beside the claim to fill it
         return SharedFile(shape, path, fd)
     if is_alone:
         hold_byte(fd, WHOLE)

@@ -1,5 +1,6 @@
 """Opening a host copy: shared, or this process's own, or none, with one line that says why."""
 
+import errno
 import logging
 import threading
 from collections.abc import Collection
@@ -96,16 +97,15 @@ class _Opening:
         Raises:
             HostCopyError: If there is no room, or something that must not be replaced.
         """
-        file = open_shared(self.folder, self.shape, self.stop)
-        if file is None:
-            return None
         try:
-            return self._in_file(file)
+            file = open_shared(self.folder, self.shape, self.stop)
+            return None if file is None else self._in_file(file)
         except OSError as error:
-            raise HostCopyError(
-                f"{self.folder} has no room for {format_bytes(self.shape.num_bytes)}: "
-                f"{error.strerror}; Docker: raise --shm-size"
-            ) from error
+            reason = f"cannot be used: {error.strerror}"
+            if error.errno == errno.ENOSPC:
+                size = format_bytes(self.shape.num_bytes)
+                reason = f"has no room for {size}: {error.strerror}; Docker: raise --shm-size"
+            raise HostCopyError(f"{self.folder} {reason}") from error
 
     def private(self) -> HostCopy:
         """Return a copy that this process has for itself.

@@ -259,6 +259,14 @@ def test_room_that_is_not_there_is_not_taken_from_others(
     assert taken == [WHOLE_BYTES]
 
 
+def test_an_error_that_is_none_of_room_is_said_as_it_is(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "ftruncate", fail(errno.EIO))
+    assert not start(Pages.of(1)).is_shared
+    assert one_line(caplog).endswith("/weights cannot be used: Input/output error")
+
+
 def test_a_host_without_memory_leaves_the_weights_where_they_are(
     opened: Callable[[], HostCopy | None],
     config: Config,

@@ -109,6 +109,16 @@ def test_a_copy_whose_filler_was_killed_is_filled_anew(
     assert sorted(path.suffix for path in image.parent.iterdir()) == [".image", ".json", ".lock"]
 
 
+def test_a_copy_that_fits_the_budget_once_is_filled_anew_there(config: Config) -> None:
+    tight = config.model_copy(update={"host_budget": WHOLE_BYTES})
+    kill_at("half filled", tight)
+    copy = run_engine(tight, Pages.of(1))
+    assert copy is not None
+    assert copy.is_shared
+    check(copy, Pages.of(1))
+    copy.close()
+
+
 def test_a_copy_whose_filler_was_killed_with_other_weights_is_not_believed(
     start: Start, config: Config, image: Path
 ) -> None:
