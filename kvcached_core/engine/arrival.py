@@ -16,6 +16,11 @@ from kvcached_core.memory.devices import Device, open_ledger
 logger = logging.getLogger("kvcached")
 
 
+def warn_of(shortage: object) -> None:
+    """Say that a start goes on without the room that it needs."""
+    logger.warning("kvcached: %s; the start of this engine goes on", shortage)
+
+
 class Arrival:
     """A row that announces `static_bytes`: nobody else is promised them until it is closed.
 
@@ -55,7 +60,7 @@ class Arrival:
         need = Need(self._ledger, self._row, self.static_bytes)
         shortage = make_room([need], self._rang, patience_seconds)
         if shortage is not None:
-            logger.warning("kvcached: %s; the start of this engine goes on", shortage)
+            warn_of(shortage)
         return shortage is None
 
     def shrink(self, static_bytes: int) -> None:

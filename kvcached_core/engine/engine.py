@@ -2,10 +2,10 @@
 
 import atexit
 import contextlib
-import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from kvcached_core.engine.arrival import warn_of
 from kvcached_core.engine.giving import Giving
 from kvcached_core.engine.port import EnginePort
 from kvcached_core.engine.ranks import Ranks
@@ -14,9 +14,6 @@ from kvcached_core.memory.orders import PageOrders
 
 if TYPE_CHECKING:
     from kvcached_core.engine.pages import Pages
-
-
-logger = logging.getLogger("kvcached")
 
 
 class ElasticEngine:
@@ -113,7 +110,7 @@ class ElasticEngine:
         """
         shortage = self.ranks.make_room(static_bytes)
         if shortage is not None:
-            logger.warning("kvcached: %s; the start of this engine goes on", shortage)
+            warn_of(shortage)
             self.ranks.announce(static_bytes)
 
     @contextlib.contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from kvcached_core.config import SWITCH, Enable, read_config, read_switch
+from kvcached_core.engine.arrival import Arrival
 from kvcached_core.engine.leaving import sweep_at_exit
 from kvcached_core.engine.names import safe_name
 from kvcached_core.errors import (
@@ -23,6 +24,7 @@ from kvcached_core.errors import (
     KVCachedError,
     UnsupportedEngineError,
 )
+from kvcached_core.memory.devices import Device
 
 # The exit code of a process that has said why it ends, or whose first rank has.
 SAID = 78
@@ -102,6 +104,22 @@ class Startup:
         """The engine and its release, for the ledger."""
         found = self.patches.installed()
         return f"{self._name} {found.release if found is not None else '?'}"
+
+    def arrive(self, device: Device, model: object, static_bytes: int) -> Arrival:
+        """Announce what a start of `model` allocates on a device, and have neighbours make room.
+
+        Raises:
+            LedgerError: If the ledger cannot be used.
+        """
+        arrival = Arrival(
+            device,
+            read_config(),
+            name=model_name(model),
+            engine=self.engine,
+            static_bytes=static_bytes,
+        )
+        arrival.make_room()
+        return arrival
 
     def serves(self, obstacles: Iterable[str]) -> bool:
         """Return whether a configuration is served; refuse it where it is not, see `refuse`.

@@ -1,7 +1,6 @@
 """One vLLM engine: where its memory lies, and its block pool."""
 
-import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvcached_core.config import Config
 from kvcached_core.engine.engine import ElasticEngine
@@ -9,16 +8,10 @@ from kvcached_core.engine.instance import Instance
 from kvcached_core.engine.placing import Placing, Planes
 from kvcached_core.engine.ranks import Ranks
 from kvcached_core.engine.start import model_name
-from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.devices import Device
 from kvcached_vllm.layout import PLACEMENT, plane_layout, request_blocks
 from kvcached_vllm.port import VllmPort
 from kvcached_vllm.startup import startup
-
-if TYPE_CHECKING:
-    from kvcached_core.memory.geometry import Geometry
-
-logger = logging.getLogger("vllm.kvcached")
 
 
 class VllmEngine(ElasticEngine):
@@ -35,9 +28,7 @@ class VllmEngine(ElasticEngine):
 
     def __init__(self, vllm_config: Any, config: Config, devices: list[Device], core: Any) -> None:
         self.vllm_config = vllm_config
-        self.geometry: Geometry | None = None
         self.devices = devices
-        self._num_groups = 1
         self.pools = []  # from here on somebody may ring
         self.instance = Instance(
             devices,
@@ -48,7 +39,7 @@ class VllmEngine(ElasticEngine):
         )
         super().__init__(Ranks.alone(self.instance, devices[0]), VllmPort(core))
         self.placing = Placing(
-            self.ranks, config, devices[0], logger, length_setting="--max-model-len"
+            self.ranks, config, devices[0], startup.logger, length_setting="--max-model-len"
         )
 
     def place(self, kv_cache_configs: list[Any], granularity_bytes: int) -> None:
@@ -73,8 +64,6 @@ class VllmEngine(ElasticEngine):
         """Return the elastic block pool in the place of vLLM's own."""
         from kvcached_vllm.block_pool import ElasticBlockPool
 
-        if self.geometry is None:
-            raise UnsupportedEngineError("vLLM built its block pool before its KV cache plan")
         options = self.placing.page_options
         pool = ElasticBlockPool(self.geometry, self.ranks, *args, options=options, **kwargs)
         pool.engine, pool.giving = self, self.giving

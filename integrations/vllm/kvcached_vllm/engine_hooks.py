@@ -1,7 +1,6 @@
 """What takes the place of vLLM's engine methods; each gets the original and returns a wrapper."""
 
 import functools
-import logging
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -13,8 +12,6 @@ from kvcached_vllm.obstacles import obstacles
 from kvcached_vllm.sleeping import asleep_bytes
 from kvcached_vllm.startup import startup
 from kvcached_vllm.worker_hooks import device_of, granularity_of
-
-logger = logging.getLogger("vllm.kvcached")
 
 ORDERS = "kvcached_orders"
 
@@ -97,7 +94,7 @@ def executor_initialize_from_config(
     """Wrap `Executor.initialize_from_config`: it sees the plans of all ranks."""
     engine: VllmEngine | None = getattr(self, "kvcached", None)
     if engine is not None and not any(plan.kv_cache_tensors for plan in kv_cache_configs):
-        logger.info("kvcached: this model has no KV cache, so there is nothing to share")
+        startup.logger.info("kvcached: this model has no KV cache, so there is nothing to share")
         self.kvcached = engine.port.core.kvcached = None
         engine.close()
     elif engine is not None:
@@ -170,9 +167,7 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
             if blocks is not None:
                 return blocks
         coordinator = self.coordinator
-        coordinator.get_num_blocks_to_allocate = _promised(
-            self, _kept_blocks(self, request, kwargs)
-        )
+        coordinator.get_num_blocks_to_allocate = _promised(self, request, kwargs)
         try:
             return original(self, request, num_new_tokens, *args, **kwargs)
         finally:
@@ -181,17 +176,20 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
     return wrapper
 
 
-def _promised(manager: Any, num_kept_blocks: int) -> Callable[..., int]:
-    """Return what counts the blocks that vLLM needs, and has them promised.
+def _promised(manager: Any, request: Any, options: dict[str, Any]) -> Callable[..., int]:
+    """Return what counts the blocks that vLLM needs for `request`, and has them promised.
 
-    What is promised and then not needed goes back at the end of the schedule.
-
-    Args:
-        manager: vLLM's manager of the KV cache.
-        num_kept_blocks: How many free blocks it keeps for other requests.
+    Those that vLLM leaves to other requests are promised as well. What is not needed after all goes
+    back at the end of the schedule.
     """
-    count = manager.coordinator.get_num_blocks_to_allocate
-    pool = manager.block_pool
+    count, pool = manager.coordinator.get_num_blocks_to_allocate, manager.block_pool
+    num_kept_blocks: int = options.get("reserved_blocks", 0)
+    watermark_blocks: int = getattr(manager, "watermark_blocks", 0)  # from 0.24 on
+    if watermark_blocks and options.get("has_scheduled_reqs", True):
+        from vllm.v1.request import RequestStatus
+
+        if request.status in {RequestStatus.WAITING, RequestStatus.PREEMPTED}:
+            num_kept_blocks += watermark_blocks
 
     def count_and_promise(*args: Any, **kwargs: Any) -> int:
         num_blocks: int = count(*args, **kwargs)
@@ -201,18 +199,6 @@ def _promised(manager: Any, num_kept_blocks: int) -> Callable[..., int]:
         return num_blocks
 
     return count_and_promise
-
-
-def _kept_blocks(manager: Any, request: Any, options: dict[str, Any]) -> int:
-    """Return how many free blocks vLLM leaves to others when it allocates for `request`."""
-    num_blocks: int = options.get("reserved_blocks", 0)
-    watermark_blocks: int = getattr(manager, "watermark_blocks", 0)  # from 0.24 on
-    if watermark_blocks and options.get("has_scheduled_reqs", True):
-        from vllm.v1.request import RequestStatus
-
-        if request.status in {RequestStatus.WAITING, RequestStatus.PREEMPTED}:
-            num_blocks += watermark_blocks
-    return num_blocks
 
 
 def scheduler_schedule(original: Callable[..., Any]) -> Callable[..., Any]:

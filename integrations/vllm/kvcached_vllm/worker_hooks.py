@@ -1,16 +1,14 @@
 """What takes the place of vLLM's worker methods; each gets the original and returns a wrapper."""
 
 import functools
-import logging
+import sys
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvcached_core.config import CUDA, HOST, read_config
-from kvcached_core.engine.arrival import Arrival
 from kvcached_core.engine.placing import virtual_bytes
-from kvcached_core.engine.start import model_name
-from kvcached_core.memory.devices import Device, host_device
+from kvcached_core.memory.devices import Device
 from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_core.memory.rank import RankMemory
 from kvcached_core.memory.torch_device import find_device, make_backend, make_memory
@@ -21,12 +19,6 @@ from kvcached_vllm.sleeping import all_or_none, mapped_only
 from kvcached_vllm.startup import startup
 from kvcached_vllm.weights import static_bytes
 from kvcached_vllm.worker import block_ids, inner_worker
-
-if TYPE_CHECKING:
-    from kvcached_core.memory.orders import PageOrders
-    from kvcached_core.memory.seats import Placement
-
-logger = logging.getLogger("vllm.kvcached")
 
 # Bytes that vLLM is told while it asks whether its KV cache fits: ours is not there yet.
 TOKEN_KV_BYTES = 1
@@ -66,14 +58,8 @@ def request_memory(
 def worker_load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap `Worker.load_model`: neighbours make room for the weights first."""
     if self.device.type == CUDA and can_serve(self.vllm_config):
-        self.kvcached_arrival = Arrival(
-            device_of(self),
-            read_config(),
-            name=model_name(self.vllm_config.model_config.model),
-            engine=startup.engine,
-            static_bytes=static_bytes(self.vllm_config),
-        )
-        self.kvcached_arrival.make_room()
+        model, size = self.vllm_config.model_config.model, static_bytes(self.vllm_config)
+        self.kvcached_arrival = startup.arrive(device_of(self), model, size)
     original(self, *args, **kwargs)
     if hasattr(self, "kvcached_arrival"):
         self.kvcached_arrival.shrink(OTHER_BYTES)
@@ -84,10 +70,10 @@ def worker_initialize_from_config(
     original: Any, self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any
 ) -> None:
     """Wrap `Worker.initialize_from_config`: vLLM allocates, on our addresses."""
-    arrival: Arrival | None = self.__dict__.pop("kvcached_arrival", None)
+    arrival = self.__dict__.pop("kvcached_arrival", None)
     if arrival is not None:
         arrival.close()
-    placement: Placement | None = getattr(kv_cache_config, PLACEMENT, None)
+    placement = getattr(kv_cache_config, PLACEMENT, None)
     if placement is None:
         original(self, kv_cache_config, *args, **kwargs)
         return
@@ -96,7 +82,7 @@ def worker_initialize_from_config(
     layout = plane_layout(kv_cache_config)
     memory = make_memory(placement, self.device)
     memory.is_warming_up = True
-    logger.info("kvcached: %s", memory.addresses)
+    startup.logger.info("kvcached: %s", memory.addresses)
     with zeros_from(memory.arena, is_one_allocation=layout.is_one_allocation):
         original(self, sparse_config(kv_cache_config, layout, placement), *args, **kwargs)
     # One process may be worker and engine core: what vLLM reports stays the number of blocks.
@@ -113,7 +99,7 @@ def worker_execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
         memory: RankMemory | None = getattr(self, "kvcached", None)
         if memory is None:
             return original(self, scheduler_output, *args, **kwargs)
-        orders: PageOrders | None = getattr(scheduler_output, "kvcached_orders", None)
+        orders = getattr(scheduler_output, "kvcached_orders", None)
         if orders is not None:
             memory.before_step(orders)
         if memory.is_warming_up:
@@ -149,7 +135,7 @@ def worker_sleep(call: Callable[[], None], memory: RankMemory, _self: Any) -> No
     except AssertionError as error:
         if "increased after sleeping" not in str(error):
             raise
-        logger.info("kvcached: a neighbour took more memory than this engine's sleep freed")
+        startup.logger.info("kvcached: a neighbour took more memory than this engine's sleep freed")
 
 
 @around_ours
@@ -176,27 +162,22 @@ def worker_determine_available_memory(original: Any, self: Any, *args: Any, **kw
     """
     if not can_serve(self.vllm_config):
         return original(self, *args, **kwargs)
-    size = _virtual_bytes(self)
-    given = self.cache_config.kv_cache_memory_bytes
-    self.cache_config.kv_cache_memory_bytes = min(given or size, size)
+    self.cache_config.kv_cache_memory_bytes = _size_bytes(self)
     return original(self, *args, **kwargs)
 
 
-def _virtual_bytes(worker: Any) -> int:
-    config = read_config()
-    device = device_of(worker)
+def _size_bytes(worker: Any) -> int:
+    config, device = read_config(), device_of(worker)
     num_ranks = worker.parallel_config.world_size if device.kind == HOST else 1
-    return virtual_bytes(config, device.capacity_bytes(config), num_ranks)
+    size = virtual_bytes(config, device.capacity_bytes(config), num_ranks)
+    return min(worker.cache_config.kv_cache_memory_bytes or size, size)
 
 
 @around
 def cpu_worker_init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap `CPUWorker.__init__`: it must not compare a share of the memory with what is free."""
-    is_unset = vllm_config.cache_config.kv_cache_memory_bytes is None
-    if is_unset and can_serve(vllm_config):
-        config = read_config()
-        pool_bytes = host_device(config).total_bytes
-        vllm_config.cache_config.kv_cache_memory_bytes = config.virtual_bytes(pool_bytes)
+    if vllm_config.cache_config.kv_cache_memory_bytes is None and can_serve(vllm_config):
+        vllm_config.cache_config.kv_cache_memory_bytes = sys.maxsize  # until it is determined
     original(self, vllm_config, *args, **kwargs)
 
 
@@ -207,7 +188,7 @@ def cpu_worker_determine_available_memory(
     """Wrap `CPUWorker.determine_available_memory`: the answer is the virtual size."""
     if not can_serve(self.vllm_config):
         return original(self, *args, **kwargs)
-    size = min(self.cache_config.kv_cache_memory_bytes, _virtual_bytes(self))
+    size = _size_bytes(self)
     self.cache_config.kv_cache_memory_bytes = TOKEN_KV_BYTES
     try:
         original(self, *args, **kwargs)
