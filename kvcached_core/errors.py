@@ -43,7 +43,7 @@ class NoRoomError(KVCachedError, MemoryError):
 
 
 class PageStateError(KVCachedError, RuntimeError):
-    """A page was mapped twice, or unmapped while it was not mapped."""
+    """A page was mapped twice, or unmapped or copied while it was not mapped."""
 
 
 class PageKeeperError(KVCachedError, RuntimeError):

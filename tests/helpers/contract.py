@@ -195,6 +195,24 @@ def test_copies_are_done_in_the_order_they_begin(backend: Backend, host: torch.T
     backend.free(address, PAGE)
 
 
+def test_a_copy_may_begin_and_end_inside_of_a_page(backend: Backend, host: torch.Tensor) -> None:
+    address = backend.reserve(2 * PAGE)
+    handles = [backend.create(PAGE) for _ in range(2)]
+    for index, handle in enumerate(handles):
+        backend.map(address + index * PAGE, handle)
+    backend.copy_in(address, host.data_ptr(), 2 * PAGE)
+    backend.copy_in(address + PAGE - 512, host.data_ptr() + 3 * PAGE, 1024)
+    backend.finish_copies()
+    found = backend.tensor(address, 2 * PAGE).to(host.device, copy=True)
+    assert found[PAGE - 512 : PAGE + 512].equal(host[3 * PAGE : 3 * PAGE + 1024])
+    assert found[: PAGE - 512].equal(host[: PAGE - 512])
+    assert found[PAGE + 512 :].equal(host[PAGE + 512 : 2 * PAGE])
+    for index, handle in enumerate(handles):
+        backend.unmap(address + index * PAGE, handle)
+        backend.release(handle)
+    backend.free(address, 2 * PAGE)
+
+
 def test_a_copy_to_addresses_that_are_not_mapped_is_refused_as_a_whole(
     backend: Backend, host: torch.Tensor
 ) -> None:
@@ -204,10 +222,10 @@ def test_a_copy_to_addresses_that_are_not_mapped_is_refused_as_a_whole(
     backend.tensor(address, 4 * PAGE)[PAGE : 2 * PAGE].fill_(5)
     backend.fence(0).wait()
     before = host.clone()
-    for start, num_bytes in ((0, PAGE), (0, 2 * PAGE), (PAGE, 2 * PAGE), (2 * PAGE, PAGE)):
-        with pytest.raises(BackendError):
+    for start, num_bytes in ((0, PAGE), (0, 2 * PAGE), (PAGE, 2 * PAGE), (2 * PAGE - 8, 16)):
+        with pytest.raises(PageStateError):
             backend.copy_in(address + start, host.data_ptr(), num_bytes)
-        with pytest.raises(BackendError):
+        with pytest.raises(PageStateError):
             backend.copy_out(host.data_ptr(), address + start, num_bytes)
     backend.finish_copies()
     run = backend.tensor(address, 4 * PAGE)[PAGE : 2 * PAGE]

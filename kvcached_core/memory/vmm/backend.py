@@ -80,7 +80,8 @@ class Backend(Protocol):
         The host bytes must stay as they are until `finish_copies` returns.
 
         Raises:
-            BackendError: If a part of the range is not mapped; then nothing is copied.
+            PageStateError: If a part of the range is not mapped; then nothing is copied.
+            BackendError: If the copy cannot be begun.
         """
 
     def copy_out(self, host_address: int, address: int, num_bytes: int) -> None:
@@ -89,7 +90,8 @@ class Backend(Protocol):
         It waits for no stream: who wrote into the range has to be done.
 
         Raises:
-            BackendError: If a part of the range is not mapped; then nothing is copied.
+            PageStateError: If a part of the range is not mapped; then nothing is copied.
+            BackendError: If the copy cannot be begun.
         """
 
     def join_copies(self, stream: int) -> None:
@@ -143,14 +145,17 @@ class Mappings:
         if any(address <= mapped < address + num_bytes for mapped in tuple(self._handles)):
             raise PageStateError(f"free of a range at {address:#x} that still has mapped pages")
 
-    def is_covered(self, address: int, num_bytes: int) -> bool:
-        """Return whether all of a range is mapped."""
-        end = address + num_bytes
-        covered = (
-            min(start + handle.num_bytes, end) - max(start, address)
-            for start, handle in tuple(self._handles.items())
-        )
-        return sum(size for size in covered if size > 0) == num_bytes
+    def check_copy(self, address: int, num_bytes: int) -> None:
+        """Refuse to copy from or to a range of which a part is not mapped.
+
+        A device would go as far as that part, and be of no use any more.
+        """
+        at, end = address, address + num_bytes
+        while at < end:
+            handle = self._handles.get(at)
+            if handle is None:
+                at, handle = self._around(at)
+            at += handle.num_bytes
 
     def add(self, address: int, handle: Handle) -> None:
         """Record that `handle` is mapped at `address`."""
@@ -160,3 +165,10 @@ class Mappings:
     def remove(self, address: int, handle: Handle) -> None:
         """Record that it is not any more."""
         del self._handles[address], self._addresses[handle]
+
+    def _around(self, address: int) -> tuple[int, Handle]:
+        """Return the handle that is mapped around an address, and where it begins."""
+        for start, handle in tuple(self._handles.items()):
+            if start <= address < start + handle.num_bytes:
+                return start, handle
+        raise PageStateError(f"copy from or to {address:#x}, which is not mapped")

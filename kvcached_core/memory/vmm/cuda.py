@@ -218,12 +218,14 @@ class CudaBackend:
 
     def copy_in(self, address: int, host_address: int, num_bytes: int) -> None:
         """Begin to copy host bytes to a mapped range, on the stream of all copies."""
+        self._mappings.check_copy(address, num_bytes)
         self._driver.call(
             "cuMemcpyHtoDAsync", address, host_address, num_bytes, self._copies, num_bytes=num_bytes
         )
 
     def copy_out(self, host_address: int, address: int, num_bytes: int) -> None:
         """Begin to copy a mapped range to host bytes, on the stream of all copies."""
+        self._mappings.check_copy(address, num_bytes)
         self._driver.call(
             "cuMemcpyDtoHAsync", host_address, address, num_bytes, self._copies, num_bytes=num_bytes
         )

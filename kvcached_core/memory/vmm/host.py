@@ -131,12 +131,12 @@ class HostBackend:
 
     def copy_in(self, address: int, host_address: int, num_bytes: int) -> None:
         """Copy host bytes to a mapped range, all of it at once."""
-        self._check_mapped("copy_in", address, num_bytes)
+        self._mappings.check_copy(address, num_bytes)
         ctypes.memmove(address, host_address, num_bytes)
 
     def copy_out(self, host_address: int, address: int, num_bytes: int) -> None:
         """Copy a mapped range to host bytes, all of it at once."""
-        self._check_mapped("copy_out", address, num_bytes)
+        self._mappings.check_copy(address, num_bytes)
         ctypes.memmove(host_address, address, num_bytes)
 
     def join_copies(self, stream: int) -> None:
@@ -157,10 +157,6 @@ class HostBackend:
 
         buffer = (ctypes.c_int8 * num_bytes).from_address(address)
         return torch.frombuffer(buffer, dtype=torch.int8)
-
-    def _check_mapped(self, call: str, address: int, num_bytes: int) -> None:
-        if not self._mappings.is_covered(address, num_bytes):
-            raise BackendError(call, f"EFAULT (not all mapped from {address:#x} on)", num_bytes)
 
     def _check_aligned(self, call: str, value: int) -> None:
         if value <= 0 or value % self.granularity_bytes:
