@@ -157,6 +157,27 @@ def test_a_copy_outlives_a_user_that_was_killed(start: Start, config: Config) ->
     assert pages.copied == []
 
 
+def test_a_user_that_is_killed_while_it_writes_back_changes_nothing_for_others(
+    start: Start, config: Config
+) -> None:
+    def write_back_and_die() -> None:
+        pages = Pages.of(1)
+        copy = run_engine(config, pages)
+        assert copy is not None
+        pages.content[:] = Pages.of(2).content
+        with pytest.MonkeyPatch.context() as patch:
+            at_page(2)(patch, die)
+            copy.write_back([0, 1, 2], pages)
+
+    first = start(Pages.of(1))
+    assert exit_code_of_child(write_back_and_die) == -signal.SIGKILL
+    check(first, Pages.of(1))
+    assert held_bytes(config) == WHOLE_BYTES
+    again = Pages.of(1)
+    start(again)
+    assert again.copied == []
+
+
 @contextmanager
 def child_at(point: str, config: Config) -> Iterator[int]:
     """Give the process id of a child that stays at a point of the filling."""
