@@ -47,11 +47,15 @@ class Holder:
 def copies_folder(folder: Path) -> Path:
     """Make the folder of the host copies, for this user alone, and return it.
 
+    Folders above it that are missing are made alike: one of them may be that of the ledgers.
+
     Raises:
         HostCopyError: If it cannot be made, is not ours, or others may look into it.
     """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        missing = [place for place in folder.parents if not place.exists()]
+        for place in (*reversed(missing), folder):
+            place.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
     except OSError as error:
         raise _not_made(folder, error.strerror) from error

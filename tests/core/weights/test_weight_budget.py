@@ -11,6 +11,7 @@ from helpers.forked import exit_code_of_child
 from kvcached_core.config import Config
 from kvcached_core.errors import HostBudgetError, HostCopyError, KVCachedError
 from kvcached_core.ledger.lock import FileLock
+from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.units import GIB, KIB, MIB
 from kvcached_core.weights import host_budget
 from kvcached_core.weights.copies_folder import copies_folder, read_holders
@@ -247,6 +248,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_folder_is_made_for_this_user_alone(folder: Path) -> None:
     assert copies_folder(folder / "a").stat().st_mode & 0o777 == 0o700
+    assert ledger_directory(folder) == folder  # ledgers may lie above it
 
 
 def test_a_folder_that_others_may_look_into_is_refused(folder: Path) -> None:
