@@ -30,11 +30,11 @@ NUM_PAGES = 19
 KEY = CopyKey("0" * 32, "llama")
 
 
-def layout() -> Layout:
+def layout(page_bytes: int = PAGE) -> Layout:
     """Return one of 19 pages, which pieces begin and end inside of."""
-    sizes = [(f"layer.{index}", 3 * PAGE + 700) for index in range(6)]
-    found = lay_out([*sizes, ("norm", 100)], PAGE)
-    assert (found.page_bytes, found.num_pages) == (PAGE, NUM_PAGES)
+    sizes = [(f"layer.{index}", 3 * page_bytes + 700) for index in range(6)]
+    found = lay_out([*sizes, ("norm", 100)], page_bytes)
+    assert (found.page_bytes, found.num_pages) == (page_bytes, NUM_PAGES)
     return found
 
 
@@ -59,6 +59,7 @@ class WeightedRank:
         backend: The device's memory.
         folder: For the ledger and for host copies.
         num_budget_pages: Pages that fit into the host's memory.
+        page_bytes: The size of a page.
 
     Attributes:
         done: What was done, in turn: the backend's verbs and, as `settle`, reports to the ledger.
@@ -66,19 +67,25 @@ class WeightedRank:
     """
 
     def __init__(
-        self, backend: Backend, folder: Path, num_budget_pages: int = 4 * NUM_PAGES
+        self,
+        backend: Backend,
+        folder: Path,
+        num_budget_pages: int = 4 * NUM_PAGES,
+        page_bytes: int = PAGE,
     ) -> None:
         self._undo = ExitStack()
         self.config = Config(
-            dir=folder, weights_dir=folder / "weights", host_budget=num_budget_pages * PAGE
+            dir=folder, weights_dir=folder / "weights", host_budget=num_budget_pages * page_bytes
         )
         self.ledger = self._undo.enter_context(Ledger(folder / "gpu.ledger", GIB))
         self.row = self.ledger.register(name="ours", engine="test")
         recorder = Recorder(backend)
         self.done = recorder.verbs
-        self.image = Image(recorder, layout())
+        self.image = Image(recorder, layout(page_bytes))
         self.image.map_next(NUM_PAGES)
-        self.words().random_(-(1 << 62), 1 << 62, generator=torch.Generator().manual_seed(0))
+        most = 1 << 62
+        generator = torch.Generator().manual_seed(0)
+        self.words().copy_(torch.randint(-most, most, self.words().shape, generator=generator))
         self.content = self.words().clone()
         self.weights = RankWeights(self.image, self.open_copy)
         self._undo.callback(self.weights.close)
@@ -127,9 +134,10 @@ class WeightedRank:
         """See that so many pages are there, with what they shall hold, and that all know it."""
         assert self.weights.status().num_resident_pages == num_pages
         assert sorted(self.image.arena.resident_pages) == list(range(num_pages))
-        num_words = num_pages * PAGE // 8
+        page_bytes = self.image.page_bytes
+        num_words = num_pages * page_bytes // 8
         assert self.words(num_pages).equal(self.content[:num_words])
-        assert self.view().weights_bytes == num_pages * PAGE
+        assert self.view().weights_bytes == num_pages * page_bytes
 
     def change(self, word: int, value: int) -> None:
         """Write into the weights, as an update does."""
