@@ -71,6 +71,10 @@ BENCHMARKS = (
     Benchmark("sglang_overhead", "sglang_overhead.py", GPU, "SGLang's servers with us and without"),
     Benchmark("beside_sglang", "beside_sglang.py", GPU, "vLLM beside SGLang, and one killed"),
     Benchmark(
+        "weights_many", "weights_many.py", GPU, "more models than fit, and their weights in turn"
+    ),
+    Benchmark("weights_wake", "weights_wake.py", GPU, "weights that come and go, and their wake"),
+    Benchmark(
         "wake_beside_neighbour",
         "wake_beside_neighbour.py",
         GPU,

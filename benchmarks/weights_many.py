@@ -1,0 +1,111 @@
+"""More models than fit on a device: their weights take turns, and nobody is refused.
+
+    python benchmarks/weights_many.py --json benchmarks/results/gpu/weights_many_h200.json
+
+Servers of one shape, each with weights of its own, share a device that is made as small as
+`--device-gib` by a headroom. They are asked in turn and at random, one or two requests at a time,
+and every answer is compared with the model's first. `--tiny` rehearses it on vLLM's CPU engine.
+"""
+
+import argparse
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from machine import describe_gpu, describe_machine
+from vllm_servers import READY_SECONDS, Record
+from yielding import Run
+
+from kvcached_core.units import GIB, MIB
+
+NUM_AT_ONCE = 2
+
+
+def ask_all(run: Run, names: Iterator[str], seconds: float) -> dict[str, Any]:
+    """Send a request to each of the names, a new one every so often, two at most at a time."""
+    times: list[float | None] = []
+    begin = time.monotonic()
+
+    def ask(name: str) -> None:
+        times.append(run.ask(name).ttft_seconds)
+
+    with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
+        for name in names:
+            pool.submit(ask, name)
+            time.sleep(seconds)
+    return {"seconds": times, "took_seconds": time.monotonic() - begin}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the figures as text."""
+    lines = [f"failed {results.get('failed')}, wrong tokens {results.get('wrong')}"]
+    for name in ("in turn", "at random"):
+        times = sorted(one for one in results.get(name, {}).get("seconds", []) if one is not None)
+        if times:
+            p50, p99 = statistics.median(times), times[min(int(0.99 * len(times)), len(times) - 1)]
+            lines.append(
+                f"{name:10} n {len(times)}  TTFT p50 {p50:.3f} s, p99 {p99:.3f} s, "
+                f"max {times[-1]:.3f} s"
+            )
+    lines.append(f"activations {results.get('activations')}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true", help="rehearse on vLLM's CPU engine")
+    parser.add_argument("--runner", type=int, choices=(1, 2), help="vLLM's model runner")
+    parser.add_argument("--models", type=int, default=6)
+    parser.add_argument("--number", type=int, default=300, help="requests of each order")
+    parser.add_argument("--seconds", type=float, default=0.5, help="between two requests")
+    parser.add_argument("--device-gib", type=float, default=80.0)
+    parser.add_argument("--eager", action="store_true", help="no compilation")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
+        record = Record(options.json)
+        machine = describe_machine() if options.tiny else describe_gpu()
+        record.add(machine=machine)
+        run = Run(Path(folder), tiny=options.tiny, runner=options.runner, pool_bytes=70 * MIB)
+        if not options.tiny:
+            headroom_bytes = int(str(machine["gpu_bytes"])) - int(options.device_gib * GIB)
+            run.environ["KVCACHED_HEADROOM"] = str(headroom_bytes)
+        names = [f"model-{number}" for number in range(options.models)]
+        try:
+            begin = time.monotonic()
+            for number, name in enumerate(names):
+                run.start(name, number, *(("--enforce-eager",) if options.eager else ()))
+                if options.tiny:  # two cores
+                    run.servers.wait_ready(name)
+            run.servers.wait_ready(seconds=READY_SECONDS)
+            record.add(ready_seconds=time.monotonic() - begin)
+            for name in names:
+                run.ask(name)
+            record.add(copied_seconds=run.wait_copied(*names))
+            record.add(
+                **{"in turn": ask_all(run, islice(cycle(names), options.number), options.seconds)}
+            )
+            source = random.Random(1)
+            order = iter([source.choice(names) for _ in range(options.number)])
+            record.add(**{"at random": ask_all(run, order, options.seconds)})
+            views = [run.view(name) for name in names]
+            record.add(activations=sum(view.num_activations for view in views))
+        finally:
+            record.add(failed=run.num_failed, wrong=run.num_wrong)
+            run.servers.kill()
+            run.servers.keep_logs(record.path.parent, record.path.stem)
+    print(table(record.results))
+
+
+if __name__ == "__main__":
+    main()

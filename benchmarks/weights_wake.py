@@ -1,0 +1,285 @@
+"""Weights that come and go, with vLLM's real servers: what a request to a yielded model waits for.
+
+    python benchmarks/weights_wake.py --json benchmarks/results/gpu/weights_wake_h200.json
+
+Two models of one shape and different weights share a device; a third server is vanilla's with its
+own sleep mode. Each part is a run of its own, and tokens are compared with those of the beginning.
+`--tiny` rehearses the logic on vLLM's CPU engine, whose times say nothing.
+"""
+
+import argparse
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+from machine import describe_gpu, describe_machine
+from neighbour import Neighbour
+from vllm_servers import READY_SECONDS, Record
+from yielding import NUM_PROMPT_TOKENS, Run
+
+from kvcached_core import control
+from kvcached_core.units import GIB, MIB
+from kvcached_demo.harness.engines import VLLM
+
+FIRST, SECOND, VANILLA = "first", "second", "vanilla"
+NUM_SLEEPS_OF_VANILLA = 5
+PARTS = ("copy", "held", "free", "half", "turns", "give", "beside", "vanilla")
+COPY_BYTES = 4 * GIB
+
+
+def copy(run: Run, _num: int) -> dict[str, Any]:
+    """Measure how fast pinned host memory is copied to the device."""
+    if run.tiny:
+        return {}
+    import torch
+
+    host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    seconds = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        device.copy_(host, non_blocking=True)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    del host, device
+    torch.cuda.empty_cache()
+    return {"gigabytes_per_second": COPY_BYTES / 1e9 / statistics.median(seconds)}
+
+
+def held(run: Run, _num: int) -> dict[str, Any]:
+    """Look how much of the device both have when they are awake, and when they have yielded."""
+    awake = _used_bytes(run)
+    rows = {name: run.view(name).weights_bytes for name in (FIRST, SECOND)}
+    for name in (FIRST, SECOND):
+        run.sleep(name)
+    time.sleep(1.0)
+    return {
+        "weights_bytes": rows,
+        "used_bytes_awake": awake,
+        "used_bytes_yielded": _used_bytes(run),
+        "resident_bytes_yielded": {name: run.view(name).resident_bytes for name in rows},
+    }
+
+
+def _used_bytes(run: Run) -> int:
+    if run.tiny:
+        return sum(run.view(name).resident_bytes for name in (FIRST, SECOND))
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def free(run: Run, num: int) -> dict[str, Any]:
+    """Ask a model that has yielded all of its weights, with room free."""
+    awake = [run.first_token_seconds(FIRST) for _ in range(20)]
+    seconds = []
+    for _ in range(num):
+        run.sleep(FIRST)
+        seconds.append(run.first_token_seconds(FIRST))
+    return {"awake_seconds": awake, "seconds": seconds}
+
+
+def half(run: Run, num: int) -> dict[str, Any]:
+    """Ask a model half of whose weights are there."""
+    seconds, shares = [], []
+    for _ in range(num // 4):
+        run.first_token_seconds(FIRST)
+        view = run.view(FIRST)
+        control.trim(
+            [FIRST],
+            directory=run.servers.directory,
+            keep_bytes=view.resident_bytes - view.used_bytes - view.weights_needed_bytes // 2,
+        )
+        view = run.view(FIRST)
+        shares.append(view.weights_bytes / view.weights_needed_bytes)
+        seconds.append(run.first_token_seconds(FIRST))
+    return {"seconds": seconds, "shares": shares}
+
+
+def turns(run: Run, num: int) -> dict[str, Any]:
+    """Ask two models in turn whose weights do not fit together: one gives, the other comes."""
+    run.sleep(FIRST)
+    run.first_token_seconds(SECOND)
+    with run.servers.open_ledger() as ledger:
+        probe = Neighbour(ledger)
+        room = max(ledger.free_bytes(probe.row), 0)
+        probe.close()
+    needed = run.view(FIRST).weights_needed_bytes
+    seconds: dict[str, list[float]] = {FIRST: [], SECOND: []}
+    with run.taken(max(room - needed // 4, 0)):
+        for number in range(num):
+            name = (FIRST, SECOND)[number % 2]
+            seconds[name].append(run.first_token_seconds(name))
+    return {"seconds": seconds, "room_bytes": needed // 4}
+
+
+def give(run: Run, num: int) -> dict[str, Any]:
+    """Ask for all weights of an idle model in the name of a row of this process."""
+    first, whole = [], []
+    for _ in range(max(num // 10, 3)):
+        run.first_token_seconds(FIRST)
+        run.sleep(SECOND)
+        needed = run.view(FIRST).weights_bytes
+        with run.servers.open_ledger() as ledger:
+            neighbour = Neighbour(ledger)
+            try:
+                room = max(ledger.free_bytes(neighbour.row), 0)
+                ledger.reserve(neighbour.row, room, 2 * MIB)
+                took = neighbour.take(needed, 2 * MIB)
+            finally:
+                neighbour.close()
+        first.append(took[0])
+        whole.append(took[1])
+    return {"bytes": needed, "first_page_ms": first, "all_ms": whole}
+
+
+def beside(run: Run, num: int) -> dict[str, Any]:
+    """Look at the steps of a busy model while the other one wakes, and while nobody does."""
+    windows: list[tuple[float, float]] = []
+    stop = threading.Event()
+    gaps: list[tuple[float, float]] = []
+    worker = threading.Thread(target=_stream, args=(run, gaps, stop))
+    run.first_token_seconds(SECOND)
+    run.sleep(FIRST)
+    worker.start()
+    for _ in range(max(num // 4, 3)):
+        time.sleep(0.5)
+        start = time.perf_counter()
+        run.first_token_seconds(FIRST)
+        windows.append((start, time.perf_counter()))
+        run.sleep(FIRST)
+    stop.set()
+    worker.join()
+    during = [gap for at, gap in gaps if any(begin <= at <= end for begin, end in windows)]
+    calm = [
+        gap
+        for at, gap in gaps
+        if not any(begin - 0.05 <= at <= end + 0.25 for begin, end in windows)
+    ]
+    return {"calm_seconds": calm, "overlapping_seconds": during}
+
+
+def _stream(run: Run, gaps: list[tuple[float, float]], stop: threading.Event) -> None:
+    """Let the second server answer, and note how far apart its tokens come."""
+    source = random.Random(1)
+    server = run.servers[SECOND]
+    while not stop.is_set():
+        prompt = [source.randrange(3, 500) for _ in range(NUM_PROMPT_TOKENS)]
+        body = VLLM.dialect.body(SECOND, tuple(prompt), 400 if run.tiny else 4000)
+        last = None
+        with httpx.stream(
+            "POST", f"{server.url}{VLLM.dialect.path}", json=body, timeout=120
+        ) as answer:
+            for line in answer.iter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                now = time.perf_counter()
+                if last is not None:
+                    gaps.append((now, now - last))
+                last = now
+                if stop.is_set():
+                    return
+
+
+def vanilla(run: Run, _num: int) -> dict[str, Any]:
+    """Measure vLLM's own sleep mode: how long it falls asleep, and from a wake to the token."""
+    if run.tiny:
+        return {}
+    server = run.servers[VANILLA]
+    run.ask(VANILLA)
+    falling, waking = [], []
+    for _ in range(NUM_SLEEPS_OF_VANILLA):
+        start = time.perf_counter()
+        server.post("/sleep?level=1").raise_for_status()
+        falling.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        server.post("/wake_up").raise_for_status()
+        run.ask(VANILLA)
+        waking.append(time.perf_counter() - start)
+    return {"sleep_seconds": falling, "wake_to_last_token_seconds": waking}
+
+
+MEASURES: dict[str, Callable[[Run, int], dict[str, Any]]] = {
+    "copy": copy,
+    "held": held,
+    "free": free,
+    "half": half,
+    "turns": turns,
+    "give": give,
+    "beside": beside,
+    "vanilla": vanilla,
+}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the figures as text."""
+    lines = [f"failed {results.get('failed')}, wrong tokens {results.get('wrong')}"]
+    for name in PARTS:
+        part = results.get(name, {})
+        for key, values in part.items():
+            rows = values if isinstance(values, dict) else {"": values}
+            for label, row in rows.items():
+                words = f"{name:8} {key} {label}"
+                if isinstance(row, list) and row:
+                    ordered = sorted(row)
+                    tail = ordered[min(int(0.95 * len(row)), len(row) - 1)]
+                    lines.append(
+                        f"{words:48} n {len(row):5}  median {statistics.median(row):10.4f}"
+                        f"  p95 {tail:10.4f}  max {ordered[-1]:10.4f}"
+                    )
+                else:
+                    lines.append(f"{words:48} {row}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true", help="rehearse on vLLM's CPU engine")
+    parser.add_argument("--runner", type=int, choices=(1, 2), help="vLLM's model runner")
+    parser.add_argument("--number", type=int, default=100, help="requests of the first part")
+    parser.add_argument("--parts", default=",".join(PARTS), help="which, and in which order")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
+        record = Record(options.json)
+        record.add(machine=describe_machine() if options.tiny else describe_gpu())
+        run = Run(Path(folder), tiny=options.tiny, runner=options.runner)
+        parts = options.parts.split(",")
+        try:
+            begin = time.monotonic()
+            run.start(FIRST, 1)
+            run.start(SECOND, 2)
+            if "vanilla" in parts and not options.tiny:
+                size = ("--kv-cache-memory-bytes", str(2 * GIB), "--gpu-memory-utilization", "0.2")
+                run.start(VANILLA, 3, "--enable-sleep-mode", *size, is_elastic=False)
+            run.servers.wait_ready(seconds=READY_SECONDS)
+            record.add(ready_seconds=time.monotonic() - begin)
+            for name in (FIRST, SECOND):
+                run.ask(name)
+            record.add(copied_seconds=run.wait_copied(FIRST, SECOND))
+            for part in parts:
+                begin = time.monotonic()
+                found = MEASURES[part](run, options.number)
+                record.add(**{part: found})
+                print(part, f"{time.monotonic() - begin:.1f} s", flush=True)
+        finally:
+            record.add(failed=run.num_failed, wrong=run.num_wrong)
+            run.servers.kill()
+            run.servers.keep_logs(record.path.parent, record.path.stem)
+    print(table(record.results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Servers that yield their weights, and one request at a time: what two benchmarks share."""
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from neighbour import Neighbour
+from vllm_servers import READY_SECONDS, SHORT_FOLDER
+
+from kvcached_core import control
+from kvcached_core.control import Outcome
+from kvcached_core.ledger.view import InstanceView
+from kvcached_core.units import MIB
+from kvcached_demo.harness.engines import VLLM
+from kvcached_demo.harness.load import Completion, make_burst
+from kvcached_demo.harness.model import make_model
+from kvcached_demo.harness.servers import Servers
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers.shapes import make_shape
+
+TESTS = Path(__file__).parents[1] / "tests"
+NUM_PROMPT_TOKENS, NUM_TOKENS = 128, 8
+SLEEP_SECONDS = 20.0
+POOL_BYTES = 160 * MIB  # of a rehearsal
+EXTENSION = ("--worker-extension-cls", "helpers.seeded.Seeded")
+
+
+class Run:
+    """The servers, and what became of their requests.
+
+    Args:
+        folder: Where models, logs and the ledger lie.
+        tiny: Whether it is a rehearsal on vLLM's CPU engine.
+        runner: vLLM's model runner; None leaves it to vLLM.
+        pool_bytes: What the servers of a rehearsal share.
+    """
+
+    def __init__(
+        self, folder: Path, *, tiny: bool, runner: int | None, pool_bytes: int = POOL_BYTES
+    ) -> None:
+        self.folder, self.tiny = folder, tiny
+        self.servers = Servers(folder, pool_bytes if tiny else None)
+        self.environ = {
+            "TMPDIR": SHORT_FOLDER,
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_LOGGING_LEVEL": "INFO",
+            "KVCACHED_WEIGHTS": "yield",
+            "KVCACHED_WEIGHTS_KEPT_SECONDS": "0",
+        }
+        if runner is not None:
+            self.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(runner - 1)
+        self.right: dict[str, list[int]] = {}
+        self.num_failed = self.num_wrong = 0
+
+    def start(self, name: str, seed: int, *arguments: str, is_elastic: bool = True) -> None:
+        """Start a server of a model with weights of its own."""
+        place = self.folder / name
+        options: tuple[str, ...]
+        if self.tiny:
+            model = make_model(place, seed=seed)
+            options, environ = VLLM.host_options, self.environ | VLLM.host_environ
+        else:
+            model, environ = make_shape(place, "llama-8b"), self.environ
+            environ = environ | {"DUMMY_SEED": str(seed), "PYTHONPATH": with_tests()}
+            options = ("--load-format", "dummy", *VLLM.gpu_options(8192), *EXTENSION)
+        self.servers.start(
+            VLLM,
+            name,
+            model,
+            *VLLM.caching(is_on=False),
+            *arguments,
+            is_elastic=is_elastic,
+            options=options,
+            environ=environ,
+        )
+
+    def ask(self, name: str) -> Completion:
+        """Send one request and check its tokens against those of the first time."""
+        burst = make_burst(
+            num_requests=1,
+            num_prompt_tokens=NUM_PROMPT_TOKENS,
+            num_output_tokens=NUM_TOKENS,
+            seed=1,
+        )
+        (answer,) = asyncio.run(self.servers[name].send(burst))
+        self.num_failed += answer.error is not None
+        self.num_wrong += self.right.setdefault(name, answer.token_ids) != answer.token_ids
+        return answer
+
+    def first_token_seconds(self, name: str) -> float:
+        """Send one request and return the time to its first token."""
+        return self.ask(name).ttft_seconds or float("nan")
+
+    def sleep(self, name: str) -> None:
+        """Let a server yield all of its weights, once its last request is over."""
+        deadline = time.monotonic() + SLEEP_SECONDS
+        while True:
+            result = control.sleep(name, directory=self.servers.directory, wait_seconds=10.0)
+            if result.outcome is Outcome.APPLIED:
+                return
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{name} did not yield its weights: {result}")
+            time.sleep(0.01)
+
+    def view(self, name: str) -> InstanceView:
+        """Return what the ledger says of a server."""
+        return self.servers.view(name)
+
+    def wait_copied(self, *names: str) -> float:
+        """Wait until those named have offered their weights: their host copies are complete."""
+        start = time.monotonic()
+        while any(
+            not view.weights_offered_bytes or view.weights_offered_bytes < view.weights_bytes
+            for view in map(self.view, names)
+        ):
+            if time.monotonic() > start + READY_SECONDS:
+                raise RuntimeError("the host copies are not complete")
+            time.sleep(0.05)
+        return time.monotonic() - start
+
+    @contextlib.contextmanager
+    def taken(self, num_bytes: int) -> Iterator[Neighbour]:
+        """Let a row of this process be promised so many bytes for a while."""
+        with self.servers.open_ledger() as ledger:
+            neighbour = Neighbour(ledger)
+            try:
+                neighbour.take(num_bytes, 2 * MIB)
+                yield neighbour
+            finally:
+                neighbour.close()
+
+
+def with_tests() -> str:
+    """Return a search path on which servers find what the tests share."""
+    return f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"
