@@ -83,7 +83,7 @@ class RankWeights:
         self._copy: HostCopy | None = None  # once it is complete
         self._copying: threading.Thread | None = None
         self._stop = threading.Event()
-        self._changed: set[int] = set()
+        self._dirty: set[int] = set()
         # A page whose content could not be brought is resident, and not there.
         self._num_there = image.num_resident_pages
         self._ledger: Ledger | None = None
@@ -122,9 +122,9 @@ class RankWeights:
             )
             self._copying.start()
 
-    def mark_changed(self) -> None:
+    def mark_dirty(self) -> None:
         """Take every page for changed, because somebody has written weights on purpose."""
-        self._changed.update(range(self.image.num_pages))
+        self._dirty.update(range(self.image.num_pages))
 
     def hold(self, num_pages: int) -> WeightStatus:
         """Have exactly the first `num_pages` there, or all if there are not so many.
@@ -217,13 +217,13 @@ class RankWeights:
 
     def _write_back(self, copy: HostCopy, first: int, end: int) -> bool:
         """Have the copy know what the pages are; return whether it does."""
-        known = [page for page in range(first, end) if page not in self._changed]
+        known = [page for page in range(first, end) if page not in self._dirty]
         sums = dict(enumerate(self._source.sums(first, end - first), first)) if known else {}
         changed = [page for page in range(first, end) if page not in known]
         changed += [page for page in known if sums[page] != copy.sums[page]]
         if changed and not copy.write_back(changed, self._source):
             return False
-        self._changed.difference_update(changed)
+        self._dirty.difference_update(changed)
         return True
 
     def _bring(self, copy: HostCopy, num_pages: int) -> None:

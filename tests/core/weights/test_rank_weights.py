@@ -142,7 +142,7 @@ def test_what_was_marked_is_written_back_whatever_its_sums_say(
 ) -> None:
     ours = make(backend).start()
     ours.change(6 * WORDS, 1)
-    ours.weights.mark_changed()
+    ours.weights.mark_dirty()
     sums = list(ours.copy.sums)
     monkeypatch.setattr(rank, "page_sums", lambda _, first, count: sums[first : first + count])
     ours.weights.hold(4)

@@ -52,8 +52,8 @@ class WeightsMachine(RuleBasedStateMachine):
         self.ours.change(other, first)
 
     @rule()
-    def mark_changed(self) -> None:
-        self.ours.weights.mark_changed()
+    def mark_dirty(self) -> None:
+        self.ours.weights.mark_dirty()
 
     @rule()
     def end_and_start(self) -> None:
