@@ -24,7 +24,7 @@ _BLOCKS = (
         *members(_POOL, "free_block_queue metrics_collector null_block"),
         *members(
             f"{_CORE}.kv_cache_utils:FreeKVCacheBlockQueue",
-            "__init__ remove append_n prepend_n popleft_n get_all_free_blocks num_free_blocks",
+            "__init__ remove append_n prepend_n popleft_n get_all_free_blocks",
             "fake_free_list_head",
         ),
         *members(
