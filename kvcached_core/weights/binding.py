@@ -15,6 +15,8 @@ logger = logging.getLogger("kvcached")
 
 # A tensor that is no parameter is one of the weights if it is as large as this.
 LEAST_ATTRIBUTE_BYTES = MIB
+# Attributes with such a word in their names are written to while the engine runs.
+WRITTEN_WORDS = ("buffer", "cache", "lora", "workspace")
 # What torch keeps in the dictionary of a module beside attributes.
 _MODULE_WORDS = frozenset(vars(torch.nn.Module()))
 
@@ -135,8 +137,9 @@ def collect(modules: Modules) -> list[Group]:
     """Return the storages of a model's weights, in the order in which its modules stand.
 
     Weights are its parameters, and floating-point tensors of at least `LEAST_ATTRIBUTE_BYTES` that
-    a module, or an object or a container in it, keeps beside them. Buffers are not: engines write
-    to them. What is empty, or on another device than the first parameter, is left out.
+    a module, or an object or a container in it, keeps beside them. Buffers are not, nor what is
+    named like one: engines write to them. What is empty, or on another device than the first
+    parameter, is left out.
 
     Args:
         modules: The model, then what belongs to it, a drafter for example, each with its name.
@@ -230,7 +233,7 @@ def _weights(modules: Modules) -> Iterator[tuple[str, Any]]:
             for name, value in vars(module).items():
                 if name not in _MODULE_WORDS:
                     for inner, tensor in _inside(value):
-                        if _is_weight(tensor):
+                        if _is_weight(name + inner, tensor):
                             yield f"{prefix}.{name}{inner}", tensor
 
 
@@ -250,6 +253,10 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
         )
 
 
-def _is_weight(tensor: Any) -> bool:
+def _is_weight(name: str, tensor: Any) -> bool:
     num_bytes: int = tensor.numel() * tensor.element_size()
-    return tensor.is_floating_point() and num_bytes >= LEAST_ATTRIBUTE_BYTES
+    return (
+        tensor.is_floating_point()
+        and num_bytes >= LEAST_ATTRIBUTE_BYTES
+        and not any(word in name.lower() for word in WRITTEN_WORDS)
+    )

@@ -143,7 +143,9 @@ def test_large_tensors_that_are_no_parameters_move_too(memory: Memory) -> None:
     model.first.kept = Kept(512, 512)
     model.first.listed = [torch.ones(512, 512), "no tensor"]
     model.first.small = torch.ones(16)
-    model.first.workspace = Kept(2048, 2048, dtype=torch.uint8)
+    model.first.scratch = Kept(2048, 2048, dtype=torch.uint8)
+    model.first.lora_a_stacked = (torch.ones(512, 512),)
+    model.first.workspace = Kept(512, 512)
     names = [one.name for one in collect({"model": model})]
     assert names[3:6] == [
         "model.first.own",
