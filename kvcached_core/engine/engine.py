@@ -5,14 +5,17 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from kvcached_core.engine.activation import Activation
 from kvcached_core.engine.arrival import warn_of
 from kvcached_core.engine.giving import Giving
 from kvcached_core.engine.port import EnginePort
-from kvcached_core.engine.ranks import Ranks
+from kvcached_core.engine.ranks import Ranks, WantedPages
+from kvcached_core.engine.weights_kept import WeightsKept
 from kvcached_core.errors import NoRoomError
 from kvcached_core.memory.orders import PageOrders
 
 if TYPE_CHECKING:
+    from kvcached_core.config import Config
     from kvcached_core.engine.pages import Pages
 
 
@@ -22,6 +25,9 @@ class ElasticEngine:
     What a schedule needs is promised before the engine allocates it, and the workers are told at
     its end what to map and unmap. Between two steps the engine gives memory back if it is asked to.
     The scheduler's thread calls it, but for `ring`.
+
+    Attributes:
+        activation: Whether its weights are there; a schedule has to look at `is_active` of it.
 
     Args:
         ranks: The engine in the ledgers.
@@ -34,9 +40,23 @@ class ElasticEngine:
         self.ranks = ranks
         self.port = port
         self.pools: list[Pages] = []  # that of all layers first
+        self.activation = WeightsKept()
         self.giving = Giving(ranks, port, self.pools, self._tell)
         self._is_wake_pending = False
         atexit.register(self.close)
+
+    def yield_weights(self, config: "Config") -> bool:
+        """Give weights, too, from now on; before the first schedule, on all ranks that schedule.
+
+        Returns:
+            Whether it does: the port says how much there is of them on all ranks.
+        """
+        status = self.ranks.merge(self.port.weight_status())
+        if status is None:
+            return False
+        self.activation = Activation(self.ranks, self.port, status, config, self.sleep)
+        self.giving.weights = self.activation
+        return True
 
     def promise(self, num_blocks: Sequence[int]) -> None:
         """Have blocks ready in each pool; where there is less than all need, each has its share.
@@ -66,7 +86,13 @@ class ElasticEngine:
     def between_steps(self) -> None:
         """Give back what others or the limit want, if they want something new."""
         if self.pools and (wanted := self.ranks.look(is_busy=False)) is not None:
-            self.giving.give(wanted)
+            self.answer(wanted)
+
+    def answer(self, wanted: WantedPages) -> None:
+        """Give back what others or the limit want, and note what is wished of the weights."""
+        self.giving.give(wanted)
+        if wanted.wish:
+            self.activation.heed(wanted.wish)
 
     def rest(self) -> None:
         """Nothing runs any more: let surplus pages linger, and see to it that they go in time.
@@ -81,11 +107,13 @@ class ElasticEngine:
         if self.giving.owed_pages:
             self.giving.pay()
             self.port.publish()
+        weights_seconds = self.activation.rest()
         self.flush(is_last=not self.port.can_be_woken)
         due = [pages.seconds_until_due() for pages in self.pools]
         due_seconds = max((seconds for seconds in due if seconds is not None), default=None)
-        if due_seconds is not None:
-            self.ranks.set_alarm(due_seconds)
+        seconds = [each for each in (due_seconds, weights_seconds) if each is not None]
+        if seconds:
+            self.ranks.set_alarm(min(seconds))
 
     def flush(self, *, is_last: bool = False) -> None:
         """Carry out now, between two steps, what was decided.
@@ -95,8 +123,13 @@ class ElasticEngine:
         """
         self._send(self.end_schedule(is_last=is_last))
 
+    def sleep(self) -> None:
+        """Give everything back but page 0, weights too; return when it is done. No step runs."""
+        self.empty()
+        self.activation.sleep()
+
     def empty(self) -> None:
-        """Give everything back but page 0, before the engine sleeps; return when it is done."""
+        """Give everything of the KV cache back but page 0; return when it is done."""
         if self.pools:
             self.ranks.clear_waiting()
             self.giving.close(self.pools[0].num_pages)
@@ -114,7 +147,21 @@ class ElasticEngine:
             self.ranks.announce(static_bytes)
 
     @contextlib.contextmanager
-    def room_to_wake(self, num_bytes: int) -> Iterator[None]:
+    def awake(self) -> Iterator[None]:
+        """Have all weights there in the block: around what reads or writes them beside steps.
+
+        Raises:
+            NoRoomError: If neighbours do not give enough.
+        """
+        self.activation.activate_now()
+        try:
+            yield
+        finally:
+            if not self.port.is_busy():
+                self.rest()
+
+    @contextlib.contextmanager
+    def room_to_wake(self, num_bytes: int, *, has_weights: bool = False) -> Iterator[None]:
         """Announce what a wake allocates beside the KV cache, and let neighbours make room for it.
 
         Until the end of the block nobody else is promised these bytes. Every rank has to call it,
@@ -122,12 +169,17 @@ class ElasticEngine:
 
         Args:
             num_bytes: What this rank allocates, in bytes.
+            has_weights: Whether weights that were given come back, too; they do before the block.
 
         Raises:
             NoRoomError: If neighbours do not give enough; nothing was allocated then.
         """
+        if has_weights:
+            self.activation.activate_now()
         shortage = self.ranks.make_room(num_bytes)
         if shortage is not None:
+            if has_weights and not self.port.is_busy():
+                self.rest()  # they came for nothing
             raise NoRoomError(
                 f"kvcached: there is no room to wake up: {shortage}; this engine stays asleep, and "
                 "may be woken when others need less"

@@ -1,4 +1,7 @@
-"""What an engine gives to its neighbours, or to its own limit: pages of any of its pools."""
+"""What an engine gives to its neighbours, or to its own limit: pages of any of its pools.
+
+Weights go after all of them, and only to neighbours.
+"""
 
 from collections.abc import Callable
 
@@ -6,6 +9,7 @@ from kvcached_core.engine.pages import Pages
 from kvcached_core.engine.port import EnginePort
 from kvcached_core.engine.ranks import Ranks, WantedPages
 from kvcached_core.engine.waiting import REFUSAL_SECONDS
+from kvcached_core.engine.weights_kept import WeightsKept
 
 # Pages that a neighbour gets early when it asks for many: the rest follows when all is evicted.
 FIRST_PAGES = 8
@@ -21,6 +25,10 @@ class Giving:
 
     The scheduler's thread calls it.
 
+    Attributes:
+        owed_pages: To be given, by stopping requests if it must be.
+        weights: The engine's weights.
+
     Args:
         ranks: Whose clock counts.
         port: The engine.
@@ -35,7 +43,8 @@ class Giving:
         pools: list[Pages],
         tell: Callable[..., None],
     ) -> None:
-        self.owed_pages = 0  # to be given, by stopping requests if it must be
+        self.owed_pages = 0
+        self.weights = WeightsKept()
         self._ranks = ranks
         self._port = port
         self._pools = pools
@@ -45,7 +54,7 @@ class Giving:
         self._num_tried_blocks = 0
 
     def give(self, wanted: WantedPages) -> None:
-        """Give what others or the limit want: empty pages, cached ones, then requests' own.
+        """Give what others or the limit want: empty pages, cached ones, weights, requests' own.
 
         Requests stop in the next schedule, for what is owed then. What is asked beyond that comes
         of what is free next.
@@ -56,6 +65,9 @@ class Giving:
             num_left -= self.close(FIRST_PAGES)
             self._tell(wait=True)
         num_left -= self.close(num_left)
+        if num_left > wanted.owed_pages and self.weights.can_give:
+            self._tell(wait=True)
+            num_left -= self._give_weights(num_left - wanted.owed_pages)
         # Also when nothing is asked any more: a limit that was lifted leaves no debt.
         self.owed_pages = max(min(num_left, wanted.owed_pages), 0)
         self._yielded_pages = max(num_left - self.owed_pages, 0)
@@ -92,6 +104,11 @@ class Giving:
         while num_closed < num_pages and self._port.evict(num_pages - num_closed):
             num_closed += self._close_empty(num_pages - num_closed)
         return num_closed
+
+    def _give_weights(self, num_pages: int) -> int:
+        """Give weights in the place of so many pages; return for how many pages it is enough."""
+        page_bytes = self._pools[0].geometry.page_bytes
+        return self.weights.give(num_pages * page_bytes) // page_bytes
 
     def _close_empty(self, num_pages: int) -> int:
         num_closed = 0

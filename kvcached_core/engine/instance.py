@@ -9,19 +9,13 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from kvcached_core.config import Config
+from kvcached_core.engine.beside import Beside
 from kvcached_core.engine.names import numbered_names
 from kvcached_core.engine.waiting import Refusals, explain_waits
 from kvcached_core.ledger.bell import Doorbell, wake
 from kvcached_core.ledger.changes import NO_ASK
 from kvcached_core.ledger.opening import doorbell_path
-from kvcached_core.ledger.shortage import (
-    LOOK_SECONDS,
-    PATIENCE_SECONDS,
-    Need,
-    Shortage,
-    ask_peers,
-    make_room,
-)
+from kvcached_core.ledger.shortage import LOOK_SECONDS, PATIENCE_SECONDS, ask_peers
 from kvcached_core.memory.devices import Device
 from kvcached_core.memory.seats import Seat, close_ledgers, leave_rows, open_ledgers, take_rows
 
@@ -35,6 +29,9 @@ class Instance:
 
     The scheduler's thread calls it. In a child that the process forks it is nobody's: there closing
     it does nothing, and everything else is refused.
+
+    Attributes:
+        beside: What it allocates beside its KV cache, and its weights.
 
     Args:
         devices: The device of each rank.
@@ -76,6 +73,13 @@ class Instance:
             name = name or config.name
             names = [name] if name else numbered_names(default_name)
             self._rows = take_rows(self._ledgers, names, engine=engine, config=config)
+            self.beside = Beside(
+                self._ledgers,
+                self._rows,
+                self._num_ranks,
+                self._rang,
+                config.weights_kept_seconds,
+            )
             for device, ledger in self._ledgers.items():
                 path = doorbell_path(ledger.path, self._rows[device])
                 self._bells.append(Doorbell(path, self._on_ring))
@@ -177,37 +181,9 @@ class Instance:
             self._rang.clear()
         return True
 
-    def make_room(self, static_bytes: int, patience_seconds: float) -> Shortage | None:
-        """Announce what each rank is about to allocate beside its KV cache, and ask for it.
-
-        Neighbours give idle pages and cached blocks, never what their requests use, and nobody is
-        promised what is announced. Without room the announcement is taken back.
-
-        Args:
-            static_bytes: Bytes on each rank, such as weights that come back from sleep.
-            patience_seconds: How long neighbours may take; the calling thread waits for them.
-
-        Returns:
-            None if there is room: call `announce(0)` when it is allocated. Otherwise what is
-            missing, and who holds how much.
-        """
-        needs = [
-            Need(ledger, self._rows[device], static_bytes * self._num_ranks[device])
-            for device, ledger in self._ledgers.items()
-        ]
-        shortage = make_room(needs, self._rang, patience_seconds)
-        if shortage is not None:
-            self.announce(0)
-        return shortage
-
     def announce(self, static_bytes: int) -> None:
-        """Say what each rank is still about to allocate beside its KV cache, in bytes.
-
-        Less than before leaves the rest to others, who are woken if they wait.
-        """
-        for device, ledger in self._ledgers.items():
-            num_bytes = static_bytes * self._num_ranks[device]
-            wake(ledger, ledger.announce(self._rows[device], num_bytes))
+        """See `Beside.announce`."""
+        self.beside.announce(static_bytes)
 
     def clear_waiting(self) -> None:
         """Say that nothing of this instance waits for memory any more, on any device."""

@@ -77,10 +77,10 @@ def _join_many(
         distributed.broadcast(numbers, src=first, group=channel)
         return [int(number) for number in numbers.tolist()]
 
-    def largest(value: int) -> int:
-        number = torch.tensor([value], dtype=torch.int64)
-        distributed.all_reduce(number, op=distributed.ReduceOp.MAX, group=channel)
-        return int(number)
+    def largest(values: list[int]) -> list[int]:
+        numbers = torch.tensor(values, dtype=torch.int64)
+        distributed.all_reduce(numbers, op=distributed.ReduceOp.MAX, group=channel)
+        return [int(number) for number in numbers.tolist()]
 
     return Ranks(
         instance, seats[group.rank], capacity_bytes, share, largest, num_idle_turns=num_idle_turns

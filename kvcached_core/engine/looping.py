@@ -163,12 +163,15 @@ class LoopingEngine(ElasticEngine):
         self._room_pages = ranks.room_pages
         port.reopen(has_more=self._room_pages > room_pages)
         if wanted is not None:
-            self.giving.give(wanted)
+            self.answer(wanted)
         self.pay()
         if self._held_since is not None and ranks.clock() > self._held_since + HOLD_SECONDS:
             self._held_since = None
             port.give_up_part()
-        if (is_busy or port.is_pending()) and (demand := port.demand()) is not None:
+        is_asked = is_busy or port.is_pending()
+        if is_asked and not self.activation.is_active and not self.activation.activate():
+            return
+        if is_asked and (demand := port.demand()) is not None:
             self.promise_demand(demand)
 
     def promise_demand(self, demand: Demand) -> None:
@@ -199,10 +202,12 @@ class LoopingEngine(ElasticEngine):
         """Return whether no prompt may be computed now.
 
         One that was begun waits if its next part has no room, and a new one if a neighbour waits
-        for what was asked of this engine and comes free next.
+        for what was asked of this engine and comes free next. All wait for the weights.
         """
         if not self.pools:
             return False
+        if not self.activation.is_active:
+            return True
         is_running, num_needed = self.port.is_running(), self.port.num_blocks_to_go_on()
         if num_needed is None:
             return self.giving.must_yield(is_running=is_running)
@@ -229,7 +234,11 @@ class LoopingEngine(ElasticEngine):
         port.carry_out_later()
         if self.ranks.is_waiting and port.num_waiting():
             port.show_waiting()
-        if port.memory is not None and not port.is_pending():
+        if port.is_pending():
+            return
+        if not port.is_busy():
+            self.activation.rest()
+        if port.memory is not None:
             port.memory.keeper.wait(STEP_ASIDE_SECONDS)
 
     def begin_batch(self) -> None:

@@ -10,6 +10,8 @@ from kvcached_core.memory.orders import PageOrders
 if TYPE_CHECKING:
     from kvcached_core.engine.counted_blocks import CountedBlocks
     from kvcached_core.memory.rank import RankMemory
+    from kvcached_core.weights.rank import RankWeights
+    from kvcached_core.weights.status import WeightStatus
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class LoopingPort(ABC):
         can_be_woken: Its loop never sleeps, and looks by itself.
         has_batch: Whether the last schedule made a batch.
         memory: This rank's, from the engine's first pool on.
+        weights: This rank's, where they yield.
         block_tokens: Tokens of a block, from then on.
         free_lists: The blocks of each pool, those of the pool of all layers first.
     """
@@ -43,6 +46,7 @@ class LoopingPort(ABC):
     def __init__(self) -> None:
         self.has_batch = False
         self.memory: RankMemory | None = None
+        self.weights: RankWeights | None = None
         self.block_tokens = 1
         self.free_lists: list[CountedBlocks] = []
         self._later: PageOrders | None = None  # of which a part waits for the launches
@@ -136,6 +140,15 @@ class LoopingPort(ABC):
 
     def publish(self) -> None:  # noqa: B027  there is nothing to do
         """See `EnginePort.publish`: the engine's loop does it, also in a turn that runs nothing."""
+
+    def weight_status(self) -> "WeightStatus | None":
+        """See `EnginePort.weight_status`."""
+        return self.weights.status() if self.weights is not None else None
+
+    def hold_weights(self, num_pages: int) -> "WeightStatus":
+        """See `EnginePort.hold_weights`."""
+        assert self.weights is not None  # noqa: S101
+        return self.weights.hold(num_pages)
 
     def wake(self, answer: Callable[[], None]) -> None:  # noqa: B027  as above
         """See `EnginePort.wake`: its loop is awake."""

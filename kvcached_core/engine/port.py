@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kvcached_core.memory.orders import PageOrders
+from kvcached_core.weights.status import WeightStatus
 
 
 class PageSource(Protocol):
@@ -81,6 +82,22 @@ class EnginePort(Protocol):
 
     def publish(self) -> None:
         """Tell those that mirror the prefix cache what left it."""
+
+    def weight_status(self) -> WeightStatus | None:
+        """Return what there is of the weights of this scheduler's ranks; None if they never go."""
+        return None
+
+    def hold_weights(self, num_pages: int) -> WeightStatus:
+        """Have exactly the first pages of each rank's weights there; return what there is then.
+
+        More pages are mapped and copied, and the next step waits for that on the device. Fewer are
+        dropped some at a time, behind all steps, so that who waits gets the first ones early; those
+        stay that could not be brought back.
+
+        Raises:
+            OutOfMemoryError: If others than engines took the memory; what came stays.
+        """
+        raise RuntimeError(f"{num_pages} pages of weights that never go")
 
     def wake(self, answer: Callable[[], None]) -> None:
         """Make the engine's loop call `answer` when it is idle; any thread."""

@@ -9,15 +9,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvcached_core.engine.beside import Turn
 from kvcached_core.engine.instance import Instance
+from kvcached_core.engine.waiting import WaitingLog
 from kvcached_core.ledger.shortage import PATIENCE_SECONDS
+from kvcached_core.ledger.weights import WeightsWish
 from kvcached_core.memory.devices import Device
 from kvcached_core.memory.seats import Seat
+from kvcached_core.weights.status import WeightStatus
 
 MICROSECONDS = 1_000_000
 
 # How long what was seen in the ledgers holds, while nothing new is wanted of this server.
 LOOK_SECONDS = 0.001
+ON_RANK_0 = "see rank 0"  # which alone sees who holds what
 # Several ranks that have nothing to do tell each other what is new once in so many turns.
 NUM_IDLE_TURNS = 16
 
@@ -37,23 +42,25 @@ class WantedPages:
     Attributes:
         asked_pages: Pages in all.
         owed_pages: The part for which requests have to stop if nothing else is left.
+        wish: What somebody outside wants of the weights, a `WeightsWish`.
     """
 
     asked_pages: int
     owed_pages: int
+    wish: int = 0
 
 
 class Ranks:
     """The ledgers as every rank sees them. A `PageSource`.
 
-    All ranks call `look`, `reserve`, `reserve_first_page` and `make_room` in the same order.
+    All ranks call what returns something in the same order: one asks, and tells the others.
 
     Args:
         instance: The server in the ledgers; only rank 0 has it.
         seat: Where this rank reports what it maps.
         capacity_bytes: What instances may hold together on the device that has least.
         share: Returns rank 0's numbers on every rank.
-        largest: Returns the largest number of all ranks on every rank.
+        largest: Returns the largest of all ranks' numbers on every rank, each in its place.
         num_idle_turns: Several ranks that have nothing to do look once in so many turns.
     """
 
@@ -63,7 +70,7 @@ class Ranks:
         seat: Seat,
         capacity_bytes: int,
         share: Share = alone,
-        largest: Callable[[int], int] = lambda value: value,
+        largest: Share = alone,
         *,
         num_idle_turns: int = NUM_IDLE_TURNS,
     ) -> None:
@@ -80,6 +87,7 @@ class Ranks:
         self._num_idle_turns = 0
         self.is_waiting = False  # as far as the ledger was told
         self._is_refused = False  # in this schedule
+        self._log = WaitingLog(self.explain_shortage)
 
     @classmethod
     def alone(cls, instance: Instance, device: Device) -> "Ranks":
@@ -108,17 +116,18 @@ class Ranks:
             self._num_idle_turns += 1
             if self._num_idle_turns % self._turns_per_look:
                 return None
-        values = [0, 0, 0, self.room_pages, 0]
+        values = [0, 0, 0, self.room_pages, 0, 0]
         if self.instance is not None:
             now = time.monotonic()
             values[4] = int(now * MICROSECONDS)
             if self.instance.has_news():
                 values[:3] = [1, *self.instance.wanted_pages()]
+                values[5] = self.instance.beside.wish()
             if values[0] or (is_busy and now >= self._looked_at + LOOK_SECONDS):
                 self._looked_at = now
                 values[3] = self.instance.room_pages()
-        has_news, asked_pages, owed_pages, self.room_pages, self._microseconds = self._share(values)
-        return WantedPages(asked_pages, owed_pages) if has_news else None
+        has_news, asked, owed, self.room_pages, self._microseconds, wish = self._share(values)
+        return WantedPages(asked, owed, wish) if has_news else None
 
     def end_schedule(self, *, is_busy: bool) -> bool:
         """Take back that this server waits for memory, if nothing of it does any more.
@@ -182,17 +191,81 @@ class Ranks:
             None if there is room: call `announce(0)` when it is allocated. Otherwise what is
             missing and who holds it, as rank 0 found it.
         """
-        needed_bytes = self._largest(static_bytes)
+        (needed_bytes,) = self._largest([static_bytes])
         shortage = None
         if needed_bytes and self.instance is not None:
-            shortage = self.instance.make_room(needed_bytes, PATIENCE_SECONDS)
+            shortage = self.instance.beside.make_room(needed_bytes, PATIENCE_SECONDS)
         (is_short,) = self._share([int(shortage is not None)])
-        return (str(shortage) if shortage is not None else "see rank 0") if is_short else None
+        return (str(shortage) if shortage is not None else ON_RANK_0) if is_short else None
 
     def announce(self, static_bytes: int) -> None:
-        """See `Instance.announce`."""
+        """See `Beside.announce`."""
         if self.instance is not None:
-            self.instance.announce(static_bytes)
+            self.instance.beside.announce(static_bytes)
+
+    def merge(self, status: WeightStatus | None) -> WeightStatus | None:
+        """Return what holds for the weights of all ranks; None if one of them keeps its own."""
+        found = status or WeightStatus(0, 0, 0, is_copied=False)
+        has_none, num_pages, num_missing, page_bytes, is_uncopied = self._largest(
+            [
+                status is None,
+                found.num_pages,
+                found.num_missing_pages,
+                found.page_bytes,
+                not found.is_copied,
+            ]
+        )
+        if has_none:
+            return None
+        return WeightStatus(
+            num_pages, num_pages - num_missing, page_bytes, is_copied=not is_uncopied
+        )
+
+    def describe_weights(self, needed_bytes: int) -> None:
+        """See `Beside.describe_weights`."""
+        if self.instance is not None:
+            self.instance.beside.describe_weights(needed_bytes)
+
+    def offer_weights(self, offered_bytes: int) -> None:
+        """See `Beside.offer_weights`."""
+        if self.instance is not None:
+            self.instance.beside.offer_weights(offered_bytes)
+
+    def ask_to_wake(self, missing_bytes: int) -> Turn:
+        """See `Beside.ask_to_wake`."""
+        turn = Turn.LATER
+        if self.instance is not None:
+            turn = self.instance.beside.ask_to_wake(missing_bytes)
+            if turn is not Turn.NOW:
+                self._log.refused()
+        return Turn(self._share([turn])[0])
+
+    def woke(self, waited_ns: int, took_ns: int) -> None:
+        """See `Beside.woke`."""
+        self._log.over()
+        if self.instance is not None:
+            self.instance.beside.woke(waited_ns, took_ns)
+
+    def stop_waking(self) -> None:
+        """See `Beside.stop_waking`."""
+        self._log.over()
+        if self.instance is not None:
+            self.instance.beside.stop_waking()
+
+    def explain_shortage(self) -> str:
+        """See `Beside.explain_shortage`."""
+        if self.instance is None:
+            return ON_RANK_0
+        return self.instance.beside.explain_shortage()
+
+    def end_wish(self, wish: int) -> None:
+        """See `Beside.end_wish`."""
+        if self.instance is not None:
+            self.instance.beside.end_wish(WeightsWish(wish))
+
+    def is_over(self, deadline: float) -> bool:
+        """Return whether a time of rank 0's `time.monotonic` is over."""
+        return bool(self._share([time.monotonic() > deadline])[0])
 
     def cancel(self, num_pages: int) -> None:
         """See `PageSource.cancel`."""

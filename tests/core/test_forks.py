@@ -115,7 +115,7 @@ def test_a_child_may_not_use_what_its_parent_opened(instance: Instance) -> None:
             instance.wanted_pages,
             lambda: instance.cancel(1),
             instance.room_pages,
-            lambda: instance.make_room(PAGE, 0.0),
+            lambda: instance.beside.make_room(PAGE, 0.0),
         ):
             with pytest.raises(LedgerError, match="a forked child owns nothing"):
                 call()

@@ -55,9 +55,9 @@ def test_every_rank_takes_part_in_a_wake_whatever_it_allocates(num_bytes: int) -
         calls.append("share")
         return values
 
-    def largest(value: int) -> int:
+    def largest(values: list[int]) -> list[int]:
         calls.append("largest")
-        return value
+        return values
 
     seat: Any = None
     engine = ElasticEngine(Ranks(None, seat, 0, share, largest), port=seat)

@@ -83,7 +83,7 @@ def test_neighbours_give_their_cache_to_who_wakes_and_get_none_of_it_back(
 ) -> None:
     sleeper, neighbour = start("sleeper"), start("neighbour")
     neighbour.hold(num_cached=8)
-    assert sleeper.instance.make_room(5 * PAGE, 10.0) is None
+    assert sleeper.instance.beside.make_room(5 * PAGE, 10.0) is None
     assert neighbour.view().resident_bytes == 3 * PAGE
     assert neighbour.instance.reserve(1, is_urgent=False) == 0
     assert sleeper.view().waiting_bytes == 0
@@ -93,10 +93,10 @@ def test_who_wakes_is_not_promised_pages_where_its_weights_will_lie(
     start: Callable[..., Engine],
 ) -> None:
     sleeper = start("sleeper")
-    assert sleeper.instance.make_room(5 * PAGE, 10.0) is None
+    assert sleeper.instance.beside.make_room(5 * PAGE, 10.0) is None
     assert sleeper.instance.room_pages() == 3
     assert sleeper.instance.reserve(8, is_urgent=False) == 3
-    sleeper.instance.announce(0)
+    sleeper.instance.beside.announce(0)
     assert sleeper.instance.reserve(8, is_urgent=False) == 5
 
 
@@ -106,7 +106,7 @@ def test_without_room_nothing_stays_announced_and_the_holders_are_named(
     sleeper, busy, small = start("sleeper"), start("busy"), start("small")
     busy.hold(num_used=5)
     small.hold(num_used=1)
-    shortage = sleeper.instance.make_room(4 * PAGE, patience_seconds=0.0)
+    shortage = sleeper.instance.beside.make_room(4 * PAGE, patience_seconds=0.0)
     assert shortage is not None
     assert (shortage.device, shortage.needed_bytes, shortage.missing_bytes) == (
         *("host", 4 * PAGE, 2 * PAGE),
@@ -124,7 +124,7 @@ def test_a_refusal_on_one_device_leaves_nothing_announced_on_the_other(
 ) -> None:
     sleeper, busy = start("sleeper", [POOL, OTHER_POOL]), start("busy", [OTHER_POOL])
     busy.hold(num_used=8)
-    shortage = sleeper.instance.make_room(PAGE, patience_seconds=0.0)
+    shortage = sleeper.instance.beside.make_room(PAGE, patience_seconds=0.0)
     assert shortage is not None
     assert shortage.device == "other"
     assert sleeper.view(POOL).static_bytes == sleeper.view(OTHER_POOL).static_bytes == 0
@@ -132,9 +132,9 @@ def test_a_refusal_on_one_device_leaves_nothing_announced_on_the_other(
 
 def test_ranks_on_one_device_need_room_each(start: Callable[..., Engine]) -> None:
     sleeper = start("sleeper", [POOL, POOL])
-    assert sleeper.instance.make_room(4 * PAGE, 10.0) is None
+    assert sleeper.instance.beside.make_room(4 * PAGE, 10.0) is None
     assert sleeper.view().static_bytes == 8 * PAGE
-    shortage = sleeper.instance.make_room(5 * PAGE, patience_seconds=0.0)
+    shortage = sleeper.instance.beside.make_room(5 * PAGE, patience_seconds=0.0)
     assert shortage is not None
     assert shortage.missing_bytes == 2 * PAGE
 
@@ -145,18 +145,18 @@ def test_no_limit_keeps_weights_out_and_no_request_stops_for_them(
     sleeper = start("sleeper", KVCACHED_LIMIT="32MiB", KVCACHED_FLOOR="32MiB")
     neighbour = start("neighbour")
     neighbour.hold(num_cached=4, num_used=2)
-    assert sleeper.instance.make_room(6 * PAGE, 10.0) is None
+    assert sleeper.instance.beside.make_room(6 * PAGE, 10.0) is None
     assert neighbour.view().resident_bytes == 2 * PAGE
-    assert sleeper.instance.make_room(8 * PAGE, patience_seconds=0.0) is not None
+    assert sleeper.instance.beside.make_room(8 * PAGE, patience_seconds=0.0) is not None
     assert neighbour.instance.wanted_pages() == (0, 0)
 
 
 def test_who_waits_is_woken_when_an_announcement_shrinks(start: Callable[..., Engine]) -> None:
     sleeper, neighbour = start("sleeper"), start("neighbour")
-    assert sleeper.instance.make_room(8 * PAGE, 10.0) is None
+    assert sleeper.instance.beside.make_room(8 * PAGE, 10.0) is None
     assert neighbour.instance.reserve(2, is_urgent=True) == 0
     neighbour.asked.clear()
-    sleeper.instance.announce(4 * PAGE)
+    sleeper.instance.beside.announce(4 * PAGE)
     assert neighbour.asked.wait(10)
     assert neighbour.instance.reserve(2, is_urgent=True) == 2
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from queue import Queue
 
+from helpers.fake_weights import FakeWeights
 from helpers.page_source import FakeBlock
-from helpers.served import PATIENCE_SECONDS, Request, Served
-from kvcached_core.config import Config
+from helpers.served import PAGE_BYTES, PATIENCE_SECONDS, Request, Served
+from kvcached_core.config import Config, WeightsMode
 from kvcached_core.engine.engine import ElasticEngine
 from kvcached_core.engine.free_lists import FreeLists
 from kvcached_core.engine.instance import Instance
@@ -19,6 +20,7 @@ from kvcached_core.memory.devices import host_device
 from kvcached_core.memory.orders import PageOrders
 from kvcached_core.memory.rank import RankMemory
 from kvcached_core.memory.vmm.host import HostBackend
+from kvcached_core.weights.status import WeightStatus
 
 BLOCK_BYTES, NUM_PLANES = 65536, 4  # 8 blocks a page
 
@@ -30,10 +32,15 @@ class FakeEngine(Served):
         config: The settings.
         block_bytes: Bytes of a block in one plane.
         num_planes: Planes of the pool.
+        num_weight_pages: Pages of its weights, if the settings say that they yield.
     """
 
     def __init__(
-        self, config: Config, block_bytes: int = BLOCK_BYTES, num_planes: int = NUM_PLANES
+        self,
+        config: Config,
+        block_bytes: int = BLOCK_BYTES,
+        num_planes: int = NUM_PLANES,
+        num_weight_pages: int = 4,
     ) -> None:
         super().__init__(config)
         device = host_device(config)
@@ -80,9 +87,14 @@ class FakeEngine(Served):
         self.cached: deque[FakeBlock] = deque()  # the longest unused first
         self.num_live = 0
         self._wakes: Queue[Callable[[], None]] = Queue()
+        if config.weights is WeightsMode.YIELD:
+            self.weights = FakeWeights(num_weight_pages, PAGE_BYTES, seat)
+            assert self.engine.yield_weights(config)
 
     def allocate(self, request: Request, num_blocks: int) -> bool:
         """See `Served.allocate`."""
+        if not self.engine.activation.is_active:
+            return False
         if self.engine.giving.owed_pages and not self.engine.giving.pay():
             return False
         missing = num_blocks - self.num_idle_blocks()
@@ -113,7 +125,9 @@ class FakeEngine(Served):
         return [block.block_id for block in request.of_engine]
 
     def begin_schedule(self) -> None:
-        """See `Served.begin_schedule`: there is nothing to do."""
+        """See `Served.begin_schedule`."""
+        if self.has_requests and not self.engine.activation.is_active:
+            self.engine.activation.activate()
 
     def end_schedule(self, step: Callable[[], None]) -> None:
         """See `Served.end_schedule`."""
@@ -133,11 +147,11 @@ class FakeEngine(Served):
 
     def sleep(self) -> None:
         """See `Served.sleep`."""
-        self.engine.empty()
+        self.engine.sleep()
 
     def waking(self, num_bytes: int) -> AbstractContextManager[None]:
         """See `Served.waking`."""
-        return self.engine.room_to_wake(num_bytes)
+        return self.engine.room_to_wake(num_bytes, has_weights=True)
 
     @property
     def num_wakes(self) -> int:
@@ -181,6 +195,15 @@ class FakeEngine(Served):
 
     def publish(self) -> None:
         """See `EnginePort.publish`: nobody mirrors this cache."""
+
+    def weight_status(self) -> WeightStatus | None:
+        """See `EnginePort.weight_status`."""
+        return self.weights.status if self.weights is not None else None
+
+    def hold_weights(self, num_pages: int) -> WeightStatus:
+        """See `EnginePort.hold_weights`."""
+        assert self.weights is not None
+        return self.weights.hold(num_pages)
 
     def wake(self, answer: Callable[[], None]) -> None:
         """See `EnginePort.wake`."""

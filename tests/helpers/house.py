@@ -8,7 +8,8 @@ from unittest.mock import patch
 
 from helpers.served import ENGINE, NUM_PAGES, PAGE_BYTES, PATIENCE_SECONDS, Served, view_of
 from kvcached_core.config import Config, read_config
-from kvcached_core.engine import page_book, ranks
+from kvcached_core.engine import beside, page_book, ranks
+from kvcached_core.engine.beside import Turn
 from kvcached_core.engine.instance import Instance
 from kvcached_core.ledger.bell import wake
 from kvcached_core.ledger.ledger import Ledger
@@ -32,7 +33,7 @@ class Neighbour:
         self.instance = Instance(
             [device],
             config,
-            name=NEIGHBOUR,
+            name=config.name,
             default_name="",
             engine="test",
             on_ring=self._rang.set,
@@ -65,9 +66,36 @@ class Neighbour:
         self.instance.acknowledge(num_pages)
         self._settle(unmapped=num_pages, used_bytes=self.view().used_bytes)
 
+    def ask_to_wake(self, num_pages: int) -> Turn:
+        """Look whether weights of so many pages may come back, and ask for their room."""
+        return self.instance.beside.ask_to_wake(num_pages * PAGE_BYTES)
+
+    def wake_when_rung(self, num_pages: int) -> None:
+        """Look so when others gave something, and have the weights."""
+        assert self._rang.wait(PATIENCE_SECONDS), "nobody rang"
+        assert self.ask_to_wake(num_pages) is Turn.NOW
+        self.have_weights(num_pages)
+
+    def have_weights(self, num_pages: int) -> None:
+        """Map weights of so many pages more."""
+        num_bytes = num_pages * PAGE_BYTES
+        self.instance.beside.describe_weights(self.view().weights_bytes + num_bytes)
+        self._ledger.settle_weights(self._row, mapped_bytes=num_bytes)
+        self.instance.beside.woke(1, 1)
+
+    def offer_weights(self) -> None:
+        """Let others ask for all of its weights."""
+        self.instance.beside.offer_weights(self.view().weights_bytes)
+
+    def give_weights(self, num_pages: int) -> None:
+        """Drop so many pages of them, as its answer to whoever asked."""
+        waiting = self._ledger.settle_weights(self._row, unmapped_bytes=num_pages * PAGE_BYTES)
+        self.instance.acknowledge(0)
+        wake(self._ledger, waiting)
+
     def view(self) -> InstanceView:
         """Return what the ledger says of it."""
-        return view_of(NEIGHBOUR, self._config)
+        return view_of(str(self._config.name), self._config)
 
     def close(self) -> None:
         """Leave the ledger."""
@@ -92,28 +120,36 @@ class House:
         make: Makes the engine under test.
         directory: The folder of the ledgers.
         num_pages: Pages of the device.
+        settings: Settings of each engine under test, without their prefix.
     """
 
     def __init__(
-        self, make: Callable[[Config], Served], directory: Path, num_pages: int = NUM_PAGES
+        self,
+        make: Callable[[Config], Served],
+        directory: Path,
+        num_pages: int = NUM_PAGES,
+        **settings: float | str,
     ) -> None:
         self.directory = directory
+        self._settings = settings
         self._num_pages = num_pages
         self._make = make
         self._undo = ExitStack()
         # Counts are told, and memory is looked for, at once and not some milliseconds later.
         self._undo.enter_context(patch.object(page_book, "REPORT_SECONDS", 0))
         self._undo.enter_context(patch.object(ranks, "LOOK_SECONDS", 0))
+        self._undo.enter_context(patch.object(beside, "LOOK_SECONDS", 0))
+        self._undo.enter_context(patch.object(beside, "NUM_KEPT_ACTIVATIONS", 0))
 
-    def start(self, **settings: float) -> Served:
-        """Start the engine under test; settings are ours, without their prefix."""
-        served = self._make(self._config(ENGINE, settings))
+    def start(self, name: str = ENGINE, **settings: float | str) -> Served:
+        """Start an engine under test; settings are ours, without their prefix."""
+        served = self._make(self._config(name, self._settings | settings))
         self._undo.callback(served.close)
         return served
 
-    def neighbour(self, **settings: float) -> Neighbour:
-        """Start its neighbour."""
-        made = Neighbour(self._config(NEIGHBOUR, settings))
+    def neighbour(self, name: str = NEIGHBOUR, **settings: float | str) -> Neighbour:
+        """Start a neighbour of it."""
+        made = Neighbour(self._config(name, settings))
         self._undo.callback(made.close)
         return made
 
@@ -121,7 +157,7 @@ class House:
         """End both."""
         self._undo.close()
 
-    def _config(self, name: str, settings: dict[str, float]) -> Config:
+    def _config(self, name: str, settings: dict[str, float | str]) -> Config:
         chosen: dict[str, object] = {
             "dir": self.directory,
             "name": name,
@@ -130,6 +166,7 @@ class House:
             "idle_seconds": 1000,
             "min_spare_pages": 0,
             "max_spare_pages": 0,
+            "weights_kept_seconds": 0,
         }
         chosen |= settings
         return read_config({f"KVCACHED_{key.upper()}": str(chosen[key]) for key in chosen})

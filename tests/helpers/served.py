@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from helpers.waiting import await_that
 from kvcached_core.config import Config
@@ -24,6 +24,7 @@ PAGE_BYTES = 2 * MIB
 NUM_PAGES = 16  # of the device, and so of the pool of the engine under test
 PATIENCE_SECONDS = 20.0
 ENGINE = "engine"
+WORDS = ("used", "cached", "idle", "weights", "static", "promised", "asked", "coming")
 
 
 def view_of(name: str, config: Config) -> InstanceView:
@@ -55,6 +56,32 @@ class Request:
     written: set[int] = field(default_factory=set)
 
 
+class Weights(Protocol):
+    """The weights of the engine under test; a page of them is as large as one of the KV cache.
+
+    Attributes:
+        is_copied: Whether they may be dropped; a test may say that they may not.
+        num_available: Pages that there is room for; a test may say that a stranger took it.
+    """
+
+    is_copied: bool
+    num_available: int
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of all of them."""
+
+    @property
+    def num_resident(self) -> int:
+        """Pages that are there."""
+
+    def check(self) -> None:
+        """Read all of them as a step does, and look whether they are right."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
 class Served(ABC):
     """The engine under test: what a port to it has to say, and what all have in common.
 
@@ -66,6 +93,7 @@ class Served(ABC):
 
     engine: ElasticEngine
     memory: RankMemory
+    weights: Weights | None = None  # where they yield
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -109,6 +137,8 @@ class Served(ABC):
     def close(self) -> None:
         """End the engine and its worker."""
         self.memory.close()
+        if self.weights is not None:
+            self.weights.close()
         self.engine.close()
 
     @property
@@ -174,25 +204,25 @@ class Served(ABC):
         Args:
             is_waiting: Whether it waits for memory; None where engines may differ: one asks ahead
                 for the next blocks of what runs.
-            pages: How many are used, cached, idle, promised, asked for, coming, and owed.
+            pages: How many are used, cached, idle, of weights, announced, promised, asked for,
+                coming, and owed.
         """
         self.memory.keeper.wait()
         view = self.view()
-        found = {
-            word: getattr(view, f"{word}_bytes") // PAGE_BYTES
-            for word in ("used", "cached", "idle", "promised", "asked", "coming")
-        }
+        found = {word: getattr(view, f"{word}_bytes") // PAGE_BYTES for word in WORDS}
         found["owed"] = self.engine.giving.owed_pages
         expected = dict.fromkeys(found, 0) | pages
         assert found == expected, f"the ledger says {found}, expected {expected}"
         waits = view.waiting_bytes > 0
         assert is_waiting in {None, waits}, f"waits for {view.waiting_bytes} bytes"
         resident = self.memory.arena.resident_bytes
+        if self.weights is not None:
+            resident += self.weights.num_resident * PAGE_BYTES
         assert view.resident_bytes == resident, f"{view.resident_bytes}, mapped {resident}"
 
     def view(self) -> InstanceView:
         """Return what the ledger says of the engine."""
-        return view_of(ENGINE, self.config)
+        return view_of(str(self.config.name), self.config)
 
     def hears(self) -> None:
         """Wait until the bell told a refused engine that there is memory now."""
@@ -231,6 +261,8 @@ class Served(ABC):
 
     def _step(self) -> None:
         """Read from each block what was written there, and write into new ones: all are mapped."""
+        if self.weights is not None and self.running:
+            self.weights.check()
         whole, geometry = self.memory.arena.tensor(), self.engine.pools[0].geometry
         for request in self.running:
             mark = self._marks.setdefault(request.name, len(self._marks) + 1)

@@ -1,0 +1,232 @@
+"""Weights of an engine that come and go: given while nothing runs, and back before a step runs."""
+
+import logging
+import time
+from collections.abc import Callable
+
+from kvcached_core.config import Config
+from kvcached_core.engine.beside import Turn
+from kvcached_core.engine.port import EnginePort
+from kvcached_core.engine.ranks import Ranks
+from kvcached_core.engine.waiting import REFUSAL_SECONDS
+from kvcached_core.engine.weights_kept import WeightsKept
+from kvcached_core.errors import NoRoomError, OutOfMemoryError
+from kvcached_core.ledger.shortage import PATIENCE_SECONDS
+from kvcached_core.ledger.weights import WeightsWish
+from kvcached_core.units import format_bytes
+from kvcached_core.weights.status import WeightStatus
+
+logger = logging.getLogger("kvcached")
+
+# How soon an idle engine looks again whether host memory has its weights; each time twice as long,
+# up to the second: for want of room there it may never have them.
+FIRST_LOOK_SECONDS = 0.25
+LAST_LOOK_SECONDS = 8.0
+
+
+class Activation(WeightsKept):
+    """Offers weights to neighbours while nothing runs, and has them back for the next request.
+
+    The scheduler's thread calls it; all ranks that schedule alike call it alike.
+
+    Args:
+        ranks: The engine in the ledgers.
+        port: The engine.
+        status: What there is of the weights of all ranks.
+        config: The settings.
+        empty: Gives the engine's KV cache and its weights, for who sleeps by the clock or by wish.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        port: EnginePort,
+        status: WeightStatus,
+        config: Config,
+        empty: Callable[[], None],
+    ) -> None:
+        self.is_active = True
+        self._ranks = ranks
+        self._port = port
+        self._status = status
+        self._sleep_after = config.sleep_after
+        self._empty = empty
+        self._offered_bytes = 0
+        self._waking_since_ns = 0  # 0 while it does not wake
+        self._idle_since = 0.0
+        self._wish = WeightsWish.NONE
+        self._has_slept = False  # since it was active last
+        self._is_stuck = False  # since then: pages stayed that were to go
+        self._look_seconds = FIRST_LOOK_SECONDS
+        self._look_at = 0.0
+        ranks.describe_weights(status.num_pages * status.page_bytes)
+
+    def activate(self) -> bool:
+        """Have all weights there before a schedule, if they can be; it never blocks for room.
+
+        Call it before each schedule while `is_active` is false and there are requests. A wake that
+        was begun goes on without them, too: see `rest`.
+
+        Returns:
+            Whether a step may run; otherwise the requests wait, and none is scheduled.
+        """
+        if not self.is_active:
+            if self._status.num_missing_pages and not self._wake():
+                return False
+            self._offer(0)
+            self.is_active = True
+            self._has_slept = self._is_stuck = False
+            self._end_wish(WeightsWish.WAKE)
+        return True
+
+    def activate_now(self) -> None:
+        """Have all weights there, and wait for it: for calls that are no requests.
+
+        Raises:
+            NoRoomError: If neighbours do not give enough.
+        """
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not self.activate():
+            if self._ranks.is_over(deadline):
+                shortage = self._ranks.explain_shortage()
+                if not self._port.is_busy():
+                    self._stop_waking()
+                raise NoRoomError(
+                    f"kvcached: there is no room for the weights of this engine: {shortage}; it "
+                    "stays asleep, and wakes when others need less"
+                )
+
+    def rest(self) -> float | None:
+        """Nothing runs: offer what is there, go on with a wake, or sleep if it is time to.
+
+        Only what host memory has is offered, and only by an engine that can be woken to give it.
+
+        Returns:
+            In how many seconds to call it again, or None if nothing is to be done by itself.
+        """
+        if (self._waking_since_ns or self._wish is WeightsWish.WAKE) and not self.activate():
+            return REFUSAL_SECONDS
+        if self.is_active and not self._begin_to_offer():
+            return self._look_seconds if self._port.can_be_woken else None
+        if self._wish is WeightsWish.SLEEP:
+            self._empty()
+        elif self._sleep_after is not None and not self._has_slept:
+            left_seconds = self._idle_since + self._sleep_after - self._ranks.clock()
+            if left_seconds > 0:
+                return left_seconds
+            self._empty()
+        return None
+
+    @property
+    def can_give(self) -> bool:
+        """Whether some may be given: what was offered, unless a request has come since."""
+        return self._offered_bytes > 0 and (self._waking_since_ns > 0 or not self._port.is_busy())
+
+    def give(self, num_bytes: int) -> int:
+        """Give about so many bytes of each rank's weights, in whole pages, the last ones first.
+
+        Returns:
+            How many it was; 0 if none may be given.
+        """
+        status = self._status
+        if num_bytes <= 0 or not self.can_give:
+            return 0
+        num_pages = min(-(-num_bytes // status.page_bytes), status.num_resident_pages)
+        self._hold(status.num_resident_pages - num_pages)
+        self._offer_resident()
+        num_given = status.num_resident_pages - self._status.num_resident_pages
+        return num_given * status.page_bytes
+
+    def sleep(self) -> None:
+        """Give all weights, whoever wants them, while no step runs. They stay if nowhere copied."""
+        self._look_at = 0.0
+        if not self._is_copied():
+            logger.warning(
+                "kvcached: the weights stay, %s a rank: host memory does not have them all",
+                format_bytes(self._status.num_resident_pages * self._status.page_bytes),
+            )
+            return
+        self._stop_waking()
+        self.is_active = False
+        self._has_slept = True
+        self._hold(0)
+        self._offer_resident()
+        self._end_wish(WeightsWish.SLEEP)
+
+    def heed(self, wish: int) -> None:
+        """Note what somebody outside wishes, a `WeightsWish`: `rest` fulfils it."""
+        self._wish = WeightsWish(wish)
+        if self.is_active:
+            self._end_wish(WeightsWish.WAKE)
+
+    def _wake(self) -> bool:
+        """Have the missing pages if it is this engine's turn; return whether all are there."""
+        status = self._status
+        if not self._waking_since_ns:
+            self._waking_since_ns = time.monotonic_ns()
+        turn = self._ranks.ask_to_wake(status.num_missing_pages * status.page_bytes)
+        if turn is Turn.LATER:
+            self._offer_resident()  # who comes first may need what is left of it
+            return False
+        self._offer(0)
+        if turn is not Turn.NOW:
+            return False
+        started_ns = time.monotonic_ns()
+        self._hold(status.num_pages)
+        if self._status.num_missing_pages:
+            return False
+        now_ns = time.monotonic_ns()
+        self._ranks.woke(now_ns - self._waking_since_ns, now_ns - started_ns)
+        self._waking_since_ns = 0
+        return True
+
+    def _stop_waking(self) -> None:
+        if self._waking_since_ns:
+            self._waking_since_ns = 0
+            self._ranks.stop_waking()
+
+    def _begin_to_offer(self) -> bool:
+        if not self._port.can_be_woken or not self._is_copied():
+            return False
+        self.is_active = False
+        self._idle_since = self._ranks.clock()
+        self._offer_resident()
+        return True
+
+    def _is_copied(self) -> bool:
+        """Return whether host memory has all weights, as far as it was looked at lately."""
+        now = self._ranks.clock()
+        if not self._status.is_copied and now >= self._look_at:
+            self._status = self._merge(self._port.weight_status())
+            self._look_seconds = min(2 * self._look_seconds, LAST_LOOK_SECONDS)
+            self._look_at = now + self._look_seconds
+        return self._status.is_copied
+
+    def _hold(self, num_pages: int) -> None:
+        """Have exactly so many pages there, or as many as there can be."""
+        try:
+            status: WeightStatus | None = self._port.hold_weights(num_pages)
+        except OutOfMemoryError as error:
+            # Others than engines took it. What came stays, and the rest is asked for again.
+            logger.warning("kvcached: %s; requests wait for the rest of the weights", error)
+            status = self._port.weight_status()
+        self._status = self._merge(status)
+        self._is_stuck |= self._status.num_resident_pages > num_pages
+
+    def _merge(self, status: WeightStatus | None) -> WeightStatus:
+        return self._ranks.merge(status) or self._status
+
+    def _offer_resident(self) -> None:
+        status = self._status
+        may_go = status.is_copied and not self._is_stuck
+        self._offer(status.num_resident_pages * status.page_bytes if may_go else 0)
+
+    def _offer(self, num_bytes: int) -> None:
+        if num_bytes != self._offered_bytes:
+            self._offered_bytes = num_bytes
+            self._ranks.offer_weights(num_bytes)
+
+    def _end_wish(self, wish: WeightsWish) -> None:
+        if self._wish is wish:
+            self._wish = WeightsWish.NONE
+            self._ranks.end_wish(wish)

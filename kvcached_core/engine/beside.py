@@ -1,0 +1,217 @@
+"""What an engine allocates beside its KV cache, in the ledgers of its devices.
+
+It is announced first, so that nobody else is promised it: what a start or a wake allocates, and
+weights that come back. Weights that are there are offered while nothing runs on them.
+"""
+
+import threading
+import time
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from kvcached_core.errors import LedgerBusyError
+from kvcached_core.ledger.bell import wake
+from kvcached_core.ledger.shortage import Need, Shortage, ask_peers, make_room
+from kvcached_core.ledger.weights import WeightsWish
+from kvcached_core.memory.devices import Device
+
+if TYPE_CHECKING:
+    from kvcached_core.ledger.file import RowKey
+    from kvcached_core.ledger.ledger import Ledger
+
+# A scheduler that waits for room comes back in every turn of its loop, which shall not spin.
+POLL_SECONDS = 0.001
+# It looks when it is rung, or after this time: nobody tells it what others than engines free.
+LOOK_SECONDS = 0.05
+
+# For so many times as long as its weights took to come back, an instance keeps them.
+NUM_KEPT_ACTIVATIONS = 30
+
+
+class Turn(IntEnum):
+    """Whether an instance may have its weights back."""
+
+    LATER = 0  # others come first, or the room cannot come while some are busy
+    NEXT = 1  # neighbours make room
+    NOW = 2
+
+
+class Beside:
+    """The announcements and the weights of one engine, on all of its devices.
+
+    The scheduler's thread calls it.
+
+    Args:
+        ledgers: The ledgers, in an order that all engines keep.
+        rows: The engine's row in each.
+        num_ranks: How many ranks it has on each device.
+        rang: Set when somebody rings one of the rows' bells.
+        kept_seconds: How long weights that came back are kept at least.
+    """
+
+    def __init__(
+        self,
+        ledgers: "Mapping[Device, Ledger]",
+        rows: "Mapping[Device, RowKey]",
+        num_ranks: Mapping[Device, int],
+        rang: threading.Event,
+        kept_seconds: float,
+    ) -> None:
+        self._ledgers = ledgers
+        self._rows = rows
+        self._num_ranks = num_ranks
+        self._rang = rang
+        self._kept_seconds = kept_seconds
+        self._kept_until_ns = 0
+        self._turn = Turn.LATER
+        self._look_at = 0.0
+        self._is_waking = False  # as far as a ledger was told
+        self._needs: list[Need] = []
+
+    def announce(self, static_bytes: int) -> None:
+        """Say what each rank is still about to allocate beside its KV cache, in bytes.
+
+        Less than before leaves the rest to others, who are woken if they wait.
+        """
+        for need in self._needs_of(static_bytes):
+            wake(need.ledger, need.ledger.announce(need.row, need.static_bytes))
+
+    def make_room(self, static_bytes: int, patience_seconds: float) -> Shortage | None:
+        """Announce what each rank is about to allocate beside its KV cache, and ask for it.
+
+        Neighbours give idle pages and cached blocks, never what their requests use, and nobody is
+        promised what is announced. Without room the announcement is taken back.
+
+        Args:
+            static_bytes: Bytes on each rank, such as weights that come back from sleep.
+            patience_seconds: How long neighbours may take; the calling thread waits for them.
+
+        Returns:
+            None if there is room: call `announce(0)` when it is allocated. Otherwise what is
+            missing, and who holds how much.
+        """
+        shortage = make_room(self._needs_of(static_bytes), self._rang, patience_seconds)
+        if shortage is not None:
+            self.announce(0)
+        return shortage
+
+    def describe_weights(self, needed_bytes: int) -> None:
+        """Say how many bytes of weights each rank needs to run."""
+        for need in self._needs_of(needed_bytes):
+            need.ledger.describe_weights(need.row, need.static_bytes)
+
+    def offer_weights(self, offered_bytes: int) -> None:
+        """Say how many bytes of each rank's weights may be asked for; 0 while it runs.
+
+        For a while after they came back only higher priorities get them.
+        """
+        for need in self._needs_of(offered_bytes):
+            need.ledger.offer_weights(need.row, need.static_bytes, self._kept_until_ns)
+
+    def ask_to_wake(self, missing_bytes: int) -> Turn:
+        """Return whether each rank may have so many bytes of its weights back.
+
+        Until it may, call this again and again: it waits for a millisecond in most of the calls, so
+        that the caller's loop does not spin, and looks when a bell rang or some time has passed.
+        With `NOW` the bytes are its own until `woke` or `stop_waking`.
+        """
+        now = time.monotonic()
+        if now < self._look_at and not self._rang.wait(min(POLL_SECONDS, self._look_at - now)):
+            return self._turn
+        self._rang.clear()
+        self._look_at = time.monotonic() + LOOK_SECONDS
+        self._needs = self._needs_of(missing_bytes)
+        try:
+            self._turn = self._look()
+        except LedgerBusyError:
+            self._turn = Turn.LATER
+        if self._turn is Turn.NOW:
+            self._look_at = 0.0  # if others than engines take the room, it has to be looked for
+        return self._turn
+
+    def woke(self, waited_ns: int, took_ns: int) -> None:
+        """Say that all weights are back.
+
+        Args:
+            waited_ns: How long requests waited for them.
+            took_ns: How long they took to come, once there was room.
+        """
+        kept_ns = max(round(self._kept_seconds * 1e9), NUM_KEPT_ACTIVATIONS * took_ns)
+        self._kept_until_ns = time.time_ns() + kept_ns
+        for device, ledger in self._ledgers.items():
+            ledger.activated(self._rows[device], waited_ns)
+        self.stop_waking()
+
+    def stop_waking(self) -> None:
+        """Announce nothing any more: all is back, or shall not come."""
+        self._retract()
+        self._turn, self._look_at = Turn.LATER, 0.0
+
+    def wish(self) -> WeightsWish:
+        """Return what somebody outside wants of the weights. Takes no lock."""
+        wishes = (
+            ledger.weights_wish(self._rows[device]) for device, ledger in self._ledgers.items()
+        )
+        return max(wishes, default=WeightsWish.NONE)
+
+    def end_wish(self, wish: WeightsWish) -> None:
+        """Say that a wish is fulfilled, or will not be."""
+        for device, ledger in self._ledgers.items():
+            ledger.end_wish(self._rows[device], wish)
+
+    def explain_shortage(self) -> str:
+        """Return what was missing at the last look, and who holds it."""
+        short = [need for need in self._needs if need.missing_bytes] or self._needs
+        return "; ".join(str(need.shortage()) for need in short)
+
+    def _look(self) -> Turn:
+        if not all(can_come(need) for need in self._needs):
+            # Memory that nobody can use would lie there, while those who hold the rest need it.
+            self._retract()
+            return Turn.LATER
+        self._is_waking = True
+        for need in self._needs:
+            announced = need.ledger.announce(need.row, need.static_bytes, is_waking=True)
+            wake(need.ledger, announced)
+            if not need.ledger.is_first_waker(need.row):
+                return Turn.LATER
+        short = [(need, missing) for need in self._needs if (missing := need.missing_bytes)]
+        for need, missing in short:
+            ask_peers(need.ledger, need.row, missing, is_static=True)
+        return Turn.NEXT if short else Turn.NOW
+
+    def _retract(self) -> None:
+        if self._is_waking:
+            self._is_waking = False
+            self.announce(0)
+            for device, ledger in self._ledgers.items():
+                ledger.clear_waiting(self._rows[device])
+
+    def _needs_of(self, static_bytes: int) -> list[Need]:
+        return [
+            Need(ledger, self._rows[device], static_bytes * self._num_ranks[device])
+            for device, ledger in self._ledgers.items()
+        ]
+
+
+def can_come(need: Need) -> bool:
+    """Return whether what an instance lacks is free, or may become free while nobody idles more.
+
+    All that others hold for KV may: their requests end, or stop where they cannot go on. What is
+    offered of their weights may, too, but not the weights of who has requests. If even that is not
+    enough, an announcement would only keep those from ending that have to.
+    """
+    missing = need.missing_bytes
+    if not missing:
+        return True
+    view, now_ns = need.ledger.view(), time.time_ns()
+    own = next((one for one in view.instances if one.row == need.row), None)
+    for peer in view.instances:
+        if own is None or peer is own:
+            continue
+        # Page 0 never goes, nor what a floor guarantees.
+        missing -= max(peer.held_bytes - max(peer.floor_bytes, peer.page_bytes), 0)
+        if now_ns >= peer.weights_kept_until_ns or own.priority > peer.priority:
+            missing -= peer.weights_offered_bytes
+    return missing <= 0
