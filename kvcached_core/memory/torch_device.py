@@ -22,6 +22,16 @@ def find_device(device: Any, config: Config) -> Device:
     return cuda_device(str(properties.uuid), properties.total_memory)
 
 
+def architecture(device: Any) -> str:
+    """Return the kind of a device, and of a GPU what its kernels are made for."""
+    if device.type != CUDA:
+        return str(device.type)
+    import torch  # noqa: PLC0415  as above
+
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{device.type} {major}.{minor}"
+
+
 def make_backend(device: Any) -> Backend:
     """Return what maps pages there; of a GPU it is the same for the whole process."""
     if device.type != CUDA:
