@@ -147,6 +147,11 @@ class RankMemory:
         self.apply(orders)
         self.keeper.wait()
 
+    def zero(self) -> None:
+        """Fill what is mapped with zeros when all orders are carried out: only between steps."""
+        self.keeper.wait()
+        self.arena.zero()
+
     def apply(self, orders: PageOrders) -> None:
         """Carry out orders between two steps; only what the next one needs is waited for."""
         self.before_step(orders)

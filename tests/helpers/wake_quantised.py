@@ -47,7 +47,7 @@ class Sleeper(Worker):  # type: ignore[misc]
         self._sleep_saved_buffers: dict[str, Any] = {}
         self._sleep_saved_draft_buffers: dict[str, Any] = {}
         self._sleep_saved_parameters: dict[str, Any] = {}
-        self.kvcached = SimpleNamespace(arena=arena, keeper=SimpleNamespace(wait=lambda: None))
+        self.kvcached = SimpleNamespace(zero=arena.zero)
         self._sleep_mode_backend = SimpleNamespace(resume=self.resume)
 
     def resume(self, _tags: Any) -> None:

@@ -152,11 +152,7 @@ class ElasticBlockPool(BlockPool):
         finally:
             self.num_gpu_blocks = num_blocks
         if done:
-            blocks = self.free_block_queue.get_all_free_blocks()
-            for block in blocks:
-                self.free_block_queue.remove(block)
-            self.free_lists.remove_cached(blocks)
-            self.free_lists.give(blocks)
+            self._free_cached(self.free_block_queue.get_all_free_blocks())
         return done
 
     def promise_blocks(self, num_blocks: int) -> None:
@@ -173,11 +169,7 @@ class ElasticBlockPool(BlockPool):
         num_evicted = 0
         for blocks in islice(self.free_lists.cached_pages(self._queued_blocks()), num_pages):
             num_evicted += 1
-            for block in blocks:
-                self.free_block_queue.remove(block)
-                self._maybe_evict_cached_block(block)
-            self.free_lists.remove_cached(blocks)
-            self.free_lists.give(blocks)
+            self._free_cached(blocks)
         return num_evicted > 0
 
     def _take(self, num_blocks: int) -> list[KVCacheBlock]:
@@ -196,6 +188,13 @@ class ElasticBlockPool(BlockPool):
                 self._maybe_evict_cached_block(block)
             blocks.extend(evicted)
         return blocks
+
+    def _free_cached(self, blocks: Sequence[KVCacheBlock]) -> None:
+        for block in blocks:
+            self.free_block_queue.remove(block)
+            self._maybe_evict_cached_block(block)
+        self.free_lists.remove_cached(blocks)
+        self.free_lists.give(blocks)
 
     def _queued_blocks(self) -> Iterator[KVCacheBlock]:
         """Yield what may be evicted, the oldest first; what was yielded may leave the queue."""

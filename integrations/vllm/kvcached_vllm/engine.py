@@ -3,10 +3,8 @@
 from typing import Any
 
 from kvcached_core.config import Config
-from kvcached_core.engine.engine import ElasticEngine
-from kvcached_core.engine.instance import Instance
-from kvcached_core.engine.placing import Placing, Planes
-from kvcached_core.engine.ranks import Ranks
+from kvcached_core.engine.central import CentralEngine
+from kvcached_core.engine.placing import Planes
 from kvcached_core.engine.start import model_name
 from kvcached_core.memory.devices import Device
 from kvcached_vllm.layout import PLACEMENT, plane_layout, request_blocks
@@ -14,7 +12,7 @@ from kvcached_vllm.port import VllmPort
 from kvcached_vllm.startup import startup
 
 
-class VllmEngine(ElasticEngine):
+class VllmEngine(CentralEngine):
     """One vLLM engine in the ledgers of its devices: from its start to its shutdown.
 
     Args:
@@ -28,18 +26,14 @@ class VllmEngine(ElasticEngine):
 
     def __init__(self, vllm_config: Any, config: Config, devices: list[Device], core: Any) -> None:
         self.vllm_config = vllm_config
-        self.devices = devices
-        self.pools = []  # from here on somebody may ring
-        self.instance = Instance(
-            devices,
+        super().__init__(
+            VllmPort(core),
             config,
-            default_name=model_name(vllm_config.model_config.model),
+            devices,
+            name=model_name(vllm_config.model_config.model),
             engine=startup.engine,
-            on_ring=self.ring,
-        )
-        super().__init__(Ranks.alone(self.instance, devices[0]), VllmPort(core))
-        self.placing = Placing(
-            self.ranks, config, devices[0], startup.logger, length_setting="--max-model-len"
+            logger=startup.logger,
+            length_setting="--max-model-len",
         )
 
     def place(self, kv_cache_configs: list[Any], granularity_bytes: int) -> None:
@@ -54,11 +48,11 @@ class VllmEngine(ElasticEngine):
         plan = kv_cache_configs[0]
         request = request_blocks(plan, self.vllm_config)
         planes = Planes(widest.block_bytes, widest.num_planes, plan.num_blocks, request)
-        self.geometry = self.placing.place(planes, granularity_bytes)
-        self._num_groups = max(len(plan.kv_cache_groups), 1)
-        for config, layout, device in zip(kv_cache_configs, layouts, self.devices, strict=True):
-            seat = self.instance.seat(device)
-            setattr(config, PLACEMENT, self.placing.placement(seat, layout.num_planes))
+        depths = [layout.num_planes for layout in layouts]
+        placements = self.place_ranks(planes, depths, granularity_bytes)
+        for config, placement in zip(kv_cache_configs, placements, strict=True):
+            setattr(config, PLACEMENT, placement)
+        self.num_groups = max(len(plan.kv_cache_groups), 1)
 
     def build_pool(self, *args: Any, **kwargs: Any) -> Any:
         """Return the elastic block pool in the place of vLLM's own."""
@@ -66,8 +60,7 @@ class VllmEngine(ElasticEngine):
 
         options = self.placing.page_options
         pool = ElasticBlockPool(self.geometry, self.ranks, *args, options=options, **kwargs)
-        pool.engine, pool.giving = self, self.giving
-        pool.num_groups = self._num_groups
+        pool.engine, pool.giving, pool.num_groups = self, self.giving, self.num_groups
         self.port.pool = pool
         self.pools.append(pool.pages)
         return pool

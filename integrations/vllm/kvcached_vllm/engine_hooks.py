@@ -55,7 +55,7 @@ def _start_engine(vllm_config: Any, core: Any) -> VllmEngine | None:
 
 
 @around_ours
-def engine_core_post_step(call: Callable[[], None], engine: VllmEngine, self: Any) -> None:
+def engine_core_post_step(call: Any, engine: VllmEngine, self: Any) -> None:
     """Wrap `EngineCore.post_step`: answer who asks, and leave nothing behind the last request.
 
     An engine in the caller's process makes no further step that could carry the last orders.
@@ -67,18 +67,16 @@ def engine_core_post_step(call: Callable[[], None], engine: VllmEngine, self: An
 
 
 @around_ours
-def engine_core_reset_prefix_cache(
-    call: Callable[[], bool], engine: VllmEngine, _self: Any
-) -> bool:
+def engine_core_reset_prefix_cache(call: Any, engine: VllmEngine, _self: Any) -> bool:
     """Wrap `EngineCore.reset_prefix_cache`: unmap what it emptied."""
-    done = call()
+    done: bool = call()
     engine.flush(is_last=True)
     engine.port.publish()
     return done
 
 
 @around_ours
-def engine_core_shutdown(call: Callable[[], None], engine: VllmEngine, self: Any) -> None:
+def engine_core_shutdown(call: Any, engine: VllmEngine, self: Any) -> None:
     """Wrap `EngineCore.shutdown`: leave the ledger after the workers."""
     try:
         call()
@@ -103,7 +101,7 @@ def executor_initialize_from_config(
 
 
 @around_ours
-def executor_sleep(call: Callable[[], None], engine: VllmEngine, _self: Any) -> None:
+def executor_sleep(call: Any, engine: VllmEngine, _self: Any) -> None:
     """Wrap `Executor.sleep`: a sleeping engine keeps page 0 alone."""
     engine.empty()
     call()
@@ -112,14 +110,13 @@ def executor_sleep(call: Callable[[], None], engine: VllmEngine, _self: Any) -> 
 @around
 def executor_wake_up(
     original: Any, self: Any, tags: list[str] | None = None, *args: Any, **kwargs: Any
-) -> None:
+) -> Any:
     """Wrap `Executor.wake_up`: room is made before anything is allocated, or the call refused."""
     engine: VllmEngine | None = getattr(self, "kvcached", None)
     if engine is None or not self.is_sleeping:
-        original(self, tags, *args, **kwargs)
-        return
+        return original(self, tags, *args, **kwargs)
     with engine.room_to_wake(max(self.collective_rpc(asleep_bytes, args=(tags,)))):
-        original(self, tags, *args, **kwargs)
+        return original(self, tags, *args, **kwargs)
 
 
 @around

@@ -83,7 +83,6 @@ def sparse_config(kv_cache_config: Any, layout: PlaneLayout, placement: Placemen
 def _strided_layout(tensors: list[Any], num_blocks: int) -> PlaneLayout:
     block_bytes = only_size("block size", {tensor.block_stride for tensor in tensors})
     plane_bytes = block_bytes * num_blocks
-    num_planes = 0
     for tensor in tensors:
         is_dense = len(tensor.layers) == 1 or tensor.layer_stride == plane_bytes
         if not is_dense or tensor.offset % plane_bytes:
@@ -91,9 +90,9 @@ def _strided_layout(tensors: list[Any], num_blocks: int) -> PlaneLayout:
                 "the KV layout puts a block's layers side by side; set VLLM_KV_CACHE_LAYOUT=LBNHC "
                 "(or LBHNC)"
             )
-        num_planes = max(num_planes, tensor.offset // plane_bytes + len(tensor.layers))
     first_planes = tuple(tensor.offset // plane_bytes for tensor in tensors)
-    return PlaneLayout(block_bytes, num_planes, first_planes, is_one_allocation=True)
+    ends = [plane + len(one.layers) for plane, one in zip(first_planes, tensors, strict=True)]
+    return PlaneLayout(block_bytes, max(ends), first_planes, is_one_allocation=True)
 
 
 def _separate_layout(tensors: list[Any], num_blocks: int) -> PlaneLayout:

@@ -15,11 +15,13 @@ def can_serve(vllm_config: Any) -> bool:
 
 def obstacles(vllm_config: Any) -> Iterator[str]:
     """Yield why this configuration cannot be served, and the setting to change."""
+    from vllm.platforms import current_platform
+
     device = vllm_config.device_config.device_type
+    device = "rocm" if device == "cuda" and current_platform.is_rocm() else device
     parallel = vllm_config.parallel_config
-    if device not in ("cpu", "cuda") or _is_rocm(device):
-        name = "rocm" if device == "cuda" else device
-        yield f"device {name}: only NVIDIA GPUs and CPUs are served"
+    if device not in ("cpu", "cuda"):
+        yield f"device {device}: only NVIDIA GPUs and CPUs are served"
     if parallel.data_parallel_size != 1:
         yield (
             f"data parallel size {parallel.data_parallel_size}: an idle rank steps on blocks of "
@@ -42,11 +44,3 @@ def obstacles(vllm_config: Any) -> Iterator[str]:
     attention = getattr(vllm_config, "attention_config", None)
     if getattr(attention, "hisparse_config", None) is not None:
         yield "HiSparse: it has block pools of its own; switch it off"
-
-
-def _is_rocm(device: str) -> bool:
-    if device != "cuda":
-        return False
-    from vllm.platforms import current_platform
-
-    return bool(current_platform.is_rocm())

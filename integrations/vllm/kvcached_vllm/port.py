@@ -35,8 +35,7 @@ class VllmPort(EnginePort):
         return self.pool.num_used_blocks > 0
 
     def num_waiting(self) -> int:
-        _, num_waiting = self.core.scheduler.get_request_counts()
-        return int(num_waiting)
+        return int(self.core.scheduler.get_request_counts()[1])
 
     def num_idle_blocks(self) -> int:
         return self.pool.num_idle_blocks

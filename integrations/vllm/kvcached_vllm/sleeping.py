@@ -10,13 +10,9 @@ from kvcached_core.memory.rank import RankMemory
 def bytes_to_wake(
     allocations: Iterable[Any], tags: Collection[str] | None, deferrable: Collection[str] = ()
 ) -> int:
-    """Return what vLLM's allocator will allocate at a wake, in bytes.
+    """Return what vLLM's allocator will allocate at a wake of `tags`, or of everything, in bytes.
 
-    Args:
-        allocations: The values of `CuMemAllocator.pointer_to_data` while the engine sleeps.
-        tags: What is woken; None wakes everything.
-        deferrable: The tags that a wake may leave asleep, where a release says so; all others are
-            always woken.
+    A release may say which tags are `deferrable`: all others are woken with any.
     """
     return sum(
         int(data.handle[1])  # the device, the size in bytes, the address, the driver's handle
@@ -87,5 +83,4 @@ def mapped_only(runner: Any, memory: RankMemory) -> Iterator[None]:
         yield
     finally:
         runner.kv_caches = kv_caches
-    memory.keeper.wait()
-    memory.arena.zero()
+    memory.zero()

@@ -115,7 +115,7 @@ def worker_execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @around_ours
-def worker_warm_up(call: Callable[[], Any], memory: RankMemory, _self: Any) -> Any:
+def worker_warm_up(call: Any, memory: RankMemory, _self: Any) -> Any:
     """Wrap `compile_or_warm_up_model`: steps inside run on made-up blocks."""
     result = call()
     memory.end_warm_up()
@@ -123,7 +123,7 @@ def worker_warm_up(call: Callable[[], Any], memory: RankMemory, _self: Any) -> A
 
 
 @around_ours
-def worker_sleep(call: Callable[[], None], memory: RankMemory, _self: Any) -> None:
+def worker_sleep(call: Any, memory: RankMemory, _self: Any) -> None:
     """Wrap `Worker.sleep`: our pages are gone before vLLM looks what it freed.
 
     vLLM asserts that the device has more free memory afterwards. On a shared device a neighbour may
@@ -139,14 +139,14 @@ def worker_sleep(call: Callable[[], None], memory: RankMemory, _self: Any) -> No
 
 
 @around_ours
-def worker_wake_up(call: Callable[[], None], memory: RankMemory, self: Any) -> None:
+def worker_wake_up(call: Any, memory: RankMemory, self: Any) -> None:
     """Wrap `Worker.wake_up`: all of it or none, and what it zeroes must be mapped."""
     with all_or_none(), mapped_only(self.model_runner, memory):
         call()
 
 
 @around_ours
-def worker_shutdown(call: Callable[[], None], memory: RankMemory, self: Any) -> None:
+def worker_shutdown(call: Any, memory: RankMemory, self: Any) -> None:
     """Wrap `Worker.shutdown`: give the memory back when nothing runs on it any more."""
     call()
     self.kvcached = None
