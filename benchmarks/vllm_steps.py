@@ -92,10 +92,10 @@ def steps(setting: Setting, record: Record, options: Any) -> None:
         medians, ratios = compare(runs)
         record.add(**{load_name: {"vanilla": medians, "median_ratios": ratios, "runs": runs}})
         print(load_name)
+        kernels = {name: found[name]["kernels"].get(load_name, {}) for name in switches}
+        record.add(**{f"{load_name}, kernels of {name}": of for name, of in kernels.items()})
         for name in ratios:
-            kernels = [found[which]["kernels"].get(load_name, {}) for which in (VANILLA, name)]
-            record.add(**{f"{load_name}, kernels of {name}": kernels[1]})
-            print_kernels(kernels[0], kernels[1], name)
+            print_kernels(kernels[VANILLA], kernels[name], name)
         for figure, value in medians.items():
             shown = "  ".join(f"{name} {of_name[figure]:.4f}" for name, of_name in ratios.items())
             print(f"  {figure:40} vanilla {value:10.3f}  {shown}", flush=True)
@@ -248,45 +248,65 @@ class Driver:
         return figures | self.watch.take(), [tokens[n] for n in sorted(tokens, key=int)]
 
 
-def profile(driver: Driver, load: Load) -> dict[str, float]:
-    """Return the milliseconds of each kernel of one more run: what the device itself did."""
+def profile(driver: Driver, load: Load) -> dict[str, list[float]]:
+    """Return the milliseconds and the calls of each kernel of one more run on the device itself."""
     from torch.profiler import ProfilerActivity, profile, supported_activities
 
     if ProfilerActivity.CUDA not in supported_activities():
         return {}
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         driver.run(load)
-    times: dict[str, float] = {}
+    times: dict[str, list[float]] = {}
     spans = []
     for event in found.profiler.kineto_results.events():
         if str(event.device_type()).endswith("CUDA") and event.duration_ns():
             name = str(event.name())[:100]
-            times[name] = times.get(name, 0.0) + event.duration_ns() / 1e6
+            sums = times.setdefault(name, [0.0, 0])
+            sums[0] += event.duration_ns() / 1e6
+            sums[1] += 1
             spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
     return times | idle_times(sorted(spans))
 
 
-def idle_times(spans: list[tuple[int, int]]) -> dict[str, float]:
-    """Return the milliseconds in which nothing ran, by the length of the pause."""
-    pauses: dict[str, float] = dict.fromkeys(("(idle)", "(idle, pauses above 20 us)"), 0.0)
+def idle_times(spans: list[tuple[int, int]]) -> dict[str, list[float]]:
+    """Return the milliseconds in which nothing ran and the pauses, by the length of the pause."""
+    pauses: dict[str, list[float]] = {
+        label: [0.0, 0] for label in ("(idle)", "(idle, pauses above 20 us)")
+    }
     latest = spans[0][1] if spans else 0
     for start, end in spans:
         pause_ms = (start - latest) / 1e6
-        if pause_ms > 0:
-            pauses["(idle)"] += pause_ms
-            if pause_ms > PAUSE_MS:
-                pauses["(idle, pauses above 20 us)"] += pause_ms
+        for label, least_ms in zip(pauses, (0, PAUSE_MS), strict=True):
+            if pause_ms > least_ms:
+                pauses[label][0] += pause_ms
+                pauses[label][1] += 1
         latest = max(latest, end)
     return pauses
 
 
-def print_kernels(of_vanilla: dict[str, float], of_other: dict[str, float], name: str) -> None:
-    """Print the sums, and the kernels that differ most."""
-    names = {*of_vanilla, *of_other}
-    more = {key: of_other.get(key, 0.0) - of_vanilla.get(key, 0.0) for key in names}
-    print(f"  kernels: vanilla {sum(of_vanilla.values()):.2f} ms, {name} {sum(more.values()):+.2f}")
+def longer(
+    of_vanilla: dict[str, list[float]], of_other: dict[str, list[float]]
+) -> dict[str, float]:
+    """Return by how many ms each kernel took longer than vanilla's would have in as many calls.
+
+    Two runs differ in how many steps they make; what a call takes does not depend on that.
+    """
+    return {
+        name: of_other[name][0] - ms * of_other[name][1] / num_calls
+        for name, (ms, num_calls) in of_vanilla.items()
+        if num_calls and name in of_other
+    }
+
+
+def print_kernels(
+    of_vanilla: dict[str, list[float]], of_other: dict[str, list[float]], name: str
+) -> None:
+    """Print the kernels whose calls differ most."""
+    more = longer(of_vanilla, of_other)
+    print(f"  kernels of {name}: {sum(more.values()):+.2f} ms in as many calls as vanilla's")
     for key in sorted(more, key=lambda key: -abs(more[key]))[:NUM_KERNELS_SHOWN]:
-        print(f"    {more[key]:+8.2f} of {of_vanilla.get(key, 0.0):8.2f} ms  {key}", flush=True)
+        ms, num_calls = of_vanilla[key]
+        print(f"    {more[key]:+8.2f} ms, {ms / num_calls * 1e3:8.2f} us a call  {key}", flush=True)
 
 
 def engine(options: Any) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Which engines the benchmark of steps compares."""
+"""Which engines the benchmark of steps compares, and how it compares their kernels."""
 
 from types import SimpleNamespace
 
 import pytest
-from vllm_steps import switches_of
+from vllm_steps import idle_times, longer, switches_of
 
 pytestmark = pytest.mark.vllm
 
@@ -24,4 +24,19 @@ def test_another_elastic_engine_has_its_own_settings() -> None:
         "ENABLE_KVCACHED": "1",
         "KVCACHED_IDLE_SECONDS": "10",
         "KVCACHED_MIN_SPARE_PAGES": "4",
+    }
+
+
+def test_kernels_are_compared_call_by_call_however_many_steps_a_run_took() -> None:
+    vanilla = {"attention": [10.0, 100], "copy": [1.0, 10], "(idle)": [0.0, 0]}
+    other = {"attention": [24.0, 200], "copy": [1.0, 10], "(idle)": [3.0, 4], "new": [5.0, 1]}
+    assert longer(vanilla, other) == {"attention": 4.0, "copy": 0.0}
+
+
+def test_pauses_are_counted_between_kernels_that_do_not_overlap() -> None:
+    ms = 1_000_000
+    spans = [(0, 2 * ms), (ms, 3 * ms), (3 * ms + 10_000, 4 * ms), (5 * ms, 6 * ms)]
+    assert idle_times(spans) == {
+        "(idle)": [pytest.approx(1.01), 2],
+        "(idle, pauses above 20 us)": [pytest.approx(1.0), 1],
     }
