@@ -30,24 +30,31 @@ def around(hook: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[
     return replace
 
 
-def around_ours(hook: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Let `hook(call, ours, self)` stand in for a method of an object that has something of ours.
+def around_found(find: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Let `hook(call, ours, self)` stand in for a method where `find(self)` has something of ours.
 
-    `call()` runs the original with every argument. On any other object the original runs alone.
+    `call()` runs the original with every argument. Where nothing is found it runs alone.
     """
 
-    @functools.wraps(hook)
-    def replace(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-            ours = getattr(self, OURS, None)
-            if ours is None:
-                return original(self, *args, **kwargs)
-            return hook(functools.partial(original, self, *args, **kwargs), ours, self)
+    def decorate(hook: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        @functools.wraps(hook)
+        def replace(original: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(original)
+            def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+                ours = find(self)
+                if ours is None:
+                    return original(self, *args, **kwargs)
+                return hook(functools.partial(original, self, *args, **kwargs), ours, self)
 
-        return wrapper
+            return wrapper
 
-    return replace
+        return replace
+
+    return decorate
+
+
+# For a method of an object that has something of ours.
+around_ours = around_found(lambda engines: getattr(engines, OURS, None))
 
 
 @contextmanager

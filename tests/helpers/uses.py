@@ -205,7 +205,7 @@ class Adapter:
         """Return the function that takes a target's place, and its file; None if it is no function.
 
         It is the one that the hook's function returns, or that function itself, without the
-        original, where `around` decorates it, or `around_ours`.
+        original, where `around` decorates it, or what `around_found` returns.
         """
         module, _, name = hook.replacement.partition(":")
         for path, tree in self.modules.items():
@@ -422,7 +422,7 @@ def _standing_in(hook: ast.FunctionDef) -> Iterator[ast.FunctionDef]:
     if "around" in decorators:
         del alone.args.args[0]
         yield alone
-    elif "around_ours" in decorators:
+    elif {"around_ours", "around_engine"} & decorators:
         assert isinstance(_PASSES_ALL, ast.FunctionDef)
         passes_all = copy.deepcopy(_PASSES_ALL)
         passes_all.args.args[0].arg = alone.args.args[2].arg.lstrip("_")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvcached_patches.around import around, around_ours, setting
+from kvcached_patches.around import around, around_found, around_ours, setting
 
 
 class Engine:
@@ -49,6 +49,24 @@ def twice(call: Callable[[], tuple[int, bool]], ours: list[Any], self: Engine) -
     """Run a step twice."""
     ours.append(self)
     return call(), call()
+
+
+noted: list[Any] = []
+
+
+@around_found(lambda _self: noted or None)
+def note(call: Callable[[], tuple[int, bool]], ours: list[Any], self: Engine) -> Any:
+    """Note who runs a step."""
+    ours.append(self)
+    return call()
+
+
+def test_a_hook_runs_only_where_something_is_found() -> None:
+    hooked, engine = note(Engine.step), Engine()
+    assert hooked(engine, 3) == (3, False)
+    noted.append("something")
+    assert hooked(engine, 3, is_last=True) == (3, True)
+    assert noted == ["something", engine]
 
 
 def test_a_hook_on_an_object_with_something_of_ours_gets_that_and_passes_every_argument_on() -> (

@@ -10,6 +10,7 @@ from kvcached_core.engine.ranks import NUM_IDLE_TURNS
 from kvcached_core.engine.start import model_name
 from kvcached_core.memory.saved_memory import SavedMemory
 from kvcached_core.memory.torch_device import current_stream, reserved_bytes
+from kvcached_patches.around import around_found
 from kvcached_sglang.demand import named_blocks
 from kvcached_sglang.obstacles import has_two_pools
 from kvcached_sglang.port import SglangPort
@@ -92,3 +93,7 @@ def start_engine(runner: Any) -> SglangEngine:
 def engine() -> SglangEngine | None:
     """Return this process's engine, or None where SGLang is served as it is."""
     return _engine
+
+
+# For hooks that do nothing where SGLang is served as it is.
+around_engine = around_found(lambda _self: engine())

@@ -7,49 +7,46 @@ from typing import Any
 from kvcached_core.memory import layer_tensors
 from kvcached_patches.around import around
 from kvcached_sglang import pools
-from kvcached_sglang.engine import engine
+from kvcached_sglang.engine import SglangEngine, around_engine, engine
 from kvcached_sglang.requests import answer_health_checks, is_asleep
 from kvcached_sglang.startup import startup
 
+Call = Callable[[], Any]
 
-@around
-def kv_cache_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+
+@around_engine
+def kv_cache_init(call: Call, _ours: SglangEngine, self: Any) -> None:
     """Wrap `KVCache.__init__`: a pool of more than keys and values ends the start, not yet made.
 
     What a pool keeps beside its planes, it finds by the same ids, of which we make more.
     """
-    if engine() is not None:
-        pools.check_class(type(self))
-    original(self, *args, **kwargs)
+    pools.check_class(type(self))
+    call()
 
 
-@around
-def create_buffers(original: Any, self: Any) -> None:
+@around_engine
+def create_buffers(call: Call, ours: SglangEngine, self: Any) -> None:
     """Wrap a KV pool's `_create_buffers`: its planes lie in our pages."""
-    ours = engine()
-    if ours is None or ours.placing.is_complete:
-        original(self)
+    if ours.placing.is_complete:
+        call()
         return
     layout = getattr(self, "kv_cache_layout", "nhd")
     if layout != "nhd":
         startup.end(f"the KV layout {layout!r} cannot be served; unset it")
-    make = functools.partial(original, self)
     num_rows = self.size + self.page_size
     with startup.one_message():
-        shape = layer_tensors.measure(make, num_rows, self.page_size)
+        shape = layer_tensors.measure(call, num_rows, self.page_size)
         geometry, arena = ours.place(shape)
     self.size = layer_tensors.num_rows(shape, geometry, arena.num_pages) - self.page_size
-    layer_tensors.lay_out(make, shape, geometry, arena)
+    layer_tensors.lay_out(call, shape, geometry, arena)
     self.kvcached = geometry
 
 
-@around
-def allocator_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+@around_engine
+def allocator_init(call: Call, ours: SglangEngine, self: Any) -> None:
     """Wrap an allocator's `__init__`: over an elastic pool it becomes an elastic allocator."""
-    original(self, *args, **kwargs)
-    ours, pool = engine(), self.get_kvcache()
-    if ours is None:
-        return
+    call()
+    pool = self.get_kvcache()
     pools.check_class(type(pool))
     # A hybrid's pool has one of keys and values inside; its states lie elsewhere.
     geometry = getattr(getattr(pool, "full_kv_pool", pool), "kvcached", None)
@@ -59,12 +56,10 @@ def allocator_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         make_elastic(self, functools.partial(ours.make_pages, geometry), ours, len(ours.pools))
 
 
-@around
-def two_pools_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+@around_engine
+def two_pools_init(call: Call, _ours: SglangEngine, self: Any) -> None:
     """Wrap `__init__` of the allocator of two pools: its map covers the ids of elastic pages."""
-    original(self, *args, **kwargs)
-    if engine() is None:
-        return
+    call()
     pool = self.get_kvcache()
     pools.check_class(type(pool))
     if getattr(pool, "swa_req_ring_size", None) is not None:
@@ -137,17 +132,15 @@ def get_new_batch_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-@around
-def get_pool_stats(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+@around_engine
+def get_pool_stats(call: Call, ours: SglangEngine, _self: Any) -> Any:
     """Wrap `get_pool_stats`: used, cached and free tokens add up to the whole virtual pool."""
-    ours = engine()
-    free_lists = ours.free_lists if ours is not None else []
-    for free_list in free_lists:
+    for free_list in ours.free_lists:
         free_list.is_nominal = True
     try:
-        return original(self, *args, **kwargs)
+        return call()
     finally:
-        for free_list in free_lists:
+        for free_list in ours.free_lists:
             free_list.is_nominal = False
 
 
