@@ -66,6 +66,10 @@ def _none(value: object) -> object:
     return None if value == "none" else value
 
 
+def _auto(value: object) -> object:
+    return None if value == "auto" else value
+
+
 def _none_is_zero(value: object) -> object:
     return 0 if value == "none" else value
 
@@ -123,11 +127,10 @@ class Config(BaseModel):
     weights_dir: Path | None = Field(
         default=None, description="folder of the host copies of weights; none is one in the other"
     )
-    weights_kept_seconds: float = Field(
-        default=10.0,
-        ge=0,
+    weights_kept_seconds: Annotated[float | None, Field(ge=0), BeforeValidator(_auto)] = Field(
+        default=None,
         description="how long weights that were activated are kept, whoever asks, but for higher "
-        "priorities; never less than 30 times what the activation took",
+        "priorities; 'auto' is ten seconds, or 30 times what the activation took",
     )
     host_budget: Annotated[int | str, _size_or_share("HOST_BUDGET")] = Field(
         default="50%",

@@ -26,6 +26,7 @@ POLL_SECONDS = 0.001
 LOOK_SECONDS = 0.05
 
 # For so many times as long as its weights took to come back, an instance keeps them.
+LEAST_KEPT_SECONDS = 10.0
 NUM_KEPT_ACTIVATIONS = 30
 
 
@@ -47,7 +48,7 @@ class Beside:
         rows: The engine's row in each.
         num_ranks: How many ranks it has on each device.
         rang: Set when somebody rings one of the rows' bells.
-        kept_seconds: How long weights that came back are kept at least.
+        kept_seconds: How long weights that came back are kept; None goes by what they took.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Beside:
         rows: "Mapping[Device, RowKey]",
         num_ranks: Mapping[Device, int],
         rang: threading.Event,
-        kept_seconds: float,
+        kept_seconds: float | None,
     ) -> None:
         self._ledgers = ledgers
         self._rows = rows
@@ -137,8 +138,10 @@ class Beside:
             waited_ns: How long requests waited for them.
             took_ns: How long they took to come, once there was room.
         """
-        kept_ns = max(round(self._kept_seconds * 1e9), NUM_KEPT_ACTIVATIONS * took_ns)
-        self._kept_until_ns = time.time_ns() + kept_ns
+        kept_seconds = self._kept_seconds
+        if kept_seconds is None:
+            kept_seconds = max(LEAST_KEPT_SECONDS, NUM_KEPT_ACTIVATIONS * took_ns / 1e9)
+        self._kept_until_ns = time.time_ns() + round(kept_seconds * 1e9)
         for device, ledger in self._ledgers.items():
             ledger.activated(self._rows[device], waited_ns)
         self.stop_waking()

@@ -210,13 +210,22 @@ def test_weights_that_came_back_are_kept_for_a_while_but_for_a_higher_priority(
 
 
 def test_weights_that_took_long_are_kept_for_longer(start: Callable[..., Engine]) -> None:
-    engine = start("one", weights_kept_seconds="0")
+    engine = start("one")
     assert engine.ask() is Turn.NOW
     engine.map_weights(4)
     engine.beside.woke(60_000_000_000, 2_000_000_000)
     engine.beside.offer_weights(PAGE)
     kept_seconds = engine.view().weights_kept_until_ns / 1e9 - time.time()
     assert 59 < kept_seconds <= 60  # of what the waiting took, nothing counts
+
+
+def test_how_long_weights_are_kept_can_be_set(start: Callable[..., Engine]) -> None:
+    engine = start("one", weights_kept_seconds="0")
+    assert engine.ask() is Turn.NOW
+    engine.map_weights(4)
+    engine.beside.woke(60_000_000_000, 2_000_000_000)
+    engine.beside.offer_weights(PAGE)
+    assert engine.view().weights_kept_until_ns <= time.time_ns()
 
 
 def test_a_loop_that_waits_neither_spins_nor_looks_in_each_turn(
