@@ -25,7 +25,7 @@ POLL_SECONDS = 0.001
 # It looks when it is rung, or after this time: nobody tells it what others than engines free.
 LOOK_SECONDS = 0.05
 
-# For so many times as long as its weights took to come back, an instance keeps them.
+# How long an instance keeps weights that came back: for so many times what that took, or for this.
 LEAST_KEPT_SECONDS = 10.0
 NUM_KEPT_ACTIVATIONS = 30
 
