@@ -23,6 +23,11 @@ logger = logging.getLogger("kvcached")
 FIRST_LOOK_SECONDS = 0.25
 LAST_LOOK_SECONDS = 8.0
 
+# For how long requests of an engine may find no memory while nothing of it runs; then it goes back
+# into the line of those that wake. Two that have their weights, and no room beside them, would wait
+# for each other.
+STALL_SECONDS = 1.0
+
 
 class Activation(WeightsKept):
     """Offers weights to neighbours while nothing runs, and has them back for the next request.
@@ -51,7 +56,9 @@ class Activation(WeightsKept):
         self._status = status
         self._sleep_after = config.sleep_after
         self._empty = empty
-        self._offered_bytes = 0
+        self._offered = (0, False)  # bytes, and whether they are kept for a while
+        self._refused_at = self._stalled_since = 0.0
+        self._stalled_bytes = 0  # of its KV cache, which it waits for together with its weights
         self._waking_since_ns = 0  # 0 while it does not wake
         self._idle_since = 0.0
         self._wish = WeightsWish.NONE
@@ -71,9 +78,11 @@ class Activation(WeightsKept):
             Whether a step may run; otherwise the requests wait, and none is scheduled.
         """
         if not self.is_active:
-            if self._status.num_missing_pages and not self._wake():
+            if (self._status.num_missing_pages or self._stalled_bytes) and not self._wake():
                 return False
             self._offer(0)
+            if self._waking_since_ns:
+                self._stop_waking()
             self.is_active = True
             self._has_slept = self._is_stuck = False
             self._end_wish(WeightsWish.WAKE)
@@ -104,6 +113,7 @@ class Activation(WeightsKept):
         Returns:
             In how many seconds to call it again, or None if nothing is to be done by itself.
         """
+        self._stalled_bytes = 0
         if (self._waking_since_ns or self._wish is WeightsWish.WAKE) and not self.activate():
             return REFUSAL_SECONDS
         if self.is_active and not self._begin_to_offer():
@@ -120,7 +130,7 @@ class Activation(WeightsKept):
     @property
     def can_give(self) -> bool:
         """Whether some may be given: what was offered, unless a request has come since."""
-        return self._offered_bytes > 0 and (self._waking_since_ns > 0 or not self._port.is_busy())
+        return self._offered[0] > 0 and (self._waking_since_ns > 0 or not self._port.is_busy())
 
     def give(self, num_bytes: int) -> int:
         """Give about so many bytes of each rank's weights, in whole pages, the last ones first.
@@ -153,6 +163,26 @@ class Activation(WeightsKept):
         self._offer_resident()
         self._end_wish(WeightsWish.SLEEP)
 
+    def note_refused(self, num_bytes: int) -> None:
+        """Note, after a schedule, that requests found no memory and nothing of the engine is live.
+
+        If that goes on, it waits for weights and KV cache together, as one that wakes: those that
+        come before it may have its weights, and it has the room to itself when its turn comes.
+
+        Args:
+            num_bytes: What each rank's KV cache lacks.
+        """
+        now = self._ranks.clock()
+        if now > self._refused_at + STALL_SECONDS:
+            self._stalled_since = now
+        self._refused_at = now
+        may_give = self._port.can_be_woken and self.is_active
+        if may_give and now >= self._stalled_since + STALL_SECONDS and self._is_copied():
+            self.is_active = False
+            self._stalled_bytes = num_bytes
+            self._waking_since_ns = time.monotonic_ns()
+            self._ranks.clear_waiting()
+
     def heed(self, wish: int) -> None:
         """Note what somebody outside wishes, a `WeightsWish`: `rest` fulfils it."""
         self._wish = WeightsWish(wish)
@@ -164,26 +194,29 @@ class Activation(WeightsKept):
         status = self._status
         if not self._waking_since_ns:
             self._waking_since_ns = time.monotonic_ns()
-        turn = self._ranks.ask_to_wake(status.num_missing_pages * status.page_bytes)
+        missing_bytes = status.num_missing_pages * status.page_bytes
+        turn = self._ranks.ask_to_wake(missing_bytes + self._stalled_bytes)
         if turn is Turn.LATER:
             self._offer_resident()  # who comes first may need what is left of it
             return False
         self._offer(0)
         if turn is not Turn.NOW:
             return False
+        return not missing_bytes or self._bring()
+
+    def _bring(self) -> bool:
+        """Have the missing pages now that there is room; return whether all are there."""
         started_ns = time.monotonic_ns()
-        self._hold(status.num_pages)
+        self._hold(self._status.num_pages)
         if self._status.num_missing_pages:
             return False
         now_ns = time.monotonic_ns()
         self._ranks.woke(now_ns - self._waking_since_ns, now_ns - started_ns)
-        self._waking_since_ns = 0
         return True
 
     def _stop_waking(self) -> None:
-        if self._waking_since_ns:
-            self._waking_since_ns = 0
-            self._ranks.stop_waking()
+        self._stalled_bytes = self._waking_since_ns = 0
+        self._ranks.stop_waking()
 
     def _begin_to_offer(self) -> bool:
         if not self._port.can_be_woken or not self._is_copied():
@@ -222,9 +255,11 @@ class Activation(WeightsKept):
         self._offer(status.num_resident_pages * status.page_bytes if may_go else 0)
 
     def _offer(self, num_bytes: int) -> None:
-        if num_bytes != self._offered_bytes:
-            self._offered_bytes = num_bytes
-            self._ranks.offer_weights(num_bytes)
+        # Who has to wait has nothing of what it keeps for itself.
+        offered = num_bytes, num_bytes > 0 and not self._waking_since_ns
+        if offered != self._offered:
+            self._offered = offered
+            self._ranks.offer_weights(num_bytes, is_kept=offered[1])
 
     def _end_wish(self, wish: WeightsWish) -> None:
         if self._wish is wish:

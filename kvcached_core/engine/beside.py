@@ -102,13 +102,16 @@ class Beside:
         for need in self._needs_of(needed_bytes):
             need.ledger.describe_weights(need.row, need.static_bytes)
 
-    def offer_weights(self, offered_bytes: int) -> None:
+    def offer_weights(self, offered_bytes: int, *, is_kept: bool = True) -> None:
         """Say how many bytes of each rank's weights may be asked for; 0 while it runs.
 
-        For a while after they came back only higher priorities get them.
+        Args:
+            offered_bytes: What may be asked for.
+            is_kept: Whether only higher priorities get them for a while after they came back.
         """
+        kept_until_ns = self._kept_until_ns if is_kept else 0
         for need in self._needs_of(offered_bytes):
-            need.ledger.offer_weights(need.row, need.static_bytes, self._kept_until_ns)
+            need.ledger.offer_weights(need.row, need.static_bytes, kept_until_ns)
 
     def ask_to_wake(self, missing_bytes: int) -> Turn:
         """Return whether each rank may have so many bytes of its weights back.
@@ -132,7 +135,7 @@ class Beside:
         return self._turn
 
     def woke(self, waited_ns: int, took_ns: int) -> None:
-        """Say that all weights are back.
+        """Say that all weights are back; `stop_waking` comes behind it.
 
         Args:
             waited_ns: How long requests waited for them.
@@ -144,7 +147,6 @@ class Beside:
         self._kept_until_ns = time.time_ns() + round(kept_seconds * 1e9)
         for device, ledger in self._ledgers.items():
             ledger.activated(self._rows[device], waited_ns)
-        self.stop_waking()
 
     def stop_waking(self) -> None:
         """Announce nothing any more: all is back, or shall not come."""

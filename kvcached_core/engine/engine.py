@@ -75,9 +75,12 @@ class ElasticEngine:
         Args:
             is_last: Nobody will call again soon, so surplus pages go now.
         """
-        if self.ranks.is_waiting:
-            self.ranks.end_schedule(is_busy=self.port.num_waiting() > 0)
         is_live = self.port.is_live()
+        if self.ranks.is_waiting:
+            is_refused = self.ranks.end_schedule(is_busy=self.port.num_waiting() > 0)
+            if is_refused and not is_live:
+                page_bytes = self.pools[0].geometry.page_bytes
+                self.activation.note_refused(self.ranks.refused_pages * page_bytes)
         for pages in self.pools:
             pages.end_schedule(is_live=is_live, is_last=is_last)
         is_live = is_live or self.can_counts_wait

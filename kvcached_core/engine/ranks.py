@@ -86,6 +86,7 @@ class Ranks:
         self._looked_at = 0.0
         self._num_idle_turns = 0
         self.is_waiting = False  # as far as the ledger was told
+        self.refused_pages = 0  # what was wanted when there was less
         self._is_refused = False  # in this schedule
         self._log = WaitingLog(self.explain_shortage)
 
@@ -160,8 +161,9 @@ class Ranks:
             granted = self.instance.reserve(num_pages, is_urgent=is_urgent, num_spare=num_spare)
         (granted,) = self._share([granted])
         if is_urgent and num_pages:
-            self._is_refused = self._is_refused or granted < num_pages
             self.is_waiting = granted < num_pages
+            if self.is_waiting:
+                self._is_refused, self.refused_pages = True, num_pages
         self.room_pages = max(self.room_pages - granted, 0)
         return granted
 
@@ -169,6 +171,7 @@ class Ranks:
         """See `Instance.ask`; every rank waits then, whoever asked."""
         if num_pages > 0:
             self._is_refused = self.is_waiting = True
+            self.refused_pages = num_pages + self.room_pages
             if self.instance is not None:
                 self.instance.ask(num_pages)
 
@@ -226,10 +229,10 @@ class Ranks:
         if self.instance is not None:
             self.instance.beside.describe_weights(needed_bytes)
 
-    def offer_weights(self, offered_bytes: int) -> None:
+    def offer_weights(self, offered_bytes: int, *, is_kept: bool) -> None:
         """See `Beside.offer_weights`."""
         if self.instance is not None:
-            self.instance.beside.offer_weights(offered_bytes)
+            self.instance.beside.offer_weights(offered_bytes, is_kept=is_kept)
 
     def ask_to_wake(self, missing_bytes: int) -> Turn:
         """See `Beside.ask_to_wake`."""
@@ -242,7 +245,6 @@ class Ranks:
 
     def woke(self, waited_ns: int, took_ns: int) -> None:
         """See `Beside.woke`."""
-        self._log.over()
         if self.instance is not None:
             self.instance.beside.woke(waited_ns, took_ns)
 

@@ -34,5 +34,8 @@ class WeightsKept:
     def sleep(self) -> None:
         """See `Activation.sleep`."""
 
+    def note_refused(self, num_bytes: int) -> None:
+        """See `Activation.note_refused`."""
+
     def heed(self, wish: int) -> None:
         """See `Activation.heed`."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvcached_core.config import read_config
 from kvcached_core.engine import activation
-from kvcached_core.engine.activation import LAST_LOOK_SECONDS, Activation
+from kvcached_core.engine.activation import LAST_LOOK_SECONDS, STALL_SECONDS, Activation
 from kvcached_core.engine.beside import Turn
 from kvcached_core.engine.engine import ElasticEngine
 from kvcached_core.engine.weights_kept import WeightsKept
@@ -61,9 +61,13 @@ class Engine:
     def describe_weights(self, needed_bytes: int) -> None:
         self.said.append(("needs", needed_bytes))
 
-    def offer_weights(self, offered_bytes: int) -> None:
+    def offer_weights(self, offered_bytes: int, *, is_kept: bool) -> None:
         assert self.num_resident * PAGE >= offered_bytes
+        self.is_kept = is_kept
         self.said.append(("offer", offered_bytes))
+
+    def clear_waiting(self) -> None:
+        self.said.append(("clear",))
 
     def ask_to_wake(self, missing_bytes: int) -> Turn:
         self.said.append(("ask", missing_bytes))
@@ -192,6 +196,7 @@ def test_a_wake_asks_for_what_is_missing_and_ends_when_it_is_there(idle: Engine)
         ("offer", 0),
         ("hold", NUM_PAGES),
         ("woke",),
+        ("stop",),
     ]
     assert idle.activation.is_active
 
@@ -334,6 +339,52 @@ def test_pages_that_do_not_go_are_not_offered_again_until_the_engine_ran(idle: E
     idle.activation.activate()
     idle.activation.rest()
     assert idle.offered == NUM_PAGES
+
+
+def stall(engine: Engine, seconds: float) -> None:
+    """Let its requests find no memory for so long, while nothing is live."""
+    end = engine.now + seconds
+    engine.is_busy_now = True
+    while engine.now < end:
+        engine.activation.note_refused(3 * PAGE)
+        engine.now += STALL_SECONDS / 4
+
+
+def test_requests_that_find_no_memory_for_long_wait_as_if_the_engine_woke(engine: Engine) -> None:
+    stall(engine, STALL_SECONDS)
+    assert engine.activation.is_active
+    stall(engine, STALL_SECONDS)
+    assert not engine.activation.is_active
+    assert engine.said[-1] == ("clear",)
+    engine.turn = Turn.LATER
+    assert not engine.activation.activate()
+    assert engine.said[-2:] == [("ask", 3 * PAGE), ("offer", NUM_PAGES * PAGE)]
+    assert not engine.is_kept
+    assert engine.activation.give(2 * PAGE) == 2 * PAGE
+    engine.turn = Turn.NOW
+    assert engine.activation.activate()
+    assert ("ask", 5 * PAGE) in engine.said
+    assert engine.num_resident == NUM_PAGES
+    engine.activation.rest()
+    engine.activation.activate()
+    assert engine.said[-1] == ("offer", 0)  # and nothing is asked for
+
+
+def test_who_gets_memory_now_and_then_does_not_stall(engine: Engine) -> None:
+    for _ in range(9):
+        stall(engine, STALL_SECONDS)
+        engine.now += 2 * STALL_SECONDS
+    assert engine.activation.is_active
+
+
+def test_who_waited_for_memory_and_has_no_request_any_more_offers_its_weights(
+    engine: Engine,
+) -> None:
+    stall(engine, 2 * STALL_SECONDS)
+    engine.is_busy_now = False
+    engine.activation.rest()
+    assert (engine.offered, engine.is_kept) == (NUM_PAGES, True)
+    assert all(word != "ask" for word, *_ in engine.said)
 
 
 def test_a_sleep_ends_a_wake_that_waits(asleep: Engine) -> None:

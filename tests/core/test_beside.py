@@ -64,6 +64,7 @@ class Engine:
         assert self.ask(num_pages) is Turn.NOW
         self.map_weights(num_pages)
         self.beside.woke(2000, 1000)
+        self.beside.stop_waking()
 
     def view(self, device: Device = POOL) -> InstanceView:
         seat = self.instance.seat(device)
@@ -108,6 +109,7 @@ def test_where_there_is_room_it_is_announced_and_is_over_when_all_is_there(
     assert other.instance.reserve(8, is_urgent=False) == 4
     one.map_weights(4)
     one.beside.woke(2_000_000, 1_000_000)
+    one.beside.stop_waking()
     view = one.view()
     assert (view.static_bytes, view.waiting_bytes, view.is_waking) == (0, 0, False)
     assert (view.activations.num, view.activations.seconds) == (1, 0.002)

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 from helpers.served import ENGINE, NUM_PAGES, PAGE_BYTES, PATIENCE_SECONDS, Served, view_of
 from kvcached_core.config import Config, read_config
-from kvcached_core.engine import beside, page_book, ranks
+from kvcached_core.engine import activation, beside, page_book, ranks
 from kvcached_core.engine.beside import Turn
 from kvcached_core.engine.instance import Instance
 from kvcached_core.ledger.bell import wake
@@ -17,6 +17,7 @@ from kvcached_core.ledger.view import InstanceView
 from kvcached_core.memory.devices import host_device
 
 NEIGHBOUR = "neighbour"
+STALL_SECONDS = 0.05
 
 
 class Neighbour:
@@ -82,6 +83,7 @@ class Neighbour:
         self.instance.beside.describe_weights(self.view().weights_bytes + num_bytes)
         self._ledger.settle_weights(self._row, mapped_bytes=num_bytes)
         self.instance.beside.woke(1, 1)
+        self.instance.beside.stop_waking()
 
     def offer_weights(self) -> None:
         """Let others ask for all of its weights."""
@@ -139,6 +141,7 @@ class House:
         self._undo.enter_context(patch.object(page_book, "REPORT_SECONDS", 0))
         self._undo.enter_context(patch.object(ranks, "LOOK_SECONDS", 0))
         self._undo.enter_context(patch.object(beside, "LOOK_SECONDS", 0))
+        self._undo.enter_context(patch.object(activation, "STALL_SECONDS", STALL_SECONDS))
         self._undo.enter_context(patch.object(beside, "NUM_KEPT_ACTIVATIONS", 0))
 
     def start(self, name: str = ENGINE, **settings: float | str) -> Served:

@@ -12,10 +12,9 @@ from helpers.house import NEIGHBOUR, House, Neighbour
 from helpers.served import ENGINE, NUM_PAGES, PAGE_BYTES, PATIENCE_SECONDS, Served
 from helpers.waiting import await_that
 from kvcached_core import control
+from kvcached_core.control import Outcome
 from kvcached_core.engine.beside import Turn
 from kvcached_core.errors import NoRoomError
-from kvcached_core.ledger.bell import wake
-from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.weights import WeightsWish
 
 NUM_WEIGHTS = 4
@@ -52,13 +51,6 @@ def asleep_beside_a_busy_neighbour(house: House, **settings: float) -> tuple[Ser
 
 def num_offered(served: Served) -> int:
     return served.view().weights_offered_bytes // PAGE_BYTES
-
-
-def wish(house: House, wished: WeightsWish) -> None:
-    with Ledger(house.directory / "host.ledger") as ledger:
-        row = next(view.row for view in ledger.view().instances if view.name == ENGINE)
-        ledger.set_wish(row, wished)
-        wake(ledger, [row])
 
 
 def take_what_is_free(neighbour: Neighbour, num_pages: int) -> None:
@@ -235,6 +227,30 @@ def test_a_wake_whose_room_cannot_come_holds_up_nobody_who_has_to_end_first(hous
     assert served.names == ["a"]
 
 
+def test_two_engines_with_weights_and_no_room_beside_them_do_not_wait_for_each_other(
+    house: House,
+) -> None:
+    served, neighbour = house.start(), house.neighbour()
+    neighbour.have_weights(9)
+    served.send("a", 4)
+    served.turn()
+    served.expect(used=1, weights=NUM_WEIGHTS, is_waiting=True)
+    take_what_is_free(neighbour, 2)
+    await_that(lambda: served.turn() or num_offered(served) == NUM_WEIGHTS, PATIENCE_SECONDS)
+    assert neighbour.take(3) == 0
+    served.turn()
+    served.expect(used=1, weights=1, is_waiting=None)
+    assert neighbour.take_when_rung(3) == 3
+    make_way(neighbour, 5)
+    neighbour.offer_weights()
+    served.turn()
+    served.expect(used=1, weights=1, static=6, is_waiting=True)
+    neighbour.give_weights(1)
+    served.turn()
+    served.expect(used=4, weights=NUM_WEIGHTS)
+    assert served.names == ["a"]
+
+
 def test_a_wake_goes_on_when_its_request_is_gone_and_the_weights_are_offered(house: House) -> None:
     served, neighbour = asleep_beside_a_busy_neighbour(house)
     served.end("a")
@@ -292,27 +308,25 @@ def test_requests_stop_for_a_wake_only_where_their_priority_is_lower(
 
 def test_a_wish_to_sleep_takes_all_and_a_wish_to_wake_brings_the_weights(house: House) -> None:
     served = idle(house)
-    wish(house, WeightsWish.SLEEP)
+    control.sleep(ENGINE, directory=house.directory, wait_seconds=0)
     served.heed()
     served.expect(used=1)
     assert served.view().weights_wish == WeightsWish.NONE
-    wish(house, WeightsWish.WAKE)
+    control.wake(ENGINE, directory=house.directory, wait_seconds=0)
     served.heed()
     served.expect(used=1, weights=NUM_WEIGHTS)
     assert served.view().weights_wish == WeightsWish.NONE
     assert num_offered(served) == NUM_WEIGHTS
 
 
-def test_a_wish_to_sleep_waits_for_the_end_of_the_requests(house: House) -> None:
+def test_an_engine_with_requests_is_not_put_to_sleep(house: House) -> None:
     served = house.start()
     served.send("a", 2)
     served.turn()
-    wish(house, WeightsWish.SLEEP)
+    answer = control.sleep(ENGINE, directory=house.directory, wait_seconds=0)
+    assert answer.outcome is Outcome.REFUSED
     served.turn()
     served.expect(used=2, weights=NUM_WEIGHTS)
-    served.end("a")
-    served.turn()
-    served.expect(used=1)
 
 
 def test_an_engine_that_sleeps_by_the_clock_gives_all_and_wakes_by_request(house: House) -> None:
