@@ -21,9 +21,10 @@ CAPACITY = NUM_PAGES * PAGE
 
 
 def instance(number: int = 0, *, limit: int | None = None, **pages: int) -> InstanceView:
-    """Return an instance; sizes in pages, and what is resident is used, cached or idle."""
+    """Return an instance; sizes in pages, and what is resident is for something or idle."""
     sizes = {f"{name}_bytes": count * PAGE for name, count in pages.items()}
-    resident = sum(sizes.get(f"{name}_bytes", 0) for name in ("used", "cached", "idle"))
+    states = ("used", "cached", "idle", "weights")
+    resident = sum(sizes.get(f"{name}_bytes", 0) for name in states)
     numbers = dict.fromkeys((field.name for field in fields(InstanceView)), 0)
     known = {
         **numbers,
@@ -91,6 +92,18 @@ def test_a_limit_bounds_it() -> None:
 def test_what_is_announced_for_weights_is_not_for_requests() -> None:
     assert reachable(instance(used=10), instance(1, static=60)) == 30
     assert reachable(instance(used=10, static=60)) == 30
+
+
+def test_weights_that_neighbours_offer_can_be_had_and_their_others_cannot() -> None:
+    mine = instance(used=10, weights=20)
+    assert reachable(mine, instance(1, weights=50)) == 20
+    assert reachable(mine, instance(1, weights=50, weights_offered=50)) == 20 + 50
+    assert reachable(mine, instance(1, weights=30, weights_offered=30, floor=60)) == 40 + 30
+
+
+def test_own_weights_are_neither_below_a_limit_nor_for_requests() -> None:
+    assert reachable(instance(used=10, cached=5, weights=50, limit=30)) == 5 + 15
+    assert reachable(instance(used=10, weights=50, weights_offered=50)) == 40
 
 
 def test_what_strangers_hold_of_a_gpu_cannot_be_had() -> None:

@@ -1,6 +1,8 @@
 """Who gives memory to whom."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvcached_core.errors import PolicyError
 from kvcached_core.ledger.file import HEADER_WORDS, NUM_ROWS, ROW_WORDS, Row
@@ -184,3 +186,48 @@ def test_idle_memory_that_is_on_its_way_is_not_asked_for_again_but_of_the_next_o
         {"cached_bytes": 9, "last_used_ns": 2},
     )
     assert asked(asker, [first, second], 4) == {first.index: (2, 0), second.index: (2, 0)}
+
+
+SIZES = st.integers(0, 40)
+INSTANCE = st.fixed_dictionaries(
+    {
+        "used_bytes": SIZES,
+        "cached_bytes": SIZES,
+        "resident_bytes": SIZES,  # idle, beside the others
+        "weights_bytes": SIZES,
+        "weights_offered_bytes": SIZES,
+        "weights_kept_until_ns": st.sampled_from([0, NOW + 1]),
+        "waking_since_ns": st.integers(0, 1),
+        "coming_bytes": st.integers(0, 10),
+        "waiting_bytes": st.integers(0, 5),
+        "floor_bytes": SIZES,
+        "priority": st.integers(-1, 1),
+    }
+)
+
+
+@given(
+    sizes=st.lists(INSTANCE, min_size=2, max_size=5),
+    num_bytes=st.integers(0, 200),
+    is_static=st.booleans(),
+)
+def test_whatever_there_is_nobody_is_asked_for_more_than_it_has_or_than_is_lacking(
+    sizes: list[dict[str, int]], num_bytes: int, *, is_static: bool
+) -> None:
+    asker, *peers = rows(*sizes)
+    found = shares(asker, peers, num_bytes, is_static=is_static, now_ns=NOW)
+    assert sum(share.give_bytes + share.owed_bytes for share in found) <= num_bytes
+    by_index = {peer.index: peer for peer in peers}
+    for share in found:
+        peer = by_index[share.index]
+        idle = peer.resident_bytes - peer.weights_bytes - peer.used_bytes - peer.cached_bytes
+        offered = min(peer.weights_bytes, peer.weights_offered_bytes)
+        if peer.weights_kept_until_ns > NOW and asker.priority <= peer.priority:
+            offered = 0
+        assert share.give_bytes <= idle + peer.cached_bytes + offered
+        assert share.owed_bytes <= peer.used_bytes
+        if share.owed_bytes and is_static:
+            assert asker.waking_since_ns
+            assert peer.priority < asker.priority
+        elif share.owed_bytes:
+            assert share.owed_bytes <= asker.unmet_floor_bytes
