@@ -12,14 +12,16 @@ NO_WISH = 0
 class WeightChanges:
     """What an instance did with its weights; sizes in bytes.
 
-    The sums of several calls say the same as the calls, as those of `Changes` do.
+    The sums of several calls say the same as the calls, as those of `Changes` do; but it matters
+    what was mapped before something was announced.
 
     Attributes:
-        mapped_bytes: What was mapped.
-        unmapped_bytes: What was unmapped.
-        announced: What is still to be allocated, before what was mapped is taken off, and whether
-            for weights that come back: the last that was told; None for nothing.
-        offer: What may be asked for, and until when (`time_ns`) not by equals: likewise.
+        mapped_bytes: What was mapped, since something was announced if it was.
+        unmapped_bytes: What was unmapped since then.
+        announced: What is to be allocated from then on, and whether for weights that come back:
+            the last that was told; None for nothing.
+        earlier: What was mapped and unmapped before.
+        offer: What may be asked for, and until when (`time_ns`) not by equals: likewise the last.
         activations: The times that all weights came back.
         ended_wish: The wish that is over.
     """
@@ -27,6 +29,7 @@ class WeightChanges:
     mapped_bytes: int = 0
     unmapped_bytes: int = 0
     announced: tuple[int, bool] | None = None
+    earlier: tuple[int, int] = (0, 0)
     offer: tuple[int, int] | None = None
     activations: Activations = NO_ACTIVATIONS
     ended_wish: int = NO_WISH
@@ -34,8 +37,10 @@ class WeightChanges:
     def add(self, later: "WeightChanges") -> None:
         """Add what was done afterwards."""
         if later.announced is not None:
-            num_bytes, is_waking = later.announced
-            self.announced = num_bytes + self.mapped_bytes, is_waking
+            mapped_bytes, unmapped_bytes = self.earlier
+            self.earlier = mapped_bytes + self.mapped_bytes, unmapped_bytes + self.unmapped_bytes
+            self.mapped_bytes = self.unmapped_bytes = 0
+            self.announced = later.announced
         self.mapped_bytes += later.mapped_bytes
         self.unmapped_bytes += later.unmapped_bytes
         self.offer = later.offer or self.offer
@@ -44,7 +49,8 @@ class WeightChanges:
 
     def write(self, row: Row, now_ns: int) -> int:
         """Write it into the instance's row; return how many announced bytes are allocated now."""
-        allocated_bytes = self.mapped_bytes
+        write_weights(row, *self.earlier)
+        allocated_bytes = self.earlier[0] + self.mapped_bytes
         if self.announced is not None:
             num_bytes, is_waking = self.announced
             allocated_bytes += write_announcement(row, num_bytes, now_ns, is_waking=is_waking)
@@ -59,9 +65,11 @@ class WeightChanges:
 
 
 def write_weights(row: Row, mapped_bytes: int, unmapped_bytes: int) -> None:
-    """Write into the instance's row what of its weights was mapped and unmapped."""
+    """Write into the instance's row what of its weights was mapped, and what was unmapped then."""
     if not mapped_bytes and not unmapped_bytes:
         return
+    if row.weights_bytes + mapped_bytes >= row.weights_needed_bytes:
+        row.waking_since_ns = 0
     weights_bytes = max(row.weights_bytes + mapped_bytes - unmapped_bytes, 0)
     row.resident_bytes = max(row.resident_bytes + weights_bytes - row.weights_bytes, 0)
     row.weights_bytes = weights_bytes
@@ -70,8 +78,6 @@ def write_weights(row: Row, mapped_bytes: int, unmapped_bytes: int) -> None:
     row.num_mapped_bytes += mapped_bytes
     row.num_unmapped_bytes += unmapped_bytes
     row.num_freed_bytes += unmapped_bytes
-    if weights_bytes >= row.weights_needed_bytes:
-        row.waking_since_ns = 0
 
 
 def write_announcement(row: Row, static_bytes: int, now_ns: int, *, is_waking: bool) -> int:

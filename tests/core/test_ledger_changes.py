@@ -46,6 +46,35 @@ def test_the_sum_of_changes_says_what_they_say_one_by_one() -> None:
         assert Activations.read(row.activations).num == 2
 
 
+AWAKE = Changes(weights=WeightChanges(mapped_bytes=90))
+ASLEEP = Changes(weights=WeightChanges(unmapped_bytes=90))
+AGAIN = Changes(weights=WeightChanges(announced=(90, True)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "since", "static_bytes"),
+    [
+        ([AWAKE, ASLEEP], 0, 0),
+        ([AWAKE, ASLEEP, AGAIN], 7, 90),
+        ([AWAKE, ASLEEP, AGAIN, AWAKE], 0, 0),
+        ([AGAIN], 1, 90),
+    ],
+)
+def test_who_woke_and_slept_again_before_it_was_written_has_left_the_line(
+    changes: list[Changes], since: int, static_bytes: int
+) -> None:
+    one_by_one, at_once, total = fresh_row(), fresh_row(), Changes()
+    for row in (one_by_one, at_once):
+        row.static_bytes, row.waking_since_ns = 90, 1
+    for change in changes:
+        change.write(one_by_one, 7)
+        total.add(change)
+    total.write(at_once, 7)
+    for row in (one_by_one, at_once):
+        assert (row.waking_since_ns, row.static_bytes) == (since, static_bytes)
+    assert one_by_one.copy() == at_once.copy()
+
+
 def test_what_is_taken_is_gone_and_each_rows_own() -> None:
     pending = PendingChanges()
     assert not pending.is_there
