@@ -48,9 +48,9 @@ def lose_orders() -> None:
 
 def resident_pages(worker: Any) -> list[int]:
     """Return the pages that a rank has mapped when all its orders are carried out."""
-    from kvcached_vllm.worker import memory_of
+    from kvcached_vllm.worker import inner_worker
 
-    memory = memory_of(worker)
+    memory = inner_worker(worker).kvcached
     memory.keeper.wait()
     return sorted(memory.arena.resident_pages)
 

@@ -4,22 +4,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kvcached_core.memory.orders import PageOrders
-from kvcached_core.memory.rank import RankMemory
 
 
 def carry_out(worker: Any, orders: PageOrders | None, wait: bool) -> None:  # noqa: FBT001  in a call by name and place
     """See `EnginePort.carry_out`: vLLM's `collective_rpc` calls this in each worker."""
-    memory = memory_of(worker)
+    memory = inner_worker(worker).kvcached
     if orders is not None:
         memory.apply(orders)
     if wait:
         memory.keeper.wait()
-
-
-def memory_of(worker: Any) -> RankMemory:
-    """Return the memory of a worker."""
-    memory: RankMemory = inner_worker(worker).kvcached
-    return memory
 
 
 def inner_worker(worker: Any) -> Any:
