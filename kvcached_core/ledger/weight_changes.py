@@ -68,7 +68,7 @@ def write_weights(row: Row, mapped_bytes: int, unmapped_bytes: int) -> None:
     """Write into the instance's row what of its weights was mapped, and what was unmapped then."""
     if not mapped_bytes and not unmapped_bytes:
         return
-    if row.weights_bytes + mapped_bytes >= row.weights_needed_bytes:
+    if mapped_bytes and row.weights_bytes + mapped_bytes >= row.weights_needed_bytes:
         row.waking_since_ns = 0
     weights_bytes = max(row.weights_bytes + mapped_bytes - unmapped_bytes, 0)
     row.resident_bytes = max(row.resident_bytes + weights_bytes - row.weights_bytes, 0)

@@ -104,6 +104,17 @@ def test_the_first_to_wake_counts_as_free_what_later_ones_wait_for(ledger: Ledge
     assert ledger.reserve(second, CAPACITY, PAGE) == 64 * PAGE - 50 * PAGE  # KV comes after both
 
 
+def test_who_gives_weights_while_it_waits_for_more_keeps_its_place(ledger: Ledger) -> None:
+    first, second = join(ledger, "a", needed=20), join(ledger, "b", needed=20)
+    ledger.settle_weights(first, mapped_bytes=20 * PAGE)
+    for row in (first, second):
+        ledger.announce(row, 20 * PAGE, is_waking=True)
+    ledger.settle_weights(first, unmapped_bytes=4 * PAGE)
+    assert ledger.is_first_waker(first)
+    ledger.settle_weights(first, mapped_bytes=4 * PAGE)
+    assert ledger.is_first_waker(second)
+
+
 def test_an_announcement_for_a_start_counts_for_who_wakes(ledger: Ledger) -> None:
     row, starting = join(ledger, "a", needed=30), join(ledger, "b")
     ledger.announce(row, 30 * PAGE, is_waking=True)
