@@ -25,7 +25,6 @@ from neighbour import Neighbour
 from vllm_servers import READY_SECONDS, Record
 from yielding import NUM_PROMPT_TOKENS, Run
 
-from kvcached_core import control
 from kvcached_core.units import GIB, MIB
 from kvcached_demo.harness.engines import VLLM
 
@@ -90,16 +89,14 @@ def free(run: Run, num: int) -> dict[str, Any]:
 
 
 def half(run: Run, num: int) -> dict[str, Any]:
-    """Ask a model half of whose weights are there."""
+    """Ask a model half of whose weights are there: of two that were idle, the other gave all."""
     seconds, shares = [], []
+    run.sleep(SECOND)
     for _ in range(num // 4):
         run.first_token_seconds(FIRST)
         view = run.view(FIRST)
-        control.trim(
-            [FIRST],
-            directory=run.servers.directory,
-            keep_bytes=view.resident_bytes - view.used_bytes - view.weights_needed_bytes // 2,
-        )
+        with run.taken(run.room_bytes() + view.weights_bytes // 2):
+            pass
         view = run.view(FIRST)
         shares.append(view.weights_bytes / view.weights_needed_bytes)
         seconds.append(run.first_token_seconds(FIRST))
@@ -110,10 +107,7 @@ def turns(run: Run, num: int) -> dict[str, Any]:
     """Ask two models in turn whose weights do not fit together: one gives, the other comes."""
     run.sleep(FIRST)
     run.first_token_seconds(SECOND)
-    with run.servers.open_ledger() as ledger:
-        probe = Neighbour(ledger)
-        room = max(ledger.free_bytes(probe.row), 0)
-        probe.close()
+    room = run.room_bytes()
     needed = run.view(FIRST).weights_needed_bytes
     seconds: dict[str, list[float]] = {FIRST: [], SECOND: []}
     with run.taken(max(room - needed // 4, 0)):

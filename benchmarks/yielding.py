@@ -123,6 +123,15 @@ class Run:
             time.sleep(0.05)
         return time.monotonic() - start
 
+    def room_bytes(self) -> int:
+        """Return what a newcomer could be promised without anybody giving anything."""
+        with self.servers.open_ledger() as ledger:
+            neighbour = Neighbour(ledger)
+            try:
+                return max(ledger.free_bytes(neighbour.row), 0)
+            finally:
+                neighbour.close()
+
     @contextlib.contextmanager
     def taken(self, num_bytes: int) -> Iterator[Neighbour]:
         """Let a row of this process be promised so many bytes for a while."""

@@ -70,7 +70,8 @@ def check_folder(folder: Path) -> Path:
         HostCopyError: If an engine could not use it; nothing is made.
     """
     for place in (folder, *folder.parents):
-        with suppress(FileNotFoundError, NotADirectoryError):
+        # Whose folder may not be looked into, the folder above it says.
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             found = place.lstat()
             if place == folder:
                 _check_owner(folder, found)
