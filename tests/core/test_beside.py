@@ -40,7 +40,7 @@ class Engine:
 
     def use(self, *, used: int = 0, cached: int = 0) -> None:
         """Have so many pages for KV, promised before."""
-        num_held = self.view().held_bytes // PAGE
+        num_held = self.view(self.devices[0]).held_bytes // PAGE
         num_more = used + cached - num_held
         if num_more > 0:
             assert self.instance.reserve(num_more, is_urgent=False) == num_more
@@ -153,6 +153,15 @@ def test_who_is_first_on_one_device_alone_holds_nobody_up_on_the_next(
     assert both.ask() is Turn.LATER
     assert both.view(OTHER_POOL).static_bytes == 0
     assert one.ask() is Turn.NOW
+
+
+def test_room_is_needed_on_all_devices(start: Callable[..., Engine]) -> None:
+    waker, neighbour = start("waker", [POOL, OTHER_POOL]), start("neighbour", [OTHER_POOL])
+    neighbour.use(used=1, cached=6)
+    assert waker.ask() is Turn.NEXT
+    assert waker.view().static_bytes == waker.view(OTHER_POOL).static_bytes == 4 * PAGE
+    neighbour.use(used=1, cached=3)
+    assert waker.ask() is Turn.NOW
 
 
 def test_ranks_on_one_device_need_room_each(start: Callable[..., Engine]) -> None:

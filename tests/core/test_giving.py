@@ -11,6 +11,7 @@ from kvcached_core.engine.giving import FIRST_PAGES, YIELD_SECONDS, Giving
 from kvcached_core.engine.page_book import PageBook
 from kvcached_core.engine.pages import Pages
 from kvcached_core.engine.ranks import WantedPages
+from kvcached_core.engine.weights_kept import WeightsKept
 from kvcached_core.memory.geometry import Geometry
 
 GEOMETRY = Geometry(block_bytes=1024, num_planes=4, ids_per_page=16, blocks_per_page=4)
@@ -180,3 +181,63 @@ def test_a_neighbour_that_asks_no_more_gets_nothing(engine: Engine) -> None:
     engine.giving.pay()
     assert engine.pools[0].num_open_pages == 3 + 3
     assert not engine.giving.must_yield(is_running=True)
+
+
+class Weights(WeightsKept):
+    """Weights of which so many bytes may be given."""
+
+    def __init__(self, engine: Engine, num_bytes: int) -> None:
+        self._engine = engine
+        self.num_bytes = num_bytes
+        self.wanted: list[int] = []
+
+    @property
+    def can_give(self) -> bool:
+        return self.num_bytes > 0
+
+    def give(self, num_bytes: int) -> int:
+        self._engine.told.append((0, True))
+        self.wanted.append(num_bytes)
+        given = min(num_bytes, self.num_bytes)
+        self.num_bytes -= given
+        return given
+
+
+@pytest.fixture
+def weights(engine: Engine) -> Weights:
+    made = Weights(engine, 4 * GEOMETRY.page_bytes)
+    engine.giving.weights = made
+    return made
+
+
+def test_weights_go_after_all_pages_and_only_as_many_as_are_still_wanted(
+    engine: Engine, weights: Weights
+) -> None:
+    engine.cache(engine.use(2))
+    settle(engine)
+    engine.giving.give(WantedPages(asked_pages=2, owed_pages=0))
+    assert weights.wanted == []
+    engine.cache(engine.use(1))
+    settle(engine)
+    engine.told.clear()
+    engine.giving.give(WantedPages(asked_pages=3, owed_pages=0))
+    assert weights.wanted == [2 * GEOMETRY.page_bytes]
+    assert engine.told == [(1, True), (0, True), (0, False)]  # pages, weights, and that is all
+    assert not engine.giving.must_yield(is_running=True)
+
+
+def test_what_is_given_of_weights_is_not_wanted_of_requests_that_end(
+    engine: Engine, weights: Weights
+) -> None:
+    weights.num_bytes = GEOMETRY.page_bytes + 1
+    engine.giving.give(WantedPages(asked_pages=3, owed_pages=0))
+    assert engine.giving._yielded_pages == 2
+
+
+def test_no_weights_go_for_what_is_owed(engine: Engine, weights: Weights) -> None:
+    engine.giving.give(WantedPages(asked_pages=3, owed_pages=3))
+    assert weights.wanted == []
+    assert engine.giving.owed_pages == 3
+    engine.giving.give(WantedPages(asked_pages=5, owed_pages=3))
+    assert weights.wanted == [2 * GEOMETRY.page_bytes]
+    assert engine.giving.owed_pages == 3

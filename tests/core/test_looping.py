@@ -87,3 +87,76 @@ def test_cached_blocks_that_nobody_holds_may_let_one_in() -> None:
     source, _ = take(Demand(2, 40, 30), room=2, free=2, evictable=14)
     assert source.promised == [2]
     assert not source.asked
+
+
+@dataclass
+class Weights:
+    """Weights that are there when a test says so, and how often they were asked for."""
+
+    is_active: bool = False
+    is_there: bool = False
+    num_asked: int = 0
+    num_rests: int = 0
+
+    def activate(self) -> bool:
+        self.num_asked += 1
+        self.is_active = self.is_there
+        return self.is_there
+
+    def rest(self) -> None:
+        self.num_rests += 1
+
+
+def loop(*, is_busy: bool, is_pending: bool = False) -> tuple[Any, Weights, list[Demand]]:
+    """Return an engine whose weights are elsewhere, and what is promised."""
+    engine: Any = LoopingEngine.__new__(LoopingEngine)
+    promised: list[Demand] = []
+    engine.pools, engine.activation = [SimpleNamespace()], Weights()
+    engine._room_pages, engine._held_since = 0, None
+    engine.ranks = SimpleNamespace(look=lambda **_: None, room_pages=0, is_waiting=False)
+    engine.giving = SimpleNamespace(must_yield=lambda **_: False)
+    engine.pay = engine.end_schedule = lambda: None
+    engine.promise_demand = promised.append
+    engine.port = SimpleNamespace(
+        is_busy=lambda: is_busy,
+        is_pending=lambda: is_pending,
+        is_running=lambda: False,
+        demand=lambda: Demand(0, 8, 8),
+        num_blocks_to_go_on=lambda: None,
+        carry_out_later=lambda: None,
+        reopen=lambda **_: None,
+        free_lists=[],
+        memory=None,
+    )
+    return engine, engine.activation, promised
+
+
+def test_without_its_weights_no_prompt_is_computed_and_nothing_is_promised() -> None:
+    engine, weights, promised = loop(is_busy=True)
+    engine.before_schedule()
+    assert engine.must_hold()
+    assert (weights.num_asked, promised) == (1, [])
+    weights.is_there = True
+    engine.before_schedule()
+    assert not engine.must_hold()
+    assert len(promised) == 1
+    engine.before_schedule()
+    assert weights.num_asked == 2  # what is there is not asked for
+
+
+def test_an_engine_without_requests_asks_for_no_weights_and_rests() -> None:
+    engine, weights, promised = loop(is_busy=False)
+    engine.before_schedule()
+    engine.after_schedule(has_batch=False)
+    assert (weights.num_asked, weights.num_rests, promised) == (0, 1, [])
+
+
+def test_an_engine_does_not_rest_while_something_runs_or_waits() -> None:
+    for is_busy, is_pending, has_batch in (
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    ):
+        engine, weights, _ = loop(is_busy=is_busy, is_pending=is_pending)
+        engine.after_schedule(has_batch=has_batch)
+        assert weights.num_rests == 0

@@ -8,7 +8,7 @@ from queue import Queue
 
 from helpers.fake_weights import FakeWeights
 from helpers.page_source import FakeBlock
-from helpers.served import PAGE_BYTES, PATIENCE_SECONDS, Request, Served
+from helpers.served import PATIENCE_SECONDS, Request, Served, Weights
 from kvcached_core.config import Config, WeightsMode
 from kvcached_core.engine.engine import ElasticEngine
 from kvcached_core.engine.free_lists import FreeLists
@@ -19,6 +19,7 @@ from kvcached_core.engine.ranks import Ranks
 from kvcached_core.memory.devices import host_device
 from kvcached_core.memory.orders import PageOrders
 from kvcached_core.memory.rank import RankMemory
+from kvcached_core.memory.seats import Seat
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.weights.status import WeightStatus
 
@@ -33,6 +34,7 @@ class FakeEngine(Served):
         block_bytes: Bytes of a block in one plane.
         num_planes: Planes of the pool.
         num_weight_pages: Pages of its weights, if the settings say that they yield.
+        make_weights: Makes them.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class FakeEngine(Served):
         block_bytes: int = BLOCK_BYTES,
         num_planes: int = NUM_PLANES,
         num_weight_pages: int = 4,
+        make_weights: Callable[[int, Seat, Config], Weights] = FakeWeights,
     ) -> None:
         super().__init__(config)
         device = host_device(config)
@@ -88,7 +91,7 @@ class FakeEngine(Served):
         self.num_live = 0
         self._wakes: Queue[Callable[[], None]] = Queue()
         if config.weights is WeightsMode.YIELD:
-            self.weights = FakeWeights(num_weight_pages, PAGE_BYTES, seat)
+            self.weights = make_weights(num_weight_pages, seat, config)
             assert self.engine.yield_weights(config)
 
     def allocate(self, request: Request, num_blocks: int) -> bool:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+from helpers.served import PAGE_BYTES
+from kvcached_core.config import Config
 from kvcached_core.errors import OutOfMemoryError
 from kvcached_core.ledger.bell import wake
 from kvcached_core.ledger.ledger import Ledger
@@ -18,19 +20,18 @@ class FakeWeights:
     """A run of pages, each full of its own number; all are there at first.
 
     Attributes:
-        is_copied: Whether they may be dropped.
         num_available: Pages that the device has for them; fewer are a stranger's doing.
 
     Args:
         num_pages: How many there are.
-        page_bytes: Bytes of a page.
         seat: Where they are reported.
     """
 
-    def __init__(self, num_pages: int, page_bytes: int, seat: Seat) -> None:
+    page_bytes = PAGE_BYTES
+
+    def __init__(self, num_pages: int, seat: Seat, _config: Config) -> None:
         self.num_pages = self.num_available = num_pages
-        self.page_bytes = page_bytes
-        self.is_copied = True
+        page_bytes = self.page_bytes
         self.arena = Arena(HostBackend(), Geometry(page_bytes, 1, 1, 1), num_pages)
         self._whole = self.arena.tensor().view(num_pages, page_bytes)
         self._seat = seat
@@ -46,12 +47,11 @@ class FakeWeights:
     @property
     def status(self) -> WeightStatus:
         """What a worker says."""
-        return WeightStatus(self.num_pages, self.num_resident, self.page_bytes, self.is_copied)
+        return WeightStatus(self.num_pages, self.num_resident, self.page_bytes, is_copied=True)
 
     def hold(self, num_pages: int) -> WeightStatus:
         """See `EnginePort.hold_weights`: page by page, each told at once."""
         while self.num_resident > num_pages:
-            assert self.is_copied, "what nobody has a copy of is dropped"
             self.arena.unmap([self.num_resident - 1])
             self._report(unmapped_bytes=self.page_bytes)
         while self.num_resident < num_pages:

@@ -19,6 +19,7 @@ from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.memory.rank import RankMemory
 from kvcached_core.units import MIB
+from kvcached_core.weights.status import WeightStatus
 
 PAGE_BYTES = 2 * MIB
 NUM_PAGES = 16  # of the device, and so of the pool of the engine under test
@@ -60,11 +61,9 @@ class Weights(Protocol):
     """The weights of the engine under test; a page of them is as large as one of the KV cache.
 
     Attributes:
-        is_copied: Whether they may be dropped; a test may say that they may not.
         num_available: Pages that there is room for; a test may say that a stranger took it.
     """
 
-    is_copied: bool
     num_available: int
 
     @property
@@ -74,6 +73,13 @@ class Weights(Protocol):
     @property
     def num_resident(self) -> int:
         """Pages that are there."""
+
+    @property
+    def status(self) -> WeightStatus:
+        """What a worker says of them."""
+
+    def hold(self, num_pages: int) -> WeightStatus:
+        """See `EnginePort.hold_weights`."""
 
     def check(self) -> None:
         """Read all of them as a step does, and look whether they are right."""

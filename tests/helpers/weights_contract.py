@@ -342,6 +342,17 @@ def test_an_engine_that_sleeps_by_the_clock_gives_all_and_wakes_by_request(house
     assert served.names == ["b"]
 
 
+def test_an_idle_engine_sleeps_when_its_time_has_come_though_nobody_rings(house: House) -> None:
+    served = house.start(sleep_after=0.1)
+    served.send("a", 3)
+    served.turn()
+    served.end("a")
+    served.turn()
+    served.expect(used=1, idle=2, weights=NUM_WEIGHTS)
+    await_that(lambda: served.heed() or not served.view().weights_bytes, PATIENCE_SECONDS)
+    served.expect(used=1)
+
+
 def test_a_wake_from_outside_brings_the_weights_first_or_is_refused(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
