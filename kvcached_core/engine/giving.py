@@ -86,17 +86,16 @@ class Giving:
             self.owed_pages -= self.close(self.owed_pages)
             if self._has_given_all():  # pages may have gone for another reason, such as a sleep
                 self.owed_pages = 0
-        elif self._is_yielding() and self._has_more():
+        elif self.is_yielding() and self._has_more():
             self._yielded_pages -= self.close(self._yielded_pages)
         return not self.owed_pages
 
-    def must_yield(self, *, is_running: bool) -> bool:
-        """Return whether a neighbour comes before a new request of this engine.
+    def is_yielding(self) -> bool:
+        """Return whether a neighbour comes before a new request, as long as something runs here.
 
-        Args:
-            is_running: Something runs, which will end and free something.
+        What runs will end, and free something.
         """
-        return is_running and self._is_yielding()
+        return self._yielded_pages > 0 and self._ranks.clock() < self._yielded_until
 
     def close(self, num_pages: int) -> int:
         """Close up to so many pages that no request needs; return how many it was."""
@@ -121,9 +120,6 @@ class Giving:
         """Return whether page 0 alone is left, which never goes."""
         num_pages = sum(pages.num_resident_pages for pages in self._pools)
         return num_pages == (len(self._pools) == 1)  # of several pools it is none of theirs
-
-    def _is_yielding(self) -> bool:
-        return self._yielded_pages > 0 and self._ranks.clock() < self._yielded_until
 
     def _has_more(self) -> bool:
         """Return whether more blocks hold nothing live than when pages were looked for last."""

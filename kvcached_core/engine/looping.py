@@ -208,13 +208,14 @@ class LoopingEngine(ElasticEngine):
             return False
         if not self.activation.is_active:
             return True
-        is_running, num_needed = self.port.is_running(), self.port.num_blocks_to_go_on()
+        port = self.port
+        num_needed = port.num_blocks_to_go_on()
         if num_needed is None:
-            return self.giving.must_yield(is_running=is_running)
+            return self.giving.is_yielding() and port.is_running()
         if min(map(self._num_evictable_too, range(len(self.pools)))) >= num_needed:
             self._held_since = None
             return False
-        if self._held_since is None or is_running or self.port.is_pending():
+        if self._held_since is None or port.is_running() or port.is_pending():
             self._held_since = self.ranks.clock()  # what runs will end, and free something
         return True
 

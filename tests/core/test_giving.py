@@ -161,16 +161,15 @@ def test_a_neighbour_comes_before_new_requests_for_a_while_and_gets_what_comes_f
 ) -> None:
     blocks = engine.use(3)
     engine.giving.give(WantedPages(asked_pages=2, owed_pages=0))
-    assert engine.giving.must_yield(is_running=True)
-    assert not engine.giving.must_yield(is_running=False)
+    assert engine.giving.is_yielding()
     engine.lists[0].give(blocks[:4])
     assert engine.giving.pay()
     assert engine.pools[0].num_open_pages == 3 + 2
-    assert engine.giving.must_yield(is_running=True)
+    assert engine.giving.is_yielding()
     engine.lists[0].give(blocks[4:])
     engine.giving.pay()
     assert engine.pools[0].num_open_pages == 3 + 1
-    assert not engine.giving.must_yield(is_running=True)
+    assert not engine.giving.is_yielding()
 
 
 def test_a_neighbour_that_asks_no_more_gets_nothing(engine: Engine) -> None:
@@ -180,7 +179,7 @@ def test_a_neighbour_that_asks_no_more_gets_nothing(engine: Engine) -> None:
     engine.lists[0].give(blocks)
     engine.giving.pay()
     assert engine.pools[0].num_open_pages == 3 + 3
-    assert not engine.giving.must_yield(is_running=True)
+    assert not engine.giving.is_yielding()
 
 
 class Weights(WeightsKept):
@@ -223,7 +222,7 @@ def test_weights_go_after_all_pages_and_only_as_many_as_are_still_wanted(
     engine.giving.give(WantedPages(asked_pages=3, owed_pages=0))
     assert weights.wanted == [2 * GEOMETRY.page_bytes]
     assert engine.told == [(1, True), (0, True), (0, False)]  # pages, weights, and that is all
-    assert not engine.giving.must_yield(is_running=True)
+    assert not engine.giving.is_yielding()
 
 
 def test_what_is_given_of_weights_is_not_wanted_of_requests_that_end(

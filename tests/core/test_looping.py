@@ -1,10 +1,12 @@
-"""What is promised before a schedule: what the next batch may take, if it can be let in at all."""
+"""What is promised before a schedule, if it can be let in at all, and what waits."""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from kvcached_core.engine.looping import LoopingEngine
+import pytest
+
+from kvcached_core.engine.looping import HOLD_SECONDS, LoopingEngine
 from kvcached_core.engine.looping_port import Demand
 
 BLOCKS_PER_PAGE = 8
@@ -114,7 +116,7 @@ def loop(*, is_busy: bool, is_pending: bool = False) -> tuple[Any, Weights, list
     engine.pools, engine.activation = [SimpleNamespace()], Weights()
     engine._room_pages, engine._held_since = 0, None
     engine.ranks = SimpleNamespace(look=lambda **_: None, room_pages=0, is_waiting=False)
-    engine.giving = SimpleNamespace(must_yield=lambda **_: False)
+    engine.giving = SimpleNamespace(is_yielding=lambda: False)
     engine.pay = engine.end_schedule = lambda: None
     engine.promise_demand = promised.append
     engine.port = SimpleNamespace(
@@ -160,3 +162,91 @@ def test_an_engine_does_not_rest_while_something_runs_or_waits() -> None:
         engine, weights, _ = loop(is_busy=is_busy, is_pending=is_pending)
         engine.after_schedule(has_batch=has_batch)
         assert weights.num_rests == 0
+
+
+@dataclass
+class Loop:
+    """A scheduler that may run something, and may have begun a prompt; with its engine."""
+
+    running: bool = False
+    needed: int | None = None
+    cached: int = 0
+    free: int = 0
+    yielding: bool = False
+    now: float = 100.0
+    num_given_up: int = 0
+
+    def __post_init__(self) -> None:
+        blocks = Blocks(Source(0), self.free)
+        blocks.book = SimpleNamespace(orders=[])  # type: ignore[attr-defined]
+        self.engine: Any = LoopingEngine.__new__(LoopingEngine)
+        self.engine._held_since, self.engine._room_pages = None, 0
+        self.engine.pools = [blocks]
+        self.engine.activation = SimpleNamespace(is_active=True)
+        self.engine.giving = SimpleNamespace(is_yielding=lambda: self.yielding, pay=lambda: True)
+        self.engine.ranks = SimpleNamespace(
+            clock=lambda: self.now, look=lambda **_: None, room_pages=0
+        )
+        self.engine.port = SimpleNamespace(
+            free_lists=[blocks],
+            num_blocks_to_go_on=lambda: self.needed,
+            num_cached_blocks=lambda _number: self.cached,
+            is_running=lambda: self.running,
+            is_pending=lambda: self.running,
+            is_busy=lambda: False,
+            carry_out_later=lambda: None,
+            reopen=lambda **_: None,
+            demand=lambda: None,
+            give_up_part=self.give_up_part,
+        )
+
+    def give_up_part(self) -> None:
+        self.num_given_up += 1
+
+    def turn(self) -> bool:
+        self.engine.before_schedule()
+        return bool(self.engine.must_hold())
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("yielding", [False, True])
+def test_a_new_prompt_waits_for_a_neighbour_only_while_something_runs(
+    *, running: bool, yielding: bool
+) -> None:
+    assert Loop(running=running, yielding=yielding).turn() is (running and yielding)
+
+
+def test_a_prompt_that_was_begun_goes_on_if_its_next_part_has_room_with_what_is_cached() -> None:
+    assert not Loop(needed=8, free=5, cached=3).turn()
+    assert Loop(needed=9, free=5, cached=3).turn()
+
+
+def test_a_prompt_that_waits_while_nothing_runs_gives_its_part_back_after_a_while() -> None:
+    loop = Loop(needed=9)
+    for _ in range(2):
+        assert loop.turn()
+        loop.now += HOLD_SECONDS
+    assert not loop.num_given_up
+    loop.now += 0.1
+    loop.turn()
+    assert loop.num_given_up == 1
+
+
+def test_what_runs_will_free_something_so_a_prompt_waits_for_it_without_end() -> None:
+    loop = Loop(needed=9, running=True)
+    for _ in range(4):
+        assert loop.turn()
+        loop.now += HOLD_SECONDS
+    assert not loop.num_given_up
+
+
+def test_a_prompt_that_found_room_again_has_not_waited() -> None:
+    loop = Loop(needed=9)
+    assert loop.turn()
+    loop.needed, loop.now = 0, loop.now + HOLD_SECONDS
+    assert not loop.turn()
+    loop.needed, loop.now = 9, loop.now + 0.1
+    assert loop.turn()
+    loop.now += HOLD_SECONDS
+    assert loop.turn()
+    assert not loop.num_given_up

@@ -104,6 +104,7 @@ class CountingInstance:
     def __init__(self) -> None:
         self.is_new = False
         self.num_locks = 0
+        self.beside = SimpleNamespace(wish=lambda: 0)
 
     def has_news(self) -> bool:
         return self.is_new

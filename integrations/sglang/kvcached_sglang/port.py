@@ -39,10 +39,10 @@ class SglangPort(LoopingPort):
 
     def is_busy(self) -> bool:
         """See `EnginePort.is_busy`."""
-        if self.scheduler is None:
+        loop = self.scheduler
+        if loop is None:
             return False
-        has_part = self.scheduler.chunked_req is not None
-        return bool(self.is_running() or self.scheduler.waiting_queue or has_part)
+        return bool(self.is_running() or loop.waiting_queue or loop.chunked_req is not None)
 
     def is_running(self) -> bool:
         """See `LoopingPort.is_running`."""
