@@ -44,7 +44,9 @@ def engine(tmp_path: Path) -> Any:
     made = make_engine(tmp_path, host_pool=8 * MIB)
     made.ranks.describe(page_bytes=2 * MIB, num_pages=4, least_pages=1)
     book = SimpleNamespace(take_orders=lambda *_, **__: None)
-    made.pools.append(SimpleNamespace(end_schedule=lambda **_: None, book=book))  # type: ignore[arg-type]
+    geometry = SimpleNamespace(page_bytes=2 * MIB)
+    pages: Any = SimpleNamespace(end_schedule=lambda **_: None, book=book, geometry=geometry)
+    made.pools.append(pages)
     neighbour = make_engine(tmp_path, host_pool=8 * MIB)
     neighbour.ranks.describe(page_bytes=2 * MIB, num_pages=4, least_pages=1)
     neighbour.ranks.reserve(2, is_urgent=True)
