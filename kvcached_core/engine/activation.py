@@ -23,6 +23,11 @@ logger = logging.getLogger("kvcached")
 FIRST_LOOK_SECONDS = 0.25
 LAST_LOOK_SECONDS = 8.0
 
+# Who waits for its turn keeps others waiting. If its loop comes no more, because it was paused, its
+# bell brings it back after the first of these; the second is how often it puts that off.
+ALARM_SECONDS = 0.25
+ALARM_AGAIN_SECONDS = 0.05
+
 # For how long requests of an engine may find no memory while nothing of it runs; then it goes back
 # into the line of those that wake. Two that have their weights, and no room beside them, would wait
 # for each other.
@@ -65,7 +70,7 @@ class Activation(WeightsKept):
         self._has_slept = False  # since it was active last
         self._is_stuck = False  # since then: pages stayed that were to go
         self._look_seconds = FIRST_LOOK_SECONDS
-        self._look_at = 0.0
+        self._look_at = self._alarm_at = 0.0
         ranks.describe_weights(status.num_pages * status.page_bytes)
 
     def activate(self) -> bool:
@@ -196,6 +201,8 @@ class Activation(WeightsKept):
             self._waking_since_ns = time.monotonic_ns()
         missing_bytes = status.num_missing_pages * status.page_bytes
         turn = self._ranks.ask_to_wake(missing_bytes + self._stalled_bytes)
+        if turn is not Turn.NOW:
+            self._set_alarm()
         if turn is Turn.LATER:
             self._offer_resident()  # who comes first may need what is left of it
             return False
@@ -203,6 +210,12 @@ class Activation(WeightsKept):
         if turn is not Turn.NOW:
             return False
         return not missing_bytes or self._bring()
+
+    def _set_alarm(self) -> None:
+        now = time.monotonic()
+        if now >= self._alarm_at:
+            self._alarm_at = now + ALARM_AGAIN_SECONDS
+            self._ranks.set_alarm(ALARM_SECONDS)
 
     def _bring(self) -> bool:
         """Have the missing pages now that there is room; return whether all are there."""

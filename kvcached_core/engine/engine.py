@@ -208,6 +208,8 @@ class ElasticEngine:
         self.between_steps()
         if not self.port.is_busy():
             self.rest()
+        elif not self.activation.is_active:
+            self.activation.activate()
 
     def close(self) -> None:
         """Leave the ledgers."""

@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 
 from kvcached_core.config import read_config
 from kvcached_core.engine import activation
-from kvcached_core.engine.activation import LAST_LOOK_SECONDS, STALL_SECONDS, Activation
+from kvcached_core.engine.activation import (
+    ALARM_SECONDS,
+    LAST_LOOK_SECONDS,
+    STALL_SECONDS,
+    Activation,
+)
 from kvcached_core.engine.beside import Turn
 from kvcached_core.engine.engine import ElasticEngine
 from kvcached_core.engine.weights_kept import WeightsKept
@@ -33,6 +38,7 @@ class Engine:
         self.is_busy_now = False
         self.turn = Turn.NOW
         self.said: list[tuple[Any, ...]] = []
+        self.alarms: list[float] = []
         self.num_looks = self.num_emptied = 0
         config = read_config({f"KVCACHED_{key.upper()}": text for key, text in settings.items()})
         self.activation = Activation(self, self, self.status(), config, self.empty)  # type: ignore[arg-type]
@@ -65,6 +71,9 @@ class Engine:
         assert self.num_resident * PAGE >= offered_bytes
         self.is_kept = is_kept
         self.said.append(("offer", offered_bytes))
+
+    def set_alarm(self, seconds: float) -> None:
+        self.alarms.append(seconds)
 
     def clear_waiting(self) -> None:
         self.said.append(("clear",))
@@ -226,6 +235,16 @@ def test_who_wakes_later_gives_what_is_left_of_it_and_who_wakes_next_does_not(
     assert idle.said[-2:] == [("ask", 3 * PAGE), ("offer", 0)]
     assert idle.activation.give(PAGE) == 0
     assert idle.num_resident == NUM_PAGES - 3
+
+
+def test_a_wake_that_has_to_wait_is_woken_if_its_loop_comes_no_more(asleep: Engine) -> None:
+    asleep.turn = Turn.LATER
+    for _ in range(20):
+        asleep.activation.activate()
+    assert asleep.alarms == [ALARM_SECONDS]
+    asleep.turn = Turn.NOW
+    asleep.activation.activate()
+    assert asleep.alarms == [ALARM_SECONDS]
 
 
 def test_a_wake_goes_on_when_its_requests_are_gone(asleep: Engine) -> None:

@@ -261,6 +261,13 @@ def test_a_wake_goes_on_when_its_request_is_gone_and_the_weights_are_offered(hou
     served.expect(used=1, weights=NUM_WEIGHTS)
 
 
+def test_a_waking_engine_whose_loop_is_paused_goes_on_when_it_is_rung(house: House) -> None:
+    served, neighbour = asleep_beside_a_busy_neighbour(house)
+    make_way(neighbour, NUM_WEIGHTS)
+    await_that(lambda: served.heed() or served.engine.activation.is_active, PATIENCE_SECONDS)
+    served.expect(used=1, weights=NUM_WEIGHTS, is_waiting=None)
+
+
 def test_what_strangers_take_while_weights_come_back_is_waited_for(house: House) -> None:
     served = asleep(house)
     assert served.weights is not None
