@@ -162,7 +162,7 @@ _SCHEDULING = (
     Hook(
         f"{_PARTS}.metrics_reporter:SchedulerMetricsReporter.metrics_collector",
         "",
-        "gauges show what waits (kvcached_sglang/waiting.py)",
+        "gauges show what waits (kvcached_sglang/port.py)",
         alternatives=(
             f"{_SRT}.observability.scheduler_metrics_mixin:SchedulerMetricsMixin.metrics_collector",
         ),
@@ -171,12 +171,12 @@ _SCHEDULING = (
     Hook(
         f"{_PARTS}.metrics_reporter:SchedulerMetricsReporter._maybe_log_idle_metrics",
         "",
-        "gauges show what waits (kvcached_sglang/waiting.py)",
+        "gauges show what waits (kvcached_sglang/port.py)",
         alternatives=(f"{_CHECKER}._maybe_log_idle_metrics",),
         how=USE,
     ),
     *uses(
-        "gauges show what waits (kvcached_sglang/waiting.py)",
+        "gauges show what waits (kvcached_sglang/port.py)",
         f"{_SRT}.observability.metrics_collector:SchedulerMetricsCollector.last_log_time",
     ),
 )
