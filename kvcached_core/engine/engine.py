@@ -58,6 +58,11 @@ class ElasticEngine:
         self.giving.weights = self.activation
         return True
 
+    @property
+    def yields_weights(self) -> bool:
+        """Whether it gives weights, too."""
+        return isinstance(self.activation, Activation)
+
     def promise(self, num_blocks: Sequence[int]) -> None:
         """Have blocks ready in each pool; where there is less than all need, each has its share.
 

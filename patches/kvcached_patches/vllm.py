@@ -24,6 +24,20 @@ HOOKS = (
         "kvcached_vllm.engine_hooks:engine_core_reset_prefix_cache",
         "unmap what the reset emptied at once: no step may follow",
     ),
+    *(
+        Hook(
+            f"vllm.v1.engine.core:EngineCore.{name}",
+            "kvcached_vllm.weight_hooks:engine_core_uses_weights",
+            "have all weights there around what reads or writes them beside a step",
+        )
+        for name in ("add_lora", "execute_dummy_batch", "profile", "save_sharded_state")
+    ),
+    Hook(
+        "vllm.v1.engine.core:EngineCore.collective_rpc",
+        "kvcached_vllm.weight_hooks:engine_core_collective_rpc",
+        "the same, and look afterwards what was replaced",
+        ("method",),
+    ),
     Hook(
         "vllm.v1.engine.core:EngineCore.shutdown",
         "kvcached_vllm.engine_hooks:engine_core_shutdown",
@@ -91,7 +105,7 @@ HOOKS = (
     Hook(
         "vllm.v1.worker.gpu_worker:Worker.load_model",
         "kvcached_vllm.worker_hooks:worker_load_model",
-        "let neighbours make room for the weights",
+        "let neighbours make room for the weights, and take these over where they yield",
     ),
     Hook(
         "vllm.v1.worker.gpu_worker:Worker.determine_available_memory",

@@ -171,4 +171,49 @@ _START = (
     ),
 )
 
-USES = (*_BLOCKS, *_SCHEDULING, *_LAYOUT, *_SLEEP, *_START)
+_RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
+
+_WEIGHTS = (
+    *uses(
+        "weights are loaded without vLLM's own allocator, and without kernels that hide them",
+        "vllm.v1.worker.gpu_worker:Worker._maybe_get_memory_pool_context",
+        "vllm.model_executor.layers.utils:check_cpu_sgl_kernel",
+        how=OVERRIDE,
+    ),
+    *uses(
+        "the same",
+        "vllm._custom_ops:_supports_onednn",
+    ),
+    *uses(
+        "what is taken over: a model, and what drafts for it",
+        *(f"{runner}:GPUModelRunner.get_model" for runner in _RUNNERS),
+        "vllm.compilation.cuda_graph:CUDAGraphWrapper.unwrap",
+    ),
+    *uses(
+        "the same, in one of two model runners",
+        f"{_RUNNERS[0]}:GPUModelRunner.drafter",
+        f"{_RUNNERS[1]}:GPUModelRunner.speculator",
+        is_optional=True,
+    ),
+    *uses(
+        "which weights a host copy is of",
+        "vllm.v1.worker.worker_base:WorkerBase.rank",
+        *members(f"{_CONFIG}.model:ModelConfig", "quantization seed"),
+        f"{_CONFIG}.load:LoadConfig.load_format",
+    ),
+    *uses(
+        "whether weights have to stay",
+        *members(f"{_CONFIG}.vllm:VllmConfig", "offload_config weight_transfer_config"),
+        f"{_CONFIG}.parallel:ParallelConfig.enable_eplb",
+        *members(f"{_CONFIG}.offload:OffloadConfig", "prefetch uva"),
+        f"{_CONFIG}.offload:UVAOffloadConfig.cpu_offload_gb",
+        f"{_CONFIG}.offload:PrefetchOffloadConfig.offload_group_size",
+    ),
+    *uses(
+        "the same, in later releases",
+        f"{_CONFIG}.vllm:VllmConfig.engram_config",
+        is_optional=True,
+    ),
+)
+
+USES = (*_BLOCKS, *_SCHEDULING, *_LAYOUT, *_SLEEP, *_START, *_WEIGHTS)

@@ -117,11 +117,13 @@ def test_a_neighbour_that_grows_while_we_fall_asleep_does_no_harm() -> None:
 
 def test_a_sleeping_engine_is_emptied_first() -> None:
     order: list[str] = []
-    executor = SimpleNamespace(kvcached=SimpleNamespace(empty=lambda: order.append("empty")))
+    weights = SimpleNamespace(sleep=lambda: order.append("weights"))
+    engine = SimpleNamespace(empty=lambda: order.append("empty"), activation=weights)
+    executor = SimpleNamespace(kvcached=engine)
     executor_sleep(lambda _self, _level: order.append("sleep"))(executor, 1)
-    assert order == ["empty", "sleep"]
+    assert order == ["empty", "sleep", "weights"]  # vLLM may read weights of its own while it falls
     executor_sleep(lambda _self, _level: order.append("sleep"))(SimpleNamespace(), 1)
-    assert order == ["empty", "sleep", "sleep"]
+    assert order == ["empty", "sleep", "weights", "sleep"]
 
 
 def plan_of(*tensors: Any) -> Any:
@@ -198,6 +200,7 @@ def test_weights_are_known_from_their_files_or_from_the_shape(tmp_path: Any) -> 
         ),
         parallel_config=SimpleNamespace(tensor_parallel_size=2, pipeline_parallel_size=1),
         load_config=SimpleNamespace(download_dir=None),
+        device_config=SimpleNamespace(device_type="cuda"),
     )
     by_shape = 2 * (static_bytes(config) - OTHER_BYTES)
     assert by_shape == pytest.approx(16.06e9, rel=0.01)  # Llama-3.1-8B
@@ -221,6 +224,7 @@ def test_a_draft_models_weights_count_as_well_and_a_models_own_only_once(tmp_pat
         model_config=target,
         parallel_config=SimpleNamespace(tensor_parallel_size=2, pipeline_parallel_size=1),
         load_config=SimpleNamespace(download_dir=None),
+        device_config=SimpleNamespace(device_type="cuda"),
         speculative_config=speculative,
     )
     assert static_bytes(config) == 500 + 100 + OTHER_BYTES

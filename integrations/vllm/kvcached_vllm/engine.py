@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from kvcached_core.config import Config
+from kvcached_core.config import Config, read_config
+from kvcached_core.engine.activation import FIRST_LOOK_SECONDS
 from kvcached_core.engine.central import CentralEngine
 from kvcached_core.engine.placing import Planes
 from kvcached_core.engine.start import model_name
@@ -63,4 +64,6 @@ class VllmEngine(CentralEngine):
         pool.engine, pool.giving, pool.num_groups = self, self.giving, self.num_groups
         self.port.pool = pool
         self.pools.append(pool.pages)
+        if self.yield_weights(read_config()):
+            self.ranks.set_alarm(FIRST_LOOK_SECONDS)  # no step may come that would look
         return pool

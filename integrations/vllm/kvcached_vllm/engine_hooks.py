@@ -105,6 +105,7 @@ def executor_sleep(call: Any, engine: VllmEngine, _self: Any) -> None:
     """Wrap `Executor.sleep`: a sleeping engine keeps page 0 alone."""
     engine.empty()
     call()
+    engine.activation.sleep()
 
 
 @around
@@ -115,8 +116,13 @@ def executor_wake_up(
     engine: VllmEngine | None = getattr(self, "kvcached", None)
     if engine is None or not self.is_sleeping:
         return original(self, tags, *args, **kwargs)
-    with engine.room_to_wake(max(self.collective_rpc(asleep_bytes, args=(tags,)))):
-        return original(self, tags, *args, **kwargs)
+    num_bytes = max(self.collective_rpc(asleep_bytes, args=(tags,)))
+    has_weights = engine.yields_weights and (not tags or "weights" in tags)
+    with engine.room_to_wake(num_bytes, has_weights=has_weights):
+        result = original(self, tags, *args, **kwargs)
+    if has_weights and not engine.port.is_busy():
+        engine.rest()
+    return result
 
 
 @around
@@ -146,7 +152,7 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
     tokens of an answer need none, and find more free than they could need at all.
 
     While pages are owed, nobody gets slots: vLLM preempts one request after the other until they
-    are paid.
+    are paid. The same holds while weights are missing; then nothing runs.
     """
 
     @functools.wraps(original)
@@ -156,6 +162,9 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
             giving = pool.giving
         except AttributeError:  # vLLM's own pool
             return original(self, request, num_new_tokens, *args, **kwargs)
+        weights = giving.weights
+        if not weights.is_active and not weights.activate():
+            return None
         if giving.owed_pages and not giving.pay():
             return None
         most_blocks = (num_new_tokens + kwargs.get("num_lookahead_tokens", 0)) * pool.num_groups

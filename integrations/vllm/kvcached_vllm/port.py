@@ -1,15 +1,21 @@
 """vLLM as our engine sees it: what it asks of vLLM, and how its orders reach the workers."""
 
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.engine.port import EnginePort
 from kvcached_core.memory.orders import PageOrders
+from kvcached_core.weights.status import WeightStatus, merge
+from kvcached_vllm.elastic_weights import hold_weights, merged, weight_status
 from kvcached_vllm.worker import carry_out
 
 if TYPE_CHECKING:
     from kvcached_vllm.block_pool import ElasticBlockPool
+
+# How soon an engine is woken again that has not come so far in its start that it could be.
+START_SECONDS = 0.1
 
 
 class VllmPort(EnginePort):
@@ -57,8 +63,17 @@ class VllmPort(EnginePort):
             batch = KVEventBatch(ts=time.time(), events=events)
             scheduler.kv_event_publisher.publish(batch)
 
+    def weight_status(self) -> WeightStatus | None:
+        return merged(self.core.model_executor.collective_rpc(weight_status))
+
+    def hold_weights(self, num_pages: int) -> WeightStatus:
+        return merge(self.core.model_executor.collective_rpc(hold_weights, args=(num_pages,)))
+
     def wake(self, answer: Callable[[], None]) -> None:
         from vllm.v1.engine import EngineCoreRequestType
 
+        if not hasattr(self.core, "_idle_state_callbacks"):  # the engine is not quite there
+            threading.Timer(START_SECONDS, self.wake, (answer,)).start()
+            return
         self.core._idle_state_callbacks.append(lambda _core: answer())
         self.core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))

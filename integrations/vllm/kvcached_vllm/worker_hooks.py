@@ -3,6 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -13,6 +14,14 @@ from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_core.memory.rank import RankMemory
 from kvcached_core.memory.torch_device import find_device, make_backend, make_memory
 from kvcached_patches.around import around, around_ours, setting
+from kvcached_vllm.elastic_weights import (
+    copy_weights,
+    enter_weights,
+    leave_weights,
+    loading,
+    own_bytes,
+    yields_weights,
+)
 from kvcached_vllm.layout import PLACEMENT, plane_layout, sparse_config
 from kvcached_vllm.obstacles import can_serve
 from kvcached_vllm.sleeping import all_or_none, mapped_only
@@ -56,13 +65,19 @@ def request_memory(
 
 @around
 def worker_load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    """Wrap `Worker.load_model`: neighbours make room for the weights first."""
-    if self.device.type == CUDA and can_serve(self.vllm_config):
+    """Wrap `Worker.load_model`: neighbours make room for the weights, which may become ours.
+
+    On a host weights that stay are not counted.
+    """
+    is_served = can_serve(self.vllm_config)
+    is_yielding = is_served and yields_weights(self.vllm_config)
+    if is_yielding or (is_served and self.device.type == CUDA):
         model, size = self.vllm_config.model_config.model, static_bytes(self.vllm_config)
         self.kvcached_arrival = startup.arrive(device_of(self), model, size)
-    original(self, *args, **kwargs)
+    with loading(self) if is_yielding else nullcontext():
+        original(self, *args, **kwargs)
     if hasattr(self, "kvcached_arrival"):
-        self.kvcached_arrival.shrink(OTHER_BYTES)
+        self.kvcached_arrival.shrink(OTHER_BYTES if self.device.type == CUDA else own_bytes(self))
 
 
 @around
@@ -70,10 +85,12 @@ def worker_initialize_from_config(
     original: Any, self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any
 ) -> None:
     """Wrap `Worker.initialize_from_config`: vLLM allocates, on our addresses."""
+    placement = getattr(kv_cache_config, PLACEMENT, None)
+    if placement is not None:
+        enter_weights(self, placement.seat)
     arrival = self.__dict__.pop("kvcached_arrival", None)
     if arrival is not None:
         arrival.close()
-    placement = getattr(kv_cache_config, PLACEMENT, None)
     if placement is None:
         original(self, kv_cache_config, *args, **kwargs)
         return
@@ -115,10 +132,11 @@ def worker_execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @around_ours
-def worker_warm_up(call: Any, memory: RankMemory, _self: Any) -> Any:
+def worker_warm_up(call: Any, memory: RankMemory, self: Any) -> Any:
     """Wrap `compile_or_warm_up_model`: steps inside run on made-up blocks."""
     result = call()
     memory.end_warm_up()
+    copy_weights(self)
     return result
 
 
@@ -150,6 +168,7 @@ def worker_shutdown(call: Any, memory: RankMemory, self: Any) -> None:
     """Wrap `Worker.shutdown`: give the memory back when nothing runs on it any more."""
     call()
     self.kvcached = None
+    leave_weights(self)
     memory.close()
 
 

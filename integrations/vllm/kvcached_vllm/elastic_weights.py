@@ -1,0 +1,217 @@
+"""A worker's weights: taken over when they are loaded, given, and back before a step."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvcached_core.config import CUDA, WeightsMode, read_config
+from kvcached_core.errors import OutOfMemoryError
+from kvcached_core.memory.model_bytes import find_folder
+from kvcached_core.memory.torch_device import current_stream, find_device, make_backend
+from kvcached_core.weights.status import WeightStatus, merge
+from kvcached_vllm.startup import startup
+from kvcached_vllm.weight_obstacles import weight_obstacles
+from kvcached_vllm.worker import inner_worker
+
+if TYPE_CHECKING:
+    from kvcached_core.memory.seats import Seat
+    from kvcached_core.weights.adopting import Adopted
+    from kvcached_core.weights.key import Origin
+    from kvcached_core.weights.rank import RankWeights
+
+logger = logging.getLogger("vllm.kvcached")
+
+# Where a worker has its `OwnWeights`.
+OURS = "kvcached_weights"
+
+
+class OwnWeights:
+    """The weights of a worker on memory of ours.
+
+    Args:
+        adopted: What was taken over.
+        rank: The image, its copy, and their part of the ledger.
+    """
+
+    def __init__(self, adopted: "Adopted", rank: "RankWeights") -> None:
+        self.adopted = adopted
+        self.rank = rank
+
+    def follow(self, *, is_update: bool) -> None:
+        """Take over what vLLM replaced, while all pages are there.
+
+        Args:
+            is_update: All weights were written, so all of them are copied before they are given.
+        """
+        if self.adopted.follow() or is_update:
+            self.rank.mark_dirty()
+
+
+def yields_weights(vllm_config: Any) -> bool:
+    """Return whether weights are given, too; if they should be and cannot, say why."""
+    if read_config().weights is not WeightsMode.YIELD:
+        return False
+    reasons = list(weight_obstacles(vllm_config))
+    if reasons:
+        logger.warning("kvcached: elastic weights off: %s; elastic KV stays on", "; ".join(reasons))
+    return not reasons
+
+
+@contextlib.contextmanager
+def loading(worker: Any) -> Iterator[None]:
+    """Let vLLM load weights so that they can be taken over, and do that where it can be done.
+
+    On a CPU the kernels that hide a packed copy of weights are off from now on: those of oneDNN,
+    and SGLang's. On a GPU vLLM's own allocator for sleep, which would keep the memory, is passed.
+    """
+    if worker.device.type != CUDA:
+        from vllm import _custom_ops
+        from vllm.model_executor.layers import utils
+
+        _custom_ops._supports_onednn = False
+        utils.check_cpu_sgl_kernel = lambda *_: False
+        yield
+    else:
+        worker._maybe_get_memory_pool_context = lambda *_, **__: contextlib.nullcontext()
+        try:
+            yield
+        finally:
+            del worker._maybe_get_memory_pool_context
+    _take_over(worker)
+
+
+def _take_over(worker: Any) -> None:
+    from kvcached_core.weights.adopting import adopt  # these import torch
+    from kvcached_core.weights.host_budget import HostBudget
+    from kvcached_core.weights.key import copy_key
+    from kvcached_core.weights.open_copy import open_copy
+    from kvcached_core.weights.rank import RankWeights
+
+    adopted = adopt(_modules(worker.model_runner), make_backend(worker.device))
+    if adopted is None:
+        return
+    config, layout = read_config(), adopted.image.layout
+    key = copy_key(_origin(worker, layout.digest))
+    budget, cpus = HostBudget(config), find_device(worker.device, config).near_cpus()
+    rank = RankWeights(
+        adopted.image,
+        lambda stop: open_copy(config, key, layout, budget, stop=stop, cpus=cpus),
+        current_stream(worker.device),
+    )
+    setattr(worker, OURS, OwnWeights(adopted, rank))
+
+
+def _modules(runner: Any) -> Mapping[str, Any]:
+    """Return the model of a runner, and its drafter if it has one."""
+    import torch
+
+    modules = {"model": runner.get_model()}
+    for name in ("drafter", "speculator"):  # of the first model runner, and of the second
+        model: Any = getattr(getattr(runner, name, None), "model", None)
+        drafter = model.unwrap() if hasattr(model, "unwrap") else model
+        if isinstance(drafter, torch.nn.Module):
+            modules["drafter"] = drafter
+    return modules
+
+
+def _origin(worker: Any, layout_digest: str) -> "Origin":
+    from kvcached_core.weights.key import Origin, mark_files
+
+    settings = worker.vllm_config
+    model, load, parallel = settings.model_config, settings.load_config, settings.parallel_config
+    folder = find_folder(str(model.model), revision=model.revision, cache_dir=load.download_dir)
+    draft = getattr(settings.speculative_config, "draft_model_config", None)
+    draft_files = mark_files(find_folder(str(draft.model))) if draft is not None else ()
+    tensor_parallel = parallel.tensor_parallel_size
+    stage, rank = divmod(worker.rank, tensor_parallel)
+    return Origin(
+        model=str(model.model),
+        revision=model.revision,
+        load_format=str(load.load_format),
+        files=(*mark_files(folder), *draft_files),
+        seed=model.seed or 0,
+        dtype=str(model.dtype),
+        quantization=model.quantization,
+        part="model" if draft is None else f"model, {draft.model}",
+        tensor_parallel=(tensor_parallel, rank),
+        pipeline_parallel=(parallel.pipeline_parallel_size, stage),
+        engine=startup.engine,
+        device=_architecture(worker.device),
+        layout_digest=layout_digest,
+    )
+
+
+def _architecture(device: Any) -> str:
+    if device.type != CUDA:
+        return str(device.type)
+    import torch
+
+    return f"{device.type} {torch.cuda.get_device_capability(device)}"
+
+
+def own_bytes(worker: Any) -> int:
+    """Return the bytes of a worker's weights that are on memory of ours."""
+    weights = weights_of(worker)
+    return 0 if weights is None else weights.adopted.image.layout.num_bytes
+
+
+def enter_weights(worker: Any, seat: "Seat") -> None:
+    """Let the ledger count a worker's weights as its own."""
+    weights = weights_of(worker)
+    if weights is not None:
+        weights.rank.join(seat)
+
+
+def copy_weights(worker: Any) -> None:
+    """Begin to copy a worker's weights to host memory, behind its start."""
+    weights = weights_of(worker)
+    if weights is not None:
+        weights.rank.begin_copy()
+
+
+def leave_weights(worker: Any) -> None:
+    """Give a worker's weights and their copy back; nothing runs on them any more."""
+    weights = weights_of(worker)
+    if weights is not None:
+        setattr(worker, OURS, None)
+        weights.rank.close()
+
+
+def weights_of(worker: Any) -> OwnWeights | None:
+    """Return a worker's weights if they are on memory of ours."""
+    found: OwnWeights | None = getattr(inner_worker(worker), OURS, None)
+    return found
+
+
+def weight_status(worker: Any) -> WeightStatus | None:
+    """Return how much of a worker's weights is there; vLLM's `collective_rpc` calls this."""
+    weights = weights_of(worker)
+    return None if weights is None else weights.rank.status()
+
+
+def hold_weights(worker: Any, num_pages: int) -> WeightStatus:
+    """Have exactly the first pages of a worker's weights there; `collective_rpc` calls this.
+
+    Returns:
+        What there is then: less than was wanted if others than engines took the memory.
+    """
+    weights: OwnWeights = getattr(inner_worker(worker), OURS)
+    try:
+        return weights.rank.hold(num_pages)
+    except OutOfMemoryError as error:
+        logger.warning("kvcached: %s; requests wait for the rest of the weights", error)
+        return weights.rank.status()
+
+
+def merged(statuses: Sequence[WeightStatus | None]) -> WeightStatus | None:
+    """Return what holds for all workers; None if one of them keeps its own."""
+    found = [status for status in statuses if status is not None]
+    return merge(found) if found and len(found) == len(statuses) else None
+
+
+def follow_weights(worker: Any, is_update: bool) -> None:  # noqa: FBT001  it has no keywords
+    """See `OwnWeights.follow`; `collective_rpc` calls this."""
+    weights = weights_of(worker)
+    if weights is not None:
+        weights.follow(is_update=is_update)

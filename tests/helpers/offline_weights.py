@@ -1,0 +1,118 @@
+"""Run as a script: one vLLM engine in this process, whose weights go and come; it reports.
+
+Arguments: a model folder, and a JSON object: with `vanilla` it answers once and reports that.
+"""
+
+import ctypes
+import json
+import queue
+import sys
+from typing import Any
+
+import torch
+
+OPTIONS: dict[str, Any] = {
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "block_size": 32,
+    "enable_prefix_caching": False,
+}
+PROMPTS = [[5 + index] * (20 + 30 * index) for index in range(6)]
+
+
+def change(worker: Any) -> None:
+    """Write to a weight in its place, as a trainer does."""
+    worker = getattr(worker, "worker", worker)
+    with torch.inference_mode():
+        worker.model_runner.get_model().lm_head.weight.mul_(-1)
+
+
+def replace(worker: Any) -> None:
+    """Put another parameter in the place of one."""
+    worker = getattr(worker, "worker", worker)
+    head = worker.model_runner.get_model().lm_head
+    head.weight = torch.nn.Parameter(head.weight.detach().clone() * -1, requires_grad=False)
+
+
+def main() -> None:
+    """Start, let weights go and come in all ways, and report one JSON object on the last line."""
+    model, options = sys.argv[1], json.loads(sys.argv[2])
+    from vllm import LLM, SamplingParams
+
+    sizes = {"kv_cache_memory_bytes": 64 << 20} if options.get("vanilla") else {}
+    llm = LLM(model, dtype=options.get("dtype", "float32"), **OPTIONS, **sizes)
+    sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+
+    def tokens() -> list[list[int]]:
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    report: dict[str, Any] = {"tokens": tokens()}
+    if not options.get("vanilla"):
+        report |= come_and_go(llm, tokens, report["tokens"])
+    print(json.dumps(report))
+
+
+def come_and_go(llm: Any, tokens: Any, first: list[list[int]]) -> dict[str, Any]:
+    """Return what became of the answers."""
+    core = llm.llm_engine.engine_core.engine_core
+    worker = core.model_executor.driver_worker.worker
+    engine, weights = core.kvcached, worker.kvcached_weights
+    image, rank = weights.rank.image, weights.rank
+    rank._copying.join()  # the copy is made behind the start
+    core.input_queue = queue.SimpleQueue()  # as if it had a loop: only such engines offer weights
+    row = worker.kvcached.ledger.view
+    report: dict[str, Any] = {
+        "num_pages": image.num_pages,
+        "bound_bytes": weights.adopted.binding.bound_bytes,
+        "static_bytes": weights.adopted.binding.static_bytes,
+    }
+
+    def resident() -> int:
+        return sum(one.weights_bytes for one in row().instances) // image.page_bytes
+
+    def slept() -> Any:
+        engine.sleep()
+        assert image.num_resident_pages == 0
+        return tokens()
+
+    steps = []
+    for num_kept in range(image.num_pages + 1):
+        engine.rest()
+        given = engine.activation.give((image.num_pages - num_kept) * image.page_bytes)
+        seen = (image.num_resident_pages, resident(), given // image.page_bytes)
+        steps.append([*seen, tokens() == first, resident()])
+    report["steps"] = steps
+    report["slept"] = slept() == first
+    llm.sleep(level=1)
+    report["asleep_pages"] = image.num_resident_pages
+    llm.wake_up()
+    report["woken_pages"] = image.num_resident_pages
+    report["after_wake_up"] = tokens() == first
+
+    llm.collective_rpc(change)
+    changed = tokens()
+    report["changed_differs"] = changed != first
+    report["changed_slept"] = slept() == changed
+    engine.sleep()
+    llm.collective_rpc(change)  # twice is as before; it wakes the weights first
+    report["changed_while_dropped"] = tokens() == first
+    report["changed_back_slept"] = slept() == first
+    llm.collective_rpc(replace)
+    report["replaced"] = tokens() == changed
+    report["replaced_slept"] = slept() == changed
+    engine.sleep()
+    llm.collective_rpc("reload_weights")
+    report["reloaded"] = tokens() == first
+    report["reloaded_slept"] = slept() == first
+
+    engine.sleep()
+    address = rank._copy.page_address(image.num_pages // 2)
+    ctypes.memset(address, 1, image.page_bytes // 2)
+    report["wrong_page_is_seen"] = tokens() != first
+    return report
+
+
+if __name__ == "__main__":
+    main()
