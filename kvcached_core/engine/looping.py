@@ -159,6 +159,9 @@ class LoopingEngine(ElasticEngine):
         port, ranks, room_pages = self.port, self.ranks, self._room_pages
         port.carry_out_later()
         is_busy = port.is_busy()
+        is_asked = is_busy or port.is_pending()
+        if is_asked and not self.activation.is_active and port.demand() is not None:
+            self.activation.activate()  # before it looks: who has to wait is asked for its weights
         wanted = ranks.look(is_busy=is_busy)
         self._room_pages = ranks.room_pages
         port.reopen(has_more=self._room_pages > room_pages)
@@ -168,10 +171,7 @@ class LoopingEngine(ElasticEngine):
         if self._held_since is not None and ranks.clock() > self._held_since + HOLD_SECONDS:
             self._held_since = None
             port.give_up_part()
-        is_asked = is_busy or port.is_pending()
-        if is_asked and not self.activation.is_active and not self.activation.activate():
-            return
-        if is_asked and (demand := port.demand()) is not None:
+        if is_asked and self.activation.is_active and (demand := port.demand()) is not None:
             self.promise_demand(demand)
 
     def promise_demand(self, demand: Demand) -> None:

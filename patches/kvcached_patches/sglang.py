@@ -1,5 +1,7 @@
 """What we hook in SGLang. All of it has the same role from 0.5.12.post1 on, in two places."""
 
+from collections.abc import Iterator
+
 from kvcached_patches.hook import Hook
 from kvcached_patches.sglang_uses import USES
 
@@ -11,6 +13,22 @@ _PLAN = "sglang.srt.model_executor.model_runner_kv_cache_mixin:ModelRunnerKVCach
 _ALLOCATOR = "sglang.srt.mem_cache.allocator"
 _CHECKER = "sglang.srt.managers.scheduler_runtime_checker_mixin:SchedulerRuntimeCheckerMixin"
 _WEIGHTS = "sglang.srt.managers.scheduler_update_weights_mixin:SchedulerUpdateWeightsMixin"
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager"
+
+
+def _around_weights(
+    names: str, owner: str, other: str = "", *, is_optional: bool = False
+) -> Iterator[Hook]:
+    """Yield hooks on methods that read or write weights beside a batch."""
+    for name in names.split():
+        yield Hook(
+            f"{owner}.{name}",
+            "kvcached_sglang.weight_hooks:use_weights",
+            "have all weights there first, and look afterwards what was replaced",
+            alternatives=(f"{other}.{name}",) if other else (),
+            is_optional=is_optional,
+        )
+
 
 # Always there, so that the flag is known before it is parsed; they change nothing without it.
 FLAG_HOOKS = (
@@ -122,20 +140,30 @@ HOOKS = (
         "let the last request wait for a neighbour's memory instead of aborting it",
     ),
     Hook(
-        "sglang.srt.managers.scheduler_components.weight_updater:"
-        "SchedulerWeightUpdaterManager.release_memory_occupation",
+        f"{_UPDATER}.release_memory_occupation",
         "kvcached_sglang.sleep_hooks:release_memory_occupation",
         "give all pages but page 0 back",
         ("recv_req",),
         (f"{_WEIGHTS}.release_memory_occupation",),
     ),
     Hook(
-        "sglang.srt.managers.scheduler_components.weight_updater:"
-        "SchedulerWeightUpdaterManager.resume_memory_occupation",
+        f"{_UPDATER}.resume_memory_occupation",
         "kvcached_sglang.sleep_hooks:resume_memory_occupation",
         "make room for what comes back from sleep, or refuse before anything is touched",
         ("recv_req",),
         (f"{_WEIGHTS}.resume_memory_occupation",),
+    ),
+    *_around_weights(
+        "check_weights get_weights_by_name save_remote_model save_sharded_model "
+        "update_weights_from_disk update_weights_from_distributed update_weights_from_ipc "
+        "update_weights_from_tensor",
+        _UPDATER,
+        _WEIGHTS,
+    ),
+    *_around_weights("begin_weight_update end_weight_update", _UPDATER, is_optional=True),
+    *_around_weights(
+        "load_lora_adapter load_lora_adapter_from_tensors send_weights_to_remote_instance",
+        "sglang.srt.managers.scheduler:Scheduler",
     ),
     Hook(
         "sglang.srt.managers.tokenizer_control_mixin:TokenizerControlMixin.init_communicators",

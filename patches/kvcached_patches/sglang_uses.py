@@ -46,11 +46,11 @@ def _arguments(group: str, names: str, *, is_optional: bool = False) -> Iterator
 
 
 _ARGUMENTS = (
-    *_arguments("device:Device", "device sleep_on_idle"),
+    *_arguments("device:Device", "device random_seed sleep_on_idle"),
     *_arguments("disagg:Disagg", "disaggregation_mode"),
     *_arguments("disagg:Disagg", "enable_pdmux", is_optional=True),
     *_arguments("exec_:ExecDllm", "dllm_algorithm"),
-    *_arguments("exec_:ExecFeatures", "enable_memory_saver"),
+    *_arguments("exec_:ExecFeatures", "enable_memory_saver enable_weights_cpu_backup"),
     *_arguments(
         "exec_:ExecKernel",
         "attention_backend prefill_attention_backend decode_attention_backend",
@@ -65,9 +65,18 @@ _ARGUMENTS = (
         "enable_unified_cache_external_linker",
         is_optional=True,
     ),
-    *_arguments("model:Model", "model_path revision download_dir"),
+    *_arguments("exec_:ExecKernel", "enable_nvidia_megakernel", is_optional=True),
+    *_arguments("exec_:ExecMoe", "elastic_ep_backend enable_eplb"),
+    *_arguments("exec_:ExecOffload", "cpu_offload_gb offload_group_size"),
+    *_arguments("exec_:ExecOffload", "ple_offload_embedding", is_optional=True),
+    *_arguments(
+        "model:Model",
+        "model_path revision download_dir load_format "
+        "remote_instance_weight_loader_start_seed_via_transfer_engine",
+    ),
+    *_arguments("model:Model", "startup_weight_load_mode weight_cache_mode", is_optional=True),
     *_arguments("parallel:Parallel", "tp_size pp_size dp_size attn_cp_size nnodes"),
-    *_arguments("parallel:Parallel", "dcp_size", is_optional=True),
+    *_arguments("parallel:Parallel", "dcp_size dwdp_size", is_optional=True),
     *_arguments(
         "schedule:Schedule", "max_mamba_cache_size max_prefill_tokens max_running_requests"
     ),
@@ -244,4 +253,41 @@ _SLEEP = (
     ),
 )
 
-USES = (*_ARGUMENTS, *_MEMORY, *_SCHEDULING, *_START, *_SLEEP)
+_REFUSED = "what weights without room are answered (kvcached_sglang/weight_hooks.py)"
+_WEIGHTS = (
+    Hook(
+        f"{_PARTS}.weight_updater:SchedulerWeightUpdaterManager._session",
+        "",
+        "weights are kept while somebody writes to them, in several calls",
+        how=USE,
+        is_optional=True,
+    ),
+    *uses(
+        _REFUSED,
+        *members(f"{_SRT}.managers.io_struct:GetWeightsByNameReqOutput", "parameter"),
+        *members(f"{_SRT}.managers.io_struct:LoRAUpdateOutput", "success error_message"),
+        *(
+            f"{_SRT}.managers.io_struct:{name}"
+            for name in (
+                "CheckWeightsReqOutput",
+                "SendWeightsToRemoteInstanceReqOutput",
+                "UpdateWeightFromDiskReqOutput",
+                "UpdateWeightsFromDistributedReqOutput",
+                "UpdateWeightsFromIPCReqOutput",
+                "UpdateWeightsFromTensorReqOutput",
+            )
+        ),
+    ),
+    *uses(
+        _REFUSED,
+        f"{_SRT}.managers.io_struct:BeginWeightUpdateReqOutput",
+        f"{_SRT}.managers.io_struct:EndWeightUpdateReqOutput",
+        is_optional=True,
+    ),
+    *uses(
+        "weights are taken over, and named by where they come from",
+        f"{_SRT}.configs.model_config:ModelConfig.quantization",
+    ),
+)
+
+USES = (*_ARGUMENTS, *_MEMORY, *_SCHEDULING, *_START, *_SLEEP, *_WEIGHTS)

@@ -19,12 +19,14 @@ from kvcached_sglang.engine import SglangEngine
 Hooked = tuple[type, str, Callable[[Any], Any]]
 
 
-def make_engine(directory: Path, num_pools: int = 1, **settings: int) -> SglangEngine:
+def make_engine(directory: Path, num_pools: int = 1, **settings: int | str) -> SglangEngine:
     """Return an engine of one rank on the host; `settings` are ours without their prefix."""
     variables = {f"KVCACHED_{name.upper()}": str(value) for name, value in settings.items()}
     return SglangEngine(
         torch.device("cpu"),
-        SimpleNamespace(served_model_name="m", model_path="m", max_prefill_tokens=1024),
+        SimpleNamespace(
+            served_model_name="m", model_path="m", max_prefill_tokens=1024, load_format="auto"
+        ),
         64,
         read_config({"KVCACHED_DIR": str(directory)} | variables),
         num_pools=num_pools,

@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 
+from helpers.fake_weights import FakeWeights
 from helpers.served import Request, Served
 from helpers.sglang_elastic import make_allocator
 from kvcached_core.config import Config
 from kvcached_core.memory.devices import host_device
+from kvcached_core.weights.status import WeightStatus
+from kvcached_sglang.elastic_weights import begin_to_yield
 from kvcached_sglang.engine import SglangEngine
 
 NUM_LAYERS = 2
+NUM_WEIGHTS = 4
 NUM_HEADS, HEAD_DIM = 2, 8192
 BLOCK_BYTES = NUM_HEADS * HEAD_DIM * 4  # float32; with keys and values of two layers 8 in a page
 
@@ -44,6 +48,21 @@ class Cache:
         self._free(torch.tensor([self.tokens.popleft() for _ in range(number)]))
 
 
+class FakeRank:
+    """What of a rank's weights the adapter knows."""
+
+    def __init__(self, weights: FakeWeights) -> None:
+        self._weights = weights
+        self.hold = weights.hold
+
+    def status(self) -> WeightStatus:
+        """See `RankWeights.status`."""
+        return self._weights.status
+
+    def begin_copy(self) -> None:
+        """See `RankWeights.begin_copy`: there is one already."""
+
+
 class SglangServed(Served):
     """The engine under test: it stands for SGLang's scheduler; a block is one token."""
 
@@ -52,7 +71,7 @@ class SglangServed(Served):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         arguments = SimpleNamespace(
-            served_model_name="m", model_path="m", max_prefill_tokens=1 << 20
+            served_model_name="m", model_path="m", max_prefill_tokens=1 << 20, load_format="auto"
         )
         self.engine = SglangEngine(torch.device("cpu"), arguments, 4, config)
         num_tokens = host_device(config).total_bytes // (2 * NUM_LAYERS * BLOCK_BYTES) - 1
@@ -71,6 +90,10 @@ class SglangServed(Served):
             tree_cache=self._cache,
         )
         self.engine.port.scheduler = self._scheduler
+        if self.engine.yields_weights:
+            self.weights = FakeWeights(NUM_WEIGHTS, self.engine.ranks.seat, config)
+            self.engine.port.weights = FakeRank(self.weights)  # type: ignore[assignment]
+            begin_to_yield(self.engine)
 
     @property
     def may_admit(self) -> bool:
@@ -112,7 +135,7 @@ class SglangServed(Served):
         """See `Served.begin_schedule`."""
         self._scheduler.waiting_queue = [
             SimpleNamespace(
-                origin_input_ids=[7] * self.num_blocks_of(request),
+                origin_input_ids=[7] * (self.num_blocks_of(request) - 1),  # it counts one more
                 output_ids=[],
                 sampling_params=SimpleNamespace(max_new_tokens=0),
             )
@@ -133,11 +156,11 @@ class SglangServed(Served):
 
     def sleep(self) -> None:
         """See `Served.sleep`."""
-        self.engine.empty()
+        self.engine.sleep()
 
     def waking(self, num_bytes: int) -> AbstractContextManager[None]:
         """See `Served.waking`."""
-        return self.engine.room_to_wake(num_bytes)
+        return self.engine.room_to_wake(num_bytes, has_weights=True)
 
     def close(self) -> None:
         """See `Served.close`."""

@@ -14,11 +14,12 @@ from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_sglang import engine as engines
 from kvcached_sglang import obstacles, start_hooks
 from kvcached_sglang.startup import startup
-from kvcached_sglang.weights import static_bytes
+from kvcached_sglang.weights import weight_bytes
 
 pytestmark = pytest.mark.sglang
 
 RUNNER = SimpleNamespace(server_args=None)
+REST = f"announced {OTHER_BYTES}"
 
 
 class Scheduler:
@@ -108,18 +109,23 @@ def test_under_auto_it_is_loaded_and_sized_as_sglang_does_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"),
+    ("kind", "yields", "expected"),
     [
-        ("cuda", ["room for 5", "loaded", f"announced {OTHER_BYTES}", "weights hold 12"]),
-        ("host", ["loaded"]),
+        ("cuda", False, [f"room for {5 + OTHER_BYTES}", "loaded", REST, "weights hold 12"]),
+        ("cuda", True, [f"room for {5 + OTHER_BYTES}", "loaded", REST]),
+        ("host", True, ["room for 5", "loaded"]),
+        ("host", False, ["loaded"]),
     ],
 )
-def test_on_a_gpu_neighbours_make_room_for_the_weights_first(
-    kind: str, expected: list[str]
+def test_neighbours_make_room_first_for_weights_that_count(
+    kind: str,
+    yields: bool,  # noqa: FBT001
+    expected: list[str],
 ) -> None:
     happened: list[str] = []
     engine = SimpleNamespace(
         device=SimpleNamespace(kind=kind),
+        yields_weights=yields,
         make_room_for=lambda size: happened.append(f"room for {size}"),
         ranks=SimpleNamespace(announce=lambda size: happened.append(f"announced {size}")),
         saved=SimpleNamespace(at_least=lambda tag, size: happened.append(f"{tag} hold {size}")),
@@ -129,7 +135,7 @@ def test_on_a_gpu_neighbours_make_room_for_the_weights_first(
     )
     with (
         patch.object(engines, "_engine", engine),
-        patch.object(start_hooks, "static_bytes", lambda _: 5),
+        patch.object(start_hooks, "weight_bytes", lambda _: 5),
     ):
         start_hooks.load_model(lambda _: happened.append("loaded"))(runner)
     assert happened == expected
@@ -141,8 +147,8 @@ def test_the_room_that_is_asked_for_is_a_ranks_share_of_the_model() -> None:
     def bytes_with(num_ranks: int) -> int:
         model = SimpleNamespace(model_path="no/such", hf_config=shape, dtype=torch.bfloat16)
         arguments = SimpleNamespace(tp_size=num_ranks)
-        return static_bytes(SimpleNamespace(server_args=arguments, model_config=model))
+        return weight_bytes(SimpleNamespace(server_args=arguments, model_config=model))
 
-    whole = bytes_with(1) - OTHER_BYTES
+    whole = bytes_with(1)
     assert whole > 2 * 512 * 64 * 2
-    assert bytes_with(2) - OTHER_BYTES == whole // 2
+    assert bytes_with(2) == whole // 2

@@ -8,7 +8,8 @@ from kvcached_patches import ENGINES, sglang
 from kvcached_patches.hook import USE
 from kvcached_patches.policy import hooks_of, report
 from kvcached_patches.sources import Folder
-from kvcached_sglang.obstacles import OBSTACLES
+from kvcached_sglang.obstacles import OBSTACLES, WEIGHT_OBSTACLES
+from kvcached_sglang.weight_hooks import ANSWERS
 
 pytestmark = pytest.mark.sglang
 
@@ -54,4 +55,10 @@ def test_a_change_planted_in_what_we_lean_on_is_refused_and_named(kind: str) -> 
 
 def test_every_argument_that_is_refused_is_in_the_table() -> None:
     names = {hook.path[-1] for hook in sglang.USES}
-    assert names.issuperset(OBSTACLES)
+    assert names.issuperset(OBSTACLES | WEIGHT_OBSTACLES)
+
+
+def test_every_answer_to_a_refused_call_is_in_the_table() -> None:
+    targets = {hook.target for hook in sglang.USES}
+    answers = {f"sglang.srt.managers.io_struct:{name}" for name in ANSWERS.values()}
+    assert not {answer for answer in answers if not any(one.startswith(answer) for one in targets)}

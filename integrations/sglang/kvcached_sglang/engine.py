@@ -1,7 +1,7 @@
 """One SGLang scheduler's memory: what SGLang's settings say of it, and the one of this process."""
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import Config, read_config
 from kvcached_core.engine.joining import Group
@@ -12,15 +12,24 @@ from kvcached_core.memory.saved_memory import SavedMemory
 from kvcached_core.memory.torch_device import current_stream, reserved_bytes
 from kvcached_patches.around import around_found
 from kvcached_sglang.demand import named_blocks
+from kvcached_sglang.elastic_weights import yields_weights
 from kvcached_sglang.obstacles import has_two_pools
 from kvcached_sglang.port import SglangPort
 from kvcached_sglang.startup import startup
+
+if TYPE_CHECKING:
+    from kvcached_core.weights.own_weights import OwnWeights
 
 logger = logging.getLogger("sglang.kvcached")
 
 
 class SglangEngine(LoopingEngine):
     """The memory of one scheduler process, from its first size to its end.
+
+    Attributes:
+        saved: What SGLang's memory saver has.
+        yields_weights: Whether weights are given, too.
+        own_weights: They, once they are loaded.
 
     Args:
         device: Where the KV cache lies, as torch names it.
@@ -57,6 +66,8 @@ class SglangEngine(LoopingEngine):
             num_idle_turns=1 if does_loop_sleep else NUM_IDLE_TURNS,
         )
         self.saved = SavedMemory(reserved_bytes(device))
+        self.yields_weights = yields_weights(server_args, config)
+        self.own_weights: OwnWeights | None = None
 
     def check(self, scheduler: Any, batch: Any) -> None:
         """Refuse a batch that names a block which is not mapped: see `RankMemory.check_blocks`."""

@@ -8,7 +8,7 @@ from kvcached_core.memory import layer_tensors
 from kvcached_patches.around import around
 from kvcached_sglang import pools
 from kvcached_sglang.engine import SglangEngine, around_engine, engine
-from kvcached_sglang.requests import answer_health_checks, is_asleep
+from kvcached_sglang.requests import answer_health_checks, is_asleep, skip_health_checks
 from kvcached_sglang.startup import startup
 
 Call = Callable[[], Any]
@@ -80,6 +80,8 @@ def get_next_batch_to_run(original: Callable[..., Any]) -> Callable[..., Any]:
         if ours is None:
             return original(self, *args, **kwargs)
         ours.port.scheduler = self
+        if not ours.activation.is_active:
+            skip_health_checks(self)
         ours.before_schedule()
         plan = original(self, *args, **kwargs)
         batch = getattr(plan, "batch_to_run", plan)

@@ -46,6 +46,41 @@ OBSTACLES = {
 }
 DEVICES = ("cpu", "cuda")
 
+# What keeps addresses of weights, or moves weights by itself: they stay, the KV cache is elastic.
+WEIGHT_OBSTACLES = {
+    "enable_eplb": (False, "experts are moved between ranks; remove --enable-eplb"),
+    "elastic_ep_backend": (
+        None,
+        "experts are moved between ranks; remove --elastic-ep-backend",
+    ),
+    "dwdp_size": (1, "ranks read each other's experts; set --dwdp-size 1"),
+    "cpu_offload_gb": (0, "SGLang offloads layers itself; remove --cpu-offload-gb"),
+    "offload_group_size": (-1, "SGLang offloads layers itself; remove --offload-group-size"),
+    "ple_offload_embedding": (
+        None,
+        "embeddings are read by their addresses; set --no-ple-offload-embedding",
+    ),
+    "weight_cache_mode": ("off", "a daemon has the weights; set --weight-cache-mode off"),
+    "startup_weight_load_mode": (
+        "serial",
+        "weights come when all is captured; set --startup-weight-load-mode serial",
+    ),
+    "remote_instance_weight_loader_start_seed_via_transfer_engine": (
+        False,
+        "a transfer engine holds addresses of weights; do not start a seed by it",
+    ),
+    "enable_nvidia_megakernel": (
+        False,
+        "a megakernel holds addresses of weights; remove --enable-nvidia-megakernel",
+    ),
+    "enable_weights_cpu_backup": (
+        False,
+        "SGLang's memory saver copies weights itself; remove --enable-weights-cpu-backup",
+    ),
+}
+# Formats whose weights lie in memory of others, or are moved by what loads them.
+SHARED_FORMATS = frozenset({"expert_pack", "ipc_cache", "rdma", "remote_instance"})
+
 # Mixes of full and sliding-window layers, all of one size: they are right in one pool, too.
 ONE_POOL_MODELS = frozenset(
     {
@@ -73,6 +108,19 @@ def argument_obstacles(arguments: Any) -> Iterator[str]:
     device = getattr(arguments, "device", None)
     if device is not None and device.partition(":")[0] not in DEVICES:
         yield f"device {device}: only NVIDIA GPUs and CPUs are served"
+
+
+def weight_obstacles(arguments: Any) -> Iterator[str]:
+    """Yield why the weights of a server stay, though its KV cache is elastic.
+
+    Args:
+        arguments: A `ServerArgs`.
+    """
+    for name, (allowed, reason) in WEIGHT_OBSTACLES.items():
+        if (getattr(arguments, name, None) or allowed) != allowed:
+            yield reason
+    if arguments.load_format in SHARED_FORMATS:
+        yield f"something else has the weights; remove --load-format {arguments.load_format}"
 
 
 def model_obstacles(runner: Any) -> Iterator[str]:

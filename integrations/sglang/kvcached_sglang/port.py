@@ -38,11 +38,16 @@ class SglangPort(LoopingPort):
         return self._current_stream() if handle is None else int(handle)
 
     def is_busy(self) -> bool:
-        """See `EnginePort.is_busy`."""
+        """See `EnginePort.is_busy`: weights that somebody is writing to are in use, too."""
         loop = self.scheduler
         if loop is None:
             return False
-        return bool(self.is_running() or loop.waiting_queue or loop.chunked_req is not None)
+        return bool(
+            self.is_running()
+            or loop.waiting_queue
+            or loop.chunked_req is not None
+            or requests.is_updating(loop)
+        )
 
     def is_running(self) -> bool:
         """See `LoopingPort.is_running`."""

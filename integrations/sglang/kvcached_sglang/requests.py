@@ -32,19 +32,30 @@ def is_asleep(scheduler: Any) -> bool:
     return bool(getattr(owner, "offload_tags", ()))
 
 
-def answer_health_checks(scheduler: Any) -> None:
-    """Let SGLang's `/health` hear that a scheduler is alive which runs nothing.
+def is_updating(scheduler: Any) -> bool:
+    """Return whether somebody writes new weights, in several calls: since 0.5.23 at the latest."""
+    owner = getattr(scheduler, "weight_updater", None)
+    return getattr(owner, "_session", None) is not None
 
-    A check is a request for one token. While an engine sleeps, it would wait for the wake in the
-    queue; it is answered as SGLang answers one that comes while other requests are there.
+
+def skip_health_checks(scheduler: Any) -> None:
+    """Take SGLang's health checks out of the queue of a scheduler whose model is not there.
+
+    A check is a request for one token, which would wait for the wake, or wake the engine. It is
+    answered as SGLang answers one that comes while other requests are there.
     """
     from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 
+    for request in list(scheduler.waiting_queue):
+        if request.rid.startswith(HEALTH_CHECK_RID_PREFIX):
+            scheduler.waiting_queue.remove(request)
+            scheduler.return_health_check_ipcs.append(request.http_worker_ipc)
+
+
+def answer_health_checks(scheduler: Any) -> None:
+    """Let SGLang's `/health` hear that a scheduler is alive which runs nothing."""
     if is_asleep(scheduler):
-        for request in list(scheduler.waiting_queue):
-            if request.rid.startswith(HEALTH_CHECK_RID_PREFIX):
-                scheduler.waiting_queue.remove(request)
-                scheduler.return_health_check_ipcs.append(request.http_worker_ipc)
+        skip_health_checks(scheduler)
     scheduler.maybe_send_health_check_signal()
 
 

@@ -4,6 +4,7 @@ The bytes that a wake will allocate are announced and asked for first. Where the
 call is refused before anything of the engine is touched, and the engine sleeps on.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 from kvcached_core.errors import NoRoomError
@@ -15,9 +16,15 @@ KV_CACHE, WEIGHTS, CUDA_GRAPH = ALL_TAGS = ("kv_cache", "weights", "cuda_graph")
 
 @around
 def saver_region(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wrap `region` and `cuda_graph` of SGLang's memory saver: count what is allocated inside."""
-    ours, region = engine(), original(self, *args, **kwargs)
+    """Wrap `region` and `cuda_graph` of SGLang's memory saver: count what is allocated inside.
+
+    Weights that yield are none of the memory saver's: they will lie in memory of ours.
+    """
+    ours = engine()
     tag = kwargs.get("tag", args[0] if args else CUDA_GRAPH)
+    if ours is not None and ours.yields_weights and tag == WEIGHTS:
+        return nullcontext()
+    region = original(self, *args, **kwargs)
     return region if ours is None else ours.saved.measured(tag, region)
 
 
@@ -25,11 +32,16 @@ def saver_region(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 def release_memory_occupation(
     original: Any, self: Any, recv_req: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Wrap the handler of `/release_memory_occupation`: all pages but page 0 go back."""
+    """Wrap the handler of `/release_memory_occupation`: all pages but page 0 go back.
+
+    So do all weights, where they yield.
+    """
     answer = original(self, recv_req, *args, **kwargs)
     ours = engine()
     if ours is not None and KV_CACHE in _tags(recv_req):
         ours.empty()
+    if ours is not None and WEIGHTS in _tags(recv_req):
+        ours.activation.sleep()
     return answer
 
 
@@ -50,7 +62,7 @@ def resume_memory_occupation(
     if awake:
         return _refused(f"kvcached: {', '.join(awake)} cannot be resumed: not released")
     try:
-        with ours.room_to_wake(ours.saved.bytes_of(tags)):
+        with ours.room_to_wake(ours.saved.bytes_of(tags), has_weights=WEIGHTS in tags):
             return original(self, recv_req, *args, **kwargs)
     except NoRoomError as error:
         return _refused(str(error))

@@ -9,10 +9,11 @@ from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_core.units import GIB
 from kvcached_patches.around import around
 from kvcached_sglang import obstacles
+from kvcached_sglang.elastic_weights import begin_to_yield, take_over_weights
 from kvcached_sglang.engine import engine, start_engine
 from kvcached_sglang.sleep_hooks import WEIGHTS
 from kvcached_sglang.startup import check_arguments, startup
-from kvcached_sglang.weights import loaded_bytes, static_bytes
+from kvcached_sglang.weights import loaded_bytes, weight_bytes
 
 
 def launch_subprocesses(original: Any) -> Any:
@@ -41,39 +42,55 @@ def wait_for_scheduler_ready(
 
 @around
 def scheduler_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    """Wrap `Scheduler.__init__`: what of ours ends a start is one message, said by one rank."""
+    """Wrap `Scheduler.__init__`: what of ours ends a start is one message, said by one rank.
+
+    At its end the engine is ready, with all that it captures.
+    """
     with said_once():
         original(self, *args, **kwargs)
+        ours = engine()
+        if ours is not None:
+            begin_to_yield(ours)
 
 
 @around
 def load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Wrap `ModelRunner.load_model`: before it is decided whether we serve; nothing is sized yet.
 
-    On a GPU neighbours make room for the weights, as in vLLM's worker. What fails after it ends the
-    start, under `auto`, too: SGLang is told the virtual size then.
+    Neighbours make room for the weights, as in vLLM's worker; on a host, for those that yield: the
+    others are not counted there. What fails after it ends the start, under `auto`, too: SGLang is
+    told the virtual size then.
     """
     if engine() is None and startup.is_on:
         found = obstacles.argument_obstacles(self.server_args), obstacles.model_obstacles(self)
         if startup.serves(chain(*found)):
             start_engine(self)
     ours = engine()
-    if ours is None or ours.device.kind == HOST:
+    is_on_host = ours is not None and ours.device.kind == HOST
+    if ours is None or (is_on_host and not ours.yields_weights):
         return original(self, *args, **kwargs)
-    ours.make_room_for(static_bytes(self))
+    other_bytes = 0 if is_on_host else OTHER_BYTES
+    ours.make_room_for(weight_bytes(self) + other_bytes)
     answer = original(self, *args, **kwargs)
-    ours.ranks.announce(OTHER_BYTES)
-    if getattr(self.server_args, "enable_memory_saver", False):
+    if not is_on_host:
+        ours.ranks.announce(other_bytes)
+    if getattr(self.server_args, "enable_memory_saver", False) and not ours.yields_weights:
         ours.saved.at_least(WEIGHTS, loaded_bytes(self.model))
     return answer
 
 
 @around
 def profile_available_bytes(original: Any, self: Any, *args: Any, **kwargs: Any) -> int:
-    """Wrap `_profile_available_bytes`: the limit is the virtual size, not what is free."""
+    """Wrap `_profile_available_bytes`: the limit is the virtual size, not what is free.
+
+    Here weights that yield become ours: nothing changes the model any more.
+    """
     ours = engine()
     if ours is None:
         return original(self, *args, **kwargs)
+    if ours.yields_weights:
+        with startup.one_message():
+            take_over_weights(ours, self)
     virtual_bytes = ours.virtual_bytes
     if obstacles.has_states(self):
         # The states' pool stays SGLang's own, and the original is what would have sized it.

@@ -3,11 +3,11 @@
 from itertools import chain
 from typing import Any
 
-from kvcached_core.memory.model_bytes import OTHER_BYTES, model_bytes
+from kvcached_core.memory.model_bytes import model_bytes
 
 
-def static_bytes(runner: Any) -> int:
-    """Return an estimate of the bytes on each device: weights and what comes with them.
+def weight_bytes(runner: Any) -> int:
+    """Return an estimate of the bytes of weights on each device.
 
     Args:
         runner: SGLang's model runner, before it loads.
@@ -20,7 +20,7 @@ def static_bytes(runner: Any) -> int:
         revision=getattr(arguments, "revision", None),
         cache_dir=getattr(arguments, "download_dir", None),
     )
-    return whole.on_rank(tensor_parallel=int(arguments.tp_size)) + OTHER_BYTES
+    return whole.on_rank(tensor_parallel=int(arguments.tp_size))
 
 
 def loaded_bytes(model: Any) -> int:

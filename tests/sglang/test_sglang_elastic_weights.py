@@ -1,0 +1,272 @@
+"""Weights of a SGLang scheduler: which stay, how others become ours, and who wakes them first."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from helpers.sglang_elastic import hooked, let_schedule, make_allocator, make_engine
+from helpers.waiting import await_that
+from sglang.srt.managers import io_struct
+
+from kvcached_core.config import read_config
+from kvcached_core.errors import NoRoomError
+from kvcached_core.ledger.view import InstanceView
+from kvcached_core.units import MIB
+from kvcached_sglang import hooks
+from kvcached_sglang.elastic_weights import begin_to_yield, take_over_weights, yields_weights
+from kvcached_sglang.engine import SglangEngine
+from kvcached_sglang.obstacles import SHARED_FORMATS, WEIGHT_OBSTACLES
+from kvcached_sglang.weight_hooks import ANSWERS, UPDATES, use_weights
+
+pytestmark = pytest.mark.sglang
+
+YIELD = read_config({"KVCACHED_WEIGHTS": "yield"})
+COPY_SECONDS = 20.0
+# What is not its default, where it is not a switch.
+VALUES = {
+    "cpu_offload_gb": 4,
+    "dwdp_size": 2,
+    "elastic_ep_backend": "nixl",
+    "offload_group_size": 2,
+    "startup_weight_load_mode": "overlap",
+    "weight_cache_mode": "client",
+}
+
+
+def arguments(**others: Any) -> Any:
+    return SimpleNamespace(**{"load_format": "auto"} | others)
+
+
+# Which stay
+
+
+def test_weights_yield_only_where_the_settings_say_so() -> None:
+    assert yields_weights(arguments(), YIELD)
+    assert not yields_weights(arguments(), read_config({"KVCACHED_WEIGHTS": "keep"}))
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        *({name: VALUES.get(name, True)} for name in WEIGHT_OBSTACLES),
+        *({"load_format": name} for name in SHARED_FORMATS),
+    ],
+    ids=lambda named: next(iter(named)),
+)
+def test_what_moves_weights_or_keeps_their_addresses_switches_them_off_in_one_line(
+    named: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert not yields_weights(arguments(**named), YIELD)
+    (line,) = caplog.messages
+    assert line.startswith("kvcached: elastic weights off: ")
+    assert line.endswith("; elastic KV stays on")
+    (name,) = named
+    assert f"-{name.replace('_', '-')}" in line or name.startswith("remote_instance")
+
+
+def test_settings_that_are_their_defaults_switch_nothing_off() -> None:
+    defaults = {name: allowed for name, (allowed, _) in WEIGHT_OBSTACLES.items()}
+    assert yields_weights(arguments(**defaults), YIELD)
+    assert yields_weights(arguments(**dict.fromkeys(defaults)), YIELD)
+
+
+# How they become ours
+
+
+class Model(torch.nn.Module):
+    """Two pages of 2 MiB and a bit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1024, 1024)
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+@pytest.fixture
+def engine(tmp_path: Path, model: Model) -> Iterator[SglangEngine]:
+    """An engine without requests, whose weights were copied."""
+    made = make_engine(
+        tmp_path / "kv",
+        host_pool=64 * MIB,
+        page_bytes=2 * MIB,
+        weights="yield",
+        weights_dir=str(tmp_path / "weights"),
+        weights_kept_seconds=0,
+    )
+    runner = SimpleNamespace(
+        device="cpu",
+        model=model,
+        server_args=SimpleNamespace(load_format="auto", download_dir=None, random_seed=None),
+        model_config=SimpleNamespace(model_path="m", dtype="float32", quantization=None),
+    )
+    group = SimpleNamespace(ranks=[0], rank_in_group=0)
+    with patch("sglang.srt.distributed.parallel_state.get_tp_group", lambda: group):
+        take_over_weights(made, runner)
+    allocator = make_allocator(made, 1000)
+    let_schedule(made, SimpleNamespace(evict=None, evictable_size=lambda: 0))
+    made.port.num_cached_blocks = lambda _number: 0  # type: ignore[method-assign]
+    made.port.scheduler.weight_updater = SimpleNamespace(_session=None)
+    begin_to_yield(made)
+    assert made.own_weights is not None
+    rank = made.own_weights.rank
+    await_that(lambda: rank.status().is_copied, COPY_SECONDS)
+    yield made
+    model.layer.weight = model.layer.bias = None  # type: ignore[assignment]
+    del allocator
+    rank.close()
+    made.close()
+
+
+def row(engine: SglangEngine) -> InstanceView:
+    (ledger,) = engine.ranks.instance._ledgers.values()  # type: ignore[union-attr]
+    return next(one for one in ledger.view().instances if one.name == "m")
+
+
+def turn(engine: SglangEngine) -> None:
+    engine.before_schedule()
+    engine.after_schedule(has_batch=False)
+
+
+def sleep(engine: SglangEngine) -> None:
+    turn(engine)
+    engine.sleep()
+    assert row(engine).weights_bytes == 0
+
+
+def test_weights_are_the_engines_own_in_the_ledger_and_offered_while_it_idles(
+    engine: SglangEngine,
+) -> None:
+    assert engine.own_weights is not None
+    size = engine.own_weights.num_bytes
+    assert (size, row(engine).weights_bytes, row(engine).static_bytes) == (6 * MIB, 6 * MIB, 0)
+    turn(engine)
+    assert row(engine).weights_offered_bytes == size
+
+
+def test_weights_are_kept_while_somebody_writes_to_them_in_several_calls(
+    engine: SglangEngine,
+) -> None:
+    engine.port.scheduler.weight_updater._session = "open"
+    turn(engine)
+    assert row(engine).weights_offered_bytes == 0
+    engine.port.scheduler.weight_updater._session = None
+    turn(engine)
+    assert row(engine).weights_offered_bytes > 0
+
+
+# Who wakes them first
+
+
+class Updater:
+    """A part of SGLang's scheduler, whose methods say what they found."""
+
+    def __init__(self, engine: SglangEngine, model: Model) -> None:
+        self._engine = engine
+        self._model = model
+
+    def get_weights_by_name(self, name: str) -> float:
+        assert name == "layer.weight"
+        assert row(self._engine).weights_offered_bytes == 0
+        return float(self._model.layer.weight.detach().sum())
+
+    def update_weights_from_disk(self) -> None:
+        self._model.layer.weight = torch.nn.Parameter(torch.ones(1024, 1024))
+
+
+def use(engine: SglangEngine, model: Model, method: str, *args: Any) -> Any:
+    with hooked(engine, (Updater, method, use_weights)):
+        return getattr(Updater(engine, model), method)(*args)
+
+
+def test_who_reads_weights_finds_them_and_they_are_offered_again(
+    engine: SglangEngine, model: Model
+) -> None:
+    expected = float(model.layer.weight.detach().sum())
+    sleep(engine)
+    assert use(engine, model, "get_weights_by_name", "layer.weight") == expected
+    assert row(engine).weights_offered_bytes == row(engine).weights_bytes == 6 * MIB
+
+
+def test_weights_that_an_update_put_in_their_place_come_back_after_a_sleep(
+    engine: SglangEngine, model: Model
+) -> None:
+    place = model.layer.weight.data_ptr()
+    sleep(engine)
+    use(engine, model, "update_weights_from_disk")
+    assert model.layer.weight.data_ptr() == place
+    sleep(engine)
+    assert use(engine, model, "get_weights_by_name", "layer.weight") == 1024 * 1024
+
+
+@pytest.mark.parametrize("method", sorted(ANSWERS))
+def test_without_room_a_call_is_refused_with_the_reason_and_touches_nothing(
+    engine: SglangEngine, method: str
+) -> None:
+    if not hasattr(io_struct, ANSWERS[method]):
+        pytest.skip("this release has no such call")
+
+    def refuse() -> None:
+        raise NoRoomError("kvcached: there is no room for the weights")
+
+    def call(_self: Any) -> None:
+        pytest.fail("it is not called")
+
+    call.__name__ = method
+    with hooked(engine), patch.object(engine.activation, "activate_now", refuse):
+        answer = use_weights(call)(None)
+    assert type(answer) is getattr(io_struct, ANSWERS[method])
+    if method == "get_weights_by_name":
+        assert answer.parameter is None
+    else:
+        assert not answer.success
+        assert "no room" in (getattr(answer, "error_message", None) or answer.message)
+
+
+def test_what_has_no_answer_raises_where_there_is_no_room(engine: SglangEngine) -> None:
+    def save_sharded_model(_self: Any) -> None:
+        pytest.fail("it is not called")
+
+    def refuse() -> None:
+        raise NoRoomError("no room")
+
+    with (
+        hooked(engine),
+        patch.object(engine.activation, "activate_now", refuse),
+        pytest.raises(NoRoomError),
+    ):
+        use_weights(save_sharded_model)(None)
+
+
+def test_updates_are_the_calls_that_write_all_weights() -> None:
+    assert {
+        "update_weights_from_disk",
+        "update_weights_from_distributed",
+        "update_weights_from_ipc",
+        "update_weights_from_tensor",
+        "end_weight_update",
+    } == UPDATES
+
+
+def test_a_health_check_is_answered_and_wakes_nothing(engine: SglangEngine) -> None:
+    sleep(engine)
+    scheduler, said = engine.port.scheduler, []
+    scheduler.waiting_queue = [SimpleNamespace(rid="HEALTH_CHECK_1", http_worker_ipc="front")]
+    scheduler.return_health_check_ipcs = []
+    scheduler.maybe_send_health_check_signal = lambda: said.append(
+        list(scheduler.return_health_check_ipcs)
+    )
+    with hooked(engine):
+        assert hooks.get_next_batch_to_run(lambda _: None)(scheduler) is None
+    assert said == [["front"]]
+    assert scheduler.waiting_queue == []
+    assert row(engine).weights_bytes == 0
