@@ -90,7 +90,7 @@ class SglangServed(Served):
             tree_cache=self._cache,
         )
         self.engine.port.scheduler = self._scheduler
-        if self.engine.yields_weights:
+        if self.engine.may_yield:
             self.weights = FakeWeights(NUM_WEIGHTS, self.engine.ranks.seat, config)
             self.engine.port.weights = FakeRank(self.weights)  # type: ignore[assignment]
             begin_to_yield(self.engine)

@@ -18,7 +18,7 @@ from kvcached_core.errors import NoRoomError
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
 from kvcached_sglang import hooks
-from kvcached_sglang.elastic_weights import begin_to_yield, take_over_weights, yields_weights
+from kvcached_sglang.elastic_weights import begin_to_yield, may_yield, take_over_weights
 from kvcached_sglang.engine import SglangEngine
 from kvcached_sglang.obstacles import SHARED_FORMATS, WEIGHT_OBSTACLES
 from kvcached_sglang.weight_hooks import ANSWERS, UPDATES, use_weights
@@ -46,8 +46,8 @@ def arguments(**others: Any) -> Any:
 
 
 def test_weights_yield_only_where_the_settings_say_so() -> None:
-    assert yields_weights(arguments(), YIELD)
-    assert not yields_weights(arguments(), read_config({"KVCACHED_WEIGHTS": "keep"}))
+    assert may_yield(arguments(), YIELD)
+    assert not may_yield(arguments(), read_config({"KVCACHED_WEIGHTS": "keep"}))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_what_moves_weights_or_keeps_their_addresses_switches_them_off_in_one_li
     named: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        assert not yields_weights(arguments(**named), YIELD)
+        assert not may_yield(arguments(**named), YIELD)
     (line,) = caplog.messages
     assert line.startswith("kvcached: elastic weights off: ")
     assert line.endswith("; elastic KV stays on")
@@ -72,8 +72,8 @@ def test_what_moves_weights_or_keeps_their_addresses_switches_them_off_in_one_li
 
 def test_settings_that_are_their_defaults_switch_nothing_off() -> None:
     defaults = {name: allowed for name, (allowed, _) in WEIGHT_OBSTACLES.items()}
-    assert yields_weights(arguments(**defaults), YIELD)
-    assert yields_weights(arguments(**dict.fromkeys(defaults)), YIELD)
+    assert may_yield(arguments(**defaults), YIELD)
+    assert may_yield(arguments(**dict.fromkeys(defaults)), YIELD)
 
 
 # How they become ours

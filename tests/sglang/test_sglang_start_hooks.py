@@ -125,7 +125,7 @@ def test_neighbours_make_room_first_for_weights_that_count(
     happened: list[str] = []
     engine = SimpleNamespace(
         device=SimpleNamespace(kind=kind),
-        yields_weights=yields,
+        may_yield=yields,
         make_room_for=lambda size: happened.append(f"room for {size}"),
         ranks=SimpleNamespace(announce=lambda size: happened.append(f"announced {size}")),
         saved=SimpleNamespace(at_least=lambda tag, size: happened.append(f"{tag} hold {size}")),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvcached_sglang.engine import SglangEngine
 
 
-def yields_weights(arguments: Any, config: Config) -> bool:
+def may_yield(arguments: Any, config: Config) -> bool:
     """Return whether weights are given, too; if they should be and cannot, say why.
 
     Args:
@@ -59,7 +59,7 @@ def take_over_weights(engine: "SglangEngine", runner: Any) -> None:
 def begin_to_yield(engine: "SglangEngine") -> None:
     """Let neighbours have the weights from now on: the engine is ready to serve. On all ranks."""
     weights = engine.port.weights
-    if engine.yields_weights and engine.yield_weights(engine.config) and weights is not None:
+    if engine.may_yield and engine.yield_weights(engine.config) and weights is not None:
         weights.begin_copy()
 
 

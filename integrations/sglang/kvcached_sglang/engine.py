@@ -12,7 +12,7 @@ from kvcached_core.memory.saved_memory import SavedMemory
 from kvcached_core.memory.torch_device import current_stream, reserved_bytes
 from kvcached_patches.around import around_found
 from kvcached_sglang.demand import named_blocks
-from kvcached_sglang.elastic_weights import yields_weights
+from kvcached_sglang.elastic_weights import may_yield
 from kvcached_sglang.obstacles import has_two_pools
 from kvcached_sglang.port import SglangPort
 from kvcached_sglang.startup import startup
@@ -28,7 +28,7 @@ class SglangEngine(LoopingEngine):
 
     Attributes:
         saved: What SGLang's memory saver has.
-        yields_weights: Whether weights are given, too.
+        may_yield: Whether weights shall be given, too.
         own_weights: They, once they are loaded.
 
     Args:
@@ -66,7 +66,7 @@ class SglangEngine(LoopingEngine):
             num_idle_turns=1 if does_loop_sleep else NUM_IDLE_TURNS,
         )
         self.saved = SavedMemory(reserved_bytes(device))
-        self.yields_weights = yields_weights(server_args, config)
+        self.may_yield = may_yield(server_args, config)
         self.own_weights: OwnWeights | None = None
 
     def check(self, scheduler: Any, batch: Any) -> None:

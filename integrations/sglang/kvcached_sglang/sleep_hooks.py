@@ -22,7 +22,7 @@ def saver_region(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """
     ours = engine()
     tag = kwargs.get("tag", args[0] if args else CUDA_GRAPH)
-    if ours is not None and ours.yields_weights and tag == WEIGHTS:
+    if ours is not None and ours.may_yield and tag == WEIGHTS:
         return nullcontext()
     region = original(self, *args, **kwargs)
     return region if ours is None else ours.saved.measured(tag, region)

@@ -67,14 +67,14 @@ def load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
             start_engine(self)
     ours = engine()
     is_on_host = ours is not None and ours.device.kind == HOST
-    if ours is None or (is_on_host and not ours.yields_weights):
+    if ours is None or (is_on_host and not ours.may_yield):
         return original(self, *args, **kwargs)
     other_bytes = 0 if is_on_host else OTHER_BYTES
     ours.make_room_for(weight_bytes(self) + other_bytes)
     answer = original(self, *args, **kwargs)
     if not is_on_host:
         ours.ranks.announce(other_bytes)
-    if getattr(self.server_args, "enable_memory_saver", False) and not ours.yields_weights:
+    if getattr(self.server_args, "enable_memory_saver", False) and not ours.may_yield:
         ours.saved.at_least(WEIGHTS, loaded_bytes(self.model))
     return answer
 
@@ -88,7 +88,7 @@ def profile_available_bytes(original: Any, self: Any, *args: Any, **kwargs: Any)
     ours = engine()
     if ours is None:
         return original(self, *args, **kwargs)
-    if ours.yields_weights:
+    if ours.may_yield:
         with startup.one_message():
             take_over_weights(ours, self)
     virtual_bytes = ours.virtual_bytes
