@@ -8,7 +8,7 @@ from queue import Queue
 
 from helpers.fake_weights import FakeWeights
 from helpers.page_source import FakeBlock
-from helpers.served import PATIENCE_SECONDS, Request, Served, Weights
+from helpers.served import NUM_WEIGHT_PAGES, PATIENCE_SECONDS, Request, Served, Weights
 from kvcached_core.config import Config, WeightsMode
 from kvcached_core.engine.engine import ElasticEngine
 from kvcached_core.engine.free_lists import FreeLists
@@ -42,7 +42,7 @@ class FakeEngine(Served):
         config: Config,
         block_bytes: int = BLOCK_BYTES,
         num_planes: int = NUM_PLANES,
-        num_weight_pages: int = 4,
+        num_weight_pages: int = NUM_WEIGHT_PAGES,
         make_weights: Callable[[int, Seat, Config], Weights] = FakeWeights,
     ) -> None:
         super().__init__(config)

@@ -21,6 +21,9 @@ from kvcached_core.weights.status import WeightStatus
 class HeldWeights:
     """Random words in an image; see `helpers.served.Weights`.
 
+    Attributes:
+        rank: What holds them.
+
     Args:
         num_pages: How many pages they fill.
         seat: Where they are reported.
@@ -37,11 +40,11 @@ class HeldWeights:
         words.random_()
         self._content = words.clone()
         budget, key = HostBudget(config, GIB), CopyKey("0" * 32, str(config.name))
-        self._rank = RankWeights(
+        self.rank = RankWeights(
             self._image, lambda stop: open_copy(config, key, layout, budget, stop=stop)
         )
-        self._rank.join(seat)
-        self._rank.begin_copy()
+        self.rank.join(seat)
+        self.rank.begin_copy()
         await_that(lambda: self.status.is_copied, PATIENCE_SECONDS)
 
     @property
@@ -66,11 +69,11 @@ class HeldWeights:
     @property
     def status(self) -> WeightStatus:
         """What a worker says."""
-        return self._rank.status()
+        return self.rank.status()
 
     def hold(self, num_pages: int) -> WeightStatus:
         """See `RankWeights.hold`."""
-        return self._rank.hold(num_pages)
+        return self.rank.hold(num_pages)
 
     def check(self) -> None:
         """Do what a step does: read all of it."""
@@ -80,4 +83,4 @@ class HeldWeights:
 
     def close(self) -> None:
         """Give everything back."""
-        self._rank.close()
+        self.rank.close()

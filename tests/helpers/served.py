@@ -23,6 +23,7 @@ from kvcached_core.weights.status import WeightStatus
 
 PAGE_BYTES = 2 * MIB
 NUM_PAGES = 16  # of the device, and so of the pool of the engine under test
+NUM_WEIGHT_PAGES = 4  # of an engine under test whose weights yield
 PATIENCE_SECONDS = 20.0
 ENGINE = "engine"
 WORDS = ("used", "cached", "idle", "weights", "static", "promised", "asked", "coming")

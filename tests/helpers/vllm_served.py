@@ -16,12 +16,14 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request as VllmRequest
 
-from helpers.served import PATIENCE_SECONDS, Request, Served
-from kvcached_core.config import Config
+from helpers.held_weights import HeldWeights
+from helpers.served import NUM_WEIGHT_PAGES, PATIENCE_SECONDS, Request, Served
+from kvcached_core.config import Config, WeightsMode
 from kvcached_core.memory.devices import host_device
 from kvcached_core.memory.rank import RankMemory
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_vllm import engine_hooks
+from kvcached_vllm.elastic_weights import OURS
 from kvcached_vllm.engine import VllmEngine
 from kvcached_vllm.engine_hooks import ORDERS
 from kvcached_vllm.layout import PLACEMENT
@@ -66,6 +68,9 @@ class VllmServed(Served):
         place = getattr(plan, PLACEMENT)
         self.memory = RankMemory(place.geometry, place.num_pages, place.seat, backend)
         self._worker = SimpleNamespace(kvcached=self.memory)
+        if config.weights is WeightsMode.YIELD:
+            self.weights = HeldWeights(NUM_WEIGHT_PAGES, place.seat, config)
+            setattr(self._worker, OURS, SimpleNamespace(rank=self.weights.rank))
         self._hooks = ExitStack()
         self._hooks.enter_context(hooked())
         self.kv_cache_manager = self._build_manager(num_blocks)
@@ -153,7 +158,8 @@ class VllmServed(Served):
     def waking(self, num_bytes: int) -> Iterator[None]:
         """See `Served.waking`."""
         self._bytes_to_wake = num_bytes
-        with self.engine.room_to_wake(max(self.collective_rpc(asleep_bytes, args=(None,)))):
+        num_bytes = max(self.collective_rpc(asleep_bytes, args=(None,)))
+        with self.engine.room_to_wake(num_bytes, has_weights=self.engine.yields_weights):
             yield
         self.is_sleeping = False
 
@@ -161,6 +167,8 @@ class VllmServed(Served):
         """See `Served.close`."""
         self._hooks.close()
         self.memory.close()
+        if self.weights is not None:
+            self.weights.close()
         engine_hooks.engine_core_shutdown(lambda _core: None)(self)
 
     def has_unfinished_requests(self) -> bool:

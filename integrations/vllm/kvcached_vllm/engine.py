@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kvcached_core.config import Config, read_config
+from kvcached_core.config import Config
 from kvcached_core.engine.activation import FIRST_LOOK_SECONDS
 from kvcached_core.engine.central import CentralEngine
 from kvcached_core.engine.placing import Planes
@@ -26,7 +26,7 @@ class VllmEngine(CentralEngine):
     port: VllmPort
 
     def __init__(self, vllm_config: Any, config: Config, devices: list[Device], core: Any) -> None:
-        self.vllm_config = vllm_config
+        self.vllm_config, self.config = vllm_config, config
         super().__init__(
             VllmPort(core),
             config,
@@ -64,6 +64,6 @@ class VllmEngine(CentralEngine):
         pool.engine, pool.giving, pool.num_groups = self, self.giving, self.num_groups
         self.port.pool = pool
         self.pools.append(pool.pages)
-        if self.yield_weights(read_config()):
+        if self.yield_weights(self.config):
             self.ranks.set_alarm(FIRST_LOOK_SECONDS)  # no step may come that would look
         return pool
