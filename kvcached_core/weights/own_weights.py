@@ -28,8 +28,7 @@ class OwnWeights:
     @property
     def num_bytes(self) -> int:
         """What their pages take of the device, in bytes."""
-        image = self.adopted.image
-        return image.num_pages * image.page_bytes
+        return self.adopted.image.layout.num_bytes
 
     def follow(self, *, is_update: bool) -> None:
         """Take over what the engine put in the place of weights, while all pages are there.

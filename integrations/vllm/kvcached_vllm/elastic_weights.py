@@ -3,12 +3,13 @@
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import CUDA, WeightsMode, read_config
 from kvcached_core.errors import OutOfMemoryError
 from kvcached_core.memory.model_bytes import find_folder
-from kvcached_core.memory.torch_device import current_stream, find_device, make_backend
+from kvcached_core.memory.torch_device import architecture
 from kvcached_core.weights.status import WeightStatus, merge
 from kvcached_vllm.startup import startup
 from kvcached_vllm.weight_obstacles import weight_obstacles
@@ -16,36 +17,13 @@ from kvcached_vllm.worker import inner_worker
 
 if TYPE_CHECKING:
     from kvcached_core.memory.seats import Seat
-    from kvcached_core.weights.adopting import Adopted
     from kvcached_core.weights.key import Origin
-    from kvcached_core.weights.rank import RankWeights
+    from kvcached_core.weights.own_weights import OwnWeights
 
 logger = logging.getLogger("vllm.kvcached")
 
 # Where a worker has its `OwnWeights`.
 OURS = "kvcached_weights"
-
-
-class OwnWeights:
-    """The weights of a worker on memory of ours.
-
-    Args:
-        adopted: What was taken over.
-        rank: The image, its copy, and their part of the ledger.
-    """
-
-    def __init__(self, adopted: "Adopted", rank: "RankWeights") -> None:
-        self.adopted = adopted
-        self.rank = rank
-
-    def follow(self, *, is_update: bool) -> None:
-        """Take over what vLLM replaced, while all pages are there.
-
-        Args:
-            is_update: All weights were written, so all of them are copied before they are given.
-        """
-        if self.adopted.follow() or is_update:
-            self.rank.mark_dirty()
 
 
 def yields_weights(vllm_config: Any) -> bool:
@@ -82,24 +60,10 @@ def loading(worker: Any) -> Iterator[None]:
 
 
 def _take_over(worker: Any) -> None:
-    from kvcached_core.weights.adopting import adopt  # these import torch
-    from kvcached_core.weights.host_budget import HostBudget
-    from kvcached_core.weights.key import copy_key
-    from kvcached_core.weights.open_copy import open_copy
-    from kvcached_core.weights.rank import RankWeights
+    from kvcached_core.weights.own_weights import take_over  # it imports torch
 
-    adopted = adopt(_modules(worker.model_runner), make_backend(worker.device))
-    if adopted is None:
-        return
-    config, layout = read_config(), adopted.image.layout
-    key = copy_key(_origin(worker, layout.digest))
-    budget, cpus = HostBudget(config), find_device(worker.device, config).near_cpus()
-    rank = RankWeights(
-        adopted.image,
-        lambda stop: open_copy(config, key, layout, budget, stop=stop, cpus=cpus),
-        current_stream(worker.device),
-    )
-    setattr(worker, OURS, OwnWeights(adopted, rank))
+    modules, origin_of = _modules(worker.model_runner), partial(_origin, worker)
+    setattr(worker, OURS, take_over(modules, worker.device, read_config(), origin_of))
 
 
 def _modules(runner: Any) -> Mapping[str, Any]:
@@ -137,23 +101,15 @@ def _origin(worker: Any, layout_digest: str) -> "Origin":
         tensor_parallel=(tensor_parallel, rank),
         pipeline_parallel=(parallel.pipeline_parallel_size, stage),
         engine=startup.engine,
-        device=_architecture(worker.device),
+        device=architecture(worker.device),
         layout_digest=layout_digest,
     )
-
-
-def _architecture(device: Any) -> str:
-    if device.type != CUDA:
-        return str(device.type)
-    import torch
-
-    return f"{device.type} {torch.cuda.get_device_capability(device)}"
 
 
 def own_bytes(worker: Any) -> int:
     """Return the bytes of a worker's weights that are on memory of ours."""
     weights = weights_of(worker)
-    return 0 if weights is None else weights.adopted.image.layout.num_bytes
+    return 0 if weights is None else weights.num_bytes
 
 
 def enter_weights(worker: Any, seat: "Seat") -> None:
@@ -178,7 +134,7 @@ def leave_weights(worker: Any) -> None:
         weights.rank.close()
 
 
-def weights_of(worker: Any) -> OwnWeights | None:
+def weights_of(worker: Any) -> "OwnWeights | None":
     """Return a worker's weights if they are on memory of ours."""
     found: OwnWeights | None = getattr(inner_worker(worker), OURS, None)
     return found
