@@ -27,6 +27,8 @@ from yielding import Run
 from kvcached_core.units import GIB, MIB
 
 NUM_AT_ONCE = 2
+# Of a rehearsal: what each keeps, and what half of them cannot have at a time.
+TINY_PAGE_BYTES, TINY_WEIGHTS_BYTES = 16 * MIB, 12 * MIB
 
 
 def ask_all(run: Run, names: Iterator[str], seconds: float) -> dict[str, Any]:
@@ -76,7 +78,10 @@ def main() -> None:
         record = Record(options.json)
         machine = describe_machine() if options.tiny else describe_gpu()
         record.add(machine=machine)
-        run = Run(Path(folder), tiny=options.tiny, runner=options.runner, pool_bytes=70 * MIB)
+        pool_bytes = (
+            TINY_PAGE_BYTES * (options.models + 2)
+        ) + TINY_WEIGHTS_BYTES * options.models // 2
+        run = Run(Path(folder), tiny=options.tiny, runner=options.runner, pool_bytes=pool_bytes)
         if not options.tiny:
             headroom_bytes = int(str(machine["gpu_bytes"])) - int(options.device_gib * GIB)
             run.environ["KVCACHED_HEADROOM"] = str(headroom_bytes)
@@ -99,11 +104,9 @@ def main() -> None:
             order = iter([source.choice(names) for _ in range(options.number)])
             record.add(**{"at random": ask_all(run, order, options.seconds)})
             views = [run.view(name) for name in names]
-            record.add(activations=sum(view.num_activations for view in views))
+            record.add(activations=sum(view.activations.num for view in views))
         finally:
-            record.add(failed=run.num_failed, wrong=run.num_wrong)
-            run.servers.kill()
-            run.servers.keep_logs(record.path.parent, record.path.stem)
+            run.close(record)
     print(table(record.results))
 
 

@@ -269,9 +269,7 @@ def main() -> None:
                 record.add(**{part: found})
                 print(part, f"{time.monotonic() - begin:.1f} s", flush=True)
         finally:
-            record.add(failed=run.num_failed, wrong=run.num_wrong)
-            run.servers.kill()
-            run.servers.keep_logs(record.path.parent, record.path.stem)
+            run.close(record)
     print(table(record.results))
 
 

@@ -3,13 +3,15 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from neighbour import Neighbour
-from vllm_servers import READY_SECONDS, SHORT_FOLDER
+from vllm_servers import READY_SECONDS, SHORT_FOLDER, Record
 
 from kvcached_core import control
 from kvcached_core.control import Outcome
@@ -25,6 +27,7 @@ from helpers.shapes import make_shape
 
 TESTS = Path(__file__).parents[1] / "tests"
 NUM_PROMPT_TOKENS, NUM_TOKENS = 128, 8
+MEMORY = "/dev/shm"  # noqa: S108  a folder of a name of its own is made there
 SLEEP_SECONDS = 20.0
 POOL_BYTES = 160 * MIB  # of a rehearsal
 EXTENSION = ("--worker-extension-cls", "helpers.seeded.Seeded")
@@ -44,6 +47,7 @@ class Run:
         self, folder: Path, *, tiny: bool, runner: int | None, pool_bytes: int = POOL_BYTES
     ) -> None:
         self.folder, self.tiny = folder, tiny
+        self.copies = Path(tempfile.mkdtemp(prefix="kv-", dir=MEMORY))
         self.servers = Servers(folder, pool_bytes if tiny else None)
         self.environ = {
             "TMPDIR": SHORT_FOLDER,
@@ -51,11 +55,20 @@ class Run:
             "VLLM_LOGGING_LEVEL": "INFO",
             "KVCACHED_WEIGHTS": "yield",
             "KVCACHED_WEIGHTS_KEPT_SECONDS": "0",
+            "KVCACHED_WEIGHTS_DIR": str(self.copies),
+            "KVCACHED_HOST_BUDGET": "85%",
         }
         if runner is not None:
             self.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(runner - 1)
         self.right: dict[str, list[int]] = {}
         self.num_failed = self.num_wrong = 0
+
+    def close(self, record: Record) -> None:
+        """End all servers, keep the ends of their logs beside the results, and drop the copies."""
+        record.add(failed=self.num_failed, wrong=self.num_wrong)
+        self.servers.kill()
+        self.servers.keep_logs(record.path.parent, record.path.stem)
+        shutil.rmtree(self.copies, ignore_errors=True)
 
     def start(self, name: str, seed: int, *arguments: str, is_elastic: bool = True) -> None:
         """Start a server of a model with weights of its own."""
