@@ -138,7 +138,8 @@ class Config(BaseModel):
         "may use",
     )
     sleep_after: Annotated[float | None, Field(ge=0), BeforeValidator(_none)] = Field(
-        default=None, description="seconds after which an idle engine yields its weights unasked"
+        default=None,
+        description="seconds after which an idle engine yields its weights and its cache unasked",
     )
     debug: bool = Field(
         default=False, description="check before each step that every block it names is mapped"
