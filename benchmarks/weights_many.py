@@ -79,7 +79,7 @@ def main() -> None:
         machine = describe_machine() if options.tiny else describe_gpu()
         record.add(machine=machine)
         pool_bytes = (
-            TINY_PAGE_BYTES * (options.models + 2)
+            TINY_PAGE_BYTES * (options.models + 1)
         ) + TINY_WEIGHTS_BYTES * options.models // 2
         run = Run(Path(folder), tiny=options.tiny, runner=options.runner, pool_bytes=pool_bytes)
         if not options.tiny:

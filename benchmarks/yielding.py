@@ -128,7 +128,7 @@ class Run:
         """Wait until those named have offered their weights: their host copies are complete."""
         start = time.monotonic()
         while any(
-            not view.weights_offered_bytes or view.weights_offered_bytes < view.weights_bytes
+            view.weights_offered_bytes < view.weights_bytes or not view.weights_needed_bytes
             for view in map(self.view, names)
         ):
             if time.monotonic() > start + READY_SECONDS:
