@@ -92,11 +92,16 @@ def nearest(distribution: str, release: str) -> str | None:
 
 
 def locked_hooks(hooks: Iterable[Hook], lock: Lock) -> tuple[Hook, ...]:
-    """Return `hooks` with their targets in a locked release; nothing of the engine is read."""
+    """Return `hooks` with their targets in a locked release; nothing of the engine is read.
+
+    What a release may lack, and lacks, is left out.
+    """
     chosen = []
     for hook in hooks:
         targets = (hook.target, *hook.alternatives)
         target = next((name for name in targets if name in lock.symbols), hook.target)
+        if hook.is_optional and target not in lock.symbols:
+            continue
         decorators = lock.symbols[target].decorators if target in lock.symbols else ()
         chosen.append(replace(hook, target=target, alternatives=(), num_decorators=len(decorators)))
     return tuple(chosen)

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,13 @@ def test_a_locked_hook_knows_its_target_and_the_engines_own_decorators(tmp_path:
     moved = Hook("engine.new:method", "x:y", "why", (), ("engine.core:Owner.method",))
     (chosen,) = locked_hooks([moved], made)
     assert (chosen.target, chosen.num_decorators) == ("engine.core:Owner.method", 1)
+
+
+def test_a_hook_that_a_release_may_lack_is_not_applied_where_it_lacks_it(tmp_path: Path) -> None:
+    made = lock(engine(tmp_path))
+    lacking = Hook("engine.core:Owner.lacking", "x:y", "why", is_optional=True)
+    assert locked_hooks([lacking], made) == ()
+    assert len(locked_hooks([replace(lacking, is_optional=False)], made)) == 1
 
 
 def test_everything_below_a_wrapped_method_has_a_decision_record() -> None:
