@@ -1,6 +1,7 @@
 """Run as a script: one vLLM engine in this process, whose weights go and come; it reports.
 
-Arguments: a model folder, and a JSON object: with `vanilla` it answers once and reports that.
+Arguments: a model folder, and a JSON object: with `vanilla` it answers once and reports that, with
+`tamper` it runs a step on weights that are not there.
 """
 
 import ctypes
@@ -10,6 +11,8 @@ import sys
 from typing import Any
 
 import torch
+
+from kvcached_core.engine.weights_kept import WeightsKept
 
 OPTIONS: dict[str, Any] = {
     "enforce_eager": True,
@@ -21,17 +24,20 @@ PROMPTS = [[5 + index] * (20 + 30 * index) for index in range(6)]
 
 
 def change(worker: Any) -> None:
-    """Write to a weight in its place, as a trainer does."""
-    worker = getattr(worker, "worker", worker)
+    """Write to weights in their place, as a trainer does: the likely becomes unlikely."""
     with torch.inference_mode():
-        worker.model_runner.get_model().lm_head.weight.mul_(-1)
+        last_norm(worker).weight.mul_(-1)
 
 
 def replace(worker: Any) -> None:
     """Put another parameter in the place of one."""
-    worker = getattr(worker, "worker", worker)
-    head = worker.model_runner.get_model().lm_head
-    head.weight = torch.nn.Parameter(head.weight.detach().clone() * -1, requires_grad=False)
+    norm = last_norm(worker)
+    norm.weight = torch.nn.Parameter(norm.weight.detach().clone() * -1, requires_grad=False)
+
+
+def last_norm(worker: Any) -> Any:
+    """Return what every answer goes through."""
+    return getattr(worker, "worker", worker).model_runner.get_model().model.norm
 
 
 def main() -> None:
@@ -40,7 +46,9 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     sizes = {"kv_cache_memory_bytes": 64 << 20} if options.get("vanilla") else {}
-    llm = LLM(model, dtype=options.get("dtype", "float32"), **OPTIONS, **sizes)
+    llm = LLM(
+        options.get("model", model), dtype=options.get("dtype", "float32"), **OPTIONS, **sizes
+    )
     sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
 
@@ -49,9 +57,21 @@ def main() -> None:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     report: dict[str, Any] = {"tokens": tokens()}
+    if options.get("tamper"):
+        step_on_dropped_weights(llm, tokens)
     if not options.get("vanilla"):
         report |= come_and_go(llm, tokens, report["tokens"])
     print(json.dumps(report))
+
+
+def step_on_dropped_weights(llm: Any, tokens: Any) -> None:
+    """Plant a defect: a schedule does not look whether weights are there."""
+    core = llm.llm_engine.engine_core.engine_core
+    core.model_executor.driver_worker.worker.kvcached_weights.rank._copying.join()
+    core.kvcached.sleep()
+    core.kvcached.giving.weights = WeightsKept()
+    print(json.dumps({"is_asleep": True}), flush=True)
+    tokens()
 
 
 def come_and_go(llm: Any, tokens: Any, first: list[list[int]]) -> dict[str, Any]:
@@ -108,7 +128,7 @@ def come_and_go(llm: Any, tokens: Any, first: list[list[int]]) -> dict[str, Any]
     report["reloaded_slept"] = slept() == first
 
     engine.sleep()
-    address = rank._copy.page_address(image.num_pages // 2)
+    address = rank._copy.page_address(0)  # with the embedding
     ctypes.memset(address, 1, image.page_bytes // 2)
     report["wrong_page_is_seen"] = tokens() != first
     return report

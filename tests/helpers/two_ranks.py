@@ -17,6 +17,16 @@ GPU_ENGINE = {"load_format": "dummy", "dtype": "bfloat16", "max_model_len": 4096
 MIB = 1 << 20
 
 
+def wait_for_copy(worker: Any) -> None:
+    """Return when a rank's weights are in host memory, or cannot be."""
+    getattr(worker, "worker", worker).kvcached_weights.rank._copying.join()
+
+
+def num_weight_pages(worker: Any) -> int:
+    """Return how many pages of a rank's weights are there."""
+    return int(getattr(worker, "worker", worker).kvcached_weights.rank.status().num_resident_pages)
+
+
 def main() -> None:
     """Start, generate, report."""
     elastic = os.environ.get("ENABLE_KVCACHED", "0") != "0"
@@ -39,8 +49,18 @@ def main() -> None:
         core.model_executor.collective_rpc(give_weights)
     prompts = [{"prompt_token_ids": prompt} for prompt in mixed_prompts()]
     sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    report: dict[str, Any] = {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+
+    def tokens() -> list[list[int]]:
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    report: dict[str, Any] = {"tokens": tokens()}
+    if elastic and core.kvcached.yields_weights:
+        core.model_executor.collective_rpc(wait_for_copy)
+        core.kvcached.sleep()
+        report["asleep_pages"] = core.model_executor.collective_rpc(num_weight_pages)
+        report["tokens_after_sleep"] = tokens()
+        report["awake_pages"] = core.model_executor.collective_rpc(num_weight_pages)
     if elastic:
         report["pages"] = core.model_executor.collective_rpc(resident_pages)
         report["page_bytes"] = core.kvcached.geometry.page_bytes

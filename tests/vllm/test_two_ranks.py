@@ -35,3 +35,22 @@ def test_tensor_parallel_ranks_map_the_same_pages_and_answer_as_vanilla(
     assert view["resident_bytes"] == 2 * len(first) * report["page_bytes"]
     assert view["promised_bytes"] == 0
     assert "Traceback" not in ours.errors
+
+
+def test_tensor_parallel_ranks_give_their_weights_and_have_them_back_alike(
+    start_offline: Offline, tmp_path: Path
+) -> None:
+    environ = {
+        "ENABLE_KVCACHED": "1",
+        "KVCACHED_DIR": str(tmp_path / "kv"),
+        "KVCACHED_HOST_POOL": "512MiB",
+        "KVCACHED_WEIGHTS": "yield",
+    }
+    run = finish(start_offline(CORES | environ, "two_ranks"))
+    assert run.returncode == 0, run.errors[-4000:]
+    report = run.report
+    assert report["asleep_pages"] == [0, 0]
+    assert min(report["awake_pages"]) > 1
+    assert report["tokens_after_sleep"] == report["tokens"]
+    (view,) = report["view"]
+    assert view["weights_bytes"] == view["weights_needed_bytes"] > 0

@@ -1,22 +1,42 @@
 """A real vLLM engine answers the same whatever of its weights went and came back."""
 
+import json
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.engines import Offline, finish
 
+from kvcached_demo.harness.model import make_model
+
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
-@pytest.fixture
-def reports(start_offline: Offline, tmp_path: Path) -> Any:
-    vanilla = start_offline({"ENABLE_KVCACHED": "0"}, "offline_weights", vanilla=True)
-    ours = start_offline(yielding(tmp_path), "offline_weights")
+@pytest.fixture(
+    params=[pytest.param(False, marks=pytest.mark.older_release), True], ids=["own head", "tied"]
+)
+def reports(
+    request: pytest.FixtureRequest, start_offline: Offline, tmp_path: Path, model: Path
+) -> Any:
+    """What vanilla and elastic vLLM report, of a model whose head may be its embedding."""
+    if request.param:
+        tie(model, tmp_path / "tied")
+    options = {"model": str(tmp_path / "tied")} if request.param else {}
+    vanilla = start_offline({"ENABLE_KVCACHED": "0"}, "offline_weights", vanilla=True, **options)
+    ours = start_offline(yielding(tmp_path), "offline_weights", **options)
     ended = finish(vanilla), finish(ours)
     for run in ended:
         assert run.returncode == 0, run.errors
     return ended[0].report, ended[1].report
+
+
+def tie(model: Path, folder: Path) -> None:
+    """Copy a model, and let its head be its embedding."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
 
 
 def yielding(tmp_path: Path, **settings: str) -> dict[str, str]:
@@ -54,3 +74,44 @@ def test_answers_are_those_of_vanilla_whatever_became_of_the_weights(reports: An
     assert ours["reloaded_slept"]
 
     assert ours["wrong_page_is_seen"]
+
+
+def test_a_step_on_weights_that_are_not_there_ends_the_process(
+    start_offline: Offline, tmp_path: Path
+) -> None:
+    run = finish(start_offline(yielding(tmp_path), "offline_weights", tamper=True))
+    assert run.report == {"is_asleep": True}
+    assert run.returncode == -signal.SIGSEGV
+
+
+POOL = "20MiB"  # for the weights of one of two engines, and a request
+
+
+NUM_REQUESTS = 200
+
+
+def test_engines_whose_weights_do_not_fit_together_answer_in_turn_and_outlive_a_kill(
+    start_offline: Offline, tmp_path: Path
+) -> None:
+    other = make_model(tmp_path / "other-llama", seed=2)
+    environ = yielding(
+        tmp_path,
+        KVCACHED_HOST_POOL=POOL,
+        KVCACHED_PAGE_BYTES="2MiB",
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",
+    )
+    run = finish(start_offline(environ, "two_weights", other=str(other), num_requests=NUM_REQUESTS))
+    assert run.returncode == 0, run.errors
+    report = run.report
+    assert sum(report["weights_needed_bytes"]) > report["pool_bytes"]
+    assert report["resident_bytes"] <= report["pool_bytes"]
+    assert report["differ"]
+    assert report["right"] == [True] * NUM_REQUESTS
+    assert report["right_at_once"] == [True] * 10
+    assert min(report["num_activations"]) >= NUM_REQUESTS // 2 - 1
+
+    assert report["died"]
+    assert report["right_after_kill"] == [True] * 4
+    assert report["started_again"]
+    assert report["right_in_the_end"] == [True] * 6
