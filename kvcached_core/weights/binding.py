@@ -176,6 +176,8 @@ def bind(groups: Sequence[Group], place: Place) -> Binding:
         KVCachedError: If `place` does. What was moved before stays moved.
     """
     binding, moved_bytes = Binding(), 0
+    if not groups:
+        return binding
     users = tensors_over([group.key for group in groups])
     for group in groups:
         group.tensors.clear()

@@ -24,19 +24,23 @@ class OwnWeights:
     def __init__(self, adopted: Adopted, rank: RankWeights) -> None:
         self.adopted = adopted
         self.rank = rank
+        self._may_move = True
 
     @property
     def num_bytes(self) -> int:
         """What their pages take of the device, in bytes."""
         return self.adopted.image.layout.num_bytes
 
-    def follow(self, *, is_update: bool) -> None:
+    def follow(self, *, is_update: bool, is_captured: bool = False) -> None:
         """Take over what the engine put in the place of weights, while all pages are there.
 
         Args:
             is_update: All weights were written, so all are copied again before they are given.
+            is_captured: Graphs have the addresses of weights as they are now: what is not in its
+                place stays where it is, from now on.
         """
-        if self.adopted.follow() or is_update:
+        self._may_move = self._may_move and not is_captured
+        if (self._may_move and self.adopted.follow()) or is_update:
             self.rank.mark_dirty()
 
 

@@ -285,6 +285,11 @@ _WEIGHTS = (
         is_optional=True,
     ),
     *uses(
+        "where graphs were captured again, weights stay where they are",
+        f"{_SRT}.managers.io_struct:UpdateWeightFromDiskReqInput.recapture_cuda_graph",
+        is_optional=True,
+    ),
+    *uses(
         "weights are taken over, and named by where they come from",
         f"{_SRT}.configs.model_config:ModelConfig.quantization",
     ),

@@ -179,7 +179,7 @@ class Updater:
         assert row(self._engine).weights_offered_bytes == 0
         return float(self._model.layer.weight.detach().sum())
 
-    def update_weights_from_disk(self) -> None:
+    def update_weights_from_disk(self, _request: Any = None) -> None:
         self._model.layer.weight = torch.nn.Parameter(torch.ones(1024, 1024))
 
 
@@ -206,6 +206,18 @@ def test_weights_that_an_update_put_in_their_place_come_back_after_a_sleep(
     assert model.layer.weight.data_ptr() == place
     sleep(engine)
     assert use(engine, model, "get_weights_by_name", "layer.weight") == 1024 * 1024
+
+
+def test_weights_whose_addresses_were_captured_again_stay_there(
+    engine: SglangEngine, model: Model
+) -> None:
+    place = model.layer.weight.data_ptr()
+    request = SimpleNamespace(recapture_cuda_graph=True)
+    use(engine, model, "update_weights_from_disk", request)
+    assert model.layer.weight.data_ptr() != place
+    sleep(engine)
+    assert use(engine, model, "get_weights_by_name", "layer.weight") == 1024 * 1024
+    assert model.layer.weight.data_ptr() != place
 
 
 @pytest.mark.parametrize("method", sorted(ANSWERS))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvcached_core.engine.looping_port import Demand, LoopingPort
+from kvcached_core.weights.status import WeightStatus
 from kvcached_sglang import demand, requests
 
 GAUGE_SECONDS = 1.0
@@ -98,6 +99,12 @@ class SglangPort(LoopingPort):
         from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
         self.scheduler.tree_cache.evict(EvictParams(num_tokens=num_blocks * self.block_tokens))
+
+    def hold_weights(self, num_pages: int) -> WeightStatus:
+        """See `EnginePort.hold_weights`: batches run on a stream of their own."""
+        if self.memory is not None:
+            self.memory.backend.fence(self.stream()).wait()
+        return super().hold_weights(num_pages)
 
     def show_waiting(self) -> None:
         """See `LoopingPort.show_waiting`: SGLang sets its gauges only with a batch."""

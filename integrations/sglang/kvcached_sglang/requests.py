@@ -33,7 +33,7 @@ def is_asleep(scheduler: Any) -> bool:
 
 
 def is_updating(scheduler: Any) -> bool:
-    """Return whether somebody writes new weights, in several calls: since 0.5.23 at the latest."""
+    """Return whether somebody writes new weights in several calls, which only new releases have."""
     owner = getattr(scheduler, "weight_updater", None)
     return getattr(owner, "_session", None) is not None
 

@@ -45,9 +45,14 @@ def use_weights(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return original(self, *args, **kwargs)
         finally:
+            weights = ours.own_weights
             # Between the first and the last part of an update a model is not as it runs.
-            if ours.own_weights is not None and not is_updating(ours.port.scheduler):
-                ours.own_weights.follow(is_update=method in UPDATES)
+            if weights is not None and not is_updating(ours.port.scheduler):
+                weights.follow(is_update=method in UPDATES, is_captured=_recaptures(*args))
+
+
+def _recaptures(request: Any = None, *_: Any) -> bool:
+    return bool(getattr(request, "recapture_cuda_graph", False))
 
 
 def _refused(method: str, reason: str) -> Any:
