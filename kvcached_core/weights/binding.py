@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from kvcached_core.memory.torch_device import release_cached_blocks
 from kvcached_core.units import GIB, MIB, format_bytes
 from kvcached_core.weights.finder import key_of, parts_of, tensors_over
 
@@ -188,9 +189,9 @@ def bind(groups: Sequence[Group], place: Place) -> Binding:
         binding.bound[group.name] = bound
         moved_bytes += group.num_bytes
         if moved_bytes >= GIB:
-            _give_back_blocks()
+            release_cached_blocks()
             moved_bytes = 0
-    _give_back_blocks()
+    release_cached_blocks()
     return binding
 
 
@@ -217,11 +218,6 @@ def _point(tensors: Sequence[Any], storage: Any) -> None:
     with torch.inference_mode(), torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
         for one in tensors:
             one.set_(storage, one.storage_offset(), one.size(), one.stride())
-
-
-def _give_back_blocks() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def _weights(modules: Modules) -> Iterator[tuple[str, Any]]:

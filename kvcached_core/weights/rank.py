@@ -17,6 +17,7 @@ from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.shortage import ask_peers
 from kvcached_core.memory.patience import keep_trying
 from kvcached_core.memory.seats import Seat
+from kvcached_core.memory.torch_device import release_cached_blocks
 from kvcached_core.units import format_bytes
 from kvcached_core.weights.host_copy import HostCopy, complete
 from kvcached_core.weights.image import Image
@@ -214,6 +215,7 @@ class RankWeights:
             self._num_there = first
             self._drop_unfinished()
             self._report()
+        release_cached_blocks()
 
     def _write_back(self, copy: HostCopy, first: int, end: int) -> bool:
         """Have the copy know what the pages are; return whether it does."""

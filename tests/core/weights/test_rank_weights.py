@@ -71,6 +71,21 @@ def test_weights_are_the_same_after_a_drop_at_every_page(make: Make, backend: Ba
         ours.check(NUM_PAGES)
 
 
+def test_what_torch_keeps_for_later_goes_with_the_last_page_and_stays_for_a_return(
+    make: Make, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = make(backend).start()
+    image, resident = ours.weights.image, []
+
+    def note() -> None:
+        resident.append(image.num_resident_pages)
+
+    monkeypatch.setattr(rank, "release_cached_blocks", note)
+    for num_pages in (NUM_PAGES, 2, NUM_PAGES, 0):
+        ours.weights.hold(num_pages)
+    assert resident == [2, 0]
+
+
 def test_a_clean_page_is_dropped_and_only_what_is_missing_is_copied_in(
     make: Make, backend: Backend
 ) -> None:
