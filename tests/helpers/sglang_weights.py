@@ -1,0 +1,48 @@
+"""Real SGLang servers on a CPU whose weights yield, on a device of a few pages of 2 MiB."""
+
+from pathlib import Path
+
+from helpers.sglang_engine import READY_SECONDS
+from helpers.waiting import await_that
+from helpers.warm_servers import launch_warm
+from kvcached_core.units import MIB
+from kvcached_demo.harness.engines import SGLANG
+from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN
+from kvcached_demo.harness.server import EngineServer
+from kvcached_demo.harness.servers import Servers
+
+PAGE = 2 * MIB
+NUM_WEIGHTS = 6  # pages of the demo's model
+# A prompt with its answer, and page 0: so much an engine needs beside its weights.
+NUM_TOKENS = 128
+NUM_KV_PAGES = 1 + NUM_TOKENS * KV_BYTES_PER_TOKEN // PAGE
+COPY_SECONDS = 60.0
+
+
+def start_yielding(servers: Servers, name: str, model: Path) -> EngineServer:
+    """Start a server and wait until its weights may be given."""
+    assert servers.pool_bytes is not None
+    server = servers.start(
+        SGLANG,
+        name,
+        model,
+        *SGLANG.size(servers.pool_bytes, KV_BYTES_PER_TOKEN, is_elastic=True, is_host=True),
+        *SGLANG.running(4),
+        *("--context-length", str(NUM_TOKENS)),
+        environ={
+            "KVCACHED_PAGE_BYTES": str(PAGE),
+            "KVCACHED_WEIGHTS": "yield",
+            "KVCACHED_WEIGHTS_DIR": str(servers.workspace / "weights"),
+            "KVCACHED_WEIGHTS_KEPT_SECONDS": "0",
+            "TRITON_INTERPRET": "1",
+        },
+        launch=launch_warm,
+    )
+    server.wait_ready(READY_SECONDS)
+    await_that(lambda: "may be given to neighbours" in server.log.read_text(), COPY_SECONDS)
+    return server
+
+
+def num_weights(servers: Servers, name: str) -> int:
+    """Return how many pages of weights a server has."""
+    return servers.view(name).weights_bytes // PAGE
