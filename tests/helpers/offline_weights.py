@@ -1,7 +1,8 @@
 """Run as a script: one vLLM engine in this process, whose weights go and come; it reports.
 
 Arguments: a model folder, and a JSON object: with `vanilla` it answers once and reports that, with
-`tamper` it runs a step on weights that are not there.
+`tamper` it runs a step on weights that are not there, with `adapter`, a folder, it answers through
+it, too, and reports that alone.
 """
 
 import ctypes
@@ -20,6 +21,7 @@ OPTIONS: dict[str, Any] = {
     "block_size": 32,
     "enable_prefix_caching": False,
 }
+RANK = 8  # of an adapter
 PROMPTS = [[5 + index] * (20 + 30 * index) for index in range(6)]
 
 
@@ -45,23 +47,53 @@ def main() -> None:
     model, options = sys.argv[1], json.loads(sys.argv[2])
     from vllm import LLM, SamplingParams
 
-    sizes = {"kv_cache_memory_bytes": 64 << 20} if options.get("vanilla") else {}
-    llm = LLM(
-        options.get("model", model), dtype=options.get("dtype", "float32"), **OPTIONS, **sizes
-    )
+    more: dict[str, Any] = {"kv_cache_memory_bytes": 64 << 20} if options.get("vanilla") else {}
+    adapter = options.get("adapter")
+    if adapter:
+        more = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 2}
+    llm = LLM(options.get("model", model), dtype="float32", **OPTIONS, **more)
     sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
 
-    def tokens() -> list[list[int]]:
-        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    def tokens(lora: Any = None) -> list[list[int]]:
+        outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
+    if adapter:
+        print(json.dumps(through_adapter(llm, tokens, adapter)))
+        return
     report: dict[str, Any] = {"tokens": tokens()}
     if options.get("tamper"):
         step_on_dropped_weights(llm, tokens)
     if not options.get("vanilla"):
         report |= come_and_go(llm, tokens, report["tokens"])
     print(json.dumps(report))
+
+
+def through_adapter(llm: Any, tokens: Any, folder: str) -> dict[str, Any]:
+    """Return what became of answers with and without an adapter while weights went and came."""
+    from vllm.lora.request import LoRARequest
+
+    core = llm.llm_engine.engine_core.engine_core
+    weights = core.model_executor.driver_worker.worker.kvcached_weights
+    first, second = LoRARequest("first", 1, folder), LoRARequest("second", 2, folder)
+    plain, adapted = tokens(), tokens(first)
+    weights.rank._copying.join()
+
+    def slept(lora: Any = None) -> Any:
+        core.kvcached.sleep()
+        assert weights.rank.image.num_resident_pages == 0
+        return tokens(lora)
+
+    report = {
+        "differ": plain != adapted,
+        "same": [slept() == plain, slept(first) == adapted, slept() == plain],
+    }
+    core.kvcached.sleep()
+    report["is_added"] = llm.llm_engine.add_lora(second)
+    report["same"] += [slept(second) == adapted, slept(first) == adapted]
+    report["is_shared"] = weights.rank._copy.is_shared  # no page of the weights was written
+    return report
 
 
 def step_on_dropped_weights(llm: Any, tokens: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.adapter import make_adapter
 from helpers.engines import Offline, finish
 
 from kvcached_demo.harness.model import make_model
@@ -74,6 +75,16 @@ def test_answers_are_those_of_vanilla_whatever_became_of_the_weights(reports: An
     assert ours["reloaded_slept"]
 
     assert ours["wrong_page_is_seen"]
+
+
+def test_an_adapter_answers_as_before_and_stays_where_it_is(
+    start_offline: Offline, tmp_path: Path, model: Path
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter", model)
+    run = finish(start_offline(yielding(tmp_path), "offline_weights", adapter=str(adapter)))
+    assert run.returncode == 0, run.errors
+    expected = {"differ": True, "same": [True] * 5, "is_added": True, "is_shared": True}
+    assert run.report == expected
 
 
 def test_a_step_on_weights_that_are_not_there_ends_the_process(

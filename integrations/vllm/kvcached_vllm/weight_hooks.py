@@ -37,4 +37,5 @@ def engine_core_collective_rpc(
         try:
             return original(self, method, *args, **kwargs)
         finally:
-            self.model_executor.collective_rpc(follow_weights, args=(method in UPDATES,))
+            is_update = isinstance(method, str) and method in UPDATES
+            self.model_executor.collective_rpc(follow_weights, args=(is_update,))
