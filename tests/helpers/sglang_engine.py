@@ -43,10 +43,7 @@ def start_sglang(
     It is forked from a parent that has imported SGLang, or started as users do if it is `cold`.
     """
     # 0.5.15 extends prompts in blocks of several tokens by a kernel.
-    environ = {"TRITON_INTERPRET": "1"}
-    if num_ranks > 1:
-        # On a CPU each rank wants a NUMA node, or to be told its cores.
-        environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(num_ranks))
+    environ = {"TRITON_INTERPRET": "1"} | cores_of(num_ranks)
     return servers.start(
         SGLANG,
         name,
@@ -59,6 +56,13 @@ def start_sglang(
         environ=environ,
         launch=start_cold if cold else launch_warm,
     )
+
+
+def cores_of(num_ranks: int) -> dict[str, str]:
+    """Return what tells each of several ranks its core: on a CPU it would want a NUMA node."""
+    if num_ranks == 1:
+        return {}
+    return {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(rank) for rank in range(num_ranks))}
 
 
 @contextmanager

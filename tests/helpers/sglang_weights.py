@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from helpers.sglang_engine import READY_SECONDS
+from helpers.sglang_engine import READY_SECONDS, cores_of
 from helpers.waiting import await_that
 from helpers.warm_servers import launch_warm
 from kvcached_core.units import MIB
@@ -19,7 +19,9 @@ NUM_KV_PAGES = 1 + NUM_TOKENS * KV_BYTES_PER_TOKEN // PAGE
 COPY_SECONDS = 60.0
 
 
-def start_yielding(servers: Servers, name: str, model: Path) -> EngineServer:
+def start_yielding(
+    servers: Servers, name: str, model: Path, *arguments: str, num_ranks: int = 1
+) -> EngineServer:
     """Start a server and wait until its weights may be given."""
     assert servers.pool_bytes is not None
     server = servers.start(
@@ -28,18 +30,23 @@ def start_yielding(servers: Servers, name: str, model: Path) -> EngineServer:
         model,
         *SGLANG.size(servers.pool_bytes, KV_BYTES_PER_TOKEN, is_elastic=True, is_host=True),
         *SGLANG.running(4),
-        *("--context-length", str(NUM_TOKENS)),
+        *("--context-length", str(NUM_TOKENS), "--tp-size", str(num_ranks)),
+        *arguments,
         environ={
             "KVCACHED_PAGE_BYTES": str(PAGE),
             "KVCACHED_WEIGHTS": "yield",
             "KVCACHED_WEIGHTS_DIR": str(servers.workspace / "weights"),
             "KVCACHED_WEIGHTS_KEPT_SECONDS": "0",
             "TRITON_INTERPRET": "1",
+            **cores_of(num_ranks),
         },
         launch=launch_warm,
     )
     server.wait_ready(READY_SECONDS)
-    await_that(lambda: "may be given to neighbours" in server.log.read_text(), COPY_SECONDS)
+    await_that(
+        lambda: server.log.read_text().count("may be given to neighbours") == num_ranks,
+        COPY_SECONDS,
+    )
     return server
 
 

@@ -34,6 +34,7 @@ def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
             assert "leak detected" not in started[name].log.read_text()
 
 
+@pytest.mark.older_release
 def test_requests_by_turns_are_all_answered_and_alike(servers: Servers) -> None:
     first = {name: answers(servers[name], [BURST]) for name in NAMES}
     assert first["one"] != first["other"]
