@@ -122,6 +122,11 @@ HOOKS = (
         "let a prompt that was begun wait for memory that was taken meanwhile",
     ),
     Hook(
+        "sglang.srt.managers.scheduler:Scheduler.process_input_requests",
+        "kvcached_sglang.hooks:process_input_requests",
+        "answer neighbours while the loop is paused and schedules nothing",
+    ),
+    Hook(
         "sglang.srt.managers.scheduler:Scheduler.run_batch",
         "kvcached_sglang.hooks:run_batch",
         "with KVCACHED_DEBUG, refuse a batch that names a block which is not mapped",

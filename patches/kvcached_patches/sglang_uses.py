@@ -155,9 +155,9 @@ _SCHEDULING = (
         f"{_SRT}.sampling.sampling_params:SamplingParams.max_new_tokens",
         *members(
             _SCHEDULER,
-            "_add_request_to_queue chunked_prefill_size chunked_req forward_stream last_batch",
-            "req_to_token_pool running_batch server_args token_to_kv_pool_allocator tree_cache",
-            "waiting_queue",
+            "_add_request_to_queue _engine_paused chunked_prefill_size chunked_req forward_stream",
+            "last_batch req_to_token_pool running_batch server_args token_to_kv_pool_allocator",
+            "tree_cache waiting_queue",
         ),
     ),
     *uses(

@@ -269,6 +269,20 @@ def test_updates_are_the_calls_that_write_all_weights() -> None:
     } == UPDATES
 
 
+@pytest.mark.parametrize("what", ["nothing", "a batch in flight", "released"])
+def test_a_paused_loop_answers_neighbours_if_nothing_is_in_flight_or_released(
+    engine: SglangEngine, what: str
+) -> None:
+    scheduler = engine.port.scheduler
+    scheduler._engine_paused = True
+    scheduler.last_batch = "batch" if what == "a batch in flight" else None
+    scheduler.weight_updater.offload_tags = {"weights"} if what == "released" else set()
+    with hooked(engine):
+        assert hooks.process_input_requests(lambda *_: "result")(scheduler, []) == "result"
+    offered_bytes = row(engine).weights_offered_bytes
+    assert offered_bytes == (6 * MIB if what == "nothing" else 0)
+
+
 def test_a_health_check_is_answered_and_wakes_nothing(engine: SglangEngine) -> None:
     sleep(engine)
     scheduler, said = engine.port.scheduler, []

@@ -134,6 +134,17 @@ def num_taken(neighbour: Neighbour) -> int:
     return neighbour.view().used_bytes // PAGE
 
 
+def test_a_paused_server_gives_its_weights(served: Served, neighbour: Neighbour) -> None:
+    served.check()
+    served.ask("pause_generation", mode="in_place")
+    await_that(lambda: neighbour.take(NUM_PAGES) and served.num_weights == 0, SECONDS)
+    num_pages = num_taken(neighbour)
+    neighbour.rest(num_pages)
+    neighbour.give(num_pages)
+    served.ask("continue_generation")
+    served.check()
+
+
 def test_health_checks_are_answered_and_wake_nothing(served: Served) -> None:
     served.sleep()
     for path in ("health", "health_generate"):

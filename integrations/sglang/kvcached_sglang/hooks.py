@@ -93,6 +93,26 @@ def get_next_batch_to_run(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def process_input_requests(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Scheduler.process_input_requests`: a paused loop answers neighbours here.
+
+    It schedules nothing, and one that was about to wake would hold up who wakes after it. What was
+    released stays away until it is resumed.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if self._engine_paused:
+            ours = engine()
+            if ours is not None and self.last_batch is None and not is_asleep(self):
+                ours.port.scheduler = self
+                ours.answer_ring()
+        return result
+
+    return wrapper
+
+
 def run_batch(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `Scheduler.run_batch`: what it may touch is mapped.
 
