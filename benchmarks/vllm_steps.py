@@ -65,23 +65,23 @@ def steps(setting: Setting, record: Record, options: Any) -> None:
     """
     num_pairs, loads = options.pairs, options.loads
     switches = switches_of(options)
-    lock = setting.folder / "turn"
+    lock = setting.servers.workspace / "turn"
     lock.touch()
     children = {}
     for name, switch in switches.items():
         environ = os.environ | setting.environ | switch
         environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        environ["KVCACHED_DIR"] = str(setting.folder / "kv")
-        command = [sys.executable, __file__, "--json", str(setting.folder / name)]
+        environ["KVCACHED_DIR"] = str(setting.servers.workspace / "kv")
+        command = [sys.executable, __file__, "--json", str(setting.servers.workspace / name)]
         command += ["--pairs", str(num_pairs), "--model", str(setting.model), "--lock", str(lock)]
         command += ["--num-engines", str(len(switches)), "--loads", *loads]
         command += ["--kv-gib", str(options.kv_gib)]
         command += ["--tiny"] if setting.tiny else []
-        with (setting.folder / f"{name}.log").open("w") as log:
+        with (setting.servers.workspace / f"{name}.log").open("w") as log:
             children[name] = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
     for child in children.values():
         child.wait()
-    found = {name: json.loads((setting.folder / name).read_text()) for name in switches}
+    found = {name: json.loads((setting.servers.workspace / name).read_text()) for name in switches}
     for name in list(switches)[1:]:
         is_same = found[VANILLA]["tokens"] == found[name]["tokens"]
         calls = found[name]["calls"]

@@ -149,8 +149,7 @@ def beside(run: Run, num: int) -> dict[str, Any]:
     for _ in range(max(num // 4, 3)):
         time.sleep(0.5)
         start = time.perf_counter()
-        run.first_token_seconds(FIRST)
-        windows.append((start, time.perf_counter()))
+        windows.append((start, start + run.first_token_seconds(FIRST)))
         run.sleep(FIRST)
     stop.set()
     worker.join()

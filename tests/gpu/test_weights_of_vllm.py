@@ -121,4 +121,3 @@ def test_tokens_stay_when_weights_went_and_came(runs: Runs, name: str) -> None:
     assert ours["after_sleep"] == ours["again"]
     assert ours["spoiled"] != ours["again"]
     assert sum(ours["static"].values()) <= 0.02 * ours["bound_bytes"]
-    assert ours["given_bytes"] >= 0.95 * ours["bound_bytes"]

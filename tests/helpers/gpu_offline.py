@@ -42,7 +42,7 @@ def fill(model: Any, seed: int = 0) -> None:
     generator = torch.Generator(device=device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            if parameter.dim() < 2 or not parameter.is_floating_point():
+            if parameter.dim() < 2 or not parameter.is_floating_point() or parameter.itemsize < 2:
                 continue
             scale = 1.0 if "embed" in name else parameter.shape[-1] ** -0.5
             parameter.normal_(0, scale, generator=generator)

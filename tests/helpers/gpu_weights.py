@@ -5,8 +5,7 @@ import os
 import sys
 from typing import Any
 
-from helpers.gpu_offline import lora
-from helpers.offline import mixed_prompts
+from helpers.gpu_offline import lora, mixed_prompts
 
 MAX_TOKENS = 24
 
@@ -67,14 +66,12 @@ def come_and_go(core: Any, worker: Any, generate: Any) -> dict[str, Any]:
         "num_pages": weights.rank.status().num_pages,
     }
 
-    def hold(num_pages: int) -> int:
+    def hold(num_pages: int) -> None:
         torch.cuda.synchronize()
-        before = torch.cuda.mem_get_info()[0]
         assert weights.rank.hold(num_pages).num_resident_pages == num_pages
-        return torch.cuda.mem_get_info()[0] - before
 
     num_pages = report["num_pages"]
-    report["given_bytes"] = hold(0)
+    hold(0)
     hold(num_pages)
     report["after_all"] = generate()
     hold(num_pages // 2)
