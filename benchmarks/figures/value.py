@@ -13,7 +13,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,21 @@ RESULTS = Path(__file__).parents[1] / "results"
 PATH_BAR, WORD_BAR = " > ", " | "
 FIRST_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
+
+def percentile(percent: float, values: Sequence[float]) -> float:
+    """Return the value below which so many of a hundred lie."""
+    ordered = sorted(values)
+    return ordered[min(int(percent * len(ordered) / 100), len(ordered) - 1)]
+
+
 REDUCE: dict[str, Callable[[Sequence[float]], float]] = {
     "count": len,
     "max": max,
     "mean": statistics.fmean,
     "median": statistics.median,
     "min": min,
+    "p95": partial(percentile, 95),
+    "p99": partial(percentile, 99),
     "sum": sum,
 }
 SCALE = {
