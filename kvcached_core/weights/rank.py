@@ -26,8 +26,9 @@ from kvcached_core.weights.sums import page_sums
 
 logger = logging.getLogger("kvcached")
 
-# Pages that are given at a time: whoever asked has the first of them while the others still go.
-DROP_BATCH_PAGES = 8
+# Pages that are given first: whoever asked has them while the others still go. A further batch is
+# twice as large, because looking for changes waits for the device.
+DROP_BATCH_PAGES, MAX_DROP_BATCH_PAGES = 8, 64
 # Pages that are brought at a time before the ledger is told.
 MAP_BATCH_PAGES = 4
 # How long a wake waits for memory that was promised; the engine goes on asking afterwards.
@@ -202,8 +203,9 @@ class RankWeights:
 
     def _give(self, copy: HostCopy, num_pages: int) -> None:
         self._wait_for_device()
+        batch_pages = DROP_BATCH_PAGES
         while self._num_there > num_pages:
-            first = max(self._num_there - DROP_BATCH_PAGES, num_pages)
+            first = max(self._num_there - batch_pages, num_pages)
             try:
                 is_clean = self._write_back(copy, first, self._num_there)
             except HostCopyError as error:
@@ -215,6 +217,7 @@ class RankWeights:
             self._num_there = first
             self._drop_unfinished()
             self._report()
+            batch_pages = min(2 * batch_pages, MAX_DROP_BATCH_PAGES)
         release_cached_blocks()
 
     def _write_back(self, copy: HostCopy, first: int, end: int) -> bool:
