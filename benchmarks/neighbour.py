@@ -8,6 +8,9 @@ from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import doorbell_path
 from kvcached_core.ledger.shortage import ask_peers
 
+# As an engine that waits does.
+LOOK_SECONDS = 0.05
+
 
 class Neighbour:
     """An instance of this process that wants memory.
@@ -34,7 +37,7 @@ class Neighbour:
                 first_ms = (time.perf_counter() - start) * 1e3
             if granted < num_bytes:
                 ask_peers(self.ledger, self.row, num_bytes - granted)
-                self.rang.wait(1.0)
+                self.rang.wait(LOOK_SECONDS)
         return first_ms, (time.perf_counter() - start) * 1e3
 
     def close(self) -> None:

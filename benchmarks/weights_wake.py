@@ -1,10 +1,11 @@
-"""Weights that come and go, with vLLM's real servers: what a request to a yielded model waits for.
+"""Weights that come and go, with real servers: what a request to a yielded model waits for.
 
     python benchmarks/weights_wake.py --json benchmarks/results/gpu/weights_wake_h200.json
 
 Two models of one shape and different weights share a device; a third server is vanilla's with its
 own sleep mode. Each part is a run of its own, and tokens are compared with those of the beginning.
-`--tiny` rehearses the logic on vLLM's CPU engine, whose times say nothing.
+`--engine sglang` does without the third one; `SGLANG_PYTHON` names its interpreter. `--tiny`
+rehearses the logic on a CPU, whose times say nothing.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from vllm_servers import READY_SECONDS, Record
 from yielding import NUM_PROMPT_TOKENS, Run
 
 from kvcached_core.units import GIB, MIB
-from kvcached_demo.harness.engines import VLLM
+from kvcached_demo.harness.engines import ENGINES, VLLM
 
 FIRST, SECOND, VANILLA = "first", "second", "vanilla"
 NUM_SLEEPS_OF_VANILLA = 5
@@ -165,14 +166,12 @@ def beside(run: Run, num: int) -> dict[str, Any]:
 def _stream(run: Run, gaps: list[tuple[float, float]], stop: threading.Event) -> None:
     """Let the second server answer, and note how far apart its tokens come."""
     source = random.Random(1)
-    server = run.servers[SECOND]
+    server, dialect = run.servers[SECOND], run.engine.dialect
     while not stop.is_set():
         prompt = [source.randrange(3, 500) for _ in range(NUM_PROMPT_TOKENS)]
-        body = VLLM.dialect.body(SECOND, tuple(prompt), 400 if run.tiny else 4000)
+        body = dialect.body(SECOND, tuple(prompt), 400 if run.tiny else 4000)
         last = None
-        with httpx.stream(
-            "POST", f"{server.url}{VLLM.dialect.path}", json=body, timeout=120
-        ) as answer:
+        with httpx.stream("POST", f"{server.url}{dialect.path}", json=body, timeout=120) as answer:
             for line in answer.iter_lines():
                 if not line.startswith("data: {"):
                     continue
@@ -239,7 +238,8 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--tiny", action="store_true", help="rehearse on vLLM's CPU engine")
+    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
+    parser.add_argument("--engine", choices=sorted(ENGINES), default=VLLM.name)
     parser.add_argument("--runner", type=int, choices=(1, 2), help="vLLM's model runner")
     parser.add_argument("--number", type=int, default=100, help="requests of the first part")
     parser.add_argument("--parts", default=",".join(PARTS), help="which, and in which order")
@@ -248,8 +248,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
         record = Record(options.json)
         record.add(machine=describe_machine() if options.tiny else describe_gpu())
-        run = Run(Path(folder), tiny=options.tiny, runner=options.runner)
+        engine = ENGINES[options.engine]
+        run = Run(Path(folder), tiny=options.tiny, runner=options.runner, engine=engine)
         parts = options.parts.split(",")
+        if engine is not VLLM:
+            parts.remove(VANILLA)
         try:
             begin = time.monotonic()
             run.start(FIRST, 1)

@@ -17,19 +17,20 @@ from kvcached_core import control
 from kvcached_core.control import Outcome
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
-from kvcached_demo.harness.engines import VLLM
+from kvcached_demo.harness.engines import VLLM, Engine
 from kvcached_demo.harness.load import Completion, make_burst
-from kvcached_demo.harness.model import make_model
+from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
 from kvcached_demo.harness.servers import Servers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.shapes import make_shape
+from helpers.weights import make_weights
 
 TESTS = Path(__file__).parents[1] / "tests"
 NUM_PROMPT_TOKENS, NUM_TOKENS = 128, 8
 MEMORY = "/dev/shm"  # noqa: S108  a folder of a name of its own is made there
 SLEEP_SECONDS = 20.0
-POOL_BYTES = 160 * MIB  # of a rehearsal
+POOL_BYTES, TINY_KV_BYTES = 160 * MIB, 64 * MIB  # of a rehearsal
 EXTENSION = ("--worker-extension-cls", "helpers.seeded.Seeded")
 
 
@@ -38,15 +39,22 @@ class Run:
 
     Args:
         folder: Where models, logs and the ledger lie.
-        tiny: Whether it is a rehearsal on vLLM's CPU engine.
+        tiny: Whether it is a rehearsal on a CPU.
         runner: vLLM's model runner; None leaves it to vLLM.
         pool_bytes: What the servers of a rehearsal share.
+        engine: Which engine's servers they are.
     """
 
     def __init__(
-        self, folder: Path, *, tiny: bool, runner: int | None, pool_bytes: int = POOL_BYTES
+        self,
+        folder: Path,
+        *,
+        tiny: bool,
+        runner: int | None,
+        pool_bytes: int = POOL_BYTES,
+        engine: Engine = VLLM,
     ) -> None:
-        self.folder, self.tiny = folder, tiny
+        self.folder, self.tiny, self.engine = folder, tiny, engine
         self.copies = Path(tempfile.mkdtemp(prefix="kv-", dir=MEMORY))
         self.servers = Servers(folder, pool_bytes if tiny else None)
         self.environ = {
@@ -72,20 +80,25 @@ class Run:
 
     def start(self, name: str, seed: int, *arguments: str, is_elastic: bool = True) -> None:
         """Start a server of a model with weights of its own."""
-        place = self.folder / name
+        place, engine = self.folder / name, self.engine
         options: tuple[str, ...]
         if self.tiny:
             model = make_model(place, seed=seed)
-            options, environ = VLLM.host_options, self.environ | VLLM.host_environ
-        else:
+            size = (TINY_KV_BYTES, KV_BYTES_PER_TOKEN)
+            options = (*engine.host_options, *engine.size(*size, is_elastic=True, is_host=True))
+            environ = self.environ | engine.host_environ
+        elif engine is VLLM:
             model, environ = make_shape(place, "llama-8b"), self.environ
             environ = environ | {"DUMMY_SEED": str(seed), "PYTHONPATH": with_tests()}
-            options = ("--load-format", "dummy", *VLLM.gpu_options(8192), *EXTENSION)
+            options = ("--load-format", "dummy", *engine.gpu_options(8192), *EXTENSION)
+        else:  # its dummy weights are the same in every server
+            model = make_weights(self.copies / f"model-{name}", "llama-8b", seed=seed)
+            options, environ = (*engine.gpu_options(8192), "--skip-server-warmup"), self.environ
         self.servers.start(
-            VLLM,
+            engine,
             name,
             model,
-            *VLLM.caching(is_on=False),
+            *engine.caching(is_on=False),
             *arguments,
             is_elastic=is_elastic,
             options=options,

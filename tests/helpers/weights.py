@@ -14,7 +14,7 @@ from helpers.shapes import SHAPES, make_shape
 FILE = "model.safetensors"
 
 
-def make_weights(folder: Path, shape: str, *, device: str = "cuda") -> Path:
+def make_weights(folder: Path, shape: str, *, device: str = "cuda", seed: int = 0) -> Path:
     """Write `shape` with its tokenizer and seeded bfloat16 weights to `folder`, unless there."""
     if (folder / FILE).exists():
         return folder
@@ -22,7 +22,7 @@ def make_weights(folder: Path, shape: str, *, device: str = "cuda") -> Path:
     from safetensors.torch import save_file
 
     make_shape(folder, shape)
-    generator = torch.Generator(device=device).manual_seed(0)
+    generator = torch.Generator(device=device).manual_seed(seed)
     tensors = {}
     for name, size in tensor_sizes(SHAPES[shape]).items():
         tensor = torch.empty(size, dtype=torch.bfloat16, device=device)
