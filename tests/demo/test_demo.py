@@ -15,13 +15,15 @@ from typing import Any
 import httpx
 import pytest
 
+from kvcached_core.ledger.activations import Activations
 from kvcached_core.ledger.view import DeviceView, InstanceView
 from kvcached_core.units import MIB
 from kvcached_demo import run
 from kvcached_demo.harness import engines
 from kvcached_demo.harness.load import Completion, _events
 from kvcached_demo.harness.memory import Recording
-from kvcached_demo.verdict import judge
+from kvcached_demo.turns import NUM_TURNS, Turn, Turns
+from kvcached_demo.verdict import judge, judge_turns
 
 KVCACHED = Path(sys.executable).with_name("kvcached")
 PNG = b"\x89PNG"
@@ -62,6 +64,7 @@ def test_the_demo_meets_its_bars_and_writes_its_report(tmp_path: Path, scratch: 
     text, _ = demo.communicate(timeout=400)
     assert demo.returncode == 0, text
     assert "48 of 48" in text
+    assert f"{2 * NUM_TURNS} of {2 * NUM_TURNS}" in text
     assert (tmp_path / "out" / "memory.png").read_bytes().startswith(PNG)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Everything met its bar." in page
@@ -114,6 +117,32 @@ def test_the_verdict_names_what_is_short() -> None:
     assert not verdict(400, 400, [Completion([1, 3], 0.1)])["tokens identical to vanilla"]
     failed = verdict(400, 400, [Completion([1], 0.1, "ReadError: gone")])
     assert not failed["requests completed"]
+
+
+ANSWER = Completion([1, 2], 0.5)
+
+
+def verdict_on_turns(*, answer: Completion = ANSWER, **settings: Any) -> dict[str, bool]:
+    awake = Completion([1, 2], 0.1)
+    turns = [Turn(name, name != run.NAMES[0], 12 * MIB, answer, awake) for name in run.NAMES * 2]
+    settings = {"num_activations": 1, "needed": 24 * MIB, **settings}
+    woken = Activations((settings["num_activations"], 0, 0, 0), 20_000)
+    found = Turns(turns, dict.fromkeys(run.NAMES, woken), settings["needed"], 22 * MIB)
+    vanilla = {name: [Completion([1, 2], 0.1)] for name in run.NAMES}
+    rows = judge_turns(found, vanilla)
+    said = {what: measured for what, measured, _, _ in rows}
+    assert said["weights given"] == "48 MiB"
+    return {what: is_met for what, _, _, is_met in rows}
+
+
+def test_the_verdict_on_turns_names_what_is_short() -> None:
+    assert all(verdict_on_turns().values())
+    assert not verdict_on_turns(needed=22 * MIB)["weights of both"]
+    assert not verdict_on_turns(num_activations=0)["weights came back"]
+    wrong = verdict_on_turns(answer=Completion([1, 3], 0.1))
+    assert not wrong["tokens identical to vanilla, in turn"]
+    failed = verdict_on_turns(answer=Completion([1], 0.1, "ReadError: gone"))
+    assert not failed["requests completed, in turn"]
 
 
 def test_line_breaks_in_the_text_do_not_end_an_event() -> None:

@@ -14,7 +14,7 @@ def demo(
     pool: Annotated[str, typer.Option(help="The pool that both engines share.")] = "512MiB",
     engines: Annotated[str, typer.Option(help="Two of vllm and sglang.")] = "vllm,vllm",
 ) -> None:
-    """Run two real servers on one pool and watch the memory follow the load."""
+    """Run two real servers on one pool: memory follows the load, then weights take turns."""
     pool_bytes = parse_bytes(pool, what="--pool")
 
     def work(workspace: Path) -> int:

@@ -1,10 +1,8 @@
-"""The demo itself: models, two servers, three bursts, the same without kvcached, a verdict."""
+"""The demo itself: models, three bursts, the same without kvcached, weights in turn, a verdict."""
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,51 +11,25 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from kvcached_core.cli.picture import Picture
 from kvcached_core.errors import KVCachedError
 from kvcached_core.units import format_bytes
+from kvcached_demo.stage import NAMES, Setup, running, watch
 
 if TYPE_CHECKING:
     from kvcached_demo.harness.engines import Engine
     from kvcached_demo.harness.load import Burst, Completion
     from kvcached_demo.harness.memory import Recorder, Recording
     from kvcached_demo.harness.server import EngineServer
-    from kvcached_demo.harness.servers import Servers
 
-NAMES = ("llama-a", "llama-b")
 BURST_SHARE = 0.72
 NUM_OUTPUT_TOKENS = 96
 NUM_REQUESTS = 12
-MOST_RUNNING = 32  # of each server
 IDLE_SECONDS = 1.0
 EXTRA_MODULES = ("httpx", "matplotlib", "numpy", "safetensors", "tokenizers")
 
 
 class DemoError(KVCachedError, RuntimeError):
     """The demo cannot run here."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What runs where.
-
-    Attributes:
-        engines: The kind of each of the two.
-        models: The model of each.
-        workspace: Where their files go.
-        pool_bytes: The pool.
-    """
-
-    engines: list["Engine"]
-    models: list[Path]
-    workspace: Path
-    pool_bytes: int
-
-    @property
-    def title(self) -> str:
-        """The engines, in words."""
-        first, second = (engine.title for engine in self.engines)
-        return f"two {first} servers" if first == second else f"a {first} and a {second} server"
 
 
 def run_demo(output: Path, pool_bytes: int, engines: str = "vllm,vllm", *, workspace: Path) -> int:
@@ -76,17 +48,19 @@ def run_demo(output: Path, pool_bytes: int, engines: str = "vllm,vllm", *, works
     chosen = _engines(engines)
     from kvcached_demo.harness.model import make_model
     from kvcached_demo.report import draw, write_page
-    from kvcached_demo.verdict import judge, table
+    from kvcached_demo.turns import run_turns, turn_bursts
+    from kvcached_demo.verdict import judge, judge_turns, table
 
     console = Console()
     start = time.monotonic()
     console.print("Making two tiny Llama models and their tokenizer …")
     models = [make_model(workspace / name, seed=seed) for seed, name in enumerate(NAMES, 1)]
-    bursts = _plan(pool_bytes)
+    bursts, alone = _plan(pool_bytes), turn_bursts()
     setup = Setup(chosen, models, workspace, pool_bytes)
     recording, answers = _run_elastic(console, setup, bursts)
-    vanilla = _run_vanilla(console, setup, bursts)
-    rows = judge(recording, answers, vanilla, pool_bytes)
+    vanilla, vanilla_alone = _run_vanilla(console, setup, bursts, alone)
+    turns = run_turns(console, setup, alone)
+    rows = judge(recording, answers, vanilla, pool_bytes) + judge_turns(turns, vanilla_alone)
     draw(recording, list(NAMES), pool_bytes, setup.title, output / "memory.png")
     write_page(rows, output / "memory.png", pool_bytes, output / "report.html")
     console.print(table(rows))
@@ -149,40 +123,6 @@ def _plan(pool_bytes: int) -> dict[str, "Burst"]:
     }
 
 
-@contextlib.contextmanager
-def _running(
-    console: Console, setup: Setup, label: str, *, is_elastic: bool
-) -> Iterator["Servers"]:
-    from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN
-    from kvcached_demo.harness.servers import Servers
-
-    with Servers(setup.workspace, setup.pool_bytes) as servers:
-        for name, model, engine in zip(NAMES, setup.models, setup.engines, strict=True):
-            servers.start(
-                engine,
-                name,
-                model,
-                *engine.caching(is_on=False),
-                *engine.running(MOST_RUNNING),
-                *engine.size(
-                    setup.pool_bytes, KV_BYTES_PER_TOKEN, is_elastic=is_elastic, is_host=True
-                ),
-                is_elastic=is_elastic,
-                environ=engine.host_environ | {"VLLM_LOGGING_LEVEL": "WARNING"},
-            )
-        start = time.monotonic()
-        with console.status(f"Starting {setup.title}, {label} …") as status:
-
-            def tick() -> None:
-                waited = time.monotonic() - start
-                status.update(f"Starting {setup.title}, {label} … {waited:.0f} s")
-
-            servers.wait_ready(tick=tick)
-        console.print(f"Two servers ready, {label}, after {time.monotonic() - start:.0f} s")
-        yield servers
-        servers.stop()
-
-
 def _run_elastic(
     console: Console, setup: Setup, bursts: dict[str, "Burst"]
 ) -> tuple["Recording", dict[str, dict[str, "list[Completion]"]]]:
@@ -190,7 +130,7 @@ def _run_elastic(
 
     first, second = NAMES
     phases = [(f"burst on {first}", [first]), (f"burst on {second}", [second]), ("both", [*NAMES])]
-    with _running(console, setup, "elastic", is_elastic=True) as servers:
+    with running(console, setup, "elastic", is_elastic=True) as servers:
         with Recorder(servers.open_ledger) as recorder:
             answers = {}
             with Live(console=console, refresh_per_second=8) as live:
@@ -216,21 +156,20 @@ async def _burst_and_watch(
     tasks = {
         server.name: asyncio.create_task(server.send(bursts[server.name])) for server in servers
     }
-    while not all(task.done() for task in tasks.values()):
-        view = recorder.latest()
-        if view is not None:
-            live.update(Picture([view]))
-        await asyncio.wait(tasks.values(), timeout=0.12)
+    await watch(tasks.values(), recorder, live)
     live.console.print(Text(f"{phase}: all answers are in", "dim"))
     await asyncio.sleep(IDLE_SECONDS)
     return {name: task.result() for name, task in tasks.items()}
 
 
 def _run_vanilla(
-    console: Console, setup: Setup, bursts: dict[str, "Burst"]
-) -> dict[str, "list[Completion]"]:
+    console: Console, setup: Setup, *asked: Mapping[str, "Burst"]
+) -> list[dict[str, "list[Completion]"]]:
     with (
-        _running(console, setup, "vanilla, a whole pool each", is_elastic=False) as servers,
+        running(console, setup, "vanilla, a whole pool each", is_elastic=False) as servers,
         console.status("The same requests without kvcached, to compare every token …"),
     ):
-        return {name: asyncio.run(servers[name].send(bursts[name])) for name in NAMES}
+        return [
+            {name: asyncio.run(servers[name].send(bursts[name])) for name in NAMES}
+            for bursts in asked
+        ]

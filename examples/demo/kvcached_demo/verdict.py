@@ -11,6 +11,7 @@ from kvcached_core.units import format_bytes
 if TYPE_CHECKING:
     from kvcached_demo.harness.load import Completion
     from kvcached_demo.harness.memory import Recording
+    from kvcached_demo.turns import Turns
 
 PEAKS_BAR = 1.3
 IDLE_PAGES_BAR = 2
@@ -60,6 +61,48 @@ def judge(
         )
     )
     return rows
+
+
+def judge_turns(
+    found: "Turns", vanilla: dict[str, "list[Completion]"]
+) -> list[tuple[str, str, str, bool]]:
+    """Return what, measured, bar and whether it is met, of the models that answered in turn."""
+    turns = found.turns
+    needed, pool = format_bytes(found.needed_bytes), format_bytes(found.pool_bytes)
+    is_too_much = found.needed_bytes > found.pool_bytes
+    given_bytes = sum(turn.given_bytes for turn in turns)
+    nums = {name: found.activations[name].num for name in vanilla}
+    least = min(sum(turn.name == name for turn in turns) for name in vanilla) - 1  # one has them
+    seconds = sum(found.activations[name].seconds for name in vanilla) / max(sum(nums.values()), 1)
+    yielded = _median_seconds([turn.first for turn in turns if turn.was_yielded])
+    awake = _median_seconds([turn.second for turn in turns])
+    times = f"{yielded} if yielded, {awake} if not"
+    back = ", ".join(f"{name} {num} times" for name, num in nums.items())
+    rows = [
+        ("weights of both", f"{needed} on a pool of {pool}", "> the pool", is_too_much),
+        ("weights given", format_bytes(given_bytes), "> 0", given_bytes > 0),
+        ("weights came back", back, f">= {least} each", min(nums.values()) >= least),
+        ("a request waited for them", f"{seconds * 1000:.0f} ms in the mean", "", True),
+        ("median time to first token, in turn", times, "", True),
+    ]
+    answers = [(turn.name, answer) for turn in turns for answer in (turn.first, turn.second)]
+    completed = sum(answer.error is None for _, answer in answers)
+    rows.append(
+        (
+            "requests completed, in turn",
+            f"{completed} of {len(answers)}",
+            "all",
+            completed == len(answers),
+        )
+    )
+    same = all(answer.token_ids == vanilla[name][0].token_ids for name, answer in answers)
+    rows.append(("tokens identical to vanilla, in turn", "yes" if same else "no", "yes", same))
+    return rows
+
+
+def _median_seconds(answers: list["Completion"]) -> str:
+    times = [answer.ttft_seconds for answer in answers if answer.ttft_seconds is not None]
+    return f"{statistics.median(times):.2f} s" if times else "none"
 
 
 def _mean_ttft(by_engine: dict[str, "list[Completion]"]) -> str:

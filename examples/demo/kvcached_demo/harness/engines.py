@@ -74,6 +74,10 @@ class Engine(ABC):
         """Return what serves requests of at most `num_tokens` on a GPU."""
 
     @abstractmethod
+    def longest(self, num_tokens: int) -> Words:
+        """Return the arguments that let a request have at most `num_tokens`, with its answer."""
+
+    @abstractmethod
     def elastic(self, name: str, limit_bytes: int | None) -> tuple[Words, dict[str, str]]:
         """Return the arguments and the variables that make it elastic, as people do it."""
 
@@ -111,6 +115,9 @@ class _VLLM(Engine):
         )
 
     def gpu_options(self, num_tokens: int) -> Words:
+        return self.longest(num_tokens)
+
+    def longest(self, num_tokens: int) -> Words:
         return ("--max-model-len", str(num_tokens))
 
     def elastic(self, name: str, limit_bytes: int | None) -> tuple[Words, dict[str, str]]:
@@ -154,10 +161,13 @@ class _SGLang(Engine):
 
     def gpu_options(self, num_tokens: int) -> Words:
         return (
-            *("--dtype", "bfloat16", "--context-length", str(num_tokens)),
+            *("--dtype", "bfloat16", *self.longest(num_tokens)),
             *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
             *("--grammar-backend", "none", "--log-level", "info"),
         )
+
+    def longest(self, num_tokens: int) -> Words:
+        return ("--context-length", str(num_tokens))
 
     def elastic(self, name: str, limit_bytes: int | None) -> tuple[Words, dict[str, str]]:
         limit = ("--kvcached-limit", str(limit_bytes)) if limit_bytes else ()
