@@ -320,6 +320,7 @@ def test_a_file_that_was_removed_while_it_was_filled_serves_who_filled_it(
     assert again.copied == []
 
 
+TESTS = Path(__file__).parents[2]
 FULL = """
 import logging, sys, threading
 from pathlib import Path
@@ -355,6 +356,7 @@ def test_memory_that_is_really_full_is_an_error_and_no_signal(
         pytest.skip("this machine lets nobody mount")
     done = subprocess.run(
         [*command, sys.executable, "-c", FULL, str(tmp_path), when],
+        env=os.environ | {"PYTHONPATH": str(TESTS)},
         capture_output=True,
         text=True,
         check=False,
