@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from kvcached_core.config import SWITCH, Enable, read_config, read_switch
+from kvcached_core.config import SWITCH, Config, Enable, WeightsMode, read_config, read_switch
 from kvcached_core.engine.arrival import Arrival
 from kvcached_core.engine.leaving import sweep_at_exit
 from kvcached_core.engine.names import safe_name
@@ -133,6 +133,22 @@ class Startup:
             self.refuse(error)
             return False
         return True
+
+    def may_yield(self, config: Config, obstacles: Iterable[str]) -> bool:
+        """Return whether weights are given, too; if they should be and cannot, say why.
+
+        Args:
+            config: The settings.
+            obstacles: Why they have to stay, each with the setting to change.
+        """
+        if config.weights is not WeightsMode.YIELD:
+            return False
+        reasons = list(obstacles)
+        if reasons and self.is_first_rank():
+            self.logger.warning(
+                "kvcached: elastic weights off: %s; elastic KV stays on", "; ".join(reasons)
+            )
+        return not reasons
 
     def refuse(self, error: UnsupportedEngineError) -> None:
         """End the process with a report, or say under `auto` that it goes on without us.

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kvcached_core.config import HOST, Config, WeightsMode
+from kvcached_core.config import HOST, Config
 from kvcached_core.memory.model_bytes import OTHER_BYTES, find_folder
 from kvcached_core.memory.torch_device import architecture
 from kvcached_sglang.obstacles import weight_obstacles
@@ -21,14 +21,7 @@ def may_yield(arguments: Any, config: Config) -> bool:
         arguments: A `ServerArgs`.
         config: Our settings.
     """
-    if config.weights is not WeightsMode.YIELD:
-        return False
-    reasons = list(weight_obstacles(arguments))
-    if reasons and startup.is_first_rank():
-        startup.logger.warning(
-            "kvcached: elastic weights off: %s; elastic KV stays on", "; ".join(reasons)
-        )
-    return not reasons
+    return startup.may_yield(config, weight_obstacles(arguments))
 
 
 def take_over_weights(engine: "SglangEngine", runner: Any) -> None:

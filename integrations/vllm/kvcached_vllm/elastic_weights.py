@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kvcached_core.config import CUDA, WeightsMode, read_config
+from kvcached_core.config import CUDA, read_config
 from kvcached_core.errors import OutOfMemoryError
 from kvcached_core.memory.model_bytes import find_folder
 from kvcached_core.memory.torch_device import architecture
@@ -28,12 +28,7 @@ OURS = "kvcached_weights"
 
 def yields_weights(vllm_config: Any) -> bool:
     """Return whether weights are given, too; if they should be and cannot, say why."""
-    if read_config().weights is not WeightsMode.YIELD:
-        return False
-    reasons = list(weight_obstacles(vllm_config))
-    if reasons:
-        logger.warning("kvcached: elastic weights off: %s; elastic KV stays on", "; ".join(reasons))
-    return not reasons
+    return startup.may_yield(read_config(), weight_obstacles(vllm_config))
 
 
 @contextlib.contextmanager
