@@ -8,8 +8,6 @@ top of their reservation, where a kernel with 32-bit arithmetic would go wrong.
 import itertools
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.shapes import make_lora, make_shape
+from helpers.gpu_engine import run_engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -148,36 +146,15 @@ class Runs:
     def _run_now(self, name: str, *, elastic: bool) -> Any:
         case = CASES[name]
         label = label_of(name, elastic=elastic)
-        folder = self.folder / label
-        model = make_shape(folder / "model", case.shape)
-        options = dict(case.options) | {"top": "KVCACHED_LIMIT" not in case.environ}
-        if "lora" in options:
-            options["lora"] = str(make_lora(folder / "lora", case.shape))
-        environ = os.environ | {
-            "ENABLE_KVCACHED": str(int(elastic)),
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": f"{SCRIPT.parents[1]}:{os.environ.get('PYTHONPATH', '')}",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CACHE_ROOT": str(folder / "cache"),
-        }
-        if elastic:
-            environ |= {"KVCACHED_NAME": label, "KVCACHED_DEBUG": "1"} | case.environ
-        if case.runner is not None:
-            environ["VLLM_USE_V2_MODEL_RUNNER"] = str(case.runner - 1)
-        with (folder / "log").open("w") as log:
-            done = subprocess.run(
-                [sys.executable, str(SCRIPT), str(model), json.dumps(options)],
-                env=environ,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                check=False,
-                timeout=400,
-            )
-        text = (folder / "log").read_text()
-        assert done.returncode == 0, f"{label} ended with {done.returncode}:\n{text[-6000:]}"
-        report = json.loads(done.stdout.splitlines()[-1])
+        report = run_engine(
+            SCRIPT,
+            self.folder / label,
+            case.shape,
+            case.options | {"top": "KVCACHED_LIMIT" not in case.environ},
+            {"KVCACHED_DEBUG": "1"} | case.environ if elastic else {},
+            elastic=elastic,
+            runner=case.runner,
+        )
         brief = {key: value for key, value in report.items() if key not in ("tokens", "sleep")}
         brief["tokens_sha256"] = sha256(json.dumps(report["tokens"]).encode()).hexdigest()
         (self.folder / f"{label}.json").write_text(json.dumps(brief, indent=2))

@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.shapes import make_lora, make_shape
+from helpers.gpu_engine import run_engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -63,36 +61,10 @@ class Runs:
     def _run(self, name: str, *, elastic: bool) -> Any:
         shape, runner, options = CASES[name]
         label = f"{name} {'ours' if elastic else 'vanilla'}".replace(" ", "-")
-        folder = self.folder / label
-        model = make_shape(folder / "model", shape)
-        if "lora" in options:
-            options = options | {"lora": str(make_lora(folder / "lora", shape))}
-        environ = os.environ | {
-            "ENABLE_KVCACHED": str(int(elastic)),
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": f"{SCRIPT.parents[1]}:{os.environ.get('PYTHONPATH', '')}",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CACHE_ROOT": str(folder / "cache"),
-            "DUMMY_SEED": "1",
-        }
-        if elastic:
-            environ |= {"KVCACHED_NAME": label, "KVCACHED_WEIGHTS": "yield"}
-        if runner is not None:
-            environ["VLLM_USE_V2_MODEL_RUNNER"] = str(runner - 1)
-        with (folder / "log").open("w") as log:
-            done = subprocess.run(
-                [sys.executable, str(SCRIPT), str(model), json.dumps(options)],
-                env=environ,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                check=False,
-                timeout=400,
-            )
-        text = (folder / "log").read_text()
-        assert done.returncode == 0, f"{label} ended with {done.returncode}:\n{text[-6000:]}"
-        report = json.loads(done.stdout.splitlines()[-1])
+        own = {"DUMMY_SEED": "1"} | ({"KVCACHED_WEIGHTS": "yield"} if elastic else {})
+        report = run_engine(
+            SCRIPT, self.folder / label, shape, options, own, elastic=elastic, runner=runner
+        )
         brief = {key: value for key, value in report.items() if not isinstance(value, list)}
         (self.folder / f"{label}.json").write_text(json.dumps(brief, indent=2))
         return report
