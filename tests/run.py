@@ -76,7 +76,14 @@ INTERPRETED = tuple(f"tests/sglang/test_sglang_{n}.py" for n in ("sliding", "hyb
 WITHOUT_SERVERS = marked("not slow and not every_release")
 SERVERS = marked("slow and not every_release")
 OLDER_SGLANG_TESTS = marked("(not slow or older_release) and not vllm")
-FOLDERS = ("tests/core", "tests/patches", "tests/vllm", "tests/demo", "tests/benchmarks")
+FOLDERS = (
+    "tests/core",
+    "tests/patches",
+    "tests/vllm",
+    "tests/gateway",
+    "tests/demo",
+    "tests/benchmarks",
+)
 
 # The longest first: what is short fills the end.
 JOBS = {

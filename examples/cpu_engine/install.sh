@@ -39,4 +39,4 @@ py-modules = []
 END
 install --no-deps "$metadata"
 rm -r "$metadata"
-install --editable "$root[bench]" --group "$root/pyproject.toml:dev"
+install --editable "$root[bench,gateway]" --group "$root/pyproject.toml:dev"

@@ -24,6 +24,7 @@ PACKAGES = {
     "kvcached_patches": ROOT / "patches" / "kvcached_patches",
     "kvcached_vllm": ROOT / "integrations" / "vllm" / "kvcached_vllm",
     "kvcached_sglang": ROOT / "integrations" / "sglang" / "kvcached_sglang",
+    "kvcached_gateway": ROOT / "integrations" / "gateway" / "kvcached_gateway",
     "kvcached_demo": ROOT / "examples" / "demo" / "kvcached_demo",
 }
 MAY_IMPORT = {
@@ -31,6 +32,7 @@ MAY_IMPORT = {
     "kvcached_patches": {"kvcached_patches"},
     "kvcached_vllm": {"kvcached_vllm", "kvcached_core", "kvcached_patches"},
     "kvcached_sglang": {"kvcached_sglang", "kvcached_core", "kvcached_patches"},
+    "kvcached_gateway": {"kvcached_gateway", "kvcached_core"},
     "kvcached_demo": {"kvcached_demo", "kvcached_core"},
 }
 

@@ -1,0 +1,37 @@
+"""What the gateway answers where an engine does not, and what it raises about engines."""
+
+from kvcached_core.errors import KVCachedError
+
+__all__ = ["AdoptionError", "EngineDiedError", "EngineStartError", "RefusedError"]
+
+
+class RefusedError(KVCachedError):
+    """A request gets this answer in place of an engine's, in OpenAI's form.
+
+    Attributes:
+        status: The HTTP status.
+        code: A word for programs, such as `model_not_found`.
+        message: A sentence for people: what, its value, what is allowed.
+        retry_after_seconds: When to ask again, or None where that will not help.
+    """
+
+    def __init__(
+        self, status: int, code: str, message: str, *, retry_after_seconds: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.retry_after_seconds = retry_after_seconds
+
+
+class EngineDiedError(KVCachedError, ConnectionError):
+    """An engine went away before the first byte of its answer; the request may be asked again."""
+
+
+class EngineStartError(KVCachedError, RuntimeError):
+    """An engine did not start; the message ends with the last lines of its log."""
+
+
+class AdoptionError(KVCachedError, RuntimeError):
+    """An engine of an earlier gateway is not what was written down of it; the message says how."""
