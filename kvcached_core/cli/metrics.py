@@ -45,6 +45,7 @@ INSTANCE_GAUGES: dict[str, tuple[str, Callable[[InstanceView], float]]] = {
     "promised_bytes": ("Promised and not mapped yet.", lambda i: i.promised_bytes),
     "waiting_bytes": ("Refused, and still wanted.", lambda i: i.waiting_bytes),
     "virtual_bytes": ("What the engine believes to have.", lambda i: i.virtual_bytes),
+    "token_bytes": ("KV of one token, on all ranks of the device.", lambda i: i.token_bytes),
     "floor_bytes": ("What it can always get back.", lambda i: i.floor_bytes),
     "priority": ("Instances with a lower value give first.", lambda i: i.priority),
 }

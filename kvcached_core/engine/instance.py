@@ -97,7 +97,9 @@ class Instance:
         ledger = self._ledgers[device]
         return Seat(str(ledger.path), self._rows[device], self._num_ranks[device])
 
-    def describe(self, *, page_bytes: int, num_pages: int, least_pages: int = 0) -> None:
+    def describe(
+        self, *, page_bytes: int, num_pages: int, least_pages: int = 0, token_bytes: int = 0
+    ) -> None:
         """Say how large a page is on each rank, in bytes, and how many there are.
 
         Args:
@@ -105,6 +107,7 @@ class Instance:
             num_pages: Pages of the pool.
             least_pages: Pages that the largest request needs: no limit may be below them, and the
                 floors of others have to leave them.
+            token_bytes: What the KV of one token takes on each rank; 0 where nobody knows.
 
         Raises:
             PolicyError: If these floors do not.
@@ -117,6 +120,7 @@ class Instance:
                 page_bytes=unit_bytes,
                 virtual_bytes=num_pages * unit_bytes,
                 least_bytes=least_pages * unit_bytes,
+                token_bytes=token_bytes * self._num_ranks[device],
             )
 
     def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:

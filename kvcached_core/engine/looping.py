@@ -120,6 +120,7 @@ class LoopingEngine(ElasticEngine):
                 shape.num_planes,
                 shape.num_blocks,
                 min(longest_blocks, shape.num_blocks - 1),
+                (shape.block_tokens,),
                 is_exact=True,
             ),
             self._backend.granularity_bytes,

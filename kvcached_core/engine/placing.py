@@ -22,6 +22,7 @@ class Planes:
         num_planes: Planes; the most that a rank has, where ranks differ.
         num_blocks: Blocks of the virtual size, the padding block included.
         request_blocks: Blocks of the longest request.
+        block_tokens: Tokens of a block, for each group of layers that has blocks of its own here.
         is_exact: Whether the engine hands out all of these blocks; otherwise it leaves out those
             that fill no whole page.
     """
@@ -30,7 +31,14 @@ class Planes:
     num_planes: int
     num_blocks: int
     request_blocks: int
+    block_tokens: tuple[int, ...]
     is_exact: bool = False
+
+    @property
+    def token_bytes(self) -> int:
+        """What one token takes in all of these layers, as long as no window has dropped it."""
+        whole_bytes = self.num_planes * self.block_bytes
+        return sum(ceil(whole_bytes / num_tokens) for num_tokens in self.block_tokens)
 
 
 class Rows(Protocol):
@@ -40,8 +48,10 @@ class Rows(Protocol):
     def capacity_bytes(self) -> int:
         """What instances may hold together on the device that has least."""
 
-    def describe(self, *, page_bytes: int, num_pages: int, least_pages: int) -> None:
-        """Say how large a page is, how many there are, and how many a request needs at most."""
+    def describe(
+        self, *, page_bytes: int, num_pages: int, least_pages: int, token_bytes: int
+    ) -> None:
+        """Say how large a page and a token are, how many pages, and what a request needs."""
 
     def announce(self, static_bytes: int) -> None:
         """Say what is still about to be allocated beside the KV cache."""
@@ -87,6 +97,7 @@ class Placing:
         self._logger = logger
         self._length_setting = length_setting
         self._least_pages = int(num_pools > 1)
+        self._token_bytes = 0
 
     @property
     def is_complete(self) -> bool:
@@ -175,10 +186,12 @@ class Placing:
                 f"raise {pool_settings(self._device)}, or lower {self._length_setting}"
             )
         self._least_pages += ceil((needed + num_padding_blocks) / geometry.blocks_per_page)
+        self._token_bytes += planes.token_bytes
         self._rows.describe(
             page_bytes=geometry.page_bytes,
             num_pages=self.num_pages,
             least_pages=self._least_pages,
+            token_bytes=self._token_bytes,
         )
 
     def _promise_first_page(self, geometry: Geometry) -> None:

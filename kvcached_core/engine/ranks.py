@@ -95,11 +95,16 @@ class Ranks:
         """Return the view of an engine's only scheduler, whose first rank is on `device`."""
         return cls(instance, instance.seat(device), instance.capacity_bytes)
 
-    def describe(self, *, page_bytes: int, num_pages: int, least_pages: int) -> None:
+    def describe(
+        self, *, page_bytes: int, num_pages: int, least_pages: int, token_bytes: int = 0
+    ) -> None:
         """See `Instance.describe`."""
         if self.instance is not None:
             self.instance.describe(
-                page_bytes=page_bytes, num_pages=num_pages, least_pages=least_pages
+                page_bytes=page_bytes,
+                num_pages=num_pages,
+                least_pages=least_pages,
+                token_bytes=token_bytes,
             )
 
     def look(self, *, is_busy: bool = True) -> WantedPages | None:

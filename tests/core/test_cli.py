@@ -17,7 +17,7 @@ from kvcached_core.ledger.bell import Doorbell
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import doorbell_path, ledger_directory
 from kvcached_core.ledger.policy import Policy
-from kvcached_core.units import GIB, MIB
+from kvcached_core.units import GIB, KIB, MIB
 
 PAGE = 16 * MIB
 KVCACHED = Path(sys.executable).with_name("kvcached")
@@ -27,6 +27,7 @@ KVCACHED = Path(sys.executable).with_name("kvcached")
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
     with Ledger(ledger_directory(tmp_path / "kv") / "host.ledger", GIB) as opened:
         row = opened.register(name="llama", engine="vllm 0.32.0", policy=Policy(GIB // 2))
+        opened.describe(row, page_bytes=PAGE, virtual_bytes=GIB, token_bytes=128 * KIB)
         opened.reserve(row, 8 * PAGE, PAGE)
         opened.settle(row, mapped_bytes=8 * PAGE, used_bytes=2 * PAGE, cached_bytes=5 * PAGE)
         yield opened
@@ -53,6 +54,15 @@ def test_top_as_json_holds_every_size_in_bytes(ledger: Ledger) -> None:
         instance[f"{state}_bytes"] for state in ("used", "cached", "idle")
     )
     assert instance["limit_bytes"] == GIB // 2
+
+
+def test_what_a_token_takes_is_listed_and_in_the_metrics(ledger: Ledger) -> None:
+    directory = ledger.path.parent
+    listed = json.loads(kvcached("list", "--json", directory=directory).stdout)
+    assert listed["devices"][0]["instances"][0]["token_bytes"] == 128 * KIB
+    text = kvcached("metrics", "--once", directory=directory).stdout
+    assert 'kvcached_token_bytes{device="host",engine="vllm 0.32.0"' in text
+    assert f"}} {float(128 * KIB)}\n" in text
 
 
 def test_top_prints_a_plain_table_where_there_is_no_terminal(ledger: Ledger) -> None:

@@ -137,6 +137,19 @@ def test_a_floor_beside_which_a_neighbours_longest_request_never_fits_has_to_be_
     assert pair[0].policy().floor_bytes == GIB * 6 // 10
 
 
+def test_who_places_models_reads_their_weights_and_what_a_token_takes(
+    directory: Path, pair: tuple[Engine, Engine]
+) -> None:
+    engine = pair[0]
+    engine.ledger.describe(engine.row, page_bytes=PAGE, virtual_bytes=GIB, token_bytes=4096)
+    engine.ledger.describe_weights(engine.row, 8 * PAGE)
+    engine.ledger.settle_weights(engine.row, mapped_bytes=3 * PAGE)
+    (device,) = control.devices(directory)
+    row = next(row for row in device.instances if row.name == "a")
+    assert (row.weights_bytes, row.weights_needed_bytes) == (3 * PAGE, 8 * PAGE)
+    assert row.token_bytes == 4096
+
+
 def test_an_idle_instance_gives_its_weights_and_gets_them_back(
     directory: Path, pair: tuple[Engine, Engine]
 ) -> None:

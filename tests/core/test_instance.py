@@ -65,6 +65,15 @@ def test_a_page_counts_for_all_ranks_on_a_device(start: Callable[..., Instance])
     assert view(instance, both).page_bytes == 2 * view(instance, single).page_bytes == 2 * PAGE
 
 
+def test_a_token_takes_what_it_does_on_each_rank_of_a_device(
+    start: Callable[..., Instance],
+) -> None:
+    both, single = device("a", 8), device("b", 8)
+    instance = start([both, both, single])
+    instance.describe(page_bytes=PAGE, num_pages=4, token_bytes=768)
+    assert view(instance, both).token_bytes == 2 * view(instance, single).token_bytes == 2 * 768
+
+
 def test_a_refusal_on_the_last_device_leaves_nothing_on_the_first(
     start: Callable[..., Instance],
 ) -> None:

@@ -13,7 +13,7 @@ from kvcached_core.memory.devices import Device
 from kvcached_core.units import GIB, MIB
 
 DEVICE = Device(HOST, "host", GIB)
-PLANES = Planes(block_bytes=64 * 1024, num_planes=8, num_blocks=1000, request_blocks=100)
+PLANES = Planes(64 * 1024, 8, num_blocks=1000, request_blocks=100, block_tokens=(16,))
 PER_PAGE = 32  # blocks of these planes in a page of 16 MiB
 LOGGER = logging.getLogger("engine.kvcached")
 
@@ -66,7 +66,7 @@ def test_the_ledgers_know_the_sizes_before_a_page_is_promised(
     with caplog.at_level(logging.INFO, LOGGER.name):
         geometry = place.place(PLANES, 2 * MIB)
     assert geometry.blocks_per_page == PER_PAGE
-    sizes = {"page_bytes": 16 * MIB, "num_pages": 31, "least_pages": 4}
+    sizes = {"page_bytes": 16 * MIB, "num_pages": 31, "least_pages": 4, "token_bytes": 32 * 1024}
     assert rows.told == [sizes, ("announce", 0), "first page"]
     assert (place.num_pages, place.is_complete) == (31, True)
     (line,) = caplog.messages
@@ -124,6 +124,21 @@ def test_two_pools_share_the_pages_and_a_request_needs_some_of_each(config: Conf
     least = [sizes["least_pages"] for sizes in rows.told if isinstance(sizes, dict)]
     assert least == [1 + 4, 1 + 4 + 1]
     assert rows.told.count("first page") == 1
+
+
+def test_a_token_counts_in_every_pool_and_in_every_group_of_a_pool(config: Config) -> None:
+    rows = Rows()
+    place = placing(rows, config, num_pools=2)
+    place.place(replace(PLANES, block_tokens=(16, 16, 64)), 2 * MIB)
+    place.place(replace(PLANES, num_planes=4), 2 * MIB)
+    block_bytes = 8 * 64 * 1024
+    one, both = [sizes["token_bytes"] for sizes in rows.told if isinstance(sizes, dict)]
+    assert one == 2 * block_bytes // 16 + block_bytes // 64
+    assert both == one + block_bytes // 2 // 16
+
+
+def test_the_bytes_of_a_token_are_never_too_few() -> None:
+    assert replace(PLANES, num_planes=1, block_tokens=(48,)).token_bytes == -(-64 * 1024 // 48)
 
 
 def test_a_second_pool_that_does_not_fit_the_pages_is_refused(config: Config) -> None:

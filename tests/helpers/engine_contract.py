@@ -59,6 +59,12 @@ def test_before_the_first_request_page_0_is_mapped_and_no_other(house: House) ->
     assert house.neighbour().take(NUM_PAGES) == NUM_PAGES - 1
 
 
+def test_the_row_says_what_the_kv_of_a_token_takes(house: House) -> None:
+    served = house.start()
+    num_blocks = served.engine.pools[0].geometry.blocks_per_page
+    assert served.view().token_bytes == PAGE_BYTES // (num_blocks * served.block_tokens)
+
+
 def test_a_request_has_its_pages_before_its_step_and_what_was_not_needed_goes_back(
     house: House,
 ) -> None:

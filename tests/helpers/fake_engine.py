@@ -61,7 +61,7 @@ class FakeEngine(Served):
         num_blocks = device.total_bytes // (num_planes * block_bytes)
         backend = HostBackend()
         geometry = placing.place(
-            Planes(block_bytes, num_planes, num_blocks, request_blocks=1),
+            Planes(block_bytes, num_planes, num_blocks, request_blocks=1, block_tokens=(1,)),
             backend.granularity_bytes,
         )
         seat = instance.seat(device)

@@ -94,6 +94,9 @@ class Served(ABC):
 
     A port's constructor makes `engine` and `memory`, with a pool of all pages of the host's.
 
+    Attributes:
+        block_tokens: Tokens of a block.
+
     Args:
         config: The settings; `KVCACHED_NAME` is `ENGINE`.
     """
@@ -101,6 +104,7 @@ class Served(ABC):
     engine: ElasticEngine
     memory: RankMemory
     weights: Weights | None = None  # where they yield
+    block_tokens = 1
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -46,6 +46,7 @@ class VllmServed(Served):
     """
 
     engine: VllmEngine
+    block_tokens = BLOCK_TOKENS
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -62,7 +63,13 @@ class VllmServed(Served):
         self.engine = VllmEngine(SimpleNamespace(model_config=model), config, [device], self)
         self.kvcached: Any = self.engine  # where our hooks look for it
         tensors = [SimpleNamespace(size=BLOCK_BYTES * num_blocks) for _ in range(NUM_PLANES)]
-        plan = SimpleNamespace(kv_cache_tensors=tensors, num_blocks=num_blocks, kv_cache_groups=[])
+        spec = SimpleNamespace(
+            block_size=BLOCK_TOKENS, page_size_bytes=1, max_memory_usage_bytes=lambda _config: 0
+        )
+        groups = [SimpleNamespace(kv_cache_spec=spec)]
+        plan = SimpleNamespace(
+            kv_cache_tensors=tensors, num_blocks=num_blocks, kv_cache_groups=groups
+        )
         backend = HostBackend()
         self.engine.place([plan], backend.granularity_bytes)
         place = getattr(plan, PLACEMENT)

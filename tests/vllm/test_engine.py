@@ -284,6 +284,7 @@ def test_the_least_limit_holds_the_largest_request_and_the_null_block(
     spec = SimpleNamespace(
         max_memory_usage_bytes=lambda _config: num_pages * per_page * BLOCK_BYTES,
         page_size_bytes=BLOCK_BYTES,
+        block_size=16,
     )
     for each in plans:
         each.kv_cache_groups = [SimpleNamespace(kv_cache_spec=spec)]

@@ -48,7 +48,13 @@ class VllmEngine(CentralEngine):
         widest = max(layouts, key=lambda layout: layout.num_planes)
         plan = kv_cache_configs[0]
         request = request_blocks(plan, self.vllm_config)
-        planes = Planes(widest.block_bytes, widest.num_planes, plan.num_blocks, request)
+        planes = Planes(
+            widest.block_bytes,
+            widest.num_planes,
+            plan.num_blocks,
+            request,
+            tuple(group.kv_cache_spec.block_size for group in plan.kv_cache_groups),
+        )
         depths = [layout.num_planes for layout in layouts]
         placements = self.place_ranks(planes, depths, granularity_bytes)
         for config, placement in zip(kv_cache_configs, placements, strict=True):
