@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvcached_core.config import Config
 from kvcached_core.engine.beside import Turn
@@ -61,7 +61,8 @@ class Activation(WeightsKept):
         self._status = status
         self._sleep_after = config.sleep_after
         self._empty = empty
-        self._offered = (0, False)  # bytes, and whether they are kept for a while
+        self._offered: Sequence[int] = ()  # bytes of each rank, if there are any
+        self._is_kept = False  # only higher priorities get them for a while
         self._refused_at = self._stalled_since = 0.0
         self._stalled_bytes = 0  # of its KV cache, which it waits for together with its weights
         self._waking_since_ns = 0  # 0 while it does not wake
@@ -71,7 +72,7 @@ class Activation(WeightsKept):
         self._is_stuck = False  # since then: pages stayed that were to go
         self._look_seconds = FIRST_LOOK_SECONDS
         self._look_at = self._alarm_at = 0.0
-        ranks.describe_weights(status.num_pages * status.page_bytes)
+        ranks.describe_weights(status.needed_bytes)
 
     def activate(self) -> bool:
         """Have all weights there before a schedule, if they can be; it never blocks for room.
@@ -85,7 +86,7 @@ class Activation(WeightsKept):
         if not self.is_active:
             if (self._status.num_missing_pages or self._stalled_bytes) and not self._wake():
                 return False
-            self._offer(0)
+            self._offer(())
             if self._waking_since_ns:
                 self._stop_waking()
             self.is_active = True
@@ -135,7 +136,7 @@ class Activation(WeightsKept):
     @property
     def can_give(self) -> bool:
         """Whether some may be given: what was offered, unless a request has come since."""
-        return self._offered[0] > 0 and (self._waking_since_ns > 0 or not self._port.is_busy())
+        return bool(self._offered) and (self._waking_since_ns > 0 or not self._port.is_busy())
 
     def give(self, num_bytes: int) -> int:
         """Give about so many bytes of each rank's weights, in whole pages, the last ones first.
@@ -199,17 +200,17 @@ class Activation(WeightsKept):
         status = self._status
         if not self._waking_since_ns:
             self._waking_since_ns = time.monotonic_ns()
-        missing_bytes = status.num_missing_pages * status.page_bytes
-        turn = self._ranks.ask_to_wake(missing_bytes + self._stalled_bytes)
+        stalled_bytes = self._stalled_bytes
+        turn = self._ranks.ask_to_wake([one + stalled_bytes for one in status.missing_bytes])
         if turn is not Turn.NOW:
             self._set_alarm()
         if turn is Turn.LATER:
             self._offer_resident()  # who comes first may need what is left of it
             return False
-        self._offer(0)
+        self._offer(())
         if turn is not Turn.NOW:
             return False
-        return not missing_bytes or self._bring()
+        return not status.num_missing_pages or self._bring()
 
     def _set_alarm(self) -> None:
         now = time.monotonic()
@@ -251,7 +252,9 @@ class Activation(WeightsKept):
     def _hold(self, num_pages: int) -> None:
         """Have exactly so many pages there, or as many as there can be."""
         try:
-            status: WeightStatus | None = self._port.hold_weights(num_pages)
+            status: WeightStatus | None = self._port.hold_weights(
+                self._status.num_pages - num_pages
+            )
         except OutOfMemoryError as error:
             # Others than engines took it. What came stays, and the rest is asked for again.
             logger.warning("kvcached: %s; requests wait for the rest of the weights", error)
@@ -265,14 +268,16 @@ class Activation(WeightsKept):
     def _offer_resident(self) -> None:
         status = self._status
         may_go = status.is_copied and not self._is_stuck
-        self._offer(status.num_resident_pages * status.page_bytes if may_go else 0)
+        self._offer(status.resident_bytes if may_go else ())
 
-    def _offer(self, num_bytes: int) -> None:
+    def _offer(self, rank_bytes: Sequence[int]) -> None:
+        """Let others ask for so much of each rank's weights, or for none."""
+        offered = rank_bytes if any(rank_bytes) else ()
         # Who has to wait has nothing of what it keeps for itself.
-        offered = num_bytes, num_bytes > 0 and not self._waking_since_ns
-        if offered != self._offered:
-            self._offered = offered
-            self._ranks.offer_weights(num_bytes, is_kept=offered[1])
+        is_kept = bool(offered) and not self._waking_since_ns
+        if (offered, is_kept) != (self._offered, self._is_kept):
+            self._offered, self._is_kept = offered, is_kept
+            self._ranks.offer_weights(offered or 0, is_kept=is_kept)
 
     def _end_wish(self, wish: WeightsWish) -> None:
         if self._wish is wish:

@@ -6,7 +6,8 @@ weights that come back. Weights that are there are offered while nothing runs on
 
 import threading
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,9 @@ LOOK_SECONDS = 0.05
 LEAST_KEPT_SECONDS = 10.0
 NUM_KEPT_ACTIVATIONS = 30
 
+# Bytes of each rank, in the order of ranks; or one number, where all have the same.
+RankBytes = int | Sequence[int]
+
 
 class Turn(IntEnum):
     """Whether an instance may have its weights back."""
@@ -46,7 +50,7 @@ class Beside:
     Args:
         ledgers: The ledgers, in an order that all engines keep.
         rows: The engine's row in each.
-        num_ranks: How many ranks it has on each device.
+        devices: The device of each rank.
         rang: Set when somebody rings one of the rows' bells.
         kept_seconds: How long weights that came back are kept; None goes by what they took.
     """
@@ -55,13 +59,13 @@ class Beside:
         self,
         ledgers: "Mapping[Device, Ledger]",
         rows: "Mapping[Device, RowKey]",
-        num_ranks: Mapping[Device, int],
+        devices: Sequence[Device],
         rang: threading.Event,
         kept_seconds: float | None,
     ) -> None:
         self._ledgers = ledgers
         self._rows = rows
-        self._num_ranks = num_ranks
+        self._devices = devices
         self._rang = rang
         self._kept_seconds = kept_seconds
         self._kept_until_ns = 0
@@ -97,12 +101,12 @@ class Beside:
             self.announce(0)
         return shortage
 
-    def describe_weights(self, needed_bytes: int) -> None:
+    def describe_weights(self, needed_bytes: RankBytes) -> None:
         """Say how many bytes of weights each rank needs to run."""
         for need in self._needs_of(needed_bytes):
             need.ledger.describe_weights(need.row, need.static_bytes)
 
-    def offer_weights(self, offered_bytes: int, *, is_kept: bool = True) -> None:
+    def offer_weights(self, offered_bytes: RankBytes, *, is_kept: bool = True) -> None:
         """Say how many bytes of each rank's weights may be asked for; 0 while it runs.
 
         Args:
@@ -113,7 +117,7 @@ class Beside:
         for need in self._needs_of(offered_bytes):
             need.ledger.offer_weights(need.row, need.static_bytes, kept_until_ns)
 
-    def ask_to_wake(self, missing_bytes: int) -> Turn:
+    def ask_to_wake(self, missing_bytes: RankBytes) -> Turn:
         """Return whether each rank may have so many bytes of its weights back.
 
         Until it may, call this again and again: it waits for a millisecond in most of the calls, so
@@ -193,9 +197,14 @@ class Beside:
             for device, ledger in self._ledgers.items():
                 ledger.clear_waiting(self._rows[device])
 
-    def _needs_of(self, static_bytes: int) -> list[Need]:
+    def _needs_of(self, rank_bytes: RankBytes) -> list[Need]:
+        if isinstance(rank_bytes, int):
+            rank_bytes = [rank_bytes] * len(self._devices)
+        sums: Counter[Device] = Counter()
+        for device, num_bytes in zip(self._devices, rank_bytes, strict=True):
+            sums[device] += num_bytes
         return [
-            Need(ledger, self._rows[device], static_bytes * self._num_ranks[device])
+            Need(ledger, self._rows[device], sums[device])
             for device, ledger in self._ledgers.items()
         ]
 

@@ -76,7 +76,7 @@ class Instance:
             self.beside = Beside(
                 self._ledgers,
                 self._rows,
-                self._num_ranks,
+                devices,
                 self._rang,
                 config.weights_kept_seconds,
             )

@@ -77,11 +77,12 @@ def _join_many(
         distributed.broadcast(numbers, src=first, group=channel)
         return [int(number) for number in numbers.tolist()]
 
-    def largest(values: list[int]) -> list[int]:
+    def gather(values: list[int]) -> list[list[int]]:
         numbers = torch.tensor(values, dtype=torch.int64)
-        distributed.all_reduce(numbers, op=distributed.ReduceOp.MAX, group=channel)
-        return [int(number) for number in numbers.tolist()]
+        found = [torch.empty_like(numbers) for _ in group.ranks]
+        distributed.all_gather(found, numbers, group=channel)
+        return [[int(number) for number in one.tolist()] for one in found]
 
     return Ranks(
-        instance, seats[group.rank], capacity_bytes, share, largest, num_idle_turns=num_idle_turns
+        instance, seats[group.rank], capacity_bytes, share, gather, num_idle_turns=num_idle_turns
     )

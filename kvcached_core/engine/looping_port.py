@@ -145,10 +145,10 @@ class LoopingPort(ABC):
         """See `EnginePort.weight_status`."""
         return self.weights.status() if self.weights is not None else None
 
-    def hold_weights(self, num_pages: int) -> "WeightStatus":
+    def hold_weights(self, num_missing: int) -> "WeightStatus":
         """See `EnginePort.hold_weights`."""
         assert self.weights is not None  # noqa: S101
-        return self.weights.hold(num_pages)
+        return self.weights.hold(self.weights.status().pages_without(num_missing))
 
     def wake(self, answer: Callable[[], None]) -> None:  # noqa: B027  as above
         """See `EnginePort.wake`: its loop is awake."""

@@ -87,17 +87,20 @@ class EnginePort(Protocol):
         """Return what there is of the weights of this scheduler's ranks; None if they never go."""
         return None
 
-    def hold_weights(self, num_pages: int) -> WeightStatus:
-        """Have exactly the first pages of each rank's weights there; return what there is then.
+    def hold_weights(self, num_missing: int) -> WeightStatus:
+        """Have all but the last pages of each rank's weights there; return what there is then.
 
         More pages are mapped and copied, and the next step waits for that on the device. Fewer are
         dropped some at a time, behind all steps, so that who waits gets the first ones early; those
         stay that could not be brought back.
 
+        Args:
+            num_missing: How many pages each rank lacks then; one that has fewer lacks them all.
+
         Raises:
             OutOfMemoryError: If others than engines took the memory; what came stays.
         """
-        raise RuntimeError(f"{num_pages} pages of weights that never go")
+        raise RuntimeError(f"weights that never go shall lack {num_missing} pages")
 
     def wake(self, answer: Callable[[], None]) -> None:
         """Make the engine's loop call `answer` when it is idle; any thread."""

@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvcached_core.engine.beside import Turn
+from kvcached_core.engine.beside import RankBytes, Turn
 from kvcached_core.engine.instance import Instance
 from kvcached_core.engine.waiting import WaitingLog
 from kvcached_core.ledger.shortage import PATIENCE_SECONDS
 from kvcached_core.ledger.weights import WeightsWish
 from kvcached_core.memory.devices import Device
 from kvcached_core.memory.seats import Seat
-from kvcached_core.weights.status import WeightStatus
+from kvcached_core.weights.status import WeightStatus, merge
 
 MICROSECONDS = 1_000_000
 
@@ -28,11 +28,17 @@ NUM_IDLE_TURNS = 16
 
 
 Share = Callable[[list[int]], list[int]]
+Gather = Callable[[list[int]], list[list[int]]]
 
 
 def alone(values: list[int]) -> list[int]:
     """Return the numbers as they are: what a single rank has nobody to tell."""
     return values
+
+
+def alone_of_all(values: list[int]) -> list[list[int]]:
+    """Return the numbers of a single rank as those of all ranks."""
+    return [values]
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Ranks:
         seat: Where this rank reports what it maps.
         capacity_bytes: What instances may hold together on the device that has least.
         share: Returns rank 0's numbers on every rank.
-        largest: Returns the largest of all ranks' numbers on every rank, each in its place.
+        gather: Returns the numbers of all ranks on every rank, in the order of ranks.
         num_idle_turns: Several ranks that have nothing to do look once in so many turns.
     """
 
@@ -70,7 +76,7 @@ class Ranks:
         seat: Seat,
         capacity_bytes: int,
         share: Share = alone,
-        largest: Share = alone,
+        gather: Gather = alone_of_all,
         *,
         num_idle_turns: int = NUM_IDLE_TURNS,
     ) -> None:
@@ -79,7 +85,7 @@ class Ranks:
         self.capacity_bytes = capacity_bytes
         self.room_pages = 0
         self._share = share
-        self._largest = largest
+        self._gather = gather
         self._is_one_of_many = share is not alone
         self._turns_per_look = num_idle_turns
         self._microseconds = 0
@@ -199,7 +205,7 @@ class Ranks:
             None if there is room: call `announce(0)` when it is allocated. Otherwise what is
             missing and who holds it, as rank 0 found it.
         """
-        (needed_bytes,) = self._largest([static_bytes])
+        needed_bytes = max(needed for (needed,) in self._gather([static_bytes]))
         shortage = None
         if needed_bytes and self.instance is not None:
             shortage = self.instance.beside.make_room(needed_bytes, PATIENCE_SECONDS)
@@ -213,33 +219,26 @@ class Ranks:
 
     def merge(self, status: WeightStatus | None) -> WeightStatus | None:
         """Return what holds for the weights of all ranks; None if one of them keeps its own."""
+        if not self._is_one_of_many:
+            return status
         found = status or WeightStatus(0, 0, 0, is_copied=False)
-        has_none, num_pages, num_missing, page_bytes, is_uncopied = self._largest(
-            [
-                status is None,
-                found.num_pages,
-                found.num_missing_pages,
-                found.page_bytes,
-                not found.is_copied,
-            ]
+        told = self._gather(
+            [found.num_pages, found.num_resident_pages, found.page_bytes, found.is_copied]
         )
-        if has_none:
-            return None
-        return WeightStatus(
-            num_pages, num_pages - num_missing, page_bytes, is_copied=not is_uncopied
-        )
+        statuses = [WeightStatus(one[0], one[1], one[2], is_copied=bool(one[3])) for one in told]
+        return merge(statuses) if all(one.num_pages for one in statuses) else None
 
-    def describe_weights(self, needed_bytes: int) -> None:
+    def describe_weights(self, needed_bytes: RankBytes) -> None:
         """See `Beside.describe_weights`."""
         if self.instance is not None:
             self.instance.beside.describe_weights(needed_bytes)
 
-    def offer_weights(self, offered_bytes: int, *, is_kept: bool) -> None:
+    def offer_weights(self, offered_bytes: RankBytes, *, is_kept: bool) -> None:
         """See `Beside.offer_weights`."""
         if self.instance is not None:
             self.instance.beside.offer_weights(offered_bytes, is_kept=is_kept)
 
-    def ask_to_wake(self, missing_bytes: int) -> Turn:
+    def ask_to_wake(self, missing_bytes: RankBytes) -> Turn:
         """See `Beside.ask_to_wake`."""
         turn = Turn.LATER
         if self.instance is not None:

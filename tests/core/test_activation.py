@@ -16,7 +16,7 @@ from kvcached_core.engine.activation import (
     STALL_SECONDS,
     Activation,
 )
-from kvcached_core.engine.beside import Turn
+from kvcached_core.engine.beside import RankBytes, Turn
 from kvcached_core.engine.engine import ElasticEngine
 from kvcached_core.engine.weights_kept import WeightsKept
 from kvcached_core.errors import NoRoomError, OutOfMemoryError
@@ -24,6 +24,11 @@ from kvcached_core.ledger.weights import WeightsWish
 from kvcached_core.weights.status import WeightStatus
 
 PAGE, NUM_PAGES = 64, 8
+
+
+def only(rank_bytes: RankBytes) -> int:
+    """Return the bytes of the only rank."""
+    return rank_bytes if isinstance(rank_bytes, int) else sum(rank_bytes)
 
 
 class Engine:
@@ -64,10 +69,11 @@ class Engine:
     def merge(self, status: WeightStatus | None) -> WeightStatus | None:
         return status
 
-    def describe_weights(self, needed_bytes: int) -> None:
-        self.said.append(("needs", needed_bytes))
+    def describe_weights(self, needed_bytes: RankBytes) -> None:
+        self.said.append(("needs", only(needed_bytes)))
 
-    def offer_weights(self, offered_bytes: int, *, is_kept: bool) -> None:
+    def offer_weights(self, rank_bytes: RankBytes, *, is_kept: bool) -> None:
+        offered_bytes = only(rank_bytes)
         assert self.num_resident * PAGE >= offered_bytes
         self.is_kept = is_kept
         self.said.append(("offer", offered_bytes))
@@ -78,8 +84,8 @@ class Engine:
     def clear_waiting(self) -> None:
         self.said.append(("clear",))
 
-    def ask_to_wake(self, missing_bytes: int) -> Turn:
-        self.said.append(("ask", missing_bytes))
+    def ask_to_wake(self, missing_bytes: RankBytes) -> Turn:
+        self.said.append(("ask", only(missing_bytes)))
         return self.turn
 
     def woke(self, waited_ns: int, took_ns: int) -> None:
@@ -107,7 +113,8 @@ class Engine:
         self.num_looks += 1
         return self.status()
 
-    def hold_weights(self, num_pages: int) -> WeightStatus:
+    def hold_weights(self, num_missing: int) -> WeightStatus:
+        num_pages = NUM_PAGES - num_missing
         assert not self.activation.is_active or num_pages == NUM_PAGES, "a step may run"
         if num_pages > self.num_resident:
             assert self.offered == 0, "somebody may ask for what comes back"

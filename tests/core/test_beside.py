@@ -230,6 +230,23 @@ def test_weights_that_took_long_are_kept_for_longer(start: Callable[..., Engine]
     assert 59 < kept_seconds <= 60  # of what the waiting took, nothing counts
 
 
+def test_each_rank_counts_with_its_own_weights_on_its_own_device(
+    start: Callable[..., Engine],
+) -> None:
+    engine = start("one", [POOL, OTHER_POOL, OTHER_POOL])
+    ours = engine.beside
+    ours.describe_weights([PAGE, 2 * PAGE, 3 * PAGE])
+    views = engine.view(POOL), engine.view(OTHER_POOL)
+    assert [view.weights_needed_bytes for view in views] == [PAGE, 5 * PAGE]
+    assert ours.ask_to_wake([0, PAGE, 2 * PAGE]) is Turn.NOW
+    assert [engine.view(one).static_bytes for one in (POOL, OTHER_POOL)] == [0, 3 * PAGE]
+    ours.stop_waking()
+    engine.map_weights(4)
+    ours.offer_weights([PAGE, 0, 2 * PAGE])
+    views = engine.view(POOL), engine.view(OTHER_POOL)
+    assert [view.weights_offered_bytes for view in views] == [PAGE, 2 * PAGE]
+
+
 def test_how_long_weights_are_kept_can_be_set(start: Callable[..., Engine]) -> None:
     engine = start("one", weights_kept_seconds="0")
     assert engine.ask() is Turn.NOW

@@ -10,7 +10,7 @@ from kvcached_core.engine.beside import Turn
 from kvcached_core.engine.engine import ElasticEngine
 from kvcached_core.engine.ranks import Ranks
 from kvcached_core.ledger.weights import WeightsWish
-from kvcached_core.weights.status import WeightStatus
+from kvcached_core.weights.status import WeightStatus, merge
 
 
 class Ledgers:
@@ -60,16 +60,16 @@ def test_every_rank_takes_part_in_a_wake_whatever_it_allocates(num_bytes: int) -
         calls.append("share")
         return values
 
-    def largest(values: list[int]) -> list[int]:
-        calls.append("largest")
-        return values
+    def gather(values: list[int]) -> list[list[int]]:
+        calls.append("gather")
+        return [values]
 
     seat: Any = None
-    engine = ElasticEngine(Ranks(None, seat, 0, share, largest), port=seat)
+    engine = ElasticEngine(Ranks(None, seat, 0, share, gather), port=seat)
     with engine.room_to_wake(num_bytes):
         calls.append("wake")
     engine.close()
-    assert calls == ["largest", "share", "wake"]
+    assert calls == ["gather", "share", "wake"]
 
 
 class TwoRanks:
@@ -90,8 +90,8 @@ class TwoRanks:
         first: Any = SimpleNamespace(beside=beside, close=lambda: None)
         seat: Any = None
         self.ranks = [
-            Ranks(first, seat, 0, self._say, self._say),
-            Ranks(None, seat, 0, self._hear, self._hear),
+            Ranks(first, seat, 0, self._say),
+            Ranks(None, seat, 0, self._hear),
         ]
 
     def _say(self, values: list[int]) -> list[int]:
@@ -126,20 +126,32 @@ def test_both_ranks_have_their_weights_back_in_the_same_turn(turn: Turn) -> None
     assert [ranks.explain_shortage() for ranks in two.ranks] == ["1 GiB is missing", "see rank 0"]
 
 
-def test_ranks_lack_what_the_one_lacks_that_lacks_most_and_give_nothing_if_one_keeps_it() -> None:
-    two = TwoRanks(Turn.NOW)
-    status = WeightStatus(8, 3, 64, is_copied=True)
-    assert two.both(lambda ranks: ranks.merge(status)) == status
+@pytest.mark.parametrize("other", [(9, 7, 32, True), (4, 0, 64, False)])
+def test_weights_of_ranks_that_schedule_alike_are_merged_on_each(
+    other: tuple[int, int, int, bool],
+) -> None:
+    statuses = WeightStatus(8, 3, 64, is_copied=True), WeightStatus(*other)
+    said: list[list[int]] = []
+
+    def gather(values: list[int]) -> list[list[int]]:
+        said.append(values)
+        return [values, list(other)]
+
     seat: Any = None
-    for other, merged in (
-        ([0, 9, 2, 32, 0], WeightStatus(9, 4, 64, is_copied=True)),
-        ([0, 4, 4, 64, 1], WeightStatus(8, 3, 64, is_copied=False)),
-        ([1, 0, 0, 0, 1], None),
-    ):
-        ranks = Ranks(
-            None,
-            seat,
-            0,
-            largest=lambda values, other=other: [*map(max, values, other)],  # type: ignore[misc]
-        )
-        assert ranks.merge(status) == merged
+    merged = Ranks(None, seat, 0, lambda values: values, gather).merge(statuses[0])
+    assert merged == merge(statuses)
+    assert said == [[8, 3, 64, 1]]
+
+
+def test_no_rank_gives_weights_if_one_keeps_them() -> None:
+    seat: Any = None
+    none = [0, 0, 0, 0]
+    ranks = Ranks(None, seat, 0, lambda values: values, lambda values: [values, none])
+    assert ranks.merge(WeightStatus(8, 3, 64, is_copied=True)) is None
+    assert ranks.merge(None) is None
+
+
+def test_weights_that_one_scheduler_has_merged_stay_as_they_are() -> None:
+    seat: Any = None
+    merged = merge([WeightStatus(8, 3, 64, is_copied=True)] * 2)
+    assert Ranks(None, seat, 0).merge(merged) is merged

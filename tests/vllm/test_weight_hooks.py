@@ -133,7 +133,8 @@ def test_an_engine_that_keeps_its_weights_is_left_alone() -> None:
 
 def test_only_where_all_ranks_have_weights_that_go_they_go() -> None:
     first, second = WeightStatus(8, 8, 64, is_copied=True), WeightStatus(6, 5, 64, is_copied=True)
-    assert merged([first, second]) == WeightStatus(8, 7, 64, is_copied=True)
+    both = WeightStatus(8, 7, 64, is_copied=True, of_ranks=(first, second))
+    assert merged([first, second]) == both
     assert merged([first, None]) is None
     assert merged([]) is None
 

@@ -100,11 +100,11 @@ class SglangPort(LoopingPort):
 
         self.scheduler.tree_cache.evict(EvictParams(num_tokens=num_blocks * self.block_tokens))
 
-    def hold_weights(self, num_pages: int) -> WeightStatus:
+    def hold_weights(self, num_missing: int) -> WeightStatus:
         """See `EnginePort.hold_weights`: batches run on a stream of their own."""
         if self.memory is not None:
             self.memory.backend.fence(self.stream()).wait()
-        return super().hold_weights(num_pages)
+        return super().hold_weights(num_missing)
 
     def show_waiting(self) -> None:
         """See `LoopingPort.show_waiting`: SGLang sets its gauges only with a batch."""

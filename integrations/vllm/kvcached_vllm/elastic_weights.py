@@ -141,15 +141,15 @@ def weight_status(worker: Any) -> WeightStatus | None:
     return None if weights is None else weights.rank.status()
 
 
-def hold_weights(worker: Any, num_pages: int) -> WeightStatus:
-    """Have exactly the first pages of a worker's weights there; `collective_rpc` calls this.
+def hold_weights(worker: Any, num_missing: int) -> WeightStatus:
+    """Have all but the last pages of a worker's weights there; `collective_rpc` calls this.
 
     Returns:
         What there is then: less than was wanted if others than engines took the memory.
     """
     weights: OwnWeights = getattr(inner_worker(worker), OURS)
     try:
-        return weights.rank.hold(num_pages)
+        return weights.rank.hold(weights.rank.status().pages_without(num_missing))
     except OutOfMemoryError as error:
         logger.warning("kvcached: %s; requests wait for the rest of the weights", error)
         return weights.rank.status()

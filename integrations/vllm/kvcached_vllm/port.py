@@ -66,8 +66,8 @@ class VllmPort(EnginePort):
     def weight_status(self) -> WeightStatus | None:
         return merged(self.core.model_executor.collective_rpc(weight_status))
 
-    def hold_weights(self, num_pages: int) -> WeightStatus:
-        return merge(self.core.model_executor.collective_rpc(hold_weights, args=(num_pages,)))
+    def hold_weights(self, num_missing: int) -> WeightStatus:
+        return merge(self.core.model_executor.collective_rpc(hold_weights, args=(num_missing,)))
 
     def wake(self, answer: Callable[[], None]) -> None:
         from vllm.v1.engine import EngineCoreRequestType

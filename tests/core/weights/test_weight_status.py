@@ -1,5 +1,7 @@
 """What several ranks have of their weights, as one."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,3 +32,24 @@ def test_ranks_lack_what_the_one_lacks_that_lacks_most_and_are_copied_together(
     missing_bytes = merged.num_missing_pages * merged.page_bytes
     assert all(one.num_missing_pages * one.page_bytes <= missing_bytes for one in found)
     assert 0 <= merged.num_resident_pages <= merged.num_pages
+
+
+@given(st.lists(statuses(), min_size=1, max_size=4))
+def test_what_each_rank_has_needs_and_lacks_stays_its_own(found: list[WeightStatus]) -> None:
+    merged = merge(found)
+    assert merged.needed_bytes == tuple(one.num_pages * one.page_bytes for one in found)
+    assert merged.resident_bytes == tuple(one.num_resident_pages * one.page_bytes for one in found)
+    assert merged.missing_bytes == tuple(one.num_missing_pages * one.page_bytes for one in found)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.data())
+def test_ranks_that_lack_their_last_pages_together_are_told_of_as_they_are(
+    counts: list[int], data: st.DataObject
+) -> None:
+    whole = [WeightStatus(count, count, 1, is_copied=True) for count in counts]
+    num_missing = data.draw(st.integers(0, max(counts)))
+    merged = merge(
+        [replace(one, num_resident_pages=one.pages_without(num_missing)) for one in whole]
+    )
+    assert merged.num_missing_pages == num_missing
+    assert merged.resident_bytes == tuple(max(count - num_missing, 0) for count in counts)
