@@ -63,8 +63,12 @@ INSTANCE_HISTOGRAMS: dict[
     str,
     tuple[str, tuple[float, ...], Callable[[InstanceView], CallTimes | Activations]],
 ] = {
-    "map_seconds": ("Mapping a page.", BOUNDS_SECONDS, lambda i: i.map_times),
-    "unmap_seconds": ("Unmapping a page.", BOUNDS_SECONDS, lambda i: i.unmap_times),
+    "map_seconds": ("Mapping a page, of KV or of weights.", BOUNDS_SECONDS, lambda i: i.map_times),
+    "unmap_seconds": (
+        "Unmapping a page, of KV or of weights.",
+        BOUNDS_SECONDS,
+        lambda i: i.unmap_times,
+    ),
     "activation_seconds": (
         "From the request on until all weights are back.",
         ACTIVATION_BOUNDS_SECONDS,

@@ -40,7 +40,7 @@ class InstanceView:
         weights_wish: What somebody wishes of them, a `WeightsWish`.
         waking_since_ns: Since when it wakes, by `time_ns`, and before whom; 0 if it does not.
         activations: The times that it woke.
-        map_times: What mapping a page took, on all ranks of the device.
+        map_times: What mapping a page took, of KV or of weights, on all ranks of the device.
         unmap_times: What unmapping a page took.
     """
 

@@ -10,6 +10,7 @@ from kvcached_core.ledger.activations import Activations
 from kvcached_core.ledger.changes import Changes
 from kvcached_core.ledger.entry import LedgerEntry
 from kvcached_core.ledger.file import HEADER_WORDS, NUM_USED_ROWS, ROW_WORDS, WAKING, RowKey
+from kvcached_core.ledger.times import NO_CALLS, CallTimes
 from kvcached_core.ledger.weight_changes import NO_WISH, WeightChanges, write_announcement
 
 
@@ -41,9 +42,15 @@ class LedgerWeights(LedgerEntry):
             self._exit()
 
     def settle_weights(
-        self, row: RowKey, *, mapped_bytes: int = 0, unmapped_bytes: int = 0
+        self,
+        row: RowKey,
+        *,
+        mapped_bytes: int = 0,
+        unmapped_bytes: int = 0,
+        map_times: CallTimes = NO_CALLS,
+        unmap_times: CallTimes = NO_CALLS,
     ) -> list[RowKey]:
-        """Record what a worker mapped and unmapped of the weights.
+        """Record what a worker mapped and unmapped of the weights, and what that took.
 
         What is mapped was announced, as far as anything is; so it is taken from that. Limit and
         floor do not count weights. An instance that has all it needs does not wake any more.
@@ -51,8 +58,12 @@ class LedgerWeights(LedgerEntry):
         Returns:
             The rows that wait for memory and could have some, if some came free; ring their bells.
         """
-        changes = WeightChanges(mapped_bytes, unmapped_bytes)
-        return self._change(row, Changes(weights=changes), is_freeing=bool(unmapped_bytes))
+        changes = Changes(
+            map_times=map_times,
+            unmap_times=unmap_times,
+            weights=WeightChanges(mapped_bytes, unmapped_bytes),
+        )
+        return self._change(row, changes, is_freeing=bool(unmapped_bytes))
 
     def offer_weights(self, row: RowKey, offered_bytes: int, kept_until_ns: int = 0) -> None:
         """Say how much of the weights that are resident may be asked for.

@@ -8,21 +8,22 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from kvcached_core.errors import BackendError, HostCopyError, LedgerError
 from kvcached_core.ledger.bell import wake
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.shortage import ask_peers
+from kvcached_core.ledger.times import NO_CALLS
 from kvcached_core.memory.patience import keep_trying
 from kvcached_core.memory.seats import Seat
 from kvcached_core.memory.torch_device import release_cached_blocks
 from kvcached_core.units import format_bytes
 from kvcached_core.weights.host_copy import HostCopy, complete
 from kvcached_core.weights.image import Image
+from kvcached_core.weights.source import CopySource
 from kvcached_core.weights.status import WeightStatus
-from kvcached_core.weights.sums import page_sums
 
 logger = logging.getLogger("kvcached")
 
@@ -36,27 +37,6 @@ PATIENCE_SECONDS = 2.0
 # When it is tried again to copy the weights, where it failed; each time twice as long.
 FIRST_RETRY_SECONDS = 5.0
 LAST_RETRY_SECONDS = 600.0
-
-
-class CopySource:
-    """An image as a host copy is taken of it.
-
-    Args:
-        image: Of which the pages that are copied are resident.
-    """
-
-    def __init__(self, image: Image) -> None:
-        self._image = image
-
-    def sums(self, first: int, num_pages: int) -> Sequence[tuple[int, int]]:
-        """Return the sums of a run of pages as they are now."""
-        return page_sums(self._image, first, num_pages)
-
-    def copy_out(self, page: int, host_address: int) -> None:
-        """Copy a page to host memory; return when it is done."""
-        image = self._image
-        image.backend.copy_out(host_address, image.page_address(page), image.page_bytes)
-        image.backend.finish_copies()
 
 
 class RankWeights:
@@ -281,7 +261,9 @@ class RankWeights:
         if self._ledger is None or self._seat is None:
             return
         more = self.image.num_resident_pages - self._num_reported
-        if not more:
+        arena = self.image.arena
+        map_times, unmap_times = arena.maps.take(), arena.unmaps.take()
+        if not more and map_times is unmap_times is NO_CALLS:
             return
         self._num_reported += more
         more_bytes = more * self.image.page_bytes
@@ -289,6 +271,8 @@ class RankWeights:
             self._seat.row,
             mapped_bytes=max(more_bytes, 0),
             unmapped_bytes=max(-more_bytes, 0),
+            map_times=map_times,
+            unmap_times=unmap_times,
         )
         wake(self._ledger, waiting)
 

@@ -24,7 +24,7 @@ from kvcached_core.memory.vmm.backend import Backend
 from kvcached_core.memory.vmm.cuda import CudaBackend
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import GIB
-from kvcached_core.weights import rank
+from kvcached_core.weights import rank, source
 from kvcached_core.weights.rank import DROP_BATCH_PAGES, MAP_BATCH_PAGES, PATIENCE_SECONDS
 
 WORDS = PAGE // 8
@@ -69,6 +69,20 @@ def test_weights_are_the_same_after_a_drop_at_every_page(make: Make, backend: Ba
         ours.check(num_pages)
         assert ours.weights.hold(NUM_PAGES).num_missing_pages == 0
         ours.check(NUM_PAGES)
+
+
+def test_what_maps_and_unmaps_of_weights_take_is_in_the_ledger(
+    make: Make, backend: Backend
+) -> None:
+    ours = make(backend).start()
+    assert ours.view().map_times.num_calls == NUM_PAGES  # those of the start
+    ours.weights.hold(4)
+    ours.weights.hold(7)
+    view = ours.view()
+    assert view.map_times.num_calls == NUM_PAGES + 3
+    assert view.unmap_times.num_calls == NUM_PAGES - 4
+    assert view.map_times.nanoseconds == ours.image.arena.maps.times().nanoseconds > 0
+    assert view.unmap_times.nanoseconds == ours.image.arena.unmaps.times().nanoseconds > 0
 
 
 def test_what_torch_keeps_for_later_goes_with_the_last_page_and_stays_for_a_return(
@@ -132,7 +146,7 @@ def test_without_the_sums_a_change_would_be_lost(
     ours = make(HostBackend(PAGE)).start()
     ours.change(17 * WORDS, -1)
     sums = list(ours.copy.sums)
-    monkeypatch.setattr(rank, "page_sums", lambda _, first, count: sums[first : first + count])
+    monkeypatch.setattr(source, "page_sums", lambda _, first, count: sums[first : first + count])
     ours.weights.hold(0)
     ours.weights.hold(NUM_PAGES)
     with pytest.raises(AssertionError):
@@ -159,7 +173,7 @@ def test_what_was_marked_is_written_back_whatever_its_sums_say(
     ours.change(6 * WORDS, 1)
     ours.weights.mark_dirty()
     sums = list(ours.copy.sums)
-    monkeypatch.setattr(rank, "page_sums", lambda _, first, count: sums[first : first + count])
+    monkeypatch.setattr(source, "page_sums", lambda _, first, count: sums[first : first + count])
     ours.weights.hold(4)
     assert ours.done.count("copy_out") == NUM_PAGES - 4
     ours.weights.hold(NUM_PAGES)
@@ -187,7 +201,7 @@ def test_pages_that_change_while_nothing_runs_stay(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     ours = make(HostBackend(PAGE)).start()
-    real = rank.page_sums
+    real = source.page_sums
 
     def restless(image: Any, first: int, num_pages: int) -> list[tuple[int, int]]:
         if first == 17 and num_pages == 1:
@@ -195,10 +209,10 @@ def test_pages_that_change_while_nothing_runs_stay(
         return real(image, first, num_pages)
 
     ours.change(17 * WORDS, 0)
-    monkeypatch.setattr(rank, "page_sums", restless)
+    monkeypatch.setattr(source, "page_sums", restless)
     assert ours.weights.hold(0).num_missing_pages == 0
     assert "weights change though nothing runs" in caplog.text
-    monkeypatch.setattr(rank, "page_sums", real)
+    monkeypatch.setattr(source, "page_sums", real)
     assert ours.weights.hold(0).num_resident_pages == 0
     ours.weights.hold(NUM_PAGES)
     ours.check(NUM_PAGES)
@@ -479,7 +493,7 @@ def test_a_forked_child_owns_no_weights(make: Make) -> None:
 
 def test_sums_and_copies_are_of_the_same_pages(make: Make) -> None:
     ours = make(HostBackend(PAGE)).start()
-    assert ours.copy.sums == rank.page_sums(ours.image, 0, NUM_PAGES)
+    assert ours.copy.sums == source.page_sums(ours.image, 0, NUM_PAGES)
     for page in range(NUM_PAGES):
         there = ours.words()[page * WORDS : (page + 1) * WORDS]
         address = ours.copy.page_address(page)

@@ -1,0 +1,27 @@
+"""An image as a host copy is taken of it: what its pages are now, and their bytes."""
+
+from collections.abc import Sequence
+
+from kvcached_core.weights.image import Image
+from kvcached_core.weights.sums import page_sums
+
+
+class CopySource:
+    """An image as a host copy is taken of it.
+
+    Args:
+        image: Of which the pages that are copied are resident.
+    """
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+
+    def sums(self, first: int, num_pages: int) -> Sequence[tuple[int, int]]:
+        """Return the sums of a run of pages as they are now."""
+        return page_sums(self._image, first, num_pages)
+
+    def copy_out(self, page: int, host_address: int) -> None:
+        """Copy a page to host memory; return when it is done."""
+        image = self._image
+        image.backend.copy_out(host_address, image.page_address(page), image.page_bytes)
+        image.backend.finish_copies()
