@@ -9,9 +9,9 @@ import re
 from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from kvcached_core.units import MAX_NAME_LENGTH, MAX_PRIORITY, MIB, MIN_PRIORITY
 from kvcached_gateway.units import Seconds, Size, SizeOrShare, WarmTimeText
@@ -20,8 +20,54 @@ HOST = "host"  # the device of engines that run on the CPU
 MAX_WORKERS = 64
 _DIGEST_LENGTH = 8
 _NOT_OF_A_NAME = re.compile(r"[^A-Za-z0-9._-]")
-PublicName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
+
+
+def _matching(pattern: str, allowed: str) -> AfterValidator:
+    compiled = re.compile(pattern, re.ASCII)
+
+    def check(text: str) -> str:
+        if not compiled.fullmatch(text):
+            raise ValueError(allowed)
+        return text
+
+    return AfterValidator(check)
+
+
+def _devices(value: Any) -> Any:
+    """Take one name for a list of one, and `all` for none."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _all_or_list(value: Any) -> Any:
+    if value == "all" or isinstance(value, list | tuple):
+        return value
+    if isinstance(value, str):
+        return (value,)
+    raise ValueError("write all, host, or a list of GPU numbers or UUIDs")
+
+
+PublicName = Annotated[
+    str,
+    _matching(
+        r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}",
+        "use letters, digits and . _ : / @ + -, up to 128, starting with a letter or digit",
+    ),
+]
+Listen = Annotated[
+    str,
+    _matching(r"(\[[^\[\]]+\]|[^:\s\[\]]+):\d{1,5}", "write an address and a port: 127.0.0.1:8080"),
+]
+Url = Annotated[
+    str,
+    _matching(
+        r"https?://[^/?#@\s]+(/[^/?#\s]+)*", "write http:// or https://, a host, a port: no more"
+    ),
+]
+VariableName = Annotated[
+    str, _matching(r"[A-Za-z_][A-Za-z0-9_]*", "write the name of a variable, not its value")
+]
 Text = Annotated[str, Field(min_length=1)]
+Devices = Annotated[tuple[Text, ...], BeforeValidator(_devices)]
 Positive = Annotated[Seconds, Field(gt=0)]
 NotNegative = Annotated[Seconds, Field(ge=0)]
 
@@ -175,13 +221,11 @@ class ModelSettings(Values):
         default=(), description="when it is started without a request"
     )
     warm_with: tuple[Text, ...] = Field(default=(), description="models that it is started beside")
-    devices: tuple[Text, ...] | None = Field(
-        default=None, description="the devices that it may have"
-    )
-    url: Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+(/[^/?#\s]+)*$")] | None = Field(
+    devices: Devices | None = Field(default=None, description="the devices that it may have")
+    url: Url | None = Field(
         default=None, description="where it is served already; never started or stopped"
     )
-    key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = Field(
+    key_env: VariableName | None = Field(
         default=None, description="the variable that holds its key"
     )
     adapter_of: Text | None = Field(default=None, description="the model that it is an adapter of")
@@ -216,7 +260,7 @@ class Settings(Values):
     GIVEN: ClassVar = frozenset({"path"})
 
     path: Path
-    listen: Annotated[str, Field(pattern=r"^(\[[^\[\]]+\]|[^:\s]+):\d{1,5}$")] = Field(
+    listen: Listen = Field(
         default="127.0.0.1:8080", description="address and port; not the loopback only with keys"
     )
     keys_file: Path | None = Field(
@@ -225,7 +269,7 @@ class Settings(Values):
     workers: int = Field(
         default=1, ge=1, le=MAX_WORKERS, description="how many processes serve HTTP"
     )
-    devices: Literal["all"] | tuple[Text, ...] = Field(
+    devices: Annotated[Literal["all"] | tuple[Text, ...], BeforeValidator(_all_or_list)] = Field(
         default="all", description="GPUs by number or UUID; `host` for engines on the CPU"
     )
     host_memory_bytes: Annotated[Size, Field(gt=0)] | None = Field(

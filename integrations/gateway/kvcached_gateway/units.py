@@ -94,26 +94,29 @@ def _days(text: str) -> frozenset[int]:
 
 
 def _seconds(value: object) -> object:
-    return parse_seconds(value) if isinstance(value, str) else value
+    if isinstance(value, float | int):
+        return value
+    return parse_seconds(value if isinstance(value, str) else "")
 
 
 def _size(value: object) -> object:
-    if not isinstance(value, str):
+    if isinstance(value, int):
         return value
     try:
-        return parse_bytes(value, what="")
+        return parse_bytes(value if isinstance(value, str) else "", what="")
     except ConfigError:
         raise ValueError(SIZES) from None
 
 
 def _size_or_share(value: object) -> object:
-    if not isinstance(value, str) or value == "none":
+    if isinstance(value, int) or value == "none":
         return value
+    text = value if isinstance(value, str) else ""
     try:
-        num_bytes = parse_bytes(value, what="", whole_bytes=100)
+        num_bytes = parse_bytes(text, what="", whole_bytes=100)
     except ConfigError:
         raise ValueError(f"{SIZES}, a share such as 50%, or none") from None
-    return value if value.strip().endswith("%") else num_bytes
+    return text if text.strip().endswith("%") else num_bytes
 
 
 def _warm_time(value: object) -> object:
