@@ -35,17 +35,20 @@ def give_weights(worker: Any) -> None:
 
 
 def fill(model: Any, seed: int = 0) -> None:
-    """Fill the matrices of a model, the same for the same seed."""
+    """Fill the matrices of a model, those of packed integers too, the same for the same seed."""
     import torch
 
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            if parameter.dim() < 2 or not parameter.is_floating_point() or parameter.itemsize < 2:
+            if parameter.dim() < 2 or parameter.itemsize < 2:
                 continue
-            scale = 1.0 if "embed" in name else parameter.shape[-1] ** -0.5
-            parameter.normal_(0, scale, generator=generator)
+            if parameter.is_floating_point():
+                scale = 1.0 if "embed" in name else parameter.shape[-1] ** -0.5
+                parameter.normal_(0, scale, generator=generator)
+            elif parameter.dtype == torch.int32:
+                parameter.random_(-(2**31), 2**31, generator=generator)
 
 
 def free_bytes() -> int:

@@ -18,6 +18,19 @@ LLAMA = {
     "head_dim": 128,
 }
 
+SMALL = LLAMA | {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+}
+FOUR_BITS = {"bits": 4, "group_size": 128}
+# A checkpoint would say it by what its files have.
+LINEAR = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+LINEAR += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-8b": LLAMA
     | {
@@ -46,14 +59,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "tie_word_embeddings": True,
     },
-    "llama-small": LLAMA
+    "llama-small": SMALL,
+    "awq": SMALL | {"quantization_config": FOUR_BITS | {"quant_method": "awq", "zero_point": True}},
+    "gptq": SMALL
     | {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "vocab_size": 32000,
+        "quantization_config": FOUR_BITS
+        | {"quant_method": "gptq", "desc_act": False, "sym": True}
+        | {"modules_in_block_to_quantize": LINEAR}
     },
     "mla": {
         "architectures": ["DeepseekV2ForCausalLM"],
