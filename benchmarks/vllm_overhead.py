@@ -8,7 +8,8 @@ round, the median of all rounds. A second vanilla server, the control, shows the
 
     python benchmarks/vllm_overhead.py --json calm.json --also calm KVCACHED_IDLE_SECONDS=10
 
-compares a second elastic server with other settings in the same rounds.
+compares a second elastic server with other settings in the same rounds. With `--no-vanilla` the
+elastic server is what the others are compared with; one that is `--also` like it is the control.
 """
 
 import statistics
@@ -84,14 +85,14 @@ def play_round(setting: Any, workload: Sequence[Any], number: int) -> dict[str, 
 
 
 def summary(rounds: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
-    """Return the rounds, each figure's ratios to vanilla, and their medians."""
+    """Return the rounds, each figure's ratios to the first server's, and their medians."""
+    base, *others = names
     ratios = {
         name: {
-            figure: [each[name][figure] / each[VANILLA][figure] for each in rounds]
+            figure: [each[name][figure] / each[base][figure] for each in rounds]
             for figure in FIGURES
         }
-        for name in names
-        if name != VANILLA
+        for name in others
     }
     medians = {
         name: {figure: statistics.median(values) for figure, values in of_name.items()}
@@ -108,7 +109,7 @@ def print_summary(label: str, result: dict[str, Any], names: list[str]) -> None:
         for name in names:
             value = statistics.median(each[name][figure] for each in result["rounds"])
             line += f"  {name} {value:9.2f}"
-            if name != VANILLA:
+            if name != names[0]:
                 spread = result["ratios"][name][figure]
                 ratio = result["median_ratio"][name][figure]
                 line += f" = {ratio:.4f} ({min(spread):.4f} to {max(spread):.4f})"
@@ -123,6 +124,9 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--no-control", action="store_true", help="leave the control out")
+    arguments.add_argument(
+        "--no-vanilla", action="store_true", help="compare elastic servers with each other"
+    )
     arguments.add_argument("--kv-gib", type=int, help="KV cache of each server")
     arguments.add_argument("--num-prompts", type=int, help="requests of a workload in each round")
     arguments.add_argument(
@@ -135,8 +139,9 @@ def main() -> None:
     )
     arguments.add_argument("--only", nargs="+", help="the workloads, by parts of their names")
     options = arguments.parse_args()
-    names: dict[str, Variables] = {VANILLA: {}, ELASTIC: {}}
-    names |= {} if options.no_control else {CONTROL: {}}
+    names: dict[str, Variables] = {} if options.no_vanilla else {VANILLA: {}}
+    names |= {ELASTIC: {}}
+    names |= {} if options.no_control or options.no_vanilla else {CONTROL: {}}
     names |= {name: dict(word.split("=", 1) for word in words) for name, *words in options.also}
     with bench_run(options) as (setting, record):
         setting.kv_bytes = options.kv_gib * GIB if options.kv_gib else setting.kv_bytes
