@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +60,20 @@ TINY = Size(256 * MIB, KV_BYTES_PER_TOKEN, 1500, 400, asleep_bytes=128 * MIB)
 class Run:
     """The servers, the ballast and what became of them."""
 
-    def __init__(self, folder: Path, record: Record, *, tiny: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        record: Record,
+        *,
+        tiny: bool,
+        room_bytes: int | None = None,
+        is_yielding: bool = False,
+    ) -> None:
         self.folder, self.record, self.tiny = folder, record, tiny
         self.size = TINY if tiny else GPU
+        if room_bytes is not None:
+            self.size = replace(self.size, room_bytes=room_bytes)
+        self.is_yielding = is_yielding
         pool_bytes = self.size.room_bytes + 2 * self.size.asleep_bytes
         self.servers = Servers(folder, pool_bytes if tiny else None)
         self.ballast: Any = None
@@ -80,6 +91,8 @@ class Run:
             "VLLM_LOGGING_LEVEL": "INFO",
             "PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}",
         }
+        if self.is_yielding:
+            environ["KVCACHED_WEIGHTS"] = "yield"
         options = ("--load-format", "dummy", *VLLM.gpu_options(8192), "--enforce-eager")
         options += VLLM.running(256)
         if self.tiny:
@@ -149,6 +162,19 @@ class Run:
         num_bytes = max(device.free_bytes - room_bytes, 0)
         self.ballast = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
         torch.cuda.synchronize()
+
+    def wait_offered(self) -> None:
+        """Wait until the weights that yield are offered: host memory has a copy of them."""
+        deadline = time.monotonic() + WAKE_SECONDS
+        while self.is_yielding:
+            _, rows = self.view()
+            if all(
+                0 < row.weights_needed_bytes <= row.weights_offered_bytes for row in rows.values()
+            ):
+                return
+            if time.monotonic() > deadline:
+                raise RuntimeError("the host copies of the weights are not complete")
+            time.sleep(0.05)
 
     def fill(self) -> int:
         """Let the neighbour's prefix cache have all there is; return how much it holds then."""

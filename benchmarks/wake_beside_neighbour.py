@@ -43,7 +43,7 @@ def rounds(run: Run, num_rounds: int, end: float) -> None:
         level = 1 + number % 2
         run.fall_asleep(level)
         held = run.fill()
-        device, _ = run.view()
+        device, asleep = run.view()
         status, text, seconds = run.wake(level)
         is_right = status == httpx.codes.OK and run.answers(SLEEPER) == right
         _, rows = run.view()
@@ -53,6 +53,7 @@ def rounds(run: Run, num_rounds: int, end: float) -> None:
                 "neighbour_bytes": held,
                 "free_bytes_before": device.free_bytes,
                 "given_bytes": held - rows[NEIGHBOUR].resident_bytes,
+                "weights_bytes_asleep": asleep[SLEEPER].weights_bytes,
                 "announced_bytes_after": rows[SLEEPER].static_bytes,
                 "status": status,
                 "text": text[:500],
@@ -188,14 +189,24 @@ def main() -> None:
     made.add_argument("--rounds", type=int, default=50)
     made.add_argument("--busy-rounds", type=int, default=2)
     made.add_argument("--seconds", type=float, default=180, help="no new round after so long")
+    made.add_argument("--room-gib", type=float, help="what the cache of the neighbour may take")
+    made.add_argument("--yield", dest="is_yielding", action="store_true", help="weights yield, too")
     made.add_argument("--only", nargs="*", choices=("rounds", "busy", "experts"))
     options = made.parse_args()
     wanted = options.only or (("rounds", "busy") if options.tiny else ("rounds", "busy", "experts"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     record = Record(options.json)
     record.add(machine=describe_machine() if options.tiny else describe_gpu())
+    record.add(weights="yield" if options.is_yielding else "keep")
+    room_bytes = int(options.room_gib * GIB) if options.room_gib else None
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
-        run = Run(Path(folder), record, tiny=options.tiny)
+        run = Run(
+            Path(folder),
+            record,
+            tiny=options.tiny,
+            room_bytes=room_bytes,
+            is_yielding=options.is_yielding,
+        )
         try:
             begin = time.monotonic()
             run.start(SLEEPER, *(() if options.tiny else ("--enable-sleep-mode",)))
@@ -204,6 +215,7 @@ def main() -> None:
             if not options.tiny:
                 for name in run.servers.by_name:
                     run.call(name, "fill_weights")
+            run.wait_offered()
             run.load_ballast(run.size.room_bytes)
             record.add(ready_seconds=time.monotonic() - begin)
             if "rounds" in wanted:
