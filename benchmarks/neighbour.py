@@ -40,6 +40,11 @@ class Neighbour:
                 self.rang.wait(LOOK_SECONDS)
         return first_ms, (time.perf_counter() - start) * 1e3
 
+    @property
+    def room_bytes(self) -> int:
+        """What it could be promised without anybody giving anything."""
+        return max(self.ledger.free_bytes(self.row), 0)
+
     def close(self) -> None:
         """Leave the ledger."""
         self.bell.close()

@@ -22,16 +22,17 @@ from typing import Any
 
 import httpx
 from machine import describe_gpu, describe_machine
-from neighbour import Neighbour
+from making_room import cache, give, turns
+from residue import context_bytes, parts, used_bytes, yielded
 from vllm_servers import READY_SECONDS, Record
-from yielding import NUM_PROMPT_TOKENS, Run
+from yielding import FIRST, NUM_PROMPT_TOKENS, SECOND, Run
 
 from kvcached_core.units import GIB, MIB
 from kvcached_demo.harness.engines import ENGINES, VLLM
 
-FIRST, SECOND, VANILLA = "first", "second", "vanilla"
+VANILLA = "vanilla"
 NUM_SLEEPS_OF_VANILLA = 5
-PARTS = ("copy", "held", "free", "half", "turns", "give", "beside", "vanilla")
+PARTS = ("copy", "held", "free", "half", "turns", "cache", "give", "beside", "vanilla")
 COPY_BYTES = 4 * GIB
 
 
@@ -57,26 +58,26 @@ def copy(run: Run, _num: int) -> dict[str, Any]:
 
 def held(run: Run, _num: int) -> dict[str, Any]:
     """Look how much of the device both have when they are awake, and when they have yielded."""
-    awake = _used_bytes(run)
-    rows = {name: run.view(name).weights_bytes for name in (FIRST, SECOND)}
-    for name in (FIRST, SECOND):
-        run.sleep(name)
+    names = (FIRST, SECOND)
+    awake, context = used_bytes(run), context_bytes(run)
+    rows = {name: run.view(name).weights_bytes for name in names}
+    torchs = yielded(run, *names)
     time.sleep(1.0)
+    used = used_bytes(run)
+    pages = {name: run.view(name).resident_bytes for name in names}
+    each = (used - run.used_before_bytes) // len(run.servers.by_name)
     return {
         "weights_bytes": rows,
+        "used_bytes_before": run.used_before_bytes,
         "used_bytes_awake": awake,
-        "used_bytes_yielded": _used_bytes(run),
-        "resident_bytes_yielded": {name: run.view(name).resident_bytes for name in rows},
+        "used_bytes_yielded": used,
+        "resident_bytes_yielded": pages,
+        "held_bytes_each": each,
+        "parts_bytes": {
+            name: parts(each, context, pages[name], torchs.get(name, {})) for name in names
+        },
+        "largest": {name: found["largest"] for name, found in torchs.items()},
     }
-
-
-def _used_bytes(run: Run) -> int:
-    if run.tiny:
-        return sum(run.view(name).resident_bytes for name in (FIRST, SECOND))
-    import torch
-
-    free, total = torch.cuda.mem_get_info()
-    return total - free
 
 
 def free(run: Run, num: int) -> dict[str, Any]:
@@ -102,40 +103,6 @@ def half(run: Run, num: int) -> dict[str, Any]:
         shares.append(view.weights_bytes / view.weights_needed_bytes)
         seconds.append(run.first_token_seconds(FIRST))
     return {"seconds": seconds, "shares": shares}
-
-
-def turns(run: Run, num: int) -> dict[str, Any]:
-    """Ask two models in turn whose weights do not fit together: one gives, the other comes."""
-    run.sleep(FIRST)
-    run.first_token_seconds(SECOND)
-    room = run.room_bytes()
-    needed = run.view(FIRST).weights_needed_bytes
-    seconds: dict[str, list[float]] = {FIRST: [], SECOND: []}
-    with run.taken(max(room - needed // 4, 0)):
-        for number in range(num):
-            name = (FIRST, SECOND)[number % 2]
-            seconds[name].append(run.first_token_seconds(name))
-    return {"seconds": seconds, "room_bytes": needed // 4}
-
-
-def give(run: Run, num: int) -> dict[str, Any]:
-    """Ask for all weights of an idle model in the name of a row of this process."""
-    first, whole = [], []
-    for _ in range(max(num // 10, 3)):
-        run.first_token_seconds(FIRST)
-        run.sleep(SECOND)
-        needed = run.view(FIRST).weights_bytes
-        with run.servers.open_ledger() as ledger:
-            neighbour = Neighbour(ledger)
-            try:
-                room = max(ledger.free_bytes(neighbour.row), 0)
-                ledger.reserve(neighbour.row, room, 2 * MIB)
-                took = neighbour.take(needed, 2 * MIB)
-            finally:
-                neighbour.close()
-        first.append(took[0])
-        whole.append(took[1])
-    return {"bytes": needed, "first_page_ms": first, "all_ms": whole}
 
 
 def beside(run: Run, num: int) -> dict[str, Any]:
@@ -207,6 +174,7 @@ MEASURES: dict[str, Callable[[Run, int], dict[str, Any]]] = {
     "free": free,
     "half": half,
     "turns": turns,
+    "cache": cache,
     "give": give,
     "beside": beside,
     "vanilla": vanilla,
@@ -219,6 +187,8 @@ def table(results: dict[str, Any]) -> str:
     for name in PARTS:
         part = results.get(name, {})
         for key, values in part.items():
+            if key == "largest":  # it is for the record
+                continue
             rows = values if isinstance(values, dict) else {"": values}
             for label, row in rows.items():
                 words = f"{name:8} {key} {label}"
@@ -229,6 +199,9 @@ def table(results: dict[str, Any]) -> str:
                         f"{words:48} n {len(row):5}  median {statistics.median(row):10.4f}"
                         f"  p95 {tail:10.4f}  max {ordered[-1]:10.4f}"
                     )
+                elif isinstance(row, dict):
+                    sizes = ", ".join(f"{what} {size / MIB:.0f}" for what, size in row.items())
+                    lines.append(f"{words:48} MiB: {sizes}")
                 else:
                     lines.append(f"{words:48} {row}")
     return "\n".join(lines)
@@ -250,14 +223,15 @@ def main() -> None:
         record.add(machine=describe_machine() if options.tiny else describe_gpu())
         engine = ENGINES[options.engine]
         run = Run(Path(folder), tiny=options.tiny, runner=options.runner, engine=engine)
-        parts = options.parts.split(",")
-        if engine is not VLLM:
-            parts.remove(VANILLA)
+        wanted = options.parts.split(",")
+        if engine is not VLLM and VANILLA in wanted:
+            wanted.remove(VANILLA)
         try:
+            run.used_before_bytes = used_bytes(run)
             begin = time.monotonic()
             run.start(FIRST, 1)
-            run.start(SECOND, 2)
-            if "vanilla" in parts and not options.tiny:
+            run.start(SECOND, 2, is_caching="cache" in wanted)
+            if VANILLA in wanted and not options.tiny:
                 size = ("--kv-cache-memory-bytes", str(2 * GIB), "--gpu-memory-utilization", "0.2")
                 run.start(VANILLA, 3, "--enable-sleep-mode", *size, is_elastic=False)
             run.servers.wait_ready(seconds=READY_SECONDS)
@@ -265,7 +239,7 @@ def main() -> None:
             for name in (FIRST, SECOND):
                 run.ask(name)
             record.add(copied_seconds=run.wait_copied(FIRST, SECOND))
-            for part in parts:
+            for part in wanted:
                 begin = time.monotonic()
                 found = MEASURES[part](run, options.number)
                 record.add(**{part: found})

@@ -17,7 +17,7 @@ from kvcached_core import control
 from kvcached_core.control import Outcome
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
-from kvcached_demo.harness.engines import VLLM, Engine
+from kvcached_demo.harness.engines import SGLANG, VLLM, Engine
 from kvcached_demo.harness.load import Completion, make_burst
 from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
 from kvcached_demo.harness.servers import Servers
@@ -28,10 +28,13 @@ from helpers.weights import make_weights
 
 TESTS = Path(__file__).parents[1] / "tests"
 NUM_PROMPT_TOKENS, NUM_TOKENS = 128, 8
+FIRST, SECOND = "first", "second"  # the names of two servers
 MEMORY = "/dev/shm"  # noqa: S108  a folder of a name of its own is made there
 SLEEP_SECONDS = 20.0
 POOL_BYTES, TINY_KV_BYTES = 160 * MIB, 64 * MIB  # of a rehearsal
-EXTENSION = ("--worker-extension-cls", "helpers.seeded.Seeded")
+EXTENSION = ("--worker-extension-cls", "helpers.residue.Watched")
+# Where an engine is told to forget its prefix cache.
+FORGET = {VLLM.name: "/reset_prefix_cache", SGLANG.name: "/flush_cache"}
 
 
 class Run:
@@ -69,7 +72,9 @@ class Run:
         if runner is not None:
             self.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(runner - 1)
         self.right: dict[str, list[int]] = {}
+        self.caching: set[str] = set()
         self.num_failed = self.num_wrong = 0
+        self.used_before_bytes = 0  # of the device, before the first server
 
     def close(self, record: Record) -> None:
         """End all servers, keep the ends of their logs beside the results, and drop the copies."""
@@ -78,8 +83,17 @@ class Run:
         self.servers.keep_logs(record.path.parent, record.path.stem)
         shutil.rmtree(self.copies, ignore_errors=True)
 
-    def start(self, name: str, seed: int, *arguments: str, is_elastic: bool = True) -> None:
-        """Start a server of a model with weights of its own."""
+    def start(
+        self,
+        name: str,
+        seed: int,
+        *arguments: str,
+        is_elastic: bool = True,
+        is_caching: bool = False,
+    ) -> None:
+        """Start a server of a model with weights of its own, with a prefix cache or without."""
+        if is_caching:
+            self.caching.add(name)
         place, engine = self.folder / name, self.engine
         options: tuple[str, ...]
         if self.tiny:
@@ -87,6 +101,8 @@ class Run:
             size = (TINY_KV_BYTES, KV_BYTES_PER_TOKEN)
             options = (*engine.host_options, *engine.size(*size, is_elastic=True, is_host=True))
             environ = self.environ | engine.host_environ
+            if engine is VLLM:
+                options, environ = (*options, *EXTENSION), environ | {"PYTHONPATH": with_tests()}
         elif engine is VLLM:
             model, environ = make_shape(place, "llama-8b"), self.environ
             environ = environ | {"DUMMY_SEED": str(seed), "PYTHONPATH": with_tests()}
@@ -98,7 +114,7 @@ class Run:
             engine,
             name,
             model,
-            *engine.caching(is_on=False),
+            *engine.caching(is_on=is_caching),
             *arguments,
             is_elastic=is_elastic,
             options=options,
@@ -106,7 +122,12 @@ class Run:
         )
 
     def ask(self, name: str) -> Completion:
-        """Send one request and check its tokens against those of the first time."""
+        """Send one request and check its tokens against those of the first time.
+
+        What a prefix cache has was computed in another batch, so it is emptied first.
+        """
+        if name in self.caching:
+            self.servers[name].post(FORGET[self.engine.name]).raise_for_status()
         burst = make_burst(
             num_requests=1,
             num_prompt_tokens=NUM_PROMPT_TOKENS,
@@ -117,6 +138,14 @@ class Run:
         self.num_failed += answer.error is not None
         self.num_wrong += self.right.setdefault(name, answer.token_ids) != answer.token_ids
         return answer
+
+    def load(self, name: str, num: int, num_in: int, num_out: int, *, seed: int) -> None:
+        """Send requests at once, and wait until each of them is answered or has failed."""
+        burst = make_burst(
+            num_requests=num, num_prompt_tokens=num_in, num_output_tokens=num_out, seed=seed
+        )
+        answers = asyncio.run(self.servers[name].send(burst))
+        self.num_failed += sum(answer.error is not None for answer in answers)
 
     def first_token_seconds(self, name: str) -> float:
         """Send one request and return the time to its first token."""
@@ -154,7 +183,7 @@ class Run:
         with self.servers.open_ledger() as ledger:
             neighbour = Neighbour(ledger)
             try:
-                return max(ledger.free_bytes(neighbour.row), 0)
+                return neighbour.room_bytes
             finally:
                 neighbour.close()
 

@@ -1,0 +1,58 @@
+"""What is left of a server that has yielded, and what each part of it is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.residue import by_pool, largest, write
+from residue import parts
+
+pytestmark = pytest.mark.vllm
+
+
+def segment(pool: tuple[int, int], *blocks: tuple[int, str]) -> dict[str, Any]:
+    """Return a segment as torch describes it, its blocks one behind the other."""
+    described, address = [], 1000 * (pool[1] + 1)
+    for size, state in blocks:
+        described.append({"address": address, "size": size, "state": state})
+        address += size
+    used = sum(size for size, state in blocks if state != "inactive")
+    total = sum(size for size, _ in blocks)
+    described_segment = {"segment_pool_id": pool, "allocated_size": used, "total_size": total}
+    return described_segment | {"blocks": described}
+
+
+SEGMENTS = [
+    segment((0, 0), (30, "active_allocated"), (30, "active_allocated"), (10, "inactive")),
+    segment((0, 1), (5, "active_allocated"), (15, "inactive")),
+]
+
+
+def test_memory_of_graphs_is_told_from_other_memory() -> None:
+    assert by_pool(SEGMENTS) == {"in_use_bytes": 60, "graphs_bytes": 20, "cached_bytes": 10}
+
+
+def test_the_largest_blocks_are_named_and_counted() -> None:
+    names = {1000: "int8 [30]", 1030: "int8 [30]"}
+    expected = [[60, 2, "own", "int8 [30]"], [5, 1, "graphs", "? of 5 bytes"]]
+    assert largest(SEGMENTS, names) == expected
+
+
+def test_the_parts_of_what_is_held_add_up_to_it() -> None:
+    found = parts(1000, 400, 16, by_pool(SEGMENTS))
+    assert found == {
+        "pages": 16,
+        "context": 400,
+        "in_use": 60,
+        "graphs": 20,
+        "cached": 10,
+        "rest": 494,
+    }
+
+
+def test_a_worker_that_has_no_device_says_that_nothing_is_held(tmp_path: Path) -> None:
+    path = tmp_path / "memory.json"
+    write(path)
+    report = json.loads(path.read_text())
+    assert report["in_use_bytes"] == report["graphs_bytes"] == report["cached_bytes"] == 0

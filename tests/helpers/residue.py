@@ -1,0 +1,98 @@
+"""What torch holds in a worker: a `--worker-extension-cls` that writes it to a file, later.
+
+A call that reaches a worker from outside has its weights there first. So this one only sets a
+timer; by the time that it is up the weights may be gone.
+"""
+
+import gc
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from helpers.seeded import Seeded
+
+Segment = Mapping[str, Any]
+# torch's own pool; each of CUDA's graphs has another.
+DEFAULT_POOL = (0, 0)
+NUM_LARGEST = 40
+
+
+class Watched(Seeded):
+    """A method that `POST /collective_rpc` reaches; vLLM mixes it into its worker."""
+
+    def write_memory(self, path: str, seconds: str) -> None:
+        """Write what this process holds of the device to a file, in so many seconds from now."""
+        timer = threading.Timer(float(seconds), write, (Path(path),))
+        timer.daemon = True
+        timer.start()
+
+
+def write(path: Path) -> None:
+    """Write what this process holds of the device; the file is there when it is complete."""
+    import torch
+
+    segments, names = list[Segment](), dict[int, str]()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        segments = torch.cuda.memory_snapshot()
+        names = tensor_names()
+    report = {"pid": os.getpid(), **by_pool(segments), "largest": largest(segments, names)}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(report))
+    partial.rename(path)
+
+
+def by_pool(segments: Iterable[Segment]) -> dict[str, int]:
+    """Return the bytes that are in use, in torch's own pool and in those of graphs, and the rest.
+
+    Args:
+        segments: As `torch.cuda.memory_snapshot` returns them.
+    """
+    found = {"in_use_bytes": 0, "graphs_bytes": 0, "cached_bytes": 0}
+    for segment in segments:
+        is_own = tuple(segment["segment_pool_id"]) == DEFAULT_POOL
+        used, total = segment["allocated_size"], segment["total_size"]
+        # A graph's memory is not given back while the graph is there, used or not.
+        found["in_use_bytes" if is_own else "graphs_bytes"] += used if is_own else total
+        found["cached_bytes"] += total - used if is_own else 0
+    return found
+
+
+def largest(segments: Iterable[Segment], names: Mapping[int, str]) -> list[list[Any]]:
+    """Return the blocks that take the most: bytes, how many are alike, the pool and what it is.
+
+    Args:
+        segments: As `torch.cuda.memory_snapshot` returns them.
+        names: What tensors are, by the addresses of their storages.
+    """
+    sizes: Counter[tuple[str, str]] = Counter()
+    numbers: Counter[tuple[str, str]] = Counter()
+    for segment in segments:
+        pool = "own" if tuple(segment["segment_pool_id"]) == DEFAULT_POOL else "graphs"
+        for block in segment["blocks"]:
+            if block["state"] == "inactive":
+                continue
+            kind = (pool, names.get(block["address"], f"? of {block['size']} bytes"))
+            sizes[kind] += block["size"]
+            numbers[kind] += 1
+    return [[size, numbers[kind], *kind] for kind, size in sizes.most_common(NUM_LARGEST)]
+
+
+def tensor_names() -> dict[int, str]:
+    """Return type and shape of the device's tensors that Python knows, by storage address."""
+    import torch
+
+    names: dict[int, str] = {}
+    for one in gc.get_objects():
+        if not issubclass(type(one), torch.Tensor):
+            continue
+        try:
+            if one.is_cuda:
+                names[one.untyped_storage().data_ptr()] = f"{one.dtype} {list(one.shape)}"
+        except Exception:  # noqa: BLE001, S112  one that only pretends to be a tensor
+            continue
+    return names
