@@ -1,0 +1,119 @@
+"""Who goes first to engines that share devices, so that most requests make their goals.
+
+Moore and Hodgson's rule: take requests by deadline, and whenever the work passes a deadline, put
+off the one that takes longest. No order lets more of them be in time. Who is put off is late and
+goes behind the others; nobody is dropped, and whoever has waited half of what it may goes first.
+"""
+
+import heapq
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+CHUNK_TOKENS = 2_048
+MAX_PREFILL_TOKENS = 2 * CHUNK_TOKENS  # one that is read and one behind it: no engine idles
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A request that waits, times in the loop's seconds.
+
+    Attributes:
+        key: What the caller knows it by.
+        arrival: When it came.
+        deadline: When its first token is late by its class's goal; None for no goal.
+        seconds: What reading its prompt takes.
+        model: Its model.
+        is_first_of_start: Whether it is the first that waits for a model that is not up.
+        start_seconds: What is left of that start.
+        overdue_at: From when on it goes before whoever came later.
+    """
+
+    key: Hashable
+    arrival: float
+    deadline: float | None
+    seconds: float
+    model: str
+    is_first_of_start: bool = False
+    start_seconds: float = 0.0
+    overdue_at: float = math.inf
+
+    @property
+    def needed_seconds(self) -> float:
+        """What it takes until its first token, once it is its turn."""
+        return self.seconds + (self.start_seconds if self.is_first_of_start else 0.0)
+
+
+@dataclass(frozen=True)
+class Order:
+    """In which order requests go to their engines.
+
+    Attributes:
+        kept: Keys of the overdue, then of those that make their goals, then of those without one.
+        late: Keys of those that cannot make their goal, in the order in which they came.
+        now: When this was decided.
+        waiting: What it was decided about, by key.
+    """
+
+    kept: tuple[Hashable, ...]
+    late: tuple[Hashable, ...]
+    now: float
+    waiting: dict[Hashable, Waiting] = field(repr=False)
+
+    def reason(self, key: Hashable) -> str:
+        """Say why a request goes where it goes."""
+        one = self.waiting[key]
+        if one.overdue_at <= self.now:
+            waited = self.now - one.arrival
+            return f"has waited {waited:.1f} s, half of what it may: it goes by its arrival"
+        if one.deadline is None:
+            return "has no goal: it goes behind those that have one, by its arrival"
+        left = one.deadline - self.now
+        if key in self.late:
+            return (
+                f"needs {one.needed_seconds:.2f} s of the {left:.2f} s to its goal, and without it "
+                "more of the others make theirs: it goes behind them"
+            )
+        return f"makes its goal in {left:.2f} s: it goes by that"
+
+
+def order(waiting: Sequence[Waiting], now: float) -> Order:
+    """Return the order for requests whose engines share devices, in O(n log n).
+
+    Without any goal it is the order in which they came.
+    """
+    overdue = sorted((one for one in waiting if one.overdue_at <= now), key=_arrival)
+    others = [one for one in waiting if one.overdue_at > now]
+    aims = sorted((one for one in others if one.deadline is not None), key=_deadline)
+    aimless = sorted((one for one in others if one.deadline is None), key=_arrival)
+    late = _put_off(aims, now + sum(one.needed_seconds for one in overdue))
+    kept = (*overdue, *(one for one in aims if one.key not in late), *aimless)
+    return Order(
+        tuple(one.key for one in kept),
+        tuple(one.key for one in sorted(late.values(), key=_arrival)),
+        now,
+        {one.key: one for one in waiting},
+    )
+
+
+def _put_off(aims: Sequence[Waiting], start: float) -> dict[Hashable, Waiting]:
+    """Return those that are late, so that the most of `aims`, sorted by deadline, are not."""
+    late: dict[Hashable, Waiting] = {}
+    heap: list[tuple[float, float, int]] = []  # the longest first, and of equals the last that came
+    end = start
+    for index, one in enumerate(aims):
+        heapq.heappush(heap, (-one.needed_seconds, -one.arrival, index))
+        end += one.needed_seconds
+        if end > (one.deadline or 0.0):
+            longest, _, worst = heapq.heappop(heap)
+            end += longest
+            late[aims[worst].key] = aims[worst]
+    return late
+
+
+def _arrival(one: Waiting) -> float:
+    return one.arrival
+
+
+def _deadline(one: Waiting) -> tuple[float, float]:
+    return (math.inf if one.deadline is None else one.deadline, one.arrival)

@@ -1,0 +1,74 @@
+"""What models together take of one device, and how hard they press on the rest."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one device has of a model.
+
+    Attributes:
+        rate: Its weighted rate there.
+        weights_bytes: Its weights there.
+        residue_bytes: What it holds there beside weights and KV.
+        floor_bytes: The KV memory that it can always get back.
+        is_resident: Whether its weights stay.
+    """
+
+    rate: float
+    weights_bytes: int
+    residue_bytes: int
+    floor_bytes: int
+    is_resident: bool
+
+    @property
+    def taken_bytes(self) -> int:
+        """What is never there for KV."""
+        return self.residue_bytes + (self.weights_bytes if self.is_resident else 0)
+
+    @property
+    def wake_bytes(self) -> int:
+        """What it takes when its weights come back."""
+        return 0 if self.is_resident else self.weights_bytes
+
+
+@dataclass
+class Load:
+    """A device and what lies on it.
+
+    Attributes:
+        id: The device.
+        free_bytes: What is left for KV without residues and the weights that stay.
+    """
+
+    id: str
+    free_bytes: int
+    _shares: dict[str, Share] = field(default_factory=dict)
+    _rate: float = 0.0
+    _floor_bytes: int = 0
+
+    def add(self, model: str, share: Share) -> None:
+        """Put a model's share on it."""
+        self._shares[model] = share
+        self._rate += share.rate
+        self._floor_bytes += share.floor_bytes
+        self.free_bytes -= share.taken_bytes
+
+    def fits(self, share: Share) -> bool:
+        """Whether one more would leave each model enough to wake, and floors their memory."""
+        return self.spare_bytes(share) > 0
+
+    def spare_bytes(self, share: Share) -> int:
+        """Return what one more would leave when the largest wakes; it fits if that is something."""
+        wake = max(one.wake_bytes for one in (share, *self._shares.values()))
+        floors = self._floor_bytes + share.floor_bytes
+        return self.free_bytes - share.taken_bytes - wake - floors
+
+    def pressure(self, *, plus: Share | None = None, minus: Share | None = None) -> float:
+        """Return the KV pressure ratio: as it is, or with a share more or less."""
+        rate, room_bytes = self._rate, self.free_bytes
+        if plus:
+            rate, room_bytes = rate + plus.rate, room_bytes - plus.taken_bytes
+        if minus:
+            rate, room_bytes = rate - minus.rate, room_bytes + minus.taken_bytes
+        return max(rate, 0.0) / max(room_bytes, 1)
