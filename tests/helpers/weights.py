@@ -32,6 +32,9 @@ def make_weights(folder: Path, shape: str, *, device: str = "cuda", seed: int = 
             scale = 1.0 if "embed" in name else size[1] ** -0.5
             tensor.normal_(0, scale, generator=generator)
         tensors[name] = tensor.cpu()
+    del tensor
+    if device == "cuda":
+        torch.cuda.empty_cache()  # what is used of the device is measured in this process
     unfinished = folder / "unfinished"
     save_file(tensors, unfinished, metadata={"format": "pt"})
     unfinished.rename(folder / FILE)

@@ -45,18 +45,22 @@ class Engine(ABC):
 
     def is_installed(self) -> bool:
         """Return whether the interpreter has it."""
-        if self._is_here():
-            return True
+        return self.release() is not None
+
+    def release(self) -> str | None:
+        """Return the release that the interpreter has, or None."""
+        for name in self.distributions:
+            with suppress(PackageNotFoundError):
+                return version(name)
         if self.python == sys.executable or shutil.which(self.python) is None:
-            return False
-        script = "import sys, importlib.metadata as m; m.version(sys.argv[1])"
-        return any(
-            subprocess.run(
-                [self.python, "-c", script, name], capture_output=True, check=False
-            ).returncode
-            == 0
-            for name in self.distributions
-        )
+            return None
+        script = "import sys, importlib.metadata as m; print(m.version(sys.argv[1]))"
+        for name in self.distributions:
+            command = [self.python, "-c", script, name]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                return done.stdout.strip()
+        return None
 
     def _is_here(self) -> bool:
         for name in self.distributions:
