@@ -2,12 +2,11 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from kvcached_core.errors import ConfigError
 from kvcached_gateway.config import (
@@ -22,7 +21,8 @@ from kvcached_gateway.config import (
 )
 from kvcached_gateway.config_checks import FIELD_KEYS, check, fields_of_kind
 from kvcached_gateway.files import read_own
-from kvcached_gateway.mistakes import NOTHING, Mistake, Path, nearest
+from kvcached_gateway.mistakes import NOTHING, Mistake, Path
+from kvcached_gateway.validation import mistakes, table
 from kvcached_gateway.yaml_file import Document, parse_yaml
 
 _TABLES: dict[str, type[Values]] = {"memory": MemorySettings, "placement": PlacementSettings}
@@ -38,22 +38,6 @@ DEFAULT_KEYS = frozenset(ModelSettings.keys()) - _OF_ONE_MODEL
 _TOP_KEYS = (*Settings.keys(), "defaults")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _LOCAL_PATH = re.compile(r"~(?:/|$)|\.{1,2}(?:/|$)")
-# What may stand where a value has another kind, by pydantic's names for mistakes.
-_ALLOWED = {
-    "int_parsing": "write a whole number",
-    "int_type": "write a whole number",
-    "float_parsing": "write a number",
-    "float_type": "write a number",
-    "finite_number": "write a number",
-    "bool_parsing": "write true or false",
-    "bool_type": "write true or false",
-    "string_type": "write text",
-    "string_too_short": "it must not be empty",
-    "tuple_type": "write a list such as [first, second]",
-    "dict_type": "write a table of settings",
-    "model_type": "write a table of settings",
-    "path_type": "write a path",
-}
 
 
 def read_settings(path: FilePath, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -87,19 +71,19 @@ def absolute(path: FilePath, folder: FilePath) -> FilePath:
 
 def _with_defaults(document: Document) -> dict[str, Any]:
     """Return the file's values with `defaults` in each model, for the keys that there are."""
-    top = _table(document.values, (), _TOP_KEYS)
+    top = table(document.values, (), _TOP_KEYS)
     for name, kind in _TABLES.items():
         if name in top:
-            top[name] = _table(top[name], (name,), kind.keys())
+            top[name] = table(top[name], (name,), kind.keys())
     for name, kind in _NAMED_TABLES.items():
         if name not in top:
             continue
         top[name] = {
-            key: _table(value, (name, key), kind.keys())
+            key: table(value, (name, key), kind.keys())
             | ({"id": key} if kind is ModelSettings else {"name": key})
-            for key, value in _table(top[name], (name,), None).items()
+            for key, value in table(top[name], (name,), None).items()
         }
-    defaults = _table(top.pop("defaults", None), ("defaults",), DEFAULT_KEYS)
+    defaults = table(top.pop("defaults", None), ("defaults",), DEFAULT_KEYS)
     _check_kv_keys(defaults, ("defaults",))
     for model_id, model in top.get("models", {}).items():
         _check_kv_keys(model, ("models", model_id))
@@ -112,28 +96,14 @@ def _with_defaults(document: Document) -> dict[str, Any]:
 
 def _check_kv_keys(model: dict[str, Any], here: Path) -> None:
     if "kv" in model:
-        model["kv"] = _table(model["kv"], (*here, "kv"), KvSettings.keys())
-
-
-def _table(values: Any, here: Path, keys: Iterable[str] | None) -> dict[str, Any]:
-    """Return a table without the keys that say nothing; `keys` are those that there are."""
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise Mistake(here or ("the file",), "has to be a table of settings")
-    known = list(values if keys is None else keys)
-    for key in values:
-        if key not in known:
-            raise Mistake((*here, key), f"is not a setting; {nearest(key, known)}")
-    # A name without settings is one with the defaults; a setting without a value is not there.
-    return {key: value for key, value in values.items() if keys is None or value is not None}
+        model["kv"] = table(model["kv"], (*here, "kv"), KvSettings.keys())
 
 
 def _expand(raw: Any, values: dict[str, Any], environ: Mapping[str, str]) -> None:
     """Put variables into what environments give their engines; nobody else may name any."""
     for name, environment in values.get("environments", {}).items():
         here: Path = ("environments", name, "env")
-        env = _table(environment.get("env"), here, None)
+        env = table(environment.get("env"), here, None)
         environment["env"] = {
             key: _expanded(value, (*here, key), environ) for key, value in env.items()
         }
@@ -195,14 +165,8 @@ def _with_paths(settings: Settings) -> Settings:
 
 def _first(error: ValidationError, document: Document) -> ConfigError:
     """Return the error that says the first mistake in the file."""
-    problems = [problem for problem in error.errors() if not _is_other_way(problem)]
-    found = [_placed(_mistake(problem), document) for problem in problems]
+    found = [_placed(each, document) for each in mistakes(error)]
     return document.error(min(found, key=lambda mistake: _line(mistake, document)))
-
-
-def _is_other_way(problem: ErrorDetails) -> bool:
-    """Return whether it says that a list is not the one word that could stand in its place."""
-    return str(problem["loc"][-1]).startswith("literal[")
 
 
 def _line(mistake: Mistake, document: Document) -> int:
@@ -210,29 +174,6 @@ def _line(mistake: Mistake, document: Document) -> int:
     while path and path not in document.lines:
         path = path[:-1]
     return document.lines.get(path, 0)
-
-
-def _mistake(problem: ErrorDetails) -> Mistake:
-    kind, context = problem["type"], problem.get("ctx", {})
-    path = problem["loc"]
-    if path[-1:] == ("[key]",):
-        return Mistake(path[:-1], f"is no name: {context['error']}")
-    if kind == "missing":
-        return Mistake(path, "is missing")
-    if kind == "value_error":
-        text = str(context["error"])
-    elif kind == "literal_error":
-        text = f"use {context['expected']}"
-        names = re.findall(r"'([^']*)'", context["expected"])
-        near = nearest(str(problem["input"]), names)
-        text += f"; {near}" if near.startswith("did") else ""
-    elif kind in _ALLOWED:
-        text = _ALLOWED[kind]
-    else:
-        text = f"it must be {problem['msg'].removeprefix('Input should be ')}"
-    if path[-1] == "key_env":  # whoever wrote a key there does not want to read it in a log
-        return Mistake(path, f"is not allowed; {text}")
-    return Mistake(path, text, problem["input"])
 
 
 def _placed(mistake: Mistake, document: Document) -> Mistake:
