@@ -2,7 +2,14 @@
 
 from kvcached_core.errors import KVCachedError
 
-__all__ = ["AdoptionError", "EngineDiedError", "EngineStartError", "RefusedError"]
+__all__ = [
+    "AdoptionError",
+    "EngineDiedError",
+    "EngineStartError",
+    "GatewayRunningError",
+    "RefusedError",
+    "StateFileError",
+]
 
 
 class RefusedError(KVCachedError):
@@ -30,8 +37,24 @@ class EngineDiedError(KVCachedError, ConnectionError):
 
 
 class EngineStartError(KVCachedError, RuntimeError):
-    """An engine did not start; the message ends with the last lines of its log."""
+    """An engine did not start; the message ends with the last lines of its log.
+
+    Attributes:
+        is_out_of_memory: Whether it found too little memory, of a device or of the host.
+    """
+
+    def __init__(self, message: str, *, is_out_of_memory: bool = False) -> None:
+        super().__init__(message)
+        self.is_out_of_memory = is_out_of_memory
 
 
 class AdoptionError(KVCachedError, RuntimeError):
     """An engine of an earlier gateway is not what was written down of it; the message says how."""
+
+
+class GatewayRunningError(KVCachedError, RuntimeError):
+    """Another gateway serves from the same folder; the message names its process."""
+
+
+class StateFileError(KVCachedError, RuntimeError):
+    """What an earlier gateway wrote down of its engines cannot be read, and was set aside."""

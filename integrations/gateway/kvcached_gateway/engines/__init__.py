@@ -1,1 +1,1 @@
-"""What the gateway knows of each kind of engine: its command line, its paths, its counters."""
+"""What the gateway knows of each engine."""

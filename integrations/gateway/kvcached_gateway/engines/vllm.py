@@ -1,0 +1,74 @@
+"""vLLM's words. It listens on a Unix socket, which nobody but we can reach, so it has no key."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from kvcached_gateway.config import Environment, ModelSettings
+from kvcached_gateway.engines.words import CONNECTION_SECONDS, OUT_OF_MEMORY, EngineWords
+from kvcached_gateway.lease import Address
+
+
+class VllmWords(EngineWords):
+    """How vLLM is started and asked."""
+
+    name = "vllm"
+    ready_path = "/health"
+    load_path = "/v1/load_lora_adapter"
+    unload_path = "/v1/unload_lora_adapter"
+    paths: ClassVar = frozenset(
+        {
+            *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"),
+            *("/v1/messages", "/v1/messages/count_tokens", "/v1/rerank", "/rerank"),
+            *("/v1/score", "/score", "/pooling", "/classify", "/tokenize", "/detokenize"),
+            *("/v1/audio/transcriptions", "/v1/audio/translations"),
+        }
+    )
+    counters = (
+        ("vllm:num_requests_running", ""),
+        ("vllm:num_requests_waiting", ""),
+        ("vllm:prompt_tokens_total", ""),
+        ("vllm:prefix_cache_hits_total", ""),
+        ("vllm:generation_tokens_total", ""),
+    )
+    out_of_memory: ClassVar = (*OUT_OF_MEMORY, "No available memory for the cache blocks")
+    adapter_flags = ("--max-cpu-loras", "--max-loras")
+    num_adapters = 1
+
+    def address(self, folder: Path, name: str) -> Address:
+        """See `EngineWords.address`."""
+        return Address("http://localhost", str(folder / f"{name}.sock"))
+
+    def command(
+        self,
+        settings: ModelSettings,
+        environment: Environment,
+        devices: Sequence[str],
+        address: Address,
+        keys: Path,
+    ) -> list[str]:
+        """See `EngineWords.command`."""
+        del devices, keys  # the one is a variable, and there are none of the others
+        words = [str(environment.python), "-m", "vllm.entrypoints.cli.main", "serve"]
+        words += [str(settings.model), "--served-model-name", settings.id, *settings.aliases]
+        words += ["--uds", str(address.socket), "--disable-uvicorn-access-log"]
+        if settings.revision is not None:
+            words += ["--revision", settings.revision]
+        if settings.tensor_parallel > 1:
+            words += ["--tensor-parallel-size", str(settings.tensor_parallel)]
+        return [*words, *environment.args, *settings.args]
+
+    def environ(
+        self, settings: ModelSettings, environment: Environment, devices: Sequence[str]
+    ) -> dict[str, str]:
+        """See `EngineWords.environ`; adapters come and go, and developers' paths are shut."""
+        return super().environ(settings, environment, devices) | {
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(CONNECTION_SECONDS),
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+            "VLLM_SERVER_DEV_MODE": "0",
+        }
+
+    def adapter_name(self, base: ModelSettings, adapter: str) -> str:
+        """See `EngineWords.adapter_name`: any name."""
+        del base
+        return adapter
