@@ -1,70 +1,21 @@
 """The waiting line, over models without engines, on a loop whose time costs nothing."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Callable
 
 import pytest
-from helpers.gateway_clock import SimulatedLoop, run_simulated
-from helpers.gateway_models import FakeGrantor, FakeModelSettings, FakeSettings
+from helpers.gateway_clock import SimulatedLoop
+from helpers.gateway_line import World, ask, refused, settle, simulated
+from helpers.gateway_models import FakeGrantor
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from kvcached_gateway.config import ModelSettings
 from kvcached_gateway.errors import RefusedError
+from kvcached_gateway.grantor import Readiness
 from kvcached_gateway.lease import Ask, Ending, Lease
-from kvcached_gateway.line import Line, QueueView, Readiness
-
-
-class World:
-    """A line over models, and who was wanted."""
-
-    def __init__(self, *models: FakeGrantor, **settings: Any) -> None:
-        self.models = {model.id: model for model in models}
-        self.settings = FakeSettings({name: FakeModelSettings(name, **settings) for name in "abc"})
-        self.wanted: list[str] = []
-        self.line = Line(
-            self.models,
-            lambda: self.settings,
-            asyncio.get_running_loop().time,
-            self.wanted.append,
-            lambda model_id: f"c holds what {model_id} needs",
-        )
-
-    def start(self, model: str = "a", **more: Any) -> asyncio.Task[Lease]:
-        return asyncio.create_task(self.line.take(ask(model, **more)))
-
-    def end(self, model: str, index: int = 0) -> None:
-        self.models[model].leases[index].end(Ending.DONE)
-        self.line.changed(model)
-
-    def set(self, model: str, readiness: Readiness) -> None:
-        self.models[model].readiness = readiness
-        self.line.changed(model)
-
-
-def ask(model: str = "a", key: str | None = None, **more: Any) -> Ask:
-    return Ask(model, "/v1/completions", body_bytes=100, key=key, **more)
-
-
-def simulated(test: Callable[..., Awaitable[None]]) -> Callable[[], None]:
-    """Run a test's coroutine on a simulated loop."""
-
-    def run() -> None:
-        run_simulated(test)
-
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
-    return run
-
-
-async def settle() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)
-
-
-async def refused(task: asyncio.Task[Lease]) -> RefusedError:
-    with pytest.raises(RefusedError) as caught:
-        await task
-    return caught.value
+from kvcached_gateway.line import Line
+from kvcached_gateway.tickets import QueueView
 
 
 @simulated
@@ -202,7 +153,7 @@ async def test_a_model_that_left_the_file_refuses_those_who_wait() -> None:
 @simulated
 async def test_an_adapter_waits_with_its_base_and_keeps_its_name() -> None:
     world = World(FakeGrantor("a", Readiness.COLD))
-    world.settings = FakeSettings({"b": FakeModelSettings("b", adapter_of="a")})
+    world.set_settings(ModelSettings(id="b", adapter_of="a"))
     task = world.start("b")
     await settle()
     assert world.wanted == ["a"]

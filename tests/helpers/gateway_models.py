@@ -1,11 +1,10 @@
 """Models as the line sees them, without engines: what a test says of them is what they do."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvcached_gateway.errors import RefusedError
+from kvcached_gateway.grantor import Readiness
 from kvcached_gateway.lease import Address, Ask, Ending, Lease, Woken
-from kvcached_gateway.line import Readiness
 
 
 @dataclass(eq=False)
@@ -56,34 +55,3 @@ class FakeGrantor:
 
     def refusal(self) -> RefusedError | None:
         return RefusedError(503, "model_failed", self.failure) if self.failure else None
-
-
-@dataclass(frozen=True)
-class FakeModelSettings:
-    """A model's part of the file."""
-
-    id: str
-    adapter_of: str | None = None
-    class_name: str | None = None
-    max_wait_seconds: float = 300.0
-    max_queue: int = 512
-    loading: str = "hold"
-
-
-@dataclass(frozen=True)
-class FakeClass:
-    """A class's part of the file."""
-
-    ttft_seconds: float | None = None
-    late: str = "wait"
-
-
-@dataclass
-class FakeSettings:
-    """A file: models by every name that they have, and classes."""
-
-    models: Mapping[str, FakeModelSettings]
-    classes: Mapping[str, FakeClass] = field(default_factory=dict)
-
-    def resolve(self, name: str) -> FakeModelSettings | None:
-        return self.models.get(name)

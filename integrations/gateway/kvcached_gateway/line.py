@@ -3,103 +3,24 @@
 All of it runs on the loop's thread. A request that its engine takes at once never waits: its lease
 comes without a switch to another task. One that waits is a ticket in its model's queue, and leaves
 it in one of four ways: a lease, a refusal, the end of its time, or its client.
+
+Where a request has a class with a goal, all that wait for its devices go in the order of `turns`
+from then on; elsewhere nothing of that runs.
 """
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Protocol
 
+from kvcached_gateway import refusals
+from kvcached_gateway.config import ModelSettings, ServiceClass, Settings
 from kvcached_gateway.errors import RefusedError
+from kvcached_gateway.grantor import Grantor, Readiness
 from kvcached_gateway.lease import Ask, Lease
-from kvcached_gateway.tickets import Queue, Ticket
+from kvcached_gateway.policy.demand import Demand
+from kvcached_gateway.tickets import Queue, QueueView, Ticket
+from kvcached_gateway.turns import Devices, Turns, devices_of, goal_of
 
-LEAST_RETRY_SECONDS = 1.0
-
-
-class Readiness(StrEnum):
-    """What a request may expect of a model."""
-
-    COLD = "cold"  # it stays down until somebody starts it
-    COMING = "coming"  # it starts, or goes down and will be cold
-    UP = "up"  # it serves, or wakes by itself when it is asked
-
-
-class Grantor(Protocol):
-    """What the line sees of a model."""
-
-    @property
-    def id(self) -> str:
-        """Its name in the file."""
-
-    @property
-    def readiness(self) -> Readiness:
-        """Whether it serves."""
-
-    @property
-    def start_seconds(self) -> float:
-        """What its start takes, measured; 0 before the first."""
-
-    @property
-    def devices(self) -> tuple[str, ...]:
-        """Where it runs or is about to; nothing where it has no place."""
-
-    def grant(self, ask: Ask, waited_seconds: float) -> Lease | None:
-        """Return a lease, or None: not now."""
-
-    def refusal(self) -> RefusedError | None:
-        """Return, in a new error each time, why nothing will come of it; None where it may."""
-
-
-class LineModel(Protocol):
-    """What the line reads of a model's part of the file."""
-
-    @property
-    def id(self) -> str:
-        """Its name."""
-
-    @property
-    def adapter_of(self) -> str | None:
-        """Whose adapter it is; it waits in that one's queue."""
-
-    @property
-    def class_name(self) -> str | None:
-        """Its class."""
-
-    @property
-    def max_wait_seconds(self) -> float:
-        """What a request waits at most."""
-
-    @property
-    def max_queue(self) -> int:
-        """How many wait at most."""
-
-    @property
-    def loading(self) -> str:
-        """`refuse`: a request does not wait for a start."""
-
-
-class LineSettings(Protocol):
-    """What the line reads of the file."""
-
-    def resolve(self, name: str) -> LineModel | None:
-        """Return the model of a name, an alias or an adapter."""
-
-
-@dataclass(frozen=True)
-class QueueView:
-    """What waits for one model.
-
-    Attributes:
-        model_id: The model.
-        num_waiting: How many requests.
-        oldest_wait_seconds: How long the first of them has waited.
-    """
-
-    model_id: str
-    num_waiting: int
-    oldest_wait_seconds: float
+__all__ = ["Grantor", "Line", "QueueView", "Readiness"]
 
 
 def nothing_known(_model_id: str) -> str:
@@ -122,7 +43,7 @@ class Line:
     def __init__(
         self,
         models: Mapping[str, Grantor],
-        settings: Callable[[], LineSettings],
+        settings: Callable[[], Settings],
         clock: Callable[[], float],
         wanted: Callable[[str], None],
         hindrance: Callable[[str], str] = nothing_known,
@@ -133,25 +54,31 @@ class Line:
         self._wanted = wanted
         self._hindrance = hindrance
         self._queues: dict[str, Queue] = {}
+        self._demands: dict[str, Demand] = {}
+        self._turns: dict[Devices, Turns] = {}
+        self._due: set[Devices] = set()
 
     async def take(self, ask: Ask) -> Lease:
         """Wait for a lease; a cancelled call leaves no trace.
 
         Raises:
             RefusedError: 404 no such model; 429 a full line; 503 a model that failed or does not
-                come up in time; 504 the client's own deadline.
+                come up in time, or a goal that cannot be made; 504 the client's own deadline.
         """
         found = self._settings().resolve(ask.model)
         model = self._models.get(found.adapter_of or found.id) if found else None
         if found is None or model is None:
-            raise not_found(ask.model)
+            raise refusals.not_found(ask.model)
         if refusal := model.refusal():
             raise refusal
         queue = self._queues.setdefault(model.id, Queue(model.id))
-        if not queue and (lease := model.grant(ask, 0.0)):
+        goal = goal_of(ask, found, self._settings())
+        queue.has_goals = queue.has_goals or goal is not None
+        self.demand(model.id).arrived(self._clock())
+        if not self._has_line(queue, model) and (lease := self._granted(queue, model, ask, 0.0)):
             return lease
         self._check(queue, ask, found, model)
-        return await self._wait(queue, ask, found)
+        return await self._wait(queue, ask, found, goal)
 
     def changed(self, model_id: str) -> None:
         """Give leases to whoever can have one now: a model's state, or a lease of it, changed."""
@@ -167,35 +94,60 @@ class Line:
     def oldest_wait_seconds(self, model_id: str, now: float) -> float:
         """Return how long the one has waited that waits longest, 0 where none does."""
         queue = self._queues.get(model_id)
-        arrival = queue.oldest_arrival() if queue else None
-        return 0.0 if arrival is None else now - arrival
+        return queue.oldest_wait_seconds(now) if queue else 0.0
 
     def views(self) -> Iterator[QueueView]:
         """Say what waits for each model for which something does."""
         now = self._clock()
         for name, queue in self._queues.items():
             if queue:
-                yield QueueView(name, len(queue), self.oldest_wait_seconds(name, now))
+                yield QueueView(name, len(queue), queue.oldest_wait_seconds(now))
 
-    def _check(self, queue: Queue, ask: Ask, found: LineModel, model: Grantor) -> None:
+    def demand(self, model_id: str) -> Demand:
+        """Return what is known of a model's requests; whoever reads its counters tells it."""
+        return self._demands.setdefault(model_id, Demand())
+
+    def _turns_at(self, queue: Queue, model: Grantor) -> Turns | None:
+        """Return the turns on a model's devices, if a request with a goal ever came there."""
+        if not self._settings().classes:
+            self._turns.clear()
+            return None
+        devices = devices_of(model)
+        if queue.has_goals and devices not in self._turns:
+            self._turns[devices] = Turns(self._clock, self.demand, lambda: self._soon(devices))
+        return self._turns.get(devices)
+
+    def _has_line(self, queue: Queue, model: Grantor) -> bool:
+        """Whether a new request has to wait for others, or its engine has enough to read."""
+        turns = self._turns_at(queue, model)
+        if turns is None:
+            return bool(queue)
+        return bool(self._queues_on(devices_of(model))) or not turns.has_room(model.id)
+
+    def _queues_on(self, devices: Devices) -> list[Queue]:
+        """Return the queues of a set of devices in which somebody waits."""
+        return [
+            queue
+            for name, queue in self._queues.items()
+            if queue and name in self._models and devices_of(self._models[name]) == devices
+        ]
+
+    def _check(self, queue: Queue, ask: Ask, found: ModelSettings, model: Grantor) -> None:
         """Refuse who may not wait. One whose engine died had its place before."""
         if ask.is_again:
             return
         if len(queue) >= found.max_queue:
-            waited = self.oldest_wait_seconds(model.id, self._clock())
-            raise RefusedError(
-                429,
-                "queue_full",
-                f"{len(queue)} requests wait for {found.id!r}; max_queue is {found.max_queue}",
-                retry_after_seconds=max(LEAST_RETRY_SECONDS, waited),
-            )
+            waited = queue.oldest_wait_seconds(self._clock())
+            raise refusals.queue_full(found.id, len(queue), found.max_queue, waited)
         if found.loading == "refuse" and model.readiness is not Readiness.UP:
             self._want(queue, model)
             raise self._not_up(found.id, model, "its file says: loading: refuse")
 
-    async def _wait(self, queue: Queue, ask: Ask, found: LineModel) -> Lease:
+    async def _wait(
+        self, queue: Queue, ask: Ask, found: ModelSettings, goal: ServiceClass | None
+    ) -> Lease:
         """Wait in a queue, at most as long as the model and the client allow."""
-        ticket = Ticket(ask, found.id, self._clock(), found.max_wait_seconds)
+        ticket = Ticket.of(ask, found, goal, self._clock())
         queue.add(ticket)
         try:
             self._dispatch(queue)
@@ -218,39 +170,88 @@ class Line:
 
         def end() -> None:
             queue.remove(ticket)
-            ticket.refuse(
-                past_deadline(ticket.model_id, seconds) if is_own else self._too_long(ticket, queue)
-            )
+            if is_own:
+                ticket.refuse(refusals.past_deadline(ticket.model_id, seconds))
+            else:
+                ticket.refuse(self._too_long(ticket, queue))
 
         return asyncio.get_running_loop().call_at(ticket.arrival + seconds, end)
 
     def _dispatch(self, queue: Queue) -> None:
-        """Give leases in order until the model takes no more; have it started if it is cold."""
+        """Give leases and refusals in order; have the model started if it is cold."""
         if queue.is_busy:
             return  # a grant changed the model, which says so: the loop below goes on by itself
         model = self._models.get(queue.model_id)
         queue.is_busy = True
         try:
-            while (ticket := queue.first()) and self._settle(queue, ticket, model):
-                pass
+            self._refuse_all(queue, model)
+            if model and self._turns_at(queue, model):
+                self._soon(devices_of(model))
+            elif model:
+                while (ticket := queue.first()) and self._serve(queue, model, ticket):
+                    pass
         finally:
             queue.is_busy = False
-        if model and model.readiness is not Readiness.COLD:
-            queue.is_wanted = False
-        elif model and queue:
-            self._want(queue, model)
+        if model:
+            self._look_at(queue, model)
 
-    def _settle(self, queue: Queue, ticket: Ticket, model: Grantor | None) -> bool:
-        """Give one ticket its lease or its refusal; say whether there was one."""
-        refusal = model.refusal() if model else not_found(ticket.ask.model)
-        if refusal:
+    def _refuse_all(self, queue: Queue, model: Grantor | None) -> None:
+        """Refuse who waits for a model that failed or is gone."""
+        while ticket := queue.first():
+            refusal = model.refusal() if model else refusals.not_found(ticket.ask.model)
+            if refusal is None:
+                return
+            queue.remove(ticket)
             ticket.refuse(refusal)
-        elif model and (lease := model.grant(ticket.ask, self._clock() - ticket.arrival)):
-            ticket.grant(lease)
-        else:
+
+    def _look_at(self, queue: Queue, model: Grantor) -> None:
+        """Notice how far a model is, and have it started for those who wait."""
+        if model.readiness is Readiness.COLD:
+            queue.coming_at = None
+            if queue:
+                self._want(queue, model)
+            return
+        queue.is_wanted = False
+        if model.readiness is Readiness.UP:
+            queue.coming_at = None
+        elif queue.coming_at is None:
+            queue.coming_at = self._clock()
+
+    def _serve(self, queue: Queue, model: Grantor, ticket: Ticket) -> bool:
+        """Give one ticket its lease; say whether there was one."""
+        lease = self._granted(queue, model, ticket.ask, self._clock() - ticket.arrival)
+        if lease is None:
             return False
         queue.remove(ticket)
+        ticket.grant(lease)
         return True
+
+    def _granted(
+        self, queue: Queue, model: Grantor, ask: Ask, waited_seconds: float
+    ) -> Lease | None:
+        """Return a lease if the model gives one, counted."""
+        lease = model.grant(ask, waited_seconds)
+        if lease is None:
+            return None
+        self.demand(model.id).sent(ask.body_bytes)
+        turns = self._turns_at(queue, model)
+        return turns.watched(lease, model.id, ask.body_bytes) if turns else lease
+
+    def _soon(self, devices: Devices) -> None:
+        """Take turns once all that happens now has happened: one order for all of it."""
+        if devices not in self._due:
+            self._due.add(devices)
+            asyncio.get_running_loop().call_soon(self._take_turns, devices)
+
+    def _take_turns(self, devices: Devices) -> None:
+        """Give leases in the order of goals."""
+        self._due.discard(devices)
+        queues = self._queues_on(devices)
+        if turns := self._turns.get(devices):
+            turns.take(queues, self._models, self._serve)
+        else:  # the classes are gone from the file
+            for queue in queues:
+                self._dispatch(queue)
 
     def _want(self, queue: Queue, model: Grantor) -> None:
         """Have a cold model started, once."""
@@ -264,31 +265,8 @@ class Line:
         model = self._models.get(queue.model_id)
         if model and model.readiness is not Readiness.UP:
             return self._not_up(ticket.model_id, model, f"the request waited {seconds:g} s for it")
-        return RefusedError(
-            503,
-            "model_busy",
-            f"{ticket.model_id!r} is busy; the request waited {seconds:g} s, which is max_wait",
-            retry_after_seconds=LEAST_RETRY_SECONDS,
-        )
+        return refusals.busy(ticket.model_id, seconds)
 
     def _not_up(self, name: str, model: Grantor, why: str) -> RefusedError:
         """Say that a model is not up yet."""
-        parts = (f"{name!r} is not up yet", why, self._hindrance(model.id))
-        return RefusedError(
-            503,
-            "model_loading",
-            "; ".join(part for part in parts if part),
-            retry_after_seconds=max(LEAST_RETRY_SECONDS, model.start_seconds),
-        )
-
-
-def not_found(name: str) -> RefusedError:
-    """Say that there is no such model."""
-    return RefusedError(404, "model_not_found", f"there is no model {name!r} here")
-
-
-def past_deadline(model_id: str, seconds: float) -> RefusedError:
-    """Say that the client's own deadline came before a lease."""
-    return RefusedError(
-        504, "deadline", f"{model_id!r} took no request within the {seconds:g} s of its deadline"
-    )
+        return refusals.not_up(name, why, self._hindrance(model.id), model.start_seconds)

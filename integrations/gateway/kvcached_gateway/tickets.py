@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
+from kvcached_gateway.config import ModelSettings, ServiceClass
 from kvcached_gateway.errors import RefusedError
 from kvcached_gateway.lease import Ask, Ending, Lease
 
@@ -34,6 +35,15 @@ class Ticket:
     answer: asyncio.Future[Lease] = field(default_factory=asyncio.Future)
     timer: asyncio.TimerHandle | None = None
 
+    @classmethod
+    def of(cls, ask: Ask, model: ModelSettings, goal: ServiceClass | None, now: float) -> "Ticket":
+        """Return one that comes now, for a request with a class that has a goal, or without."""
+        ticket = cls(ask, model.id, now, model.max_wait_seconds)
+        if goal and goal.ttft_seconds is not None:
+            ticket.deadline = now + goal.ttft_seconds
+            ticket.is_refused_late = goal.late == "refuse"
+        return ticket
+
     def grant(self, lease: Lease) -> None:
         """Hand over its lease; where its client just left, the lease goes back."""
         if self.answer.done():
@@ -60,12 +70,16 @@ class Queue:
         model_id: The model.
         is_wanted: Whether somebody was told to start it, and has not begun.
         is_busy: Whether its tickets are being given leases right now.
+        has_goals: Whether a request with a goal ever came.
+        coming_at: Since when it is seen to come up, or None.
     """
 
     def __init__(self, model_id: str) -> None:
         self.model_id = model_id
         self.is_wanted = False
         self.is_busy = False
+        self.has_goals = False
+        self.coming_at: float | None = None
         self._returned: OrderedDict[Ticket, None] = OrderedDict()
         self._tickets: OrderedDict[Ticket, None] = OrderedDict()
 
@@ -84,11 +98,30 @@ class Queue:
         self._returned.pop(ticket, None)
         self._tickets.pop(ticket, None)
 
+    def returned(self) -> Iterator[Ticket]:
+        """Return those whose engine died, in order."""
+        return iter(self._returned)
+
     def first(self) -> Ticket | None:
         """Return the one whose turn it is, or None."""
         return next(iter(self), None)
 
-    def oldest_arrival(self) -> float | None:
-        """Return when the one came that waits longest, or None."""
+    def oldest_wait_seconds(self, now: float) -> float:
+        """Return how long the one has waited that waits longest, 0 where none does."""
         firsts = (next(iter(part), None) for part in (self._returned, self._tickets))
-        return min((ticket.arrival for ticket in firsts if ticket), default=None)
+        return max((now - ticket.arrival for ticket in firsts if ticket), default=0.0)
+
+
+@dataclass(frozen=True)
+class QueueView:
+    """What waits for one model.
+
+    Attributes:
+        model_id: The model.
+        num_waiting: How many requests.
+        oldest_wait_seconds: How long the first of them has waited.
+    """
+
+    model_id: str
+    num_waiting: int
+    oldest_wait_seconds: float

@@ -7,11 +7,13 @@ goes behind the others; nobody is dropped, and whoever has waited half of what i
 
 import heapq
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 CHUNK_TOKENS = 2_048
 MAX_PREFILL_TOKENS = 2 * CHUNK_TOKENS  # one that is read and one behind it: no engine idles
+LEAST_STALL_SECONDS = 1.0
+STALL_FACTOR = 4.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,21 @@ class Waiting:
     def needed_seconds(self) -> float:
         """What it takes until its first token, once it is its turn."""
         return self.seconds + (self.start_seconds if self.is_first_of_start else 0.0)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that an engine has, and that had no first byte yet.
+
+    Attributes:
+        model: Its model.
+        tokens: About how many it has.
+        stalls_at: From when on its engine seems to do something else, such as to wait for memory.
+    """
+
+    model: str
+    tokens: float
+    stalls_at: float
 
 
 @dataclass(frozen=True)
@@ -94,6 +111,24 @@ def order(waiting: Sequence[Waiting], now: float) -> Order:
         now,
         {one.key: one for one in waiting},
     )
+
+
+def stalls_at(now: float, reading_seconds: float) -> float:
+    """Return when a prompt that goes out now stops to hold up other models."""
+    return now + max(LEAST_STALL_SECONDS, STALL_FACTOR * reading_seconds)
+
+
+def has_room(model: str, prompts: Iterable[Prompt], now: float) -> bool:
+    """Whether one more prompt should go to a model's engine, beside those being read there.
+
+    Its own engine and all engines of the devices together have less than two chunks to read. A
+    prompt that stalls counts for its own model alone, so that no model holds up the others.
+    """
+    own = beside = 0.0
+    for prompt in prompts:
+        own += prompt.tokens if prompt.model == model else 0.0
+        beside += prompt.tokens if prompt.stalls_at > now else 0.0
+    return max(own, beside) < MAX_PREFILL_TOKENS
 
 
 def _put_off(aims: Sequence[Waiting], start: float) -> dict[Hashable, Waiting]:
