@@ -1,6 +1,8 @@
 """What a server that has yielded its weights still holds of its device, and what each part is."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -43,21 +45,28 @@ def context_bytes(run: Run) -> int:
 
 
 def yielded(run: Run, *names: str) -> dict[str, dict[str, Any]]:
-    """Let servers yield; return what torch in each of their workers holds then, by their names.
-
-    SGLang's workers say nothing.
-    """
-    paths = {name: run.folder / f"{name}-memory.json" for name in names}
-    for name, path in paths.items():
+    """Let servers yield; return what torch in each of their workers holds then, by their names."""
+    asked = list[str]()
+    for name in names:
+        path = run.memory_path(name)
+        path.unlink(missing_ok=True)
         if run.engine is VLLM:
-            path.unlink(missing_ok=True)
             body = {"method": "write_memory", "args": [str(path), str(REPORT_SECONDS)]}
             run.servers[name].post("/collective_rpc", body).raise_for_status()
+            asked.append(name)
         run.sleep(name)
-    if run.engine is not VLLM:
-        return {}
+        if run.engine is not VLLM and handles_signal(pid := run.view(name).pid):
+            os.kill(pid, signal.SIGUSR2)
+            asked.append(name)
     deadline = time.monotonic() + WAIT_SECONDS
-    return {name: _read(path, deadline) for name, path in paths.items()}
+    return {name: _read(run.memory_path(name), deadline) for name in asked}
+
+
+def handles_signal(pid: int) -> bool:
+    """Return whether a process has a handler for SIGUSR2; it would end one that has none."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (caught,) = (line.split()[1] for line in lines if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (signal.SIGUSR2 - 1) & 1)
 
 
 def _read(path: Path, deadline: float) -> dict[str, Any]:

@@ -32,7 +32,8 @@ FIRST, SECOND = "first", "second"  # the names of two servers
 MEMORY = "/dev/shm"  # noqa: S108  a folder of a name of its own is made there
 SLEEP_SECONDS = 20.0
 POOL_BYTES, TINY_KV_BYTES = 160 * MIB, 64 * MIB  # of a rehearsal
-EXTENSION = ("--worker-extension-cls", "helpers.residue.Watched")
+EXTENSION = ("--worker-extension-cls", "helpers.watched.Watched")
+ON_SIGNAL = TESTS / "helpers" / "memory_on_signal"
 # Where an engine is told to forget its prefix cache.
 FORGET = {VLLM.name: "/reset_prefix_cache", SGLANG.name: "/flush_cache"}
 
@@ -109,7 +110,9 @@ class Run:
             options = ("--load-format", "dummy", *engine.gpu_options(8192), *EXTENSION)
         else:  # its dummy weights are the same in every server
             model = make_weights(self.copies / f"model-{name}", "llama-8b", seed=seed)
-            options, environ = (*engine.gpu_options(8192), "--skip-server-warmup"), self.environ
+            options = (*engine.gpu_options(8192), "--skip-server-warmup")
+            report, path = str(self.memory_path(name)), f"{ON_SIGNAL}:{with_tests()}"
+            environ = self.environ | {"MEMORY_REPORT": report, "PYTHONPATH": path}
         self.servers.start(
             engine,
             name,
@@ -120,6 +123,10 @@ class Run:
             options=options,
             environ=environ,
         )
+
+    def memory_path(self, name: str) -> Path:
+        """Return where a server's worker writes what torch holds there."""
+        return self.folder / f"{name}-memory.json"
 
     def ask(self, name: str) -> Completion:
         """Send one request and check its tokens against those of the first time.

@@ -40,6 +40,9 @@ logger = logging.getLogger("kvcached")
 class Claim:
     """Host memory that a process holds until `close`, or until it ends.
 
+    A copy claims all that it needs before its first byte. Two that claimed while they are filled
+    could each hold a part of the budget, and neither would ever be complete.
+
     Attributes:
         num_bytes: How much it is.
     """

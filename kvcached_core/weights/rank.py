@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kvcached_core.errors import BackendError, HostCopyError, LedgerError
@@ -34,7 +34,8 @@ DROP_BATCH_PAGES, MAX_DROP_BATCH_PAGES = 8, 64
 MAP_BATCH_PAGES = 4
 # How long a wake waits for memory that was promised; the engine goes on asking afterwards.
 PATIENCE_SECONDS = 2.0
-# When it is tried again to copy the weights, where it failed; each time twice as long.
+# When it is tried again to copy the weights, where it failed or host memory had no room for all of
+# them; each time twice as long.
 FIRST_RETRY_SECONDS = 5.0
 LAST_RETRY_SECONDS = 600.0
 
@@ -46,8 +47,9 @@ class RankWeights:
 
     Args:
         image: The image; what of it is resident is there, all of it as a rule.
-        make_copy: Returns the host copy, complete or to be filled, or None if there is none. It is
-            called in a thread of its own, and returns soon after its argument is set.
+        make_copy: Returns the host copy, complete or to be filled, or None if there is no room for
+            one now. It is called in a thread of its own, again and again while there is none, and
+            returns soon after its argument is set.
         current_stream: Returns the stream that the engine's steps are launched on.
     """
 
@@ -161,15 +163,15 @@ class RankWeights:
     def _have_copy(self) -> None:
         with contextlib.ExitStack() as undo:
             try:
-                copy = self._make_copy(self._stop)
-                if copy is None:
-                    return
-                undo.callback(copy.close)
-                retry_seconds = FIRST_RETRY_SECONDS
-                while not complete(copy, self.image.backend, self._source, self._stop):
-                    if self._stop.wait(retry_seconds):
+                pauses = self._pauses()
+                while (copy := self._make_copy(self._stop)) is None:
+                    if not next(pauses):
                         return
-                    retry_seconds = min(2 * retry_seconds, LAST_RETRY_SECONDS)
+                undo.callback(copy.close)
+                pauses = self._pauses()
+                while not complete(copy, self.image.backend, self._source, self._stop):
+                    if not next(pauses):
+                        return
             except Exception:
                 logger.exception("kvcached: the weights could not be copied, so they stay")
                 return
@@ -180,6 +182,13 @@ class RankWeights:
             format_bytes(self.image.layout.num_bytes),
             "shared" if copy.is_shared else "of this process alone",
         )
+
+    def _pauses(self) -> Iterator[bool]:
+        """Wait before each further try, and yield whether there shall be one."""
+        seconds = FIRST_RETRY_SECONDS
+        while True:
+            yield not self._stop.wait(seconds)
+            seconds = min(2 * seconds, LAST_RETRY_SECONDS)
 
     def _give(self, copy: HostCopy, num_pages: int) -> None:
         self._wait_for_device()

@@ -1,12 +1,20 @@
 """What is left of a server that has yielded, and what each part of it is."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.residue import by_pool, largest, write
-from residue import parts
+from helpers.waiting import await_that
+from residue import handles_signal, parts
+from yielding import ON_SIGNAL, with_tests
 
 pytestmark = pytest.mark.vllm
 
@@ -56,3 +64,30 @@ def test_a_worker_that_has_no_device_says_that_nothing_is_held(tmp_path: Path) -
     write(path)
     report = json.loads(path.read_text())
     assert report["in_use_bytes"] == report["graphs_bytes"] == report["cached_bytes"] == 0
+
+
+@contextmanager
+def process(**environ: str) -> Iterator[int]:
+    """Yield the id of a process that waits."""
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", "print('there', flush=True); input()"]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=os.environ | environ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        yield child.pid
+        child.communicate(b"\n")
+    assert child.returncode == 0
+
+
+def test_a_process_that_was_told_so_reports_when_a_signal_comes(tmp_path: Path) -> None:
+    report = tmp_path / "memory.json"
+    path = f"{ON_SIGNAL}:{with_tests()}"
+    with process(MEMORY_REPORT=str(report), PYTHONPATH=path) as pid:
+        assert handles_signal(pid)
+        os.kill(pid, signal.SIGUSR2)
+        await_that(report.exists, 60.0)
+        assert json.loads(report.read_text())["pid"] == pid
+
+
+def test_a_process_that_a_signal_would_end_is_sent_none() -> None:
+    with process() as pid:
+        assert not handles_signal(pid)

@@ -1,9 +1,7 @@
 """The public port without engines: what is refused, by whom, and how it is said."""
 
 import asyncio
-import functools
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
@@ -19,6 +17,7 @@ from helpers.gateway_front import (
     read_torn,
     say,
 )
+from helpers.loops import on_a_loop
 
 from kvcached_gateway.app import ENGINE_PATHS
 from kvcached_gateway.errors import RefusedError
@@ -40,16 +39,6 @@ NOT_PUBLIC = (
     *("/v1/chat/completions/", "/v1/chat/completions/../../sleep", "//sleep", "/v1/%2e%2e/sleep"),
     *("/v1/chat/completions/render", "/v1/responses/abc", "/v1/responses/abc/cancel", "/v1"),
 )
-
-
-def on_a_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Run a test's coroutine on a loop of its own."""
-
-    @functools.wraps(test)
-    def run(**arguments: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(**arguments), 30))
-
-    return run
 
 
 async def post(

@@ -150,7 +150,7 @@ class House:
 
     leases: Any
     settings: Settings
-    keys: FakeKeys | None
+    keys: Any
     written: Written = field(default_factory=Written)
     is_ready: bool = True
     state: str = "warm"
@@ -159,6 +159,17 @@ class House:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def front(self) -> Front:
+        return Front(
+            leases=self.leases,
+            settings=lambda: self.settings,
+            keys=lambda: self.keys,
+            status=self.status,
+            exposition=self.exposition,
+            observe=self.written,
+            is_ready=lambda: self.is_ready,
+        )
 
     async def status(self) -> list[dict[str, Any]]:
         return [
@@ -181,16 +192,8 @@ async def front_served(
 ) -> AsyncIterator[House]:
     """Serve a front on a port of the loopback."""
     house = House(leases, settings or make_settings(), keys)
-    front = Front(
-        leases=leases,
-        settings=lambda: house.settings,
-        keys=lambda: house.keys,
-        status=house.status,
-        exposition=house.exposition,
-        observe=house.written,
-        is_ready=lambda: house.is_ready,
-    )
-    runner = build_runner(build_app(front, body_seconds=body_seconds), idle_seconds=idle_seconds)
+    app = build_app(house.front(), body_seconds=body_seconds)
+    runner = build_runner(app, idle_seconds=idle_seconds)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

@@ -1,34 +1,17 @@
-"""What torch holds in a worker: a `--worker-extension-cls` that writes it to a file, later.
-
-A call that reaches a worker from outside has its weights there first. So this one only sets a
-timer; by the time that it is up the weights may be gone.
-"""
+"""What torch holds in a worker, written to a file by the worker itself."""
 
 import gc
 import json
 import os
-import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from helpers.seeded import Seeded
-
 Segment = Mapping[str, Any]
 # torch's own pool; each of CUDA's graphs has another.
 DEFAULT_POOL = (0, 0)
 NUM_LARGEST = 40
-
-
-class Watched(Seeded):
-    """A method that `POST /collective_rpc` reaches; vLLM mixes it into its worker."""
-
-    def write_memory(self, path: str, seconds: str) -> None:
-        """Write what this process holds of the device to a file, in so many seconds from now."""
-        timer = threading.Timer(float(seconds), write, (Path(path),))
-        timer.daemon = True
-        timer.start()
 
 
 def write(path: Path) -> None:

@@ -36,6 +36,7 @@ ENGINE_PATHS = (
 MAX_LINE_BYTES = 8190
 IDLE_SECONDS = 75.0  # of a connection without a whole head of a request
 LINGERING_SECONDS = 1.0
+LAST_SECONDS = 30.0
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -70,12 +71,18 @@ def build_app(front: Front, *, body_seconds: float = BODY_SECONDS) -> web.Applic
     return app
 
 
-def build_runner(app: web.Application, *, idle_seconds: float = IDLE_SECONDS) -> web.AppRunner:
+def build_runner(
+    app: web.Application,
+    *,
+    idle_seconds: float = IDLE_SECONDS,
+    last_seconds: float = LAST_SECONDS,
+) -> web.AppRunner:
     """Return what serves `build_app`'s, with the limits and the cancelling that it relies on.
 
     Args:
         app: The application.
         idle_seconds: How long a connection may be without a whole head of a request.
+        last_seconds: How long requests that run may go on when the runner is cleaned up.
     """
     return web.AppRunner(
         app,
@@ -86,6 +93,7 @@ def build_runner(app: web.Application, *, idle_seconds: float = IDLE_SECONDS) ->
         max_line_size=MAX_LINE_BYTES,
         max_field_size=MAX_LINE_BYTES,
         auto_decompress=False,
+        shutdown_timeout=last_seconds,
     )
 
 

@@ -25,6 +25,8 @@ from kvcached_core.memory.vmm.cuda import CudaBackend
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import GIB
 from kvcached_core.weights import rank, source
+from kvcached_core.weights.copies_folder import read_holders
+from kvcached_core.weights.host_budget import HostBudget
 from kvcached_core.weights.rank import DROP_BATCH_PAGES, MAP_BATCH_PAGES, PATIENCE_SECONDS
 
 WORDS = PAGE // 8
@@ -402,23 +404,20 @@ def test_a_copy_that_another_start_left_is_used_as_it_is(make: Make, tmp_path: P
     ours.close()
 
 
-def test_weights_without_a_host_copy_stay_and_one_that_breaks_is_told(
+def test_weights_stay_where_making_their_copy_breaks(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for made in (None, RuntimeError("the device is gone")):
-        ours = make(HostBackend(PAGE))
+    ours = make(HostBackend(PAGE))
 
-        def make_copy(_stop: Event, made: Exception | None = made) -> None:
-            if made is not None:
-                raise made
+    def make_copy(_stop: Event) -> None:
+        raise RuntimeError("the device is gone")
 
-        ours.weights._make_copy = make_copy
-        ours.weights.begin_copy()
-        assert ours.weights._copying is not None
-        ours.weights._copying.join()
-        assert not ours.weights.status().is_copied
-        assert ours.weights.hold(0).num_missing_pages == 0
-        ours.close()
+    ours.weights._make_copy = make_copy
+    ours.weights.begin_copy()
+    assert ours.weights._copying is not None
+    ours.weights._copying.join()
+    assert not ours.weights.status().is_copied
+    assert ours.weights.hold(0).num_missing_pages == 0
     assert "the weights could not be copied, so they stay" in caplog.text
 
 
@@ -439,6 +438,21 @@ def test_what_could_not_be_copied_is_tried_again(
     ours.weights.begin_copy()  # one thread is enough
     await_that(lambda: ours.weights.status().is_copied, 30)
     assert tried == ["kvcached-weights"] * 3
+
+
+def test_a_copy_begins_when_others_left_room_for_all_of_it(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = make(HostBackend(PAGE), NUM_PAGES + 5)
+    other = HostBudget(ours.config, GIB).claim("other", 6 * PAGE)
+    monkeypatch.setattr(rank, "FIRST_RETRY_SECONDS", 0.001)
+    ours.weights.begin_copy()
+    await_that(lambda: caplog.text.count("stay on the device") > 1, 30)
+    assert not ours.weights.status().is_copied
+    assert ours.weights.hold(0).num_missing_pages == 0
+    assert [one.name for one in read_holders(ours.config.copies_dir)] == ["other"]
+    other.close()
+    await_that(lambda: ours.weights.status().is_copied, 30)
 
 
 def test_who_closes_does_not_wait_for_a_copy(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
