@@ -134,7 +134,7 @@ class Run:
         What a prefix cache has was computed in another batch, so it is emptied first.
         """
         if name in self.caching:
-            self.servers[name].post(FORGET[self.engine.name]).raise_for_status()
+            self._forget(name)
         burst = make_burst(
             num_requests=1,
             num_prompt_tokens=NUM_PROMPT_TOKENS,
@@ -145,6 +145,14 @@ class Run:
         self.num_failed += answer.error is not None
         self.num_wrong += self.right.setdefault(name, answer.token_ids) != answer.token_ids
         return answer
+
+    def _forget(self, name: str) -> None:
+        """Empty a server's prefix cache; SGLang refuses while a request runs, or is just ending."""
+        deadline = time.monotonic() + SLEEP_SECONDS
+        while not (answer := self.servers[name].post(FORGET[self.engine.name])).is_success:
+            if time.monotonic() > deadline:
+                answer.raise_for_status()
+            time.sleep(0.01)
 
     def load(self, name: str, num: int, num_in: int, num_out: int, *, seed: int) -> None:
         """Send requests at once, and wait until each of them is answered or has failed."""
