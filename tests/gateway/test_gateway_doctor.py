@@ -1,0 +1,183 @@
+"""What `kvcached doctor` says of a file of models, before anything of it is started."""
+
+import resource
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.gateway_steering import admin_running
+
+from kvcached_gateway import doctor
+from kvcached_gateway.config import Settings
+from kvcached_gateway.doctor import Said, examine, findings
+
+ENGINE_THERE = """
+import json, sys
+print("what an import may print")
+print(json.dumps([[True, f"{sys.argv[1]} 1.0, every hook fits"]]))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "a.safetensors").write_bytes(bytes(5000))
+    return tmp_path
+
+
+def settings(folder: Path, **values: object) -> Settings:
+    return Settings.model_validate(
+        {
+            "path": folder / "models.yaml",
+            "listen": "127.0.0.1:0",
+            "environments": {"e": {"name": "e", "engine": "vllm", "python": sys.executable}},
+            "models": {"one": {"id": "one", "environment": "e", "model": str(folder / "model")}},
+            **values,
+        }
+    )
+
+
+def said(found: Settings, folder: Path) -> list[Said]:
+    return list(examine(found, folder / "kv"))
+
+
+def problems(found: Settings, folder: Path) -> list[str]:
+    return [text for is_good, text in said(found, folder) if not is_good]
+
+
+def test_an_environment_is_asked_for_its_engine(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "QUESTION", ENGINE_THERE)
+    assert (True, "environment e: vllm 1.0, every hook fits") in said(settings(folder), folder)
+
+
+def test_this_python_answers_for_itself(folder: Path) -> None:
+    # Whichever engine there is: the adapter is asked, and says so in a sentence of its own.
+    (text,) = [text for _, text in said(settings(folder), folder) if "environment e: " in text]
+    assert "every hook fits" in text or "not installed" in text or "vLLM" in text
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("print(1); raise SystemExit('no such thing')", "ends with 1: no such thing"),
+        ("", "ends with 0: nothing"),
+        ("print('[[true, \"not installed here\"]]')", "vllm is not installed in "),
+        ("print('[[false, \"a hook is missing\"]]')", "environment e: a hook is missing"),
+    ],
+)
+def test_an_environment_without_its_engine_is_a_problem(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, script: str, message: str
+) -> None:
+    monkeypatch.setattr(doctor, "QUESTION", script)
+    (problem,) = problems(settings(folder), folder)
+    assert message in problem
+
+
+def test_a_python_that_is_none_is_a_problem(folder: Path) -> None:
+    environments = {"e": {"name": "e", "engine": "vllm", "python": folder / "model"}}
+    (problem,) = problems(settings(folder, environments=environments), folder)
+    assert "is no program; `python` has to name an interpreter" in problem
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "QUESTION", ENGINE_THERE)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_nothing_is_wrong_with_what_is_right(folder: Path) -> None:
+    assert problems(settings(folder), folder) == []
+    assert not (folder / "kv").exists()
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_folder_without_a_model_is_a_problem(folder: Path) -> None:
+    (folder / "model" / "config.json").unlink()
+    (problem,) = problems(settings(folder), folder)
+    assert problem.startswith("model one: ")
+    assert problem.endswith("has no config.json")
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_socket_with_too_long_a_path_is_a_problem(folder: Path) -> None:
+    (problem,) = [
+        text
+        for is_good, text in examine(settings(folder), Path("/dev/shm") / ("d" * 80))  # noqa: S108
+        if not is_good
+    ]
+    assert "of 107 bytes: set KVCACHED_DIR shorter" in problem
+
+
+@pytest.mark.usefixtures("quiet")
+def test_an_address_that_somebody_has_is_a_problem(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        listen = f"127.0.0.1:{other.getsockname()[1]}"
+        assert problems(settings(folder, listen=listen), folder) == [
+            f"{listen} cannot be listened on: Address already in use"
+        ]
+        with admin_running(folder / "kv"):  # then it is the gateway's own
+            assert problems(settings(folder, listen=listen), folder) == []
+
+
+@pytest.mark.usefixtures("quiet")
+def test_more_host_memory_than_there_is_is_a_problem(folder: Path) -> None:
+    (problem,) = problems(settings(folder, host_memory=f"{1 << 50}"), folder)
+    assert problem.startswith("host_memory is ")
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_host_copy_that_fits_nowhere_is_a_problem(folder: Path) -> None:
+    assert problems(settings(folder, host_memory="4000"), folder) == [
+        "model one: its host copy, 4.88 KiB, is above it"
+    ]
+    assert problems(settings(folder, host_memory="4000", devices=["host"]), folder) == []
+
+
+@pytest.mark.usefixtures("quiet")
+def test_few_open_files_are_a_problem(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
+    (problem,) = problems(settings(folder), folder)
+    assert problem.startswith("1024 open files, for about 512 requests at once; raise it")
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_keys_file_with_a_mistake_is_a_problem(folder: Path) -> None:
+    path = folder / "keys.yaml"
+    path.write_text("a: {}")
+    path.chmod(0o600)
+    (problem,) = problems(settings(folder, keys_file=path), folder)
+    assert problem.endswith("keys.yaml, line 1: a.sha256 is missing")
+
+
+def test_without_a_gateway_and_a_file_there_is_nothing_to_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KVCACHED_DIR", str(tmp_path / "kv"))
+    (only,) = findings()
+    assert only[0]
+    assert "none runs" in only[1]
+
+
+def test_the_file_here_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KVCACHED_DIR", str(tmp_path / "kv"))
+    (tmp_path / "models.yaml").write_text("workers: no")
+    (only,) = findings()
+    assert not only[0]
+    assert "workers='no' is not allowed" in only[1]
+
+
+def test_the_file_of_the_gateway_that_runs_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVCACHED_DIR", str(tmp_path))
+    with admin_running(tmp_path):
+        first, second = findings()
+    assert first == (True, f"one serves /etc/models.yaml from {tmp_path}")
+    assert "/etc/models.yaml cannot be read" in second[1]
