@@ -108,6 +108,6 @@ def test_the_cores_commands_stay_its_own_beside_broken_ones(run: Run) -> None:
 
 
 def test_a_command_that_nobody_adds_is_wrong_usage(run: Run) -> None:
-    wrong = run("serve")
+    wrong = run("fly")
     assert wrong.returncode == 2
-    assert "No such command 'serve'" in wrong.stderr
+    assert "No such command 'fly'" in wrong.stderr

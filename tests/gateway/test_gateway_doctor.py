@@ -164,6 +164,17 @@ def test_without_a_gateway_and_a_file_there_is_nothing_to_say(
     assert "none runs" in only[1]
 
 
+def test_where_no_gateway_is_installed_nothing_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "kvcached_gateway.config_file", raising=False)
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    monkeypatch.delitem(sys.modules, "kvcached_gateway.yaml_file", raising=False)
+    (only,) = findings()
+    assert only[0]
+    assert "pip install 'kvcached-elastic[gateway]'" in only[1]
+
+
 def test_the_file_here_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KVCACHED_DIR", str(tmp_path / "kv"))

@@ -21,6 +21,7 @@ class Written:
     Attributes:
         rows: The models.
         steered: Each model and verb that was asked for.
+        becomes: The state that a model has once it was steered.
         rest: Set once the models have come to rest.
         reloaded: What a reload says; an error is raised.
     """
@@ -29,6 +30,7 @@ class Written:
         self.events = Events()
         self.rows = list(rows)
         self.steered: list[tuple[str, str]] = []
+        self.becomes = "warm"
         self.rest = asyncio.Event()
         self.rest.set()
         self.reloaded: str | ConfigError = "added one"
@@ -53,7 +55,9 @@ class Written:
         if verb == "stop":
             raise KVCachedError(f"{model_id!r} is pinned")
         self.steered.append((model_id, verb))
-        self.rows = [replace(row, state="warm") if row.id == model_id else row for row in self.rows]
+        self.rows = [
+            replace(row, state=self.becomes) if row.id == model_id else row for row in self.rows
+        ]
         return f"{model_id} will {verb}"
 
     async def settled(self, model_id: str) -> None:

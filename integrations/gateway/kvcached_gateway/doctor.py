@@ -20,8 +20,6 @@ from kvcached_core.memory.model_bytes import files_bytes
 from kvcached_core.units import format_bytes
 from kvcached_gateway.client import Client, GatewayError, NoGatewayError
 from kvcached_gateway.config import HOST, Environment, ModelSettings, Settings
-from kvcached_gateway.config_file import read_settings
-from kvcached_gateway.keys import Keys
 
 __all__ = ["Said", "examine", "findings"]
 
@@ -45,6 +43,11 @@ NOT_INSTALLED = "not installed here"
 
 def findings() -> Iterator[Said]:
     """Yield what there is to say of the gateway that runs, or else of `models.yaml` here."""
+    try:
+        from kvcached_gateway.config_file import read_settings
+    except ImportError as error:  # whoever has no gateway needs none of this
+        yield True, f"not installed here ({error}); pip install 'kvcached-elastic[gateway]'"
+        return
     directory = read_config().dir
     try:
         file = Path(Client(directory).about().file)
@@ -82,6 +85,8 @@ def examine(settings: Settings, directory: Path) -> Iterator[Said]:
 def _keys(settings: Settings) -> Iterator[Said]:
     if settings.keys_file is None:
         return
+    from kvcached_gateway.keys import Keys
+
     try:
         keys = Keys.read(settings.keys_file)
         keys.check(settings)
