@@ -4,7 +4,6 @@ All prompts of a round come in one message, so that both servers schedule them a
 one hands out the blocks at the top of its reservation.
 """
 
-import json
 import os
 import random
 import re
@@ -18,6 +17,7 @@ import pytest
 from helpers.gpu_offline import mixed_prompts
 from helpers.sglang_models import deepseek, laguna, lfm2, save
 from helpers.weights import make_weights
+from helpers.written import written
 
 from kvcached_core.units import GIB
 from kvcached_demo.harness.engines import SGLANG
@@ -175,18 +175,27 @@ def fill(servers: Servers, name: str) -> None:
 
 
 def test_a_full_neighbour_makes_room_for_a_start_and_a_sleeper_is_healthy(tmp_path: Path) -> None:
-    eager, facts = "--disable-cuda-graph", dict[str, Any]()
-    question = mixed_prompts(3, 900)[1:2]
-    with Servers(tmp_path) as servers:
+    eager, question = "--disable-cuda-graph", mixed_prompts(3, 900)[1:2]
+    folder = Path(os.environ.get("GPU_CHECK_FOLDER", tmp_path))
+    begin = time.monotonic()
+    with written(folder / "sglang_start.json") as facts, Servers(tmp_path) as servers:
+        took = facts["seconds"] = dict[str, float]()
+
+        def reached(what: str) -> None:
+            took[what] = time.monotonic() - begin
+
         neighbour = start(servers, llama(), eager, elastic=True, name="neighbour")
         neighbour.wait_ready()
+        reached("neighbour ready")
         expected = ask(neighbour, question)
         ballast = leave(20 * GIB)
         fill(servers, "neighbour")
+        reached("neighbour full")
         before = servers.resident_bytes("neighbour")
         comer = start(servers, llama(), eager, elastic=True, name="comer")
         facts["seen"] = seen = [asdict(servers.device())]
         comer.wait_ready(tick=lambda: seen.append(asdict(servers.device())))
+        reached("comer ready")
         announced = max(row["static_bytes"] for device in seen for row in device["instances"])
         assert announced > WEIGHTS_BYTES
         assert before - servers.resident_bytes("neighbour") > WEIGHTS_BYTES // 2
@@ -196,6 +205,5 @@ def test_a_full_neighbour_makes_room_for_a_start_and_a_sleeper_is_healthy(tmp_pa
         comer.post("/resume_memory_occupation", {"tags": ["kv_cache"]}).raise_for_status()
         assert facts["asleep"] == [httpx.codes.OK, httpx.codes.OK]
         assert ask(comer, question) == expected
+        reached("end")
         del ballast
-    folder = Path(os.environ.get("GPU_CHECK_FOLDER", tmp_path))
-    (folder / "sglang_start.json").write_text(json.dumps(facts, indent=1))

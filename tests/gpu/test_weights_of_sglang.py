@@ -4,17 +4,14 @@ Vanilla's server starts beside ours and ends before memory is counted. What was 
 GPU_CHECK_FOLDER, also when a test fails.
 """
 
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers.gpu_offline import mixed_prompts
 from helpers.waiting import await_that
 from helpers.weights import make_weights
+from helpers.written import written
 
 from kvcached_core import control
 from kvcached_core.control import Outcome
@@ -62,16 +59,6 @@ def free_bytes() -> int:
     import torch
 
     return torch.cuda.mem_get_info()[0]
-
-
-@contextmanager
-def written(path: Path) -> Iterator[dict[str, Any]]:
-    """Write what is seen inside to a file, whatever happens."""
-    facts = dict[str, Any]()
-    try:
-        yield facts
-    finally:
-        path.write_text(json.dumps(facts, indent=1))
 
 
 @pytest.mark.parametrize("name", CASES)
