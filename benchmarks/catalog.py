@@ -45,6 +45,12 @@ BENCHMARKS = (
     Benchmark("ledger", "ledger.py", HOST, "one operation of the ledger, alone and contended"),
     Benchmark("pressure", "pressure.py", HOST, "how soon an idle engine gives memory back"),
     Benchmark("host_memory", "host_memory.py", HOST, "mapping host memory, ledger views, imports"),
+    Benchmark(
+        "gateway_policy",
+        "gateway_policy.py",
+        HOST,
+        "the gateway's decisions of one tick, over 100 models",
+    ),
     Benchmark("cpu_throughput", "cpu_throughput.py", HOST, "the CPU engine's throughput with us"),
     Benchmark("dry_pool", "dry_pool.py", HOST, "ten minutes in which all want more than there is"),
     Benchmark(

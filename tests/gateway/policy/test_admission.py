@@ -1,5 +1,6 @@
 """Who goes first: as many in time as there can be, and nobody dropped."""
 
+import math
 from itertools import combinations
 
 from hypothesis import given
@@ -18,6 +19,7 @@ GOALS = st.builds(
     model=st.sampled_from("ab"),
     is_first_of_start=st.booleans(),
     start_seconds=st.integers(0, 4).map(float),
+    overdue_at=st.just(math.inf),
 )
 ANY = st.one_of(
     GOALS,
@@ -28,6 +30,8 @@ ANY = st.one_of(
         deadline=st.none() | TIMES.map(lambda left: NOW + left),
         seconds=st.integers(0, 6).map(float),
         model=st.just("c"),
+        is_first_of_start=st.just(value=False),
+        start_seconds=st.just(0.0),
         overdue_at=TIMES.map(lambda step: NOW - 6 + step),
     ),
 )

@@ -9,6 +9,7 @@ import heapq
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 CHUNK_TOKENS = 2_048
 MAX_PREFILL_TOKENS = 2 * CHUNK_TOKENS  # one that is read and one behind it: no engine idles
@@ -16,8 +17,7 @@ LEAST_STALL_SECONDS = 1.0
 STALL_FACTOR = 4.0
 
 
-@dataclass(frozen=True)
-class Waiting:
+class Waiting(NamedTuple):
     """A request that waits, times in the loop's seconds.
 
     Attributes:
@@ -76,6 +76,10 @@ class Order:
     late: tuple[Hashable, ...]
     now: float
     waiting: dict[Hashable, Waiting] = field(repr=False)
+    _late: frozenset[Hashable] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_late", frozenset(self.late))
 
     def reason(self, key: Hashable) -> str:
         """Say why a request goes where it goes."""
@@ -86,7 +90,7 @@ class Order:
         if one.deadline is None:
             return "has no goal: it goes behind those that have one, by its arrival"
         left = one.deadline - self.now
-        if key in self.late:
+        if key in self._late:
             return (
                 f"needs {one.needed_seconds:.2f} s of the {left:.2f} s to its goal, and without it "
                 "more of the others make theirs: it goes behind them"
@@ -137,8 +141,9 @@ def _put_off(aims: Sequence[Waiting], start: float) -> dict[Hashable, Waiting]:
     heap: list[tuple[float, float, int]] = []  # the longest first, and of equals the last that came
     end = start
     for index, one in enumerate(aims):
-        heapq.heappush(heap, (-one.needed_seconds, -one.arrival, index))
-        end += one.needed_seconds
+        needed = one.needed_seconds
+        heapq.heappush(heap, (-needed, -one.arrival, index))
+        end += needed
         if end > (one.deadline or 0.0):
             longest, _, worst = heapq.heappop(heap)
             end += longest

@@ -1,6 +1,6 @@
 """What models together take of one device, and how hard they press on the rest."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ class Load:
 
     id: str
     free_bytes: int
-    _shares: dict[str, Share] = field(default_factory=dict)
     _rate: float = 0.0
     _floor_bytes: int = 0
+    _wake_bytes: int = 0
 
-    def add(self, model: str, share: Share) -> None:
+    def add(self, share: Share) -> None:
         """Put a model's share on it."""
-        self._shares[model] = share
         self._rate += share.rate
         self._floor_bytes += share.floor_bytes
+        self._wake_bytes = max(self._wake_bytes, share.wake_bytes)
         self.free_bytes -= share.taken_bytes
 
     def fits(self, share: Share) -> bool:
@@ -60,9 +60,9 @@ class Load:
 
     def spare_bytes(self, share: Share) -> int:
         """Return what one more would leave when the largest wakes; it fits if that is something."""
-        wake = max(one.wake_bytes for one in (share, *self._shares.values()))
-        floors = self._floor_bytes + share.floor_bytes
-        return self.free_bytes - share.taken_bytes - wake - floors
+        wake_bytes = max(self._wake_bytes, share.wake_bytes)
+        floor_bytes = self._floor_bytes + share.floor_bytes
+        return self.free_bytes - share.taken_bytes - wake_bytes - floor_bytes
 
     def pressure(self, *, plus: Share | None = None, minus: Share | None = None) -> float:
         """Return the KV pressure ratio: as it is, or with a share more or less."""

@@ -118,14 +118,14 @@ def place(
     reasons: dict[str, str] = {}
     for model in models:
         if model.current and all(device in there for device in model.current):
-            _settle(there, model.current, model.id, shares[model.id])
+            _settle(there, model.current, shares[model.id])
             places[model.id] = model.current
     homeless = [model for model in models if model.id not in places]
     for model in sorted(homeless, key=lambda one: _rank(one, shares[one.id])):
         target = _best(there, model, shares[model.id])
         reasons[model.id] = _reason(there, model, shares[model.id], target)
         if target:
-            _settle(there, target, model.id, shares[model.id])
+            _settle(there, target, shares[model.id])
             places[model.id] = target
     settled = [model for model in models if model.current == places.get(model.id)]
     move = _move(there, settled, shares, settings, now)
@@ -160,9 +160,9 @@ def _rank(model: PlacedModel, share: Share) -> tuple[float, int, str]:
     return (-share.rate, -share.weights_bytes, model.id)
 
 
-def _settle(there: Mapping[str, Load], names: Iterable[str], model: str, share: Share) -> None:
+def _settle(there: Mapping[str, Load], names: Iterable[str], share: Share) -> None:
     for name in names:
-        there[name].add(model, share)
+        there[name].add(share)
 
 
 def _allowed(there: Mapping[str, Load], model: PlacedModel) -> list[Load]:

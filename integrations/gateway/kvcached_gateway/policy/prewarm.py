@@ -121,18 +121,17 @@ class Habits:
             return 0.0
         return min(self._followed.get((first, second), 0) / num_events, 1.0)
 
-    def leader(self, model: str, now: float) -> str | None:
-        """Return the model whose event just now usually brings one of this model, too."""
+    def recent(self, now: float) -> list[str]:
+        """Return the models that have an event just now."""
+        return [name for name, began in self._began.items() if now - began <= TOGETHER_SECONDS]
+
+    def leader(self, model: str, recent: Sequence[str], now: float) -> str | None:
+        """Return which of `recent` usually brings an event of this model, too."""
         if now < self._off_until.get(model, now):
             return None
-        leaders = [
-            other
-            for other, began in self._began.items()
-            if other != model
-            and now - began <= TOGETHER_SECONDS
-            and self.share(other, model) >= LEAST_SHARE
-        ]
-        return max(leaders, key=lambda other: (self.share(other, model), other), default=None)
+        shares = ((self.share(other, model), other) for other in recent if other != model)
+        share, leader = max(shares, default=(0.0, ""))
+        return leader if share >= LEAST_SHARE else None
 
     def num_hits(self, model: str) -> tuple[int, int]:
         """Return how many guesses about a model came true, of how many."""
@@ -165,11 +164,12 @@ def wishes(
         free_bytes: What nobody uses or was promised, by device and `host`.
     """
     up_since = {model.id: model.up_since for model in models if model.up_since is not None}
+    recent = habits.recent(now)
     left = dict(free_bytes)
     granted = []
     reasons = {}
     for model in models:
-        wish = None if model.is_up else _wish(now, moment, model, habits, up_since)
+        wish = None if model.is_up else _wish(now, moment, model, habits, recent, up_since)
         if wish is None:
             continue
         reasons[model.id] = wish.reason
@@ -190,6 +190,7 @@ def _wish(
     moment: datetime,
     model: Prewarmable,
     habits: Habits,
+    recent: Sequence[str],
     up_since: Mapping[str, float],
 ) -> Wish | None:
     """Return why a model that is not up should be."""
@@ -197,7 +198,7 @@ def _wish(
         return Wish(model.id, f"comes up: its time, {moment:%H:%M}, is in warm_at")
     if first := _companion(model, up_since):
         return Wish(model.id, f"comes up with {first!r}, as its warm_with says")
-    if not model.is_yielded or (leader := habits.leader(model.id, now)) is None:
+    if not model.is_yielded or (leader := habits.leader(model.id, recent, now)) is None:
         return None
     share = habits.share(leader, model.id)
     reason = f"wakes with {leader!r}: in {share:.0%} of the cases its requests followed that one's"
