@@ -81,7 +81,12 @@ def play_round(setting: Any, workload: Sequence[Any], number: int) -> dict[str, 
     views = {name: servers.view(name) for name in names if is_elastic(name)}
     pages_after = views[ELASTIC].resident_bytes / views[ELASTIC].page_bytes
     mapped = {name: view.num_mapped_bytes / view.page_bytes for name, view in views.items()}
-    return figures | {"pages_after": pages_after, "mapped_so_far": mapped}
+    weights = {name: view.weights_bytes for name, view in views.items()}  # those that may yield
+    return figures | {
+        "pages_after": pages_after,
+        "mapped_so_far": mapped,
+        "yielding_weights_bytes": weights,
+    }
 
 
 def summary(rounds: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,20 +115,23 @@ def beside(run: Run, num: int) -> dict[str, Any]:
     run.first_token_seconds(SECOND)
     run.sleep(FIRST)
     worker.start()
-    for _ in range(max(num // 4, 3)):
-        time.sleep(0.5)
-        start = time.perf_counter()
-        windows.append((start, start + run.first_token_seconds(FIRST)))
-        run.sleep(FIRST)
-    stop.set()
-    worker.join()
+    try:
+        for _ in range(max(num // 4, 3)):
+            time.sleep(0.5)
+            start = time.perf_counter()
+            windows.append((start, start + run.first_token_seconds(FIRST)))
+            run.sleep(FIRST)
+    finally:
+        stop.set()
+        worker.join()
     during = [gap for at, gap in gaps if any(begin <= at <= end for begin, end in windows)]
     calm = [
         gap
         for at, gap in gaps
         if not any(begin - 0.05 <= at <= end + 0.25 for begin, end in windows)
     ]
-    return {"calm_seconds": calm, "overlapping_seconds": during}
+    ratio = statistics.median(during) / statistics.median(calm)
+    return {"calm_seconds": calm, "overlapping_seconds": during, "ratio": ratio}
 
 
 def _stream(run: Run, gaps: list[tuple[float, float]], stop: threading.Event) -> None:
@@ -224,7 +228,7 @@ def main() -> None:
         engine = ENGINES[options.engine]
         record.add(engine=f"{engine.title} {engine.release()}")
         run = Run(Path(folder), tiny=options.tiny, runner=options.runner, engine=engine)
-        wanted = options.parts.split(",")
+        wanted, errors = options.parts.split(","), dict[str, str]()
         if engine is not VLLM and VANILLA in wanted:
             wanted.remove(VANILLA)
         try:
@@ -242,12 +246,18 @@ def main() -> None:
             record.add(copied_seconds=run.wait_copied(FIRST, SECOND))
             for part in wanted:
                 begin = time.monotonic()
-                found = MEASURES[part](run, options.number)
-                record.add(**{part: found})
+                try:
+                    record.add(**{part: MEASURES[part](run, options.number)})
+                except Exception as error:  # noqa: BLE001  those behind it shall not be lost
+                    traceback.print_exc()
+                    errors[part] = repr(error)
+                    record.add(errors=errors)
                 print(part, f"{time.monotonic() - begin:.1f} s", flush=True)
         finally:
             run.close(record)
     print(table(record.results))
+    if errors:
+        sys.exit(f"failed: {errors}")
 
 
 if __name__ == "__main__":
