@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from kvcached_core import __version__, control
+from kvcached_core.cli.added import added, instance_named
 from kvcached_core.cli.commands import Commands
 from kvcached_core.control import Outcome, Result
 from kvcached_core.errors import KVCachedError
@@ -51,6 +52,7 @@ def _names(context: typer.Context, incomplete: str) -> list[str]:
     with suppress(KVCachedError, OSError):
         devices = survey(Path(directory)).devices
         found = {instance.name for view in devices for instance in view.instances}
+        found.update(each.name for each in added(Path(directory)))
         return sorted(name for name in found if name.startswith(incomplete))
     return []
 
@@ -139,11 +141,11 @@ def top(
 
     console = Console()
     if not once and console.is_terminal:
-        watch(console, lambda: survey(directory), interval)
+        watch(console, lambda: (survey(directory), added(directory)), interval)
         return
     found = survey(directory)
     if found.devices or not found.problems:
-        console.print(Picture(found.devices))
+        console.print(Picture(found.devices, said=added(directory)))
     _end_for(found.problems)
 
 
@@ -155,6 +157,7 @@ def limit(
     timeout: Timeout = control.PATIENCE_SECONDS,
 ) -> None:
     """Set the most an instance may hold; what it holds above that it gives back."""
+    name = instance_named(name, directory)
     _end([control.set_limit(name, size, directory=directory, wait_seconds=timeout)])
 
 
@@ -169,6 +172,7 @@ def floor(
     ] = False,
 ) -> None:
     """Set what an instance can always get back."""
+    name = instance_named(name, directory)
     result = control.set_floor(
         name, size, directory=directory, wait_seconds=timeout, is_forced=force
     )
@@ -182,18 +186,21 @@ def priority(
     directory: Directory = default_directory(),
 ) -> None:
     """Set how late an instance gives its cached blocks to others."""
+    name = instance_named(name, directory)
     _end([control.set_priority(name, number, directory=directory)])
 
 
 @app.command()
 def sleep(name: Name, directory: Directory = default_directory(), timeout: Timeout = 5.0) -> None:
     """Make an idle instance give its weights back; its next request brings them back."""
+    name = instance_named(name, directory)
     _end([control.sleep(name, directory=directory, wait_seconds=timeout)])
 
 
 @app.command()
 def wake(name: Name, directory: Directory = default_directory(), timeout: Timeout = 5.0) -> None:
     """Make an instance get its weights back before the first request."""
+    name = instance_named(name, directory)
     _end([control.wake(name, directory=directory, wait_seconds=timeout)])
 
 

@@ -1,11 +1,12 @@
 """The columns of `kvcached top`: what each says, how wide it is, which are left out first."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import floor
 
 from rich.text import Text
 
+from kvcached_core.cli.added import Added
 from kvcached_core.cli.history import CURVE_WIDTH, History
 from kvcached_core.ledger.reach import pressure
 from kvcached_core.ledger.view import DeviceView, InstanceView
@@ -31,6 +32,7 @@ class Seen:
     row: InstanceView
     history: History
     is_ascii: bool
+    said: Mapping[str, str] = field(default_factory=dict)  # by other packages, in columns of theirs
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ MEMORY = Column(
 )
 WEIGHTS = Column("weights", WEIGHTS_WIDTH, lambda seen: weights_text(seen.row))
 # From left to right, and the order in which they are added as there is room.
-COLUMNS = {
+COLUMNS: dict[float, Column] = {
     1: INSTANCE,
     8: MEMORY,
     2: _size("resident", lambda row: row.resident_bytes),
@@ -160,3 +162,17 @@ COLUMNS = {
     18: Column("unmapped/s", 10, _rate(1, "-"), is_live=True),
     12: Column("so far", CURVE_WIDTH, _curve, is_number=False, is_live=True),
 }
+BEHIND_NUMBER = 3  # columns of other packages come where this one has its place
+
+
+def added_columns(said: Sequence[Added]) -> list[Column]:
+    """Return a column for each title that other packages have, as wide as what they say."""
+    widths: dict[str, int] = {}
+    for each in said:
+        for title, text in each.cells.items():
+            widths[title] = max(widths.get(title, len(title)), len(text))
+    return [Column(title, width, _said(title)) for title, width in widths.items()]
+
+
+def _said(title: str) -> Callable[[Seen], str]:
+    return lambda seen: seen.said.get(title, "")

@@ -1,14 +1,16 @@
 """The picture of `kvcached top`: as many columns as there is room for, none of them narrowed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from kvcached_core.cli.added import Added
 from kvcached_core.cli.columns import (
     ASCII_SIGNS,
+    BEHIND_NUMBER,
     COLUMNS,
     INSTANCE,
     MEMORY,
@@ -19,6 +21,7 @@ from kvcached_core.cli.columns import (
     WEIGHTS,
     Column,
     Seen,
+    added_columns,
     bar,
     shortened,
 )
@@ -42,6 +45,8 @@ class Picture:
         devices: What to show.
         history: What was seen before; None for a picture that stands alone.
         problems: What could not be seen, and why; a line each, as much of it as there is room for.
+        said: What other packages say of instances, in columns of their own; those that are not
+            there are named in one line.
     """
 
     def __init__(
@@ -49,12 +54,17 @@ class Picture:
         devices: Sequence[DeviceView],
         history: History | None = None,
         problems: Sequence[str] = (),
+        said: Sequence[Added] = (),
     ) -> None:
         self._devices = [view for view in devices if view.instances]
         self._history = history
         self._problems = problems
         rows = [row for view in self._devices for row in view.instances]
         self._has_weights = any(row.weights_needed_bytes or row.weights_bytes for row in rows)
+        names = {row.name for row in rows}
+        self._said = {each.instance: each.cells for each in said if each.instance in names}
+        self._added = added_columns([each for each in said if each.instance in names])
+        self._absent = _absent([each for each in said if each.instance not in names])
 
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the parts; rich calls it."""
@@ -64,6 +74,7 @@ class Picture:
         if not self._devices:
             if not self._problems:
                 yield Text(NOBODY)
+            yield from self._absent_line(width, is_ascii=is_ascii)
             return
         columns = self._columns(width)
         lines_each, shown = self._fitting(options.height)
@@ -71,7 +82,8 @@ class Picture:
         for view, rows in shown:
             yield _title(view, width, is_ascii=is_ascii)
             for row in rows:
-                seen = Seen(view, row, self._history or History(), is_ascii)
+                said = self._said.get(row.name, {})
+                seen = Seen(view, row, self._history or History(), is_ascii, said)
                 yield _line(columns, seen)
                 if lines_each > 1:
                     yield _second_line(columns, seen, width)
@@ -79,13 +91,21 @@ class Picture:
         num_left_out = sum(len(view.instances) for view in self._devices) - num_shown
         if num_left_out:
             yield Text(f"and {num_left_out} more, for which this terminal is too low", "dim")
+        yield from self._absent_line(width, is_ascii=is_ascii)
         yield _legend(is_ascii=is_ascii, has_weights=self._has_weights)
 
     def _columns(self, width: int) -> list[Column]:
         longest = max(len(row.name) for view in self._devices for row in view.instances)
-        chosen = {1: replace(INSTANCE, width=min(max(longest, LEAST_WIDTH), NAME_WIDTH))}
+        chosen: dict[float, Column] = {
+            1: replace(INSTANCE, width=min(max(longest, LEAST_WIDTH), NAME_WIDTH))
+        }
         left = width - chosen[1].width
-        for number, column in sorted(COLUMNS.items()):
+        step = 1 / (len(self._added) + 1)
+        added: dict[float, Column] = {
+            BEHIND_NUMBER + step * at: each for at, each in enumerate(self._added, start=1)
+        }
+        known: dict[float, Column] = {**COLUMNS, **added}
+        for number, column in sorted(known.items()):
             if number in chosen or (column.is_live and self._history is None):
                 continue
             if column is WEIGHTS and not self._has_weights:
@@ -96,7 +116,12 @@ class Picture:
             left -= column.width + 1
         name = chosen[1]
         chosen[1] = replace(name, width=min(max(longest, name.width), name.width + left))
-        return [chosen[number] for number in COLUMNS if number in chosen]
+        order = [1, *added, *(number for number in COLUMNS if number != 1)]
+        return [chosen[number] for number in order if number in chosen]
+
+    def _absent_line(self, width: int, *, is_ascii: bool) -> Iterator[Text]:
+        if self._absent:
+            yield Text(shortened(self._absent, width, is_ascii=is_ascii), "dim", no_wrap=True)
 
     def _fitting(
         self, height: int | None
@@ -105,12 +130,13 @@ class Picture:
         rows = [(view, view.instances) for view in self._devices]
         num_rows = sum(len(view.instances) for view in self._devices)
         # The header, the legend, a title for each device.
-        around = 2 + len(self._devices) + len(self._problems)
+        num_others = len(self._problems) + bool(self._absent)
+        around = 2 + len(self._devices) + num_others
         for lines_each in (2, 1):
             if height is None or around + lines_each * num_rows <= height:
                 return lines_each, rows
         # The header, the legend, and what is left out.
-        left = height - 3 - len(self._problems) if height else 0
+        left = height - 3 - num_others if height else 0
         shown = []
         for view, instances in rows:
             fitting = instances[: max(left - 1, 0)]
@@ -118,6 +144,13 @@ class Picture:
                 shown.append((view, fitting))
                 left -= 1 + len(fitting)
         return 1, shown
+
+
+def _absent(said: Sequence[Added]) -> str:
+    by_state: dict[str, list[str]] = {}
+    for each in said:
+        by_state.setdefault(each.state, []).append(each.name)
+    return "; ".join(f"{state}: {', '.join(names)}" for state, names in by_state.items())
 
 
 def _table(columns: list[Column], *, show_header: bool) -> Table:

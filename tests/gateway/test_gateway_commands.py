@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from kvcached_core.errors import ConfigError, KVCachedError
 from kvcached_gateway import commands, doctor
 from kvcached_gateway.client import NoGatewayError
-from kvcached_gateway.commands import duration, show_log
+from kvcached_gateway.commands import show_log
+from kvcached_gateway.spans import duration
 from kvcached_gateway.views import ModelRow
 
 ROOT = Path(__file__).parents[2]

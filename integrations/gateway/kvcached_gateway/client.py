@@ -16,6 +16,7 @@ from kvcached_gateway.views import ADMIN_SOCKET, About, Decision, DeviceRow, Mod
 __all__ = ["Client", "GatewayError", "NoGatewayError"]
 
 PATIENCE_SECONDS = 10.0
+RELOAD_SECONDS = 60.0  # it reads a file, and looks at each environment
 OK = 200
 
 
@@ -35,10 +36,12 @@ class Client:
 
     Args:
         directory: The folder of the ledgers.
+        patience_seconds: How long it may take to answer.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self.directory = directory
+        self._patience_seconds = patience_seconds
 
     def about(self) -> About:
         """Return what it is."""
@@ -75,20 +78,21 @@ class Client:
             What it does, in words; the model then; whether it came to rest in that time.
         """
         path = f"/admin/models/{quote(model_id, safe='')}/{verb}?wait={wait_seconds}"
-        found = self._ask("POST", path, PATIENCE_SECONDS + wait_seconds)
+        found = self._ask("POST", path, wait_seconds)
         row = ModelRow(**{**found["model"], "devices": tuple(found["model"]["devices"])})
         return str(found["text"]), row, bool(found["is_settled"])
 
     def reload(self) -> str:
         """Make it read its file again; return what changed, in words."""
-        return str(self._ask("POST", "/admin/reload", 60.0)["text"])
+        return str(self._ask("POST", "/admin/reload", RELOAD_SECONDS)["text"])
 
     def drain(self) -> str:
         """Make it take no new requests and end."""
         return str(self._ask("POST", "/admin/drain")["text"])
 
-    def _ask(self, method: str, path: str, seconds: float = PATIENCE_SECONDS) -> Any:
-        connection = _UnixConnection(self.directory / ADMIN_SOCKET, seconds)
+    def _ask(self, method: str, path: str, seconds: float = 0.0) -> Any:
+        patience_seconds = self._patience_seconds + seconds
+        connection = _UnixConnection(self.directory / ADMIN_SOCKET, patience_seconds)
         try:
             connection.request(method, path, headers={"Host": "gateway", "Connection": "close"})
             answer = connection.getresponse()

@@ -19,6 +19,7 @@ from kvcached_core.cli.app import EXIT_FAILED, EXIT_INCOMPLETE, AsJson, Director
 from kvcached_core.errors import KVCachedError
 from kvcached_core.units import default_directory
 from kvcached_gateway.client import Client, GatewayError
+from kvcached_gateway.spans import duration
 from kvcached_gateway.views import ModelRow
 
 FOLLOW_SECONDS = 0.2
@@ -121,14 +122,6 @@ def _cells(row: ModelRow) -> Sequence[str]:
         duration(row.start_seconds) if row.start_seconds else "",
         why,
     )
-
-
-def duration(seconds: float) -> str:
-    """Return a time in at most five characters: `0.3s`, `12s`, `5m`, `3h`, `12d`."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f}{unit}"
-    return f"{seconds:.1f}s" if seconds < 10 else f"{seconds:.0f}s"  # noqa: PLR2004  two digits
 
 
 def warm(
