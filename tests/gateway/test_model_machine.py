@@ -14,8 +14,8 @@ from kvcached_core.ledger.file import RowKey
 from kvcached_core.ledger.view import InstanceView
 from kvcached_gateway.config import ModelSettings
 from kvcached_gateway.errors import AdoptionError, EngineStartError
+from kvcached_gateway.grantor import Readiness
 from kvcached_gateway.lease import Ask, Ending
-from kvcached_gateway.line import Readiness
 from kvcached_gateway.model import Model, State
 
 UP = {State.WARM, State.BUSY, State.YIELDED}

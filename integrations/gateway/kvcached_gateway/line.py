@@ -4,8 +4,8 @@ All of it runs on the loop's thread. A request that its engine takes at once nev
 comes without a switch to another task. One that waits is a ticket in its model's queue, and leaves
 it in one of four ways: a lease, a refusal, the end of its time, or its client.
 
-Where a request has a class with a goal, all that wait for its devices go in the order of `turns`
-from then on; elsewhere nothing of that runs.
+Where a request has a class with a goal, all that wait for its devices go in the order of
+`precedence` from then on; elsewhere nothing of that runs.
 """
 
 import asyncio
@@ -17,10 +17,10 @@ from kvcached_gateway.errors import RefusedError
 from kvcached_gateway.grantor import Grantor, Readiness
 from kvcached_gateway.lease import Ask, Lease
 from kvcached_gateway.policy.demand import Demand
+from kvcached_gateway.precedence import Devices, Precedence, devices_of, goal_of
 from kvcached_gateway.tickets import Queue, QueueView, Ticket
-from kvcached_gateway.turns import Devices, Turns, devices_of, goal_of
 
-__all__ = ["Grantor", "Line", "QueueView", "Readiness"]
+__all__ = ["Line"]
 
 
 def nothing_known(_model_id: str) -> str:
@@ -36,7 +36,8 @@ class Line:
         settings: What the file says now.
         clock: Monotonic seconds: the loop's own.
         wanted: Called with a model that stays cold unless somebody starts it, once for any number
-            of requests, and again if its start came to nothing.
+            of requests, and again if its start came to nothing. Where it cannot start yet, whoever
+            starts it looks at `waiting`.
         hindrance: Says, as a sentence, what a model that does not start waits for.
     """
 
@@ -55,7 +56,7 @@ class Line:
         self._hindrance = hindrance
         self._queues: dict[str, Queue] = {}
         self._demands: dict[str, Demand] = {}
-        self._turns: dict[Devices, Turns] = {}
+        self._precedence: dict[Devices, Precedence] = {}
         self._due: set[Devices] = set()
 
     async def take(self, ask: Ask) -> Lease:
@@ -74,7 +75,8 @@ class Line:
         queue = self._queues.setdefault(model.id, Queue(model.id))
         goal = goal_of(ask, found, self._settings())
         queue.has_goals = queue.has_goals or goal is not None
-        self.demand(model.id).arrived(self._clock())
+        if not ask.is_again:
+            self.demand(model.id).arrived(self._clock())
         if not self._has_line(queue, model) and (lease := self._granted(queue, model, ask, 0.0)):
             return lease
         self._check(queue, ask, found, model)
@@ -86,6 +88,7 @@ class Line:
             self._dispatch(queue)
             if not queue and model_id not in self._models:
                 del self._queues[model_id]
+                self._demands.pop(model_id, None)
 
     def waiting(self, model_id: str) -> int:
         """Return how many requests wait for a model."""
@@ -107,22 +110,24 @@ class Line:
         """Return what is known of a model's requests; whoever reads its counters tells it."""
         return self._demands.setdefault(model_id, Demand())
 
-    def _turns_at(self, queue: Queue, model: Grantor) -> Turns | None:
-        """Return the turns on a model's devices, if a request with a goal ever came there."""
+    def _precedence_on(self, queue: Queue, model: Grantor) -> Precedence | None:
+        """Return who goes first on a model's devices, if a request with a goal ever came there."""
         if not self._settings().classes:
-            self._turns.clear()
+            self._precedence.clear()
             return None
         devices = devices_of(model)
-        if queue.has_goals and devices not in self._turns:
-            self._turns[devices] = Turns(self._clock, self.demand, lambda: self._soon(devices))
-        return self._turns.get(devices)
+        if queue.has_goals and devices not in self._precedence:
+            self._precedence[devices] = Precedence(
+                self._clock, self.demand, lambda: self._soon(devices)
+            )
+        return self._precedence.get(devices)
 
     def _has_line(self, queue: Queue, model: Grantor) -> bool:
         """Whether a new request has to wait for others, or its engine has enough to read."""
-        turns = self._turns_at(queue, model)
-        if turns is None:
+        precedence = self._precedence_on(queue, model)
+        if precedence is None:
             return bool(queue)
-        return bool(self._queues_on(devices_of(model))) or not turns.has_room(model.id)
+        return bool(self._queues_on(devices_of(model))) or not precedence.has_room(model.id)
 
     def _queues_on(self, devices: Devices) -> list[Queue]:
         """Return the queues of a set of devices in which somebody waits."""
@@ -185,7 +190,7 @@ class Line:
         queue.is_busy = True
         try:
             self._refuse_all(queue, model)
-            if model and self._turns_at(queue, model):
+            if model and self._precedence_on(queue, model):
                 self._soon(devices_of(model))
             elif model:
                 while (ticket := queue.first()) and self._serve(queue, model, ticket):
@@ -234,21 +239,21 @@ class Line:
         if lease is None:
             return None
         self.demand(model.id).sent(ask.body_bytes)
-        turns = self._turns_at(queue, model)
-        return turns.watched(lease, model.id, ask.body_bytes) if turns else lease
+        precedence = self._precedence_on(queue, model)
+        return precedence.watched(lease, model.id, ask.body_bytes) if precedence else lease
 
     def _soon(self, devices: Devices) -> None:
-        """Take turns once all that happens now has happened: one order for all of it."""
+        """Serve in turn once all that happens now has happened: one order for all of it."""
         if devices not in self._due:
             self._due.add(devices)
-            asyncio.get_running_loop().call_soon(self._take_turns, devices)
+            asyncio.get_running_loop().call_soon(self._serve_in_turn, devices)
 
-    def _take_turns(self, devices: Devices) -> None:
+    def _serve_in_turn(self, devices: Devices) -> None:
         """Give leases in the order of goals."""
         self._due.discard(devices)
         queues = self._queues_on(devices)
-        if turns := self._turns.get(devices):
-            turns.take(queues, self._models, self._serve)
+        if precedence := self._precedence.get(devices):
+            precedence.take(queues, self._models, self._serve)
         else:  # the classes are gone from the file
             for queue in queues:
                 self._dispatch(queue)

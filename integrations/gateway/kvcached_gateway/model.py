@@ -12,10 +12,10 @@ from kvcached_core.ledger.view import InstanceView
 from kvcached_gateway.adapters import Adapters
 from kvcached_gateway.config import ModelSettings
 from kvcached_gateway.errors import RefusedError
+from kvcached_gateway.grantor import Readiness
 from kvcached_gateway.held import HeldLeases, ModelLease
 from kvcached_gateway.lease import Ask, Ending, Woken
 from kvcached_gateway.life import Begin, End, Life
-from kvcached_gateway.line import Readiness
 from kvcached_gateway.running import EngineRunner, RunningEngine
 from kvcached_gateway.state import PASSING, UP, State
 from kvcached_gateway.state_file import EngineRecord
@@ -31,7 +31,7 @@ Changed = Callable[["Model", State, State, str], None]
 
 
 class Model:
-    """One model of the file, which is also a `line.Grantor`. Made on the loop.
+    """One model of the file, which is also a `grantor.Grantor`. Made on the loop.
 
     Args:
         settings: Its part of the file.

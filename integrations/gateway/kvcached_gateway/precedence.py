@@ -1,4 +1,4 @@
-"""Whose turn it is on devices whose requests have goals.
+"""Who goes first on devices whose requests have goals.
 
 It holds what engines read there, and asks `policy.admission` for the order of all that wait.
 """
@@ -21,8 +21,8 @@ Devices = tuple[str, ...]
 Serve = Callable[[Queue, Grantor, Ticket], bool]
 
 
-class Turns:
-    """The turns on one set of devices, from the first request with a goal there.
+class Precedence:
+    """Who goes first on one set of devices, from the first request with a goal there.
 
     Args:
         clock: The loop's seconds.
@@ -77,7 +77,7 @@ class Turns:
             return
         order = self._order(queues, models)
         refuse_late(queues, order)
-        for name, ticket in turns_of(queues, order):
+        for name, ticket in in_turn(queues, order):
             if not open_ids:
                 break
             if name not in open_ids or ticket.answer.done():
@@ -120,7 +120,7 @@ class Turns:
         return admission.order(waiting, now)
 
 
-def turns_of(queues: Sequence[Queue], order: Order) -> Iterator[tuple[str, Ticket]]:
+def in_turn(queues: Sequence[Queue], order: Order) -> Iterator[tuple[str, Ticket]]:
     """Return all that wait, in turn: whose engine died, who makes its goal, who is late."""
     again = [(queue.model_id, ticket) for queue in queues for ticket in queue.returned()]
     rest = ((order.waiting[key].model, key) for key in chain(order.kept, order.late))
@@ -151,5 +151,5 @@ def goal_of(ask: Ask, model: ModelSettings, settings: Settings) -> ServiceClass 
 
 
 def devices_of(model: Grantor) -> Devices:
-    """Return what a model takes turns on: its devices, or itself where it has none."""
+    """Return whom a model shares an order with: its devices, or itself where it has none."""
     return tuple(sorted(model.devices)) or (f"no device of {model.id}",)
