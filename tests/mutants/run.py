@@ -30,7 +30,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.json"
 FOLDERS = (
-    *(".", "integrations/vllm", "integrations/sglang", "patches", "examples/demo"),
+    *(".", "integrations/vllm", "integrations/sglang", "integrations/gateway"),
+    *("patches", "examples/demo"),
     *("tests", "benchmarks"),
 )
 MODULES = {
