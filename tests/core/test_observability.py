@@ -13,6 +13,10 @@ from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.ledger.policy import Policy
 from kvcached_core.units import GIB
+from kvcached_gateway.config import ModelSettings, ServiceClass, Settings
+from kvcached_gateway.lease import Woken
+from kvcached_gateway.metrics import Metrics
+from kvcached_gateway.views import DeviceRow, ModelRow
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "observability"
 NAME = re.compile(r"kvcached_[a-z_]+")
@@ -28,6 +32,28 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         yield ledger.path.parent
 
 
+def gateway_exposition() -> str:
+    """Return what a gateway says to whom everything has happened once."""
+    settings = Settings(
+        path=Path("models.yaml"),
+        classes={"chat": ServiceClass(name="chat", ttft_seconds=1.0)},
+        models={"llama": ModelSettings(id="llama", class_name="chat")},
+    )
+    rows = [ModelRow("llama", "warm")]
+    metrics = Metrics(lambda: settings, lambda: rows, lambda: [DeviceRow("host", GIB, GIB)])
+    for ttft in (0.5, 1.5):
+        times = {"waited_seconds": 0.1, "ttft_seconds": ttft, "seconds": 2.0}
+        metrics.answered("llama", None, 200, woken=Woken.NONE, **times)
+    metrics.refused(None, "queue_full")
+    metrics.cancelled("line")
+    metrics.late("llama")
+    metrics.changed("llama", "cold", "starting")
+    metrics.started("llama", 30.0)
+    metrics.evicted("llama", "start")
+    metrics.moved("llama")
+    return metrics.exposition()
+
+
 def scraped(folder: Path) -> dict[str, dict[str, str]]:
     """Return the labels that each metric has once Prometheus has read it."""
     return {
@@ -38,14 +64,15 @@ def scraped(folder: Path) -> dict[str, dict[str, str]]:
             },
             **OF_THE_TARGET,
         }
-        for family in text_string_to_metric_families(exposition(folder))
+        for text in (exposition(folder), gateway_exposition())
+        for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
 
 
 def dashboard_targets() -> list[dict[str, str]]:
     dashboard = json.loads((EXAMPLES / "grafana-dashboard.json").read_text())
-    return [target for panel in dashboard["panels"] for target in panel["targets"]]
+    return [target for panel in dashboard["panels"] for target in panel.get("targets", ())]
 
 
 def alerts() -> str:
@@ -73,7 +100,7 @@ def test_the_dashboard_names_its_lines_by_labels_that_there_are(folder: Path) ->
     labels = scraped(folder)
     for target in dashboard_targets():
         for metric in NAME.findall(target["expr"]):
-            selected = re.findall(r"(\w+)=~", target["expr"])
+            selected = re.findall(r"(\w+)=[~\"]", target["expr"])
             shown = re.findall(r"{{(\w+)}}", target["legendFormat"])
             assert {*selected, *shown} <= set(labels[metric]) - set(OF_THE_TARGET)
 

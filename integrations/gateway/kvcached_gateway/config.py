@@ -157,7 +157,7 @@ class PlacementSettings(Values):
     move_pause_seconds: NotNegative = Field(
         default=120.0,
         validation_alias="move_pause",
-        description="how long a model stays after it moved",
+        description="how long a model stays where it moved to",
     )
 
 
@@ -196,7 +196,7 @@ class ModelSettings(Values):
     idle_limit_seconds: Positive | None = Field(
         default=None,
         validation_alias="idle_limit",
-        description="how long without a request until it is stopped in any case",
+        description="how long without a request until it is stopped, whoever needs memory",
     )
     max_wait_seconds: Positive = Field(
         default=300.0,
@@ -218,7 +218,8 @@ class ModelSettings(Values):
         "or a refusal",
     )
     warm_at: tuple[WarmTimeText, ...] = Field(
-        default=(), description="when it is started without a request"
+        default=(),
+        description="when it is started without a request, such as `mon-fri 07:50 Europe/Berlin`",
     )
     warm_with: tuple[Text, ...] = Field(default=(), description="models that it is started beside")
     devices: Devices | None = Field(default=None, description="the devices that it may have")
@@ -229,7 +230,7 @@ class ModelSettings(Values):
         default=None, description="the variable that holds its key"
     )
     adapter_of: Text | None = Field(default=None, description="the model that it is an adapter of")
-    path: Text | None = Field(default=None, description="the adapter's folder, or name on the hub")
+    path: Text | None = Field(default=None, description="the adapter's folder")
     kind: Literal["generate", "pooling"] = Field(
         default="generate", description="whether it answers with tokens or with a vector"
     )
@@ -261,7 +262,8 @@ class Settings(Values):
 
     path: Path
     listen: Listen = Field(
-        default="127.0.0.1:8080", description="address and port; not the loopback only with keys"
+        default="127.0.0.1:8080",
+        description="address and port; another than the loopback needs `keys_file`",
     )
     keys_file: Path | None = Field(
         default=None, description="the file of clients' keys; a relative path is one from this file"
@@ -290,7 +292,7 @@ class Settings(Values):
         default_factory=dict, description="goals of kinds of requests (below)"
     )
     memory: MemorySettings = Field(
-        default=MemorySettings(), description="who may be stopped (below)"
+        default=MemorySettings(), description="who may be stopped for another (below)"
     )
     placement: PlacementSettings = Field(
         default=PlacementSettings(), description="who starts where, and moves (below)"

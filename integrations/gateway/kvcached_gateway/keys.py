@@ -53,7 +53,8 @@ class Key(Values):
         repr=False, description="the SHA-256 of the key, in hexadecimal digits"
     )
     models: tuple[Text, ...] | None = Field(
-        default=None, description="the models that it may ask; all if it says nothing"
+        default=None,
+        description="the models that it may ask, by their names; without it all",
     )
     class_name: Text | None = Field(
         default=None, validation_alias="class", description="the class of its requests"

@@ -145,7 +145,8 @@ class Metrics:
             self._ttft.labels(model_id).observe(ttft_seconds)
         if goals is not None and goals.ttft_seconds is not None:
             is_met = ttft_seconds is not None and ttft_seconds <= goals.ttft_seconds
-            (self._met if is_met else self._missed).labels(model_id, "ttft").inc()
+            met, missed = (each.labels(model_id, "ttft") for each in (self._met, self._missed))
+            (met if is_met else missed).inc()  # both are there: their shares can be computed
 
     def refused(self, model_id: str | None, code: str) -> None:
         """See `Observer.refused`."""

@@ -113,7 +113,7 @@ OWNED_ARGS: dict[str, dict[str, str]] = {
 # Arguments of an engine that are the beginning of one of ours, and mean something else.
 _FREE_ARGS: dict[str, frozenset[str]] = {"vllm": frozenset(), "sglang": frozenset()}
 
-_OWNED_VARIABLES: Mapping[str, str] = {
+OWNED_VARIABLES: Mapping[str, str] = {
     "ENABLE_KVCACHED": _DECIDES,
     "KVCACHED_DIR": "it is the gateway's own",
     "KVCACHED_NAME": _DECIDES,
@@ -157,4 +157,4 @@ def why_owned(engine: str, argument: str) -> tuple[str, str] | None:
 
 def why_owned_variable(name: str) -> str | None:
     """Return why an environment's engines cannot be given this variable, or None if they can."""
-    return _OWNED_VARIABLES.get(name)
+    return OWNED_VARIABLES.get(name)
