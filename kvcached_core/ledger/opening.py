@@ -20,6 +20,7 @@ from pathlib import Path
 from kvcached_core.errors import LedgerBusyError, LedgerError
 from kvcached_core.ledger import file as ledger_file
 from kvcached_core.ledger.file import Header, RowKey, column_sum
+from kvcached_core.ledger.folder import foreign
 from kvcached_core.ledger.lock import FileLock
 
 WRITABLE = "set KVCACHED_DIR to a folder that this user may write"
@@ -90,16 +91,9 @@ def doorbell_path(ledger_path: Path, row: RowKey) -> Path:
 
 
 def _check_owner(directory: Path, found: os.stat_result) -> None:
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise LedgerError(
-            f"KVCACHED_DIR={str(directory)!r} is not a folder of this user (it belongs to user "
-            f"{found.st_uid}); set KVCACHED_DIR to a folder of this user's own"
-        )
-    if stat.S_IMODE(found.st_mode) & 0o077:
-        raise LedgerError(
-            f"KVCACHED_DIR={str(directory)!r} is open to other users (mode "
-            f"{stat.S_IMODE(found.st_mode):04o}); allowed is 0700"
-        )
+    problem = foreign("DIR", directory, found)
+    if problem:
+        raise LedgerError(problem)
 
 
 def open_ledger_file(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from kvcached_core.config import PREFIX
 from kvcached_core.errors import HostCopyError
+from kvcached_core.ledger.folder import foreign
 from kvcached_core.ledger.lock import is_byte_held, take_byte
 
 IMAGE, RECORD, NEW_RECORD, CLAIM = ".image", ".json", ".new", ".claim"
@@ -89,16 +90,9 @@ def _not_made(folder: Path, reason: str | None) -> HostCopyError:
 
 
 def _check_owner(folder: Path, found: os.stat_result) -> None:
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise HostCopyError(
-            f"{PREFIX}WEIGHTS_DIR={str(folder)!r} is not a folder of this user (it belongs to user "
-            f"{found.st_uid}); set it to a folder of this user's own"
-        )
-    if stat.S_IMODE(found.st_mode) & 0o077:
-        raise HostCopyError(
-            f"{PREFIX}WEIGHTS_DIR={str(folder)!r} is open to other users (mode "
-            f"{stat.S_IMODE(found.st_mode):04o}); allowed is 0700"
-        )
+    problem = foreign("WEIGHTS_DIR", folder, found)
+    if problem:
+        raise HostCopyError(problem)
 
 
 def read_holders(folder: Path) -> list[Holder]:
