@@ -10,7 +10,7 @@ from kvcached_core.engine.port import EnginePort
 from kvcached_core.engine.ranks import Ranks
 from kvcached_core.engine.waiting import REFUSAL_SECONDS
 from kvcached_core.engine.weights_kept import WeightsKept
-from kvcached_core.errors import NoRoomError, OutOfMemoryError
+from kvcached_core.errors import NoRoomError
 from kvcached_core.ledger.shortage import PATIENCE_SECONDS
 from kvcached_core.ledger.weights import WeightsWish
 from kvcached_core.units import format_bytes
@@ -251,15 +251,7 @@ class Activation(WeightsKept):
 
     def _hold(self, num_pages: int) -> None:
         """Have exactly so many pages there, or as many as there can be."""
-        try:
-            status: WeightStatus | None = self._port.hold_weights(
-                self._status.num_pages - num_pages
-            )
-        except OutOfMemoryError as error:
-            # Others than engines took it. What came stays, and the rest is asked for again.
-            logger.warning("kvcached: %s; requests wait for the rest of the weights", error)
-            status = self._port.weight_status()
-        self._status = self._merge(status)
+        self._status = self._merge(self._port.hold_weights(self._status.num_pages - num_pages))
         self._is_stuck |= self._status.num_resident_pages > num_pages
 
     def _merge(self, status: WeightStatus | None) -> WeightStatus:

@@ -88,7 +88,7 @@ class EnginePort(Protocol):
         return None
 
     def hold_weights(self, num_missing: int) -> WeightStatus:
-        """Have all but the last pages of each rank's weights there; return what there is then.
+        """Have all but the last pages of each rank's weights there.
 
         More pages are mapped and copied, and the next step waits for that on the device. Fewer are
         dropped some at a time, behind all steps, so that who waits gets the first ones early; those
@@ -97,8 +97,8 @@ class EnginePort(Protocol):
         Args:
             num_missing: How many pages each rank lacks then; one that has fewer lacks them all.
 
-        Raises:
-            OutOfMemoryError: If others than engines took the memory; what came stays.
+        Returns:
+            What is there then: less than was wanted if others than engines took the memory.
         """
         raise RuntimeError(f"weights that never go shall lack {num_missing} pages")
 

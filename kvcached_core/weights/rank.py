@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kvcached_core.errors import BackendError, HostCopyError, LedgerError
+from kvcached_core.errors import BackendError, HostCopyError, LedgerError, OutOfMemoryError
 from kvcached_core.ledger.bell import wake
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.shortage import ask_peers
@@ -119,10 +119,9 @@ class RankWeights:
         pages stay.
 
         Returns:
-            What is there then.
+            What is there then: less than was wanted if others took the memory for it.
 
         Raises:
-            OutOfMemoryError: If others took the memory. What came until then stays.
             BackendError: If the backend fails; the pages in front of that are there.
             LedgerError: If the instance has left the ledger.
         """
@@ -135,6 +134,9 @@ class RankWeights:
                 self._bring(self._copy, wanted)
             else:
                 self._give(self._copy, wanted)
+        except OutOfMemoryError as error:
+            # Others than engines took it. What came stays, and the rest is asked for again.
+            logger.warning("kvcached: %s; requests wait for the rest of the weights", error)
         finally:
             self._report()
         return self.status()

@@ -19,7 +19,7 @@ from kvcached_core.engine.activation import (
 from kvcached_core.engine.beside import RankBytes, Turn
 from kvcached_core.engine.engine import ElasticEngine
 from kvcached_core.engine.weights_kept import WeightsKept
-from kvcached_core.errors import NoRoomError, OutOfMemoryError
+from kvcached_core.errors import NoRoomError
 from kvcached_core.ledger.weights import WeightsWish
 from kvcached_core.weights.status import WeightStatus
 
@@ -121,8 +121,6 @@ class Engine:
         self.said.append(("hold", num_pages))
         most = max(self.num_available, self.num_resident)
         self.num_resident = max(min(num_pages, most), min(self.num_least, self.num_resident))
-        if num_pages > self.num_resident:
-            raise OutOfMemoryError("create", "ENOMEM", PAGE, 0)
         return self.status()
 
 

@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import CUDA, read_config
-from kvcached_core.errors import OutOfMemoryError
 from kvcached_core.memory.model_bytes import find_folder
 from kvcached_core.memory.torch_device import architecture
 from kvcached_core.weights.status import WeightStatus, merge
@@ -142,17 +141,9 @@ def weight_status(worker: Any) -> WeightStatus | None:
 
 
 def hold_weights(worker: Any, num_missing: int) -> WeightStatus:
-    """Have all but the last pages of a worker's weights there; `collective_rpc` calls this.
-
-    Returns:
-        What there is then: less than was wanted if others than engines took the memory.
-    """
+    """Have all but the last pages of a worker's weights there; `collective_rpc` calls this."""
     weights: OwnWeights = getattr(inner_worker(worker), OURS)
-    try:
-        return weights.rank.hold(weights.rank.status().pages_without(num_missing))
-    except OutOfMemoryError as error:
-        logger.warning("kvcached: %s; requests wait for the rest of the weights", error)
-        return weights.rank.status()
+    return weights.rank.hold(weights.rank.status().pages_without(num_missing))
 
 
 def merged(statuses: Sequence[WeightStatus | None]) -> WeightStatus | None:
