@@ -88,7 +88,7 @@ _LAYOUT = (
         f"{_PLAN}:KVCacheTensor.size",
         *members(f"{_PLAN}:KVCacheConfig", "num_blocks kv_cache_tensors kv_cache_groups"),
         f"{_PLAN}:KVCacheGroupSpec.kv_cache_spec",
-        *members(f"{_PLAN}:KVCacheSpec", "page_size_bytes max_memory_usage_bytes"),
+        *members(f"{_PLAN}:KVCacheSpec", "block_size page_size_bytes max_memory_usage_bytes"),
     ),
     *uses(
         "it shows which of two shapes a plan has: a tensor for each layer, or one for all",
