@@ -11,6 +11,7 @@ the processor's time says what a tick takes, and the clock's what it had to wait
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -51,11 +52,11 @@ DEVICES = [f"GPU-{index:02}" for index in range(NUM_DEVICES)]
 class World:
     """What a tick begins with: plain numbers, as they come from models and ledgers."""
 
-    numbers: random.Random
     demands: dict[str, Demand]
     habits: Habits
     places: dict[str, tuple[str, ...]]
     weights_bytes: dict[str, int]
+    rest: list[tuple[bool, bool, float, float]]
     requests: list[tuple[int, float, float | None, int, str]]
 
 
@@ -77,11 +78,19 @@ def make_world(number: int) -> World:
         habits.arrived(name, NOW - 1)
     homeless = set(NAMES[:: NUM_MODELS // NUM_HOMELESS])
     return World(
-        numbers,
         demands,
         habits,
         {name: () if name in homeless else (numbers.choice(DEVICES),) for name in NAMES},
         {name: numbers.randrange(1, 33) * GIB for name in NAMES},
+        [
+            (
+                numbers.randrange(5) == 0,
+                numbers.randrange(10) == 0,
+                numbers.random() * 300,
+                numbers.random() * 3_000,
+            )
+            for _ in NAMES
+        ],
         [
             (
                 key,
@@ -144,19 +153,20 @@ def find_places(world: World) -> None:
 
 def find_victims(world: World) -> None:
     """Find whom to stop for one that lacks memory on two devices and in the host."""
-    numbers = world.numbers
     candidates = [
         Candidate(
             id=name,
             freed_bytes={**dict.fromkeys(places, 600 * MIB), "host": 20 * GIB},
             frequency=world.demands[name].frequency.at(NOW),
             start_seconds=30.0,
-            is_busy=numbers.randrange(5) == 0,
-            is_pinned=numbers.randrange(10) == 0,
-            idle_seconds=numbers.random() * 300,
-            warm_seconds=numbers.random() * 3_000,
+            is_busy=is_busy,
+            is_pinned=is_pinned,
+            idle_seconds=idle_seconds,
+            warm_seconds=warm_seconds,
         )
-        for name, places in world.places.items()
+        for (name, places), (is_busy, is_pinned, idle_seconds, warm_seconds) in zip(
+            world.places.items(), world.rest, strict=True
+        )
     ]
     needed_bytes = {DEVICES[0]: GIB, DEVICES[1]: GIB, "host": 120 * GIB}
     choose(candidates, needed_bytes, Aging(), MemorySettings(), NOW, is_for_request=True)
@@ -197,6 +207,7 @@ def measure() -> dict[str, dict[str, list[float]]]:
     }
     for number in range(NUM_FIRST + NUM_ROUNDS):
         world = make_world(number)
+        gc.collect()  # what this benchmark leaves is no garbage of a tick
         begun = {clock: look() for clock, look in clocks.items()}
         before = begun
         for name, part in PARTS.items():

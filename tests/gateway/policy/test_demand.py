@@ -39,6 +39,16 @@ def test_a_counter_that_begins_again_gives_no_rate_below_nothing(
         assert rate.per_second is None or rate.per_second >= 0
 
 
+def test_two_readings_at_about_the_same_time_are_one() -> None:
+    rate = Rate()
+    rate.counted(0, 10)
+    rate.counted(100, 10 + 1e-310)
+    rate.counted(100, 10.0005)
+    assert rate.per_second is None
+    rate.counted(100, 20)
+    assert rate.per_second == 10
+
+
 def test_a_restart_counts_from_nothing() -> None:
     rate = Rate()
     rate.counted(1_000, 0)

@@ -9,12 +9,15 @@ import heapq
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 CHUNK_TOKENS = 2_048
 MAX_PREFILL_TOKENS = 2 * CHUNK_TOKENS  # one that is read and one behind it: no engine idles
 LEAST_STALL_SECONDS = 1.0
 STALL_FACTOR = 4.0
+BY_ARRIVAL = attrgetter("arrival")
+BY_DEADLINE = attrgetter("deadline", "arrival")
 
 
 class Waiting(NamedTuple):
@@ -103,15 +106,15 @@ def order(waiting: Sequence[Waiting], now: float) -> Order:
 
     Without any goal it is the order in which they came.
     """
-    overdue = sorted((one for one in waiting if one.overdue_at <= now), key=_arrival)
+    overdue = sorted((one for one in waiting if one.overdue_at <= now), key=BY_ARRIVAL)
     others = [one for one in waiting if one.overdue_at > now]
-    aims = sorted((one for one in others if one.deadline is not None), key=_deadline)
-    aimless = sorted((one for one in others if one.deadline is None), key=_arrival)
+    aims = sorted((one for one in others if one.deadline is not None), key=BY_DEADLINE)
+    aimless = sorted((one for one in others if one.deadline is None), key=BY_ARRIVAL)
     late = _put_off(aims, now + sum(one.needed_seconds for one in overdue))
     kept = (*overdue, *(one for one in aims if one.key not in late), *aimless)
     return Order(
         tuple(one.key for one in kept),
-        tuple(one.key for one in sorted(late.values(), key=_arrival)),
+        tuple(one.key for one in sorted(late.values(), key=BY_ARRIVAL)),
         now,
         {one.key: one for one in waiting},
     )
@@ -149,11 +152,3 @@ def _put_off(aims: Sequence[Waiting], start: float) -> dict[Hashable, Waiting]:
             end += longest
             late[aims[worst].key] = aims[worst]
     return late
-
-
-def _arrival(one: Waiting) -> float:
-    return one.arrival
-
-
-def _deadline(one: Waiting) -> tuple[float, float]:
-    return (math.inf if one.deadline is None else one.deadline, one.arrival)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 HALF_LIFE_SECONDS = 600.0
 WINDOW_SECONDS = 60.0
+LEAST_STEP_SECONDS = 0.001  # readings that lie nearer say nothing of a rate
 SAMPLE_SHARE = 0.2  # of one more measurement in a mean
 DEFAULT_TPOT_SECONDS = 0.1  # the goal of a model without one
 # Until an engine has counted the tokens of a few prompts: what English text has for a byte.
@@ -27,7 +28,7 @@ class Rate:
     def counted(self, total: float, now: float) -> None:
         """Take a reading of the counter; one below the last is a counter that began again."""
         last = self._last
-        if last is not None and now <= last[1]:
+        if last is not None and now - last[1] < LEAST_STEP_SECONDS:
             return
         self._last = (total, now)
         if last is None:

@@ -9,27 +9,15 @@ class Share:
 
     Attributes:
         rate: Its weighted rate there.
-        weights_bytes: Its weights there.
-        residue_bytes: What it holds there beside weights and KV.
+        taken_bytes: What is never there for KV: its residue, and weights that stay.
+        wake_bytes: What it takes besides when weights that yielded come back.
         floor_bytes: The KV memory that it can always get back.
-        is_resident: Whether its weights stay.
     """
 
     rate: float
-    weights_bytes: int
-    residue_bytes: int
+    taken_bytes: int
+    wake_bytes: int
     floor_bytes: int
-    is_resident: bool
-
-    @property
-    def taken_bytes(self) -> int:
-        """What is never there for KV."""
-        return self.residue_bytes + (self.weights_bytes if self.is_resident else 0)
-
-    @property
-    def wake_bytes(self) -> int:
-        """What it takes when its weights come back."""
-        return 0 if self.is_resident else self.weights_bytes
 
 
 @dataclass

@@ -147,17 +147,20 @@ def _shares(models: Sequence[PlacedModel]) -> Iterable[Share]:
         if rate is None:
             rate = usual.get(model.class_name or "", 0.0)
         parts = model.tensor_parallel
+        weights_bytes, residue_bytes, floor_bytes = (
+            -(-num_bytes // parts)
+            for num_bytes in (model.weights_bytes, model.residue_bytes, model.floor_bytes)
+        )
         yield Share(
             rate / parts,
-            -(-model.weights_bytes // parts),
-            -(-model.residue_bytes // parts),
-            -(-model.floor_bytes // parts),
-            model.is_resident,
+            residue_bytes + (weights_bytes if model.is_resident else 0),
+            0 if model.is_resident else weights_bytes,
+            floor_bytes,
         )
 
 
 def _rank(model: PlacedModel, share: Share) -> tuple[float, int, str]:
-    return (-share.rate, -share.weights_bytes, model.id)
+    return (-share.rate, -model.weights_bytes, model.id)
 
 
 def _settle(there: Mapping[str, Load], names: Iterable[str], share: Share) -> None:
