@@ -38,6 +38,15 @@ def test_no_more_blocks_are_taken_than_there_are() -> None:
     assert free_lists.take(1) == []
 
 
+def test_a_page_that_was_fuller_once_comes_behind_those_that_are_fuller_now() -> None:
+    free_lists = make(3)
+    blocks = free_lists.take(12)
+    free_lists.give([*blocks[0:2], *blocks[4:6]])  # pages 0 and 1: two live each
+    assert page_of(free_lists.take_one()) == 0
+    free_lists.give([*blocks[6:8], *blocks[8:11]])  # page 1: none live; page 2: one
+    assert [page_of(free_lists.take_one()) for _ in range(3)] == [0, 2, 2]
+
+
 def test_the_next_block_comes_from_the_fullest_page() -> None:
     free_lists = make(4)
     blocks = free_lists.take(16)

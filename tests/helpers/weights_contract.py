@@ -385,6 +385,18 @@ def test_a_wake_from_outside_brings_the_weights_first_or_is_refused(
     assert served.names == ["a"]
 
 
+def test_weights_that_came_for_a_refused_wake_may_be_asked_for_at_once(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvcached_core.engine.ranks.PATIENCE_SECONDS", 0.05)
+    served = asleep(house)
+    house.neighbour().take(NUM_PAGES - 1 - NUM_WEIGHTS)
+    with pytest.raises(NoRoomError, match="no room to wake up"), served.waking(PAGE_BYTES):
+        pytest.fail("there is no room")
+    view = served.view()
+    assert view.weights_offered_bytes == view.weights_bytes == NUM_WEIGHTS * PAGE_BYTES
+
+
 # Accidents
 
 
