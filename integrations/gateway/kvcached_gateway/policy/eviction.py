@@ -27,7 +27,7 @@ class Candidate:
 
     Attributes:
         id: Its name.
-        freed_bytes: What its end gives back, by device; `host` for the host's memory.
+        freed_bytes: What its end gives back, by place: a device, or the host's memory.
         frequency: How often it was asked for, decayed.
         start_seconds: What its next start takes.
         is_busy: Whether it has a lease, or requests that wait.
@@ -129,7 +129,7 @@ def choose(
 
     Args:
         candidates: Every model that is up.
-        needed_bytes: What is missing, by device; `host` for the host's memory.
+        needed_bytes: What is missing, by place: a device, or the host's memory.
         state: What the last decision returned.
         settings: How long a victim was idle.
         now: As all times, in the loop's seconds.

@@ -29,7 +29,7 @@ class Prewarmable:
         id: Its name.
         is_up: Whether its engine is there with all its weights.
         is_yielded: Whether the engine is there without them.
-        needed_bytes: What its coming up takes, by device; `host` for the host's memory.
+        needed_bytes: What its coming up takes, by place: a device, or the host's memory.
         warm_at: Times of the week.
         warm_with: The models that it comes up with.
         up_since: When it last began to come up; None where it never did.
@@ -161,7 +161,7 @@ def wishes(
         moment: The same as a time of the week, with its zone.
         models: Every model of the file.
         habits: Who is asked together.
-        free_bytes: What nobody uses or was promised, by device and `host`.
+        free_bytes: What nobody uses or was promised, by place.
     """
     up_since = {model.id: model.up_since for model in models if model.up_since is not None}
     recent = habits.recent(now)
