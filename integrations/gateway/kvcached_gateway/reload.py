@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from kvcached_gateway.config import Settings
+from kvcached_gateway.config import Environment, ModelSettings, Settings
 
 # What a running gateway cannot change: where it listens, with how many processes, and on what.
 FIXED = ("listen", "keys_file", "workers", "devices")
@@ -56,11 +56,7 @@ class Difference:
 def difference(old: Settings, new: Settings) -> Difference:
     """Return what a reload from `old` to `new` changes."""
     both = [model_id for model_id in new.models if model_id in old.models]
-    changed = {
-        model_id
-        for model_id in both
-        if engine_digest(old, model_id) != engine_digest(new, model_id)
-    }
+    changed = {model_id for model_id in both if _digest(old, model_id) != _digest(new, model_id)}
     return Difference(
         added=tuple(model_id for model_id in new.models if model_id not in old.models),
         removed=tuple(model_id for model_id in old.models if model_id not in new.models),
@@ -74,17 +70,24 @@ def difference(old: Settings, new: Settings) -> Difference:
     )
 
 
-def engine_digest(settings: Settings, model_id: str) -> str:
+def engine_digest(model: ModelSettings, environment: Environment | None) -> str:
     """Return a hash of all that a model's engine is started with.
 
-    Engines with different ones are not the same engine. What may be told to a running one, such
-    as its limit, is not in it.
+    Engines with different ones are not the same engine, at a reload and at an adoption. Where it
+    runs is not in it, nor what may be told to one that runs, such as its limit.
+
+    Args:
+        model: The model.
+        environment: Where its engine is, or None for one that has none of ours.
     """
-    model = settings.models[model_id]
     values: dict[str, object] = {key: getattr(model, key) for key in _OF_THE_ENGINE}
     values["does_yield"] = model.when_idle == "yield"
-    environment = settings.environments.get(model.environment or "")
     if environment is not None:
         values["program"] = environment.model_dump(mode="json", exclude={"name"})
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(settings: Settings, model_id: str) -> str:
+    model = settings.models[model_id]
+    return engine_digest(model, settings.environments.get(model.environment or ""))

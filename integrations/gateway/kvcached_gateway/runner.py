@@ -1,29 +1,25 @@
 """Starting engines as the file says, and knowing whether one that runs is as the file says."""
 
 import asyncio
-import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from kvcached_gateway.adoption import check, identify
-from kvcached_gateway.config import HOST, Environment, ModelSettings
+from kvcached_gateway.config import Environment, ModelSettings
 from kvcached_gateway.engine import Engine, log_tail, remove
 from kvcached_gateway.engines.sglang import SglangWords
 from kvcached_gateway.engines.vllm import VllmWords
 from kvcached_gateway.engines.words import EngineWords
 from kvcached_gateway.errors import AdoptionError, EngineDiedError, EngineStartError
-from kvcached_gateway.lease import Address
 from kvcached_gateway.process import Launch, launch, start
+from kvcached_gateway.reload import engine_digest
 from kvcached_gateway.sessions import MARK, kill_session
 from kvcached_gateway.state_file import EngineRecord, Folder
 
-__all__ = ["WORDS", "Runner", "digest"]
+__all__ = ["WORDS", "Runner"]
 
 WORDS: Mapping[str, EngineWords] = {words.name: words for words in (VllmWords(), SglangWords())}
-# Where a digest is made of a command, in the place of what is new at each start.
-ANY_ADDRESS = Address("http://any:0", "any", {"Authorization": "any"})
 ADOPT_SECONDS = 10.0
 
 
@@ -85,7 +81,7 @@ class Runner:
             identity=process.identity,
             address=address,
             devices=devices,
-            digest=digest(settings, environment),
+            digest=engine_digest(settings, environment),
             instance_name=name,
             is_elastic=variables["ENABLE_KVCACHED"] != "0",
             log=str(log),
@@ -144,7 +140,7 @@ class Runner:
             ) from error
 
     def _check_digest(self, settings: ModelSettings, record: EngineRecord) -> None:
-        if record.digest != digest(settings, self._environment(settings)):
+        if record.digest != engine_digest(settings, self._environment(settings)):
             raise AdoptionError("it was started with other settings than the file has now")
 
     def _environment(self, settings: ModelSettings) -> Environment:
@@ -160,17 +156,6 @@ class Runner:
 
     def _own(self) -> dict[str, str]:
         return {"KVCACHED_DIR": str(self._directory), MARK: str(self._folder.path)}
-
-
-def digest(settings: ModelSettings, environment: Environment) -> str:
-    """Return a digest of what an engine is started with; where it runs is no part of it."""
-    words = WORDS[environment.engine]
-    values = (
-        words.command(settings, environment, (HOST,), ANY_ADDRESS, Path("any")),
-        words.environ(settings, environment, (HOST,)),
-        environment.engine,
-    )
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _rotate(log: Path) -> None:
