@@ -55,9 +55,8 @@ class Engine:
         self._record = record
         address = record.address
         connector = aiohttp.UnixConnector(address.socket) if address.socket else None
-        self._session = aiohttp.ClientSession(
-            address.url, connector=connector, headers=dict(address.headers), auto_decompress=False
-        )
+        headers = {**address.headers, "Accept-Encoding": "identity"}
+        self._session = aiohttp.ClientSession(address.url, connector=connector, headers=headers)
 
     @property
     def address(self) -> Address:

@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvcached_gateway.config import ModelSettings
@@ -12,35 +11,12 @@ from kvcached_gateway.errors import AdoptionError, EngineStartError
 from kvcached_gateway.held import HeldLeases
 from kvcached_gateway.running import EngineRunner, RunningEngine
 from kvcached_gateway.state import State
-from kvcached_gateway.state_file import EngineRecord
 from kvcached_gateway.watch import Patience, hang
+from kvcached_gateway.wishes import Begin, End
 
-__all__ = ["Begin", "End", "Life"]
+__all__ = ["Life"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Begin:
-    """A wish for an engine; for one that runs already where there is a record of it."""
-
-    devices: tuple[str, ...]
-    reason: str
-    record: EngineRecord | None = None
-
-
-@dataclass(frozen=True)
-class End:
-    """A wish to end it.
-
-    Attributes:
-        drain_seconds: How long leases are waited for; None is until the last.
-        is_kept: Whether the engine lives on, for a later gateway.
-    """
-
-    reason: str
-    drain_seconds: float | None = None
-    is_kept: bool = False
 
 
 class Subject(Protocol):
@@ -183,7 +159,9 @@ class Life:
     async def _serve(self, engine: RunningEngine) -> None:
         """Let an engine serve until it ends, hangs, or is told to end; then it is gone."""
         model = self._model
-        watch = hang(engine, self._patience, lambda: model.waits_for_memory)
+        watch = hang(
+            engine, self._patience, lambda: model.waits_for_memory or not len(model.leases)
+        )
         how = await self._first(watch, self._wished_end(), engine.ended())
         self._rested.clear()
         if how is not None:
@@ -233,20 +211,25 @@ class Life:
         return None
 
     async def _stop(self, engine: RunningEngine, wish: End) -> None:
-        """Drain and end an engine, or leave it."""
-        model, self._end = self._model, None
+        """Drain and end an engine, or leave it; a later wish takes the place of this one."""
+        model = self._model
         model.go(State.DRAINING, wish.reason)
-        await self._drain(engine, wish.drain_seconds)
+        while self._end is not None:
+            wish, self._end = self._end, None
+            await self._drain(engine, wish.drain_seconds)
+        model.lost()
         if wish.is_kept:
             await engine.leave()
         else:
             await engine.end(self._patience.end_seconds)
-        model.lost()
         self._cool(wish.reason)
 
     async def _drain(self, engine: RunningEngine, seconds: float | None) -> None:
-        """Wait until all leases are back, or the engine has ended, at most some seconds."""
-        waits = [self._model.leases.returned(), engine.ended()]
+        """Wait until all leases are back or the engine has ended, for some seconds at most.
+
+        A wish that came meanwhile ends it, too.
+        """
+        waits = [self._model.leases.returned(), engine.ended(), self._wished_end()]
         if seconds is not None:
             waits.append(asyncio.sleep(seconds))
         await self._first(*waits)

@@ -15,11 +15,12 @@ from kvcached_gateway.errors import RefusedError
 from kvcached_gateway.grantor import Readiness
 from kvcached_gateway.held import HeldLeases, ModelLease
 from kvcached_gateway.lease import Ask, Ending, Woken
-from kvcached_gateway.life import Begin, End, Life
+from kvcached_gateway.life import Life
 from kvcached_gateway.running import EngineRunner, RunningEngine
 from kvcached_gateway.state import PASSING, UP, State
 from kvcached_gateway.state_file import EngineRecord
 from kvcached_gateway.watch import Patience
+from kvcached_gateway.wishes import Begin, End
 
 __all__ = ["Model", "State"]
 

@@ -47,14 +47,15 @@ class Watched(Protocol):
 
 
 async def hang(
-    engine: Watched, patience: Patience, waits_for_memory: Callable[[], bool] = lambda: False
+    engine: Watched, patience: Patience, may_stand_still: Callable[[], bool] = lambda: False
 ) -> str:
     """Watch an engine until it hangs, and return how it does.
 
     Args:
         engine: The engine.
         patience: How long it is waited for.
-        waits_for_memory: Whether its requests wait for memory that others have; then it is well.
+        may_stand_still: Whether it is well though no token comes: nobody asks it for anything, as
+            not every engine's count of what runs is a fresh one, or it waits for others' memory.
     """
     loop = asyncio.get_running_loop()
     num_silent, num_tokens, moved = 0, -1, loop.time()
@@ -69,7 +70,7 @@ async def hang(
             counters = await engine.counters()
         now = loop.time()
         if counters is not None:
-            is_at_rest = not counters.num_running or waits_for_memory()
+            is_at_rest = not counters.num_running or may_stand_still()
             if is_at_rest or counters.num_tokens != num_tokens:
                 num_tokens, moved = counters.num_tokens, now
             elif now - moved >= patience.still_seconds:

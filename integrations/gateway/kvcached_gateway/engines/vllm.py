@@ -1,12 +1,17 @@
 """vLLM's words. It listens on a Unix socket, which nobody but we can reach, so it has no key."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from kvcached_gateway.config import Environment, ModelSettings
 from kvcached_gateway.engines.words import CONNECTION_SECONDS, OUT_OF_MEMORY, EngineWords
+from kvcached_gateway.errors import EngineStartError
 from kvcached_gateway.lease import Address
+
+MAX_PATH_BYTES = 107  # what the kernel has room for, less the zero behind it
+NUM_DIGITS = 12
 
 
 class VllmWords(EngineWords):
@@ -36,8 +41,20 @@ class VllmWords(EngineWords):
     num_adapters = 1
 
     def address(self, folder: Path, name: str) -> Address:
-        """See `EngineWords.address`."""
-        return Address("http://localhost", str(folder / f"{name}.sock"))
+        """See `EngineWords.address`.
+
+        Raises:
+            EngineStartError: If the folder's path is too long for a socket.
+        """
+        digest = hashlib.sha256(name.encode()).hexdigest()[:NUM_DIGITS]
+        for stem in (name, digest):
+            path = str(folder / f"{stem}.sock")
+            if len(path.encode()) <= MAX_PATH_BYTES:
+                return Address("http://localhost", path)
+        raise EngineStartError(
+            f"{path} is too long for a socket: {MAX_PATH_BYTES} bytes are allowed; "
+            "set KVCACHED_DIR to a folder with a shorter path"
+        )
 
     def command(
         self,
