@@ -52,12 +52,16 @@ def test_an_environment_is_asked_for_its_engine(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "QUESTION", ENGINE_THERE)
-    assert (True, "environment e: vllm 1.0, every hook fits") in said(settings(folder), folder)
+    assert (True, "environment e (vllm): vllm 1.0, every hook fits") in said(
+        settings(folder), folder
+    )
 
 
 def test_this_python_answers_for_itself(folder: Path) -> None:
     # Whichever engine there is: the adapter is asked, and says so in a sentence of its own.
-    (text,) = [text for _, text in said(settings(folder), folder) if "environment e: " in text]
+    (text,) = [
+        text for _, text in said(settings(folder), folder) if "environment e (vllm): " in text
+    ]
     assert "every hook fits" in text or "not installed" in text or "vLLM" in text
 
 
@@ -67,7 +71,7 @@ def test_this_python_answers_for_itself(folder: Path) -> None:
         ("print(1); raise SystemExit('no such thing')", "ends with 1: no such thing"),
         ("", "ends with 0: nothing"),
         ("print('[[true, \"not installed here\"]]')", "vllm is not installed in "),
-        ("print('[[false, \"a hook is missing\"]]')", "environment e: a hook is missing"),
+        ("print('[[false, \"a hook is missing\"]]')", "environment e (vllm): a hook is missing"),
     ],
 )
 def test_an_environment_without_its_engine_is_a_problem(
@@ -127,13 +131,13 @@ def test_an_address_that_somebody_has_is_a_problem(folder: Path) -> None:
 @pytest.mark.usefixtures("quiet")
 def test_more_host_memory_than_there_is_is_a_problem(folder: Path) -> None:
     (problem,) = problems(settings(folder, host_memory=f"{1 << 50}"), folder)
-    assert problem.startswith("host_memory is ")
+    assert "may take 1048576 GiB (host_memory) of " in problem
 
 
 @pytest.mark.usefixtures("quiet")
 def test_a_host_copy_that_fits_nowhere_is_a_problem(folder: Path) -> None:
     assert problems(settings(folder, host_memory="4000"), folder) == [
-        "model one: its host copy, 4.88 KiB, is above it"
+        "model one: its host copy, 4.88 KiB, is more than host_memory"
     ]
     assert problems(settings(folder, host_memory="4000", devices=["host"]), folder) == []
 

@@ -100,9 +100,9 @@ def _environments(settings: Settings) -> Iterator[Said]:
     found = settings.environments
     with ThreadPoolExecutor(max(len(found), 1)) as pool:
         answers = pool.map(_ask, found.values())
-        for name, said in zip(found, answers, strict=True):
+        for environment, said in zip(found.values(), answers, strict=True):
             for is_good, text in said:
-                yield is_good, f"environment {name}: {text}"
+                yield is_good, f"environment {environment.name} ({environment.engine}): {text}"
 
 
 def _ask(environment: Environment) -> list[Said]:
@@ -172,30 +172,19 @@ def _address(settings: Settings, directory: Path) -> Iterator[Said]:
 def _memory(settings: Settings, engines: list[ModelSettings]) -> Iterator[Said]:
     usable_bytes = host_memory().usable_bytes
     given = settings.host_memory_bytes
-    if given is not None and given > usable_bytes:
-        yield (
-            False,
-            (
-                f"host_memory is {format_bytes(given)}, more than the {format_bytes(usable_bytes)} "
-                "that a process may use here"
-            ),
-        )
+    budget = "half of what is free" if given is None else f"{format_bytes(given)} (host_memory)"
+    text = f"engines and their copies may take {budget} of {format_bytes(usable_bytes)} of memory"
+    yield given is None or given <= usable_bytes, text
     if settings.devices == (HOST,):
-        return  # weights are no copies there
-    copies = {m.id: _weights_bytes(m) for m in engines if m.when_idle == "yield"}
-    total_bytes = sum(copies.values())
-    if total_bytes:
-        budget = f"{format_bytes(given)} (host_memory)" if given else "half of what is free"
-        yield (
-            True,
-            (
-                f"host copies of all models that yield take {format_bytes(total_bytes)} "
-                f"and what engines take; there is {budget}"
-            ),
-        )
+        return  # weights have no copies there
+    copies = {model.id: _weights_bytes(model) for model in engines if model.when_idle == "yield"}
+    if any(copies.values()):
+        total = format_bytes(sum(copies.values()))
+        yield True, f"host copies of all models here that yield take {total}"
     for name, num_bytes in copies.items():
         if given is not None and num_bytes > given:
-            yield False, f"model {name}: its host copy, {format_bytes(num_bytes)}, is above it"
+            num = format_bytes(num_bytes)
+            yield False, f"model {name}: its host copy, {num}, is more than host_memory"
 
 
 def _weights_bytes(model: ModelSettings) -> int:
