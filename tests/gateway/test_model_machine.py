@@ -2,16 +2,14 @@
 
 import asyncio
 from collections.abc import Awaitable
-from dataclasses import replace
 from typing import Any
 
 from helpers.gateway_clock import SimulatedLoop
+from helpers.gateway_ledger import row
 from helpers.gateway_runner import FakeRunner, record_of
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvcached_core.ledger.file import RowKey
-from kvcached_core.ledger.view import InstanceView
 from kvcached_gateway.config import ModelSettings
 from kvcached_gateway.errors import AdoptionError, EngineStartError
 from kvcached_gateway.grantor import Readiness
@@ -22,13 +20,6 @@ UP = {State.WARM, State.BUSY, State.YIELDED}
 GONE = {State.COLD, State.FAILED}
 NUM_TURNS = 30
 HOST = ("host",)
-ROW: InstanceView = InstanceView(
-    row=RowKey(0, 1), name="a", engine="vllm", pid=1, pid_namespace=1, limit_bytes=None,
-    floor_bytes=0, priority=0, page_bytes=1, virtual_bytes=1, least_bytes=1, resident_bytes=0,
-    used_bytes=0, cached_bytes=0, idle_bytes=0, promised_bytes=0, static_bytes=0, asked_bytes=0,
-    coming_bytes=0, waiting_bytes=0, num_mapped_bytes=0, num_unmapped_bytes=0, num_refused=0,
-    num_asked=0, num_answered=0, last_used_seconds=0.0, weights_bytes=8, weights_needed_bytes=8,
-)  # fmt: skip
 
 
 class ModelMachine(RuleBasedStateMachine):
@@ -125,7 +116,8 @@ class ModelMachine(RuleBasedStateMachine):
 
     @rule(bytes_there=st.sampled_from([0, 8]), waiting=st.sampled_from([0, 5]))
     def observe(self, bytes_there: int, waiting: int) -> None:
-        self.model.observed(replace(ROW, weights_bytes=bytes_there, waiting_bytes=waiting))
+        view = row(weights_bytes=bytes_there, weights_needed_bytes=8, waiting_bytes=waiting)
+        self.model.observed(view)
 
     @rule(seconds=st.sampled_from([0.5, 6.0, 70.0, 400.0]))
     def wait(self, seconds: float) -> None:
