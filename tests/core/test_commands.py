@@ -13,6 +13,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 GREETING = """
 from pathlib import Path
 import typer
+from kvcached_core.cli.added import Added
 from kvcached_core.errors import KVCachedError
 
 Path(__file__).with_name("imported").touch()
@@ -27,6 +28,9 @@ def list_() -> None:
     typer.echo("not the core's")
 
 number = 7
+
+def instances(directory: Path) -> list[Added]:
+    return [Added("Org/Llama", "llama")]
 """
 
 
@@ -45,6 +49,8 @@ def run(tmp_path: Path) -> Run:
         "number = greeting:number\n"
         "gone = no_such_package.command:run\n"
         "renamed = greeting:no_such_function\n"
+        "[kvcached.instances]\n"
+        "names = greeting:instances\n"
     )
 
     def run(*words: str) -> "subprocess.CompletedProcess[str]":
@@ -111,3 +117,13 @@ def test_a_command_that_nobody_adds_is_wrong_usage(run: Run) -> None:
     wrong = run("fly")
     assert wrong.returncode == 2
     assert "No such command 'fly'" in wrong.stderr
+
+
+@pytest.mark.parametrize("words", [("sleep",), ("wake",), ("limit", "1GiB"), ("priority", "3")])
+def test_a_name_that_another_package_gives_is_an_instances(
+    run: Run, words: tuple[str, ...]
+) -> None:
+    verb, *rest = words
+    failed = run(verb, "Org/Llama", *rest)
+    assert failed.returncode == 1
+    assert "no instance is named 'llama'" in failed.stderr

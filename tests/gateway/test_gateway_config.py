@@ -22,6 +22,16 @@ def test_a_model_is_found_by_its_name_and_its_aliases() -> None:
     assert found.resolve("other") is None
 
 
+def test_a_copy_with_other_models_resolves_its_own() -> None:
+    first = settings(models={"llama": {"id": "llama", "model": "/m"}})
+    assert first.resolve("llama") is first.models["llama"]
+    pinned = first.models["llama"].model_copy(update={"pin": True})
+    second = first.model_copy(update={"models": {"llama": pinned}})
+    assert second.resolve("llama") is pinned
+    assert first.resolve("llama") is first.models["llama"]
+    assert first == settings(models={"llama": {"id": "llama", "model": "/m"}})  # asked or not
+
+
 @pytest.mark.parametrize(
     ("listen", "host", "port", "is_loopback"),
     [

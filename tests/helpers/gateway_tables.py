@@ -20,9 +20,9 @@ from kvcached_gateway.config import (
     PlacementSettings,
     ServiceClass,
     Settings,
-    Values,
 )
 from kvcached_gateway.keys import Key
+from kvcached_gateway.tables import Values
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
 SECTION = "## The gateway's files\n"

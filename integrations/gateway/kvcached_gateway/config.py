@@ -6,90 +6,33 @@ reads the file, and `config_checks` sees that its parts fit together.
 
 import hashlib
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
 from kvcached_core.units import MAX_NAME_LENGTH, MAX_PRIORITY, MIB, MIN_PRIORITY
-from kvcached_gateway.units import Seconds, Size, SizeOrShare, WarmTimeText
+from kvcached_gateway.tables import (
+    AllDevices,
+    Devices,
+    Listen,
+    NotNegative,
+    Positive,
+    PublicName,
+    Text,
+    Url,
+    Values,
+    VariableName,
+)
+from kvcached_gateway.units import Size, SizeOrShare, WarmTimeText
 
 HOST = "host"  # the device of engines that run on the CPU
 MAX_WORKERS = 64
 _DIGEST_LENGTH = 8
 _NOT_OF_A_NAME = re.compile(r"[^A-Za-z0-9._-]")
-
-
-def _matching(pattern: str, allowed: str) -> AfterValidator:
-    compiled = re.compile(pattern, re.ASCII)
-
-    def check(text: str) -> str:
-        if not compiled.fullmatch(text):
-            raise ValueError(allowed)
-        return text
-
-    return AfterValidator(check)
-
-
-def _devices(value: Any) -> Any:
-    """Take one name for a list of one, and `all` for none."""
-    return (value,) if isinstance(value, str) else value
-
-
-def _all_or_list(value: Any) -> Any:
-    if value == "all" or isinstance(value, list | tuple):
-        return value
-    if isinstance(value, str):
-        return (value,)
-    raise ValueError("write all, host, or a list of GPU numbers or UUIDs")
-
-
-PublicName = Annotated[
-    str,
-    _matching(
-        r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}",
-        "use letters, digits and . _ : / @ + -, up to 128, starting with a letter or digit",
-    ),
-]
-Listen = Annotated[
-    str,
-    _matching(r"(\[[^\[\]]+\]|[^:\s\[\]]+):\d{1,5}", "write an address and a port: 127.0.0.1:8080"),
-]
-Url = Annotated[
-    str,
-    _matching(
-        r"https?://[^/?#@\s]+(/[^/?#\s]+)*", "write http:// or https://, a host, a port: no more"
-    ),
-]
-VariableName = Annotated[
-    str, _matching(r"[A-Za-z_][A-Za-z0-9_]*", "write the name of a variable, not its value")
-]
-Text = Annotated[str, Field(min_length=1)]
-Devices = Annotated[tuple[Text, ...], BeforeValidator(_devices)]
-Positive = Annotated[Seconds, Field(gt=0)]
-NotNegative = Annotated[Seconds, Field(ge=0)]
-
-
-class Values(BaseModel):
-    """A table of the file.
-
-    Attributes:
-        GIVEN: Fields that the place in the file says, and no key.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-    GIVEN: ClassVar[frozenset[str]] = frozenset()
-
-    @classmethod
-    def keys(cls) -> dict[str, str]:
-        """Return the field of each key that the table may have in the file."""
-        return {
-            field.validation_alias if isinstance(field.validation_alias, str) else name: name
-            for name, field in cls.model_fields.items()
-            if name not in cls.GIVEN
-        }
 
 
 class Environment(Values):
@@ -271,7 +214,7 @@ class Settings(Values):
     workers: int = Field(
         default=1, ge=1, le=MAX_WORKERS, description="how many processes serve HTTP"
     )
-    devices: Annotated[Literal["all"] | tuple[Text, ...], BeforeValidator(_all_or_list)] = Field(
+    devices: AllDevices = Field(
         default="all", description="GPUs by number or UUID; `host` for engines on the CPU"
     )
     host_memory_bytes: Annotated[Size, Field(gt=0)] | None = Field(
@@ -329,3 +272,9 @@ class Settings(Values):
     def resolve(self, name: str) -> ModelSettings | None:
         """Return the model of this name, alias or adapter's name, or None."""
         return self._by_name.get(name)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with other values, which are not checked; it resolves its own names."""
+        copy = super().model_copy(update=update, deep=deep)
+        copy.__dict__.pop("_by_name", None)
+        return copy

@@ -17,11 +17,11 @@ from kvcached_gateway.config import (
     PlacementSettings,
     ServiceClass,
     Settings,
-    Values,
 )
 from kvcached_gateway.config_checks import FIELD_KEYS, check, fields_of_kind
 from kvcached_gateway.files import read_own
 from kvcached_gateway.mistakes import NOTHING, Mistake, Path
+from kvcached_gateway.tables import Values
 from kvcached_gateway.validation import mistakes, table
 from kvcached_gateway.yaml_file import Document, parse_yaml
 

@@ -16,10 +16,11 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import AfterValidator, Field, ValidationError
 
 from kvcached_core.errors import ConfigError
-from kvcached_gateway.config import Settings, Text, Values
+from kvcached_gateway.config import Settings
 from kvcached_gateway.files import read_own
 from kvcached_gateway.mistakes import Mistake, nearest
 from kvcached_gateway.mistakes import Path as Place
+from kvcached_gateway.tables import Text, Values
 from kvcached_gateway.validation import first_mistake, table
 from kvcached_gateway.yaml_file import parse_yaml
 
