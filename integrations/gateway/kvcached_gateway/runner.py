@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,6 +22,7 @@ __all__ = ["WORDS", "Runner"]
 
 WORDS: Mapping[str, EngineWords] = {words.name: words for words in (VllmWords(), SglangWords())}
 ADOPT_SECONDS = 10.0
+NUM_BYTES = 3
 
 
 class Runner:
@@ -56,13 +58,13 @@ class Runner:
         environment = self._environment(settings)
         words = WORDS[environment.engine]
         name = settings.instance_name
-        keys, log = self._folder.engines / f"{name}.yaml", self._folder.logs / f"{name}.log"
-        address = words.address(self._folder.engines, name)
+        # While a model moves it has two engines, and one that was killed leaves its socket.
+        own = f"{name}-{secrets.token_hex(NUM_BYTES)}"
+        keys, log = self._folder.engines / f"{own}.yaml", self._folder.logs / f"{name}.log"
+        address = words.address(self._folder.engines, own)
         command = words.command(settings, environment, devices, address, keys)
         variables = words.environ(settings, environment, devices)
         try:
-            if address.socket:
-                remove(address.socket)
             _rotate(log)
             _write_key(keys, words.key_file(address))
             process = start(
@@ -105,6 +107,8 @@ class Runner:
             process = await identify(record, self._directory)
         except (AdoptionError, EngineStartError) as error:
             await kill_session(record.identity)
+            if record.address.socket:
+                remove(record.address.socket)
             raise AdoptionError(
                 f"the engine of {record.model_id!r} that an earlier gateway left was ended: {error}"
             ) from error

@@ -92,7 +92,7 @@ class EngineWords(ABC):
 
         Args:
             folder: The folder of engines' sockets and key files, which only we can enter.
-            name: The instance's name.
+            name: A name for its files that no other engine has.
         """
 
     @abstractmethod
