@@ -65,6 +65,31 @@ def test_this_python_answers_for_itself(folder: Path) -> None:
     assert "every hook fits" in text or "not installed" in text or "vLLM" in text
 
 
+def test_an_engine_that_cannot_be_imported_is_a_problem(folder: Path) -> None:
+    site = folder / "site"
+    metadata = site / "kvcached_elastic-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[kvcached.doctor]\nvllm = says:findings\n")
+    (site / "says.py").write_text("def findings():\n    return [(True, '1.0, every hook fits')]\n")
+    (site / "vllm.py").write_text("raise ImportError('libcuda.so.1 is not there')\n")
+    environment = {
+        "name": "e",
+        "engine": "vllm",
+        "python": Path(sys._base_executable),  # type: ignore[attr-defined]  without what is here
+        "env": {"PYTHONPATH": str(site)},
+    }
+    found = said(settings(folder, environments={"e": environment}), folder)
+    told = [(is_good, text) for is_good, text in found if text.startswith("environment")]
+    assert told == [
+        (True, "environment e (vllm): 1.0, every hook fits"),
+        (
+            False,
+            "environment e (vllm): `import vllm` fails: ImportError: libcuda.so.1 is not there",
+        ),
+    ]
+
+
 @pytest.mark.parametrize(
     ("script", "message"),
     [
@@ -131,7 +156,7 @@ def test_an_address_that_somebody_has_is_a_problem(folder: Path) -> None:
 @pytest.mark.usefixtures("quiet")
 def test_more_host_memory_than_there_is_is_a_problem(folder: Path) -> None:
     (problem,) = problems(settings(folder, host_memory=f"{1 << 50}"), folder)
-    assert "may take 1048576 GiB (host_memory) of " in problem
+    assert "may take 1048576 GiB (host_memory); a process may use " in problem
 
 
 @pytest.mark.usefixtures("quiet")

@@ -25,18 +25,24 @@ __all__ = ["Said", "examine", "findings"]
 
 Said = tuple[bool, str]  # whether it is as it should be, and a text
 FILE = Path("models.yaml")
-PYTHON_SECONDS = 60.0
+PYTHON_SECONDS = 120.0  # importing an engine takes seconds, on a busy machine many
 FILES_A_REQUEST = 2
 MANY_REQUESTS = 2048
-# Asks a Python what its engine's adapter of ours says; it imports no engine.
+# Asks a Python what our adapter there says of its engine, and whether that can be imported.
 QUESTION = """
-import json, sys
+import importlib, json, sys
 from importlib.metadata import entry_points
-entries = list(entry_points(group="kvcached.doctor", name=sys.argv[1]))
-found = [pair for entry in entries for pair in entry.load()()] if entries else [
-    (False, "kvcached-elastic is not installed there; install it beside the engine")
-]
-print(json.dumps(found))
+engine, not_installed = sys.argv[1:]
+entries = list(entry_points(group="kvcached.doctor", name=engine))
+found = [pair for entry in entries for pair in entry.load()()]
+if not entries:
+    found = [(False, "kvcached-elastic is not installed there; install it beside the engine")]
+elif all(is_good and text != not_installed for is_good, text in found):
+    try:
+        importlib.import_module(engine)
+    except BaseException as error:
+        found.append((False, f"`import {engine}` fails: {type(error).__name__}: {error}"))
+print("\\n" + json.dumps(found))
 """
 NOT_INSTALLED = "not installed here"
 
@@ -111,7 +117,7 @@ def _ask(environment: Environment) -> list[Said]:
         return [(False, f"{python} is no program; `python` has to name an interpreter")]
     try:
         done = subprocess.run(  # noqa: S603  the file's own interpreter
-            [python, "-c", QUESTION, environment.engine],
+            [python, "-c", QUESTION, environment.engine, NOT_INSTALLED],
             env={**os.environ, **environment.env},
             cwd="/",  # so that nothing that lies here is imported
             capture_output=True,
@@ -173,7 +179,8 @@ def _memory(settings: Settings, engines: list[ModelSettings]) -> Iterator[Said]:
     usable_bytes = host_memory().usable_bytes
     given = settings.host_memory_bytes
     budget = "half of what is free" if given is None else f"{format_bytes(given)} (host_memory)"
-    text = f"engines and their copies may take {budget} of {format_bytes(usable_bytes)} of memory"
+    usable = format_bytes(usable_bytes)
+    text = f"engines and their copies may take {budget}; a process may use {usable} here"
     yield given is None or given <= usable_bytes, text
     if settings.devices == (HOST,):
         return  # weights have no copies there
