@@ -1,6 +1,7 @@
 """What `kvcached doctor` says of a file of models, before anything of it is started."""
 
 import resource
+import secrets
 import socket
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.gateway_steering import admin_running
 
-from kvcached_gateway import doctor
+from kvcached_gateway import doctor, runner
 from kvcached_gateway.config import Settings
 from kvcached_gateway.doctor import Said, examine, findings
 
@@ -140,6 +141,10 @@ def test_a_socket_with_too_long_a_path_is_a_problem(folder: Path) -> None:
         if not is_good
     ]
     assert "of 107 bytes: set KVCACHED_DIR shorter" in problem
+
+
+def test_a_socket_is_as_long_as_the_one_that_an_engine_gets() -> None:
+    assert len(doctor.OF_A_START) == len(f"-{secrets.token_hex(runner.NUM_BYTES)}")
 
 
 @pytest.mark.usefixtures("quiet")

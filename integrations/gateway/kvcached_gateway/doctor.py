@@ -27,6 +27,7 @@ Said = tuple[bool, str]  # whether it is as it should be, and a text
 FILE = Path("models.yaml")
 PYTHON_SECONDS = 120.0  # importing an engine takes seconds, on a busy machine many
 FILES_A_REQUEST = 2
+OF_A_START = "-000000"  # what the runner adds to an engine's name at each start is as long
 MANY_REQUESTS = 2048
 # Asks a Python what our adapter there says of its engine, and whether that can be imported.
 QUESTION = """
@@ -150,7 +151,7 @@ def _models(engines: list[ModelSettings]) -> Iterator[Said]:
 def _sockets(engines: list[ModelSettings], directory: Path) -> Iterator[Said]:
     folder = directory / "gateway" / "engines"
     names = [model.instance_name for model in engines] or [""]
-    path = max((folder / f"{name}.sock" for name in names), key=lambda each: len(os.fsencode(each)))
+    path = folder / f"{max(names, key=len)}{OF_A_START}.sock"
     length = len(os.fsencode(path))
     is_good = length <= MAX_ADDRESS_BYTES
     text = f"the longest engine's socket is {path}, {length} of {MAX_ADDRESS_BYTES} bytes"
