@@ -98,6 +98,21 @@ async def test_a_failed_start_is_tried_again_later_each_time() -> None:
 
 
 @simulated
+async def test_an_engine_that_dies_twice_and_serves_nobody_fails_its_model() -> None:
+    world = World()
+    for state in (State.COLD, State.FAILED):
+        engine = await world.up()
+        lease = world.take()
+        engine.crashed.set()
+        await turn()
+        assert world.model.state is state
+        assert not lease.is_held
+        lease.end(Ending.DIED_BEFORE)
+    assert "its engine ended by itself: ended with 0" in world.model.failure
+    await world.model.close(is_kept=False)
+
+
+@simulated
 async def test_a_failed_model_starts_at_once_for_whoever_asks_by_name() -> None:
     world = World()
     world.model.start(HOST, "a request waits")
