@@ -147,7 +147,9 @@ class Row(_Words):
     weights_needed_bytes = _Word(29)  # to run; 0 for an instance whose weights never yield
     weights_offered_bytes = _Word(30)  # of those that are resident, what may be asked for
     token_bytes = _Word(31)  # KV of one token, or 0 where nobody said so
-    weights_kept_until_ns = _Word(45)  # no equal or lower priority is given weights before
+    # No equal or lower priority is given weights before. Where none are offered yet, there will be
+    # news of them until then.
+    weights_kept_until_ns = _Word(45)
     waking_since_ns = _Word(WAKING)  # and so before whom it wakes; 0 for one that does not
     weights_wish = _Word(47)  # of a `WeightsWish`: what somebody outside wants
 

@@ -36,7 +36,8 @@ class InstanceView:
         weights_bytes: Weights that are resident, and that it can give and have back.
         weights_needed_bytes: What of these it needs to run; 0 where none yield.
         weights_offered_bytes: What of those that are resident may be asked for.
-        weights_kept_until_ns: Until when only a higher priority is given some, by `time_ns`.
+        weights_kept_until_ns: Until when only a higher priority is given some, by `time_ns`; where
+            none are offered yet, until when there will be news of them.
         weights_wish: What somebody wishes of them, a `WeightsWish`.
         waking_since_ns: Since when it wakes, by `time_ns`, and before whom; 0 if it does not.
         activations: The times that it woke.

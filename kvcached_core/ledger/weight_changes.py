@@ -22,6 +22,7 @@ class WeightChanges:
             the last that was told; None for nothing.
         earlier: What was mapped and unmapped before.
         offer: What may be asked for, and until when (`time_ns`) not by equals: likewise the last.
+        expected_until_ns: Until when there will be news of weights that are not offered yet.
         activations: The times that all weights came back.
         ended_wish: The wish that is over.
     """
@@ -31,6 +32,7 @@ class WeightChanges:
     announced: tuple[int, bool] | None = None
     earlier: tuple[int, int] = (0, 0)
     offer: tuple[int, int] | None = None
+    expected_until_ns: int | None = None
     activations: Activations = NO_ACTIVATIONS
     ended_wish: int = NO_WISH
 
@@ -43,7 +45,10 @@ class WeightChanges:
             self.announced = later.announced
         self.mapped_bytes += later.mapped_bytes
         self.unmapped_bytes += later.unmapped_bytes
-        self.offer = later.offer or self.offer
+        if later.offer is not None:
+            self.offer, self.expected_until_ns = later.offer, None
+        if later.expected_until_ns is not None:
+            self.expected_until_ns = later.expected_until_ns
         self.activations += later.activations
         self.ended_wish = later.ended_wish or self.ended_wish
 
@@ -57,6 +62,8 @@ class WeightChanges:
         write_weights(row, self.mapped_bytes, self.unmapped_bytes)
         if self.offer is not None:
             row.weights_offered_bytes, row.weights_kept_until_ns = self.offer
+        if self.expected_until_ns is not None and not row.weights_offered_bytes:
+            row.weights_kept_until_ns = self.expected_until_ns
         if self.activations is not NO_ACTIVATIONS:
             self.activations.write(row.activations)
         if self.ended_wish and row.weights_wish == self.ended_wish:

@@ -4,6 +4,7 @@ As with promises, nothing that a scheduler or a worker calls here waits for long
 held for too long, what has to be written is kept, and written as soon as the lock can be had.
 """
 
+import time
 from enum import IntEnum
 
 from kvcached_core.ledger.activations import Activations
@@ -75,6 +76,18 @@ class LedgerWeights(LedgerEntry):
         """
         changes = WeightChanges(offer=(offered_bytes, kept_until_ns))
         self._change(row, Changes(weights=changes))
+
+    def expect_weights(self, row: RowKey, seconds: float) -> None:
+        """Say that weights will be offered, or that there is other news of them in some seconds.
+
+        Until then an engine that starts waits for them. What is offered already stays as it is.
+
+        Args:
+            row: The instance's row.
+            seconds: How long the next step towards that takes at most; 0 for weights that stay.
+        """
+        until_ns = time.time_ns() + round(seconds * 1e9) if seconds else 0
+        self._change(row, Changes(weights=WeightChanges(expected_until_ns=until_ns)))
 
     def activated(self, row: RowKey, nanoseconds: int) -> None:
         """Count that all weights came back, and how long a request waited for it."""

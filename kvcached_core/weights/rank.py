@@ -8,21 +8,21 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from kvcached_core.errors import BackendError, HostCopyError, LedgerError, OutOfMemoryError
 from kvcached_core.ledger.bell import wake
+from kvcached_core.ledger.expected import START_SECONDS
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.shortage import ask_peers
 from kvcached_core.ledger.times import NO_CALLS
 from kvcached_core.memory.patience import keep_trying
 from kvcached_core.memory.seats import Seat
 from kvcached_core.memory.torch_device import release_cached_blocks
-from kvcached_core.units import format_bytes
-from kvcached_core.weights.host_copy import HostCopy, complete
+from kvcached_core.weights.copying import Copying
+from kvcached_core.weights.host_copy import HostCopy
 from kvcached_core.weights.image import Image
-from kvcached_core.weights.source import CopySource
 from kvcached_core.weights.status import WeightStatus
 
 logger = logging.getLogger("kvcached")
@@ -34,16 +34,15 @@ DROP_BATCH_PAGES, MAX_DROP_BATCH_PAGES = 8, 64
 MAP_BATCH_PAGES = 4
 # How long a wake waits for memory that was promised; the engine goes on asking afterwards.
 PATIENCE_SECONDS = 2.0
-# When it is tried again to copy the weights, where it failed or host memory had no room for all of
-# them; each time twice as long.
-FIRST_RETRY_SECONDS = 5.0
-LAST_RETRY_SECONDS = 600.0
 
 
 class RankWeights:
     """An image, its copy on the host, and their part of the ledger.
 
     Its methods are for the worker's thread, between two steps.
+
+    Attributes:
+        copying: The copy on the host, and what makes it.
 
     Args:
         image: The image; what of it is resident is there, all of it as a rule.
@@ -61,12 +60,8 @@ class RankWeights:
     ) -> None:
         self.image = image
         self._pid = os.getpid()
-        self._make_copy = make_copy
+        self.copying = Copying(image, make_copy, self._expect)
         self._current_stream = current_stream
-        self._source = CopySource(image)
-        self._copy: HostCopy | None = None  # once it is complete
-        self._copying: threading.Thread | None = None
-        self._stop = threading.Event()
         self._dirty: set[int] = set()
         # A page whose content could not be brought is resident, and not there.
         self._num_there = image.num_resident_pages
@@ -76,7 +71,7 @@ class RankWeights:
 
     def status(self) -> WeightStatus:
         """Return how much is there, and whether more may be dropped. Any thread may call it."""
-        is_copied = self._copy is not None
+        is_copied = self.copying.copy is not None
         image = self.image
         return WeightStatus(image.num_pages, self._num_there, image.page_bytes, is_copied)
 
@@ -93,6 +88,7 @@ class RankWeights:
             undo.pop_all()
         self._ledger, self._seat = ledger, seat
         self._report()
+        self._expect(START_SECONDS)
 
     def begin_copy(self) -> None:
         """Begin to have a copy on the host, behind the engine's back; `status` says when it is.
@@ -100,11 +96,7 @@ class RankWeights:
         Call it when the engine is ready: what it captures as a graph must not meet another thread's
         copies.
         """
-        if self._copying is None:
-            self._copying = threading.Thread(
-                target=self._have_copy, name="kvcached-weights", daemon=True
-            )
-            self._copying.start()
+        self.copying.begin()
 
     def mark_dirty(self) -> None:
         """Take every page for changed, because somebody has written weights on purpose."""
@@ -128,12 +120,13 @@ class RankWeights:
         wanted = min(num_pages, self.image.num_pages)
         try:
             self._drop_unfinished()
-            if self._copy is None or wanted == self._num_there:
+            copy = self.copying.copy
+            if copy is None or wanted == self._num_there:
                 return self.status()
             if wanted > self._num_there:
-                self._bring(self._copy, wanted)
+                self._bring(copy, wanted)
             else:
-                self._give(self._copy, wanted)
+                self._give(copy, wanted)
         except OutOfMemoryError as error:
             # Others than engines took it. What came stays, and the rest is asked for again.
             logger.warning("kvcached: %s; requests wait for the rest of the weights", error)
@@ -148,49 +141,18 @@ class RankWeights:
         """
         if os.getpid() != self._pid:
             return
-        self._stop.set()
-        if self._copying is not None:
-            self._copying.join()
+        self.copying.stop()
+        copy, self.copying.copy = self.copying.copy, None
         with contextlib.ExitStack() as rest:
             if self._ledger is not None:
                 rest.callback(self._ledger.close)
             rest.callback(self._report_end)
             rest.callback(self.image.close)
-            if self._copy is not None:
-                rest.callback(self._copy.close)
+            if copy is not None:
+                rest.callback(copy.close)
             with contextlib.suppress(BackendError):  # a device that failed has nothing to wait for
                 self._wait_for_device()
-        self._copy, self._num_there = None, 0
-
-    def _have_copy(self) -> None:
-        with contextlib.ExitStack() as undo:
-            try:
-                pauses = self._pauses()
-                while (copy := self._make_copy(self._stop)) is None:
-                    if not next(pauses):
-                        return
-                undo.callback(copy.close)
-                pauses = self._pauses()
-                while not complete(copy, self.image.backend, self._source, self._stop):
-                    if not next(pauses):
-                        return
-            except Exception:
-                logger.exception("kvcached: the weights could not be copied, so they stay")
-                return
-            undo.pop_all()
-        self._copy = copy
-        logger.info(
-            "kvcached: %s of weights may be given to neighbours: host memory has them (%s)",
-            format_bytes(self.image.layout.num_bytes),
-            "shared" if copy.is_shared else "of this process alone",
-        )
-
-    def _pauses(self) -> Iterator[bool]:
-        """Wait before each further try, and yield whether there shall be one."""
-        seconds = FIRST_RETRY_SECONDS
-        while True:
-            yield not self._stop.wait(seconds)
-            seconds = min(2 * seconds, LAST_RETRY_SECONDS)
+        self._num_there = 0
 
     def _give(self, copy: HostCopy, num_pages: int) -> None:
         self._wait_for_device()
@@ -213,11 +175,12 @@ class RankWeights:
 
     def _write_back(self, copy: HostCopy, first: int, end: int) -> bool:
         """Have the copy know what the pages are; return whether it does."""
+        source = self.copying.source
         known = [page for page in range(first, end) if page not in self._dirty]
-        sums = dict(enumerate(self._source.sums(first, end - first), first)) if known else {}
+        sums = dict(enumerate(source.sums(first, end - first), first)) if known else {}
         changed = [page for page in range(first, end) if page not in known]
         changed += [page for page in known if sums[page] != copy.sums[page]]
-        if changed and not copy.write_back(changed, self._source):
+        if changed and not copy.write_back(changed, source):
             return False
         self._dirty.difference_update(changed)
         return True
@@ -286,6 +249,12 @@ class RankWeights:
             unmap_times=unmap_times,
         )
         wake(self._ledger, waiting)
+
+    def _expect(self, seconds: float) -> None:
+        """Say in how many seconds there is news of weights that are not offered yet."""
+        if self._ledger is not None and self._seat is not None:
+            with contextlib.suppress(LedgerError):  # the engine may have left
+                self._ledger.expect_weights(self._seat.row, seconds)
 
     def _report_end(self) -> None:
         with contextlib.suppress(LedgerError):  # the engine may have left, and with it the row

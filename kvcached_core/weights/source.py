@@ -1,6 +1,6 @@
 """An image as a host copy is taken of it: what its pages are now, and their bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvcached_core.weights.image import Image
 from kvcached_core.weights.sums import page_sums
@@ -11,10 +11,12 @@ class CopySource:
 
     Args:
         image: Of which the pages that are copied are resident.
+        on_page: Called when a page is copied.
     """
 
-    def __init__(self, image: Image) -> None:
+    def __init__(self, image: Image, on_page: Callable[[], None]) -> None:
         self._image = image
+        self._on_page = on_page
 
     def sums(self, first: int, num_pages: int) -> Sequence[tuple[int, int]]:
         """Return the sums of a run of pages as they are now."""
@@ -25,3 +27,4 @@ class CopySource:
         image = self._image
         image.backend.copy_out(host_address, image.page_address(page), image.page_bytes)
         image.backend.finish_copies()
+        self._on_page()

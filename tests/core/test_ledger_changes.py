@@ -1,5 +1,7 @@
 """Changes that wait for the lock: their sums say what they say one by one, and are written once."""
 
+from dataclasses import replace
+
 import pytest
 
 from kvcached_core.ledger.activations import Activations
@@ -72,6 +74,37 @@ def test_who_woke_and_slept_again_before_it_was_written_has_left_the_line(
     total.write(at_once, 7)
     for row in (one_by_one, at_once):
         assert (row.waking_since_ns, row.static_bytes) == (since, static_bytes)
+    assert one_by_one.copy() == at_once.copy()
+
+
+EXPECTED = Changes(weights=WeightChanges(expected_until_ns=70))
+FAILED = Changes(weights=WeightChanges(expected_until_ns=0))
+OFFERED = Changes(weights=WeightChanges(offer=(9, 90)))
+BUSY = Changes(weights=WeightChanges(offer=(0, 0)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "until_ns"),
+    [
+        ([EXPECTED], 70),
+        ([EXPECTED, FAILED], 0),
+        ([EXPECTED, OFFERED], 90),
+        ([EXPECTED, BUSY], 0),
+        ([BUSY, EXPECTED], 70),
+        ([OFFERED, EXPECTED], 90),
+        ([OFFERED, FAILED], 90),
+        ([EXPECTED, OFFERED, BUSY], 0),
+    ],
+)
+def test_news_of_weights_is_expected_until_they_are_offered(
+    changes: list[Changes], until_ns: int
+) -> None:
+    one_by_one, at_once, total = fresh_row(), fresh_row(), Changes()
+    for change in changes:
+        change.write(one_by_one, 7)
+        total.add(Changes(weights=replace(change.weights)))
+    total.write(at_once, 7)
+    assert one_by_one.weights_kept_until_ns == until_ns
     assert one_by_one.copy() == at_once.copy()
 
 

@@ -200,6 +200,20 @@ def test_weights_that_were_asked_for_are_on_their_way_until_they_are_gone(ledger
     assert seen(ledger, peer).coming_bytes == 0
 
 
+def test_weights_are_expected_for_some_seconds_until_they_are_offered(ledger: Ledger) -> None:
+    row = join(ledger, "a", needed=1)
+    before_ns = time.time_ns()
+    ledger.expect_weights(row, 60)
+    until_ns = seen(ledger, row).weights_kept_until_ns
+    assert before_ns + 60e9 <= until_ns <= time.time_ns() + 60e9
+    ledger.expect_weights(row, 0)
+    assert seen(ledger, row).weights_kept_until_ns == 0
+    ledger.settle_weights(row, mapped_bytes=PAGE)
+    ledger.offer_weights(row, PAGE, kept_until_ns=5)
+    ledger.expect_weights(row, 60)
+    assert seen(ledger, row).weights_kept_until_ns == 5
+
+
 def test_a_wake_is_counted_with_what_it_took(ledger: Ledger) -> None:
     row = join(ledger, "a", needed=1)
     for milliseconds in (250, 300, 900, 4000):

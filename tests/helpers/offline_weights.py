@@ -78,7 +78,7 @@ def through_adapter(llm: Any, tokens: Any, folder: str) -> dict[str, Any]:
     weights = core.model_executor.driver_worker.worker.kvcached_weights
     first, second = LoRARequest("first", 1, folder), LoRARequest("second", 2, folder)
     plain, adapted = tokens(), tokens(first)
-    weights.rank._copying.join()
+    weights.rank.copying.join()
 
     def slept(lora: Any = None) -> Any:
         core.kvcached.sleep()
@@ -92,14 +92,14 @@ def through_adapter(llm: Any, tokens: Any, folder: str) -> dict[str, Any]:
     core.kvcached.sleep()
     report["is_added"] = llm.llm_engine.add_lora(second)
     report["same"] += [slept(second) == adapted, slept(first) == adapted]
-    report["is_shared"] = weights.rank._copy.is_shared  # no page of the weights was written
+    report["is_shared"] = weights.rank.copying.copy.is_shared  # no page of the weights was written
     return report
 
 
 def step_on_dropped_weights(llm: Any, tokens: Any) -> None:
     """Plant a defect: a schedule does not look whether weights are there."""
     core = llm.llm_engine.engine_core.engine_core
-    core.model_executor.driver_worker.worker.kvcached_weights.rank._copying.join()
+    core.model_executor.driver_worker.worker.kvcached_weights.rank.copying.join()
     core.kvcached.sleep()
     core.kvcached.giving.weights = WeightsKept()
     print(json.dumps({"is_asleep": True}), flush=True)
@@ -112,7 +112,7 @@ def come_and_go(llm: Any, tokens: Any, first: list[list[int]]) -> dict[str, Any]
     worker = core.model_executor.driver_worker.worker
     engine, weights = core.kvcached, worker.kvcached_weights
     image, rank = weights.rank.image, weights.rank
-    rank._copying.join()  # the copy is made behind the start
+    rank.copying.join()  # the copy is made behind the start
     core.input_queue = queue.SimpleQueue()  # as if it had a loop: only such engines offer weights
     row = worker.kvcached.ledger.view
     report: dict[str, Any] = {
@@ -160,7 +160,7 @@ def come_and_go(llm: Any, tokens: Any, first: list[list[int]]) -> dict[str, Any]
     report["reloaded_slept"] = slept() == first
 
     engine.sleep()
-    address = rank._copy.page_address(0)  # with the embedding
+    address = rank.copying.copy.page_address(0)  # with the embedding
     ctypes.memset(address, 1, image.page_bytes // 2)
     report["wrong_page_is_seen"] = tokens() != first
     return report

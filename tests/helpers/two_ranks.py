@@ -19,7 +19,7 @@ MIB = 1 << 20
 
 def wait_for_copy(worker: Any) -> None:
     """Return when a rank's weights are in host memory, or cannot be."""
-    getattr(worker, "worker", worker).kvcached_weights.rank._copying.join()
+    getattr(worker, "worker", worker).kvcached_weights.rank.copying.join()
 
 
 def num_weight_pages(worker: Any) -> int:

@@ -118,8 +118,8 @@ class WeightedRank:
     @property
     def copy(self) -> HostCopy:
         """Its host copy."""
-        assert self.weights._copy is not None
-        return self.weights._copy
+        assert self.weights.copying.copy is not None
+        return self.weights.copying.copy
 
     def words(self, num_pages: int = NUM_PAGES) -> torch.Tensor:
         """Return the first pages as words; who reads them has waited for them."""

@@ -18,13 +18,14 @@ from helpers.waiting import await_that
 from helpers.weight_ranks import NUM_PAGES, PAGE, WeightedRank
 
 from kvcached_core.errors import BackendError, LedgerError
+from kvcached_core.ledger.expected import COPY_SECONDS, START_SECONDS
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.memory import patience
 from kvcached_core.memory.vmm.backend import Backend
 from kvcached_core.memory.vmm.cuda import CudaBackend
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import GIB
-from kvcached_core.weights import rank, source
+from kvcached_core.weights import copying, rank, source
 from kvcached_core.weights.copies_folder import read_holders
 from kvcached_core.weights.host_budget import HostBudget
 from kvcached_core.weights.rank import DROP_BATCH_PAGES, MAP_BATCH_PAGES, PATIENCE_SECONDS
@@ -412,13 +413,43 @@ def test_weights_stay_where_making_their_copy_breaks(
     def make_copy(_stop: Event) -> None:
         raise RuntimeError("the device is gone")
 
-    ours.weights._make_copy = make_copy
+    ours.weights.copying._make_copy = make_copy
     ours.weights.begin_copy()
-    assert ours.weights._copying is not None
-    ours.weights._copying.join()
+    ours.weights.copying.join()
     assert not ours.weights.status().is_copied
     assert ours.weights.hold(0).num_missing_pages == 0
     assert "the weights could not be copied, so they stay" in caplog.text
+
+
+def test_who_starts_is_told_that_a_copy_gets_further_and_when_it_fails(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float] = []
+    monkeypatch.setattr(Ledger, "expect_weights", lambda _self, _row, seconds: told.append(seconds))
+    monkeypatch.setattr(copying, "NEWS_SECONDS", 0.0)
+    ours = make(HostBackend(PAGE)).start()
+    assert told == [START_SECONDS, COPY_SECONDS, *[COPY_SECONDS] * NUM_PAGES]
+    ours.change(0, 5)
+    ours.weights.hold(0)  # a page is copied again, and all were offered
+    assert len(told) == 2 + NUM_PAGES
+
+    ours.close()
+    ours, told[:] = make(HostBackend(PAGE)), []
+    ours.weights.join(ours.seat)
+    ours.weights.copying._make_copy = lambda _stop: 1 / 0
+    ours.weights.begin_copy()
+    ours.weights.copying.join()
+    assert told == [START_SECONDS, COPY_SECONDS, 0]
+
+    ours.close()
+    ours, told[:] = make(HostBackend(PAGE)), []
+    monkeypatch.setattr(copying, "FIRST_RETRY_SECONDS", 0.001)
+    outcomes = [None, ours.open_copy(Event())]
+    ours.weights.copying._make_copy = lambda _stop: outcomes.pop(0)
+    ours.weights.join(ours.seat)
+    ours.weights.begin_copy()
+    await_that(lambda: ours.weights.status().is_copied, 30)
+    assert told[:4] == [START_SECONDS, COPY_SECONDS, 0, COPY_SECONDS]
 
 
 def test_what_could_not_be_copied_is_tried_again(
@@ -426,14 +457,14 @@ def test_what_could_not_be_copied_is_tried_again(
 ) -> None:
     ours = make(HostBackend(PAGE))
     tried = []
-    real = rank.complete
+    real = copying.complete
 
     def complete_at_the_third_try(*args: Any) -> bool:
         tried.append(threading.current_thread().name)
         return len(tried) == 3 and real(*args)
 
-    monkeypatch.setattr(rank, "complete", complete_at_the_third_try)
-    monkeypatch.setattr(rank, "FIRST_RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(copying, "complete", complete_at_the_third_try)
+    monkeypatch.setattr(copying, "FIRST_RETRY_SECONDS", 0.001)
     ours.weights.begin_copy()
     ours.weights.begin_copy()  # one thread is enough
     await_that(lambda: ours.weights.status().is_copied, 30)
@@ -445,7 +476,7 @@ def test_a_copy_begins_when_others_left_room_for_all_of_it(
 ) -> None:
     ours = make(HostBackend(PAGE), NUM_PAGES + 5)
     other = HostBudget(ours.config, GIB).claim("other", 6 * PAGE)
-    monkeypatch.setattr(rank, "FIRST_RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(copying, "FIRST_RETRY_SECONDS", 0.001)
     ours.weights.begin_copy()
     await_that(lambda: caplog.text.count("stay on the device") > 1, 30)
     assert not ours.weights.status().is_copied
@@ -463,7 +494,7 @@ def test_who_closes_does_not_wait_for_a_copy(make: Make, monkeypatch: pytest.Mon
         is_trying.set()
         return False
 
-    monkeypatch.setattr(rank, "complete", never_complete)
+    monkeypatch.setattr(copying, "complete", never_complete)
     ours.weights.begin_copy()
     assert is_trying.wait(30)
     ours.close()  # it would be tried again in five seconds, and for ever
