@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 
 from kvcached_core.errors import LedgerBusyError
 from kvcached_core.ledger.bell import wake
-from kvcached_core.ledger.shortage import Need, Shortage, ask_peers, make_room
+from kvcached_core.ledger.shortage import (
+    Need,
+    Shortage,
+    ask_peers,
+    explain,
+    make_room,
+    short_of,
+)
 from kvcached_core.ledger.weights import WeightsWish
 from kvcached_core.memory.devices import Device
 
@@ -79,7 +86,7 @@ class Beside:
 
         Less than before leaves the rest to others, who are woken if they wait.
         """
-        for need in self._needs_of(static_bytes):
+        for need in self.needs_of(static_bytes):
             wake(need.ledger, need.ledger.announce(need.row, need.static_bytes))
 
     def make_room(self, static_bytes: int, patience_seconds: float) -> Shortage | None:
@@ -96,14 +103,14 @@ class Beside:
             None if there is room: call `announce(0)` when it is allocated. Otherwise what is
             missing, and who holds how much.
         """
-        shortage = make_room(self._needs_of(static_bytes), self._rang, patience_seconds)
+        shortage = make_room(self.needs_of(static_bytes), self._rang, patience_seconds)
         if shortage is not None:
             self.announce(0)
         return shortage
 
     def describe_weights(self, needed_bytes: RankBytes) -> None:
         """Say how many bytes of weights each rank needs to run."""
-        for need in self._needs_of(needed_bytes):
+        for need in self.needs_of(needed_bytes):
             need.ledger.describe_weights(need.row, need.static_bytes)
 
     def offer_weights(self, offered_bytes: RankBytes, *, is_kept: bool = True) -> None:
@@ -114,7 +121,7 @@ class Beside:
             is_kept: Whether only higher priorities get them for a while after they came back.
         """
         kept_until_ns = self._kept_until_ns if is_kept else 0
-        for need in self._needs_of(offered_bytes):
+        for need in self.needs_of(offered_bytes):
             need.ledger.offer_weights(need.row, need.static_bytes, kept_until_ns)
 
     def ask_to_wake(self, missing_bytes: RankBytes) -> Turn:
@@ -129,7 +136,7 @@ class Beside:
             return self._turn
         self._rang.clear()
         self._look_at = time.monotonic() + LOOK_SECONDS
-        self._needs = self._needs_of(missing_bytes)
+        self._needs = self.needs_of(missing_bytes)
         try:
             self._turn = self._look()
         except LedgerBusyError:
@@ -171,8 +178,19 @@ class Beside:
 
     def explain_shortage(self) -> str:
         """Return what was missing at the last look, and who holds it."""
-        short = [need for need in self._needs if need.missing_bytes] or self._needs
-        return "; ".join(str(need.shortage()) for need in short)
+        return explain(short_of(self._needs))
+
+    def needs_of(self, rank_bytes: RankBytes) -> list[Need]:
+        """Return what bytes on each rank, all alike or each its own, are on each device."""
+        if isinstance(rank_bytes, int):
+            rank_bytes = [rank_bytes] * len(self._devices)
+        sums: Counter[Device] = Counter()
+        for device, num_bytes in zip(self._devices, rank_bytes, strict=True):
+            sums[device] += num_bytes
+        return [
+            Need(ledger, self._rows[device], sums[device])
+            for device, ledger in self._ledgers.items()
+        ]
 
     def _look(self) -> Turn:
         if not all(can_come(need) for need in self._needs):
@@ -196,17 +214,6 @@ class Beside:
             self.announce(0)
             for device, ledger in self._ledgers.items():
                 ledger.clear_waiting(self._rows[device])
-
-    def _needs_of(self, rank_bytes: RankBytes) -> list[Need]:
-        if isinstance(rank_bytes, int):
-            rank_bytes = [rank_bytes] * len(self._devices)
-        sums: Counter[Device] = Counter()
-        for device, num_bytes in zip(self._devices, rank_bytes, strict=True):
-            sums[device] += num_bytes
-        return [
-            Need(ledger, self._rows[device], sums[device])
-            for device, ledger in self._ledgers.items()
-        ]
 
 
 def can_come(need: Need) -> bool:

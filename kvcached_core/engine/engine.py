@@ -10,6 +10,7 @@ from kvcached_core.engine.arrival import warn_of
 from kvcached_core.engine.giving import Giving
 from kvcached_core.engine.port import EnginePort
 from kvcached_core.engine.ranks import Ranks, WantedPages
+from kvcached_core.engine.starting import Start
 from kvcached_core.engine.weights_kept import WeightsKept
 from kvcached_core.errors import NoRoomError
 from kvcached_core.memory.orders import PageOrders
@@ -144,15 +145,14 @@ class ElasticEngine:
             self._send(self._take_orders(is_live=False), wait=True)
             self.port.publish()
 
-    def make_room_for(self, static_bytes: int) -> None:
+    def make_room_for(self, static_bytes: int, start: Start) -> None:
         """Let neighbours make room for what a start allocates first: the weights, above all.
 
         Where there is not enough, the start goes on, and what it needs is promised to nobody else.
         """
-        shortage = self.ranks.make_room(static_bytes)
+        shortage = self.ranks.make_room(static_bytes, start)
         if shortage is not None:
             warn_of(shortage)
-            self.ranks.announce(static_bytes)
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 import os
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from math import ceil
@@ -11,11 +10,20 @@ from typing import TYPE_CHECKING
 from kvcached_core.config import Config
 from kvcached_core.engine.beside import Beside
 from kvcached_core.engine.names import numbered_names
+from kvcached_core.engine.starting import Start, StartLog, make_room_to_start
 from kvcached_core.engine.waiting import Refusals, explain_waits
 from kvcached_core.ledger.bell import Doorbell, wake
 from kvcached_core.ledger.changes import NO_ASK
+from kvcached_core.ledger.expected import Patience
 from kvcached_core.ledger.opening import doorbell_path
-from kvcached_core.ledger.shortage import LOOK_SECONDS, PATIENCE_SECONDS, ask_peers
+from kvcached_core.ledger.shortage import (
+    LOOK_SECONDS,
+    PATIENCE_SECONDS,
+    Shortage,
+    ask_peers,
+    explain,
+    short_of,
+)
 from kvcached_core.memory.devices import Device
 from kvcached_core.memory.seats import Seat, close_ledgers, leave_rows, open_ledgers, take_rows
 
@@ -171,19 +179,29 @@ class Instance:
         if self._refusals.may_ask():
             self._ask_peers(num_pages)
 
-    def reserve_first_page(self) -> bool:
-        """Return whether one page was promised; wait for neighbours as long as a start may.
+    def reserve_first_page(self) -> str | None:
+        """Have one page promised; wait for neighbours as long as a start may.
 
         It never comes back, so it is not borrowed from a floor.
+
+        Returns:
+            None if it was promised, or what is missing, and who holds it.
         """
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        patience, log = Patience(PATIENCE_SECONDS, has_loaded=True), StartLog()
         while not self._promise(1, 0, may_borrow=False):
             self._ask_peers(1)
-            if time.monotonic() > deadline:
-                return False
+            short = short_of(self.beside.needs_of(self.page_bytes))
+            if patience.is_over((need.ledger.view(), need.row) for need in short):
+                return explain(short)
+            log.waits(short, patience.waits_for)
             self._rang.wait(LOOK_SECONDS)
             self._rang.clear()
-        return True
+        return None
+
+    def make_room_to_start(self, static_bytes: int, start: Start) -> Shortage | None:
+        """Wait for room for what each rank allocates first; see `make_room_to_start`."""
+        needs, patience = self.beside.needs_of(static_bytes), Patience(PATIENCE_SECONDS)
+        return make_room_to_start(needs, self._rang, start, patience)
 
     def announce(self, static_bytes: int) -> None:
         """See `Beside.announce`."""
@@ -237,13 +255,6 @@ class Instance:
     def set_alarm(self, seconds: float) -> None:
         """Call `on_ring` once in `seconds`; an alarm that is set already is replaced."""
         self._bells[0].set_alarm(seconds)
-
-    def free_bytes(self) -> int:
-        """Return what could be promised on the device that has least, in bytes."""
-        return min(
-            ledger.free_bytes(self._rows[device]) // self._num_ranks[device]
-            for device, ledger in self._ledgers.items()
-        )
 
     def room_pages(self) -> int:
         """Return how many pages would be promised now; nothing is promised."""

@@ -56,11 +56,8 @@ class Rows(Protocol):
     def announce(self, static_bytes: int) -> None:
         """Say what is still about to be allocated beside the KV cache."""
 
-    def reserve_first_page(self) -> bool:
-        """Return whether one page was promised."""
-
-    def free_bytes(self) -> int:
-        """Return what could be promised on the device that has least."""
+    def reserve_first_page(self) -> str | None:
+        """Have one page promised; otherwise return what is missing, and who holds it."""
 
 
 class Placing:
@@ -138,7 +135,7 @@ class Placing:
         geometry.check_ids(self.num_pages)
         self._describe(planes, geometry)
         if is_first:
-            self._promise_first_page(geometry)
+            self._promise_first_page()
         self.geometries.append(geometry)
         self._logger.info(
             "kvcached: %d pages of %s, %d blocks each, of %s that %s has for KV caches",
@@ -194,13 +191,13 @@ class Placing:
             token_bytes=self._token_bytes,
         )
 
-    def _promise_first_page(self, geometry: Geometry) -> None:
+    def _promise_first_page(self) -> None:
         self._rows.announce(0)  # weights are there, and everybody sees them
-        if not self._rows.reserve_first_page():
+        shortage = self._rows.reserve_first_page()
+        if shortage is not None:
             raise ConfigError(
-                f"there is no room for this engine's first page: needed {geometry.page_bytes} "
-                f"bytes, available {self._rows.free_bytes()}; stop another engine or raise "
-                f"{pool_settings(self._device)}"
+                f"there is no room for this engine's first page: {shortage}; stop another engine "
+                f"or raise {pool_settings(self._device)}"
             )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from kvcached_core.engine.beside import RankBytes, Turn
 from kvcached_core.engine.instance import Instance
+from kvcached_core.engine.starting import Start
 from kvcached_core.engine.waiting import WaitingLog
 from kvcached_core.ledger.shortage import PATIENCE_SECONDS
 from kvcached_core.ledger.weights import WeightsWish
@@ -186,20 +187,18 @@ class Ranks:
             if self.instance is not None:
                 self.instance.ask(num_pages)
 
-    def reserve_first_page(self) -> bool:
+    def reserve_first_page(self) -> str | None:
         """See `Instance.reserve_first_page`."""
-        is_granted = self.instance is not None and self.instance.reserve_first_page()
-        return bool(self._share([int(is_granted)])[0])
+        shortage = None if self.instance is None else self.instance.reserve_first_page()
+        (is_short,) = self._share([int(shortage is not None)])
+        return shortage or ON_RANK_0 if is_short else None
 
-    def free_bytes(self) -> int:
-        """See `Instance.free_bytes`; every rank has to call it."""
-        return self._share([self.instance.free_bytes() if self.instance is not None else 0])[0]
-
-    def make_room(self, static_bytes: int) -> str | None:
+    def make_room(self, static_bytes: int, start: Start | None = None) -> str | None:
         """Announce what each rank is about to allocate beside its KV cache, and ask for it.
 
         Args:
             static_bytes: What this rank is; the largest of all ranks counts for each.
+            start: What is known of an engine that starts; None for one that wakes.
 
         Returns:
             None if there is room: call `announce(0)` when it is allocated. Otherwise what is
@@ -208,7 +207,10 @@ class Ranks:
         needed_bytes = max(needed for (needed,) in self._gather([static_bytes]))
         shortage = None
         if needed_bytes and self.instance is not None:
-            shortage = self.instance.beside.make_room(needed_bytes, PATIENCE_SECONDS)
+            if start is not None:
+                shortage = self.instance.make_room_to_start(needed_bytes, start)
+            else:
+                shortage = self.instance.beside.make_room(needed_bytes, PATIENCE_SECONDS)
         (is_short,) = self._share([int(shortage is not None)])
         return (str(shortage) if shortage is not None else ON_RANK_0) if is_short else None
 

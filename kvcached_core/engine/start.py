@@ -105,8 +105,16 @@ class Startup:
         found = self.patches.installed()
         return f"{self._name} {found.release if found is not None else '?'}"
 
-    def arrive(self, device: Device, model: object, static_bytes: int) -> Arrival:
+    def arrive(
+        self, device: Device, model: object, static_bytes: int, *, may_yield: bool
+    ) -> Arrival:
         """Announce what a start of `model` allocates on a device, and have neighbours make room.
+
+        Args:
+            device: Where.
+            model: Its name or path.
+            static_bytes: Bytes of it.
+            may_yield: Whether the weights will be offered to neighbours.
 
         Raises:
             LedgerError: If the ledger cannot be used.
@@ -117,6 +125,7 @@ class Startup:
             name=model_name(model),
             engine=self.engine,
             static_bytes=static_bytes,
+            may_yield=may_yield,
         )
         arrival.make_room()
         return arrival

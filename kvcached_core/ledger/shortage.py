@@ -72,6 +72,16 @@ class Need:
         )
 
 
+def short_of(needs: Sequence[Need]) -> list[Need]:
+    """Return the needs of which something is missing; all, if nothing is any more."""
+    return [need for need in needs if need.missing_bytes] or list(needs)
+
+
+def explain(needs: Sequence[Need]) -> str:
+    """Return what is missing on each device, and who holds it."""
+    return "; ".join(str(need.shortage()) for need in needs)
+
+
 def ask_peers(ledger: Ledger, row: RowKey, num_bytes: int, *, is_static: bool = False) -> None:
     """Ask the other instances for `num_bytes` in the name of `row`, and wake who can give."""
     wake(ledger, ledger.ask_peers(row, num_bytes, is_static=is_static))

@@ -74,6 +74,7 @@ def test_a_neighbours_cache_makes_room(config: Config, neighbour: Neighbour) -> 
 
 def test_nobody_is_promised_what_an_arrival_announced(config: Config, neighbour: Neighbour) -> None:
     arrival = arrive(config, 1)
+    assert arrival.make_room()
     assert neighbour.instance.reserve(1, is_urgent=False) == 0
     arrival.close()
     assert neighbour.instance.reserve(1, is_urgent=False) == 1

@@ -55,6 +55,7 @@ def test_a_child_that_closes_its_parents_engine_changes_nothing(
     config: Config, instance: Instance, rang: threading.Event
 ) -> None:
     arrival = Arrival(POOL, config, name="new", engine="test", static_bytes=PAGE)
+    assert arrival.make_room()
     instance.reserve(2, is_urgent=False)
     bell = instance._bells[0].path
 

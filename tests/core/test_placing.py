@@ -32,12 +32,9 @@ class Rows:
     def announce(self, static_bytes: int) -> None:
         self.told.append(("announce", static_bytes))
 
-    def reserve_first_page(self) -> bool:
+    def reserve_first_page(self) -> str | None:
         self.told.append("first page")
-        return self.has_room
-
-    def free_bytes(self) -> int:
-        return 5
+        return None if self.has_room else "4 MiB of 16 MiB are missing"
 
 
 @pytest.fixture
@@ -106,7 +103,7 @@ def test_a_pool_smaller_than_one_request_is_refused_with_both_numbers(config: Co
 
 def test_a_start_without_room_for_a_page_says_what_is_missing(config: Config) -> None:
     with pytest.raises(
-        ConfigError, match=r"first page: needed 16777216 bytes, available 5; .*KVCACHED_HOST_POOL"
+        ConfigError, match=r"first page: 4 MiB of 16 MiB are missing; .*KVCACHED_HOST_POOL"
     ):
         placing(Rows(has_room=False), config).place(PLANES, 2 * MIB)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvcached_core.engine.start import SAID
+from kvcached_core.engine.starting import Start
 from kvcached_core.errors import FirstRankError, LedgerError
 from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_sglang import engine as engines
@@ -123,10 +124,17 @@ def test_neighbours_make_room_first_for_weights_that_count(
     expected: list[str],
 ) -> None:
     happened: list[str] = []
+    starts: list[Start] = []
+
+    def make_room_for(size: int, start: Start) -> None:
+        happened.append(f"room for {size}")
+        starts.append(start)
+
     engine = SimpleNamespace(
         device=SimpleNamespace(kind=kind),
         may_yield=yields,
-        make_room_for=lambda size: happened.append(f"room for {size}"),
+        config=SimpleNamespace(page_bytes=7),
+        make_room_for=make_room_for,
         ranks=SimpleNamespace(announce=lambda size: happened.append(f"announced {size}")),
         saved=SimpleNamespace(at_least=lambda tag, size: happened.append(f"{tag} hold {size}")),
     )
@@ -139,6 +147,7 @@ def test_neighbours_make_room_first_for_weights_that_count(
     ):
         start_hooks.load_model(lambda _: happened.append("loaded"))(runner)
     assert happened == expected
+    assert starts == [Start(7, yields)] * (expected[0] != "loaded")
 
 
 def test_the_room_that_is_asked_for_is_a_ranks_share_of_the_model() -> None:

@@ -188,7 +188,8 @@ def test_on_a_host_room_is_made_for_weights_that_yield_alone(
 
     announced: list[int] = []
 
-    def arrive(_device: Any, _model: Any, static_bytes: int) -> Any:
+    def arrive(_device: Any, _model: Any, static_bytes: int, *, may_yield: bool) -> Any:
+        assert may_yield
         announced.append(static_bytes)
         return SimpleNamespace(shrink=announced.append)
 

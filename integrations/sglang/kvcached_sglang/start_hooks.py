@@ -5,6 +5,7 @@ from typing import Any
 
 from kvcached_core.config import HOST
 from kvcached_core.engine.start import SAID, said_once
+from kvcached_core.engine.starting import Start
 from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_core.units import GIB
 from kvcached_patches.around import around
@@ -70,7 +71,8 @@ def load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     if ours is None or (is_on_host and not ours.may_yield):
         return original(self, *args, **kwargs)
     other_bytes = 0 if is_on_host else OTHER_BYTES
-    ours.make_room_for(weight_bytes(self) + other_bytes)
+    start = Start(ours.config.page_bytes, ours.may_yield)
+    ours.make_room_for(weight_bytes(self) + other_bytes, start)
     answer = original(self, *args, **kwargs)
     if not is_on_host:
         ours.ranks.announce(other_bytes)

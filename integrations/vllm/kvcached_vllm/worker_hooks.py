@@ -73,7 +73,7 @@ def worker_load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> No
     is_yielding = is_served and yields_weights(self.vllm_config)
     if is_yielding or (is_served and self.device.type == CUDA):
         model, size = self.vllm_config.model_config.model, static_bytes(self.vllm_config)
-        self.kvcached_arrival = startup.arrive(device_of(self), model, size)
+        self.kvcached_arrival = startup.arrive(device_of(self), model, size, may_yield=is_yielding)
     with loading(self) if is_yielding else nullcontext():
         original(self, *args, **kwargs)
     if hasattr(self, "kvcached_arrival"):
