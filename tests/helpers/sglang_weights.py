@@ -23,8 +23,21 @@ def start_yielding(
     servers: Servers, name: str, model: Path, *arguments: str, num_ranks: int = 1
 ) -> EngineServer:
     """Start a server and wait until its weights may be given."""
+    server = begin_yielding(servers, name, model, *arguments, num_ranks=num_ranks)
+    server.wait_ready(READY_SECONDS)
+    await_that(
+        lambda: server.log.read_text().count("may be given to neighbours") == num_ranks,
+        COPY_SECONDS,
+    )
+    return server
+
+
+def begin_yielding(
+    servers: Servers, name: str, model: Path, *arguments: str, num_ranks: int = 1
+) -> EngineServer:
+    """Start a server whose weights yield."""
     assert servers.pool_bytes is not None
-    server = servers.start(
+    return servers.start(
         SGLANG,
         name,
         model,
@@ -42,12 +55,6 @@ def start_yielding(
         },
         launch=launch_warm,
     )
-    server.wait_ready(READY_SECONDS)
-    await_that(
-        lambda: server.log.read_text().count("may be given to neighbours") == num_ranks,
-        COPY_SECONDS,
-    )
-    return server
 
 
 def num_weights(servers: Servers, name: str) -> int:

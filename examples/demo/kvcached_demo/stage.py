@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 NAMES = ("llama-a", "llama-b")
 MOST_RUNNING = 32  # of each server
 LOOK_SECONDS = 0.12
-COPY_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,6 @@ class Setup:
         pool_bytes: The pool.
         num_tokens: The longest request; None for what the kind says.
         environ: More variables of both.
-        is_one_by_one: Whether the second starts when the first has weights to give for it.
     """
 
     engines: list["Engine"]
@@ -44,7 +42,6 @@ class Setup:
     pool_bytes: int
     num_tokens: int | None = None
     environ: Mapping[str, str] = field(default_factory=dict)
-    is_one_by_one: bool = False
 
     @property
     def title(self) -> str:
@@ -66,7 +63,6 @@ def running(console: Console, setup: Setup, label: str, *, is_elastic: bool) -> 
     from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN
     from kvcached_demo.harness.servers import Servers
 
-    start = time.monotonic()
     with Servers(setup.workspace, setup.pool_bytes) as servers:
         for name, model, engine in zip(NAMES, setup.models, setup.engines, strict=True):
             servers.start(
@@ -86,9 +82,7 @@ def running(console: Console, setup: Setup, label: str, *, is_elastic: bool) -> 
                     **setup.environ,
                 },
             )
-            if setup.is_one_by_one:
-                servers.wait_ready(name)
-                await_copies(servers)
+        start = time.monotonic()
         with console.status(f"Starting {setup.title}, {label} …") as status:
 
             def tick() -> None:
@@ -99,16 +93,6 @@ def running(console: Console, setup: Setup, label: str, *, is_elastic: bool) -> 
         console.print(f"Two servers ready, {label}, after {time.monotonic() - start:.0f} s")
         yield servers
         servers.stop()
-
-
-def await_copies(servers: "Servers") -> None:
-    """Wait until all weights that are there may be given; who waits longer waits in a request."""
-    deadline = time.monotonic() + COPY_SECONDS
-    while time.monotonic() < deadline and any(
-        not row.weights_needed_bytes or row.weights_offered_bytes < row.weights_bytes
-        for row in servers.device().instances
-    ):
-        time.sleep(0.05)
 
 
 async def watch(tasks: Iterable["asyncio.Task[Any]"], recorder: "Recorder", live: Live) -> None:

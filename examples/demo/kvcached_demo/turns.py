@@ -1,6 +1,7 @@
 """The last act: a pool too small for the weights of both models, which answer in turn."""
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ LONGEST_TOKENS = 128
 POOL_BYTES = 22 * MIB
 PAGE_BYTES = 2 * MIB
 PAUSE_SECONDS = 0.4  # so that people see who has weights
+COPY_SECONDS = 30.0
 ENVIRON = {
     "KVCACHED_WEIGHTS": "yield",
     "KVCACHED_WEIGHTS_KEPT_SECONDS": "0",
@@ -90,7 +92,6 @@ def run_turns(console: Console, setup: Setup, bursts: Mapping[str, Burst]) -> Tu
         pool_bytes=POOL_BYTES,
         num_tokens=LONGEST_TOKENS,
         environ=ENVIRON,
-        is_one_by_one=True,
     )
     small.workspace.mkdir()
     with (
@@ -98,6 +99,7 @@ def run_turns(console: Console, setup: Setup, bursts: Mapping[str, Burst]) -> Tu
         Recorder(found.open_ledger) as recorder,
         Live(console=console, refresh_per_second=8) as live,
     ):
+        _await_copies(found)
         turns = asyncio.run(_take_turns(found, bursts, recorder, live))
         live.console.print(Text("in turn: all answers are in", "dim"))
         rows = _rows(found.device())
@@ -106,6 +108,16 @@ def run_turns(console: Console, setup: Setup, bursts: Mapping[str, Burst]) -> Tu
         {name: rows[name].activations if name in rows else NO_ACTIVATIONS for name in NAMES},
         sum(row.weights_needed_bytes for row in rows.values()),
     )
+
+
+def _await_copies(servers: "Servers") -> None:
+    """Wait until all weights that are there may be given; who waits longer waits in a request."""
+    deadline = time.monotonic() + COPY_SECONDS
+    while time.monotonic() < deadline and any(
+        not row.weights_needed_bytes or row.weights_offered_bytes < row.weights_bytes
+        for row in servers.device().instances
+    ):
+        time.sleep(0.05)
 
 
 async def _take_turns(

@@ -1,0 +1,48 @@
+"""Three real vLLM servers start at once on a pool with room for the weights of one."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from helpers.warm_servers import launch_warm
+
+from kvcached_core.units import MIB
+from kvcached_demo.harness.engines import VLLM
+from kvcached_demo.harness.load import Burst
+from kvcached_demo.harness.model import make_model
+from kvcached_demo.harness.servers import Servers
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
+
+NAMES = ("one", "two", "three")
+PAGE = 2 * MIB
+NUM_WEIGHTS = 6  # pages of each model
+POOL = 12 * PAGE  # beside the weights of one: its request, and the others' first pages
+NUM_ROUNDS = 3
+BURST = Burst(((5, 6, 7, 8),), 8)
+
+
+@pytest.mark.parametrize("number", range(NUM_ROUNDS))
+def test_all_become_ready_and_answer(number: int, tmp_path: Path) -> None:
+    with Servers(tmp_path, POOL, launch_warm) as servers:
+        for seed, name in enumerate(NAMES, number):
+            servers.start(
+                VLLM,
+                name,
+                make_model(tmp_path / f"model-{name}", seed=seed),
+                *VLLM.caching(is_on=False),
+                *VLLM.longest(128),
+                is_elastic=True,
+                environ={
+                    **VLLM.host_environ,
+                    "KVCACHED_PAGE_BYTES": str(PAGE),
+                    "KVCACHED_WEIGHTS": "yield",
+                    "KVCACHED_WEIGHTS_KEPT_SECONDS": "0",
+                },
+            )
+        servers.wait_ready()
+        rows = servers.device().instances
+        assert sum(row.weights_needed_bytes for row in rows) == len(NAMES) * NUM_WEIGHTS * PAGE
+        assert sum(row.resident_bytes for row in rows) <= POOL
+        found = asyncio.run(servers.send(dict.fromkeys(NAMES, BURST)))
+        assert {answer.error for name in NAMES for answer in found[name]} == {None}
