@@ -46,6 +46,12 @@ BENCHMARKS = (
     Benchmark("pressure", "pressure.py", HOST, "how soon an idle engine gives memory back"),
     Benchmark("host_memory", "host_memory.py", HOST, "mapping host memory, ledger views, imports"),
     Benchmark(
+        "gateway_overhead",
+        "gateway_overhead.py",
+        HOST,
+        "what the gateway adds to a request, beside LiteLLM's proxy",
+    ),
+    Benchmark(
         "gateway_policy",
         "gateway_policy.py",
         HOST,
