@@ -57,6 +57,12 @@ BENCHMARKS = (
         HOST,
         "the gateway's decisions of one tick, over 100 models",
     ),
+    Benchmark(
+        "gateway_lifecycle",
+        "gateway_lifecycle.py",
+        HOST,
+        "adopting four engines, and the gateway's share of a wake",
+    ),
     Benchmark("cpu_throughput", "cpu_throughput.py", HOST, "the CPU engine's throughput with us"),
     Benchmark("dry_pool", "dry_pool.py", HOST, "ten minutes in which all want more than there is"),
     Benchmark(
