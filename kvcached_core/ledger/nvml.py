@@ -83,6 +83,18 @@ def driver_version() -> str:
         return str(nvml.nvmlSystemGetDriverVersion())
 
 
+def gpu_uuids() -> tuple[str, ...]:
+    """Return the UUID of every GPU, in NVML's order; `CUDA_VISIBLE_DEVICES` is not asked.
+
+    Raises:
+        BackendError: If NVML is missing, or a GPU does not answer.
+    """
+    nvml = _nvml()
+    with _named("nvmlDeviceGetUUID"):
+        handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+        return tuple(str(nvml.nvmlDeviceGetUUID(handle)) for handle in handles)
+
+
 def gpus() -> Iterator[tuple[str, int]]:
     """Yield the name of every GPU and the bytes of it that nobody has allocated.
 

@@ -59,6 +59,11 @@ class FakeNVML:
     def nvmlDeviceGetHandleByIndex(self, number: int) -> int:  # noqa: N802  the same
         return number
 
+    def nvmlDeviceGetUUID(self, _number: int) -> str:  # noqa: N802  the same
+        if self.is_lost:
+            raise NVMLError("GPU is lost")
+        return GPU
+
     def nvmlDeviceGetName(self, _handle: object) -> str:  # noqa: N802  the same
         return "Fake H200"
 

@@ -75,6 +75,27 @@ def test_fifty_requests_at_a_cold_model_make_one_start_and_are_answered_in_order
 
 
 @simulated
+async def test_a_model_that_came_up_for_a_client_that_left_is_started_again_when_it_is_down() -> (
+    None
+):
+    house = House()
+    left = house.start()
+    await house.settle()
+    left.cancel()
+    await house.settle()
+    house.runner.succeed()
+    await house.settle()
+    house.model.stop("it was idle")
+    await house.settle()
+    asked = house.start()
+    await house.settle()
+    assert house.runner.num_starts == 2
+    house.runner.succeed()
+    (await asked).end(Ending.DONE)
+    await house.model.close(is_kept=False)
+
+
+@simulated
 async def test_a_start_that_fails_refuses_all_that_wait_and_the_next_one_is_begun_later() -> None:
     house = House()
     tasks = [house.start(number) for number in range(3)]

@@ -71,13 +71,13 @@ def simulated(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
 async def test_a_failed_start_is_tried_again_later_each_time() -> None:
     world = World()
     model = world.model
-    for number, seconds in enumerate((5.0, 15.0, 60.0, 300.0, 300.0)):
+    for seconds in (5.0, 15.0, 60.0, 300.0, 300.0):
         model.start(HOST, "a request waits")
         await turn()
-        world.runner.fail(EngineStartError("no such file", is_out_of_memory=number == 1))
+        world.runner.fail(EngineStartError("no such file"))
         await turn()
         assert model.state is State.FAILED
-        assert model.is_out_of_memory == (number == 1)
+        assert not model.is_out_of_memory
         refusal = model.refusal()
         assert refusal is not None
         assert (refusal.status, refusal.code) == (503, "model_failed")
@@ -89,7 +89,7 @@ async def test_a_failed_start_is_tried_again_later_each_time() -> None:
         assert model.state is State.COLD
         assert model.readiness is Readiness.COLD
     engine = await world.up()
-    assert (model.failure, model.is_out_of_memory, model.num_starts) == ("", False, 6)
+    assert (model.failure, model.num_starts) == ("", 6)
     world.take().end(Ending.DONE)
     engine.crashed.set()
     await turn()
@@ -110,6 +110,29 @@ async def test_an_engine_that_dies_twice_and_serves_nobody_fails_its_model() -> 
         lease.end(Ending.DIED_BEFORE)
     assert "its engine ended by itself: ended with 0" in world.model.failure
     await world.model.close(is_kept=False)
+
+
+@simulated
+async def test_a_start_that_found_too_little_memory_fails_the_second_time_in_a_row() -> None:
+    world = World()
+    model = world.model
+    for reason, state in (
+        ("a request waits", State.COLD),
+        ("5 GiB are needed, 4 GiB are free", State.FAILED),
+        ("again", State.FAILED),
+    ):
+        model.start(HOST, reason)
+        await turn()
+        world.runner.fail(EngineStartError("no room for its cache", is_out_of_memory=True))
+        await turn()
+        assert model.state is state
+        assert model.is_out_of_memory
+        assert "no room for its cache" in model.reason
+        if state is State.FAILED:
+            assert reason in model.failure
+    await world.up()
+    assert (model.failure, model.is_out_of_memory) == ("", False)
+    await model.close(is_kept=False)
 
 
 @simulated

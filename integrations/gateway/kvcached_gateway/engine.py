@@ -16,11 +16,12 @@ import aiohttp
 from kvcached_gateway.config import ModelSettings
 from kvcached_gateway.engines.words import Counters, EngineWords
 from kvcached_gateway.errors import EngineDiedError, EngineStartError
+from kvcached_gateway.last_words import cause, log_end
 from kvcached_gateway.lease import Address
 from kvcached_gateway.process import EngineProcess
 from kvcached_gateway.state_file import EngineRecord
 
-__all__ = ["Engine", "log_tail"]
+__all__ = ["Engine"]
 
 ASK_SECONDS = 5.0
 LOAD_SECONDS = 120.0
@@ -28,8 +29,6 @@ READY_LOOK_SECONDS = 0.1
 LISTENING = "0A"  # a state in /proc/net/tcp
 ADDRESS, STATE, USER = 1, 3, 7  # its columns
 OK = 200
-TAIL_LINES = 12
-TAIL_BYTES = 16_384
 
 
 class Engine:
@@ -40,6 +39,9 @@ class Engine:
         settings: The model that it was started for.
         process: Its processes.
         record: What a later gateway needs to adopt it; its token may not be known yet.
+
+    Attributes:
+        is_gone: Whether it was ended to the last process, or left: its files are nobody's.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Engine:
         self.words = words
         self.settings = settings
         self.process = process
+        self.is_gone = False
         self._record = record
         address = record.address
         connector = aiohttp.UnixConnector(address.socket) if address.socket else None
@@ -86,6 +89,10 @@ class Engine:
     def record(self) -> EngineRecord:
         """Return what a later gateway needs to adopt it."""
         return self._record
+
+    def memory_bytes(self) -> int:
+        """Return the memory that only its processes have; for a thread."""
+        return self.process.memory_bytes()
 
     async def ready(self) -> None:
         """Wait until it says that it is up; whoever calls sets the limit.
@@ -182,7 +189,7 @@ class Engine:
         """End it to the last process: politely, or with stacks in its log where it hangs.
 
         Returns:
-            How its first process ended, and the last line that it wrote.
+            How its first process ended, and why, as its log says.
 
         Raises:
             TimeoutError: If one of its processes is still there.
@@ -194,13 +201,16 @@ class Engine:
         await self._session.close()
         if self.address.socket:
             remove(self.address.socket)
-        last = log_tail(self.log).rpartition("\n")[2]
+        self.is_gone = True
+        text = log_end(self.log)
+        last = cause(text) or text.rpartition("\n")[2]
         return f"{how_it_ended(self.process.exit_code)}; its log ends with {last!r}"
 
     async def leave(self) -> None:
         """Leave it alone, alive, for a gateway that comes later."""
         self.process.forget()
         await self._session.close()
+        self.is_gone = True
 
     async def _is_up(self) -> bool:
         if not self.address.socket and not _is_ours(int(self.address.url.rpartition(":")[2])):
@@ -238,18 +248,6 @@ def how_it_ended(exit_code: int | None) -> str:
     if exit_code < 0:
         return f"was ended by {signal.Signals(-exit_code).name}"
     return f"ended with {exit_code}"
-
-
-def log_tail(log: Path, start: int = 0) -> str:
-    """Return the last lines of a log, of those behind byte `start`."""
-    try:
-        with log.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(start, size - TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return ""
-    return "\n".join(lines[-TAIL_LINES:])
 
 
 def _is_ours(port: int) -> bool:

@@ -8,6 +8,7 @@ __all__ = [
     "EngineStartError",
     "GatewayRunningError",
     "RefusedError",
+    "RefusedVerbError",
     "StateFileError",
 ]
 
@@ -32,12 +33,16 @@ class RefusedError(KVCachedError):
         self.retry_after_seconds = retry_after_seconds
 
 
+class RefusedVerbError(KVCachedError, RuntimeError):
+    """A model cannot be steered like this now; the message says why."""
+
+
 class EngineDiedError(KVCachedError, ConnectionError):
     """An engine went away before the first byte of its answer; the request may be asked again."""
 
 
 class EngineStartError(KVCachedError, RuntimeError):
-    """An engine did not start; the message ends with the last lines of its log.
+    """An engine did not start; the message begins with the cause, and ends with its log's end.
 
     Attributes:
         is_out_of_memory: Whether it found too little memory, of a device or of the host.

@@ -198,9 +198,7 @@ class Life:
             self._cool(str(error))
         except EngineStartError as error:
             if self._end is None:
-                model.token = ""  # the next answer is a new one: the files may have changed
-                model.is_out_of_memory = error.is_out_of_memory
-                self._fail(str(error))
+                self._has_not_started(error, begin.reason)
             else:
                 self._end = None
                 self._cool("it was told to stop while it started")
@@ -209,6 +207,18 @@ class Life:
             model.has(engine, self._loop.time() - began if is_new else None)
             return engine
         return None
+
+    def _has_not_started(self, error: EngineStartError, reason: str) -> None:
+        """Fail; but where memory was missing for the first time, whoever wants it may free some."""
+        model = self._model
+        model.token = ""  # the next answer is a new one: the files may have changed
+        is_again, model.is_out_of_memory = model.is_out_of_memory, error.is_out_of_memory
+        if not error.is_out_of_memory:
+            self._fail(str(error))
+        elif not is_again:
+            self._cool(f"it found too little memory: {error}")
+        else:
+            self._fail(f"it found too little memory again ({reason}): {error}")
 
     async def _stop(self, engine: RunningEngine, wish: End) -> None:
         """Drain and end an engine, or leave it; a later wish takes the place of this one."""

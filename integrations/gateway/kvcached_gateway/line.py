@@ -84,11 +84,16 @@ class Line:
 
     def changed(self, model_id: str) -> None:
         """Give leases to whoever can have one now: a model's state, or a lease of it, changed."""
-        if queue := self._queues.get(model_id):
+        queue = self._queues.get(model_id)
+        if queue is None:
+            return
+        if queue:
             self._dispatch(queue)
-            if not queue and model_id not in self._models:
-                del self._queues[model_id]
-                self._demands.pop(model_id, None)
+        elif model := self._models.get(model_id):
+            self._look_at(queue, model)
+        if not queue and model_id not in self._models:
+            del self._queues[model_id]
+            self._demands.pop(model_id, None)
 
     def waiting(self, model_id: str) -> int:
         """Return how many requests wait for a model."""

@@ -51,6 +51,8 @@ class Model:
         next_try_at: Until when it is failed.
         start_seconds: What a start takes, an average; 0 before the first.
         last_used: When it had a request the last time.
+        up_at: Since when its engine serves.
+        last_start_seconds: What the last one took; None of an engine that was adopted.
         num_starts: How often an engine of it was started; an adoption is none.
         token: What it answers to the known question.
         view: What the ledger said of it the last time.
@@ -77,6 +79,7 @@ class Model:
         self.is_out_of_memory = False
         self.next_try_at = 0.0
         self.start_seconds = 0.0
+        self.last_start_seconds: float | None = None
         self.num_starts = 0
         self.token = ""
         self.view: InstanceView | None = None
@@ -84,7 +87,7 @@ class Model:
         self.on_lease: list[Callable[[Model], None]] = []
         self.leases = HeldLeases(self._on_lease)
         self._adapters: Adapters | None = None
-        self._up_at = 0.0
+        self.up_at = 0.0
         self._life = Life(self, runner, patience or Patience())
 
     @property
@@ -123,7 +126,7 @@ class Model:
         woken = Woken.NONE
         if self.state is State.YIELDED:
             woken = Woken.WAKE
-        elif waited_seconds and self._clock() - waited_seconds <= self._up_at:
+        elif waited_seconds and self._clock() - waited_seconds <= self.up_at:
             woken = Woken.START
         adapter = None if folder is None else ask.model
         lease = self.leases.give(self.id, self.engine.address, woken, waited_seconds, adapter)
@@ -137,9 +140,9 @@ class Model:
         if self.state is not State.FAILED:
             return None
         seconds = max(self.next_try_at - self._clock(), LEAST_RETRY_SECONDS)
-        return RefusedError(
-            503, "model_failed", f"{self.id!r}: {self.failure}", retry_after_seconds=seconds
-        )
+        # The lines behind the first are of a log: the operator's business.
+        why = self.failure.partition("\n")[0]
+        return RefusedError(503, "model_failed", f"{self.id!r}: {why}", retry_after_seconds=seconds)
 
     def start(self, devices: tuple[str, ...], reason: str) -> None:
         """Start its engine on some devices, unless it has one; also where it failed before."""
@@ -199,7 +202,8 @@ class Model:
         """Have an engine that answered, after a start that took some seconds; for its own task."""
         self.engine = engine
         self.token, self.failure, self.is_out_of_memory = engine.token, "", False
-        self._up_at = self.last_used = self._clock()
+        self.up_at = self.last_used = self._clock()
+        self.last_start_seconds = seconds
         if seconds is not None:
             old = self.start_seconds or seconds
             self.start_seconds = old + NEW_SHARE * (seconds - old)

@@ -4,15 +4,17 @@ import asyncio
 import os
 import secrets
 from collections.abc import Callable, Mapping
+from itertools import chain, count
 from pathlib import Path
 
 from kvcached_gateway.adoption import check, identify
 from kvcached_gateway.config import Environment, ModelSettings
-from kvcached_gateway.engine import Engine, log_tail, remove
+from kvcached_gateway.engine import Engine, remove
 from kvcached_gateway.engines.sglang import SglangWords
 from kvcached_gateway.engines.vllm import VllmWords
 from kvcached_gateway.engines.words import EngineWords
 from kvcached_gateway.errors import AdoptionError, EngineDiedError, EngineStartError
+from kvcached_gateway.last_words import cause, log_end
 from kvcached_gateway.process import Launch, launch, start
 from kvcached_gateway.reload import engine_digest
 from kvcached_gateway.sessions import MARK, kill_session
@@ -23,6 +25,7 @@ __all__ = ["WORDS", "Runner"]
 WORDS: Mapping[str, EngineWords] = {words.name: words for words in (VllmWords(), SglangWords())}
 ADOPT_SECONDS = 10.0
 NUM_BYTES = 3
+TAIL_LINES = 12
 
 
 class Runner:
@@ -52,6 +55,7 @@ class Runner:
         self._environ = dict(environ)
         self._home = home
         self._launch = launch
+        self._engines: dict[str, Engine] = {}
 
     async def start(self, settings: ModelSettings, devices: tuple[str, ...], token: str) -> Engine:
         """See `EngineRunner.start`."""
@@ -60,7 +64,8 @@ class Runner:
         name = settings.instance_name
         # While a model moves it has two engines, and one that was killed leaves its socket.
         own = f"{name}-{secrets.token_hex(NUM_BYTES)}"
-        keys, log = self._folder.engines / f"{own}.yaml", self._folder.logs / f"{name}.log"
+        stem = self._free_stem(name)
+        keys, log = self._folder.engines / f"{own}.yaml", self._folder.logs / f"{stem}.log"
         address = words.address(self._folder.engines, own)
         command = words.command(settings, environment, devices, address, keys)
         variables = words.environ(settings, environment, devices)
@@ -84,13 +89,13 @@ class Runner:
             address=address,
             devices=devices,
             digest=engine_digest(settings, environment),
-            instance_name=name,
+            instance_name=settings.instance_name,
             is_elastic=variables["ENABLE_KVCACHED"] != "0",
             log=str(log),
             max_adapters=words.max_adapters(command),
             token=token,
         )
-        engine = Engine(words, settings, process, record)
+        engine = self._engines[stem] = Engine(words, settings, process, record)
         try:
             await self._bring_up(engine)
         except BaseException:
@@ -113,6 +118,7 @@ class Runner:
                 f"the engine of {record.model_id!r} that an earlier gateway left was ended: {error}"
             ) from error
         engine = Engine(WORDS[record.engine], settings, process, record)
+        self._engines[Path(record.log).stem] = engine
         try:
             async with asyncio.timeout(ADOPT_SECONDS):
                 await check(engine)
@@ -137,11 +143,24 @@ class Runner:
                 await engine.verify()
         except (EngineStartError, TimeoutError) as error:
             why = str(error) or f"the engine was not up within its start_limit of {limit:g} s"
-            tail = log_tail(engine.log)
-            is_short = any(words in tail for words in engine.words.out_of_memory)
+            text = log_end(engine.log)
+            found = cause(text)
+            tail = "\n".join(text.splitlines()[-TAIL_LINES:])
+            is_short = any(words in f"{found}\n{tail}" for words in engine.words.out_of_memory)
             raise EngineStartError(
-                f"{why}; its log ends with:\n{tail}", is_out_of_memory=is_short
+                f"{found + '; ' if found else ''}{why}\nIts log ends with:\n{tail}",
+                is_out_of_memory=is_short,
             ) from error
+
+    def _free_stem(self, instance_name: str) -> str:
+        """Return a name for the files of a new engine that no other engine's files have.
+
+        While a model moves it has two, and one that a reload took out may still be at its end when
+        it is in the file again.
+        """
+        self._engines = {stem: one for stem, one in self._engines.items() if not one.is_gone}
+        stems = (f"{instance_name}.{number}" for number in count(2))
+        return next(stem for stem in chain([instance_name], stems) if stem not in self._engines)
 
     def _check_digest(self, settings: ModelSettings, record: EngineRecord) -> None:
         if record.digest != engine_digest(settings, self._environment(settings)):

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 
-__all__ = ["PASSING", "UP", "State"]
+__all__ = ["GONE", "PASSING", "UP", "State"]
 
 
 class State(StrEnum):
@@ -19,3 +19,4 @@ class State(StrEnum):
 
 UP = frozenset({State.WARM, State.BUSY, State.YIELDED})
 PASSING = frozenset({State.STARTING, State.DRAINING})
+GONE = frozenset({State.COLD, State.FAILED})

@@ -103,6 +103,11 @@ class Demand:
     _first: tuple[float, int] | None = None
     _tokens_per_byte: float = FIRST_TOKENS_PER_BYTE
 
+    @property
+    def num_arrivals(self) -> int:
+        """How many requests came."""
+        return self._num_arrivals
+
     def arrived(self, now: float) -> None:
         """Count a request."""
         self.frequency.add(now)

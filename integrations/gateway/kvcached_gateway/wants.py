@@ -1,0 +1,36 @@
+"""Which models shall come up, and how much that is worth."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+__all__ = ["Cause", "Want"]
+
+
+class Cause(IntEnum):
+    """Why a model shall come up; what stands first goes first."""
+
+    ORDER = 0  # somebody said so: others may have to go for it
+    REQUEST = 1  # requests wait: others may have to go for it, as long as one does
+    AHEAD = 2  # somebody may ask for it soon: nobody goes for it
+
+
+@dataclass(frozen=True)
+class Want:
+    """A model that shall come up.
+
+    Attributes:
+        model_id: Its name.
+        cause: Why, which says who may have to go for it.
+        reason: The same as a sentence.
+        since: When it was first wanted, by the loop's clock.
+    """
+
+    model_id: str
+    cause: Cause
+    reason: str
+    since: float
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """What comes first is considered first."""
+        return self.cause is Cause.AHEAD, self.since

@@ -1,0 +1,191 @@
+"""Whatever is asked, starts, fails and goes: nobody is stopped in vain, and whoever waits knows."""
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any
+
+from helpers.gateway_clock import SimulatedLoop
+from helpers.gateway_fleet import Takes, World
+from hypothesis import settings as profile
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kvcached_gateway.errors import RefusedError
+from kvcached_gateway.lease import Ending, Lease
+from kvcached_gateway.model import Model
+from kvcached_gateway.state import UP, State
+
+MODELS = {
+    "a": Takes(process=4, residue=2, weights=30),
+    "b": Takes(process=4, residue=2, weights=30),
+    "c": Takes(process=8, residue=20, weights=30),
+    "pinned": Takes(process=4, residue=2, weights=10),
+    "kept": Takes(process=2, residue=2, weights=10),
+    "near": Takes(process=2, residue=2, weights=5),
+}
+NAMES = st.sampled_from(sorted(MODELS))
+MIN_WARM_SECONDS = 20.0
+
+
+class ControllerMachine(RuleBasedStateMachine):
+    """A controller over six models on two devices, where three or four fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = SimulatedLoop()
+        self.folder = Path(tempfile.mkdtemp())
+        self.waiting: list[asyncio.Task[Lease]] = []
+        self.held: list[Lease] = []
+        self.wrong: list[str] = []
+        self.run(self._begin())
+
+    async def _begin(self) -> None:
+        self.world = World(
+            self.folder,
+            MODELS,
+            devices={"one": 60, "two": 60},
+            host=100,
+            settings={
+                "pinned": {"pin": True},
+                "kept": {"when_idle": "stop", "idle_limit_seconds": 120.0},
+                "near": {"devices": ("two",), "max_wait_seconds": 60.0},
+            },
+        )
+        self.world.fleet.on_change.append(self._see)
+
+    def _see(self, model: Model, before: State, after: State, reason: str) -> None:
+        """Whoever is stopped for another one is idle, old enough and not pinned."""
+        now = self.loop.time()
+        if after is not State.DRAINING or "needs its memory" not in reason:
+            return
+        if before is State.BUSY or model.num_leases:
+            self.wrong.append(f"{model.id} was busy")
+        if model.settings.pin:
+            self.wrong.append(f"{model.id} is pinned")
+        if now - model.up_at < MIN_WARM_SECONDS:
+            self.wrong.append(f"{model.id} was young")
+
+    def run(self, work: Awaitable[Any]) -> None:
+        async def turns() -> None:
+            await work
+            for _ in range(30):
+                await asyncio.sleep(0)
+
+        self.loop.run_until_complete(turns())
+        for task in [task for task in self.waiting if task.done()]:
+            self.waiting.remove(task)
+            if task.cancelled():
+                continue
+            if (error := task.exception()) is None:
+                self.held.append(task.result())
+            else:
+                assert isinstance(error, RefusedError)
+                assert error.message
+
+    @rule(name=NAMES)
+    def ask(self, name: str) -> None:
+        async def begin() -> None:
+            self.waiting.append(self.world.ask(name))
+
+        self.run(begin())
+
+    @rule()
+    def tick(self) -> None:
+        self.run(self.world.tick())
+
+    @precondition(lambda self: self.world.engines.coming)
+    @rule()
+    def come_up(self) -> None:
+        self.run(self.world.come(next(iter(self.world.engines.coming))))
+
+    @precondition(lambda self: self.world.engines.coming)
+    @rule(is_short=st.booleans())
+    def fail(self, is_short: bool) -> None:  # noqa: FBT001  hypothesis passes it by name
+        name = next(iter(self.world.engines.coming))
+        self.run(self.world.fail(name, is_out_of_memory=is_short))
+
+    @precondition(lambda self: self.held)
+    @rule(number=st.integers(0, 99))
+    def give_back(self, number: int) -> None:
+        self.held.pop(number % len(self.held)).end(Ending.DONE)
+        self.run(asyncio.sleep(0))
+
+    @precondition(lambda self: self.waiting)
+    @rule(number=st.integers(0, 99))
+    def leave(self, number: int) -> None:
+        self.waiting[number % len(self.waiting)].cancel()
+        self.run(asyncio.sleep(0))
+
+    @rule(name=NAMES)
+    def yield_weights(self, name: str) -> None:
+        if not self.world[name].num_leases and self.world[name].settings.when_idle == "yield":
+            self.world.yielded ^= {name}
+
+    @rule(name=NAMES)
+    def stop(self, name: str) -> None:
+        self.world[name].stop("somebody said so")
+        self.run(asyncio.sleep(0))
+
+    @rule(name=NAMES)
+    def warm(self, name: str) -> None:
+        if self.world[name].state not in UP:
+            self.world.controller.warm(name)
+
+    @rule(seconds=st.sampled_from([1.0, 30.0, 200.0]))
+    def wait(self, seconds: float) -> None:
+        self.run(asyncio.sleep(seconds))
+
+    @invariant()
+    def nobody_is_stopped_who_may_not_be(self) -> None:
+        assert not self.wrong
+
+    @invariant()
+    def one_start_a_device(self) -> None:
+        starting = [each for each in self.world.fleet.all if each.state is State.STARTING]
+        devices = [name for model in starting for name in model.devices]
+        assert len(devices) == len(set(devices))
+
+    @invariant()
+    def engines_are_where_the_file_lets_them_be(self) -> None:
+        assert all(
+            devices == ("two",) for name, devices in self.world.engines.begun if name == "near"
+        )
+
+    def teardown(self) -> None:
+        try:
+            self.come_to_rest()
+            self.run(self.world.close())
+            assert not asyncio.all_tasks(self.loop)
+        finally:
+            self.loop.close()
+            shutil.rmtree(self.folder)
+
+    def come_to_rest(self) -> None:
+        """Whoever is asked when everything is idle starts, or it is said what it waits for."""
+        for lease in self.held:
+            lease.end(Ending.DONE)
+        for task in self.waiting:
+            task.cancel()
+        self.run(asyncio.sleep(400))
+        for name in MODELS:
+            self.ask(name)
+            for _ in range(8):
+                self.tick()
+                while self.world.engines.coming:
+                    self.come_up()
+                    self.tick()
+                if self.held:
+                    break
+                if self.waiting:
+                    assert self.world.waits_for(name)
+                self.run(asyncio.sleep(45))
+            assert self.held, (name, self.world.states, self.world.waits_for(name))
+            self.held.pop().end(Ending.DONE)
+            self.run(asyncio.sleep(100))
+
+
+ControllerMachine.TestCase.settings = profile(max_examples=40, stateful_step_count=30)
+TestControllerMachine = ControllerMachine.TestCase

@@ -1,0 +1,270 @@
+"""Which wanted models start, who has to go for them, and what the others wait for."""
+
+from pathlib import Path
+
+import pytest
+from helpers.gateway_fleet import Takes, World, simulated_in
+from helpers.gateway_line import refused
+
+from kvcached_gateway.lease import Ending
+from kvcached_gateway.state import State
+
+BIG = Takes(process=10.0, residue=30.0, weights=10.0)
+
+
+@simulated_in
+async def test_a_model_starts_where_what_it_takes_is_free(folder: Path) -> None:
+    world = World(folder, {"a": BIG})
+    asked = world.ask("a")
+    await world.tick()
+    assert world.engines.begun == [("a", ("gpu",))]
+    await world.come("a")
+    assert (await asked).model_id == "a"
+    await world.close()
+
+
+@simulated_in
+async def test_one_engine_at_a_time_starts_on_a_device(folder: Path) -> None:
+    world = World(folder, {"a": Takes(), "b": Takes()})
+    tasks = [world.ask("a"), world.ask("b")]
+    await world.tick()
+    assert [name for name, _ in world.engines.begun] == ["a"]
+    await world.tick()
+    assert world.waits_for("b") == "it waits for the start of 'a' on the same device"
+    await world.come("a")
+    await world.tick()
+    assert [name for name, _ in world.engines.begun] == ["a", "b"]
+    assert world.waits_for("b") == ""
+    await world.come("b")
+    assert [(await task).model_id for task in tasks] == ["a", "b"]
+    await world.close()
+
+
+@simulated_in
+async def test_engines_on_two_devices_start_side_by_side(folder: Path) -> None:
+    world = World(
+        folder,
+        {"a": Takes(), "b": Takes()},
+        devices={"one": 80, "two": 80},
+        settings={"a": {"devices": ("one",)}, "b": {"devices": ("two",)}},
+    )
+    tasks = [world.ask("a"), world.ask("b")]
+    await world.tick()
+    await world.tick()
+    assert world.engines.begun == [("a", ("one",)), ("b", ("two",))]
+    for name in "ab":
+        await world.come(name)
+    assert [(await task).model_id for task in tasks] == ["a", "b"]
+    await world.close()
+
+
+@simulated_in
+async def test_weights_that_yield_make_room_and_nobody_is_stopped(folder: Path) -> None:
+    world = World(folder, dict.fromkeys("abc", Takes(residue=1.0, weights=30.0)))
+    await world.up("a", "b", "c")
+    assert world.are_up == {"a", "b", "c"}
+    assert [decision.verb for decision in world.controller.decisions] == ["start"] * 3
+    await world.close()
+
+
+@simulated_in
+async def test_the_victim_is_gone_before_the_start_begins(folder: Path) -> None:
+    world = World(folder, dict.fromkeys("abc", BIG))
+    await world.up("a", "b")
+    world["a"].last_used -= 50  # so it is the cheapest
+    for _ in range(3):
+        lease = await world.ask("b")
+        lease.end(Ending.DONE)
+    await world.age()
+    asked = world.ask("c")
+    world.controller.tick(world.look(), world.clock())
+    assert world["a"].state is State.WARM  # told, and not yet begun
+    assert not world.engines.coming
+    await world.tick()
+    await world.tick()
+    assert world.states == {"a": State.COLD, "b": State.WARM, "c": State.STARTING}
+    await world.come("c")
+    (await asked).end(Ending.DONE)
+    assert [one.verb for one in world.controller.decisions if one.model_id == "a"] == [
+        "start",
+        "stop",
+    ]
+    await world.close()
+
+
+@simulated_in
+async def test_nobody_is_stopped_where_that_would_not_be_enough(folder: Path) -> None:
+    world = World(folder, {"a": BIG, "b": BIG, "c": Takes(residue=75.0)})
+    await world.down("a", "b")
+    await world.down("c")
+    await world.up("a", "b")
+    lease = await world.ask("b")
+    await world.age()
+    asked = world.ask("c")
+    await world.tick()
+    assert world.are_up == {"a", "b"}
+    reason = world.waits_for("c")
+    assert "nobody is stopped" in reason
+    assert "are missing on gpu" in reason
+    assert "'b' is busy" in reason
+    lease.end(Ending.DONE)
+    await world.age()
+    for _ in range(3):
+        await world.tick()
+    assert world.states == {"a": State.COLD, "b": State.COLD, "c": State.STARTING}
+    await world.come("c")
+    (await asked).end(Ending.DONE)
+    await world.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"pin": True}, "'a' is pinned"),
+        ({"when_idle": "stay"}, "'a' is pinned"),
+        ({}, "'a' is young"),
+    ],
+)
+def test_pinned_and_young_ones_stay_and_whoever_waits_is_told_so(
+    settings: dict[str, object], why: str, tmp_path: Path
+) -> None:
+    @simulated_in
+    async def main(folder: Path) -> None:
+        world = World(
+            folder,
+            {"a": Takes(process=10.0), "b": Takes(process=10.0)},
+            host=15.0,
+            settings={"a": settings, "b": {"max_wait_seconds": 60.0}},
+        )
+        await world.up("a")
+        if not settings:
+            world["a"].up_at = world.clock()
+        asked = world.ask("b")
+        await world.tick()
+        assert why in world.waits_for("b")
+        if settings:
+            error = await refused(asked)
+            assert (error.status, error.code) == (503, "model_loading")
+            assert why in error.message
+            assert "host memory" in error.message
+        else:
+            asked.cancel()
+        assert world.are_up == {"a"}
+        await world.close()
+
+    main(tmp_path)
+
+
+@simulated_in
+async def test_nobody_goes_for_a_request_whose_client_left(folder: Path) -> None:
+    world = World(folder, dict.fromkeys("ab", Takes(process=10.0)), host=15.0)
+    await world.up("a")
+    asked = world.ask("b")
+    await world.settle()
+    asked.cancel()
+    await world.tick()
+    assert world.are_up == {"a"}
+    assert world.waits_for("b") == "nobody waits for it any more"
+    again = world.ask("b")
+    for _ in range(3):
+        await world.tick()
+    assert world.states == {"a": State.COLD, "b": State.STARTING}
+    await world.come("b")
+    (await again).end(Ending.DONE)
+    await world.close()
+
+
+@simulated_in
+async def test_a_model_whose_requests_are_refused_while_it_loads_starts_all_the_same(
+    folder: Path,
+) -> None:
+    world = World(
+        folder,
+        dict.fromkeys("ab", Takes(process=10.0)),
+        host=15.0,
+        settings={"b": {"loading": "refuse"}},
+    )
+    await world.up("a")
+    assert (await refused(world.ask("b"))).code == "model_loading"
+    for _ in range(3):
+        await world.tick()
+    assert world.states == {"a": State.COLD, "b": State.STARTING}
+    await world.close()
+
+
+@simulated_in
+async def test_whoever_starts_too_large_for_the_budget_has_the_machine_to_itself(
+    folder: Path,
+) -> None:
+    world = World(folder, dict.fromkeys("ab", Takes(process=20.0)), host=15.0)
+    await world.up("a")  # nothing was known of it
+    asked = world.ask("b")
+    for _ in range(3):
+        await world.tick()
+    assert world.states == {"a": State.COLD, "b": State.STARTING}
+    await world.come("b")
+    (await asked).end(Ending.DONE)
+    await world.close()
+
+
+@simulated_in
+async def test_a_start_that_found_too_little_memory_has_somebody_stopped_and_is_tried_once_more(
+    folder: Path,
+) -> None:
+    world = World(folder, dict.fromkeys("abc", Takes(process=1.0, residue=1.0)))
+    await world.up("a", "b")
+    asked = world.ask("c")
+    await world.tick()
+    await world.fail("c", is_out_of_memory=True)
+    assert world["c"].state is State.COLD
+    assert not asked.done()
+    for _ in range(3):
+        await world.tick()
+    assert len(world.are_up) == 1  # one of them went, and one was enough
+    assert world["c"].state is State.STARTING
+    await world.fail("c", is_out_of_memory=True)
+    error = await refused(asked)
+    assert error.code == "model_failed"
+    assert "too little memory again" in error.message
+    assert "GiB of host memory" in error.message
+    assert len(world.are_up) == 1
+    await world.close()
+
+
+@simulated_in
+async def test_a_start_out_of_memory_is_tried_again_at_once_where_nobody_could_go(
+    folder: Path,
+) -> None:
+    world = World(folder, {"a": Takes()})
+    asked = world.ask("a")
+    await world.tick()
+    await world.fail("a", is_out_of_memory=True)
+    await world.tick()
+    assert world["a"].state is State.STARTING
+    await world.come("a")
+    assert not world["a"].is_out_of_memory
+    (await asked).end(Ending.DONE)
+    await world.close()
+
+
+@simulated_in
+async def test_somebody_who_names_a_failed_model_has_it_started(folder: Path) -> None:
+    world = World(folder, {"a": Takes()})
+    asked = world.ask("a")
+    await world.tick()
+    await world.fail("a")
+    assert (await refused(asked)).code == "model_failed"
+    world.controller.warm("a")
+    await world.tick()
+    assert world["a"].state is State.STARTING
+    await world.close()
+
+
+@simulated_in
+async def test_a_model_without_enough_devices_says_so(folder: Path) -> None:
+    world = World(folder, {"a": Takes()}, settings={"a": {"tensor_parallel": 2}})
+    asked = world.ask("a")
+    await world.tick()
+    assert world.waits_for("a") == "it needs 2 devices and may have 1"
+    asked.cancel()
+    await world.close()

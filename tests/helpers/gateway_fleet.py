@@ -1,0 +1,239 @@
+"""A gateway's controller over real models, without engines, on a machine written down."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpers.gateway_clock import run_simulated
+from helpers.gateway_ledger import row
+from helpers.gateway_runner import FakeEngine
+from kvcached_core.units import GIB
+from kvcached_gateway.config import MemorySettings, ModelSettings, Settings
+from kvcached_gateway.controller import Controller
+from kvcached_gateway.errors import EngineStartError
+from kvcached_gateway.fleet import Fleet
+from kvcached_gateway.lease import Ask, Ending, Lease
+from kvcached_gateway.line import Line
+from kvcached_gateway.machine import DeviceMemory, MachineView
+from kvcached_gateway.model import Model
+from kvcached_gateway.sizes import Sizes
+from kvcached_gateway.state import UP, State
+from kvcached_gateway.state_file import EngineRecord, Folder
+
+NUM_TURNS = 40
+OLD_SECONDS = 100.0  # longer than anybody is young, or was asked just now
+
+
+@dataclass(frozen=True)
+class Takes:
+    """What a model takes, in GiB: its processes on the host; on each device what stays, weights."""
+
+    process: float = 1.0
+    residue: float = 0.0
+    weights: float = 0.0
+
+
+class Engines:
+    """Starts engines when a test says so; a `running.EngineRunner`.
+
+    Attributes:
+        coming: The starts that are on their way, by model.
+        begun: Every start, in order, with its devices.
+    """
+
+    def __init__(self) -> None:
+        self.coming: dict[str, asyncio.Future[FakeEngine]] = {}
+        self.begun: list[tuple[str, tuple[str, ...]]] = []
+
+    async def start(
+        self, settings: ModelSettings, devices: tuple[str, ...], token: str
+    ) -> FakeEngine:
+        self.begun.append((settings.id, devices))
+        return await self._come(settings.id)
+
+    async def adopt(self, settings: ModelSettings, record: EngineRecord) -> FakeEngine:
+        return FakeEngine(model_id=settings.id)
+
+    async def _come(self, model_id: str) -> FakeEngine:
+        coming: asyncio.Future[FakeEngine] = asyncio.get_running_loop().create_future()
+        self.coming[model_id] = coming
+        try:
+            return await coming
+        finally:
+            del self.coming[model_id]
+
+
+class World:
+    """A controller, its models and its machine.
+
+    Args:
+        folder: Where the gateway's folder is made.
+        models: What each takes; one that is also in `settings` has those.
+        devices: The capacity of each device in GiB.
+        host: What engines and copies may take of the host's memory in GiB.
+        settings: Of a model, by its name.
+        memory: The file's `memory:`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        models: Mapping[str, Takes],
+        *,
+        devices: Mapping[str, float] | None = None,
+        host: float = 1000.0,
+        settings: Mapping[str, dict[str, Any]] | None = None,
+        memory: MemorySettings | None = None,
+    ) -> None:
+        self.takes = dict(models)
+        self.sizes = {name: int(each * GIB) for name, each in (devices or {"gpu": 80.0}).items()}
+        self.host_bytes = int(host * GIB)
+        self.more = {name: dict((settings or {}).get(name, {})) for name in models}
+        self.memory = memory or MemorySettings()
+        self.yielded: set[str] = set()
+        self.engines = Engines()
+        self.folder = Folder(folder)
+        self.clock = asyncio.get_running_loop().time
+        self.fleet = Fleet(self.settings(), self.engines, self.folder)
+        self.controller = Controller(self.fleet, folder, self._look, Sizes())
+        self.line = Line(
+            self.fleet.models,
+            lambda: self.fleet.settings,
+            self.clock,
+            self.controller.wanted,
+            self.controller.hindrance,
+        )
+        self.controller.follow(self.line)
+        self.fleet.on_lease.append(lambda model: self.line.changed(model.id))
+        self.fleet.on_change += [
+            self.controller.changed,
+            lambda model, _before, _after, _why: self.line.changed(model.id),
+        ]
+
+    def settings(self) -> Settings:
+        models = {
+            name: ModelSettings(id=name, environment="e", **({"model": "/none"} | more))
+            for name, more in self.more.items()
+        }
+        return Settings(path=Path("models.yaml"), models=models, memory=self.memory)
+
+    def __getitem__(self, name: str) -> Model:
+        return self.fleet.models[name]
+
+    def look(self) -> MachineView:
+        """Return the machine as its engines and those that start have it."""
+        there = [
+            model
+            for model in self.fleet.all
+            if model.engine is not None or model.state in {State.STARTING, State.DRAINING}
+        ]
+        devices = {name: self._device(name, there) for name in self.sizes}
+        host: dict[str, int] = {}
+        for model in there:
+            if model.engine is not None:
+                host[model.id] = host.get(model.id, 0) + self._bytes(model, "process")
+        return MachineView(devices, self.host_bytes, host, 0, self.host_bytes, {})
+
+    async def _look(self) -> MachineView:
+        return self.look()
+
+    def _bytes(self, model: Model, what: str) -> int:
+        return int(getattr(self.takes[model.id], what) * GIB)
+
+    def _device(self, name: str, there: list[Model]) -> DeviceMemory:
+        here = [model for model in there if name in model.devices and model.engine is not None]
+        rows = []
+        for model in here:
+            weights = self._bytes(model, "weights")
+            has = 0 if model.id in self.yielded else weights
+            yields = model.settings.when_idle == "yield"
+            rows.append(
+                row(
+                    name=model.settings.instance_name,
+                    resident_bytes=has if yields else 0,
+                    weights_bytes=has if yields else 0,
+                    weights_needed_bytes=weights if yields else 0,
+                    weights_offered_bytes=has if yields else 0,
+                    least_bytes=0,
+                )
+            )
+        used = sum(
+            self._bytes(model, "residue")
+            + (0 if model.id in self.yielded else self._bytes(model, "weights"))
+            for model in here
+        )
+        return DeviceMemory(name, self.sizes[name], self.sizes[name] - used, tuple(rows))
+
+    async def tick(self) -> None:
+        """Let the controller decide once, and everybody do what it said."""
+        await self.settle()
+        self.controller.tick(self.look(), self.clock())
+        await self.settle()
+
+    async def settle(self) -> None:
+        for _ in range(NUM_TURNS):
+            await asyncio.sleep(0)
+
+    def ask(self, name: str) -> asyncio.Task[Lease]:
+        return asyncio.create_task(self.line.take(Ask(name, "/v1/completions", 10)))
+
+    async def come(self, name: str) -> None:
+        """Let a start succeed."""
+        self.engines.coming[name].set_result(FakeEngine(model_id=name))
+        await self.settle()
+
+    async def fail(self, name: str, *, is_out_of_memory: bool = False) -> None:
+        error = EngineStartError("it cannot", is_out_of_memory=is_out_of_memory)
+        self.engines.coming[name].set_exception(error)
+        await self.settle()
+
+    async def up(self, *names: str) -> None:
+        """Have models up that nobody asks any more, and that are no longer young."""
+        for name in names:
+            asked = self.ask(name)
+            await self.tick()
+            await self.come(name)
+            (await asked).end(Ending.DONE)
+            await self.tick()
+        await self.age()
+
+    @property
+    def states(self) -> dict[str, State]:
+        return {name: model.state for name, model in self.fleet.models.items()}
+
+    @property
+    def are_up(self) -> set[str]:
+        return {name for name, state in self.states.items() if state in UP}
+
+    def waits_for(self, name: str) -> str:
+        return self.controller.hindrance(name)
+
+    async def close(self) -> None:
+        await self.fleet.close(is_kept=False, drain_seconds=0.0)
+        self.folder.close()
+
+    async def down(self, *names: str) -> None:
+        """Have models down of which it is known what they take."""
+        await self.up(*names)
+        for name in names:
+            self[name].stop("a test wants it")
+            await self.settle()
+
+    async def age(self) -> None:
+        """Let time go by until nobody is young, or was asked just now."""
+        await asyncio.sleep(OLD_SECONDS)
+
+
+def simulated_in(test: Callable[[Path], Awaitable[None]]) -> Callable[[Path], None]:
+    """Run a test's coroutine on a simulated loop, with a folder of its own."""
+
+    def run(tmp_path: Path) -> None:
+        async def main() -> None:
+            await test(tmp_path)
+
+        run_simulated(main)
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
