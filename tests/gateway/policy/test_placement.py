@@ -187,6 +187,13 @@ def test_a_move_that_gains_too_little_or_comes_too_soon_is_not_made() -> None:
     assert not place(CROWDED, full, SETTINGS, 0.0).moves
 
 
+def test_a_model_does_not_move_where_a_neighbour_could_not_wake_any_more() -> None:
+    sleeps = model("d", 0.0, 600, is_resident=False, current=("g1",))
+    assert place([*CROWDED, sleeps], ALL[:2], SETTINGS, 0.0).moves == ()
+    smaller = replace(sleeps, weights_bytes=500)
+    assert place([*CROWDED, smaller], ALL[:2], SETTINGS, 0.0).moves
+
+
 PLACES = st.lists(st.integers(0, 2), min_size=6, max_size=6)
 
 

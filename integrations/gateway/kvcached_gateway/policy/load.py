@@ -35,6 +35,16 @@ class Load:
     _floor_bytes: int = 0
     _wake_bytes: int = 0
 
+    @property
+    def left_bytes(self) -> int:
+        """What is free beside all floors."""
+        return self.free_bytes - self._floor_bytes
+
+    @property
+    def left_awake_bytes(self) -> int:
+        """The same while the largest weights that yielded have come back."""
+        return self.left_bytes - self._wake_bytes
+
     def add(self, share: Share) -> None:
         """Put a model's share on it."""
         self._rate += share.rate
@@ -48,9 +58,8 @@ class Load:
 
     def spare_bytes(self, share: Share) -> int:
         """Return what one more would leave when the largest wakes; it fits if that is something."""
-        wake_bytes = max(self._wake_bytes, share.wake_bytes)
-        floor_bytes = self._floor_bytes + share.floor_bytes
-        return self.free_bytes - share.taken_bytes - wake_bytes - floor_bytes
+        left_bytes = min(self.left_awake_bytes, self.left_bytes - share.wake_bytes)
+        return left_bytes - share.taken_bytes - share.floor_bytes
 
     def pressure(self, *, plus: Share | None = None, minus: Share | None = None) -> float:
         """Return the KV pressure ratio: as it is, or with a share more or less."""

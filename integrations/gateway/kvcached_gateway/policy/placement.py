@@ -17,6 +17,7 @@ from typing import Protocol
 
 from kvcached_core.units import format_bytes
 from kvcached_gateway.policy.load import Load, Share
+from kvcached_gateway.policy.rooms import Rooms
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,16 @@ def place(
     reasons: dict[str, str] = {}
     for model in models:
         if model.current and all(device in there for device in model.current):
-            _settle(there, model.current, shares[model.id])
+            for name in model.current:
+                there[name].add(shares[model.id])
             places[model.id] = model.current
+    rooms = Rooms(there)
     homeless = [model for model in models if model.id not in places]
     for model in sorted(homeless, key=lambda one: _rank(one, shares[one.id])):
-        target = _best(there, model, shares[model.id])
+        target = rooms.best(shares[model.id], model.tensor_parallel, model.allowed)
         reasons[model.id] = _reason(there, model, shares[model.id], target)
         if target:
-            _settle(there, target, shares[model.id])
+            rooms.add(target, shares[model.id])
             places[model.id] = target
     settled = [model for model in models if model.current == places.get(model.id)]
     move = _move(there, settled, shares, settings, now)
@@ -163,22 +166,8 @@ def _rank(model: PlacedModel, share: Share) -> tuple[float, int, str]:
     return (-share.rate, -model.weights_bytes, model.id)
 
 
-def _settle(there: Mapping[str, Load], names: Iterable[str], share: Share) -> None:
-    for name in names:
-        there[name].add(share)
-
-
 def _allowed(there: Mapping[str, Load], model: PlacedModel) -> list[Load]:
     return [load for name, load in there.items() if model.allowed is None or name in model.allowed]
-
-
-def _best(there: Mapping[str, Load], model: PlacedModel, share: Share) -> tuple[str, ...]:
-    """Return the devices where the ratio will be least; nothing where it does not fit."""
-    fitting = [load for load in _allowed(there, model) if load.fits(share)]
-    if len(fitting) < model.tensor_parallel:
-        return ()
-    fitting.sort(key=lambda one: (one.pressure(plus=share), -one.free_bytes, one.id))
-    return tuple(load.id for load in fitting[: model.tensor_parallel])
 
 
 def _reason(
