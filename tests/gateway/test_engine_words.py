@@ -155,7 +155,7 @@ def test_an_adapter_has_a_name_that_its_engine_finds_in_a_body() -> None:
 def test_an_answer_is_one_token_or_the_beginning_of_a_vector() -> None:
     assert VLLM.answer(b'{"choices": [{"text": " 10"}]}') == " 10"
     pooling = model(kind="pooling")
-    assert VLLM.question(pooling).path == "/v1/embeddings"
+    assert SGLANG.question(pooling).path == "/v1/embeddings"
     one, close, other = (
         VLLM.answer(b'{"data": [{"embedding": %s}]}' % values)
         for values in (b"[0.5, -0.25, 1]", b"[0.501, -0.249, 1.002]", b"[-0.5, 0.25, 1]")
@@ -164,6 +164,19 @@ def test_an_answer_is_one_token_or_the_beginning_of_a_vector() -> None:
     assert not VLLM.is_same(one, other, pooling)
     assert not VLLM.is_same(one, VLLM.answer(b'{"data": [{"embedding": [1]}]}'), pooling)
     assert not VLLM.is_same("10", "11", model())
+
+
+def test_vllm_is_asked_where_models_that_embed_and_models_that_score_both_answer() -> None:
+    pooling = model(kind="pooling")
+    assert VLLM.question(pooling).path == "/pooling"
+    assert VLLM.question(model()).path == "/v1/completions"
+    vector = VLLM.answer(b'{"data": [{"data": [0.5, -0.25, 1]}]}')
+    assert vector == VLLM.answer(b'{"data": [{"embedding": [0.5, -0.25, 1]}]}')
+    score, close, other = (
+        VLLM.answer(b'{"data": [{"data": [%s]}]}' % value) for value in (b"0.61", b"0.612", b"0.8")
+    )
+    assert VLLM.is_same(score, close, pooling)
+    assert not VLLM.is_same(score, other, pooling)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +189,7 @@ def test_an_answer_is_one_token_or_the_beginning_of_a_vector() -> None:
         b'{"error": "no"}',
         b'{"data": [{"embedding": []}]}',
         b'{"data": [{"embedding": [NaN]}]}',
+        b'{"data": []}',
     ],
 )
 def test_what_is_no_answer_is_said_to_be_none(body: bytes) -> None:

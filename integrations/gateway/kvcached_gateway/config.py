@@ -175,7 +175,8 @@ class ModelSettings(Values):
     adapter_of: Text | None = Field(default=None, description="the model that it is an adapter of")
     path: Text | None = Field(default=None, description="the adapter's folder")
     kind: Literal["generate", "pooling"] = Field(
-        default="generate", description="whether it answers with tokens or with a vector"
+        default="generate",
+        description="whether it answers with tokens, or with a vector or a score",
     )
 
     @property

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from kvcached_gateway.config import Environment, ModelSettings
-from kvcached_gateway.engines.words import CONNECTION_SECONDS, OUT_OF_MEMORY, EngineWords
+from kvcached_gateway.engines.words import (
+    CONNECTION_SECONDS,
+    OUT_OF_MEMORY,
+    PROMPT,
+    EngineWords,
+    Question,
+)
 from kvcached_gateway.errors import EngineStartError
 from kvcached_gateway.lease import Address
 
@@ -84,6 +90,12 @@ class VllmWords(EngineWords):
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "VLLM_SERVER_DEV_MODE": "0",
         }
+
+    def question(self, settings: ModelSettings) -> Question:
+        """See `EngineWords.question`; models that score have this path, too, and no embeddings."""
+        if settings.kind == "pooling":
+            return Question("/pooling", {"model": settings.id, "input": PROMPT})
+        return super().question(settings)
 
     def adapter_name(self, base: ModelSettings, adapter: str) -> str:
         """See `EngineWords.adapter_name`: any name."""

@@ -174,7 +174,9 @@ class EngineWords(ABC):
         try:
             found = json.loads(body)
             if "data" in found:
-                values = [float(each) for each in found["data"][0]["embedding"][:NUM_KEPT_VALUES]]
+                (first, *_) = found["data"]
+                vector = first["embedding"] if "embedding" in first else first["data"]
+                values = [float(each) for each in vector[:NUM_KEPT_VALUES]]
                 if not values or not all(map(math.isfinite, values)):
                     raise EngineStartError(f"it answered a vector that is none: {values[:4]}")
                 return json.dumps(values)
@@ -190,6 +192,8 @@ class EngineWords(ABC):
         one, two = json.loads(answer), json.loads(known)
         if len(one) != len(two):
             return False
+        if len(one) == 1:  # a score; it has no direction
+            return math.isclose(one[0], two[0], rel_tol=1 - LEAST_COSINE, abs_tol=1 - LEAST_COSINE)
         size = math.hypot(*one) * math.hypot(*two)
         return bool(size and sum(map(float.__mul__, one, two)) / size >= LEAST_COSINE)
 
