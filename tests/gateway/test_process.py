@@ -15,7 +15,7 @@ from helpers.waiting import await_that
 
 from kvcached_gateway.errors import AdoptionError
 from kvcached_gateway.process import EngineProcess, adopt, start
-from kvcached_gateway.sessions import MARK, Identity, kill_session, members, orphans
+from kvcached_gateway.sessions import MARK, Identity, kill_session, members, memory_bytes, orphans
 
 # Says its number and those of two children: one in its group, one in a group of its own. All of
 # them are deaf to the polite signal where the first argument says so.
@@ -128,7 +128,7 @@ def test_an_adopted_process_is_watched_and_ended_though_it_is_no_child(tmp_path:
         pids = await said(log)
         process = adopt(Identity.of(pids[0]))
         assert process.is_running
-        assert process.memory_bytes() > 0
+        assert memory_bytes([process.identity])[process.identity] > 0
         await process.end(5.0)
         assert not any(map(is_there, pids))
         assert process.exit_code is None

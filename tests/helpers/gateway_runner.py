@@ -49,13 +49,9 @@ class FakeEngine:
     asked: list[tuple[str, str]] = field(default_factory=list)
     crashed: asyncio.Event = field(default_factory=asyncio.Event)
     model_id: str = "a"
-    num_bytes: int = 0
 
     def record(self) -> EngineRecord:
         return record_of(self.model_id)
-
-    def memory_bytes(self) -> int:
-        return self.num_bytes
 
     async def ended(self) -> None:
         await self.crashed.wait()

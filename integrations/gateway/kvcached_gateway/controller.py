@@ -160,14 +160,13 @@ class Controller:
         self._observe(machine)
         for model in self._fleet.models.values():
             self._end_idle(model, now)
-        for name in self._fleet.end_stale():
-            self._starts.want(
-                Want(name, Cause.AHEAD, "the file says something else of it now", now)
-            )
         for want in self._prewarming.wants(machine, now):
             self._starts.want(want)
         self._starts.decide(machine, now, self._moves.place)
         self._moves.decide(machine, now)
+        # Behind the starts: one that is only told to end is not down yet.
+        for name in self._fleet.end_stale():
+            self._want(name, Cause.AHEAD, "the file says something else of it now")
 
     def _want(self, model_id: str, cause: Cause, reason: str) -> None:
         self._starts.want(Want(model_id, cause, reason, self._clock()))
@@ -226,6 +225,13 @@ class Controller:
             lines.append(f"on {', '.join(model.devices)}")
         if hindrance := self.hindrance(model_id):
             lines.append(f"it waits: {hindrance}")
+        if model.state in UP:
+            going = self._starts.next_to_go(now)
+            first = (
+                "it" if going.victims[:1] == (model_id,) else next(iter(going.victims), "nobody")
+            )
+            why = f"; it {going.stays[model_id]}" if model_id in going.stays else ""
+            lines.append(f"who would be stopped first for another model: {first}{why}")
         lines += [
             f"{time.strftime('%H:%M:%S', time.localtime(one.at))} {one.verb}: {one.reason}"
             for one in self.decisions.of(model_id)

@@ -90,10 +90,6 @@ class Engine:
         """Return what a later gateway needs to adopt it."""
         return self._record
 
-    def memory_bytes(self) -> int:
-        """Return the memory that only its processes have; for a thread."""
-        return self.process.memory_bytes()
-
     async def ready(self) -> None:
         """Wait until it says that it is up; whoever calls sets the limit.
 

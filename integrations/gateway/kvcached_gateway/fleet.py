@@ -13,7 +13,7 @@ from kvcached_gateway.remote import find_remote
 from kvcached_gateway.runner import Runner
 from kvcached_gateway.running import RunningEngine
 from kvcached_gateway.sessions import kill_session, orphans
-from kvcached_gateway.state import UP, State
+from kvcached_gateway.state import GONE, UP, State
 from kvcached_gateway.state_file import EngineRecord, Folder
 from kvcached_gateway.watch import Patience
 
@@ -189,11 +189,12 @@ class Fleet:
         """Drain and end a model that is nobody's any more."""
         self._leaving.add(model)
         model.stop(reason)
-        task = asyncio.ensure_future(model.close(is_kept=False))
+        task = asyncio.ensure_future(model.close(is_kept=False, drain_seconds=None))
         task.add_done_callback(lambda _task: self._leaving.discard(model))
 
     def _changed(self, model: Model, before: State, after: State, reason: str) -> None:
-        if (before in UP) != (after in UP) and not self._is_kept:
+        comes, is_gone = after in UP and before not in UP, after in GONE
+        if (comes or is_gone) and not self._is_kept:
             self.write()
         for tell in self.on_change:
             tell(model, before, after, reason)

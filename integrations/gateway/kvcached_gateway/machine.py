@@ -3,7 +3,8 @@
 `look` reads files, NVML and /proc: it is for a thread.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from kvcached_core.ledger.view import DeviceView, InstanceView
 from kvcached_core.memory.host_memory import host_memory
 from kvcached_core.weights.copies_folder import read_holders
 from kvcached_gateway.config import HOST
+from kvcached_gateway.sessions import Identity, memory_bytes
 
 __all__ = ["HOST_MEMORY", "DeviceMemory", "Machine", "MachineView"]
 
@@ -24,6 +26,7 @@ __all__ = ["HOST_MEMORY", "DeviceMemory", "Machine", "MachineView"]
 # something else: the pool that the KV caches of CPU engines share.
 HOST_MEMORY = "host memory"
 HALF = 2
+PROCESS_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class MachineView:
     Attributes:
         devices: Those that engines may have, by name.
         budget_bytes: What engines' processes and host copies may take of the host's memory.
-        engines_bytes: What each engine's processes have of their own, by model.
+        engines_bytes: What each model's processes have of their own.
         copies_bytes: What host copies of weights take that an engine uses.
         available_bytes: What the kernel could still give.
         numbers: What a file may call a device beside its name: its number.
@@ -110,30 +113,40 @@ class Machine:
         self._numbers = _numbers()
         self.names = _resolve(devices, self._numbers)
         self.budget_bytes = host_memory_bytes or _available_bytes() // HALF
+        self._read_of: tuple[tuple[str, Identity], ...] = ()
+        self._read_at = 0.0
+        self._read: dict[Identity, int] = {}
         self._free = {name: nvml.free_memory_reader(name) for name in self.names if name != HOST}
 
-    def look(self, processes: Iterable[tuple[str, Callable[[], int]]]) -> MachineView:
-        """Return what there is now.
+    def look(self, engines: Sequence[tuple[str, Identity]]) -> MachineView:
+        """Return what there is now; what processes have is as old as two seconds.
 
         Args:
-            processes: The model of each engine, and what its processes have of their own.
+            engines: The model of each engine, and its first process.
         """
         found = survey(self._directory)
         by_name = {view.device: view for view in found.devices}
         devices = {name: self._device(name, by_name.get(name)) for name in self.names}
-        engines_bytes: dict[str, int] = {}
-        for model_id, read in processes:
-            with suppress(OSError):
-                engines_bytes[model_id] = engines_bytes.get(model_id, 0) + read()
         return MachineView(
             devices,
             self.budget_bytes,
-            engines_bytes,
+            self._engines_bytes(tuple(engines)),
             self._copies_bytes(),
             _available_bytes(),
             self._numbers,
             tuple(found.problems),
         )
+
+    def _engines_bytes(self, engines: tuple[tuple[str, Identity], ...]) -> dict[str, int]:
+        """Return what each model's processes have; to read it costs more than all else here."""
+        now = time.monotonic()
+        if engines != self._read_of or now - self._read_at >= PROCESS_SECONDS:
+            self._read_of, self._read_at = engines, now
+            self._read = memory_bytes(leader for _, leader in engines)
+        found: dict[str, int] = {}
+        for model_id, leader in engines:
+            found[model_id] = found.get(model_id, 0) + self._read.get(leader, 0)
+        return found
 
     def _device(self, name: str, view: DeviceView | None) -> DeviceMemory:
         if view is not None:

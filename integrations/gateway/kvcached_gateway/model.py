@@ -156,12 +156,12 @@ class Model:
         """Give no more leases, and end its engine when the last is back, or after some seconds."""
         self._life.end(End(reason, drain_seconds))
 
-    async def close(self, *, is_kept: bool, drain_seconds: float = 0.0) -> None:
+    async def close(self, *, is_kept: bool, drain_seconds: float | None = 0.0) -> None:
         """Do nothing any more: its engine is drained and ended, or left alive for a later gateway.
 
         Args:
             is_kept: Whether it is left alive.
-            drain_seconds: How long leases are waited for.
+            drain_seconds: How long leases are waited for; None is until the last.
         """
         await self._life.close(End("the gateway ends", drain_seconds, is_kept=is_kept))
 

@@ -116,7 +116,7 @@ class Moves:
         self._target.start(move.target, reason)
 
     def _placed(self, model: Model, machine: MachineView) -> PlacedModel:
-        size, num = self._sizes.of(model.id), model.settings.tensor_parallel
+        num = model.settings.tensor_parallel
         views = machine.views(model.settings.instance_name, model.devices)
         return PlacedModel(
             id=model.id,
@@ -124,7 +124,7 @@ class Moves:
                 model, self._sizes, self._fleet.settings.classes
             ),
             weights_bytes=self._sizes.weights_bytes(model.settings) * num,
-            residue_bytes=size.residue_bytes * num,
+            residue_bytes=self._sizes.residue_bytes(model.settings) * num,
             floor_bytes=sum(view.floor_bytes for view in views),
             is_resident=self._stays(model, views),
             tensor_parallel=num,

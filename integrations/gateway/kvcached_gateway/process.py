@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from kvcached_core.units import KIB
 from kvcached_gateway.errors import AdoptionError
 from kvcached_gateway.sessions import Identity, kill_session, members
 
@@ -110,13 +109,6 @@ class EngineProcess:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), seconds)
 
-    def memory_bytes(self) -> int:
-        """Return the memory that only its processes have, files and shared memory not counted.
-
-        It reads a few files of each process: for a thread.
-        """
-        return sum(map(_own_bytes, members(self.identity)))
-
     def _on_end(self) -> None:
         self.forget()
         if self._child is not None:
@@ -175,13 +167,3 @@ def adopt(identity: Identity) -> EngineProcess:
         os.close(watch)
         raise AdoptionError(f"the number {identity.pid} is another process's, or has ended")
     return EngineProcess(identity, watch)
-
-
-def _own_bytes(pid: int) -> int:
-    """Return the anonymous memory of a process, pages that forks share shared out."""
-    try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    except OSError:  # it has ended
-        return 0
-    line = next((line for line in text.splitlines() if line.startswith("Pss_Anon:")), "0 0 kB")
-    return int(line.split()[1]) * KIB

@@ -38,10 +38,6 @@ class RemoteEngine:
         """Return nothing: a later gateway finds it in the file again."""
         return None
 
-    def memory_bytes(self) -> int:
-        """Return nothing: its memory is not of this machine."""
-        return 0
-
     async def ended(self) -> None:
         """Wait until we leave it: when it goes away, its health says so."""
         await self._ended.wait()

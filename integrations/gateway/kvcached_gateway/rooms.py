@@ -82,8 +82,14 @@ class Rooms:
         is_there = UP | {State.STARTING, State.DRAINING}
         there = [model.settings for model in self._fleet.all if model.state in is_there]
         copies_bytes = sum(self._sizes.copy_bytes(settings) for settings in there)
-        coming = self._coming_bytes(HOST_MEMORY, machine)
-        return machine.free_host_bytes - max(copies_bytes - machine.copies_bytes, 0) - coming
+        # One that is being ended has no engine any more, and not given back what it had.
+        going_bytes = sum(
+            self._sizes.of(model.id).process_bytes
+            for model in self._fleet.all
+            if model.state is State.DRAINING and model.engine is None
+        )
+        missing_bytes = max(copies_bytes - machine.copies_bytes, 0) + going_bytes
+        return machine.free_host_bytes - missing_bytes - self._coming_bytes(HOST_MEMORY, machine)
 
     def _coming_bytes(self, place: str, machine: MachineView) -> int:
         """Return what engines that start will still take of a place, beside their copies."""

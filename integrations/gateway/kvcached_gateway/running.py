@@ -28,9 +28,6 @@ class RunningEngine(Protocol):
     def record(self) -> EngineRecord | None:
         """Return what a later gateway needs to adopt it; None where it never is to."""
 
-    def memory_bytes(self) -> int:
-        """Return the memory that only its processes have; for a thread."""
-
     async def ended(self) -> None:
         """Wait until its first process has ended."""
 

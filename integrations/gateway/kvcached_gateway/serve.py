@@ -211,9 +211,8 @@ def _fleet(
 
 async def _look(machine: Machine, fleet: Fleet) -> MachineView:
     """Look at the machine beside the loop."""
-    engines = [
-        (model.id, model.engine.memory_bytes) for model in fleet.all if model.engine is not None
-    ]
+    records = [(model.id, model.record()) for model in fleet.all]
+    engines = [(name, record.identity) for name, record in records if record is not None]
     return await asyncio.to_thread(machine.look, engines)
 
 

@@ -102,11 +102,14 @@ class Sizes:
         """Return what a model's processes take; of one that never ran, what the largest has."""
         return self.of(model.id).process_bytes or self._most("process_bytes")
 
+    def residue_bytes(self, model: ModelSettings) -> int:
+        """Return what a model holds of each device beside weights and KV cache, likewise."""
+        return self.of(model.id).residue_bytes or self._most("residue_bytes")
+
     def device_bytes(self, model: ModelSettings) -> int:
         """Return what a start of a model takes of each of its devices."""
-        size = self.of(model.id)
-        residue_bytes = size.residue_bytes or self._most("residue_bytes")
-        return residue_bytes + self.weights_bytes(model) + size.least_bytes
+        least_bytes = self.of(model.id).least_bytes
+        return self.residue_bytes(model) + self.weights_bytes(model) + least_bytes
 
     def needed_bytes(self, model: ModelSettings, devices: Iterable[str]) -> dict[str, int]:
         """Return what a start of a model takes, by place."""

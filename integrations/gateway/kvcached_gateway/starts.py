@@ -105,6 +105,10 @@ class Starts:
                 return "it waits until its engine of before has ended"
         return ""
 
+    def next_to_go(self, now: float) -> eviction.Eviction:
+        """Return who would be stopped for some of the host's memory, and why others would not."""
+        return self._choose(self._candidates((), now), {HOST_MEMORY: 1}, now)
+
     def may_not_go(self, model: Model) -> bool:
         """Whether a model is not to be stopped for another one, however old it is."""
         is_busy = bool(model.num_leases or self._demands.waiting(model.id))
@@ -186,14 +190,7 @@ class Starts:
         self, model: Model, devices: Sequence[str], missing: Mapping[str, int], now: float
     ) -> bool:
         """Stop whoever is worth least, if that is enough; say whether somebody was."""
-        chosen = eviction.choose(
-            self._candidates(devices, now),
-            missing,
-            self._aging,
-            self._fleet.settings.memory,
-            now,
-            is_for_request=True,
-        )
+        chosen = self._choose(self._candidates(devices, now), missing, now)
         self._aging = chosen.state
         if not chosen.victims:
             self._wait(model, chosen.reason, missing=missing)
@@ -205,6 +202,12 @@ class Starts:
             self._decisions.add(name, "stop", f"for {model.id!r}: {chosen.reason}", missing=missing)
             self._fleet.models[name].stop(f"{model.id!r} needs its memory")
         return True
+
+    def _choose(
+        self, candidates: Sequence[eviction.Candidate], missing: Mapping[str, int], now: float
+    ) -> eviction.Eviction:
+        settings = self._fleet.settings.memory
+        return eviction.choose(candidates, missing, self._aging, settings, now, is_for_request=True)
 
     def _wait(self, model: Model, reason: str, **inputs: Mapping[str, int]) -> None:
         self._decisions.add(model.id, "wait", reason, **inputs)
