@@ -169,9 +169,11 @@ class RankWeights:
                 return
             self._num_there = first
             self._drop_unfinished()
+            if first == num_pages:
+                # Whom the last report wakes may need this memory too, and nobody rings for it.
+                release_cached_blocks()
             self._report()
             batch_pages = min(2 * batch_pages, MAX_DROP_BATCH_PAGES)
-        release_cached_blocks()
 
     def _write_back(self, copy: HostCopy, first: int, end: int) -> bool:
         """Have the copy know what the pages are; return whether it does."""

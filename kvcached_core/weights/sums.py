@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import torch
 
 _WORD_BYTES = 8
+# Pages whose numbers are taken at a time: what torch has in between stays below a MiB for each
+# tensor. For a larger one it would take 20 MiB of a device that is asked for memory.
+_MAX_PAGES = 16
 # The constants of SplitMix64, as signed 64-bit numbers: torch has no others of that size.
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 _FIRST_FACTOR = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -39,8 +42,13 @@ def sums_of(pages: "torch.Tensor", num_pages: int) -> list[tuple[int, int]]:
     import torch  # noqa: PLC0415  the core needs torch nowhere else
 
     words = pages.view(torch.int64).view(num_pages, -1)
-    table = words.view(num_pages, -1, _num_columns(words.shape[1]))
-    numbers = torch.stack([_scrambled(table.sum(dim=2)), _scrambled(table.sum(dim=1))], dim=1)
+    tables = words.view(num_pages, -1, _num_columns(words.shape[1])).split(_MAX_PAGES)
+    numbers = torch.cat(
+        [
+            torch.stack([_scrambled(table.sum(dim=2)), _scrambled(table.sum(dim=1))], dim=1)
+            for table in tables
+        ]
+    )
     return [(rows, columns) for rows, columns in numbers.tolist()]
 
 

@@ -96,11 +96,14 @@ def test_what_torch_keeps_for_later_goes_with_the_last_page_and_stays_for_a_retu
 
     def note() -> None:
         resident.append(image.num_resident_pages)
+        ours.done.append("release_cached_blocks")
 
     monkeypatch.setattr(rank, "release_cached_blocks", note)
     for num_pages in (NUM_PAGES, 2, NUM_PAGES, 0):
         ours.weights.hold(num_pages)
     assert resident == [2, 0]
+    # Whom the last report wakes finds it.
+    assert ours.done[-2:] == ["release_cached_blocks", "settle"]
 
 
 def test_a_clean_page_is_dropped_and_only_what_is_missing_is_copied_in(

@@ -1,9 +1,13 @@
 """Two numbers say whether a page is what it was: what a plain sum misses, they notice."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import KIB, MIB
@@ -75,11 +79,34 @@ def test_zeros_in_other_places_have_other_sums() -> None:
     assert len(found) == len(range(0, WORDS, 97))
 
 
-def test_pages_of_a_run_have_the_sums_that_they_have_alone() -> None:
-    words = random_words(5 * WORDS)
-    together = sums_of(words.view(torch.int8), 5)
-    assert together == [sums(words[page * WORDS : (page + 1) * WORDS]) for page in range(5)]
-    assert len(set(together)) == 5
+@pytest.mark.parametrize("num_pages", [1, 5, 16, 17, 37])
+def test_pages_of_a_run_have_the_sums_that_they_have_alone(num_pages: int) -> None:
+    words = random_words(num_pages * WORDS)
+    together = sums_of(words.view(torch.int8), num_pages)
+    alone = [sums(words[page * WORDS : (page + 1) * WORDS]) for page in range(num_pages)]
+    assert together == alone
+    assert len(set(together)) == num_pages
+
+
+def test_what_sums_take_meanwhile_does_not_grow_with_the_pages() -> None:
+    pages = torch.empty(64 * 64 * MIB, dtype=torch.int8, device="meta")
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, _types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            made = func(*args, **(kwargs or {}))
+            for one in tree_leaves(made):
+                storage = one.untyped_storage()
+                if storage._cdata != pages.untyped_storage()._cdata:
+                    sizes.append(storage.nbytes())
+            return made
+
+    with Sizes(), pytest.raises(NotImplementedError):  # there is nothing to read at the end
+        sums_of(pages, 64)
+    assert sizes
+    assert max(sizes) < MIB  # for more, torch takes 20 MiB of the device
 
 
 @pytest.mark.parametrize("num_words", [512, 1536, 1 << 13, 3 << 12, 7 * 512])
