@@ -20,6 +20,7 @@ from kvcached_core.ledger.times import NO_CALLS
 from kvcached_core.memory.patience import keep_trying
 from kvcached_core.memory.seats import Seat
 from kvcached_core.memory.torch_device import release_cached_blocks
+from kvcached_core.units import MIB
 from kvcached_core.weights.copying import Copying
 from kvcached_core.weights.host_copy import HostCopy
 from kvcached_core.weights.image import Image
@@ -32,6 +33,9 @@ logger = logging.getLogger("kvcached")
 DROP_BATCH_PAGES, MAX_DROP_BATCH_PAGES = 8, 64
 # Pages that are brought at a time before the ledger is told.
 MAP_BATCH_PAGES = 4
+# Bytes that are copied at a time: the few that a neighbour's step copies to the same device get in
+# between. Smaller ones make a wake longer.
+MAX_COPY_BYTES = 16 * MIB
 # How long a wake waits for memory that was promised; the engine goes on asking afterwards.
 PATIENCE_SECONDS = 2.0
 
@@ -194,13 +198,18 @@ class RankWeights:
                 batch_end = min(self._num_there + MAP_BATCH_PAGES, num_pages)
                 while (page := self._num_there) < batch_end:
                     self._map_next((num_pages - page) * image.page_bytes)
-                    image.backend.copy_in(
-                        image.page_address(page), copy.page_address(page), image.page_bytes
-                    )
+                    self._copy_in(copy, page)
                     self._num_there += 1
                 self._report()
         finally:
             image.backend.join_copies(self._current_stream())
+
+    def _copy_in(self, copy: HostCopy, page: int) -> None:
+        image = self.image
+        address, host_address = image.page_address(page), copy.page_address(page)
+        for begin in range(0, image.page_bytes, MAX_COPY_BYTES):
+            num_bytes = min(MAX_COPY_BYTES, image.page_bytes - begin)
+            image.backend.copy_in(address + begin, host_address + begin, num_bytes)
 
     def _map_next(self, missing_bytes: int) -> None:
         ledger, seat = self._ledger, self._seat

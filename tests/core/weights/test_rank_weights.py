@@ -266,6 +266,18 @@ def test_a_page_is_copied_as_soon_as_it_is_mapped_and_a_step_waits_for_the_last(
     ]
 
 
+def test_a_page_comes_in_parts_that_others_copies_get_in_between(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank, "MAX_COPY_BYTES", PAGE // 4 * 3)
+    ours = make(HostBackend(PAGE)).start()
+    ours.weights.hold(0)
+    ours.done.clear()
+    ours.weights.hold(NUM_PAGES)
+    assert ours.done.count("copy_in") == 2 * NUM_PAGES
+    ours.check(NUM_PAGES)
+
+
 CALLS = [
     ("cuMemCreate", Result.CUDA_ERROR_UNKNOWN),
     ("cuMemMap", Result.CUDA_ERROR_INVALID_VALUE),
