@@ -66,8 +66,9 @@ async def hang(
         if num_silent >= patience.num_silent:
             return f"its health was silent {num_silent} times for {patience.health_seconds:g} s"
         counters = None
-        with suppress(EngineDiedError, ValueError):  # no answer, or none that can be read
-            counters = await engine.counters()
+        if is_well:
+            with suppress(EngineDiedError, ValueError):  # no answer, or none that can be read
+                counters = await engine.counters()
         now = loop.time()
         if counters is not None:
             is_at_rest = not counters.num_running or may_stand_still()
