@@ -11,10 +11,10 @@ from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN
 
 # What the second model's prefix cache may take: less than the first one's weights, so that it gives
 # weights, too. Less than the lowest of them is left when it is full; its pages are smaller.
-CACHE_BYTES, FULL_BYTES = 6 * GIB, 256 * MIB
+CACHE_BYTES, FULL_BYTES = 3 * GIB, 256 * MIB
 TINY_CACHE_BYTES, TINY_FULL_BYTES = 48 * MIB, 16 * MIB
-NUM_FILL_TOKENS, TINY_NUM_FILL_TOKENS = 6000, 500
-MAX_FILLS = 5
+NUM_FILL_TOKENS, TINY_NUM_FILL_TOKENS = 8000, 500
+MAX_FILLS = 3
 
 
 def turns(run: Run, num: int) -> dict[str, Any]:
@@ -39,8 +39,9 @@ def cache(run: Run, num: int) -> dict[str, Any]:
     run.ask(SECOND)
     cache_bytes = TINY_CACHE_BYTES if run.tiny else CACHE_BYTES
     with run.taken(max(run.room_bytes() - cache_bytes, 0)) as holder:
-        for number in range(num // 5):
+        for number in range(max(num // 8, 3)):
             run.sleep(FIRST)
+            run.ask(SECOND)  # it has all its weights: what is left is for its cache
             found["left_bytes"].append(_fill(run, holder, number))
             before = run.view(SECOND)
             found["seconds"].append(run.first_token_seconds(FIRST))
@@ -70,11 +71,12 @@ def _fill(run: Run, holder: Neighbour, seed: int) -> int:
 
 def give(run: Run, num: int) -> dict[str, Any]:
     """Ask for all weights of an idle model in the name of a row of this process."""
-    first, whole = [], []
+    first, whole, unmaps = [], [], []
     for _ in range(max(num // 10, 3)):
         run.first_token_seconds(FIRST)
         run.sleep(SECOND)
-        needed = run.view(FIRST).weights_bytes
+        before = run.view(FIRST)
+        needed = before.weights_bytes
         with run.servers.open_ledger() as ledger:
             neighbour = Neighbour(ledger)
             try:
@@ -84,4 +86,5 @@ def give(run: Run, num: int) -> dict[str, Any]:
                 neighbour.close()
         first.append(took[0])
         whole.append(took[1])
-    return {"bytes": needed, "first_page_ms": first, "all_ms": whole}
+        unmaps.append((run.view(FIRST).unmap_times.seconds - before.unmap_times.seconds) * 1e3)
+    return {"bytes": needed, "first_page_ms": first, "all_ms": whole, "unmaps_ms": unmaps}

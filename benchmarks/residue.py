@@ -51,8 +51,7 @@ def yielded(run: Run, *names: str) -> dict[str, dict[str, Any]]:
         path = run.memory_path(name)
         path.unlink(missing_ok=True)
         if run.engine is VLLM:
-            body = {"method": "write_memory", "args": [str(path), str(REPORT_SECONDS)]}
-            run.servers[name].post("/collective_rpc", body).raise_for_status()
+            run.call(name, "write_memory", path, REPORT_SECONDS)
             asked.append(name)
         run.sleep(name)
         if run.engine is not VLLM and handles_signal(pid := run.view(name).pid):

@@ -29,12 +29,16 @@ from vllm_servers import READY_SECONDS, Record
 from yielding import FIRST, NUM_PROMPT_TOKENS, SECOND, Run
 
 from kvcached_core.units import GIB, MIB
+from kvcached_core.weights.rank import MAX_COPY_BYTES
 from kvcached_demo.harness.engines import ENGINES, VLLM
 
 VANILLA = "vanilla"
 NUM_SLEEPS_OF_VANILLA = 5
 PARTS = ("copy", "held", "free", "half", "turns", "cache", "give", "beside", "vanilla")
 COPY_BYTES = 4 * GIB
+# How much of the weights is copied at a time in the part beside a busy neighbour: a whole page,
+# what a wake copies, and less.
+COPY_BYTES_TRIED = (64 * MIB, MAX_COPY_BYTES, 4 * MIB)
 
 
 def copy(run: Run, _num: int) -> dict[str, Any]:
@@ -78,6 +82,7 @@ def held(run: Run, _num: int) -> dict[str, Any]:
             name: parts(each, context, pages[name], torchs.get(name, {})) for name in names
         },
         "largest": {name: found["largest"] for name, found in torchs.items()},
+        "pinned": {name: found["pinned"] for name, found in torchs.items()},
     }
 
 
@@ -108,30 +113,44 @@ def half(run: Run, num: int) -> dict[str, Any]:
 
 def beside(run: Run, num: int) -> dict[str, Any]:
     """Look at the steps of a busy model while the other one wakes, and while nobody does."""
-    windows: list[tuple[float, float]] = []
+    windows: list[tuple[float, float, str]] = []
     stop = threading.Event()
     gaps: list[tuple[float, float]] = []
     worker = threading.Thread(target=_stream, args=(run, gaps, stop))
     run.first_token_seconds(SECOND)
-    run.sleep(FIRST)
     worker.start()
     try:
-        for _ in range(max(num // 4, 3)):
-            time.sleep(0.5)
-            start = time.perf_counter()
-            windows.append((start, start + run.first_token_seconds(FIRST)))
-            run.sleep(FIRST)
+        for _ in range(max(num // 6, 3)):
+            for size in COPY_BYTES_TRIED if run.engine is VLLM else (MAX_COPY_BYTES,):
+                run.ask(FIRST)  # a call from outside has its weights there, and what it sets, too
+                if run.engine is VLLM:
+                    run.call(FIRST, "set_copy_bytes", size)
+                run.sleep(FIRST)
+                time.sleep(0.5)
+                start = time.perf_counter()
+                end = start + run.first_token_seconds(FIRST)
+                windows.append((start, end, f"{size // MIB} MiB"))
     finally:
         stop.set()
         worker.join()
-    during = [gap for at, gap in gaps if any(begin <= at <= end for begin, end in windows)]
+    during: dict[str, list[float]] = {}
+    first_token: dict[str, list[float]] = {}
+    for begin, end, size_name in windows:
+        first_token.setdefault(size_name, []).append(end - begin)
+        during.setdefault(size_name, []).extend(gap for at, gap in gaps if begin <= at <= end)
     calm = [
         gap
         for at, gap in gaps
-        if not any(begin - 0.05 <= at <= end + 0.25 for begin, end in windows)
+        if not any(begin - 0.05 <= at <= end + 0.25 for begin, end, _ in windows)
     ]
-    ratio = statistics.median(during) / statistics.median(calm)
-    return {"calm_seconds": calm, "overlapping_seconds": during, "ratio": ratio}
+    return {
+        "calm_seconds": calm,
+        "overlapping_seconds": during,
+        "first_token_seconds": first_token,
+        "ratio": {
+            name: statistics.median(each) / statistics.median(calm) for name, each in during.items()
+        },
+    }
 
 
 def _stream(run: Run, gaps: list[tuple[float, float]], stop: threading.Event) -> None:
@@ -191,7 +210,7 @@ def table(results: dict[str, Any]) -> str:
     for name in PARTS:
         part = results.get(name, {})
         for key, values in part.items():
-            if key == "largest":  # it is for the record
+            if key in ("largest", "pinned"):  # they are for the record
                 continue
             rows = values if isinstance(values, dict) else {"": values}
             for label, row in rows.items():
@@ -228,6 +247,7 @@ def main() -> None:
         engine = ENGINES[options.engine]
         record.add(engine=f"{engine.title} {engine.release()}")
         run = Run(Path(folder), tiny=options.tiny, runner=options.runner, engine=engine)
+        run.environ["MEMORY_HISTORY"] = "1"  # until all are ready
         wanted, errors = options.parts.split(","), dict[str, str]()
         if engine is not VLLM and VANILLA in wanted:
             wanted.remove(VANILLA)
@@ -241,6 +261,8 @@ def main() -> None:
                 run.start(VANILLA, 3, "--enable-sleep-mode", *size, is_elastic=False)
             run.servers.wait_ready(seconds=READY_SECONDS)
             record.add(ready_seconds=time.monotonic() - begin)
+            for name in run.servers.by_name if engine is VLLM else ():
+                run.call(name, "end_history")
             for name in (FIRST, SECOND):
                 run.ask(name)
             record.add(copied_seconds=run.wait_copied(FIRST, SECOND))

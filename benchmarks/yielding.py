@@ -124,6 +124,11 @@ class Run:
             environ=environ,
         )
 
+    def call(self, name: str, method: str, *args: object) -> None:
+        """Have vLLM's worker call a method of `helpers.watched`; its weights are there for it."""
+        body = {"method": method, "args": [str(arg) for arg in args]}
+        self.servers[name].post("/collective_rpc", body).raise_for_status()
+
     def memory_path(self, name: str) -> Path:
         """Return where a server's worker writes what torch holds there."""
         return self.folder / f"{name}-memory.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.residue import by_pool, largest, write
+from helpers.residue import by_pool, largest, pinned, write
 from helpers.waiting import await_that
 from residue import handles_signal, parts
 from yielding import ON_SIGNAL, with_tests
@@ -45,6 +45,23 @@ def test_the_largest_blocks_are_named_and_counted() -> None:
     names = {1000: "int8 [30]", 1030: "int8 [30]"}
     expected = [[60, 2, "own", "int8 [30]"], [5, 1, "graphs", "? of 5 bytes"]]
     assert largest(SEGMENTS, names) == expected
+
+
+def test_a_block_says_where_it_was_allocated_if_that_was_noted() -> None:
+    frames = [
+        {"filename": "/site/torch/_tensor.py", "line": 3, "name": "clone"},
+        {"filename": "/site/vllm/sampler.py", "line": 20, "name": "sample"},
+        {"filename": "/site/vllm/runner.py", "line": 7, "name": "run"},
+    ]
+    one = segment((0, 0), (30, "active_allocated"))
+    one["blocks"][0]["frames"] = frames
+    expected = "? of 30 bytes < sampler.py:20 sample < runner.py:7 run"
+    assert largest([one], {}) == [[30, 1, "own", expected]]
+
+
+def test_unused_memory_that_stays_is_named_by_what_is_used_beside_it() -> None:
+    empty = segment((0, 0), (50, "inactive"))
+    assert pinned([*SEGMENTS, empty], {1030: "int8 [30]"}) == [[10, 70, "? of 30 bytes"]]
 
 
 def test_the_parts_of_what_is_held_add_up_to_it() -> None:

@@ -12,6 +12,7 @@ Segment = Mapping[str, Any]
 # torch's own pool; each of CUDA's graphs has another.
 DEFAULT_POOL = (0, 0)
 NUM_LARGEST = 40
+NUM_FRAMES = 5  # of the place where a block was allocated, the last call first
 
 
 def write(path: Path) -> None:
@@ -23,7 +24,12 @@ def write(path: Path) -> None:
         torch.cuda.synchronize()
         segments = torch.cuda.memory_snapshot()
         names = tensor_names()
-    report = {"pid": os.getpid(), **by_pool(segments), "largest": largest(segments, names)}
+    report = {
+        "pid": os.getpid(),
+        **by_pool(segments),
+        "largest": largest(segments, names),
+        "pinned": pinned(segments, names),
+    }
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(report))
     partial.rename(path)
@@ -59,10 +65,37 @@ def largest(segments: Iterable[Segment], names: Mapping[int, str]) -> list[list[
         for block in segment["blocks"]:
             if block["state"] == "inactive":
                 continue
-            kind = (pool, names.get(block["address"], f"? of {block['size']} bytes"))
+            kind = (pool, name_of(block, names))
             sizes[kind] += block["size"]
             numbers[kind] += 1
     return [[size, numbers[kind], *kind] for kind, size in sizes.most_common(NUM_LARGEST)]
+
+
+def pinned(segments: Iterable[Segment], names: Mapping[int, str]) -> list[list[Any]]:
+    """Return torch's own memory that nothing uses and that stays: it lies beside what is used.
+
+    Returns:
+        For each such segment the unused bytes, all of them, and what is the most that is used.
+    """
+    found = list[list[Any]]()
+    for segment in segments:
+        total, unused = segment["total_size"], segment["total_size"] - segment["allocated_size"]
+        used = [block for block in segment["blocks"] if block["state"] != "inactive"]
+        if tuple(segment["segment_pool_id"]) == DEFAULT_POOL and unused and used:
+            most = max(used, key=lambda block: block["size"])
+            found.append([unused, total, name_of(most, names)])
+    return sorted(found, key=lambda row: -row[0])[:NUM_LARGEST]
+
+
+def name_of(block: Mapping[str, Any], names: Mapping[int, str]) -> str:
+    """Return what a block is, and where it was allocated if torch has noted that."""
+    name = names.get(block["address"], f"? of {block['size']} bytes")
+    places = [
+        f"{Path(frame['filename']).name}:{frame['line']} {frame['name']}"
+        for frame in block.get("frames", ())
+        if "/torch/" not in frame["filename"] and "??" not in frame["filename"]
+    ]
+    return " < ".join([name, *places[:NUM_FRAMES]])
 
 
 def tensor_names() -> dict[int, str]:
@@ -70,6 +103,7 @@ def tensor_names() -> dict[int, str]:
     import torch
 
     names: dict[int, str] = {}
+    gc.unfreeze()  # vLLM hides from it what was there when it had started
     for one in gc.get_objects():
         if not issubclass(type(one), torch.Tensor):
             continue
