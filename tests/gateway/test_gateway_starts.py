@@ -1,5 +1,6 @@
 """Which wanted models start, who has to go for them, and what the others wait for."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,42 @@ async def test_the_victim_is_gone_before_the_start_begins(folder: Path) -> None:
         "start",
         "stop",
     ]
+    await world.close()
+
+
+@simulated_in
+async def test_nobody_else_goes_or_starts_while_a_victim_is_still_ending(folder: Path) -> None:
+    world = World(folder, dict.fromkeys("abcd", Takes(process=10.0)), host=25.0)
+    await world.up_now("a", "b", end_seconds=5.0)
+    await world.age()
+    tasks = [world.ask("c"), world.ask("d")]
+    for _ in range(3):
+        await world.tick()
+        await asyncio.sleep(1)
+    assert sorted(world.states.values()) == ["cold", "cold", "draining", "warm"]
+    assert "gave back what they hold" in world.waits_for("c")
+    assert not world.engines.coming
+    await asyncio.sleep(3)
+    await world.tick()
+    assert list(world.engines.coming) == ["c"]
+    for task in tasks:
+        task.cancel()
+    await world.close()
+
+
+@simulated_in
+async def test_what_an_engine_that_is_being_ended_had_is_not_free_yet(folder: Path) -> None:
+    world = World(folder, dict.fromkeys("ab", Takes(process=10.0)), host=15.0)
+    await world.up_now("a", end_seconds=5.0)
+    world["a"].stop("somebody said so")
+    asked = world.ask("b")
+    for _ in range(3):
+        await world.tick()
+    assert world.waits_for("b") == "it waits until 'a' gave back what they hold"
+    await asyncio.sleep(6)
+    await world.tick()
+    assert world["b"].state is State.STARTING
+    asked.cancel()
     await world.close()
 
 

@@ -140,8 +140,12 @@ async def test_a_failed_model_starts_at_once_for_whoever_asks_by_name() -> None:
     world = World()
     world.model.start(HOST, "a request waits")
     await turn()
-    world.runner.fail(EngineStartError("no room"))
+    world.runner.fail(EngineStartError("no room\nIts log ends with:\n/a/path"))
     await turn()
+    refusal = world.model.refusal()
+    assert refusal is not None
+    assert refusal.message == "'a': no room"
+    assert "/a/path" in world.model.failure
     await world.up()
     assert world.model.state is State.WARM
     await world.model.close(is_kept=False)

@@ -114,7 +114,7 @@ class World:
 
     def settings(self) -> Settings:
         models = {
-            name: ModelSettings(id=name, environment="e", **({"model": "/none"} | more))
+            name: ModelSettings(**({"id": name, "environment": "e", "model": "/none"} | more))
             for name, more in self.more.items()
         }
         return Settings(path=Path("models.yaml"), models=models, memory=self.memory)
@@ -179,9 +179,9 @@ class World:
     def ask(self, name: str) -> asyncio.Task[Lease]:
         return asyncio.create_task(self.line.take(Ask(name, "/v1/completions", 10)))
 
-    async def come(self, name: str) -> None:
-        """Let a start succeed."""
-        self.engines.coming[name].set_result(FakeEngine(model_id=name))
+    async def come(self, name: str, end_seconds: float = 0.0) -> None:
+        """Let a start succeed, of an engine whose end takes a while."""
+        self.engines.coming[name].set_result(FakeEngine(end_seconds, model_id=name))
         await self.settle()
 
     async def fail(self, name: str, *, is_out_of_memory: bool = False) -> None:
@@ -191,13 +191,17 @@ class World:
 
     async def up(self, *names: str) -> None:
         """Have models up that nobody asks any more, and that are no longer young."""
+        await self.up_now(*names)
+        await self.age()
+
+    async def up_now(self, *names: str, end_seconds: float = 0.0) -> None:
+        """Have models up that nobody asks any more."""
         for name in names:
             asked = self.ask(name)
             await self.tick()
-            await self.come(name)
+            await self.come(name, end_seconds)
             (await asked).end(Ending.DONE)
             await self.tick()
-        await self.age()
 
     @property
     def states(self) -> dict[str, State]:

@@ -1,0 +1,153 @@
+"""What the admin socket sees of the gateway, and what its verbs do to models."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from helpers.gateway_fleet import Takes, World, simulated_in
+from helpers.gateway_line import refused
+
+from kvcached_core.errors import ConfigError
+from kvcached_core.units import GIB
+from kvcached_gateway.config import KvSettings, Settings
+from kvcached_gateway.errors import RefusedVerbError
+from kvcached_gateway.events import Events
+from kvcached_gateway.lease import Ending
+from kvcached_gateway.machine import HOST_MEMORY
+from kvcached_gateway.state import State
+from kvcached_gateway.steering import Gateway
+
+FAR = {"model": None, "environment": None, "url": "http://127.0.0.1:9"}
+ADAPTER = {"model": None, "environment": None, "adapter_of": "a", "path": "/adapter"}
+
+
+def steered(world: World, folder: Path) -> Gateway:
+    return Gateway(world.fleet, world.line, world.controller, folder, world.settings, Events())
+
+
+@simulated_in
+async def test_rows_say_what_each_model_does_and_who_waits(folder: Path) -> None:
+    world = World(
+        folder,
+        {"a": Takes(), "b": Takes(), "far": Takes(), "x": Takes()},
+        settings={"far": FAR, "x": ADAPTER, "a": {"pin": True}},
+    )
+    gateway = steered(world, folder)
+    await world.up("a")
+    held = await world.ask("a")
+    waiting = [world.ask("b") for _ in range(2)]
+    await world.settle()
+    rows = {row.id: row for row in gateway.models()}
+    assert list(rows) == ["a", "b", "far", "x"]
+    assert (rows["a"].state, rows["a"].num_leases, rows["a"].devices) == ("busy", 1, ("gpu",))
+    assert rows["a"].is_pinned
+    assert (rows["b"].state, rows["b"].num_waiting) == ("cold", 2)
+    assert (rows["x"].state, rows["x"].reason) == ("adapter", "of a")
+    assert rows["far"].instance == ""
+    await world.tick()
+    await world.fail("b")
+    for task in waiting:
+        await refused(task)
+    row = {row.id: row for row in gateway.models()}["b"]
+    assert (row.state, row.failure) == ("failed", "it cannot")
+    assert 0 < row.retry_seconds <= 5
+    held.end(Ending.DONE)
+    await world.close()
+
+
+@simulated_in
+async def test_devices_and_the_hosts_memory_say_who_is_there(folder: Path) -> None:
+    world = World(folder, {"a": Takes(process=2.0, residue=10.0), "b": Takes()}, host=20.0)
+    gateway = steered(world, folder)
+    assert gateway.devices() == []
+    await world.up("a")
+    await world.tick()
+    gpu, host = gateway.devices()
+    assert (gpu.id, gpu.capacity_bytes, gpu.models) == ("gpu", 80 * GIB, ("a",))
+    assert gpu.free_bytes == 70 * GIB
+    assert (host.id, host.capacity_bytes, host.models) == (HOST_MEMORY, 20 * GIB, ("a",))
+    assert host.free_bytes == 18 * GIB
+    await world.close()
+
+
+@simulated_in
+async def test_verbs_do_what_they_say_and_refuse_what_makes_no_sense(folder: Path) -> None:
+    world = World(
+        folder,
+        {"a": Takes(), "far": Takes(), "x": Takes()},
+        settings={"far": FAR, "x": ADAPTER},
+    )
+    gateway = steered(world, folder)
+    assert "on its way" in await gateway.steer("a", "warm")
+    await world.tick()
+    assert world["a"].state is State.STARTING
+    with pytest.raises(RefusedVerbError, match="'a' is starting; only one that is up can yield"):
+        await gateway.steer("a", "sleep")
+    await world.come("a")
+    await gateway.settled("a")
+    await gateway.settled("x")
+    await gateway.steer("a", "pin")
+    assert world.controller.is_pinned(world["a"])
+    await gateway.steer("a", "unpin")
+    assert not world.controller.is_pinned(world["a"])
+    assert "ends when its 0 requests are done" in await gateway.steer("a", "stop")
+    await world.settle()
+    assert world["a"].state is State.COLD
+    with pytest.raises(RefusedVerbError, match="'x' is an adapter of 'a'; stop that one"):
+        await gateway.steer("x", "stop")
+    with pytest.raises(RefusedVerbError, match="served elsewhere"):
+        await gateway.steer("far", "stop")
+    with pytest.raises(KeyError):
+        await gateway.steer("gone", "warm")
+    assert gateway.explain("x").startswith("x is an adapter of a\n")
+    assert [one.verb for one in gateway.decisions()] == ["start"]
+    await world.close()
+
+
+@simulated_in
+async def test_to_drain_is_to_take_nothing_new_and_to_end(folder: Path) -> None:
+    world = World(folder, {"a": Takes()})
+    gateway = steered(world, folder)
+    assert not gateway.about().is_draining
+    gateway.drain()
+    assert gateway.about().is_draining
+    await gateway.drained.wait()
+    await world.close()
+
+
+def test_a_reload_tells_engines_that_run_what_is_theirs_now_and_says_what_was_refused(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        world = World(tmp_path, {"a": Takes(), "b": Takes()})
+        gateway = steered(world, tmp_path)
+        await world.up_now("a")
+        world.more["a"]["kv"] = KvSettings(limit=GIB, floor=GIB // 2, priority=3)
+        waiting = world.ask("b")
+        await world.settle()
+        del world.more["b"]
+        text = await gateway.reload()
+        assert "removed b" in text
+        assert "no instance is named 'a'" in text  # there is no engine behind it
+        assert (await refused(waiting)).code == "model_not_found"
+        assert world["a"].settings.kv.priority == 3
+        await world.close()
+
+    asyncio.run(main())
+
+
+def test_a_file_with_a_mistake_changes_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        world = World(tmp_path, {"a": Takes()})
+
+        def broken() -> Settings:
+            raise ConfigError("models.yaml: line 3: no")
+
+        gateway = Gateway(world.fleet, world.line, world.controller, tmp_path, broken, Events())
+        before = world.fleet.settings
+        with pytest.raises(ConfigError, match="line 3"):
+            await gateway.reload()
+        assert world.fleet.settings is before
+        await world.close()
+
+    asyncio.run(main())
