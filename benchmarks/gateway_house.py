@@ -23,14 +23,14 @@ import uvloop
 from aiohttp import web
 
 from kvcached_demo.harness.server import free_port
-from kvcached_gateway.app import build_app, build_runner
-from kvcached_gateway.config import ModelSettings, Settings
+from kvcached_gateway.admin.metrics import Metrics
 from kvcached_gateway.errors import RefusedError
-from kvcached_gateway.front import Front
+from kvcached_gateway.http.app import build_app, build_runner
+from kvcached_gateway.http.front import Front
+from kvcached_gateway.http.workers import Workers
 from kvcached_gateway.lease import Address, Ask, Ending, Lease, Woken
-from kvcached_gateway.line import Line, Readiness
-from kvcached_gateway.metrics import Metrics
-from kvcached_gateway.workers import Workers
+from kvcached_gateway.line.line import Line, Readiness
+from kvcached_gateway.settings.config import ModelSettings, Settings
 
 START_SECONDS = 120.0
 # It does not start without a key otherwise; ours has none here either.

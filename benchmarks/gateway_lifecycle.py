@@ -27,14 +27,14 @@ from kvcached_core import control
 from kvcached_core.units import GIB
 from kvcached_demo.harness.engines import VLLM
 from kvcached_demo.harness.model import make_model
-from kvcached_gateway.config import HOST, Environment, ModelSettings, Settings
+from kvcached_gateway.engines.runner import Runner
+from kvcached_gateway.engines.sessions import kill_session, orphans
+from kvcached_gateway.engines.state_file import Folder
 from kvcached_gateway.lease import Ask, Ending, Lease, Woken
-from kvcached_gateway.line import Line
-from kvcached_gateway.model import Model
-from kvcached_gateway.runner import Runner
-from kvcached_gateway.sessions import kill_session, orphans
-from kvcached_gateway.state import State
-from kvcached_gateway.state_file import Folder
+from kvcached_gateway.line.line import Line
+from kvcached_gateway.models.model import Model
+from kvcached_gateway.models.state import State
+from kvcached_gateway.settings.config import HOST, Environment, ModelSettings, Settings
 
 NAMES = tuple(f"model-{number}" for number in range(4))
 NUM_ADOPTIONS = 10

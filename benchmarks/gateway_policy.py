@@ -26,13 +26,13 @@ from typing import Any
 from machine import describe_machine
 
 from kvcached_core.units import GIB, MIB
-from kvcached_gateway.config import MemorySettings, PlacementSettings
 from kvcached_gateway.policy.admission import Waiting, order
 from kvcached_gateway.policy.demand import Demand, weighted_rate
 from kvcached_gateway.policy.eviction import Aging, Candidate, choose
 from kvcached_gateway.policy.placement import DeviceRoom, PlacedModel, place
 from kvcached_gateway.policy.prewarm import Habits, Prewarmable, wishes
-from kvcached_gateway.units import parse_warm_time
+from kvcached_gateway.settings.config import MemorySettings, PlacementSettings
+from kvcached_gateway.settings.units import parse_warm_time
 
 NUM_MODELS = 100
 NUM_DEVICES = 16

@@ -13,10 +13,10 @@ from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.ledger.policy import Policy
 from kvcached_core.units import GIB
-from kvcached_gateway.config import ModelSettings, ServiceClass, Settings
+from kvcached_gateway.admin.metrics import Metrics
+from kvcached_gateway.admin.views import DeviceRow, ModelRow
 from kvcached_gateway.lease import Woken
-from kvcached_gateway.metrics import Metrics
-from kvcached_gateway.views import DeviceRow, ModelRow
+from kvcached_gateway.settings.config import ModelSettings, ServiceClass, Settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "observability"
 NAME = re.compile(r"kvcached_[a-z_]+")

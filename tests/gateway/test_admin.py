@@ -14,9 +14,9 @@ import pytest
 from helpers.gateway_steering import Written, admin_running
 
 from kvcached_core.errors import ConfigError
-from kvcached_gateway.admin import bind_admin
-from kvcached_gateway.client import Client, GatewayError, NoGatewayError
-from kvcached_gateway.views import ADMIN_SOCKET, ModelRow
+from kvcached_gateway.admin.admin import bind_admin
+from kvcached_gateway.admin.client import Client, GatewayError, NoGatewayError
+from kvcached_gateway.admin.views import ADMIN_SOCKET, ModelRow
 
 ONE = ModelRow("org/one", "cold", "org-one", devices=("host",), num_waiting=2, class_name="chat")
 TWO = ModelRow("two", "busy", "two", num_leases=3)

@@ -24,12 +24,12 @@ from helpers.gateway_runner import record_of
 from helpers.waiting import await_that
 
 from kvcached_demo.harness.model import make_model
-from kvcached_gateway.adoption import identify
-from kvcached_gateway.engine import Engine
+from kvcached_gateway.engines.adoption import identify
+from kvcached_gateway.engines.engine import Engine
+from kvcached_gateway.engines.sessions import Identity, kill_session, members
+from kvcached_gateway.engines.state_file import EngineRecord, Folder
 from kvcached_gateway.errors import AdoptionError
-from kvcached_gateway.model import Model, State
-from kvcached_gateway.sessions import Identity, kill_session, members
-from kvcached_gateway.state_file import EngineRecord, Folder
+from kvcached_gateway.models.model import Model, State
 
 NAMES = ("one", "two")
 SECONDS = 120.0

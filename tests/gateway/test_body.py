@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcached_gateway.body import Wish, read_wish
 from kvcached_gateway.errors import RefusedError
+from kvcached_gateway.http.body import Wish, read_wish
 
 JSON = "application/json"
 FORM = 'multipart/form-data; boundary="b0.x"'

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from kvcached_core.errors import ConfigError
 from kvcached_core.units import GIB, MIB
-from kvcached_gateway.config import Settings
-from kvcached_gateway.config_checks import FIELD_KEYS
-from kvcached_gateway.config_file import DEFAULT_KEYS, read_settings
+from kvcached_gateway.settings.config import Settings
+from kvcached_gateway.settings.config_checks import FIELD_KEYS
+from kvcached_gateway.settings.config_file import DEFAULT_KEYS, read_settings
 
 FULL = """
 listen: 0.0.0.0:9000

@@ -8,11 +8,11 @@ import pytest
 from helpers.gateway_fleet import Takes, World, simulated_in
 
 from kvcached_core.errors import LedgerError
-from kvcached_gateway.controller import TICK_SECONDS
-from kvcached_gateway.decisions import NUM_KEPT, Decisions
+from kvcached_gateway.control.controller import TICK_SECONDS
+from kvcached_gateway.control.decisions import NUM_KEPT, Decisions
+from kvcached_gateway.control.machine import MachineView
 from kvcached_gateway.lease import Ending
-from kvcached_gateway.machine import MachineView
-from kvcached_gateway.state import State
+from kvcached_gateway.models.state import State
 
 
 @simulated_in

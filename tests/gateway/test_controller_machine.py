@@ -15,8 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvcached_gateway.errors import RefusedError
 from kvcached_gateway.lease import Ending, Lease
-from kvcached_gateway.model import Model
-from kvcached_gateway.state import UP, State
+from kvcached_gateway.models.model import Model
+from kvcached_gateway.models.state import UP, State
 
 MODELS = {
     "a": Takes(process=4, residue=2, weights=30),
@@ -187,5 +187,7 @@ class ControllerMachine(RuleBasedStateMachine):
             self.run(asyncio.sleep(100))
 
 
-ControllerMachine.TestCase.settings = profile(max_examples=40, stateful_step_count=30)
+ControllerMachine.TestCase.settings = profile(
+    max_examples=40, stateful_step_count=30, deadline=None
+)
 TestControllerMachine = ControllerMachine.TestCase

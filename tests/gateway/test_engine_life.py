@@ -23,14 +23,14 @@ from helpers.gateway_life import (
 )
 
 from kvcached_demo.harness.model import make_model
-from kvcached_gateway.config import ModelSettings
-from kvcached_gateway.engine import Engine
+from kvcached_gateway.engines.engine import Engine
+from kvcached_gateway.engines.sessions import members
+from kvcached_gateway.engines.state_file import Folder
 from kvcached_gateway.errors import EngineStartError
-from kvcached_gateway.held import ModelLease
 from kvcached_gateway.lease import Address, Ask, Ending
-from kvcached_gateway.model import Model, State
-from kvcached_gateway.sessions import members
-from kvcached_gateway.state_file import Folder
+from kvcached_gateway.models.held import ModelLease
+from kvcached_gateway.models.model import Model, State
+from kvcached_gateway.settings.config import ModelSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 PATH = "/v1/completions"

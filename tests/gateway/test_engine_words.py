@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
-from kvcached_gateway.config import Environment, KvSettings, ModelSettings
 from kvcached_gateway.engines.sglang import SglangWords
 from kvcached_gateway.engines.vllm import VllmWords
 from kvcached_gateway.engines.words import Counters, EngineWords
 from kvcached_gateway.errors import EngineStartError
+from kvcached_gateway.settings.config import Environment, KvSettings, ModelSettings
 
 VLLM, SGLANG = VllmWords(), SglangWords()
 HOST = ("host",)

@@ -14,11 +14,12 @@ from helpers.gateway_steering import Written, admin_running
 from typer.testing import CliRunner
 
 from kvcached_core.errors import ConfigError, KVCachedError
-from kvcached_gateway import commands, doctor
-from kvcached_gateway.client import NoGatewayError
+from kvcached_gateway import commands
+from kvcached_gateway.admin import doctor
+from kvcached_gateway.admin.client import NoGatewayError
+from kvcached_gateway.admin.spans import duration
+from kvcached_gateway.admin.views import ModelRow
 from kvcached_gateway.commands import show_log
-from kvcached_gateway.spans import duration
-from kvcached_gateway.views import ModelRow
 
 ROOT = Path(__file__).parents[2]
 ENTRIES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from kvcached_core.units import check_name
-from kvcached_gateway.config import ModelSettings, Settings
+from kvcached_gateway.settings.config import ModelSettings, Settings
 
 PATH = Path("models.yaml")
 

@@ -9,10 +9,10 @@ from helpers.documents import ROOT, blocks
 from helpers.gateway_tables import DOCUMENT, SECTION, TABLES, rows, tables, written
 
 from kvcached_core.cli.app import app
-from kvcached_gateway.config import Settings
-from kvcached_gateway.config_file import DEFAULT_KEYS, read_settings
-from kvcached_gateway.keys import Keys
-from kvcached_gateway.owned import OWNED_VARIABLES
+from kvcached_gateway.settings.config import Settings
+from kvcached_gateway.settings.config_file import DEFAULT_KEYS, read_settings
+from kvcached_gateway.settings.keys import Keys
+from kvcached_gateway.settings.owned import OWNED_VARIABLES
 
 CONFIGURATION = DOCUMENT.read_text().split(SECTION)[1]
 GATEWAY = ROOT / "docs" / "gateway.md"

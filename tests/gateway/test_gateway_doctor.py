@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from helpers.gateway_steering import admin_running
 
-from kvcached_gateway import doctor, runner
-from kvcached_gateway.config import Settings
-from kvcached_gateway.doctor import Said, examine, findings
+from kvcached_gateway.admin import doctor
+from kvcached_gateway.admin.doctor import Said, examine, findings
+from kvcached_gateway.engines import runner
+from kvcached_gateway.settings.config import Settings
 
 ENGINE_THERE = """
 import json, sys
@@ -201,9 +202,9 @@ def test_without_a_gateway_and_a_file_there_is_nothing_to_say(
 def test_where_no_gateway_is_installed_nothing_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "kvcached_gateway.config_file", raising=False)
+    monkeypatch.delitem(sys.modules, "kvcached_gateway.settings.config_file", raising=False)
     monkeypatch.setitem(sys.modules, "yaml", None)
-    monkeypatch.delitem(sys.modules, "kvcached_gateway.yaml_file", raising=False)
+    monkeypatch.delitem(sys.modules, "kvcached_gateway.settings.yaml_file", raising=False)
     (only,) = findings()
     assert only[0]
     assert "pip install 'kvcached-elastic[gateway]'" in only[1]

@@ -2,7 +2,7 @@
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from kvcached_gateway.headers import for_client, for_engine
+from kvcached_gateway.http.headers import for_client, for_engine
 
 
 def proxied(*pairs: tuple[str, str]) -> CIMultiDictProxy[str]:

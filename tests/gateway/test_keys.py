@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcached_core.errors import ConfigError
-from kvcached_gateway.config import ModelSettings, ServiceClass, Settings
-from kvcached_gateway.keys import Key, Keys, KeysFile
+from kvcached_gateway.settings.config import ModelSettings, ServiceClass, Settings
+from kvcached_gateway.settings.keys import Key, Keys, KeysFile
 
 
 def digest(secret: str) -> str:

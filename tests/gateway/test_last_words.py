@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcached_gateway.last_words import END_BYTES, cause, log_end
+from kvcached_gateway.engines.last_words import END_BYTES, cause, log_end
 
 LOGS = Path(__file__).with_name("logs")
 

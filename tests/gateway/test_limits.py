@@ -6,8 +6,8 @@ import pytest
 from helpers.gateway_front import FakeKey, GivenLeases, PatientLeases, RefusingLeases
 
 from kvcached_gateway.errors import RefusedError
+from kvcached_gateway.http.limits import LimitedLeases
 from kvcached_gateway.lease import Address, Ask, Ending, Lease
-from kvcached_gateway.limits import LimitedLeases
 
 KEYS = {
     "two": FakeKey("two", max_concurrent=2),

@@ -10,12 +10,12 @@ from helpers.gateway_models import FakeGrantor
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvcached_gateway.config import ModelSettings
 from kvcached_gateway.errors import RefusedError
-from kvcached_gateway.grantor import Readiness
 from kvcached_gateway.lease import Ask, Ending, Lease
-from kvcached_gateway.line import Line
-from kvcached_gateway.tickets import QueueView
+from kvcached_gateway.line.grantor import Readiness
+from kvcached_gateway.line.line import Line
+from kvcached_gateway.line.tickets import QueueView
+from kvcached_gateway.settings.config import ModelSettings
 
 
 @simulated

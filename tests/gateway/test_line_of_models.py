@@ -6,11 +6,11 @@ import pytest
 from helpers.gateway_line import ask, settle, simulated
 from helpers.gateway_runner import FakeRunner
 
-from kvcached_gateway.config import ModelSettings, ServiceClass, Settings
 from kvcached_gateway.errors import EngineStartError, RefusedError
 from kvcached_gateway.lease import Ending, Lease, Woken
-from kvcached_gateway.line import Line
-from kvcached_gateway.model import Model
+from kvcached_gateway.line.line import Line
+from kvcached_gateway.models.model import Model
+from kvcached_gateway.settings.config import ModelSettings, ServiceClass, Settings
 
 NUM_TURNS = 10
 

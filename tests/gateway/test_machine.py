@@ -14,8 +14,8 @@ from kvcached_core.ledger import nvml
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.units import GIB, MIB
-from kvcached_gateway.machine import Machine
-from kvcached_gateway.sessions import Identity
+from kvcached_gateway.control.machine import Machine
+from kvcached_gateway.engines.sessions import Identity
 
 UUIDS = ("GPU-1", "GPU-2")
 HOLD = """

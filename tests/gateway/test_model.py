@@ -10,12 +10,12 @@ from helpers.gateway_clock import run_simulated
 from helpers.gateway_ledger import row
 from helpers.gateway_runner import TOKEN, FakeEngine, FakeRunner, record_of
 
-from kvcached_gateway.config import ModelSettings
 from kvcached_gateway.errors import AdoptionError, EngineStartError
-from kvcached_gateway.held import ModelLease
 from kvcached_gateway.lease import Ask, Ending, Woken
-from kvcached_gateway.line import Readiness
-from kvcached_gateway.model import Model, State
+from kvcached_gateway.line.line import Readiness
+from kvcached_gateway.models.held import ModelLease
+from kvcached_gateway.models.model import Model, State
+from kvcached_gateway.settings.config import ModelSettings
 
 HOST = ("host",)
 ADAPTERS = {"x": "/x", "y": "/y", "z": "/z", "lost": "missing"}

@@ -10,11 +10,11 @@ from helpers.gateway_runner import FakeRunner, record_of
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvcached_gateway.config import ModelSettings
 from kvcached_gateway.errors import AdoptionError, EngineStartError
-from kvcached_gateway.grantor import Readiness
 from kvcached_gateway.lease import Ask, Ending
-from kvcached_gateway.model import Model, State
+from kvcached_gateway.line.grantor import Readiness
+from kvcached_gateway.models.model import Model, State
+from kvcached_gateway.settings.config import ModelSettings
 
 UP = {State.WARM, State.BUSY, State.YIELDED}
 GONE = {State.COLD, State.FAILED}

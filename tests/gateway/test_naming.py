@@ -4,8 +4,8 @@ from pathlib import Path
 
 from helpers.gateway_steering import admin_running
 
-from kvcached_gateway.naming import instances
-from kvcached_gateway.views import ModelRow
+from kvcached_gateway.admin.naming import instances
+from kvcached_gateway.admin.views import ModelRow
 
 
 def test_a_model_has_its_instance_and_who_waits_for_it(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from kvcached_demo.harness.engines import SGLANG, VLLM
-from kvcached_gateway.owned import OWNED_ARGS, why_owned, why_owned_variable
+from kvcached_gateway.settings.owned import OWNED_ARGS, why_owned, why_owned_variable
 
 # Prints each word of a command line that a parser reads as one of its options, by the option's
 # names: every option in full, and every beginning of it that the parser takes for it.

@@ -17,9 +17,9 @@ from helpers.gateway_front import GivenLeases, House, front_served, make_setting
 from helpers.loops import on_a_loop
 
 from kvcached_demo.harness.model import make_model
-from kvcached_gateway.app import ENGINE_PATHS
+from kvcached_gateway.http.app import ENGINE_PATHS
+from kvcached_gateway.http.workers import Workers
 from kvcached_gateway.lease import Ending
-from kvcached_gateway.workers import Workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 

@@ -6,9 +6,9 @@ import pytest
 from helpers.gateway_line import World, refused, settle, simulated
 from helpers.gateway_models import FakeGrantor
 
-from kvcached_gateway.config import ModelSettings, ServiceClass
-from kvcached_gateway.grantor import Readiness
 from kvcached_gateway.lease import Ending
+from kvcached_gateway.line.grantor import Readiness
+from kvcached_gateway.settings.config import ModelSettings, ServiceClass
 
 CHUNK_BYTES = 2_048 * 4  # as long as no tokens were counted, four bytes are one
 STRICT = ServiceClass(name="strict", ttft_seconds=1.0)

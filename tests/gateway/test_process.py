@@ -13,9 +13,16 @@ from pathlib import Path
 import pytest
 from helpers.waiting import await_that
 
+from kvcached_gateway.engines.process import EngineProcess, adopt, start
+from kvcached_gateway.engines.sessions import (
+    MARK,
+    Identity,
+    kill_session,
+    members,
+    memory_bytes,
+    orphans,
+)
 from kvcached_gateway.errors import AdoptionError
-from kvcached_gateway.process import EngineProcess, adopt, start
-from kvcached_gateway.sessions import MARK, Identity, kill_session, members, memory_bytes, orphans
 
 # Says its number and those of two children: one in its group, one in a group of its own. All of
 # them are deaf to the polite signal where the first argument says so.

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcached_gateway.config import Settings
-from kvcached_gateway.reload import FIXED, Difference, difference, engine_digest
+from kvcached_gateway.settings.config import Settings
+from kvcached_gateway.settings.reload import FIXED, Difference, difference, engine_digest
 
 MODEL = {"id": "one", "environment": "vllm", "model": "m"}
 SAMPLES: dict[str, Any] = {
@@ -73,7 +73,7 @@ def test_models_come_and_go() -> None:
 
 
 def test_every_setting_of_a_model_has_a_sample() -> None:
-    from kvcached_gateway.config import ModelSettings
+    from kvcached_gateway.settings.config import ModelSettings
 
     assert set(SAMPLES) == set(ModelSettings.keys())
 

@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 
-from kvcached_gateway.config import ModelSettings
 from kvcached_gateway.errors import EngineDiedError, EngineStartError
-from kvcached_gateway.remote import NOTHING, find_remote
+from kvcached_gateway.models.remote import NOTHING, find_remote
+from kvcached_gateway.settings.config import ModelSettings
 
 KEY = {"REMOTE_KEY": "secret"}
 

@@ -6,9 +6,9 @@ import pytest
 from helpers.gateway_ledger import row
 
 from kvcached_core.units import GIB, MIB
-from kvcached_gateway.config import ModelSettings
-from kvcached_gateway.machine import HOST_MEMORY, DeviceMemory, MachineView
-from kvcached_gateway.sizes import ModelSize, Sizes, reachable_bytes
+from kvcached_gateway.control.machine import HOST_MEMORY, DeviceMemory, MachineView
+from kvcached_gateway.control.sizes import ModelSize, Sizes, reachable_bytes
+from kvcached_gateway.settings.config import ModelSettings
 
 A = ModelSettings(id="a", environment="e", model="/none")
 KEPT = ModelSettings(id="k", environment="e", model="/none", when_idle="stop")

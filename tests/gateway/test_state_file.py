@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from helpers.gateway_runner import record_of
 
+from kvcached_gateway.engines.state_file import Folder
 from kvcached_gateway.errors import GatewayRunningError, StateFileError
-from kvcached_gateway.state_file import Folder
 
 OTHER = """
 import sys
 from pathlib import Path
 from kvcached_gateway.errors import GatewayRunningError
-from kvcached_gateway.state_file import Folder
+from kvcached_gateway.engines.state_file import Folder
 try:
     Folder(Path(sys.argv[1]))
 except GatewayRunningError as error:

@@ -11,11 +11,11 @@ from helpers.gateway_front import GivenLeases, House, PatientLeases, RefusingLea
 from helpers.loops import on_a_loop
 
 from kvcached_gateway.errors import RefusedError
-from kvcached_gateway.keys import Key, Keys
+from kvcached_gateway.http.worker_frames import End
+from kvcached_gateway.http.worker_leases import WorkerLeases, rules_of
+from kvcached_gateway.http.worker_link import WorkerLink
 from kvcached_gateway.lease import Address, Ask, Ending, Lease, Woken
-from kvcached_gateway.worker_frames import End
-from kvcached_gateway.worker_leases import WorkerLeases, rules_of
-from kvcached_gateway.worker_link import WorkerLink
+from kvcached_gateway.settings.keys import Key, Keys
 
 ADDRESS = Address("http://localhost", "/run/engine.sock", {"Authorization": "Bearer engine"})
 ASK = Ask("tiny", "/v1/completions", 10, is_stream=True, deadline_seconds=1.5, key="me")

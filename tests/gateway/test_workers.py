@@ -10,7 +10,7 @@ import aiohttp
 from helpers.gateway_front import House, PatientLeases, RefusingLeases, make_settings, say
 from helpers.loops import on_a_loop
 
-from kvcached_gateway.workers import Workers
+from kvcached_gateway.http.workers import Workers
 
 BODY = b'{"model": "tiny"}'
 REQUEST = (

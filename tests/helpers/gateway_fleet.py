@@ -10,17 +10,17 @@ from helpers.gateway_clock import run_simulated
 from helpers.gateway_ledger import row
 from helpers.gateway_runner import FakeEngine
 from kvcached_core.units import GIB
-from kvcached_gateway.config import MemorySettings, ModelSettings, Settings
-from kvcached_gateway.controller import Controller
+from kvcached_gateway.control.controller import Controller
+from kvcached_gateway.control.machine import DeviceMemory, MachineView
+from kvcached_gateway.control.sizes import Sizes
+from kvcached_gateway.engines.state_file import EngineRecord, Folder
 from kvcached_gateway.errors import EngineStartError
-from kvcached_gateway.fleet import Fleet
 from kvcached_gateway.lease import Ask, Ending, Lease
-from kvcached_gateway.line import Line
-from kvcached_gateway.machine import DeviceMemory, MachineView
-from kvcached_gateway.model import Model
-from kvcached_gateway.sizes import Sizes
-from kvcached_gateway.state import UP, State
-from kvcached_gateway.state_file import EngineRecord, Folder
+from kvcached_gateway.line.line import Line
+from kvcached_gateway.models.fleet import Fleet
+from kvcached_gateway.models.model import Model
+from kvcached_gateway.models.state import UP, State
+from kvcached_gateway.settings.config import MemorySettings, ModelSettings, Settings
 
 NUM_TURNS = 40
 OLD_SECONDS = 100.0  # longer than anybody is young, or was asked just now

@@ -11,11 +11,11 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from kvcached_gateway.app import build_app, build_runner
-from kvcached_gateway.config import ModelSettings, ServiceClass, Settings
 from kvcached_gateway.errors import RefusedError
-from kvcached_gateway.front import Front
+from kvcached_gateway.http.app import build_app, build_runner
+from kvcached_gateway.http.front import Front
 from kvcached_gateway.lease import Address, Ask, Ending, Lease, Woken
+from kvcached_gateway.settings.config import ModelSettings, ServiceClass, Settings
 
 
 def make_settings(**values: Any) -> Settings:

@@ -12,12 +12,12 @@ from typing import Any
 
 from helpers.nursery import READ_AT_IMPORT, WarmProcess, nursery, start_warm
 from kvcached_core.units import MIB
-from kvcached_gateway.config import Environment, ModelSettings
-from kvcached_gateway.process import Launch, launch
-from kvcached_gateway.runner import WORDS, Runner
-from kvcached_gateway.sessions import Identity
-from kvcached_gateway.state_file import Folder
-from kvcached_gateway.watch import Patience
+from kvcached_gateway.engines.process import Launch, launch
+from kvcached_gateway.engines.runner import WORDS, Runner
+from kvcached_gateway.engines.sessions import Identity
+from kvcached_gateway.engines.state_file import Folder
+from kvcached_gateway.models.watch import Patience
+from kvcached_gateway.settings.config import Environment, ModelSettings
 
 POOL = 512 * MIB
 MAX_TOKENS = 2048

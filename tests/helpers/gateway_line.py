@@ -9,11 +9,11 @@ import pytest
 
 from helpers.gateway_clock import run_simulated
 from helpers.gateway_models import FakeGrantor
-from kvcached_gateway.config import ModelSettings, ServiceClass, Settings
 from kvcached_gateway.errors import RefusedError
-from kvcached_gateway.grantor import Readiness
 from kvcached_gateway.lease import Ask, Ending, Lease
-from kvcached_gateway.line import Line
+from kvcached_gateway.line.grantor import Readiness
+from kvcached_gateway.line.line import Line
+from kvcached_gateway.settings.config import ModelSettings, ServiceClass, Settings
 
 
 class World:

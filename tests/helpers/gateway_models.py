@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from kvcached_gateway.errors import RefusedError
-from kvcached_gateway.grantor import Readiness
 from kvcached_gateway.lease import Address, Ask, Ending, Lease, Woken
+from kvcached_gateway.line.grantor import Readiness
 
 
 @dataclass(eq=False)

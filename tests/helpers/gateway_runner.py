@@ -4,12 +4,12 @@ import asyncio
 import os
 from dataclasses import dataclass, field
 
-from kvcached_gateway.config import ModelSettings
+from kvcached_gateway.engines.sessions import Identity
+from kvcached_gateway.engines.state_file import EngineRecord
 from kvcached_gateway.engines.words import Counters
 from kvcached_gateway.errors import AdoptionError, EngineDiedError, EngineStartError
 from kvcached_gateway.lease import Address
-from kvcached_gateway.sessions import Identity
-from kvcached_gateway.state_file import EngineRecord
+from kvcached_gateway.settings.config import ModelSettings
 
 TOKEN = "10"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from aiohttp import web
 
 from kvcached_core.errors import ConfigError, KVCachedError
-from kvcached_gateway.admin import admin_app, bind_admin
-from kvcached_gateway.events import Events
-from kvcached_gateway.views import ADMIN_SOCKET, About, Decision, DeviceRow, ModelRow
+from kvcached_gateway.admin.admin import admin_app, bind_admin
+from kvcached_gateway.admin.events import Events
+from kvcached_gateway.admin.views import ADMIN_SOCKET, About, Decision, DeviceRow, ModelRow
 
 
 class Written:

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from kvcached_core.units import format_bytes
-from kvcached_gateway.config import (
+from kvcached_gateway.settings.config import (
     Environment,
     KvSettings,
     MemorySettings,
@@ -21,8 +21,8 @@ from kvcached_gateway.config import (
     ServiceClass,
     Settings,
 )
-from kvcached_gateway.keys import Key
-from kvcached_gateway.tables import Values
+from kvcached_gateway.settings.keys import Key
+from kvcached_gateway.settings.tables import Values
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
 SECTION = "## The gateway's files\n"

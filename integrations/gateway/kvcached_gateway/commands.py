@@ -18,9 +18,9 @@ import typer
 from kvcached_core.cli.app import EXIT_FAILED, EXIT_INCOMPLETE, AsJson, Directory
 from kvcached_core.errors import KVCachedError
 from kvcached_core.units import default_directory
-from kvcached_gateway.client import Client, GatewayError
-from kvcached_gateway.spans import duration
-from kvcached_gateway.views import ModelRow
+from kvcached_gateway.admin.client import Client, GatewayError
+from kvcached_gateway.admin.spans import duration
+from kvcached_gateway.admin.views import ModelRow
 
 FOLLOW_SECONDS = 0.2
 FAILED = "failed"
@@ -55,8 +55,8 @@ def serve(
 ) -> None:
     """Serve many models behind one URL; Ctrl-C or SIGTERM ends it, SIGHUP reads the file again."""
     try:
-        from kvcached_gateway.config_file import read_settings
-        from kvcached_gateway.doctor import examine
+        from kvcached_gateway.admin.doctor import examine
+        from kvcached_gateway.settings.config_file import read_settings
 
         # What starts engines is loaded only for that: to look at a file needs none of it.
         run = None if check else import_module("kvcached_gateway.serve").run

@@ -15,28 +15,28 @@ import uvloop
 from aiohttp import web
 
 from kvcached_core.errors import ConfigError
-from kvcached_gateway.admin import admin_app, bind_admin
-from kvcached_gateway.app import build_app, build_runner
-from kvcached_gateway.config import Settings
-from kvcached_gateway.config_file import read_settings
-from kvcached_gateway.controller import Controller
-from kvcached_gateway.events import Events
-from kvcached_gateway.fleet import Fleet
-from kvcached_gateway.front import Front
-from kvcached_gateway.keys import KeysFile
-from kvcached_gateway.line import Line
-from kvcached_gateway.machine import Machine, MachineView
-from kvcached_gateway.metrics import Metrics
-from kvcached_gateway.model import Model
-from kvcached_gateway.process import Launch, launch
-from kvcached_gateway.runner import Runner
-from kvcached_gateway.sizes import Sizes
-from kvcached_gateway.state import UP, State
-from kvcached_gateway.state_file import Folder
-from kvcached_gateway.steering import Gateway
-from kvcached_gateway.views import ADMIN_SOCKET, Decision
-from kvcached_gateway.watch import Patience
-from kvcached_gateway.workers import Workers
+from kvcached_gateway.admin.admin import admin_app, bind_admin
+from kvcached_gateway.admin.events import Events
+from kvcached_gateway.admin.metrics import Metrics
+from kvcached_gateway.admin.views import ADMIN_SOCKET, Decision
+from kvcached_gateway.control.controller import Controller
+from kvcached_gateway.control.machine import Machine, MachineView
+from kvcached_gateway.control.sizes import Sizes
+from kvcached_gateway.control.steering import Gateway
+from kvcached_gateway.engines.process import Launch, launch
+from kvcached_gateway.engines.runner import Runner
+from kvcached_gateway.engines.state_file import Folder
+from kvcached_gateway.http.app import build_app, build_runner
+from kvcached_gateway.http.front import Front
+from kvcached_gateway.http.workers import Workers
+from kvcached_gateway.line.line import Line
+from kvcached_gateway.models.fleet import Fleet
+from kvcached_gateway.models.model import Model
+from kvcached_gateway.models.state import UP, State
+from kvcached_gateway.models.watch import Patience
+from kvcached_gateway.settings.config import Settings
+from kvcached_gateway.settings.config_file import read_settings
+from kvcached_gateway.settings.keys import KeysFile
 
 __all__ = ["Serving", "run", "serve", "serving"]
 

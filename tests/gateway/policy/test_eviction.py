@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcached_gateway.config import MemorySettings
 from kvcached_gateway.policy.eviction import Aging, Candidate, Eviction, choose
+from kvcached_gateway.settings.config import MemorySettings
 
 NOW = 10_000.0
 SETTINGS = MemorySettings()

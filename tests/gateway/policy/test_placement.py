@@ -7,8 +7,8 @@ from itertools import product
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from kvcached_gateway.config import PlacementSettings
 from kvcached_gateway.policy.placement import DeviceRoom, PlacedModel, Placement, place
+from kvcached_gateway.settings.config import PlacementSettings
 
 SETTINGS = PlacementSettings()
 CAPACITY = 800

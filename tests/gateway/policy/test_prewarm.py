@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcached_gateway.policy.prewarm import Habits, Prewarmable, Wish, Wishes, wishes
-from kvcached_gateway.units import parse_warm_time
+from kvcached_gateway.settings.units import parse_warm_time
 
 MONDAY = datetime(2026, 11, 30, 6, 50, 30, tzinfo=UTC)  # 7:50 in Berlin
 COLD = Prewarmable("m", is_up=False, is_yielded=False, needed_bytes={"gpu": 10, "host": 5})

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from kvcached_gateway.config import HOST, Environment, ModelSettings
 from kvcached_gateway.engines.words import CONNECTION_SECONDS, OUT_OF_MEMORY, EngineWords
 from kvcached_gateway.errors import EngineStartError
 from kvcached_gateway.lease import Address
+from kvcached_gateway.settings.config import HOST, Environment, ModelSettings
 
 LOOPBACK = "127.0.0.1"
 PREFIX = "Bearer "

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from kvcached_gateway.config import Environment, ModelSettings
 from kvcached_gateway.engines.words import (
     CONNECTION_SECONDS,
     OUT_OF_MEMORY,
@@ -15,6 +14,7 @@ from kvcached_gateway.engines.words import (
 )
 from kvcached_gateway.errors import EngineStartError
 from kvcached_gateway.lease import Address
+from kvcached_gateway.settings.config import Environment, ModelSettings
 
 MAX_PATH_BYTES = 107  # what the kernel has room for, less the zero behind it
 NUM_DIGITS = 12

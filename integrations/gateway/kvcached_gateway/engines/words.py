@@ -9,9 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
-from kvcached_gateway.config import HOST, Environment, ModelSettings
 from kvcached_gateway.errors import EngineStartError
 from kvcached_gateway.lease import Address
+from kvcached_gateway.settings.config import HOST, Environment, ModelSettings
 
 # The name of a counter, and what its labels have to have.
 Sample = tuple[str, str]

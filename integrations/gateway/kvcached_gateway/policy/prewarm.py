@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from kvcached_gateway.units import WarmTime
+from kvcached_gateway.settings.units import WarmTime
 
 TOGETHER_SECONDS = 30.0
 LEAST_SHARE = 0.5

@@ -1,0 +1,1 @@
+"""Observe, decide, act: who starts where, who is stopped for it, who moves."""

@@ -1,0 +1,159 @@
+"""What each model takes and gives back, learned from engines that ran; what a start needs.
+
+Nothing here reads anything: the controller tells it what was measured.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvcached_core.memory.model_bytes import files_bytes, find_folder
+from kvcached_gateway.control.machine import HOST_MEMORY, DeviceMemory, MachineView
+from kvcached_gateway.settings.config import ModelSettings
+
+__all__ = ["ModelSize", "Sizes", "reachable_bytes"]
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What one model takes, in bytes; 0 is not known yet.
+
+    Attributes:
+        process_bytes: Its processes' own memory on the host.
+        residue_bytes: What it holds of each of its devices beside weights and KV cache.
+        weights_bytes: Its weights on each of its devices.
+        least_bytes: The KV memory of its longest request there.
+        token_bytes: The KV memory of one token there.
+    """
+
+    process_bytes: int = 0
+    residue_bytes: int = 0
+    weights_bytes: int = 0
+    least_bytes: int = 0
+    token_bytes: int = 0
+
+
+class Sizes:
+    """What is known of every model."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, ModelSize] = {}
+        self._others: dict[str, int] = {}
+        self._stored: dict[tuple[str, str | None], int] = {}
+
+    def of(self, model_id: str) -> ModelSize:
+        """Return what is known of a model."""
+        return self._known.get(model_id, ModelSize())
+
+    def learn(
+        self, running: Iterable[tuple[ModelSettings, Sequence[str]]], machine: MachineView
+    ) -> None:
+        """Take what engines that are up have now; the most that was ever seen counts.
+
+        Args:
+            running: Each model that is up, and its devices.
+            machine: What there is.
+        """
+        there = list(running)
+        kept = {
+            model.instance_name: self.weights_bytes(model)
+            for model, _ in there
+            if model.when_idle != "yield"
+        }
+        for model, devices in there:
+            old = self.of(model.id)
+            views = machine.views(model.instance_name, devices)
+            self._known[model.id] = ModelSize(
+                max(old.process_bytes, machine.engines_bytes.get(model.id, 0)),
+                max(old.residue_bytes, self._residue_bytes(machine, devices, kept)),
+                max((view.weights_needed_bytes for view in views), default=0) or old.weights_bytes,
+                max((view.least_bytes for view in views), default=0) or old.least_bytes,
+                max((view.token_bytes for view in views), default=0) or old.token_bytes,
+            )
+
+    def learn_others(self, machine: MachineView) -> None:
+        """Take what other programs have of each device, while no engine of ours is there."""
+        for name, device in machine.devices.items():
+            if not device.instances:
+                self._others[name] = device.unnamed_bytes
+
+    def others_bytes(self, device: str) -> int:
+        """Return what other programs had of a device."""
+        return self._others.get(device, 0)
+
+    def weights_bytes(self, model: ModelSettings) -> int:
+        """Return a model's weights on each of its devices: as measured, else as its files say."""
+        if known := self.of(model.id).weights_bytes:
+            return known
+        if model.model is None:
+            return 0
+        files = (model.model, model.revision)
+        if files not in self._stored:
+            folder = find_folder(*files)
+            self._stored[files] = 0 if folder is None else files_bytes(Path(folder))
+        return self._stored[files] // model.tensor_parallel
+
+    def copy_bytes(self, model: ModelSettings) -> int:
+        """Return what the copy of a model's weights takes of the host's memory, on all ranks."""
+        yields = model.when_idle == "yield" and not model.is_remote
+        return self.weights_bytes(model) * model.tensor_parallel if yields else 0
+
+    def process_bytes(self, model: ModelSettings) -> int:
+        """Return what a model's processes take; of one that never ran, what the largest has."""
+        return self.of(model.id).process_bytes or self._most("process_bytes")
+
+    def residue_bytes(self, model: ModelSettings) -> int:
+        """Return what a model holds of each device beside weights and KV cache, likewise."""
+        return self.of(model.id).residue_bytes or self._most("residue_bytes")
+
+    def device_bytes(self, model: ModelSettings) -> int:
+        """Return what a start of a model takes of each of its devices."""
+        least_bytes = self.of(model.id).least_bytes
+        return self.residue_bytes(model) + self.weights_bytes(model) + least_bytes
+
+    def needed_bytes(self, model: ModelSettings, devices: Iterable[str]) -> dict[str, int]:
+        """Return what a start of a model takes, by place."""
+        host_bytes = self.process_bytes(model) + self.copy_bytes(model)
+        return {HOST_MEMORY: host_bytes} | dict.fromkeys(devices, self.device_bytes(model))
+
+    def _residue_bytes(
+        self, machine: MachineView, devices: Iterable[str], kept: Mapping[str, int]
+    ) -> int:
+        """Return an engine's part of what is in use and in nobody's count.
+
+        Weights that never yield are in no count either, but they are known.
+        """
+        most = 0
+        for name in devices:
+            device = machine.devices.get(name)
+            if device is None or not device.instances:
+                continue
+            known = sum(kept.get(view.name, 0) for view in device.instances)
+            unnamed = device.unnamed_bytes - self.others_bytes(name) - known
+            most = max(most, unnamed // len(device.instances))
+        return most
+
+    def _most(self, field: str) -> int:
+        return max((int(getattr(size, field)) for size in self._known.values()), default=0)
+
+
+def reachable_bytes(device: DeviceMemory, idle: Iterable[str]) -> int | None:
+    """Return what a start could have of a device without anybody's end: what is free or yields.
+
+    Args:
+        device: The device.
+        idle: The instances without requests, whose weights may go.
+
+    Returns:
+        None where nobody knows yet how much there is.
+    """
+    if device.capacity_bytes is None and not device.free_bytes:
+        return None
+    names = set(idle)
+    given = sum(
+        view.idle_bytes
+        + view.cached_bytes
+        + (view.weights_offered_bytes if view.name in names else 0)
+        for view in device.instances
+    )
+    return device.free_bytes + given

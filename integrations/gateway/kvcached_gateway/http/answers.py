@@ -1,0 +1,47 @@
+"""What we answer ourselves, in OpenAI's form."""
+
+import json
+import math
+from typing import Any
+
+from aiohttp import web
+
+from kvcached_gateway.errors import RefusedError
+from kvcached_gateway.http.headers import REQUEST_ID
+
+__all__ = ["refusal"]
+
+KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+}
+UNREAD = frozenset({401, 408, 413, 415})  # the connection's next bytes are this request's body
+
+
+def refusal(error: RefusedError, id_: str) -> web.Response:
+    """Return an error for a client.
+
+    Args:
+        error: What is answered.
+        id_: The request's id.
+    """
+    is_ours = error.status >= web.HTTPInternalServerError.status_code
+    kind = KINDS.get(error.status, "server_error" if is_ours else "invalid_request_error")
+    body: dict[str, Any] = {
+        "error": {"message": error.message, "type": kind, "param": None, "code": error.code}
+    }
+    headers = {REQUEST_ID: id_}
+    if error.retry_after_seconds is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds)))
+    if error.status == web.HTTPUnauthorized.status_code:
+        headers["WWW-Authenticate"] = "Bearer"
+    response = web.Response(
+        status=error.status,
+        body=json.dumps(body).encode(),
+        headers=headers,
+        content_type="application/json",
+    )
+    if error.status in UNREAD:
+        response.force_close()
+    return response

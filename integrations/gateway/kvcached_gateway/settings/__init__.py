@@ -1,0 +1,1 @@
+"""The file of models and the file of keys, read, checked and compared."""

@@ -1,0 +1,98 @@
+"""The gateway's folders import one way, its modules are short, and its rules stay pure."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+GATEWAY = Path(__file__).parents[2] / "integrations" / "gateway" / "kvcached_gateway"
+BOTTOM = {"errors", "lease", "observe"}
+# What the modules at the top, and the folders, may import beside themselves.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "lease": set(),
+    "observe": {"lease"},
+    "settings": BOTTOM,
+    "policy": {"settings"},
+    "line": BOTTOM | {"settings", "policy"},
+    "engines": BOTTOM | {"settings"},
+    "models": BOTTOM | {"settings", "engines", "line"},
+    "admin": BOTTOM | {"settings"},
+    "control": BOTTOM | {"settings", "policy", "line", "engines", "models", "admin"},
+    "http": BOTTOM | {"settings"},
+    "serve": BOTTOM | {"settings", "line", "engines", "models", "admin", "control", "http"},
+    "commands": BOTTOM | {"settings", "admin", "serve"},
+}
+# The policy is values in, decisions out: no I/O, no clock, no tasks.
+NOT_PURE = {"asyncio", "os", "time", "socket", "subprocess", "threading", "pathlib", "logging"}
+MAX_LINES = 300
+
+
+def modules() -> dict[str, Path]:
+    return {
+        ".".join(file.relative_to(GATEWAY).with_suffix("").parts): file
+        for file in sorted(GATEWAY.rglob("*.py"))
+        if file.name != "__init__.py"
+    }
+
+
+def imports(file: Path) -> set[str]:
+    """Return the full names of all modules that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, f"{file}: name the module in full"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def graph() -> dict[str, set[str]]:
+    known = modules()
+    return {
+        name: {
+            inner
+            for full in imports(file)
+            if (inner := full.removeprefix("kvcached_gateway.")) in known and inner != full
+        }
+        for name, file in known.items()
+    }
+
+
+def test_folders_import_one_way() -> None:
+    assert {name.partition(".")[0] for name in modules()} == set(MAY_IMPORT)
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in graph().items()
+        for other in others
+        if (there := other.partition(".")[0]) != (here := name.partition(".")[0])
+        if there not in MAY_IMPORT[here]
+    ]
+    assert wrong == []
+
+
+def test_no_modules_import_each_other() -> None:
+    graphlib.TopologicalSorter(graph()).prepare()
+
+
+def test_the_policy_reads_nothing() -> None:
+    wrong = [
+        f"{name} imports {module}"
+        for name, file in modules().items()
+        if name.startswith("policy.")
+        for module in imports(file)
+        if module.partition(".")[0] in NOT_PURE
+    ]
+    assert wrong == []
+
+
+def test_modules_are_short() -> None:
+    assert [
+        name for name, file in modules().items() if len(file.read_text().splitlines()) > MAX_LINES
+    ] == []
+
+
+def test_folders_say_in_one_line_what_they_are() -> None:
+    assert [
+        file for file in GATEWAY.rglob("*/__init__.py") if len(file.read_text().splitlines()) != 1
+    ] == []
