@@ -40,7 +40,7 @@ endif
 export STARTED
 
 .PHONY: setup environments demo quick test test-every-release lint docs bench mutants gpu-check two-gpus-check \
-  prometheus-check check-locks new-engines clean
+  gpu-gateway prometheus-check check-locks new-engines clean
 
 setup: $(READY)
 
@@ -131,6 +131,12 @@ gpu-check:
 two-gpus-check:
 	[ -x "$$(command -v $(GPU_PYTHON))" ] || examples/gpu_engine/install.sh $(GPU_VENV)
 	PYTHONPATH=$${PYTHONPATH:-}:tests $(GPU_PYTHON) -m pytest -m gpu tests/gpu/test_two_gpus.py
+
+# Many models behind one URL on a GPU: MODELS=4 for fewer; CARDS=2 moves one between two GPUs.
+gpu-gateway:
+	[ -x "$$(command -v $(GPU_PYTHON))" ] || examples/gpu_engine/install.sh $(GPU_VENV)
+	$(GPU_PYTHON) -m benchmarks run gateway_gpu -- --models $(or $(MODELS),6) \
+	  $(if $(filter 2,$(CARDS)),--cards 2 --parts move)
 
 clean:
 	rm -rf $(VENV) $(SGLANG_VENV)-* $(VLLM_VENV)-* $(GPU_VENV) $(GPU_SGLANG_VENV) $(DOCS_VENV) demo site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

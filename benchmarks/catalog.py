@@ -91,6 +91,12 @@ BENCHMARKS = (
     Benchmark(
         "weights_many", "weights_many.py", GPU, "more models than fit, and their weights in turn"
     ),
+    Benchmark(
+        "gateway_gpu",
+        "gateway_gpu.py",
+        GPU,
+        "more models than fit behind one URL: bursts, and classes with goals",
+    ),
     Benchmark("weights_wake", "weights_wake.py", GPU, "weights that come and go, and their wake"),
     Benchmark(
         "wake_beside_neighbour",

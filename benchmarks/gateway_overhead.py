@@ -115,7 +115,7 @@ def summarise(rounds: Mapping[str, list[dict[str, float]]]) -> dict[str, Any]:
     return added
 
 
-def compare(litellm_python: Path | None) -> dict[str, Any]:
+def compare(litellm_python: Path | None, num_rounds: int) -> dict[str, Any]:
     """Measure all ways in turn."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -131,7 +131,7 @@ def compare(litellm_python: Path | None) -> dict[str, Any]:
         for server in ways.values():
             load(server, request("x"), num=50, at_once=AT_ONCE)
         rounds: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-        for _ in range(ROUNDS):
+        for _ in range(num_rounds):
             for way, server in ways.items():
                 rounds[way].append(measure(server, COUNTS[way]))
     return {"litellm": release, "rounds": rounds, "added": summarise(rounds)}
@@ -151,13 +151,13 @@ def _load_one(port: int, model: str, num: int, num_tokens: int) -> int:
     return sum(one.num_events for one in taken)
 
 
-def compare_workers(num_workers: int) -> dict[str, Any]:
+def compare_workers(num_workers: int, num_rounds: int) -> dict[str, Any]:
     """Compare one process with several, in turn, under as much load as they bear."""
     rates: dict[str, dict[str, list[float]]] = {
         kind: {"1": [], str(num_workers): []} for kind in ("requests", "events")
     }
     with _standins() as urls, ProcessPoolExecutor(NUM_LOADS, gateway_house.SPAWN) as pool:
-        for _ in range(ROUNDS):
+        for _ in range(num_rounds):
             for workers in (1, num_workers):
                 with gateway_house.gateway(urls, workers) as server:
                     for kind, num, num_tokens in (("requests", 5_000, 1), ("events", 500, 200)):
@@ -206,13 +206,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--litellm-python", type=Path, help="the Python that has litellm[proxy]")
     parser.add_argument("--workers", type=int, help="compare so many processes with one")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args()
     cores = os.sched_getaffinity(0)
     results: dict[str, Any] = {"machine": describe_machine() | {"usable_cores": len(cores)}}
     if options.workers is None:
-        results |= compare(options.litellm_python)
+        results |= compare(options.litellm_python, options.rounds)
     else:
-        results |= compare_workers(options.workers)
+        results |= compare_workers(options.workers, options.rounds)
     _print(results)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(results, indent=2) + "\n")

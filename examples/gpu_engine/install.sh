@@ -19,4 +19,4 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 [ -z "${PIP_FIND_LINKS:-}" ] || export UV_FIND_LINKS=${UV_FIND_LINKS:-$PIP_FIND_LINKS}
 
 "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" ${DRY_RUN:+--dry-run} \
-  "$engine" --editable "$root[cuda,bench]" --group "$root/pyproject.toml:dev"
+  "$engine" --editable "$root[cuda,bench,gateway]" --group "$root/pyproject.toml:dev"

@@ -1,0 +1,200 @@
+"""A `kvcached serve` process and its file of models: what `gateway_gpu` asks."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+from yielding import MEMORY, with_tests
+
+from kvcached_core import control
+from kvcached_core.ledger.view import InstanceView
+from kvcached_core.units import GIB, MIB
+from kvcached_demo.harness.engines import VLLM
+from kvcached_demo.harness.model import make_model
+from kvcached_demo.harness.server import ENGINE_ENVIRON, free_port
+from kvcached_gateway.client import Client
+from kvcached_gateway.sessions import kill_session, orphans
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers.shapes import make_files, make_shape
+
+SHAPE, SHAPE_BYTES = "llama-8b", 16_060_522_496
+MAX_TOKENS, CHUNK_TOKENS = 4096, 2048
+# Of a rehearsal: what each keeps, and what half of them cannot have at a time.
+TINY_PAGE_BYTES, TINY_WEIGHTS_BYTES = 16 * MIB, 12 * MIB
+UP_SECONDS, END_SECONDS = 30.0, 60.0
+HOST_BYTES_EACH = 22 * GIB  # a copy of the weights, and the processes of an engine
+NUM_LOG_CHARACTERS = 30_000
+SERVE = "from kvcached_core.cli.app import main; main()"
+
+
+class Gateway:
+    """A gateway in a process of its own, as `kvcached serve` starts it.
+
+    Args:
+        models: How many models it serves.
+        cards: How many GPUs they share.
+        tiny: Whether it is a rehearsal on a CPU.
+        headroom_bytes: What engines leave of each GPU.
+        tiny_kv_bytes: What a rehearsal's engines share beside what some of their weights need.
+
+    Attributes:
+        names: The models.
+        directory: The folder of the ledgers.
+        url: Where it listens.
+    """
+
+    def __init__(
+        self, models: int, *, cards: int, tiny: bool, headroom_bytes: int, tiny_kv_bytes: int
+    ) -> None:
+        self.names = [f"model-{number}" for number in range(models)]
+        self.directory = Path(tempfile.mkdtemp(prefix="kv-", dir=MEMORY))
+        self._tiny = tiny
+        self._cards = cards
+        self._headroom_bytes = headroom_bytes
+        self._tiny_kv_bytes = tiny_kv_bytes
+        self._folder = Path(tempfile.mkdtemp(prefix="kv-"))
+        self._file = self._folder / "models.yaml"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        for number, name in enumerate(self.names):
+            self._make(name, number)
+
+    def _make(self, name: str, number: int) -> None:
+        if self._tiny:
+            make_model(self._folder / name, seed=number)
+        else:  # the files say their size, as a real model's do; nobody reads them
+            make_files(make_shape(self._folder / name, SHAPE), SHAPE_BYTES)
+
+    def settings(self, classes: Mapping[str, Any], class_of: Mapping[str, str]) -> dict[str, Any]:
+        """Return what the file says: text, lists and tables."""
+        models = {
+            name: {"environment": name, "model": str(self._folder / name), "max_wait": "900s"}
+            | ({"class": class_of[name]} if name in class_of else {})
+            for name in self.names
+        }
+        found: dict[str, Any] = {
+            "listen": f"127.0.0.1:{self.port}",
+            "devices": ["host"] if self._tiny else [str(card) for card in range(self._cards)],
+            "host_memory": str(HOST_BYTES_EACH * len(self.names)),
+            "environments": {
+                name: self._environment(number) for number, name in enumerate(self.names)
+            },
+            "models": models,
+        }
+        if self._cards > 1:
+            found["placement"] = {"window": "10s", "move_gain": "0.1", "move_pause": "600s"}
+        return found | ({"classes": dict(classes)} if classes else {})
+
+    def _environment(self, number: int) -> dict[str, Any]:
+        env = ENGINE_ENVIRON | {"KVCACHED_HOST_BUDGET": "85%", "KVCACHED_WEIGHTS_KEPT_SECONDS": "0"}
+        args = [*VLLM.caching(is_on=False)]
+        if self._tiny:
+            num = len(self.names)
+            pool_bytes = TINY_PAGE_BYTES * (num + 1) + TINY_WEIGHTS_BYTES * num // 2
+            env |= VLLM.host_environ
+            env["KVCACHED_HOST_POOL"] = str(pool_bytes + self._tiny_kv_bytes)
+            env["VLLM_CPU_OMP_THREADS_BIND"] = str(number % (os.cpu_count() or 1))
+            args += VLLM.host_options
+        else:  # each has weights of its own: only a variable can say which
+            env |= {"DUMMY_SEED": str(number), "PYTHONPATH": with_tests()}
+            env["KVCACHED_HEADROOM"] = str(self._headroom_bytes)
+            args += ["--load-format", "dummy", "--enforce-eager"]
+            args += ["--worker-extension-cls", "helpers.seeded.Seeded"]
+            args += ["--max-model-len", str(MAX_TOKENS)]
+            args += ["--max-num-batched-tokens", str(CHUNK_TOKENS)]
+        return {"engine": "vllm", "python": VLLM.python, "env": env, "args": args}
+
+    def write(
+        self, classes: Mapping[str, Any] | None = None, class_of: Mapping[str, str] | None = None
+    ) -> None:
+        """Write the file: with classes, and which models have which, or without."""
+        self._file.write_text(yaml.safe_dump(self.settings(classes or {}, class_of or {})))
+
+    @property
+    def client(self) -> Client:
+        """What the command line asks it with."""
+        return Client(self.directory)
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Serve in a block; behind it no engine is left."""
+        self.write()
+        words = [sys.executable, "-c", SERVE, "serve", str(self._file), "--dir"]
+        with (self._folder / "gateway.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [*words, str(self.directory)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "TMPDIR": "/tmp"},  # noqa: S108  sockets need a short path
+            )
+        try:
+            self._await_up()
+            yield
+        finally:
+            self._end()
+
+    def _await_up(self) -> None:
+        until = time.monotonic() + UP_SECONDS
+        while True:
+            try:
+                httpx.get(f"{self.url}/health").raise_for_status()
+            except httpx.HTTPError:
+                is_over = self._process is None or self._process.poll() is not None
+                if is_over or time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
+            else:
+                return
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        asyncio.run(_end_all(self.directory))
+
+    def instances(self) -> dict[str, InstanceView]:
+        """Return what the ledgers say of the models' engines."""
+        return {row.name: row for each in control.devices(self.directory) for row in each.instances}
+
+    def are_copied(self) -> bool:
+        """Whether every engine that is up could give its weights."""
+        return all(
+            row.weights_needed_bytes and row.weights_offered_bytes >= row.weights_bytes
+            for row in self.instances().values()
+        )
+
+    def keep_logs(self, folder: Path, prefix: str) -> None:
+        """Write the ends of all logs to a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        logs = [self._folder / "gateway.log", *(self.directory / "gateway" / "logs").glob("*.log")]
+        for log in logs:
+            if log.exists():
+                end = log.read_text(errors="replace")[-NUM_LOG_CHARACTERS:]
+                (folder / f"{prefix}-{log.name}").write_text(end)
+
+    def close(self) -> None:
+        """Remove its folders."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+async def _end_all(directory: Path) -> None:
+    """End the engines of a gateway that could not do it itself."""
+    for identity in orphans(directory / "gateway", []):
+        await kill_session(identity)
