@@ -22,8 +22,8 @@ from kvcached_core.units import GIB, MIB
 from kvcached_demo.harness.engines import VLLM
 from kvcached_demo.harness.model import make_model
 from kvcached_demo.harness.server import ENGINE_ENVIRON, free_port
-from kvcached_gateway.client import Client
-from kvcached_gateway.sessions import kill_session, orphans
+from kvcached_gateway.admin.client import Client
+from kvcached_gateway.engines.sessions import kill_session, orphans
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.shapes import make_files, make_shape

@@ -10,7 +10,7 @@ from gateway_schedule import ANSWER_SECONDS, Due, bursts, num_overlapping, promp
 from gateway_serve import Gateway
 
 from kvcached_core.units import GIB
-from kvcached_gateway.config_file import read_settings
+from kvcached_gateway.settings.config_file import read_settings
 
 NAMES = [f"model-{number}" for number in range(6)]
 PROMPTS = [prompt(number, 8) for number in range(4)]
