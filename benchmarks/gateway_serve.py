@@ -33,7 +33,8 @@ MAX_TOKENS, CHUNK_TOKENS = 4096, 2048
 # Of a rehearsal: what each keeps, and what half of them cannot have at a time.
 TINY_PAGE_BYTES, TINY_WEIGHTS_BYTES = 16 * MIB, 12 * MIB
 UP_SECONDS, END_SECONDS = 30.0, 60.0
-HOST_BYTES_EACH = 22 * GIB  # a copy of the weights, and the processes of an engine
+# A copy of the weights, and the processes of an engine; one that moves has two for a while.
+HOST_BYTES_EACH = 22 * GIB
 NUM_LOG_CHARACTERS = 30_000
 SERVE = "from kvcached_core.cli.app import main; main()"
 
@@ -87,7 +88,7 @@ class Gateway:
         found: dict[str, Any] = {
             "listen": f"127.0.0.1:{self.port}",
             "devices": ["host"] if self._tiny else [str(card) for card in range(self._cards)],
-            "host_memory": str(HOST_BYTES_EACH * len(self.names)),
+            "host_memory": str(HOST_BYTES_EACH * (len(self.names) + self._cards - 1)),
             "environments": {
                 name: self._environment(number) for number, name in enumerate(self.names)
             },
