@@ -23,6 +23,11 @@ VLLM_READY := $(VLLM_RELEASES:%=$(VLLM_VENV)-%/.ready-$(VLLM_HASH))
 DOCS_VENV ?= .venv-docs
 DOCS_READY := $(DOCS_VENV)/.ready-$(call hash_of,)
 
+# What validates the manifests of Kubernetes; it is too large for the tests' environment.
+MANIFESTS_VENV ?= .venv-manifests
+MANIFESTS_READY := $(MANIFESTS_VENV)/.ready-$(call hash_of,examples/kubernetes/requirements.txt)
+KUBERNETES_RELEASES := 1.31 1.37
+
 GPU_VENV ?= .venv-gpu
 GPU_PYTHON ?= $(GPU_VENV)/bin/python
 GPU_SGLANG_VENV ?= .venv-gpu-sglang
@@ -40,7 +45,7 @@ endif
 export STARTED
 
 .PHONY: setup environments demo quick test test-every-release lint docs bench mutants gpu-check two-gpus-check \
-  gpu-gateway prometheus-check check-locks new-engines clean
+  gpu-gateway prometheus-check check-locks check-manifests new-engines clean
 
 setup: $(READY)
 
@@ -65,6 +70,12 @@ $(DOCS_READY):
 	rm -f $(@D)/.ready*
 	[ -x $(DOCS_VENV)/bin/python ] || $${PYTHON:-python3} -m venv $(DOCS_VENV)
 	$(DOCS_VENV)/bin/python -m pip install --quiet --no-compile ".[docs]"
+	touch $@
+
+$(MANIFESTS_READY):
+	rm -f $(@D)/.ready*
+	[ -x $(MANIFESTS_VENV)/bin/python ] || $${PYTHON:-python3} -m venv $(MANIFESTS_VENV)
+	$(MANIFESTS_VENV)/bin/python -m pip install --quiet --no-compile -r examples/kubernetes/requirements.txt
 	touch $@
 
 # ENGINES=vllm,sglang runs one of each.
@@ -106,6 +117,15 @@ docs: $(DOCS_READY)
 	! grep -rlE '<(script|link|img)[^>]*(src|href)="https?:' site
 	@echo site/index.html
 
+# The manifests against the schemas of the oldest and the newest Kubernetes that we mean; an object of a
+# kind that is not Kubernetes' own is in pool.yaml, and tests look at that.
+check-manifests: $(MANIFESTS_READY)
+	@for release in $(KUBERNETES_RELEASES); do \
+	  for file in $(filter-out %/pool.yaml,$(wildcard examples/kubernetes/*.yaml)); do \
+	    $(MANIFESTS_VENV)/bin/kubernetes-validate --strict --quiet -k $$release $$file || exit 1; \
+	  done; \
+	done
+
 # Small faults, each planted in a copy of the tree: does a test see it? MUTANTS="keeper orders" plants
 # those whose names hold one of these; with --write it writes tests/mutants/results.json.
 mutants: $(READY) $(firstword $(SGLANG_READY))
@@ -139,4 +159,4 @@ gpu-gateway:
 	  $(if $(filter 2,$(CARDS)),--cards 2 --parts move)
 
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV)-* $(VLLM_VENV)-* $(GPU_VENV) $(GPU_SGLANG_VENV) $(DOCS_VENV) demo site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SGLANG_VENV)-* $(VLLM_VENV)-* $(GPU_VENV) $(GPU_SGLANG_VENV) $(DOCS_VENV) $(MANIFESTS_VENV) demo site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -107,6 +107,12 @@ class Child:
         self.ledger.announce(self.row, 0)
         return given_up
 
+    def see(self, _num: int) -> list[list[object]]:
+        """Return name, process and resident pages of every instance that it sees."""
+        return [
+            [row.name, row.pid, row.resident_bytes // PAGE] for row in self.ledger.view().instances
+        ]
+
     def storm(self, num: int) -> None:
         """Do `num` operations of its own choice."""
         source = random.Random(num + self.row.number)
