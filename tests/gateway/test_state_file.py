@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from helpers.gateway_runner import record_of
 
+from kvcached_core.errors import LedgerError
 from kvcached_gateway.engines.state_file import Folder
 from kvcached_gateway.errors import GatewayRunningError, StateFileError
 
@@ -49,6 +50,15 @@ def test_nobody_else_can_read_it(folder: Folder) -> None:
     for path in folder.path.rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600)
     assert "Bearer key" in (folder.path / "gateway.json").read_text()
+
+
+def test_the_folder_of_the_ledgers_is_made_as_engines_need_it(tmp_path: Path) -> None:
+    directory = tmp_path / "kv"
+    with Folder(directory):
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    directory.chmod(0o755)
+    with pytest.raises(LedgerError, match="is open to other users"):
+        Folder(directory)
 
 
 def test_a_second_gateway_is_refused_with_the_first_one_s_process(

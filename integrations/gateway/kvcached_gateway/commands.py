@@ -88,12 +88,18 @@ def models(
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title, is_number in COLUMNS.items():
-        table.add_column(title, justify="right" if is_number else "left", no_wrap=True)
+        table.add_column(
+            title,
+            justify="right" if is_number else "left",
+            no_wrap=title != WIDEST,
+            overflow="fold",
+        )
     for row in rows:
         table.add_row(*_cells(row))
     Console().print(table)
 
 
+WIDEST = "why"  # it takes more lines where a terminal is narrow
 COLUMNS = {
     "model": False,
     "state": False,
@@ -104,7 +110,7 @@ COLUMNS = {
     "longest": True,
     "starts": True,
     "takes": True,
-    "why": False,
+    WIDEST: False,
 }
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from kvcached_core.ledger.opening import ledger_directory
 from kvcached_gateway.engines.sessions import Identity
 from kvcached_gateway.errors import GatewayRunningError, StateFileError
 from kvcached_gateway.lease import Address
@@ -87,14 +88,15 @@ class Folder:
 
     Raises:
         GatewayRunningError: If another gateway has it; the message names its process.
+        LedgerError: If the folder of the ledgers cannot be made, or is not this user's alone.
     """
 
     def __init__(self, directory: Path) -> None:
-        self.path = directory / "gateway"
+        self.path = ledger_directory(directory) / "gateway"
         self.engines = self.path / "engines"
         self.logs = self.path / "logs"
         for folder in (self.path, self.engines, self.logs):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
         self._file = self.path / "gateway.json"
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._lock = os.open(self.path / "gateway.lock", flags, 0o600)
