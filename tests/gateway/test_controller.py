@@ -8,6 +8,7 @@ import pytest
 from helpers.gateway_fleet import Takes, World, simulated_in
 
 from kvcached_core.errors import LedgerError
+from kvcached_core.units import GIB
 from kvcached_gateway.control.controller import TICK_SECONDS
 from kvcached_gateway.control.decisions import NUM_KEPT, Decisions
 from kvcached_gateway.control.machine import MachineView
@@ -52,6 +53,20 @@ async def test_one_that_nobody_asked_for_its_idle_limit_ends_unless_it_is_pinned
     world.controller.pin("b", is_pinned=False)
     await world.tick()
     assert world.are_up == {"c"}
+    await world.close()
+
+
+@simulated_in
+async def test_what_a_start_has_already_is_not_taken_for_its_neighbours(folder: Path) -> None:
+    world = World(folder, {"a": Takes(residue=2.0), "b": Takes(residue=9.0)})
+    await world.up("a")
+    asked = world.ask("b")
+    await world.tick()
+    world.others_bytes = 9 * GIB
+    await world.tick()
+    assert world.controller._sizes.of("a").residue_bytes == 2 * GIB
+    world.others_bytes = 0
+    asked.cancel()
     await world.close()
 
 

@@ -14,7 +14,7 @@ from kvcached_core.ledger import nvml
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.units import GIB, MIB
-from kvcached_gateway.control.machine import Machine
+from kvcached_gateway.control.machine import Machine, MachineView
 from kvcached_gateway.engines.sessions import Identity
 
 UUIDS = ("GPU-1", "GPU-2")
@@ -112,9 +112,20 @@ def test_engines_of_one_model_count_together_and_one_that_just_ended_counts_noth
 
 @pytest.mark.usefixtures("no_gpu")
 def test_the_budget_of_a_file_that_says_none_is_half_of_what_is_free(tmp_path: Path) -> None:
-    machine = Machine(tmp_path, "all", None)
-    available = machine.look([]).available_bytes
-    assert 0.3 * available < machine.budget_bytes < 0.7 * available
+    view = Machine(tmp_path, "all", None).look([])
+    assert view.budget_bytes == view.available_bytes // 2
+    with holding(64) as engine:
+        machine = Machine(tmp_path, "all", None)
+        view = machine.look([("a", engine)])
+        held_bytes = view.engines_bytes["a"]
+        assert view.budget_bytes == (view.available_bytes + held_bytes) // 2
+        assert view.free_host_bytes == view.budget_bytes - held_bytes
+        assert machine.look([]).budget_bytes == view.budget_bytes
+
+
+def test_what_others_have_of_the_host_is_not_free_whatever_the_file_says() -> None:
+    view = MachineView({}, 10 * GIB, {"a": GIB}, 0, 2 * GIB)
+    assert view.free_host_bytes == 2 * GIB
 
 
 @pytest.mark.usefixtures("no_gpu")

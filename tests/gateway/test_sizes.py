@@ -84,9 +84,11 @@ def test_the_copies_of_all_ranks_count_and_each_device_has_its_own_part() -> Non
 
 def test_what_other_programs_had_before_is_no_residue() -> None:
     sizes = Sizes()
-    sizes.learn_others(machine(gpu(70 * GIB)))
+    before = DeviceMemory("gpu", None, 70 * GIB)  # no ledger says yet what there is
+    assert sizes.others_bytes(before) == 0
+    sizes.learn_others(machine(before))
     sizes.learn([(A, ("gpu",))], machine(gpu(68 * GIB, row(name="a"))))
-    assert sizes.others_bytes("gpu") == 10 * GIB
+    assert sizes.others_bytes(gpu(68 * GIB, row(name="a"))) == 10 * GIB
     assert sizes.of("a").residue_bytes == 2 * GIB
 
 

@@ -93,6 +93,7 @@ class World:
         self.more = {name: dict((settings or {}).get(name, {})) for name in models}
         self.memory = memory or MemorySettings()
         self.yielded: set[str] = set()
+        self.others_bytes = 0
         self.engines = Engines()
         self.folder = Folder(folder)
         self.clock = asyncio.get_running_loop().time
@@ -164,7 +165,9 @@ class World:
             + (0 if model.id in self.yielded else self._bytes(model, "weights"))
             for model in here
         )
-        return DeviceMemory(name, self.sizes[name], self.sizes[name] - used, tuple(rows))
+        return DeviceMemory(
+            name, self.sizes[name], self.sizes[name] - used - self.others_bytes, tuple(rows)
+        )
 
     async def tick(self) -> None:
         """Let the controller decide once, and everybody do what it said."""

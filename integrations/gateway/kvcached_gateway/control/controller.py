@@ -24,7 +24,7 @@ from kvcached_gateway.control.wants import Cause, Want
 from kvcached_gateway.line.line import Line
 from kvcached_gateway.models.fleet import Fleet
 from kvcached_gateway.models.model import Model
-from kvcached_gateway.models.state import UP, State
+from kvcached_gateway.models.state import PASSING, UP, State
 
 __all__ = ["Controller"]
 
@@ -178,11 +178,17 @@ class Controller:
         for model in self._fleet.models.values():
             views = machine.views(model.settings.instance_name, model.devices)
             model.observed(min(views, key=lambda view: view.weights_bytes, default=None))
+        # What an engine has that comes up, or is being ended, would be taken for its neighbours'.
+        passing = {
+            name for each in self._fleet.all if each.state in PASSING for name in each.devices
+        }
         self._sizes.learn(
             [
                 (model.settings, model.devices)
                 for model in self._fleet.models.values()
-                if model.state in UP and num_engines[model.id] == 1
+                if model.state in UP
+                and num_engines[model.id] == 1
+                and passing.isdisjoint(model.devices)
             ],
             machine,
         )

@@ -76,8 +76,9 @@ class MachineView:
 
     @property
     def free_host_bytes(self) -> int:
-        """What is left of the budget."""
-        return self.budget_bytes - sum(self.engines_bytes.values()) - self.copies_bytes
+        """What is left of the budget, and there."""
+        left = self.budget_bytes - sum(self.engines_bytes.values()) - self.copies_bytes
+        return min(left, self.available_bytes)
 
     def views(self, instance_name: str, devices: Iterable[str] = ()) -> list[InstanceView]:
         """Return the rows of an instance on the devices named, or on all."""
@@ -97,7 +98,8 @@ class Machine:
     Args:
         directory: The folder of the ledgers.
         devices: What the file says: `all`, or UUIDs, numbers and `host`.
-        host_memory_bytes: What engines and copies may take; None is half of what is free now.
+        host_memory_bytes: What engines and copies may take; None is half of what is free, or theirs
+            already, at the first look.
 
     Attributes:
         names: The devices, in the ledgers' words.
@@ -112,7 +114,7 @@ class Machine:
         self._directory = directory
         self._numbers = _numbers()
         self.names = _resolve(devices, self._numbers)
-        self.budget_bytes = host_memory_bytes or _available_bytes() // HALF
+        self._budget_bytes = host_memory_bytes
         self._read_of: tuple[tuple[str, Identity], ...] = ()
         self._read_at = 0.0
         self._read: dict[Identity, int] = {}
@@ -127,12 +129,17 @@ class Machine:
         found = survey(self._directory)
         by_name = {view.device: view for view in found.devices}
         devices = {name: self._device(name, by_name.get(name)) for name in self.names}
+        engines_bytes = self._engines_bytes(tuple(engines))
+        copies_bytes, available_bytes = self._copies_bytes(), _available_bytes()
+        if self._budget_bytes is None:
+            held_bytes = sum(engines_bytes.values()) + copies_bytes
+            self._budget_bytes = (available_bytes + held_bytes) // HALF
         return MachineView(
             devices,
-            self.budget_bytes,
-            self._engines_bytes(tuple(engines)),
-            self._copies_bytes(),
-            _available_bytes(),
+            self._budget_bytes,
+            engines_bytes,
+            copies_bytes,
+            available_bytes,
             self._numbers,
             tuple(found.problems),
         )

@@ -144,7 +144,7 @@ class Moves:
             DeviceRoom(
                 name,
                 device.free_bytes if device.capacity_bytes is None else device.capacity_bytes,
-                self._sizes.others_bytes(name),
+                self._sizes.others_bytes(device),
             )
             for name, device in machine.devices.items()
         ]

@@ -38,7 +38,7 @@ class Sizes:
 
     def __init__(self) -> None:
         self._known: dict[str, ModelSize] = {}
-        self._others: dict[str, int] = {}
+        self._free_alone: dict[str, int] = {}
         self._stored: dict[tuple[str, str | None], int] = {}
 
     def of(self, model_id: str) -> ModelSize:
@@ -75,11 +75,14 @@ class Sizes:
         """Take what other programs have of each device, while no engine of ours is there."""
         for name, device in machine.devices.items():
             if not device.instances:
-                self._others[name] = device.unnamed_bytes
+                self._free_alone[name] = device.free_bytes
 
-    def others_bytes(self, device: str) -> int:
-        """Return what other programs had of a device."""
-        return self._others.get(device, 0)
+    def others_bytes(self, device: DeviceMemory) -> int:
+        """Return what other programs had of what engines may use of a device."""
+        free_bytes = self._free_alone.get(device.id)
+        if free_bytes is None or device.capacity_bytes is None:
+            return 0
+        return max(device.capacity_bytes - free_bytes, 0)
 
     def weights_bytes(self, model: ModelSettings) -> int:
         """Return a model's weights on each of its devices: as measured, else as its files say."""
@@ -129,7 +132,7 @@ class Sizes:
             if device is None or not device.instances:
                 continue
             known = sum(kept.get(view.name, 0) for view in device.instances)
-            unnamed = device.unnamed_bytes - self.others_bytes(name) - known
+            unnamed = device.unnamed_bytes - self.others_bytes(device) - known
             most = max(most, unnamed // len(device.instances))
         return most
 

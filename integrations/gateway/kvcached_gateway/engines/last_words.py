@@ -11,7 +11,7 @@ MAX_CHARACTERS = 1000
 # time alone.
 PREFIX = re.compile(
     r"(\(\w+ pid=\d+\) )?"
-    r"((?P<level>[A-Z]+) [\d-]+ [\d:.]+ (\[[\w./]+:\d+\] ?)?|\[[\d-]+ [\d:.]+[^\]]*\] )?"
+    r"((?P<level>[A-Z]+) [\d-]+ [\d:.]+ (\[[\w./]+:\d+\] ?)?|(?P<time>\[[\d-]+ [\d:.]+[^\]]*\] ))?"
 )
 QUIET = {"DEBUG", "INFO", "WARNING"}
 # An exception as a traceback ends with it.
@@ -45,7 +45,8 @@ def cause(text: str) -> str:
     for line in text.splitlines():
         prefix = PREFIX.match(line)
         words = line[prefix.end() if prefix else 0 :].strip()
-        if prefix and prefix["level"] in QUIET:
+        # SGLang logs no level, and what it raises is behind no time.
+        if prefix and (prefix["level"] in QUIET or prefix["time"]):
             continue
         if words.startswith(OURS):
             is_note = found and RAISED.match(found) and OURS not in found

@@ -23,7 +23,10 @@ LEAST_COSINE = 0.99
 NUM_KEPT_VALUES = 32
 CONNECTION_SECONDS = 3600  # only we connect, so no idle connection has to be closed soon
 # What the log of a start ends with where memory was missing; each engine adds its own.
-OUT_OF_MEMORY = ("out of memory", "OutOfMemoryError", "NoRoomError", "HostBudgetError")
+OUT_OF_MEMORY = (
+    *("out of memory", "OutOfMemoryError", "NoRoomError", "HostBudgetError"),
+    "kvcached: there is no room",
+)
 
 
 @dataclass(frozen=True)
