@@ -134,10 +134,13 @@ def beside(run: Run, num: int) -> dict[str, Any]:
         stop.set()
         worker.join()
     during: dict[str, list[float]] = {}
+    since: dict[str, list[float]] = {}
     first_token: dict[str, list[float]] = {}
     for begin, end, size_name in windows:
+        overlapping = [(at - begin, gap) for at, gap in gaps if begin <= at <= end]
         first_token.setdefault(size_name, []).append(end - begin)
-        during.setdefault(size_name, []).extend(gap for at, gap in gaps if begin <= at <= end)
+        during.setdefault(size_name, []).extend(gap for _, gap in overlapping)
+        since.setdefault(size_name, []).extend(at for at, _ in overlapping)
     calm = [
         gap
         for at, gap in gaps
@@ -146,6 +149,7 @@ def beside(run: Run, num: int) -> dict[str, Any]:
     return {
         "calm_seconds": calm,
         "overlapping_seconds": during,
+        "overlapping_since_request_seconds": since,
         "first_token_seconds": first_token,
         "ratio": {
             name: statistics.median(each) / statistics.median(calm) for name, each in during.items()
