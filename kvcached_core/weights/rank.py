@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from kvcached_core.errors import BackendError, HostCopyError, LedgerError, OutOfMemoryError
@@ -25,11 +25,12 @@ from kvcached_core.weights.copying import Copying
 from kvcached_core.weights.host_copy import HostCopy
 from kvcached_core.weights.image import Image
 from kvcached_core.weights.status import WeightStatus
+from kvcached_core.weights.sums import Sums
 
 logger = logging.getLogger("kvcached")
 
 # Pages that are given first: whoever asked has them while the others still go. A further batch is
-# twice as large, because looking for changes waits for the device.
+# twice as large: each is told to the ledger, and waits for the device once.
 DROP_BATCH_PAGES, MAX_DROP_BATCH_PAGES = 8, 64
 # Pages that are brought at a time before the ledger is told.
 MAP_BATCH_PAGES = 4
@@ -160,33 +161,35 @@ class RankWeights:
 
     def _give(self, copy: HostCopy, num_pages: int) -> None:
         self._wait_for_device()
-        batch_pages = DROP_BATCH_PAGES
-        while self._num_there > num_pages:
-            first = max(self._num_there - batch_pages, num_pages)
+        source = self.copying.source
+        batches = list(_batches(self._num_there, num_pages))
+        look = source.begin_sums(*batches[0])
+        for (first, _), following in zip(batches, [*batches[1:], None], strict=True):
             try:
-                is_clean = self._write_back(copy, first, self._num_there)
+                is_clean = self._write_back(copy, first, look())
             except HostCopyError as error:
                 logger.warning("kvcached: changed weights stay on the device: %s", error)
                 return
             if not is_clean:
                 logger.warning("kvcached: weights change though nothing runs, so they stay")
                 return
+            if following is not None:  # the device looks while the host drops
+                look = source.begin_sums(*following)
             self._num_there = first
             self._drop_unfinished()
-            if first == num_pages:
+            if following is None:
                 # Whom the last report wakes may need this memory too, and nobody rings for it.
                 release_cached_blocks()
             self._report()
-            batch_pages = min(2 * batch_pages, MAX_DROP_BATCH_PAGES)
 
-    def _write_back(self, copy: HostCopy, first: int, end: int) -> bool:
-        """Have the copy know what the pages are; return whether it does."""
-        source = self.copying.source
-        known = [page for page in range(first, end) if page not in self._dirty]
-        sums = dict(enumerate(source.sums(first, end - first), first)) if known else {}
-        changed = [page for page in range(first, end) if page not in known]
-        changed += [page for page in known if sums[page] != copy.sums[page]]
-        if changed and not copy.write_back(changed, source):
+    def _write_back(self, copy: HostCopy, first: int, sums: Sequence[Sums]) -> bool:
+        """Have the copy know what the pages of these sums are; return whether it does."""
+        changed = [
+            page
+            for page, found in enumerate(sums, first)
+            if page in self._dirty or found != copy.sums[page]
+        ]
+        if changed and not copy.write_back(changed, self.copying.source):
             return False
         self._dirty.difference_update(changed)
         return True
@@ -270,3 +273,13 @@ class RankWeights:
     def _report_end(self) -> None:
         with contextlib.suppress(LedgerError):  # the engine may have left, and with it the row
             self._report()
+
+
+def _batches(num_there: int, num_pages: int) -> Iterator[tuple[int, int]]:
+    """Yield the first page of each batch that goes, and how many they are."""
+    batch_pages = DROP_BATCH_PAGES
+    while num_there > num_pages:
+        first = max(num_there - batch_pages, num_pages)
+        yield first, num_there - first
+        num_there = first
+        batch_pages = min(2 * batch_pages, MAX_DROP_BATCH_PAGES)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from kvcached_core.weights.image import Image
-from kvcached_core.weights.sums import page_sums
+from kvcached_core.weights.sums import Sums, begin_page_sums
 
 
 class CopySource:
@@ -18,9 +18,13 @@ class CopySource:
         self._image = image
         self._on_page = on_page
 
-    def sums(self, first: int, num_pages: int) -> Sequence[tuple[int, int]]:
+    def sums(self, first: int, num_pages: int) -> Sequence[Sums]:
         """Return the sums of a run of pages as they are now."""
-        return page_sums(self._image, first, num_pages)
+        return self.begin_sums(first, num_pages)()
+
+    def begin_sums(self, first: int, num_pages: int) -> Callable[[], Sequence[Sums]]:
+        """Begin to take the sums of a run of pages; what this returns waits for them."""
+        return begin_page_sums(self._image, first, num_pages)
 
     def copy_out(self, page: int, host_address: int) -> None:
         """Copy a page to host memory; return when it is done."""

@@ -5,6 +5,7 @@ scrambled, each with its place, and added up again: one number of the rows, one 
 words that were swapped show, and so do two changes that a plain sum would not notice.
 """
 
+from collections.abc import Callable
 from math import isqrt
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from kvcached_core.weights.image import Image
 if TYPE_CHECKING:
     import torch
 
-_WORD_BYTES = 8
+Sums = tuple[int, int]
+
 # Pages whose numbers are taken at a time: what torch has in between stays below a MiB for each
 # tensor. For a larger one it would take 20 MiB of a device that is asked for memory.
 _MAX_PAGES = 16
@@ -23,17 +25,21 @@ _FIRST_FACTOR = 0xBF58476D1CE4E5B9 - (1 << 64)
 _SECOND_FACTOR = 0x94D049BB133111EB - (1 << 64)
 
 
-def page_sums(image: Image, first: int, num_pages: int) -> list[tuple[int, int]]:
-    """Return the sums of `num_pages` resident pages from `first` on.
+def begin_page_sums(image: Image, first: int, num_pages: int) -> Callable[[], list[Sums]]:
+    """Begin to take the sums of `num_pages` resident pages from `first` on.
 
-    It runs on torch's current stream of the device, behind what that was given before, and returns
-    when it is done.
+    It runs on torch's current stream of the device, behind what that was given before.
+
+    Returns:
+        What waits for the sums, and returns them. The pages have to stay until then.
     """
-    return sums_of(image.pages_tensor(first, num_pages), num_pages) if num_pages else []
+    if not num_pages:
+        return list
+    return begin_sums_of(image.pages_tensor(first, num_pages), num_pages)
 
 
-def sums_of(pages: "torch.Tensor", num_pages: int) -> list[tuple[int, int]]:
-    """Return the sums of pages that lie one behind the other.
+def begin_sums_of(pages: "torch.Tensor", num_pages: int) -> Callable[[], list[Sums]]:
+    """Begin to take the sums of pages that lie one behind the other; see `begin_page_sums`.
 
     Args:
         pages: Their bytes, on any device; aligned to words.
@@ -49,7 +55,7 @@ def sums_of(pages: "torch.Tensor", num_pages: int) -> list[tuple[int, int]]:
             for table in tables
         ]
     )
-    return [(rows, columns) for rows, columns in numbers.tolist()]
+    return lambda: [(rows, columns) for rows, columns in numbers.tolist()]
 
 
 def _num_columns(num_words: int) -> int:

@@ -9,7 +9,7 @@ from helpers.weight_ranks import NUM_PAGES, WeightedRank
 
 from kvcached_core.memory.vmm.cuda import CudaBackend
 from kvcached_core.units import MIB
-from kvcached_core.weights.sums import page_sums, sums_of
+from kvcached_core.weights.sums import begin_page_sums, begin_sums_of
 
 pytestmark = pytest.mark.gpu
 
@@ -57,6 +57,6 @@ def test_a_page_that_a_kernel_has_just_changed_is_written_back(ours: WeightedRan
 
 
 def test_a_device_and_a_host_find_the_same_sums(ours: WeightedRank) -> None:
-    there = page_sums(ours.image, 0, NUM_PAGES)
-    assert there == sums_of(ours.content.cpu().view(torch.int8), NUM_PAGES)
+    there = begin_page_sums(ours.image, 0, NUM_PAGES)()
+    assert there == begin_sums_of(ours.content.cpu().view(torch.int8), NUM_PAGES)()
     assert there == ours.copy.sums

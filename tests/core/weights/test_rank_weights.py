@@ -29,6 +29,7 @@ from kvcached_core.weights import copying, rank, source
 from kvcached_core.weights.copies_folder import read_holders
 from kvcached_core.weights.host_budget import HostBudget
 from kvcached_core.weights.rank import DROP_BATCH_PAGES, MAP_BATCH_PAGES, PATIENCE_SECONDS
+from kvcached_core.weights.sums import Sums
 
 WORDS = PAGE // 8
 
@@ -152,7 +153,9 @@ def test_without_the_sums_a_change_would_be_lost(
     ours = make(HostBackend(PAGE)).start()
     ours.change(17 * WORDS, -1)
     sums = list(ours.copy.sums)
-    monkeypatch.setattr(source, "page_sums", lambda _, first, count: sums[first : first + count])
+    monkeypatch.setattr(
+        source, "begin_page_sums", lambda _, first, count: lambda: sums[first : first + count]
+    )
     ours.weights.hold(0)
     ours.weights.hold(NUM_PAGES)
     with pytest.raises(AssertionError):
@@ -179,7 +182,9 @@ def test_what_was_marked_is_written_back_whatever_its_sums_say(
     ours.change(6 * WORDS, 1)
     ours.weights.mark_dirty()
     sums = list(ours.copy.sums)
-    monkeypatch.setattr(source, "page_sums", lambda _, first, count: sums[first : first + count])
+    monkeypatch.setattr(
+        source, "begin_page_sums", lambda _, first, count: lambda: sums[first : first + count]
+    )
     ours.weights.hold(4)
     assert ours.done.count("copy_out") == NUM_PAGES - 4
     ours.weights.hold(NUM_PAGES)
@@ -207,18 +212,18 @@ def test_pages_that_change_while_nothing_runs_stay(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     ours = make(HostBackend(PAGE)).start()
-    real = source.page_sums
+    real = source.begin_page_sums
 
-    def restless(image: Any, first: int, num_pages: int) -> list[tuple[int, int]]:
+    def restless(image: Any, first: int, num_pages: int) -> Callable[[], list[Sums]]:
         if first == 17 and num_pages == 1:
             ours.change(17 * WORDS, int(ours.content[17 * WORDS]) + 1)
         return real(image, first, num_pages)
 
     ours.change(17 * WORDS, 0)
-    monkeypatch.setattr(source, "page_sums", restless)
+    monkeypatch.setattr(source, "begin_page_sums", restless)
     assert ours.weights.hold(0).num_missing_pages == 0
     assert "weights change though nothing runs" in caplog.text
-    monkeypatch.setattr(source, "page_sums", real)
+    monkeypatch.setattr(source, "begin_page_sums", real)
     assert ours.weights.hold(0).num_resident_pages == 0
     ours.weights.hold(NUM_PAGES)
     ours.check(NUM_PAGES)
@@ -240,6 +245,34 @@ def test_the_first_pages_are_reported_before_the_next_ones_go(make: Make, backen
     rest_pages = NUM_PAGES - 1 - DROP_BATCH_PAGES
     assert DROP_BATCH_PAGES < rest_pages <= 2 * DROP_BATCH_PAGES  # each batch is twice the last one
     assert sizes == [DROP_BATCH_PAGES, rest_pages, 0]
+
+
+def test_the_device_looks_at_the_next_pages_while_the_last_ones_go(
+    make: Make, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = make(backend).start()
+    real = source.begin_page_sums
+
+    def begin(image: Any, first: int, num_pages: int) -> Callable[[], list[Sums]]:
+        ours.done.append("begin")
+        read = real(image, first, num_pages)
+
+        def wait() -> list[Sums]:
+            ours.done.append("wait")
+            return read()
+
+        return wait
+
+    monkeypatch.setattr(source, "begin_page_sums", begin)
+    ours.weights.hold(1)
+    steps = [verb for verb in ours.done if verb in ("begin", "wait", "unmap")]
+    rest_pages = NUM_PAGES - 1 - DROP_BATCH_PAGES
+    drop = ["unmap"]
+    assert steps == [
+        *("begin", "wait"),
+        *("begin", *(drop * DROP_BATCH_PAGES), "wait"),
+        *(drop * rest_pages),
+    ]
 
 
 def test_pages_go_when_the_device_is_done_and_not_before(make: Make, backend: Backend) -> None:
@@ -554,7 +587,7 @@ def test_a_forked_child_owns_no_weights(make: Make) -> None:
 
 def test_sums_and_copies_are_of_the_same_pages(make: Make) -> None:
     ours = make(HostBackend(PAGE)).start()
-    assert ours.copy.sums == source.page_sums(ours.image, 0, NUM_PAGES)
+    assert ours.copy.sums == source.begin_page_sums(ours.image, 0, NUM_PAGES)()
     for page in range(NUM_PAGES):
         there = ours.words()[page * WORDS : (page + 1) * WORDS]
         address = ours.copy.page_address(page)

@@ -13,7 +13,7 @@ from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import KIB, MIB
 from kvcached_core.weights.image import Image
 from kvcached_core.weights.layout import lay_out
-from kvcached_core.weights.sums import page_sums, sums_of
+from kvcached_core.weights.sums import begin_page_sums, begin_sums_of
 
 PAGE = 64 * KIB
 WORDS = PAGE // 8
@@ -26,7 +26,7 @@ def random_words(num_words: int = WORDS) -> torch.Tensor:
 
 
 def sums(words: torch.Tensor) -> tuple[int, int]:
-    (found,) = sums_of(words.view(torch.int8), 1)
+    (found,) = begin_sums_of(words.view(torch.int8), 1)()
     return found
 
 
@@ -82,7 +82,7 @@ def test_zeros_in_other_places_have_other_sums() -> None:
 @pytest.mark.parametrize("num_pages", [1, 5, 16, 17, 37])
 def test_pages_of_a_run_have_the_sums_that_they_have_alone(num_pages: int) -> None:
     words = random_words(num_pages * WORDS)
-    together = sums_of(words.view(torch.int8), num_pages)
+    together = begin_sums_of(words.view(torch.int8), num_pages)()
     alone = [sums(words[page * WORDS : (page + 1) * WORDS]) for page in range(num_pages)]
     assert together == alone
     assert len(set(together)) == num_pages
@@ -104,7 +104,7 @@ def test_what_sums_take_meanwhile_does_not_grow_with_the_pages() -> None:
             return made
 
     with Sizes(), pytest.raises(NotImplementedError):  # there is nothing to read at the end
-        sums_of(pages, 64)
+        begin_sums_of(pages, 64)()
     assert sizes
     assert max(sizes) < MIB  # for more, torch takes 20 MiB of the device
 
@@ -122,6 +122,6 @@ def test_sums_of_an_image_touch_the_pages_that_they_are_of() -> None:
     image.map_next(3)
     words = image.pages_tensor(0, 3).view(torch.int64)
     words.copy_(random_words(words.numel()))
-    assert page_sums(image, 1, 2) == sums_of(words.view(torch.int8), 3)[1:]
-    assert page_sums(image, 25, 0) == []
+    assert begin_page_sums(image, 1, 2)() == begin_sums_of(words.view(torch.int8), 3)()[1:]
+    assert begin_page_sums(image, 25, 0)() == []
     image.close()
