@@ -131,7 +131,7 @@ def place(
             rooms.add(target, shares[model.id])
             places[model.id] = target
     settled = [model for model in models if model.current == places.get(model.id)]
-    move = _move(there, settled, shares, settings, now)
+    move = _move(there, rooms, settled, shares, settings, now)
     if move:
         reasons[move[0].model] = move[1]
     pressures = {name: load.pressure() for name, load in there.items()}
@@ -191,6 +191,7 @@ def _reason(
 
 def _move(
     there: Mapping[str, Load],
+    rooms: Rooms,
     models: Sequence[PlacedModel],
     shares: Mapping[str, Share],
     settings: MoveSettings,
@@ -206,13 +207,11 @@ def _move(
         if worst.id not in model.current or not _may_move(model, settings, now):
             continue
         share = shares[model.id]
-        for target in _allowed(there, model):
-            if target.id in model.current or not target.fits(share):
-                continue
-            after = max(worst.pressure(minus=share), target.pressure(plus=share))
+        for target in rooms.best(share, 1, model.allowed, without=model.current):
+            after = max(worst.pressure(minus=share), there[target].pressure(plus=share))
             gain = (before - after) / before if before else 0.0
             if best is None or (-gain, model.id) < best[:2]:
-                names = (target.id if name == worst.id else name for name in model.current)
+                names = (target if name == worst.id else name for name in model.current)
                 best = (-gain, model.id, Move(model.id, model.current, tuple(names)))
     if best is None or -best[0] <= settings.move_gain:
         return None

@@ -8,7 +8,7 @@ group is below `(pressure * most + rate) / (most - taken)`. A search leaves a gr
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -84,7 +84,14 @@ class Rooms:
             load.add(share)
             self._stand(load)
 
-    def best(self, share: Share, num: int, allowed: frozenset[str] | None) -> tuple[str, ...]:
+    def best(
+        self,
+        share: Share,
+        num: int,
+        allowed: frozenset[str] | None,
+        *,
+        without: Collection[str] = (),
+    ) -> tuple[str, ...]:
         """Return the `num` devices that it fits on where the ratio will be least; or none."""
         found: list[tuple[float, int, str]] = []
         for most_bytes, standings in self._promising(share):
@@ -93,7 +100,8 @@ class Rooms:
                 least = (standing.pressure * most_bytes + share.rate) / scale
                 if len(found) == num and least >= found[-1][0]:
                     break
-                if standing.fits(share) and (allowed is None or standing.id in allowed):
+                is_allowed = allowed is None or standing.id in allowed
+                if is_allowed and standing.id not in without and standing.fits(share):
                     pressure = self._loads[standing.id].pressure(plus=share)
                     insort(found, (pressure, standing.less_free_bytes, standing.id))
                     del found[num:]
