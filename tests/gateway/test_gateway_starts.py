@@ -69,6 +69,30 @@ async def test_weights_that_yield_make_room_and_nobody_is_stopped(folder: Path) 
 
 
 @simulated_in
+async def test_a_start_counts_on_a_gap_between_requests_but_not_where_there_is_none(
+    folder: Path,
+) -> None:
+    world = World(folder, dict.fromkeys("abc", Takes(residue=1.0, weights=35.0)))
+    await world.down("c")
+    await world.up("a", "b")
+    held = [await world.ask("a"), await world.ask("b")]
+    await asyncio.sleep(60)
+    asked = world.ask("c")
+    await world.tick()
+    assert world["c"].state is State.COLD
+    assert "are missing on gpu" in world.waits_for("c")
+    held[0].end(Ending.DONE)
+    held[0] = await world.ask("a")
+    await world.tick()
+    assert world["c"].state is State.STARTING
+    await world.come("c")
+    for lease in (*held, await asked):
+        lease.end(Ending.DONE)
+    assert [one.verb for one in world.controller.decisions if one.verb == "stop"] == []
+    await world.close()
+
+
+@simulated_in
 async def test_the_victim_is_gone_before_the_start_begins(folder: Path) -> None:
     world = World(folder, dict.fromkeys("abc", BIG))
     await world.up("a", "b")

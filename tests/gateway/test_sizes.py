@@ -93,22 +93,28 @@ def test_what_other_programs_had_before_is_no_residue() -> None:
 
 
 @pytest.mark.parametrize(
-    ("idle", "reachable"), [((), 10 * GIB), (("a",), 26 * GIB), (("b",), 10 * GIB)]
+    ("idle", "soon", "reachable"),
+    [
+        ((), (), 10 * GIB),
+        (("a",), (), 25 * GIB),
+        (("b",), (), 10 * GIB),
+        ((), ("a",), 26 * GIB),
+    ],
 )
 def test_a_start_finds_what_is_free_and_what_idle_ones_give(
-    idle: tuple[str, ...], reachable: int
+    idle: tuple[str, ...], soon: tuple[str, ...], reachable: int
 ) -> None:
     holder = row(
         name="a",
         resident_bytes=24 * GIB,
         weights_bytes=16 * GIB,
         weights_needed_bytes=16 * GIB,
-        weights_offered_bytes=16 * GIB,
+        weights_offered_bytes=15 * GIB,
         idle_bytes=GIB,
         cached_bytes=3 * GIB,
         used_bytes=4 * GIB,
     )
-    assert reachable_bytes(gpu(6 * GIB, holder), idle) == reachable
+    assert reachable_bytes(gpu(6 * GIB, holder), idle, soon) == reachable
 
 
 def test_of_a_device_that_nobody_told_of_nothing_is_known() -> None:

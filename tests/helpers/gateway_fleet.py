@@ -156,7 +156,7 @@ class World:
                     resident_bytes=has if yields else 0,
                     weights_bytes=has if yields else 0,
                     weights_needed_bytes=weights if yields else 0,
-                    weights_offered_bytes=has if yields else 0,
+                    weights_offered_bytes=has if yields and not model.num_leases else 0,
                     least_bytes=0,
                 )
             )

@@ -107,7 +107,7 @@ class Moves:
     def _begin(self, move: Move, reason: str, machine: MachineView, now: float) -> None:
         """Start a second engine, if that takes nothing from anybody."""
         source = self._fleet.models[move.model]
-        room = self._starts.rooms.of(source, move.target, machine)
+        room = self._starts.rooms.of(source, move.target, machine, now)
         if self._starts.passing(source, move.target) or room.missing:
             return
         self._moved_at[move.model] = now

@@ -12,6 +12,8 @@ from kvcached_gateway.models.state import UP, State
 
 __all__ = ["Room", "Rooms"]
 
+GAP_SECONDS = 5.0  # an engine that starts waits at least as long for weights of others
+
 
 @dataclass(frozen=True)
 class Room:
@@ -56,16 +58,22 @@ class Rooms:
         self._fleet = fleet
         self._sizes = sizes
 
-    def of(self, model: Model, devices: Sequence[str], machine: MachineView) -> Room:
-        """Return what the start of a model on some devices takes and finds."""
-        idle = [
+    def of(self, model: Model, devices: Sequence[str], machine: MachineView, now: float) -> Room:
+        """Return what the start of a model on some devices takes and finds.
+
+        Weights of busy models go in the next gap between their requests, if there are gaps: a start
+        waits for them in its engine. So only one without a gap for a while keeps them.
+        """
+        up = [other for other in self._fleet.all if other.state in UP]
+        idle = {other.settings.instance_name for other in up if not other.num_leases}
+        soon = {
             other.settings.instance_name
-            for other in self._fleet.all
-            if other.state in UP and not other.num_leases
-        ]
+            for other in up
+            if other.num_leases and now - other.since < GAP_SECONDS
+        }
         free = {HOST_MEMORY: self._free_host_bytes(machine)}
         for name in devices:
-            reachable = reachable_bytes(machine.devices[name], idle)
+            reachable = reachable_bytes(machine.devices[name], idle, soon)
             if reachable is not None:
                 free[name] = reachable - self._coming_bytes(name, machine)
         needed = self._sizes.needed_bytes(model.settings, devices)

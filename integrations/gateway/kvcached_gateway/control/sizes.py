@@ -3,7 +3,7 @@
 Nothing here reads anything: the controller tells it what was measured.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,23 +140,26 @@ class Sizes:
         return max((int(getattr(size, field)) for size in self._known.values()), default=0)
 
 
-def reachable_bytes(device: DeviceMemory, idle: Iterable[str]) -> int | None:
+def reachable_bytes(
+    device: DeviceMemory, idle: Collection[str], soon: Collection[str] = ()
+) -> int | None:
     """Return what a start could have of a device without anybody's end: what is free or yields.
 
     Args:
         device: The device.
         idle: The instances without requests, whose weights may go.
+        soon: Those that have some, and will have none for a moment.
 
     Returns:
         None where nobody knows yet how much there is.
     """
     if device.capacity_bytes is None and not device.free_bytes:
         return None
-    names = set(idle)
-    given = sum(
-        view.idle_bytes
-        + view.cached_bytes
-        + (view.weights_offered_bytes if view.name in names else 0)
-        for view in device.instances
-    )
-    return device.free_bytes + given
+    given_bytes = 0
+    for view in device.instances:
+        given_bytes += view.idle_bytes + view.cached_bytes
+        if view.name in idle:
+            given_bytes += view.weights_offered_bytes
+        elif view.name in soon:  # it offers none while it computes
+            given_bytes += view.weights_bytes
+    return device.free_bytes + given_bytes

@@ -129,7 +129,7 @@ class Starts:
         if hindrance := self.passing(model, devices) if devices else why:
             self._wait(model, hindrance)
             return False
-        room = self.rooms.of(model, devices, machine)
+        room = self.rooms.of(model, devices, machine, now)
         missing = self._missing(want, model, devices, room.missing, now)
         victims = self._victims.get(model.id, set())
         leaving = [other.id for other in self._fleet.all if self._leaves(other, victims)]

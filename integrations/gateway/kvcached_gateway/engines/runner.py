@@ -23,7 +23,7 @@ from kvcached_gateway.settings.reload import engine_digest
 __all__ = ["WORDS", "Runner"]
 
 WORDS: Mapping[str, EngineWords] = {words.name: words for words in (VllmWords(), SglangWords())}
-ADOPT_SECONDS = 10.0
+ADOPT_SECONDS = 30.0  # weights that yielded come back first, one model's after the other
 NUM_BYTES = 3
 TAIL_LINES = 12
 
