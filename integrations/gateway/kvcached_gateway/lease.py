@@ -82,6 +82,29 @@ class Lease(Protocol):
         """Give it back; a second call does nothing."""
 
 
+class WrappedLease:
+    """A lease that does what the one inside it does; a child adds to it.
+
+    Args:
+        inner: The lease inside it.
+    """
+
+    def __init__(self, inner: Lease) -> None:
+        self._inner = inner
+        self.model_id = inner.model_id
+        self.address = inner.address
+        self.woken = inner.woken
+        self.waited_seconds = inner.waited_seconds
+
+    def first_byte(self) -> None:
+        """See `Lease.first_byte`."""
+        self._inner.first_byte()
+
+    def end(self, ending: Ending, *, status: int = 0) -> None:
+        """See `Lease.end`."""
+        self._inner.end(ending, status=status)
+
+
 class Leases(Protocol):
     """Where leases come from."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from kvcached_gateway.errors import RefusedError
 from kvcached_gateway.http.front import KeyView
-from kvcached_gateway.lease import Address, Ask, Ending, Lease, Leases, Woken
+from kvcached_gateway.lease import Ask, Ending, Lease, Leases, WrappedLease
 
 __all__ = ["LimitedLeases"]
 
@@ -101,22 +101,15 @@ class LimitedLeases:
         return tally
 
 
-class _Counted:
+class _Counted(WrappedLease):
     """A lease that gives back its key's place with it."""
 
-    def __init__(self, lease: Lease, tally: _Tally) -> None:
-        self._lease = lease
+    def __init__(self, inner: Lease, tally: _Tally) -> None:
+        super().__init__(inner)
         self._tally: _Tally | None = tally
-        self.model_id: str = lease.model_id
-        self.address: Address = lease.address
-        self.woken: Woken = lease.woken
-        self.waited_seconds: float = lease.waited_seconds
-
-    def first_byte(self) -> None:
-        self._lease.first_byte()
 
     def end(self, ending: Ending, *, status: int = 0) -> None:
         if self._tally is not None:
             self._tally.num_here -= 1
             self._tally = None
-        self._lease.end(ending, status=status)
+        super().end(ending, status=status)

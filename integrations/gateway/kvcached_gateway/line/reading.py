@@ -7,7 +7,7 @@ gets no more than it needs to stay busy, and the rest waits in the line.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvcached_gateway.lease import Ending, Lease, Woken
+from kvcached_gateway.lease import Ending, Lease, WrappedLease
 from kvcached_gateway.policy.admission import Prompt, has_room
 
 
@@ -52,28 +52,24 @@ class Readings:
         return min((at for at in stalls if at > now), default=None)
 
 
-class ReadingLease:
+class ReadingLease(WrappedLease):
     """A model's lease that says when its prompt is read.
 
     Args:
-        lease: The model's own.
+        inner: The model's own.
         on_read: Called once: with True at the first byte, with False if it ends without one.
     """
 
-    def __init__(self, lease: Lease, on_read: Callable[[bool], None]) -> None:
-        self.model_id = lease.model_id
-        self.address = lease.address
-        self.woken: Woken = lease.woken
-        self.waited_seconds = lease.waited_seconds
-        self._lease = lease
+    def __init__(self, inner: Lease, on_read: Callable[[bool], None]) -> None:
+        super().__init__(inner)
         self._on_read = on_read
 
     def first_byte(self) -> None:
-        """Say that the first byte of the answer came."""
-        self._lease.first_byte()
+        """See `Lease.first_byte`."""
+        super().first_byte()
         self._on_read(True)  # noqa: FBT003  the one thing that it says
 
     def end(self, ending: Ending, *, status: int = 0) -> None:
-        """Give it back; a second call does nothing."""
-        self._lease.end(ending, status=status)
+        """See `Lease.end`."""
+        super().end(ending, status=status)
         self._on_read(False)  # noqa: FBT003  the same
