@@ -33,8 +33,8 @@ from kvcached_gateway.engines.state_file import Folder
 from kvcached_gateway.lease import Ask, Ending, Lease, Woken
 from kvcached_gateway.line.line import Line
 from kvcached_gateway.models.model import Model
-from kvcached_gateway.models.state import State
 from kvcached_gateway.settings.config import HOST, Environment, ModelSettings, Settings
+from kvcached_gateway.state import State
 
 NAMES = tuple(f"model-{number}" for number in range(4))
 NUM_ADOPTIONS = 10

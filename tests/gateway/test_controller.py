@@ -13,7 +13,7 @@ from kvcached_gateway.control.controller import TICK_SECONDS
 from kvcached_gateway.control.decisions import NUM_KEPT, Decisions
 from kvcached_gateway.control.machine import MachineView
 from kvcached_gateway.lease import Ending
-from kvcached_gateway.models.state import State
+from kvcached_gateway.state import State
 
 
 @simulated_in

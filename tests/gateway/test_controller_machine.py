@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvcached_gateway.errors import RefusedError
 from kvcached_gateway.lease import Ending, Lease
 from kvcached_gateway.models.model import Model
-from kvcached_gateway.models.state import UP, State
+from kvcached_gateway.state import UP, State
 
 MODELS = {
     "a": Takes(process=4, residue=2, weights=30),

@@ -8,7 +8,7 @@ from helpers.gateway_line import refused
 from helpers.gateway_runner import record_of
 
 from kvcached_gateway.lease import Ending
-from kvcached_gateway.models.state import State
+from kvcached_gateway.state import State
 
 AB = {"a": Takes(), "b": Takes()}
 

@@ -8,9 +8,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from kvcached_gateway.admin.metrics import STATES, Metrics
 from kvcached_gateway.admin.views import DeviceRow, ModelRow
 from kvcached_gateway.lease import Woken
-from kvcached_gateway.models.state import State
 from kvcached_gateway.observe import Observer
 from kvcached_gateway.settings.config import ModelSettings, ServiceClass, Settings
+from kvcached_gateway.state import State
 
 ROW = ModelRow("one", "busy", num_leases=3, num_waiting=2, oldest_wait_seconds=1.5, is_pinned=True)
 DEVICE = DeviceRow("host", 100, 25, ("one",), 0.5)

@@ -8,7 +8,7 @@ from helpers.gateway_fleet import Takes, World, simulated_in
 from helpers.gateway_line import refused
 
 from kvcached_gateway.lease import Ending
-from kvcached_gateway.models.state import State
+from kvcached_gateway.state import State
 
 BIG = Takes(process=10.0, residue=30.0, weights=10.0)
 

@@ -7,7 +7,7 @@ from helpers.gateway_fleet import Takes, World, simulated_in
 
 from kvcached_gateway.control.machine import MachineView
 from kvcached_gateway.lease import Ending
-from kvcached_gateway.models.state import State
+from kvcached_gateway.state import State
 
 TWO = {"one": 80.0, "two": 80.0}
 SMALL = Takes(process=1.0, residue=2.0, weights=10.0)

@@ -8,7 +8,7 @@ from helpers.gateway_fleet import Takes, World, simulated_in
 
 from kvcached_gateway.control.wants import Cause, Want
 from kvcached_gateway.lease import Ending
-from kvcached_gateway.models.state import State
+from kvcached_gateway.state import State
 
 MONDAY = datetime(2026, 11, 30, 7, 50, tzinfo=UTC)
 AT = {"warm_at": ("mon-fri 07:50 UTC",)}

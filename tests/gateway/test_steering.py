@@ -14,8 +14,8 @@ from kvcached_gateway.control.machine import HOST_MEMORY
 from kvcached_gateway.control.steering import Gateway
 from kvcached_gateway.errors import RefusedVerbError
 from kvcached_gateway.lease import Ending
-from kvcached_gateway.models.state import State
 from kvcached_gateway.settings.config import KvSettings, Settings
+from kvcached_gateway.state import State
 
 FAR = {"model": None, "environment": None, "url": "http://127.0.0.1:9"}
 ADAPTER = {"model": None, "environment": None, "adapter_of": "a", "path": "/adapter"}

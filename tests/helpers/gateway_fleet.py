@@ -19,8 +19,8 @@ from kvcached_gateway.lease import Ask, Ending, Lease
 from kvcached_gateway.line.line import Line
 from kvcached_gateway.models.fleet import Fleet
 from kvcached_gateway.models.model import Model
-from kvcached_gateway.models.state import UP, State
 from kvcached_gateway.settings.config import MemorySettings, ModelSettings, Settings
+from kvcached_gateway.state import UP, State
 
 NUM_TURNS = 40
 OLD_SECONDS = 100.0  # longer than anybody is young, or was asked just now

@@ -21,9 +21,9 @@ from kvcached_core.units import default_directory
 from kvcached_gateway.admin.client import Client, GatewayError
 from kvcached_gateway.admin.spans import duration
 from kvcached_gateway.admin.views import ModelRow
+from kvcached_gateway.state import State
 
 FOLLOW_SECONDS = 0.2
-FAILED = "failed"
 WARM_SECONDS = 900.0
 
 
@@ -210,5 +210,5 @@ def _steer(directory: Path, name: str, verb: str, seconds: float) -> None:
     if seconds and not is_settled:
         typer.echo(f"{name} is still {row.state}", err=True)
         raise typer.Exit(EXIT_INCOMPLETE)
-    if row.state == FAILED:
+    if row.state == State.FAILED:
         raise GatewayError(f"{name} failed: {row.failure}")

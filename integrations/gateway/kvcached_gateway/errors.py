@@ -3,6 +3,7 @@
 from kvcached_core.errors import KVCachedError
 
 __all__ = [
+    "LEAST_RETRY_SECONDS",
     "AdoptionError",
     "EngineDiedError",
     "EngineStartError",
@@ -10,7 +11,10 @@ __all__ = [
     "RefusedError",
     "RefusedVerbError",
     "StateFileError",
+    "model_not_found",
 ]
+
+LEAST_RETRY_SECONDS = 1.0  # what a Retry-After says can be no less
 
 
 class RefusedError(KVCachedError):
@@ -31,6 +35,11 @@ class RefusedError(KVCachedError):
         self.code = code
         self.message = message
         self.retry_after_seconds = retry_after_seconds
+
+
+def model_not_found(name: str) -> RefusedError:
+    """Return what is answered where there is no such model, or the client may not know of it."""
+    return RefusedError(404, "model_not_found", f"there is no model {name!r} here")
 
 
 class RefusedVerbError(KVCachedError, RuntimeError):

@@ -32,11 +32,11 @@ from kvcached_gateway.http.workers import Workers
 from kvcached_gateway.line.line import Line
 from kvcached_gateway.models.fleet import Fleet
 from kvcached_gateway.models.model import Model
-from kvcached_gateway.models.state import UP, State
 from kvcached_gateway.models.watch import Patience
 from kvcached_gateway.settings.config import Settings
 from kvcached_gateway.settings.config_file import read_settings
 from kvcached_gateway.settings.keys import KeysFile
+from kvcached_gateway.state import UP, State
 
 __all__ = ["Serving", "run", "serve", "serving"]
 

@@ -13,6 +13,7 @@ from kvcached_gateway.admin.views import DeviceRow, ModelRow
 from kvcached_gateway.lease import Woken
 from kvcached_gateway.observe import Where
 from kvcached_gateway.settings.config import Settings
+from kvcached_gateway.state import State
 
 __all__ = ["Metrics"]
 
@@ -47,10 +48,7 @@ DEVICE_GAUGES: dict[str, tuple[str, Callable[[DeviceRow], float]]] = {
         lambda row: row.kv_pressure_ratio,
     ),
 }
-STATES = (
-    *("cold", "starting", "warm", "busy", "yielded", "draining", "failed"),
-    *("remote", "adapter"),
-)
+STATES = (*map(str, State), "remote", "adapter")
 SHORT_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 100.0)
 LONG_SECONDS = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0)
 

@@ -24,7 +24,7 @@ from kvcached_gateway.control.wants import Cause, Want
 from kvcached_gateway.line.line import Line
 from kvcached_gateway.models.fleet import Fleet
 from kvcached_gateway.models.model import Model
-from kvcached_gateway.models.state import PASSING, UP, State
+from kvcached_gateway.state import PASSING, UP, State
 
 __all__ = ["Controller"]
 

@@ -10,8 +10,8 @@ from kvcached_gateway.control.sizes import Sizes
 from kvcached_gateway.control.starts import Starts
 from kvcached_gateway.models.fleet import Fleet
 from kvcached_gateway.models.model import Model
-from kvcached_gateway.models.state import GONE, UP, State
 from kvcached_gateway.policy.placement import DeviceRoom, Move, PlacedModel, place
+from kvcached_gateway.state import GONE, UP, State
 
 __all__ = ["Moves"]
 

@@ -13,9 +13,9 @@ from kvcached_gateway.control.machine import HOST_MEMORY, MachineView
 from kvcached_gateway.control.sizes import Sizes
 from kvcached_gateway.control.wants import Cause, Want
 from kvcached_gateway.models.model import Model
-from kvcached_gateway.models.state import UP, State
 from kvcached_gateway.policy.prewarm import Prewarmable, Wish, wishes
 from kvcached_gateway.settings.units import parse_warm_time
+from kvcached_gateway.state import UP, State
 
 __all__ = ["Prewarming"]
 

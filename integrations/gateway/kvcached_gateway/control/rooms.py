@@ -8,7 +8,7 @@ from kvcached_gateway.control.machine import HOST_MEMORY, MachineView
 from kvcached_gateway.control.sizes import Sizes, reachable_bytes
 from kvcached_gateway.models.fleet import Fleet
 from kvcached_gateway.models.model import Model
-from kvcached_gateway.models.state import UP, State
+from kvcached_gateway.state import UP, State
 
 __all__ = ["Room", "Rooms"]
 

@@ -10,8 +10,8 @@ from kvcached_gateway.control.sizes import Sizes
 from kvcached_gateway.control.wants import Cause, Want
 from kvcached_gateway.models.fleet import Fleet
 from kvcached_gateway.models.model import Model
-from kvcached_gateway.models.state import GONE, UP, State
 from kvcached_gateway.policy import eviction
+from kvcached_gateway.state import GONE, UP, State
 
 __all__ = ["Place", "Starts"]
 

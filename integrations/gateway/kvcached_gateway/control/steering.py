@@ -15,9 +15,9 @@ from kvcached_gateway.errors import RefusedVerbError
 from kvcached_gateway.line.line import Line
 from kvcached_gateway.models.fleet import Fleet
 from kvcached_gateway.models.model import Model
-from kvcached_gateway.models.state import UP, State
 from kvcached_gateway.settings.config import ModelSettings, Settings
 from kvcached_gateway.settings.reload import Difference
+from kvcached_gateway.state import UP, State
 
 __all__ = ["Gateway"]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from aiohttp import web
 
-from kvcached_gateway.errors import RefusedError
+from kvcached_gateway.errors import RefusedError, model_not_found
 from kvcached_gateway.http.access import admit
 from kvcached_gateway.http.front import Front, KeyView
 
@@ -33,7 +33,7 @@ class Catalogue:
         for row in await self._front.status():
             if known is not None and row["id"] == known.id and _may_see(key, known.id):
                 return web.json_response(_card(row))
-        raise RefusedError(404, "model_not_found", f"there is no model {name!r}")
+        raise model_not_found(name)
 
     async def health(self, request: web.Request) -> web.StreamResponse:
         """Answer that the gateway is alive."""

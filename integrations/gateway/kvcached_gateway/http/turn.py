@@ -12,6 +12,7 @@ from kvcached_gateway.http.headers import REQUEST_ID
 from kvcached_gateway.http.proxy import EVENT_STREAM, Outcome, Proxy, cut, error_event
 from kvcached_gateway.lease import Ask, Ending, Lease
 from kvcached_gateway.observe import Where
+from kvcached_gateway.state import LOADING
 
 __all__ = ["COMMENT_SECONDS", "ID", "MODEL_ID", "Turn"]
 
@@ -21,7 +22,6 @@ MODEL_ID = web.RequestKey("MODEL_ID", str)
 
 COMMENT_SECONDS = 10.0  # after so long, and as often, a stream that waits gets a comment
 COMMENT = b": the model is starting\n\n"
-COLD = frozenset({"cold", "starting", "yielded", "failed"})
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Turn:
         model_id = self.request.get(MODEL_ID)
         for row in await self.front.status():
             if row["id"] == model_id:
-                return "loading" if row.get("state") in COLD else "line"
+                return "loading" if row.get("state") in LOADING else "line"
         return "line"
 
     def _count(self, outcome: Outcome, lease: Lease) -> None:

@@ -11,7 +11,7 @@ Where a request has a class with a goal, all that wait for its devices go in the
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
 
-from kvcached_gateway.errors import RefusedError
+from kvcached_gateway.errors import RefusedError, model_not_found
 from kvcached_gateway.lease import Ask, Lease
 from kvcached_gateway.line import refusals
 from kvcached_gateway.line.grantor import Grantor, Readiness
@@ -69,7 +69,7 @@ class Line:
         found = self._settings().resolve(ask.model)
         model = self._models.get(found.adapter_of or found.id) if found else None
         if found is None or model is None:
-            raise refusals.not_found(ask.model)
+            raise model_not_found(ask.model)
         if refusal := model.refusal():
             raise refusal
         queue = self._queues.setdefault(model.id, Queue(model.id))
@@ -208,7 +208,7 @@ class Line:
     def _refuse_all(self, queue: Queue, model: Grantor | None) -> None:
         """Refuse who waits for a model that failed or is gone."""
         while ticket := queue.first():
-            refusal = model.refusal() if model else refusals.not_found(ticket.ask.model)
+            refusal = model.refusal() if model else model_not_found(ticket.ask.model)
             if refusal is None:
                 return
             queue.remove(ticket)

@@ -1,13 +1,6 @@
 """What the line answers to whoever gets no lease."""
 
-from kvcached_gateway.errors import RefusedError
-
-LEAST_RETRY_SECONDS = 1.0
-
-
-def not_found(name: str) -> RefusedError:
-    """Say that there is no such model."""
-    return RefusedError(404, "model_not_found", f"there is no model {name!r} here")
+from kvcached_gateway.errors import LEAST_RETRY_SECONDS, RefusedError
 
 
 def queue_full(

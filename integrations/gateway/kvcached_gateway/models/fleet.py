@@ -12,10 +12,10 @@ from kvcached_gateway.line.grantor import Readiness
 from kvcached_gateway.models.model import Changed, Model
 from kvcached_gateway.models.remote import find_remote
 from kvcached_gateway.models.running import RunningEngine
-from kvcached_gateway.models.state import GONE, UP, State
 from kvcached_gateway.models.watch import Patience
 from kvcached_gateway.settings.config import ModelSettings, Settings
 from kvcached_gateway.settings.reload import Difference, difference
+from kvcached_gateway.state import GONE, UP, State
 
 __all__ = ["Fleet"]
 

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 from kvcached_gateway.errors import AdoptionError, EngineStartError
 from kvcached_gateway.models.held import HeldLeases
 from kvcached_gateway.models.running import EngineRunner, RunningEngine
-from kvcached_gateway.models.state import State
 from kvcached_gateway.models.watch import Patience, hang
 from kvcached_gateway.models.wishes import Begin, End
 from kvcached_gateway.settings.config import ModelSettings
+from kvcached_gateway.state import State
 
 __all__ = ["Life"]
 

@@ -10,21 +10,20 @@ from dataclasses import replace
 
 from kvcached_core.ledger.view import InstanceView
 from kvcached_gateway.engines.state_file import EngineRecord
-from kvcached_gateway.errors import RefusedError
+from kvcached_gateway.errors import LEAST_RETRY_SECONDS, RefusedError
 from kvcached_gateway.lease import Ask, Ending, Woken
 from kvcached_gateway.line.grantor import Readiness
 from kvcached_gateway.models.adapters import Adapters
 from kvcached_gateway.models.held import HeldLeases, ModelLease
 from kvcached_gateway.models.life import Life
 from kvcached_gateway.models.running import EngineRunner, RunningEngine
-from kvcached_gateway.models.state import PASSING, UP, State
 from kvcached_gateway.models.watch import Patience
 from kvcached_gateway.models.wishes import Begin, End
 from kvcached_gateway.settings.config import ModelSettings
+from kvcached_gateway.state import PASSING, UP, State
 
 __all__ = ["Model", "State"]
 
-LEAST_RETRY_SECONDS = 1.0
 NEW_SHARE = 0.3  # of a new measurement in an average of them
 
 

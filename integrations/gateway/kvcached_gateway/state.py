@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 
-__all__ = ["GONE", "PASSING", "UP", "State"]
+__all__ = ["GONE", "LOADING", "PASSING", "UP", "State"]
 
 
 class State(StrEnum):
@@ -20,3 +20,5 @@ class State(StrEnum):
 UP = frozenset({State.WARM, State.BUSY, State.YIELDED})
 PASSING = frozenset({State.STARTING, State.DRAINING})
 GONE = frozenset({State.COLD, State.FAILED})
+# Whoever waits for one of these waits for a start or a wake, and not for other requests.
+LOADING = GONE | {State.STARTING, State.YIELDED}
