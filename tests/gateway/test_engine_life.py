@@ -28,7 +28,7 @@ from kvcached_gateway.engines.sessions import members
 from kvcached_gateway.engines.state_file import Folder
 from kvcached_gateway.errors import EngineStartError
 from kvcached_gateway.lease import Address, Ask, Ending
-from kvcached_gateway.models.held import ModelLease
+from kvcached_gateway.models.held_leases import ModelLease
 from kvcached_gateway.models.model import Model, State
 from kvcached_gateway.settings.config import ModelSettings
 

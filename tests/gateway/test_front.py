@@ -297,7 +297,7 @@ async def test_a_client_that_leaves_the_line_is_gone_from_it(state: str, where: 
 async def test_a_stream_that_waits_for_a_start_gets_comments_and_then_an_error_and_no_clean_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kvcached_gateway.http.turn.COMMENT_SECONDS", 0.05)
+    monkeypatch.setattr("kvcached_gateway.http.passage.COMMENT_SECONDS", 0.05)
     body = json.dumps({"model": "slow", "stream": True}).encode()
     async with front_served(leases := PatientLeases()) as house, aiohttp.ClientSession() as session:
         async with session.post(house.url + CHAT, data=body) as answer:

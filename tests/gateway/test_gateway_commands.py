@@ -17,9 +17,9 @@ from kvcached_core.errors import ConfigError, KVCachedError
 from kvcached_gateway import commands
 from kvcached_gateway.admin import doctor
 from kvcached_gateway.admin.client import NoGatewayError
-from kvcached_gateway.admin.spans import duration
 from kvcached_gateway.admin.views import ModelRow
 from kvcached_gateway.commands import show_log
+from kvcached_gateway.settings.durations import duration
 
 ROOT = Path(__file__).parents[2]
 ENTRIES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcached_gateway.settings.units import parse_seconds, parse_warm_time
+from kvcached_gateway.settings.durations import parse_seconds
+from kvcached_gateway.settings.units import parse_warm_time
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from helpers.gateway_runner import TOKEN, FakeEngine, FakeRunner, record_of
 from kvcached_gateway.errors import AdoptionError, EngineStartError
 from kvcached_gateway.lease import Ask, Ending, Woken
 from kvcached_gateway.line.line import Readiness
-from kvcached_gateway.models.held import ModelLease
+from kvcached_gateway.models.held_leases import ModelLease
 from kvcached_gateway.models.model import Model, State
 from kvcached_gateway.settings.config import ModelSettings
 

@@ -36,7 +36,7 @@ class Takes:
 
 
 class Engines:
-    """Starts engines when a test says so; a `running.EngineRunner`.
+    """Starts engines when a test says so; a `protocols.EngineRunner`.
 
     Attributes:
         coming: The starts that are on their way, by model.

@@ -19,8 +19,8 @@ from kvcached_core.cli.app import EXIT_FAILED, EXIT_INCOMPLETE, AsJson, Director
 from kvcached_core.errors import KVCachedError
 from kvcached_core.units import default_directory
 from kvcached_gateway.admin.client import Client, GatewayError
-from kvcached_gateway.admin.spans import duration
 from kvcached_gateway.admin.views import ModelRow
+from kvcached_gateway.settings.durations import duration
 from kvcached_gateway.state import State
 
 FOLLOW_SECONDS = 0.2

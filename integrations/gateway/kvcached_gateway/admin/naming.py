@@ -4,7 +4,7 @@ from pathlib import Path
 
 from kvcached_core.cli.added import Added
 from kvcached_gateway.admin.client import Client, GatewayError
-from kvcached_gateway.admin.spans import duration
+from kvcached_gateway.settings.durations import duration
 
 PATIENCE_SECONDS = 0.5  # a picture waits for it
 

@@ -29,7 +29,7 @@ TAIL_LINES = 12
 
 
 class Runner:
-    """Starts and adopts engines; a `running.EngineRunner`.
+    """Starts and adopts engines; a `protocols.EngineRunner`.
 
     Args:
         folder: The gateway's folder.

@@ -1,4 +1,4 @@
-"""The public HTTP front: an allow-list of paths, and the way of a request to its turn."""
+"""The public HTTP front: an allow-list of paths, and the way of a request to its passage."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -7,13 +7,13 @@ from aiohttp import web
 
 from kvcached_gateway.errors import RefusedError
 from kvcached_gateway.http.access import admit, permit
-from kvcached_gateway.http.answers import refusal
 from kvcached_gateway.http.body import BODY_SECONDS, read_body, read_wish
-from kvcached_gateway.http.catalogue import Catalogue
+from kvcached_gateway.http.error_answers import refusal
 from kvcached_gateway.http.front import Front
 from kvcached_gateway.http.headers import REQUEST_ID, request_id
+from kvcached_gateway.http.own_paths import OwnPaths
+from kvcached_gateway.http.passage import ID, MODEL_ID, Passage
 from kvcached_gateway.http.proxy import Proxy
-from kvcached_gateway.http.turn import ID, MODEL_ID, Turn
 
 __all__ = ["ENGINE_PATHS", "build_app", "build_runner"]
 
@@ -53,13 +53,13 @@ def build_app(front: Front, *, body_seconds: float = BODY_SECONDS) -> web.Applic
     ask = _refusing(front, _asking(front, proxy, body_seconds))
     for path in ENGINE_PATHS:
         app.router.add_post(path, ask)
-    catalogue = Catalogue(front)
+    own = OwnPaths(front)
     for path, handler in {
-        "/v1/models": catalogue.models,
-        "/v1/models/{id:.+}": catalogue.model,
-        "/health": catalogue.health,
-        "/ready": catalogue.ready,
-        "/metrics": catalogue.metrics,
+        "/v1/models": own.models,
+        "/v1/models/{id:.+}": own.model,
+        "/health": own.health,
+        "/ready": own.ready,
+        "/metrics": own.metrics,
     }.items():
         app.router.add_get(path, _refusing(front, handler))
     app.router.add_route("*", "/{path:.*}", _refusing(front, _not_found))
@@ -126,7 +126,7 @@ def _asking(front: Front, proxy: Proxy, body_seconds: float) -> Handler:
         permitted = permit(front, key, request.headers, wish, request.path, len(body))
         if permitted.model is not None:
             request[MODEL_ID] = permitted.model.id
-        return await Turn(front, proxy, request, body, permitted, arrived).serve()
+        return await Passage(front, proxy, request, body, permitted, arrived).serve()
 
     return ask
 

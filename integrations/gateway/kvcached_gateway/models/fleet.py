@@ -10,8 +10,8 @@ from kvcached_gateway.engines.state_file import EngineRecord, Folder
 from kvcached_gateway.errors import StateFileError
 from kvcached_gateway.line.grantor import Readiness
 from kvcached_gateway.models.model import Changed, Model
+from kvcached_gateway.models.protocols import RunningEngine
 from kvcached_gateway.models.remote import find_remote
-from kvcached_gateway.models.running import RunningEngine
 from kvcached_gateway.models.watch import Patience
 from kvcached_gateway.settings.config import ModelSettings, Settings
 from kvcached_gateway.settings.reload import Difference, difference

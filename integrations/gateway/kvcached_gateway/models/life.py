@@ -7,8 +7,8 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from kvcached_gateway.errors import AdoptionError, EngineStartError
-from kvcached_gateway.models.held import HeldLeases
-from kvcached_gateway.models.running import EngineRunner, RunningEngine
+from kvcached_gateway.models.held_leases import HeldLeases
+from kvcached_gateway.models.protocols import EngineRunner, RunningEngine
 from kvcached_gateway.models.watch import Patience, hang
 from kvcached_gateway.models.wishes import Begin, End
 from kvcached_gateway.settings.config import ModelSettings

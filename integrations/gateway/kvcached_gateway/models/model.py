@@ -14,9 +14,9 @@ from kvcached_gateway.errors import LEAST_RETRY_SECONDS, RefusedError
 from kvcached_gateway.lease import Ask, Ending, Woken
 from kvcached_gateway.line.grantor import Readiness
 from kvcached_gateway.models.adapters import Adapters
-from kvcached_gateway.models.held import HeldLeases, ModelLease
+from kvcached_gateway.models.held_leases import HeldLeases, ModelLease
 from kvcached_gateway.models.life import Life
-from kvcached_gateway.models.running import EngineRunner, RunningEngine
+from kvcached_gateway.models.protocols import EngineRunner, RunningEngine
 from kvcached_gateway.models.watch import Patience
 from kvcached_gateway.models.wishes import Begin, End
 from kvcached_gateway.settings.config import ModelSettings

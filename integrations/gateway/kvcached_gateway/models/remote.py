@@ -20,7 +20,7 @@ NOTHING = Counters(0, 0, 0, 0, 0)
 
 
 class RemoteEngine:
-    """An engine of somebody else; a `running.RunningEngine` without a process.
+    """An engine of somebody else; a `protocols.RunningEngine` without a process.
 
     Args:
         address: Where it listens, with its key.

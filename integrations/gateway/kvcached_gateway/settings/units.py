@@ -1,4 +1,4 @@
-"""Durations, sizes and times of the week as the file of models writes them."""
+"""What the file of models writes as text: sizes, times of the week, durations."""
 
 import re
 from dataclasses import dataclass
@@ -10,15 +10,13 @@ from pydantic import BeforeValidator
 
 from kvcached_core.errors import ConfigError
 from kvcached_core.units import parse_bytes
+from kvcached_gateway.settings.durations import parse_seconds
 
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
-_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|d|)")
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _WARM_TIME = re.compile(
     r"(?P<days>\S+) (?P<hour>[0-9]{1,2}):(?P<minute>[0-9]{2})(?: (?P<zone>\S+))?"
 )
 _LAST_HOUR, _LAST_MINUTE = 23, 59
-DURATIONS = "write a time such as 45s, 30m, 2h or 250ms"
 SIZES = "write a size such as 24GiB or 512MiB"
 WARM_TIMES = "write days, a time and a zone, such as 'mon-fri 07:50 Europe/Berlin' or 'daily 6:30'"
 
@@ -46,18 +44,6 @@ class WarmTime:
             self.hour,
             self.minute,
         )
-
-
-def parse_seconds(text: str) -> float:
-    """Return the seconds that a duration means: `45s`, `30m`, `250ms`, or plain seconds.
-
-    Raises:
-        ValueError: If it is no duration.
-    """
-    match = _DURATION.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(DURATIONS)
-    return float(match[1]) * _SECONDS[match[2]]
 
 
 def parse_warm_time(text: str) -> WarmTime:

@@ -1,4 +1,4 @@
-"""One request's turn: the line, an engine, a second one if the first died, and what is counted."""
+"""The passage of a request: the line, an engine, another if the first died, and what is counted."""
 
 import asyncio
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from kvcached_gateway.lease import Ask, Ending, Lease
 from kvcached_gateway.observe import Where
 from kvcached_gateway.state import LOADING
 
-__all__ = ["COMMENT_SECONDS", "ID", "MODEL_ID", "Turn"]
+__all__ = ["COMMENT_SECONDS", "ID", "MODEL_ID", "Passage"]
 
 # What a request's mapping holds for its refusal.
 ID = web.RequestKey("ID", str)
@@ -25,7 +25,7 @@ COMMENT = b": the model is starting\n\n"
 
 
 @dataclass
-class Turn:
+class Passage:
     """A request on its way.
 
     Attributes:

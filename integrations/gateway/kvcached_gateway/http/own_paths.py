@@ -9,10 +9,10 @@ from kvcached_gateway.errors import RefusedError, model_not_found
 from kvcached_gateway.http.access import admit
 from kvcached_gateway.http.front import Front, KeyView
 
-__all__ = ["Catalogue"]
+__all__ = ["OwnPaths"]
 
 
-class Catalogue:
+class OwnPaths:
     """Answers without an engine; each method raises `RefusedError` where there is none."""
 
     def __init__(self, front: Front) -> None:
