@@ -16,7 +16,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "policy": {"settings"},
     "line": BOTTOM | {"settings", "policy"},
     "engines": BOTTOM | {"settings"},
-    "models": BOTTOM | {"settings", "engines", "line"},
+    "models": BOTTOM | {"settings", "policy", "engines", "line"},
     "admin": BOTTOM | {"settings"},
     "control": BOTTOM | {"settings", "policy", "line", "engines", "models", "admin"},
     "http": BOTTOM | {"settings"},

@@ -11,6 +11,7 @@ from kvcached_gateway.models.held_leases import HeldLeases
 from kvcached_gateway.models.protocols import EngineRunner, RunningEngine
 from kvcached_gateway.models.watch import Patience, hang
 from kvcached_gateway.models.wishes import Begin, End
+from kvcached_gateway.policy.demand import Mean
 from kvcached_gateway.settings.config import ModelSettings
 from kvcached_gateway.state import State
 
@@ -28,7 +29,7 @@ class Subject(Protocol):
     failure: str
     is_out_of_memory: bool
     next_try_at: float
-    start_seconds: float
+    starts: Mean
     num_starts: int
     token: str
     leases: HeldLeases
@@ -177,7 +178,7 @@ class Life:
         """Return the engine that is wished for; None where there will be none."""
         model, began = self._model, self._loop.time()
         if begin.record is not None:
-            model.token, model.start_seconds = begin.record.token, begin.record.start_seconds
+            model.token, model.starts = begin.record.token, Mean(begin.record.start_seconds or None)
             model.num_starts = begin.record.num_starts
             work = self._runner.adopt(model.settings, begin.record)
         else:

@@ -19,13 +19,11 @@ from kvcached_gateway.models.life import Life
 from kvcached_gateway.models.protocols import EngineRunner, RunningEngine
 from kvcached_gateway.models.watch import Patience
 from kvcached_gateway.models.wishes import Begin, End
+from kvcached_gateway.policy.demand import Mean
 from kvcached_gateway.settings.config import ModelSettings
 from kvcached_gateway.state import PASSING, UP, State
 
 __all__ = ["Model", "State"]
-
-NEW_SHARE = 0.3  # of a new measurement in an average of them
-
 
 Changed = Callable[["Model", State, State, str], None]
 
@@ -48,7 +46,7 @@ class Model:
         failure: Why it failed the last time; nothing after a start that did not.
         is_out_of_memory: Whether that was for want of memory.
         next_try_at: Until when it is failed.
-        start_seconds: What a start takes, an average; 0 before the first.
+        starts: What a start takes.
         last_used: When it had a request the last time.
         up_at: Since when its engine serves.
         last_start_seconds: What the last one took; None of an engine that was adopted.
@@ -77,7 +75,7 @@ class Model:
         self.failure = ""
         self.is_out_of_memory = False
         self.next_try_at = 0.0
-        self.start_seconds = 0.0
+        self.starts = Mean()
         self.last_start_seconds: float | None = None
         self.num_starts = 0
         self.token = ""
@@ -93,6 +91,11 @@ class Model:
     def id(self) -> str:
         """Its name in the file."""
         return self.settings.id
+
+    @property
+    def start_seconds(self) -> float:
+        """What a start takes, a mean; 0 before the first."""
+        return self.starts.value or 0.0
 
     @property
     def num_leases(self) -> int:
@@ -204,8 +207,7 @@ class Model:
         self.up_at = self.last_used = self._clock()
         self.last_start_seconds = seconds
         if seconds is not None:
-            old = self.start_seconds or seconds
-            self.start_seconds = old + NEW_SHARE * (seconds - old)
+            self.starts.measured(seconds)
         self._adapters = Adapters(engine, engine.max_adapters, self.leases.num_of, self._tell_lease)
         self.go(State.WARM, "its engine answered a known prompt")
 
