@@ -27,6 +27,7 @@ from kvcached_gateway.engines.process import Launch, launch
 from kvcached_gateway.engines.runner import Runner
 from kvcached_gateway.engines.state_file import Folder
 from kvcached_gateway.http.app import build_app, build_runner
+from kvcached_gateway.http.door import Door, allow_files
 from kvcached_gateway.http.front import Front
 from kvcached_gateway.http.workers import Workers
 from kvcached_gateway.line.line import Line
@@ -184,6 +185,7 @@ def run(settings: Settings, directory: Path, is_adopting: bool) -> int:  # noqa:
     See `serving` for errors.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    allow_files()
     uvloop.run(serve(settings.path, directory, is_adopting=is_adopting))
     return 0
 
@@ -266,7 +268,7 @@ async def _serve_public(stack: AsyncExitStack, front: Front, settings: Settings)
     runner = build_runner(build_app(front), last_seconds=DRAIN_SECONDS)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    await web.TCPSite(runner, settings.host, settings.port).start()
+    await Door(runner, front, settings.host, settings.port).start()
     return int(runner.addresses[0][1])
 
 

@@ -10,9 +10,9 @@ import socket
 import sys
 
 import uvloop
-from aiohttp import web
 
 from kvcached_gateway.http.app import build_app, build_runner
+from kvcached_gateway.http.door import Door, allow_files
 from kvcached_gateway.http.worker_link import WorkerLink
 
 __all__ = ["LAST_SECONDS", "serve"]
@@ -31,9 +31,10 @@ async def serve(connection: socket.socket, host: str, port: int) -> None:
     loop = asyncio.get_running_loop()
     _, link = await loop.create_connection(WorkerLink, sock=connection)
     await link.rules_came.wait()
-    runner = build_runner(build_app(link.front()), last_seconds=LAST_SECONDS)
+    front = link.front()
+    runner = build_runner(build_app(front), last_seconds=LAST_SECONDS)
     await runner.setup()
-    await web.TCPSite(runner, host, port, reuse_port=True).start()
+    await Door(runner, front, host, port, is_shared=True).start()
     await link.has_ended.wait()
     await runner.cleanup()
 
@@ -41,6 +42,7 @@ async def serve(connection: socket.socket, host: str, port: int) -> None:
 def main() -> None:
     """Be a worker."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s worker %(message)s")
+    allow_files()
     descriptor, host, port = sys.argv[1:]
     uvloop.run(serve(socket.socket(fileno=int(descriptor)), host, int(port)))
 
