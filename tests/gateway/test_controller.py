@@ -1,19 +1,38 @@
 """What the controller does at each look, beside starts: states, idle limits, pins, reasons."""
 
 import asyncio
+import logging
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from helpers.gateway_fleet import Takes, World, simulated_in
+from helpers.gateway_line import refused
 
-from kvcached_core.errors import LedgerError
+from kvcached_core.errors import BackendError, LedgerError
 from kvcached_core.units import GIB
 from kvcached_gateway.control.controller import TICK_SECONDS
 from kvcached_gateway.control.decisions import NUM_KEPT, Decisions
 from kvcached_gateway.control.machine import MachineView
 from kvcached_gateway.lease import Ending
 from kvcached_gateway.state import State
+
+
+@contextmanager
+def written_warnings() -> Iterator[list[str]]:
+    """Collect what the controller warns of."""
+    written: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: written.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("kvcached_gateway.control.controller")
+    logger.addHandler(handler)
+    try:
+        yield written
+    finally:
+        logger.removeHandler(handler)
 
 
 @simulated_in
@@ -139,6 +158,45 @@ async def test_it_decides_at_once_when_somebody_wants_something_and_else_now_and
     await world.come("a")
     await settled
     (await asked).end(Ending.DONE)
+    running.cancel()
+    await world.close()
+
+
+@simulated_in
+async def test_where_nothing_can_be_seen_nothing_starts_and_whoever_is_up_serves(
+    folder: Path,
+) -> None:
+    world = World(folder, {"a": Takes(), "b": Takes()})
+    await world.up("a")
+    see, is_lost = world.look, True
+
+    async def look() -> MachineView:
+        if is_lost:
+            raise BackendError("nvmlDeviceGetMemoryInfo", "the GPU is lost", 15)
+        return replace(see(), problems=("a ledger is broken",))
+
+    world.controller._look = look
+    running = asyncio.ensure_future(world.controller.run())
+    with written_warnings() as written:
+        asked = world.ask("b")
+        await asyncio.sleep(TICK_SECONDS * 5)
+        (await world.ask("a")).end(Ending.DONE)
+        assert world.engines.begun == [("a", ("gpu",))]
+        assert "so nothing starts" in world.controller.explain("a")
+        error = await refused(asked)
+        assert (error.status, error.code) == (503, "model_loading")
+        assert "cannot be looked at, so nothing starts" in error.message
+        assert "the GPU is lost" in error.message
+        is_lost = False
+        asked = world.ask("b")
+        await asyncio.sleep(TICK_SECONDS * 5)
+    await world.come("b")
+    (await asked).end(Ending.DONE)
+    assert "nothing starts" not in world.controller.explain("a")
+    assert [text.partition(",")[0] for text in written] == [
+        "the machine cannot be looked at",
+        "a ledger is broken",
+    ]
     running.cancel()
     await world.close()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcached_core.errors import BackendError, ConfigError
+from kvcached_core.errors import BackendError, ConfigError, LedgerError
 from kvcached_core.ledger import nvml
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import ledger_directory
@@ -148,3 +148,26 @@ def test_a_broken_ledger_hides_no_device(tmp_path: Path) -> None:
     assert view.devices["host"].free_bytes == 0
     (problem,) = view.problems
     assert "GPU-1.ledger" in problem
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_without_its_folder_nothing_is_known_of_any_device(tmp_path: Path) -> None:
+    directory = ledger_directory(tmp_path / "kv")
+    machine = Machine(directory, "all", MIB)
+    assert machine.look([])
+    directory.rmdir()
+    with pytest.raises(LedgerError, match="kv' is gone"):
+        machine.look([])
+
+
+def test_a_driver_that_fails_says_so_and_is_no_empty_device(
+    tmp_path: Path, two_gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del two_gpus
+
+    def fail() -> int:
+        raise BackendError("nvmlDeviceGetMemoryInfo", "the GPU is lost", 15)
+
+    monkeypatch.setattr(nvml, "free_memory_reader", lambda _name: fail)
+    with pytest.raises(BackendError, match="the GPU is lost"):
+        Machine(tmp_path, "all", MIB).look([])

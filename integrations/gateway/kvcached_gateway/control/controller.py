@@ -46,6 +46,7 @@ class Controller:
     Attributes:
         decisions: The last ones.
         machine: What was seen the last time, or None.
+        blindness: Why nothing can be seen now, as a sentence; nothing where it can.
         demands: What is asked of each model.
     """
 
@@ -65,6 +66,8 @@ class Controller:
         self._decided = asyncio.Condition()
         self.decisions = Decisions(time.time)
         self.machine: MachineView | None = None
+        self.blindness = ""
+        self._noted: tuple[str, ...] = ("",)
         self.demands = Demands(fleet.models)
         self._starts = Starts(fleet, sizes, self.demands, self.decisions, self.is_pinned)
         self._moves = Moves(fleet, sizes, self.demands, self.decisions, self._starts)
@@ -118,7 +121,7 @@ class Controller:
 
     def hindrance(self, model_id: str) -> str:
         """Return what a model that does not start waits for; for the line."""
-        return self.decisions.hindrance(model_id)
+        return self.blindness or self.decisions.hindrance(model_id)
 
     def changed(self, model: Model, before: State, after: State, reason: str) -> None:
         """Take notice of a model's transition."""
@@ -134,10 +137,12 @@ class Controller:
             while True:
                 self._news.clear()
                 try:
-                    self.tick(await self._look(), self._clock())
+                    machine = await self._look()
+                    self._note("", *machine.problems)
+                    self.tick(machine, self._clock())
                 except (KVCachedError, OSError) as error:
                     # Without the ledgers nothing can be decided; who is up goes on serving.
-                    _log.warning("the machine cannot be looked at, nothing starts: %s", error)
+                    self._note(f"the machine cannot be looked at, so nothing starts: {error}")
                 except Exception:  # noqa: BLE001  it has to go on: who waits would wait for ever
                     _log.exception("nothing could be decided")
                 async with self._decided:
@@ -146,6 +151,14 @@ class Controller:
                     await asyncio.wait_for(self._news.wait(), TICK_SECONDS)
         finally:
             counters.cancel()
+
+    def _note(self, blindness: str, *problems: str) -> None:
+        """Keep why nothing, or not everything, can be seen; say it once."""
+        self.blindness = blindness
+        before, self._noted = self._noted, (blindness, *problems)
+        for text in filter(None, self._noted):
+            if text not in before:
+                _log.warning("%s", text)
 
     def tick(self, machine: MachineView, now: float) -> None:
         """Decide once.
@@ -229,8 +242,10 @@ class Controller:
         lines = [f"{model.id} is {model.state} for {now - model.since:.0f} s: {model.reason}"]
         if model.devices:
             lines.append(f"on {', '.join(model.devices)}")
-        if hindrance := self.hindrance(model_id):
+        if hindrance := self.decisions.hindrance(model_id):
             lines.append(f"it waits: {hindrance}")
+        if self.blindness:
+            lines.append(self.blindness)
         if model.state in UP:
             going = self._starts.next_to_go(now)
             first = (

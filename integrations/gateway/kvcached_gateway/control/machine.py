@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from kvcached_core.errors import BackendError, ConfigError, KVCachedError
+from kvcached_core.errors import BackendError, ConfigError, KVCachedError, LedgerError
 from kvcached_core.ledger import nvml
 from kvcached_core.ledger.survey import survey
 from kvcached_core.ledger.view import DeviceView, InstanceView
@@ -125,7 +125,13 @@ class Machine:
 
         Args:
             engines: The model of each engine, and its first process.
+
+        Raises:
+            LedgerError: If the folder of the ledgers is gone, or not ours alone.
+            BackendError: If the driver says nothing of a device.
         """
+        if not self._directory.is_dir():
+            raise LedgerError(f"KVCACHED_DIR={str(self._directory)!r} is gone")
         found = survey(self._directory)
         by_name = {view.device: view for view in found.devices}
         devices = {name: self._device(name, by_name.get(name)) for name in self.names}
