@@ -20,6 +20,7 @@ from kvcached_gateway.admin.events import Events
 from kvcached_gateway.admin.metrics import Metrics
 from kvcached_gateway.admin.views import ADMIN_SOCKET, Decision
 from kvcached_gateway.control.controller import Controller
+from kvcached_gateway.control.draining import drain
 from kvcached_gateway.control.machine import Machine, MachineView
 from kvcached_gateway.control.sizes import Sizes
 from kvcached_gateway.control.steering import Gateway
@@ -29,6 +30,7 @@ from kvcached_gateway.engines.state_file import Folder
 from kvcached_gateway.http.app import build_app, build_runner
 from kvcached_gateway.http.door import Door, allow_files
 from kvcached_gateway.http.front import Front
+from kvcached_gateway.http.limits import LimitedLeases
 from kvcached_gateway.http.workers import Workers
 from kvcached_gateway.line.line import Line
 from kvcached_gateway.models.fleet import Fleet
@@ -42,6 +44,7 @@ from kvcached_gateway.state import UP, State
 __all__ = ["Serving", "run", "serve", "serving"]
 
 DRAIN_SECONDS = 30.0
+LAST_SECONDS = 3.0  # for answers whose end is on its way
 
 _log = logging.getLogger(__name__)
 
@@ -133,13 +136,13 @@ async def serving(
         num_adopted = await fleet.adopt(is_adopting=is_adopting)
         for _ in range(num_adopted):
             metrics.adopted()
-        stack.push_async_callback(_end, fleet, gateway)
+        stack.push_async_callback(_end, fleet)
         deciding = asyncio.ensure_future(controller.run())
         stack.callback(deciding.cancel)
         if keys is not None:
             stack.callback(asyncio.ensure_future(keys.follow()).cancel)
         front = Front(
-            leases=line,
+            leases=line if keys is None else LimitedLeases(line, keys.named, loop.time),
             settings=lambda: fleet.settings,
             keys=lambda: None if keys is None else keys.keys,
             status=partial(_status, gateway),
@@ -149,6 +152,7 @@ async def serving(
         )
         await _serve_admin(stack, gateway, directory)
         port = await _serve_public(stack, front, settings)
+        stack.push_async_callback(_drain, gateway, fleet, line)
         gateway.listen = f"{settings.listen.rpartition(':')[0]}:{port}"
         yield Serving(gateway, fleet, controller, port, num_adopted)
 
@@ -265,7 +269,7 @@ async def _serve_public(stack: AsyncExitStack, front: Front, settings: Settings)
         workers.start()
         stack.push_async_callback(workers.stop)
         return workers.port
-    runner = build_runner(build_app(front), last_seconds=DRAIN_SECONDS)
+    runner = build_runner(build_app(front), last_seconds=LAST_SECONDS)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     await Door(runner, front, settings.host, settings.port).start()
@@ -280,9 +284,13 @@ async def _reload(gateway: Gateway) -> None:
         _log.error("the file of before holds on: %s", error)
 
 
-async def _end(fleet: Fleet, gateway: Gateway) -> None:
-    """End the models' tasks, with their engines unless those are kept."""
+async def _drain(gateway: Gateway, fleet: Fleet, line: Line) -> None:
     gateway.is_draining = True
+    await drain(fleet, line, DRAIN_SECONDS)
+
+
+async def _end(fleet: Fleet) -> None:
+    """End the models' tasks, with their engines unless those are kept."""
     is_kept = fleet.settings.engines_on_exit == "keep"
     await fleet.close(is_kept=is_kept, drain_seconds=DRAIN_SECONDS)
     if not is_kept:  # what is kept was written down before it was left

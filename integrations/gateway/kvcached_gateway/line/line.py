@@ -95,6 +95,13 @@ class Line:
             del self._queues[model_id]
             self._demands.pop(model_id, None)
 
+    def close(self) -> None:
+        """Refuse whoever waits: the gateway ends."""
+        for queue in self._queues.values():
+            while ticket := queue.first():
+                queue.remove(ticket)
+                ticket.refuse(refusals.draining())
+
     def waiting(self, model_id: str) -> int:
         """Return how many requests wait for a model."""
         return len(self._queues.get(model_id, ()))

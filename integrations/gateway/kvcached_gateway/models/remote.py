@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 
 import aiohttp
 
@@ -107,14 +108,14 @@ async def find_remote(
     key = environ.get(settings.key_env) if settings.key_env else None
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     engine = RemoteEngine(Address(str(settings.url), headers=headers))
-    try:
-        names = await engine.names()
-    except EngineDiedError as error:
-        await engine.leave()
-        raise EngineStartError(str(error)) from error
-    if settings.id not in names:
-        await engine.leave()
-        raise EngineStartError(
-            f"{settings.url} serves {', '.join(sorted(names)) or 'nothing'}, and no {settings.id!r}"
-        )
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(engine.leave)  # a start that is cancelled leaves nothing either
+        try:
+            names = await engine.names()
+        except EngineDiedError as error:
+            raise EngineStartError(str(error)) from error
+        if settings.id not in names:
+            found = ", ".join(sorted(names)) or "nothing"
+            raise EngineStartError(f"{settings.url} serves {found}, and no {settings.id!r}")
+        stack.pop_all()
     return engine

@@ -76,6 +76,7 @@ class Keys:
 
     def __init__(self, keys: tuple[Key, ...]) -> None:
         self.all = keys
+        self._by_name = {key.name: key for key in keys}
         self._hashes = tuple((bytes.fromhex(key.sha256), key) for key in keys)
 
     @classmethod
@@ -103,6 +104,10 @@ class Keys:
             if hmac.compare_digest(known, given):
                 found = key
         return found if scheme.lower() == _SCHEME else None
+
+    def named(self, name: str) -> Key | None:
+        """Return the key of this name; None of one that is gone."""
+        return self._by_name.get(name)
 
     def check(self, settings: Settings) -> None:
         """Refuse keys that name a model or a class that there is not.
@@ -137,6 +142,10 @@ class KeysFile:
         self._path = path
         self._stamp = self._look()
         self.keys = Keys.read(path)
+
+    def named(self, name: str) -> Key | None:
+        """Return the key of this name that holds now; None where there is none."""
+        return self.keys.named(name)
 
     async def follow(self) -> None:
         """Look once a second whether it changed, until this is cancelled."""
