@@ -208,6 +208,18 @@ async def test_no_more_than_max_concurrent_are_granted_and_each_end_is_told() ->
 
 
 @simulated
+async def test_one_that_was_told_to_end_gives_no_lease_before_it_has_noticed() -> None:
+    world = World()
+    await world.up()
+    world.model.stop("its memory is needed")
+    assert world.model.state is State.WARM
+    assert world.ask() is None
+    await turn()
+    assert world.model.state is State.COLD
+    await world.model.close(is_kept=False)
+
+
+@simulated
 async def test_requests_that_wait_for_memory_are_no_sign_of_a_hang() -> None:
     world = World()
     engine = await world.up()

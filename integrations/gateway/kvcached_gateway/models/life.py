@@ -76,6 +76,11 @@ class Life:
         """Whether a start is wished for, and has not begun."""
         return self._begin is not None
 
+    @property
+    def is_told_to_end(self) -> bool:
+        """Whether its end is wished for, and has not begun."""
+        return self._end is not None
+
     def begin(self, wish: Begin) -> None:
         """Wish for an engine; where there is one, or one on its way, nothing happens."""
         if self._model.state in {State.COLD, State.FAILED} and self._begin is None:

@@ -117,7 +117,7 @@ class Model:
 
     def grant(self, ask: Ask, waited_seconds: float) -> ModelLease | None:
         """Return a lease, or None: not now."""
-        if self.engine is None or self.state not in UP:
+        if self.engine is None or self.state not in UP or self._life.is_told_to_end:
             return None
         most = self.settings.max_concurrent
         if most is not None and self.num_leases >= most:
