@@ -97,6 +97,12 @@ BENCHMARKS = (
         GPU,
         "more models than fit behind one URL: bursts, and classes with goals",
     ),
+    Benchmark(
+        "gateway_through",
+        "gateway_through.py",
+        GPU,
+        "a busy engine through the gateway, beside the engine asked directly",
+    ),
     Benchmark("weights_wake", "weights_wake.py", GPU, "weights that come and go, and their wake"),
     Benchmark(
         "wake_beside_neighbour",

@@ -3,8 +3,9 @@
 import asyncio
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 END = b"0\r\n\r\n"
 
@@ -49,9 +50,20 @@ def request(
         "max_tokens": num_tokens,
         "stream": True,
     }
+    return post("/v1/chat/completions", host, body)
+
+
+def post(path: str, host: str, body: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a request whose answer is a stream.
+
+    Args:
+        path: What is asked.
+        host: What its header `Host` says.
+        body: What it says.
+    """
     data = json.dumps(body).encode()
     head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         "Accept: text/event-stream\r\nUser-Agent: load\r\nAuthorization: Bearer sk-none\r\n"
         f"Content-Length: {len(data)}\r\n\r\n"
     )
@@ -103,15 +115,17 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
 
-async def connect(port: int) -> Connection:
-    """Return a connection to a port of the loopback."""
-    _, made = await asyncio.get_running_loop().create_connection(Connection, "127.0.0.1", port)
-    return made
+async def connect(at: int | str) -> Connection:
+    """Return a connection to a port of the loopback, or to a Unix socket by its path."""
+    loop = asyncio.get_running_loop()
+    if isinstance(at, str):
+        return (await loop.create_unix_connection(Connection, at))[1]
+    return (await loop.create_connection(Connection, "127.0.0.1", at))[1]
 
 
-async def ask_many(port: int, data: bytes, *, num: int, at_once: int) -> list[Taken]:
+async def ask_many(at: int | str, data: bytes, *, num: int, at_once: int) -> list[Taken]:
     """Send a request `num` times, `at_once` of them at a time, each over its own connection."""
-    connections = [await connect(port) for _ in range(at_once)]
+    connections = [await connect(at) for _ in range(at_once)]
     left = iter(range(num))
     taken: list[Taken] = []
 

@@ -1,4 +1,4 @@
-"""A `kvcached serve` process and its file of models: what `gateway_gpu` asks."""
+"""A `kvcached serve` process and its file of models: what our benchmarks of it ask."""
 
 import asyncio
 import contextlib
@@ -48,6 +48,7 @@ class Gateway:
         tiny: Whether it is a rehearsal on a CPU.
         headroom_bytes: What engines leave of each GPU.
         tiny_kv_bytes: What a rehearsal's engines share beside what some of their weights need.
+        is_eager: Whether a GPU's engines leave out what makes them quicker and their starts longer.
 
     Attributes:
         names: The models.
@@ -56,7 +57,14 @@ class Gateway:
     """
 
     def __init__(
-        self, models: int, *, cards: int, tiny: bool, headroom_bytes: int, tiny_kv_bytes: int
+        self,
+        models: int,
+        *,
+        cards: int,
+        tiny: bool,
+        headroom_bytes: int,
+        tiny_kv_bytes: int,
+        is_eager: bool = True,
     ) -> None:
         self.names = [f"model-{number}" for number in range(models)]
         self.directory = Path(tempfile.mkdtemp(prefix="kv-", dir=MEMORY))
@@ -64,6 +72,7 @@ class Gateway:
         self._cards = cards
         self._headroom_bytes = headroom_bytes
         self._tiny_kv_bytes = tiny_kv_bytes
+        self._is_eager = is_eager
         self._folder = Path(tempfile.mkdtemp(prefix="kv-"))
         self._file = self._folder / "models.yaml"
         self._process: subprocess.Popen[bytes] | None = None
@@ -111,7 +120,7 @@ class Gateway:
         else:  # each has weights of its own: only a variable can say which
             env |= {"DUMMY_SEED": str(number), "PYTHONPATH": with_tests()}
             env["KVCACHED_HEADROOM"] = str(self._headroom_bytes)
-            args += ["--load-format", "dummy", "--enforce-eager"]
+            args += ["--load-format", "dummy", *(["--enforce-eager"] if self._is_eager else [])]
             args += ["--worker-extension-cls", "helpers.seeded.Seeded"]
             args += ["--max-model-len", str(MAX_TOKENS)]
             args += ["--max-num-batched-tokens", str(CHUNK_TOKENS)]
