@@ -11,10 +11,12 @@ __all__ = [
     "RefusedError",
     "RefusedVerbError",
     "StateFileError",
+    "draining",
     "model_not_found",
 ]
 
 LEAST_RETRY_SECONDS = 1.0  # what a Retry-After says can be no less
+DRAIN_RETRY_SECONDS = 5.0  # another one may serve by then
 
 
 class RefusedError(KVCachedError):
@@ -40,6 +42,16 @@ class RefusedError(KVCachedError):
 def model_not_found(name: str) -> RefusedError:
     """Return what is answered where there is no such model, or the client may not know of it."""
     return RefusedError(404, "model_not_found", f"there is no model {name!r} here")
+
+
+def draining() -> RefusedError:
+    """Return what is answered while the gateway ends."""
+    return RefusedError(
+        503,
+        "draining",
+        "the gateway takes no new requests",
+        retry_after_seconds=DRAIN_RETRY_SECONDS,
+    )
 
 
 class RefusedVerbError(KVCachedError, RuntimeError):

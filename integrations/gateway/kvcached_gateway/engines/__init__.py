@@ -1,1 +1,1 @@
-"""What the gateway knows of each engine."""
+"""Engines as processes: what has to be known of each, its start, its end, its adoption."""

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from kvcached_gateway.errors import RefusedError
+from kvcached_gateway.errors import RefusedError, draining
 from kvcached_gateway.http.access import admit, permit
 from kvcached_gateway.http.body import BODY_SECONDS, read_body, read_wish
 from kvcached_gateway.http.error_answers import refusal
@@ -117,9 +117,7 @@ def _asking(front: Front, proxy: Proxy, body_seconds: float) -> Handler:
     async def ask(request: web.Request) -> web.StreamResponse:
         arrived = asyncio.get_running_loop().time()
         if not front.is_ready():
-            raise RefusedError(
-                503, "draining", "the gateway takes no new requests", retry_after_seconds=5
-            )
+            raise draining()
         key = admit(front, request.headers)
         body = await read_body(request, front.settings().max_body_bytes, body_seconds)
         wish = read_wish(body, request.headers.get("Content-Type", ""))

@@ -2,14 +2,13 @@
 
 import json
 import math
-from typing import Any
 
 from aiohttp import web
 
 from kvcached_gateway.errors import RefusedError
 from kvcached_gateway.http.headers import REQUEST_ID
 
-__all__ = ["refusal"]
+__all__ = ["error_event", "refusal"]
 
 KINDS = {
     401: "authentication_error",
@@ -17,6 +16,11 @@ KINDS = {
     429: "rate_limit_error",
 }
 UNREAD = frozenset({401, 408, 413, 415})  # the connection's next bytes are this request's body
+
+
+def error_event(code: str, message: str) -> bytes:
+    """Return an error as one event of a stream."""
+    return f"data: {_error('server_error', code, message)}\n\n".encode()
 
 
 def refusal(error: RefusedError, id_: str) -> web.Response:
@@ -28,9 +32,6 @@ def refusal(error: RefusedError, id_: str) -> web.Response:
     """
     is_ours = error.status >= web.HTTPInternalServerError.status_code
     kind = KINDS.get(error.status, "server_error" if is_ours else "invalid_request_error")
-    body: dict[str, Any] = {
-        "error": {"message": error.message, "type": kind, "param": None, "code": error.code}
-    }
     headers = {REQUEST_ID: id_}
     if error.retry_after_seconds is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds)))
@@ -38,10 +39,14 @@ def refusal(error: RefusedError, id_: str) -> web.Response:
         headers["WWW-Authenticate"] = "Bearer"
     response = web.Response(
         status=error.status,
-        body=json.dumps(body).encode(),
+        body=_error(kind, error.code, error.message).encode(),
         headers=headers,
         content_type="application/json",
     )
     if error.status in UNREAD:
         response.force_close()
     return response
+
+
+def _error(kind: str, code: str, message: str) -> str:
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})

@@ -5,7 +5,7 @@ from typing import Any
 
 from aiohttp import web
 
-from kvcached_gateway.errors import RefusedError, model_not_found
+from kvcached_gateway.errors import draining, model_not_found
 from kvcached_gateway.http.access import admit
 from kvcached_gateway.http.front import Front, KeyView
 
@@ -44,7 +44,7 @@ class OwnPaths:
         """Answer whether it takes requests."""
         del request
         if not self._front.is_ready():
-            raise RefusedError(503, "draining", "the gateway takes no new requests")
+            raise draining()
         return web.Response()
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:

@@ -7,9 +7,10 @@ from aiohttp import web
 
 from kvcached_gateway.errors import EngineDiedError, RefusedError
 from kvcached_gateway.http.access import Permitted
+from kvcached_gateway.http.error_answers import error_event
 from kvcached_gateway.http.front import Front
 from kvcached_gateway.http.headers import REQUEST_ID
-from kvcached_gateway.http.proxy import EVENT_STREAM, Outcome, Proxy, cut, error_event
+from kvcached_gateway.http.proxy import EVENT_STREAM, Outcome, Proxy, cut
 from kvcached_gateway.lease import Ask, Ending, Lease
 from kvcached_gateway.observe import Where
 from kvcached_gateway.state import LOADING

@@ -2,7 +2,6 @@
 
 import asyncio
 import io
-import json
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -11,23 +10,18 @@ from yarl import URL
 
 from kvcached_gateway.errors import EngineDiedError
 from kvcached_gateway.http import headers
+from kvcached_gateway.http.error_answers import error_event
 from kvcached_gateway.lease import Address, Ending, Lease
 
-__all__ = ["Outcome", "Proxy", "error_event"]
+__all__ = ["Outcome", "Proxy"]
 
-# Engines close a connection that was idle for 5 s; one that we reuse has to be younger.
+# A server that we did not start may close what was idle for 5 s; what we reuse is younger.
 KEEPALIVE_SECONDS = 3.0
 CONNECT_SECONDS = 10.0
 UNUSED_SECONDS = 600.0  # an address that nobody asked for so long is forgotten
 LONG_BODY_BYTES = 1 << 20  # longer ones are written in pieces, so that the loop goes on
 READ_BYTES = 1 << 16
 EVENT_STREAM = "text/event-stream"
-
-
-def error_event(code: str, message: str) -> bytes:
-    """Return an error as one event of a stream, in OpenAI's form."""
-    error = {"message": message, "type": "server_error", "param": None, "code": code}
-    return f"data: {json.dumps({'error': error})}\n\n".encode()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import itertools
 import json
 from typing import Any
 
-from kvcached_gateway.errors import RefusedError
+from kvcached_gateway.errors import RefusedError, draining
 from kvcached_gateway.http.front import Front
 from kvcached_gateway.http.worker_frames import (
     Answered,
@@ -89,12 +89,12 @@ class WorkerLink(FramesProtocol):
         self._is_ready = False
         self.has_ended.set()
         for number in list(self._waiting):
-            self._settle(number, _gone())
+            self._settle(number, draining())
 
     async def take(self, ask: Ask) -> Lease:
         """See `lease.Leases`."""
         if self.has_ended.is_set():
-            raise _gone()
+            raise draining()
         number = next(self._numbers)
         self.send(Take(number, ask))
         try:
@@ -137,7 +137,7 @@ class WorkerLink(FramesProtocol):
 
     async def _query(self, *, is_status: bool) -> bytes:
         if self.has_ended.is_set():
-            raise _gone()
+            raise draining()
         number = next(self._numbers)
         self.send(Query(number, is_status))
         data: bytes = await self._answer(number)
@@ -179,10 +179,6 @@ class _RemoteLease:
         if not self._has_ended:
             self._has_ended = True
             self._link.send(End(self._number, ending, status))
-
-
-def _gone() -> RefusedError:
-    return RefusedError(503, "draining", "the gateway ends", retry_after_seconds=5)
 
 
 def _keys(data: bytes) -> Keys:
