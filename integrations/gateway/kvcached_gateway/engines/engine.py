@@ -24,6 +24,7 @@ from kvcached_gateway.settings.config import ModelSettings
 __all__ = ["Engine"]
 
 ASK_SECONDS = 5.0
+NAMES_SECONDS = 30.0  # an adoption asks: an engine that is only slow must not be ended
 LOAD_SECONDS = 120.0
 READY_LOOK_SECONDS = 0.1
 LISTENING = "0A"  # a state in /proc/net/tcp
@@ -152,7 +153,7 @@ class Engine:
         Raises:
             EngineDiedError: If it does not answer.
         """
-        _, body = await self._ask("GET", "/v1/models", None, ASK_SECONDS)
+        _, body = await self._ask("GET", "/v1/models", None, NAMES_SECONDS)
         return self.words.served_names(body)
 
     async def load_adapter(self, name: str, path: str) -> None:
