@@ -44,7 +44,7 @@ STARTED := $(shell date +%s)
 endif
 export STARTED
 
-.PHONY: setup environments demo quick test test-every-release lint docs bench mutants gpu-check two-gpus-check \
+.PHONY: setup environments demo tiny-models images-check quick test test-every-release lint docs bench mutants gpu-check two-gpus-check \
   gpu-gateway prometheus-check check-locks check-manifests new-engines clean
 
 setup: $(READY)
@@ -81,6 +81,14 @@ $(MANIFESTS_READY):
 # ENGINES=vllm,sglang runs one of each.
 demo: $(READY) $(if $(findstring sglang,$(ENGINES)),$(firstword $(SGLANG_READY)))
 	$(BIN)/kvcached demo $(if $(ENGINES),--engines $(ENGINES))
+
+# The tiny models that the examples serve on the CPU.
+tiny-models: $(READY)
+	$(BIN)/python -m kvcached_demo.harness.tiny examples/tiny
+
+# A way to use the gateway: make example-agents, or another folder of examples that has a run.py.
+example-%: $(READY)
+	$(BIN)/python examples/$*/run.py
 
 # Without a server: what to run while working.
 quick: $(READY) $(firstword $(SGLANG_READY))
@@ -137,6 +145,14 @@ bench: $(READY)
 # A real Prometheus reads the metrics and the alerts: apt-get install prometheus.
 prometheus-check: $(READY)
 	$(BIN)/python -m pytest -m prometheus tests/core/test_prometheus.py
+
+# The images of the gateway, each asked for its commands; where there is Docker, or CONTAINERS=podman.
+CONTAINERS ?= docker
+images-check:
+	for engine in vllm sglang; do \
+	  $(CONTAINERS) build -f examples/gateway/Dockerfile.$$engine -t kvcached-$$engine . && \
+	  $(CONTAINERS) run --rm --entrypoint kvcached kvcached-$$engine serve --help || exit 1; \
+	done
 
 # On a machine with a GPU. GPU_PYTHON=python3 uses an environment that has vLLM already,
 # GPU_SGLANG_PYTHON one that has SGLang.

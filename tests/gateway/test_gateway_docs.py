@@ -1,6 +1,8 @@
 """What the documents say of the gateway's files is what the code reads."""
 
+import hashlib
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,11 @@ def test_every_command_that_is_named_is_one(document: Path) -> None:
     assert named <= core | added
     if document == GATEWAY:
         assert added <= named
+
+
+def test_the_commands_that_make_a_key_make_it_and_its_hash() -> None:
+    (block,) = [block for block in blocks(GATEWAY) if block[0].startswith("key=")]
+    script = "\n".join([*block, 'echo "$key"'])
+    done = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, check=True)
+    digest, key = done.stdout.replace("-", "").split()
+    assert hashlib.sha256(key.encode()).hexdigest() == digest

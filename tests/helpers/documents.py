@@ -4,8 +4,14 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/index.md", "docs/operations.md")
+# The ways to use the gateway, and its own folder.
+WAYS = sorted(path.parent / "README.md" for path in (ROOT / "examples").glob("*/cpu.yaml"))
+DOCUMENTS = (
+    *("README.md", "CONTRIBUTING.md", "docs/index.md", "docs/operations.md", "docs/gateway.md"),
+    *(path.relative_to(ROOT).as_posix() for path in WAYS),
+)
 INDENT = "    "
+OF_A_FILE = re.compile(r"^[\w-]+:(?: [^/]|$)")  # how a block begins that is a file
 COMMENT = re.compile(r"\s+#\s.*$")
 
 
@@ -28,6 +34,7 @@ def commands() -> list[str]:
         COMMENT.sub("", line)
         for name in DOCUMENTS
         for block in blocks(ROOT / name)
+        if not OF_A_FILE.match(block[0])
         for line in block
     )
     return list(dict.fromkeys(lines))
