@@ -36,7 +36,7 @@ class ModelRow:
     Attributes:
         id: Its name in the file.
         instance: Its name in the ledger; nothing for one that has no engine of ours.
-        state: What it does: a word of `model.State`, or `remote` or `adapter`.
+        state: What it does: a word of `state.State`, or `remote` or `adapter`.
         since_seconds: For how long.
         reason: Why.
         devices: Where its engine is, or is about to be.

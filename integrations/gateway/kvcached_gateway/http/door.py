@@ -1,12 +1,12 @@
 """The door of the public port: as many connections as this process has files for; others a 503."""
 
 import asyncio
-import json
 import resource
 from typing import cast
 
 from aiohttp import web
 
+from kvcached_gateway.http.error_answers import error_json
 from kvcached_gateway.http.front import Front
 
 __all__ = ["Door", "allow_files"]
@@ -18,9 +18,7 @@ LEAST_CONNECTIONS = 1
 LAST_SECONDS = 1.0  # what a refused client has to read why
 CODE = "too_many_connections"
 TEXT = "the gateway has as many connections as it has files for; see `ulimit -n`"
-_BODY = json.dumps(
-    {"error": {"message": TEXT, "type": "server_error", "param": None, "code": CODE}}
-).encode()
+_BODY = error_json("server_error", CODE, TEXT).encode()
 ANSWER = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
     b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(_BODY), _BODY)

@@ -8,7 +8,7 @@ from aiohttp import web
 from kvcached_gateway.errors import RefusedError
 from kvcached_gateway.http.headers import REQUEST_ID
 
-__all__ = ["error_event", "refusal"]
+__all__ = ["error_event", "error_json", "refusal"]
 
 KINDS = {
     401: "authentication_error",
@@ -20,7 +20,7 @@ UNREAD = frozenset({401, 408, 413, 415})  # the connection's next bytes are this
 
 def error_event(code: str, message: str) -> bytes:
     """Return an error as one event of a stream."""
-    return f"data: {_error('server_error', code, message)}\n\n".encode()
+    return f"data: {error_json('server_error', code, message)}\n\n".encode()
 
 
 def refusal(error: RefusedError, id_: str) -> web.Response:
@@ -39,7 +39,7 @@ def refusal(error: RefusedError, id_: str) -> web.Response:
         headers["WWW-Authenticate"] = "Bearer"
     response = web.Response(
         status=error.status,
-        body=_error(kind, error.code, error.message).encode(),
+        body=error_json(kind, error.code, error.message).encode(),
         headers=headers,
         content_type="application/json",
     )
@@ -48,5 +48,6 @@ def refusal(error: RefusedError, id_: str) -> web.Response:
     return response
 
 
-def _error(kind: str, code: str, message: str) -> str:
+def error_json(kind: str, code: str, message: str) -> str:
+    """Return an error as JSON: its type, a word for programs, a sentence for people."""
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})

@@ -11,7 +11,7 @@ Where a request has a class with a goal, all that wait for its devices go in the
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
 
-from kvcached_gateway.errors import RefusedError, model_not_found
+from kvcached_gateway.errors import RefusedError, draining, model_not_found
 from kvcached_gateway.lease import Ask, Lease
 from kvcached_gateway.line import refusals
 from kvcached_gateway.line.grantor import Grantor, Readiness
@@ -100,7 +100,7 @@ class Line:
         for queue in self._queues.values():
             while ticket := queue.first():
                 queue.remove(ticket)
-                ticket.refuse(refusals.draining())
+                ticket.refuse(draining())
 
     def waiting(self, model_id: str) -> int:
         """Return how many requests wait for a model."""

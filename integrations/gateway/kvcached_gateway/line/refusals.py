@@ -36,11 +36,6 @@ def busy(model_id: str, waited_seconds: float) -> RefusedError:
     )
 
 
-def draining() -> RefusedError:
-    """Say that the gateway ends."""
-    return RefusedError(503, "draining", "the gateway ends", retry_after_seconds=5)
-
-
 def late(model_id: str, reason: str) -> RefusedError:
     """Say that a request will miss its class's goal, and its class does not wait then."""
     return RefusedError(
