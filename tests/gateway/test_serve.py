@@ -16,6 +16,7 @@ from helpers.gateway_life import short_folder
 from helpers.loops import on_a_loop
 
 from kvcached_gateway import serve
+from kvcached_gateway.http import workers as workers_module
 from kvcached_gateway.serve import Serving, serving
 
 KEYS = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("busy", "often", "free")}
@@ -140,6 +141,7 @@ def test_whoever_still_waits_when_a_gateway_ends_is_told_so(
     workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve, "DRAIN_SECONDS", 0.3)
+    monkeypatch.setattr(workers_module, "LOOK_SECONDS", SECONDS)  # workers are told
 
     @on_a_loop
     async def main() -> None:
@@ -151,7 +153,7 @@ def test_whoever_still_waits_when_a_gateway_ends_is_told_so(
             here.gateway.drain()
             async with asyncio.timeout(SECONDS):
                 while await status_of(session, f"{url}/ready") != 503:
-                    pass  # workers are told within a second
+                    pass
         assert [await task for task in asked] == [(503, "draining")] * 6
 
     main()

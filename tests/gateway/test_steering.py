@@ -136,6 +136,23 @@ def test_a_reload_tells_engines_that_run_what_is_theirs_now_and_says_what_was_re
     asyncio.run(main())
 
 
+def test_whoever_goes_by_the_rules_is_told_of_new_ones_once_they_hold(tmp_path: Path) -> None:
+    async def main() -> None:
+        world = World(tmp_path, {"a": Takes(), "b": Takes()})
+        gateway = steered(world, tmp_path)
+        told: list[tuple[list[str], bool]] = []
+        gateway.on_rules.append(
+            lambda: told.append((list(world.fleet.settings.models), gateway.is_draining))
+        )
+        del world.more["b"]
+        await gateway.reload()
+        gateway.drain()
+        assert told == [(["a"], False), (["a"], True)]
+        await world.close()
+
+    asyncio.run(main())
+
+
 def test_a_file_with_a_mistake_changes_nothing(tmp_path: Path) -> None:
     async def main() -> None:
         world = World(tmp_path, {"a": Takes()})

@@ -151,7 +151,7 @@ async def serving(
             is_ready=lambda: not gateway.is_draining,
         )
         await _serve_admin(stack, gateway, directory)
-        port = await _serve_public(stack, front, settings)
+        port = await _serve_public(stack, front, gateway)
         stack.push_async_callback(_drain, gateway, fleet, line)
         gateway.listen = f"{settings.listen.rpartition(':')[0]}:{port}"
         yield Serving(gateway, fleet, controller, port, num_adopted)
@@ -262,11 +262,13 @@ async def _serve_admin(stack: AsyncExitStack, gateway: Gateway, directory: Path)
     stack.callback(path.unlink, missing_ok=True)
 
 
-async def _serve_public(stack: AsyncExitStack, front: Front, settings: Settings) -> int:
+async def _serve_public(stack: AsyncExitStack, front: Front, gateway: Gateway) -> int:
     """Listen on the public port, and return it."""
+    settings = front.settings()
     if settings.workers > 1:
         workers = Workers(front, settings.host, settings.port, settings.workers)
         workers.start()
+        gateway.on_rules.append(workers.changed)
         stack.push_async_callback(workers.stop)
         return workers.port
     runner = build_runner(build_app(front), last_seconds=LAST_SECONDS)
@@ -285,7 +287,7 @@ async def _reload(gateway: Gateway) -> None:
 
 
 async def _drain(gateway: Gateway, fleet: Fleet, line: Line) -> None:
-    gateway.is_draining = True
+    gateway.drain()
     await drain(fleet, line, DRAIN_SECONDS)
 
 

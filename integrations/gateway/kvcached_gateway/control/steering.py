@@ -16,7 +16,6 @@ from kvcached_gateway.line.line import Line
 from kvcached_gateway.models.fleet import Fleet
 from kvcached_gateway.models.model import Model
 from kvcached_gateway.settings.config import ModelSettings, Settings
-from kvcached_gateway.settings.reload import Difference
 from kvcached_gateway.state import UP, State
 
 __all__ = ["Gateway"]
@@ -33,12 +32,12 @@ class Gateway:
         controller: What decides.
         directory: The folder of the ledgers.
         read: Reads the file again; raises `ConfigError`.
-        reloaded: Called with what a reload changed.
 
     Attributes:
         events: What happens.
         is_draining: Whether it takes no new requests.
         drained: Set when it shall end.
+        on_rules: Called when something else holds for requests: after a reload, and for a drain.
     """
 
     def __init__(
@@ -49,19 +48,18 @@ class Gateway:
         directory: Path,
         read: Callable[[], Settings],
         events: Events,
-        reloaded: Callable[[Difference], None] = lambda _found: None,
     ) -> None:
         self._fleet = fleet
         self._line = line
         self._controller = controller
         self._directory = directory
         self._read = read
-        self._reloaded = reloaded
         self._clock = asyncio.get_running_loop().time
         self._began = self._clock()
         self.events = events
         self.is_draining = False
         self.drained = asyncio.Event()
+        self.on_rules: list[Callable[[], None]] = []
         self.listen = fleet.settings.listen
 
     def about(self) -> About:
@@ -140,7 +138,7 @@ class Gateway:
         old = self._fleet.settings.models
         found = self._fleet.reload(new)
         told = [await self._tell(old[name], new.models[name]) for name in found.adjusted]
-        self._reloaded(found)
+        self._tell_rules()
         for name in (*self._fleet.models, *found.removed):
             self._line.changed(name)
         fixed = f"; {', '.join(found.fixed)} hold after a restart only" if found.fixed else ""
@@ -149,7 +147,12 @@ class Gateway:
     def drain(self) -> None:
         """See `Steering.drain`."""
         self.is_draining = True
+        self._tell_rules()
         self.drained.set()
+
+    def _tell_rules(self) -> None:
+        for tell in self.on_rules:
+            tell()
 
     async def _sleep(self, model: Model) -> str:
         if model.state not in UP:

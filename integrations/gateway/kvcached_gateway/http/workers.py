@@ -14,7 +14,7 @@ __all__ = ["Workers"]
 
 logger = logging.getLogger(__name__)
 RESTART_SECONDS = 1.0  # between two starts of one worker
-LOOK_SECONDS = 1.0  # keys follow their file as often
+LOOK_SECONDS = 1.0  # keys follow their file as often, and nobody tells
 END_SECONDS = 3 * LAST_SECONDS
 
 
