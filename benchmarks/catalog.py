@@ -63,6 +63,12 @@ BENCHMARKS = (
         HOST,
         "adopting four engines, and the gateway's share of a wake",
     ),
+    Benchmark(
+        "scale_simulation",
+        "scale_simulation.py",
+        HOST,
+        "the gateway's policy over 1,000 devices and 10,000 models, for a simulated day",
+    ),
     Benchmark("cpu_throughput", "cpu_throughput.py", HOST, "the CPU engine's throughput with us"),
     Benchmark("dry_pool", "dry_pool.py", HOST, "ten minutes in which all want more than there is"),
     Benchmark(

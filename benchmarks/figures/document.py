@@ -10,7 +10,13 @@ from figures.sentence import HERE, NUMBER, Sentence, all_sentences, pattern, wor
 from figures.value import RESULTS
 
 ROOT = HERE.parents[1]
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/index.md", "docs/support.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/index.md",
+    "docs/scaling.md",
+    "docs/support.md",
+)
 
 RELEASED = ("ADR", "CUDA", "FlashAttention", "Gemma", "Python", "SGLang", "torch", "vLLM")
 # What a number belongs to that is no result, with a reason each.
