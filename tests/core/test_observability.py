@@ -16,6 +16,7 @@ from kvcached_core.units import GIB
 from kvcached_gateway.admin.metrics import Metrics
 from kvcached_gateway.admin.views import DeviceRow, ModelRow
 from kvcached_gateway.lease import Woken
+from kvcached_gateway.observe import Answer
 from kvcached_gateway.settings.config import ModelSettings, ServiceClass, Settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "observability"
@@ -42,8 +43,7 @@ def gateway_exposition() -> str:
     rows = [ModelRow("llama", "warm")]
     metrics = Metrics(lambda: settings, lambda: rows, lambda: [DeviceRow("host", GIB, GIB)])
     for ttft in (0.5, 1.5):
-        times = {"waited_seconds": 0.1, "ttft_seconds": ttft, "seconds": 2.0}
-        metrics.answered("llama", None, 200, woken=Woken.NONE, **times)
+        metrics.answered(Answer("llama", None, 200, 0.1, ttft, 2.0, Woken.NONE))
     metrics.refused(None, "queue_full")
     metrics.cancelled("line")
     metrics.late("llama")

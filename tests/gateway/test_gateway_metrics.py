@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from kvcached_gateway.admin.metrics import STATES, Metrics
 from kvcached_gateway.admin.views import DeviceRow, ModelRow
 from kvcached_gateway.lease import Woken
-from kvcached_gateway.observe import Observer
+from kvcached_gateway.observe import Answer, Observer
 from kvcached_gateway.settings.config import ModelSettings, ServiceClass, Settings
 from kvcached_gateway.state import State
 
@@ -33,15 +33,7 @@ def metrics() -> Metrics:
 
 
 def answered(observer: Observer, model_id: str, *, name: str | None, ttft: float | None) -> None:
-    observer.answered(
-        model_id,
-        name,
-        200,
-        waited_seconds=0.25,
-        ttft_seconds=ttft,
-        seconds=2.0,
-        woken=Woken.START,
-    )
+    observer.answered(Answer(model_id, name, 200, 0.25, ttft, 2.0, Woken.START))
 
 
 def samples(metrics: Metrics) -> dict[str, float]:

@@ -15,6 +15,7 @@ from kvcached_gateway.http.worker_frames import End
 from kvcached_gateway.http.worker_leases import WorkerLeases, rules_of
 from kvcached_gateway.http.worker_link import WorkerLink
 from kvcached_gateway.lease import Address, Ask, Ending, Lease, Woken
+from kvcached_gateway.observe import Answer
 from kvcached_gateway.settings.keys import Key, Keys
 
 ADDRESS = Address("http://localhost", "/run/engine.sock", {"Authorization": "Bearer engine"})
@@ -145,8 +146,8 @@ async def test_a_worker_goes_by_the_rules_that_came_last() -> None:
 async def test_counts_status_and_metrics_are_the_controllers() -> None:
     here = house(RefusingLeases())
     async with linked(here) as (link, _):
-        times = {"waited_seconds": 0.5, "ttft_seconds": None, "seconds": 1.5, "woken": Woken.WAKE}
-        link.answered("tiny", None, 200, **times)
+        answer = Answer("tiny", None, 200, 0.5, None, 1.5, Woken.WAKE)
+        link.answered(answer)
         link.refused(None, "path_not_found")
         link.cancelled("stream")
         front = link.front()
@@ -157,7 +158,7 @@ async def test_counts_status_and_metrics_are_the_controllers() -> None:
             ("refused", None, "path_not_found"),
             ("cancelled", "stream"),
         ]
-        assert here.written.times == [times]
+        assert here.written.answers == [answer]
 
 
 @on_a_loop

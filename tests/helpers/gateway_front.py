@@ -15,6 +15,7 @@ from kvcached_gateway.errors import RefusedError
 from kvcached_gateway.http.app import build_app, build_runner
 from kvcached_gateway.http.front import Front
 from kvcached_gateway.lease import Address, Ask, Ending, Lease, Woken
+from kvcached_gateway.observe import Answer
 from kvcached_gateway.settings.config import ModelSettings, ServiceClass, Settings
 
 
@@ -101,12 +102,12 @@ class Written:
 
     def __init__(self) -> None:
         self.told: list[tuple[Any, ...]] = []
-        self.times: list[dict[str, Any]] = []
+        self.answers: list[Answer] = []
         self.cancelled_one = asyncio.Event()
 
-    def answered(self, model_id: str, class_name: str | None, status: int, **times: Any) -> None:
-        self.told.append(("answered", model_id, class_name, status))
-        self.times.append(times)
+    def answered(self, answer: Answer) -> None:
+        self.told.append(("answered", answer.model_id, answer.class_name, answer.status))
+        self.answers.append(answer)
 
     def refused(self, model_id: str | None, code: str) -> None:
         self.told.append(("refused", model_id, code))

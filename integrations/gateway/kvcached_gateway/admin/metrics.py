@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from kvcached_gateway.admin.views import DeviceRow, ModelRow
 from kvcached_gateway.lease import Woken
-from kvcached_gateway.observe import Where
+from kvcached_gateway.observe import Answer, Where
 from kvcached_gateway.settings.config import Settings
 from kvcached_gateway.state import State
 
@@ -118,27 +118,18 @@ class Metrics:
         """Return everything in Prometheus's text format."""
         return generate_latest(self._registry).decode()
 
-    def answered(
-        self,
-        model_id: str,
-        class_name: str | None,
-        status: int,
-        *,
-        waited_seconds: float,
-        ttft_seconds: float | None,
-        seconds: float,
-        woken: Woken,
-    ) -> None:
+    def answered(self, answer: Answer) -> None:
         """See `Observer.answered`."""
-        settings = self._settings()
+        settings, model_id, ttft_seconds = self._settings(), answer.model_id, answer.ttft_seconds
         model = settings.models.get(model_id)
-        name = class_name or (model.class_name if model else None)
+        name = answer.class_name or (model.class_name if model else None)
         goals = settings.classes.get(name or NO_CLASS)
-        self._requests.labels(model_id, NO_CLASS if goals is None else goals.name, status).inc()
-        self._queue.labels(model_id).observe(waited_seconds)
-        self._seconds.labels(model_id).observe(seconds)
-        if woken is not Woken.NONE:
-            self._woken.labels(model_id, woken).inc()
+        class_name = NO_CLASS if goals is None else goals.name
+        self._requests.labels(model_id, class_name, answer.status).inc()
+        self._queue.labels(model_id).observe(answer.waited_seconds)
+        self._seconds.labels(model_id).observe(answer.seconds)
+        if answer.woken is not Woken.NONE:
+            self._woken.labels(model_id, answer.woken).inc()
         if ttft_seconds is not None:
             self._ttft.labels(model_id).observe(ttft_seconds)
         if goals is not None and goals.ttft_seconds is not None:

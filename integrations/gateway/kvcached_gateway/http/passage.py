@@ -12,7 +12,7 @@ from kvcached_gateway.http.front import Front
 from kvcached_gateway.http.headers import REQUEST_ID
 from kvcached_gateway.http.proxy import EVENT_STREAM, Outcome, Proxy, cut
 from kvcached_gateway.lease import Ask, Ending, Lease
-from kvcached_gateway.observe import Where
+from kvcached_gateway.observe import Answer, Where
 from kvcached_gateway.state import LOADING
 
 __all__ = ["COMMENT_SECONDS", "ID", "MODEL_ID", "Passage"]
@@ -124,11 +124,13 @@ class Passage:
         now = asyncio.get_running_loop().time()
         first = outcome.first_byte_at
         self.front.observe.answered(
-            lease.model_id,
-            self.permitted.ask.class_name,
-            outcome.status,
-            waited_seconds=lease.waited_seconds,
-            ttft_seconds=None if first is None else first - self.arrived,
-            seconds=now - self.arrived,
-            woken=lease.woken,
+            Answer(
+                lease.model_id,
+                self.permitted.ask.class_name,
+                outcome.status,
+                waited_seconds=lease.waited_seconds,
+                ttft_seconds=None if first is None else first - self.arrived,
+                seconds=now - self.arrived,
+                woken=lease.woken,
+            )
         )

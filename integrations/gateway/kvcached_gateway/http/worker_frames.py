@@ -10,7 +10,7 @@ from typing import Any, cast
 import msgspec
 
 from kvcached_gateway.lease import Address, Ask, Ending, Woken
-from kvcached_gateway.observe import Where
+from kvcached_gateway.observe import Answer, Where
 
 __all__ = [
     "Answered",
@@ -68,13 +68,7 @@ class End(_Message):
 class Answered(_Message):
     """As `Observer.answered`."""
 
-    model_id: str
-    class_name: str | None
-    status: int
-    waited_seconds: float
-    ttft_seconds: float | None
-    seconds: float
-    woken: Woken
+    answer: Answer
 
 
 class Refused(_Message):

@@ -96,16 +96,8 @@ class WorkerLeases(FramesProtocol):
     def _observe(self, message: FromWorker) -> None:
         observe = self._front.observe
         match message:
-            case Answered():
-                observe.answered(
-                    message.model_id,
-                    message.class_name,
-                    message.status,
-                    waited_seconds=message.waited_seconds,
-                    ttft_seconds=message.ttft_seconds,
-                    seconds=message.seconds,
-                    woken=message.woken,
-                )
+            case Answered(answer):
+                observe.answered(answer)
             case Refused(model_id, code):
                 observe.refused(model_id, code)
             case Cancelled(where):

@@ -24,7 +24,7 @@ from kvcached_gateway.http.worker_frames import (
     Take,
 )
 from kvcached_gateway.lease import Address, Ask, Ending, Lease, Woken
-from kvcached_gateway.observe import Where
+from kvcached_gateway.observe import Answer, Where
 from kvcached_gateway.settings.config import Settings
 from kvcached_gateway.settings.keys import Key, Keys
 
@@ -104,21 +104,9 @@ class WorkerLink(FramesProtocol):
             raise
         return lease
 
-    def answered(
-        self,
-        model_id: str,
-        class_name: str | None,
-        status: int,
-        *,
-        waited_seconds: float,
-        ttft_seconds: float | None,
-        seconds: float,
-        woken: Woken,
-    ) -> None:
+    def answered(self, answer: Answer) -> None:
         """See `observe.Observer`."""
-        self.send(
-            Answered(model_id, class_name, status, waited_seconds, ttft_seconds, seconds, woken)
-        )
+        self.send(Answered(answer))
 
     def refused(self, model_id: str | None, code: str) -> None:
         """See `observe.Observer`."""
