@@ -103,9 +103,9 @@ class Proxy:
         now = asyncio.get_running_loop().time()
         known = (address.url, address.socket)
         pool = self._pools.get(known)
-        if pool is None:
+        if pool is None:  # known before anything is awaited: a second request is to find it
+            pool = self._pools[known] = _Pool(_session(address), last_used=now)
             await self._forget_unused(now)
-            pool = self._pools[known] = _Pool(_session(address))
         pool.last_used = now
         return pool
 
