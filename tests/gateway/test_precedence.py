@@ -130,6 +130,8 @@ async def test_how_fast_an_engine_reads_is_measured_where_it_reads_alone() -> No
 @simulated
 async def test_the_late_go_behind_those_in_time_or_are_refused_as_their_class_says() -> None:
     world = classed(FakeGrantor("a"))
+    late: list[str] = []
+    world.line.on_late.append(late.append)
     await measured(world, "a", CHUNK_BYTES, 0.4)
     held = await world.start("a", body_bytes=2 * CHUNK_BYTES)
     long = world.start("a", key="long", body_bytes=3 * CHUNK_BYTES)
@@ -145,6 +147,7 @@ async def test_the_late_go_behind_those_in_time_or_are_refused_as_their_class_sa
     assert not long.done()
     short.result().first_byte()
     await long
+    assert late == ["a", "a"]  # long and picky, once each
 
 
 @simulated

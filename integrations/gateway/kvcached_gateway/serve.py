@@ -126,6 +126,7 @@ async def serving(
 
         gateway = Gateway(fleet, line, controller, directory, read, events)
         metrics = Metrics(lambda: fleet.settings, gateway.models, gateway.devices)
+        line.on_late.append(metrics.late)
         fleet.on_lease.append(lambda model: line.changed(model.id))
         fleet.on_change += [
             controller.changed,

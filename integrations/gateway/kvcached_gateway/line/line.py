@@ -39,6 +39,9 @@ class Line:
             of requests, and again if its start came to nothing. Where it cannot start yet, whoever
             starts it looks at `waiting`.
         hindrance: Says, as a sentence, what a model that does not start waits for.
+
+    Attributes:
+        on_late: Called with its model when a request goes behind those that make their goals.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Line:
         self._clock = clock
         self._wanted = wanted
         self._hindrance = hindrance
+        self.on_late: list[Callable[[str], None]] = []
         self._queues: dict[str, Queue] = {}
         self._demands: dict[str, Demand] = {}
         self._precedence: dict[Devices, Precedence] = {}
@@ -130,9 +134,13 @@ class Line:
         devices = devices_of(model)
         if queue.has_goals and devices not in self._precedence:
             self._precedence[devices] = Precedence(
-                self._clock, self.demand, lambda: self._soon(devices)
+                self._clock, self.demand, lambda: self._soon(devices), self._tell_late
             )
         return self._precedence.get(devices)
+
+    def _tell_late(self, model_id: str) -> None:
+        for tell in self.on_late:
+            tell(model_id)
 
     def _has_line(self, queue: Queue, model: Grantor) -> bool:
         """Whether a new request has to wait for others, or its engine has enough to read."""

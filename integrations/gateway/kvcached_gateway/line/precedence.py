@@ -28,6 +28,7 @@ class Precedence:
         clock: The loop's seconds.
         demand: What is known of a model's requests.
         look: Called when somebody's turn may have come.
+        on_late: Called with its model when a request is late, once for each.
     """
 
     def __init__(
@@ -35,10 +36,12 @@ class Precedence:
         clock: Callable[[], float],
         demand: Callable[[str], Demand],
         look: Callable[[], None],
+        on_late: Callable[[str], None],
     ) -> None:
         self._clock = clock
         self._demand = demand
         self._look = look
+        self._on_late = on_late
         self._readings = Readings()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -76,6 +79,7 @@ class Precedence:
             self._look_again()
             return
         order = self._order(queues, models)
+        self._note_late(order)
         refuse_late(queues, order)
         for name, ticket in in_turn(queues, order):
             if not open_ids:
@@ -86,6 +90,13 @@ class Precedence:
                 open_ids.discard(name)
         if any(queues):
             self._look_again()
+
+    def _note_late(self, order: Order) -> None:
+        """Tell of each request that is late, once."""
+        for ticket in order.late:
+            if isinstance(ticket, Ticket) and not ticket.is_late:
+                ticket.is_late = True
+                self._on_late(order.waiting[ticket].model)
 
     def _look_again(self) -> None:
         """Look again when a prompt stalls, and may no longer hold up other models."""

@@ -22,6 +22,7 @@ class Ticket:
         max_wait_seconds: What it waits at most.
         deadline: When it is late by its class's goal, or None.
         is_refused_late: Whether it is refused once it cannot make that goal.
+        is_late: Whether it ever was put behind those that make their goals.
         answer: Its lease, or why there is none.
         timer: What ends its wait.
     """
@@ -32,6 +33,7 @@ class Ticket:
     max_wait_seconds: float
     deadline: float | None = None
     is_refused_late: bool = False
+    is_late: bool = False
     answer: asyncio.Future[Lease] = field(default_factory=asyncio.Future)
     timer: asyncio.TimerHandle | None = None
 
