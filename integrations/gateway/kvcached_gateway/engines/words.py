@@ -183,7 +183,8 @@ class EngineWords(ABC):
                 if not values or not all(map(math.isfinite, values)):
                     raise EngineStartError(f"it answered a vector that is none: {values[:4]}")
                 return json.dumps(values)
-            return str(found["choices"][0]["text"])
+            # Quoted: half a character is no text, and yet an answer to compare with.
+            return json.dumps(str(found["choices"][0]["text"]))
         except (ValueError, LookupError, TypeError) as error:
             text = body[:200].decode(errors="replace")
             raise EngineStartError(f"its answer to a known prompt is none: {text!r}") from error
