@@ -119,6 +119,22 @@ async def test_answers_of_sglang_are_its_own_byte_for_byte(sglang: RealEngine) -
 
 
 @on_a_loop
+async def test_errors_of_an_engine_and_long_bodies_pass_too(vllm: RealEngine) -> None:
+    bodies = (
+        GREEDY | {"prompt": "word " * 400_000},  # longer than what is written in one piece
+        GREEDY | {"prompt": "memory", "max_tokens": -1},
+        GREEDY | {"prompt": {"odd": 1}},
+    )
+    async with in_front(vllm) as (house, client), vllm.session() as direct:
+        for body in bodies:
+            ours, theirs = [await ask(one, "/v1/completions", body) for one in (client, direct)]
+            assert ours == theirs
+            assert ours.status == 400
+        assert [lease.endings for lease in house.leases.leases] == [[(Ending.DONE, 400)]] * 3
+        assert house.written.told == [("answered", "tiny", None, 400)] * 3
+
+
+@on_a_loop
 async def test_headers_say_what_the_request_waited_for_and_nothing_of_the_engines_key(
     sglang: RealEngine,
 ) -> None:
