@@ -15,6 +15,9 @@ pytestmark = pytest.mark.gpu
 
 PAGE = 16 * MIB
 WORDS = PAGE // 8
+# Torch takes small tensors, such as the sums of pages, from segments of 2 MiB, and may take or give
+# back some while pages go. A page is eight segments, so a page too many or too few still shows.
+OF_TORCH_BYTES = 2 * 2 * MIB
 
 
 @pytest.fixture
@@ -27,11 +30,11 @@ def ours(tmp_path: Path) -> Iterator[WeightedRank]:
 
 def test_weights_are_the_same_after_a_drop_at_every_page(ours: WeightedRank) -> None:
     for num_pages in range(NUM_PAGES + 1):
-        torch.cuda.empty_cache()  # it would go with the last page, and is no page of the weights
+        torch.cuda.empty_cache()  # it may go with the last page, and is no page of the weights
         free_bytes = torch.cuda.mem_get_info()[0]
         ours.weights.hold(num_pages)
         given_bytes = torch.cuda.mem_get_info()[0] - free_bytes
-        assert given_bytes == (NUM_PAGES - num_pages) * PAGE
+        assert abs(given_bytes - (NUM_PAGES - num_pages) * PAGE) <= OF_TORCH_BYTES
         ours.check(num_pages)
         ours.weights.hold(NUM_PAGES)
         ours.check(NUM_PAGES)  # it is launched while the copies are under way
