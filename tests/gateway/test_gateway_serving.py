@@ -21,10 +21,12 @@ from helpers.gateway_served import (
     client,
     load,
     rows_by_name,
+    see_busy_ones_go,
 )
 from helpers.waiting import await_that
 
 from kvcached_gateway.admin.client import Client, GatewayError
+from kvcached_gateway.engines.sessions import members
 from kvcached_gateway.errors import GatewayRunningError
 from kvcached_gateway.state import State
 
@@ -113,10 +115,12 @@ def test_models_whose_weights_do_not_fit_together_take_turns_and_none_starts_aga
 
 
 def test_two_hundred_requests_at_a_yielded_model_wake_it_and_none_is_lost(gateway: Inside) -> None:
+    assert ask_in_turn(gateway.url, ALL).are_all_right
     before = gateway.pids
-    assert ask_in_turn(gateway.url, ["b", "c", "s", "b", "c"]).are_all_right
-    await_state(gateway, "a", State.YIELDED)
-    answers = ask_all(gateway.url, ["a"] * 200)
+    # The weights of all do not fit, so some are gone of whoever was asked first.
+    await_that(lambda: State.YIELDED in states(gateway).values(), UP_SECONDS)
+    yielded = next(name for name, state in states(gateway).items() if state is State.YIELDED)
+    answers = ask_all(gateway.url, [yielded] * 200)
     assert answers.seen == {200: 200}, answers.errors
     assert gateway.pids == before
 
@@ -207,3 +211,41 @@ def end_while_it_answers(gateway: Outside) -> list[str]:
     asyncio.run(main())
     assert gateway.process.wait(UP_SECONDS) == 0
     return [line for line in lines if line]
+
+
+def test_models_start_and_stop_in_turn_where_the_host_cannot_hold_all_and_no_busy_one_goes(
+    house: House,
+) -> None:
+    first, second, third = names = [
+        name for name, each in house.models.items() if each["environment"] == "vllm"
+    ]
+    house.models = {name: house.models[name] for name in names}
+    house.write()
+    with house.inside() as gateway:
+        assert ask_in_turn(gateway.url, [first, second]).are_all_right
+        gateway.call(lambda: gateway.here.fleet.models[third].stop("a test wants it"))
+        await_state(gateway, third, State.COLD)
+        held_bytes = gateway.call(lambda: dict(gateway.here.controller.machine.engines_bytes))
+    assert set(held_bytes) == {first, second}
+    house.write(host_memory=int(sum(held_bytes.values()) * 1.25))
+    with house.inside() as gateway:
+        busy = see_busy_ones_go(gateway)
+        answers = ask_in_turn(gateway.url, [third, first, second, third], num_at_once=2)
+        assert answers.seen == {200: 4}, answers.errors
+        assert not busy
+        decisions = gateway.call(lambda: list(gateway.here.controller.decisions))
+        stops = [one for one in decisions if one.verb == "stop"]
+        assert stops
+        assert all("host memory" in one.reason for one in stops)
+        assert len(gateway.pids) <= 2
+
+
+def test_engines_that_are_not_kept_end_with_their_gateway(house: House) -> None:
+    house.models = {"a": house.models["a"]}
+    left_running(house)
+    house.write(engines_on_exit="stop")
+    left = house.records()
+    with house.inside() as gateway:
+        assert gateway.here.num_adopted == len(left)
+    assert not any(members(record.identity) for record in left)
+    assert house.records() == []
