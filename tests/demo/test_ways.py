@@ -1,6 +1,8 @@
 """The examples' files can be served, and each way to use the gateway runs as its README says."""
 
+import asyncio
 import os
+import runpy
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -8,14 +10,17 @@ from pathlib import Path
 
 import pytest
 from helpers.documents import ROOT, blocks
+from helpers.gateway_life import ENVIRON, launch_warm, short_folder
 
 from kvcached_demo.harness.tiny import NAMES, make_tiny_models
-from kvcached_demo.harness.way import served
+from kvcached_demo.harness.way import Gateway, served
+from kvcached_gateway.serve import serving
 from kvcached_gateway.settings.config_file import read_settings
 
 EXAMPLES = ROOT / "examples"
 MODELS = sorted(file for way in EXAMPLES.glob("*/cpu.yaml") for file in way.parent.glob("*.yaml"))
 WAYS = sorted(path.parent.name for path in EXAMPLES.glob("*/run.py"))
+SHORTEST = "serverless"  # under `make test`; the others before a release
 SAID = {
     "several_models": "one after the other:",
     "agents": "round 3: reviewer",
@@ -78,6 +83,28 @@ def test_the_unit_starts_and_reloads_with_commands_that_there_are() -> None:
     # Engines outlive a gateway that was killed, so that the next one finds them.
     assert service["KillMode"] == "process"
     assert service["Environment"] == f"KVCACHED_DIR=/run/{service['RuntimeDirectory']}"
+
+
+async def show_with_warm_engines(way: str, file: Path, directory: Path) -> None:
+    """Serve a file in this process, its engines forked from one that has imported them."""
+    show = runpy.run_path(str(EXAMPLES / way / "run.py"))["show"]
+    async with serving(file, directory, environ=os.environ | ENVIRON, launch=launch_warm) as here:
+        gateway = Gateway(f"http://127.0.0.1:{here.port}", directory, file.parent)
+        await asyncio.to_thread(show, gateway)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(way, marks=() if way == SHORTEST else pytest.mark.every_release) for way in WAYS],
+)
+def test_a_way_shows_what_its_readme_says(
+    tree: Path, way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with short_folder() as folder:
+        asyncio.run(show_with_warm_engines(way, tree / way / "cpu.yaml", folder / "kv"))
+    assert SAID[way] in capsys.readouterr().out
 
 
 @pytest.mark.slow
