@@ -1,11 +1,17 @@
 """What engines are told and asked: no key where others see it, and counters that move."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from kvcached_core.config import read_config
+from kvcached_core.engine.placing import Placing, Planes
+from kvcached_core.errors import ConfigError
+from kvcached_core.memory.devices import Device
+from kvcached_core.units import GIB, MIB
 from kvcached_gateway.engines.sglang import SglangWords
 from kvcached_gateway.engines.vllm import VllmWords
 from kvcached_gateway.engines.words import Counters, EngineWords
@@ -202,3 +208,27 @@ def test_what_is_no_answer_is_said_to_be_none(body: bytes) -> None:
 def test_names_are_those_of_the_list_of_models() -> None:
     body = b'{"data": [{"id": "a"}, {"id": "b", "root": "a"}]}'
     assert SGLANG.served_names(body) == {"a", "b"}
+
+
+class FullLedgers:
+    """Ledgers that have no page left."""
+
+    capacity_bytes = GIB
+
+    def describe(self, **sizes: int) -> None:
+        pass
+
+    def announce(self, static_bytes: int) -> None:
+        pass
+
+    def reserve_first_page(self) -> str:
+        return "4 MiB of 4 MiB are missing on host"
+
+
+@pytest.mark.parametrize("words", [VLLM, SGLANG])
+def test_a_start_without_room_for_a_first_page_found_too_little_memory(words: EngineWords) -> None:
+    device, logger = Device("host", "host", GIB), logging.getLogger("kvcached")
+    place = Placing(FullLedgers(), read_config({}), device, logger, length_setting="--length")
+    with pytest.raises(ConfigError) as raised:
+        place.place(Planes(64 * 1024, 8, 1000, 100, (16,)), 2 * MIB)
+    assert any(each in str(raised.value) for each in words.out_of_memory)

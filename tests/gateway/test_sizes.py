@@ -7,7 +7,7 @@ from helpers.gateway_ledger import row
 
 from kvcached_core.units import GIB, MIB
 from kvcached_gateway.control.machine import HOST_MEMORY, DeviceMemory, MachineView
-from kvcached_gateway.control.sizes import ModelSize, Sizes, reachable_bytes
+from kvcached_gateway.control.sizes import ModelSize, Sizes, kept_bytes, reachable_bytes
 from kvcached_gateway.settings.config import ModelSettings
 
 A = ModelSettings(id="a", environment="e", model="/none")
@@ -119,3 +119,41 @@ def test_a_start_finds_what_is_free_and_what_idle_ones_give(
 
 def test_of_a_device_that_nobody_told_of_nothing_is_known() -> None:
     assert reachable_bytes(DeviceMemory("host", None, 0), ()) is None
+
+
+def test_a_longest_request_that_never_fits_beside_the_weights_keeps_no_start_waiting() -> None:
+    sizes = Sizes()
+    alone = DeviceMemory("gpu", 24 * MIB, 24 * MIB)
+    sizes.learn_others(machine(alone))
+    mine = row(
+        name="a",
+        resident_bytes=14 * MIB,
+        weights_bytes=10 * MIB,
+        weights_needed_bytes=10 * MIB,
+        least_bytes=20 * MIB,
+    )
+    sizes.learn([(A, ("gpu",))], machine(DeviceMemory("gpu", 24 * MIB, 10 * MIB, (mine,)), a=1))
+    assert sizes.device_bytes(A) == 30 * MIB
+    assert sizes.device_bytes_of(A, alone) == 24 * MIB
+    assert sizes.device_bytes_of(A, DeviceMemory("wide", 40 * MIB, 40 * MIB)) == 30 * MIB
+    # Weights that do not fit are not made to.
+    assert sizes.device_bytes_of(A, DeviceMemory("gpu", 8 * MIB, 8 * MIB)) == 10 * MIB
+
+
+@pytest.mark.parametrize("offered_bytes", [0, 10 * MIB])
+def test_what_idle_engines_keep_is_what_a_start_cannot_reach(offered_bytes: int) -> None:
+    mine = row(
+        name="a",
+        resident_bytes=20 * MIB,
+        weights_bytes=10 * MIB,
+        weights_needed_bytes=10 * MIB,
+        weights_offered_bytes=offered_bytes,
+        used_bytes=4 * MIB,
+        cached_bytes=4 * MIB,
+        idle_bytes=2 * MIB,
+        promised_bytes=2 * MIB,
+    )
+    device = DeviceMemory("gpu", 40 * MIB, 18 * MIB, (mine,))
+    assert kept_bytes(mine) == 16 * MIB - offered_bytes
+    assert reachable_bytes(device, {"a"}) == 40 * MIB - kept_bytes(mine)
+    assert kept_bytes(None) == 0

@@ -7,11 +7,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvcached_core.ledger.view import InstanceView
 from kvcached_core.memory.model_bytes import files_bytes, find_folder
 from kvcached_gateway.control.machine import HOST_MEMORY, DeviceMemory, MachineView
 from kvcached_gateway.settings.config import ModelSettings
 
-__all__ = ["ModelSize", "Sizes", "reachable_bytes"]
+__all__ = ["ModelSize", "Sizes", "kept_bytes", "reachable_bytes"]
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,27 @@ class Sizes:
 
     def device_bytes(self, model: ModelSettings) -> int:
         """Return what a start of a model takes of each of its devices."""
-        least_bytes = self.of(model.id).least_bytes
-        return self.residue_bytes(model) + self.weights_bytes(model) + least_bytes
+        return self._loaded_bytes(model) + self.of(model.id).least_bytes
+
+    def device_bytes_of(self, model: ModelSettings, device: DeviceMemory) -> int:
+        """Return what it takes of one device, where the longest request may have all the rest.
+
+        An engine starts also where that request does not fit beside its weights. More than all may
+        not be asked for: the start would wait for it, whoever is stopped.
+        """
+        needed_bytes = self.device_bytes(model)
+        if device.capacity_bytes is None:
+            return needed_bytes
+        most_bytes = device.capacity_bytes - self.others_bytes(device)
+        return min(needed_bytes, max(self._loaded_bytes(model), most_bytes))
 
     def needed_bytes(self, model: ModelSettings, devices: Iterable[str]) -> dict[str, int]:
         """Return what a start of a model takes, by place."""
         host_bytes = self.process_bytes(model) + self.copy_bytes(model)
         return {HOST_MEMORY: host_bytes} | dict.fromkeys(devices, self.device_bytes(model))
+
+    def _loaded_bytes(self, model: ModelSettings) -> int:
+        return self.residue_bytes(model) + self.weights_bytes(model)
 
     def _residue_bytes(
         self, machine: MachineView, devices: Iterable[str], kept: Mapping[str, int]
@@ -163,3 +178,15 @@ def reachable_bytes(
         elif view.name in soon:  # it offers none while it computes
             given_bytes += view.weights_bytes
     return device.free_bytes + given_bytes
+
+
+def kept_bytes(view: InstanceView | None) -> int:
+    """Return what an idle engine has of a device and does not give while it is there.
+
+    Its first page is that, what its floor guarantees, and weights that have no copy yet; all that
+    is not in `reachable_bytes`.
+    """
+    if view is None:
+        return 0
+    given_bytes = view.idle_bytes + view.cached_bytes + view.weights_offered_bytes
+    return max(view.resident_bytes + view.promised_bytes - given_bytes, 0)

@@ -6,7 +6,7 @@ from kvcached_gateway.control.decisions import Decisions
 from kvcached_gateway.control.demands import Demands
 from kvcached_gateway.control.machine import HOST_MEMORY, MachineView
 from kvcached_gateway.control.rooms import Rooms
-from kvcached_gateway.control.sizes import Sizes
+from kvcached_gateway.control.sizes import Sizes, kept_bytes
 from kvcached_gateway.control.wants import Cause, Want
 from kvcached_gateway.models.fleet import Fleet
 from kvcached_gateway.models.model import Model
@@ -223,8 +223,8 @@ class Starts:
         settings, size = model.settings, self._sizes.of(model.id)
         freed = {HOST_MEMORY: size.process_bytes + self._sizes.copy_bytes(settings)}
         for name in set(model.devices) & set(devices):
-            # What an idle engine has beside its residue yields anyway: it is in what is free.
-            freed[name] = size.residue_bytes
+            # What else an idle engine has yields anyway: it is in what is free.
+            freed[name] = size.residue_bytes + kept_bytes(model.view)
             if settings.when_idle != "yield":
                 freed[name] += self._sizes.weights_bytes(settings)
         service = self._fleet.settings.classes.get(settings.class_name or "")

@@ -13,6 +13,7 @@ from kvcached_gateway.engines.last_words import cause, log_end
 from kvcached_gateway.engines.process import Launch, launch, start
 from kvcached_gateway.engines.sessions import MARK, kill_session
 from kvcached_gateway.engines.sglang import SglangWords
+from kvcached_gateway.engines.starving import fed
 from kvcached_gateway.engines.state_file import EngineRecord, Folder
 from kvcached_gateway.engines.vllm import VllmWords
 from kvcached_gateway.engines.words import EngineWords
@@ -140,16 +141,17 @@ class Runner:
         try:
             async with asyncio.timeout(limit):
                 await engine.ready()
-                await engine.verify()
+                await fed(engine.verify(), engine.log)
         except (EngineStartError, TimeoutError) as error:
             why = str(error) or f"the engine was not up within its start_limit of {limit:g} s"
             text = log_end(engine.log)
             found = cause(text)
             tail = "\n".join(text.splitlines()[-TAIL_LINES:])
-            is_short = any(words in f"{found}\n{tail}" for words in engine.words.out_of_memory)
+            says_so = any(words in f"{found}\n{tail}" for words in engine.words.out_of_memory)
+            is_short = isinstance(error, EngineStartError) and error.is_out_of_memory
             raise EngineStartError(
                 f"{found + '; ' if found else ''}{why}\nIts log ends with:\n{tail}",
-                is_out_of_memory=is_short,
+                is_out_of_memory=is_short or says_so,
             ) from error
 
     def _free_stem(self, instance_name: str) -> str:

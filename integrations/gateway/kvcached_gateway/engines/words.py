@@ -25,7 +25,7 @@ CONNECTION_SECONDS = 3600  # only we connect, so no idle connection has to be cl
 # What the log of a start ends with where memory was missing; each engine adds its own.
 OUT_OF_MEMORY = (
     *("out of memory", "OutOfMemoryError", "NoRoomError", "HostBudgetError"),
-    "kvcached: there is no room",
+    *("kvcached: there is no room", "there is no room for this engine's first page"),
 )
 
 
