@@ -16,20 +16,23 @@ NUM_ROUNDS = 3
 
 def show(gateway: Gateway) -> None:
     """Let each agent go on from what the one before it said."""
-    client = OpenAI(base_url=f"{gateway.url}/v1", api_key="none", timeout=600)
-    said = "memory follows the load"
-    for number in range(NUM_ROUNDS):
-        for agent, task in AGENTS.items():
-            answer = client.chat.completions.with_raw_response.create(
-                model=agent,
-                max_tokens=16,
-                messages=[{"role": "system", "content": task}, {"role": "user", "content": said}],
-            )
-            said = answer.parse().choices[0].message.content or ""
-            begun = answer.headers["x-kvcached-cold-start"]
-            print(f"round {number + 1}: {agent:9} had to begin with: {begun}")
-    for agent, model in gateway.models().items():
-        print(f"{agent:9} is {model['state']}")
+    with OpenAI(base_url=f"{gateway.url}/v1", api_key="none", timeout=600) as client:
+        said = "memory follows the load"
+        for number in range(NUM_ROUNDS):
+            for agent, task in AGENTS.items():
+                answer = client.chat.completions.with_raw_response.create(
+                    model=agent,
+                    max_tokens=16,
+                    messages=[
+                        {"role": "system", "content": task},
+                        {"role": "user", "content": said},
+                    ],
+                )
+                said = answer.parse().choices[0].message.content or ""
+                begun = answer.headers["x-kvcached-cold-start"]
+                print(f"round {number + 1}: {agent:9} had to begin with: {begun}")
+        for agent, model in gateway.models().items():
+            print(f"{agent:9} is {model['state']}")
 
 
 if __name__ == "__main__":

@@ -20,22 +20,22 @@ def ask(client: OpenAI, model: str) -> str:
 
 def show(gateway: Gateway) -> None:
     """Answer requests while a job runs, with less memory, and then ask what came of the job."""
-    client = OpenAI(base_url=f"{gateway.url}/v1", api_key="none", timeout=600)
-    before = ask(client, "writer")
-    print(f"writer goes on with {before!r}")
-    gateway.command("limit", "writer", "24MiB")  # the rest is the job's
-    base = gateway.folder.parent / "tiny" / "one"
-    job = subprocess.Popen([sys.executable, HERE / "train.py", base, gateway.folder / "tuned"])
-    num_answers = 0
-    while job.poll() is None:
-        if ask(client, "writer") != before:
-            raise SystemExit("writer changed while another model was trained")
-        num_answers += 1
-    if job.returncode:
-        raise SystemExit(f"the job ended with {job.returncode}")
-    gateway.command("limit", "writer", "none")
-    print(f"{num_answers} answers while the job ran")
-    print(f"tuned goes on with {ask(client, 'tuned')!r}")
+    with OpenAI(base_url=f"{gateway.url}/v1", api_key="none", timeout=600) as client:
+        before = ask(client, "writer")
+        print(f"writer goes on with {before!r}")
+        gateway.command("limit", "writer", "24MiB")  # the rest is the job's
+        base = gateway.folder.parent / "tiny" / "one"
+        job = subprocess.Popen([sys.executable, HERE / "train.py", base, gateway.folder / "tuned"])
+        num_answers = 0
+        while job.poll() is None:
+            if ask(client, "writer") != before:
+                raise SystemExit("writer changed while another model was trained")
+            num_answers += 1
+        if job.returncode:
+            raise SystemExit(f"the job ended with {job.returncode}")
+        gateway.command("limit", "writer", "none")
+        print(f"{num_answers} answers while the job ran")
+        print(f"tuned goes on with {ask(client, 'tuned')!r}")
 
 
 if __name__ == "__main__":

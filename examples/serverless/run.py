@@ -20,12 +20,12 @@ def ask(client: OpenAI, gateway: Gateway) -> None:
 
 def show(gateway: Gateway) -> None:
     """Ask a model that does not run, twice, and wait until it is gone."""
-    client = OpenAI(base_url=f"{gateway.url}/v1", api_key="none", timeout=600)
-    ask(client, gateway)
-    ask(client, gateway)
-    gateway.await_state("first", "cold", IDLE_SECONDS)
-    states = {name: model["state"] for name, model in gateway.models().items()}
-    print(f"nobody asked: {states}")
+    with OpenAI(base_url=f"{gateway.url}/v1", api_key="none", timeout=600) as client:
+        ask(client, gateway)
+        ask(client, gateway)
+        gateway.await_state("first", "cold", IDLE_SECONDS)
+        states = {name: model["state"] for name, model in gateway.models().items()}
+        print(f"nobody asked: {states}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.documents import ROOT, blocks
@@ -134,5 +135,7 @@ def test_the_quick_start_and_the_openai_recipe_work_as_written(
     file.write_text("listen: 127.0.0.1:0\n" + file.read_text())
     with served(file, tmp_path) as gateway:
         code = "\n".join(recipe).replace("http://127.0.0.1:8080", gateway.url)
-        exec(code, {})  # noqa: S102  the document's own lines
+        names: dict[str, Any] = {}
+        exec(code, names)  # noqa: S102  the document's own lines
+        names["client"].close()
     assert capsys.readouterr().out.strip()
