@@ -77,6 +77,19 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def test_a_process_that_nobody_asks_for_any_more_takes_no_other_with_it(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    kept = start(nursery, tmp_path, "import time; time.sleep(600)")
+    pid = start(nursery, tmp_path, "import time; time.sleep(600)").pid  # and it is forgotten
+    os.kill(pid, signal.SIGKILL)
+    await_that(lambda: not is_running(pid), 60)
+    assert start(nursery, tmp_path, "").wait(60) == 0
+    assert kept.poll() is None
+    kept.send_signal(signal.SIGKILL)
+    assert kept.wait(60) == -signal.SIGKILL
+
+
 def test_a_process_has_what_was_asked_for_and_nothing_of_its_parents(
     nursery: Nursery, tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -138,7 +139,8 @@ class Parent:
                     return start(Request(**message), descriptors)
                 for each in descriptors:
                     os.close(each)
-                os.write(status, f"{pid}\n".encode())
+                with suppress(BrokenPipeError):
+                    os.write(status, f"{pid}\n".encode())
                 watched = os.pidfd_open(pid)
                 self._status_of[watched] = status
                 poll.register(watched, select.POLLIN)
@@ -148,8 +150,10 @@ class Parent:
         assert ended is not None
         is_exit = ended.si_code == os.CLD_EXITED
         status = self._status_of.pop(watched)
-        with open(status, "w") as pipe:  # noqa: PTH123  a descriptor
-            pipe.write(f"{ended.si_status if is_exit else -ended.si_status}\n")
+        # Whoever wanted it may have forgotten it since: nobody reads then.
+        with suppress(BrokenPipeError):
+            os.write(status, f"{ended.si_status if is_exit else -ended.si_status}\n".encode())
+        os.close(status)
         os.close(watched)
 
 
