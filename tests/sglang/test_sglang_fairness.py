@@ -42,8 +42,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    for module in ("kvcached_core.engine.instance", "kvcached_core.engine.ranks"):
-        monkeypatch.setattr(f"{module}.time", made)
+    monkeypatch.setattr("kvcached_core.engine.ranks.time", made)
     monkeypatch.setattr("kvcached_sglang.port.time", made)
     return made
 
