@@ -10,7 +10,8 @@ from helpers.gateway_served import House, ask_all
 
 from kvcached_core.units import MIB
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+# A start of twenty seconds that comes to nothing is in each: for a release.
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.every_release]
 # A block of 128 tokens is a page of 4 MiB. Block 0 is nobody's, so each engine keeps a page for it.
 # The weights of one take 10 MiB: beside three such pages, 2 MiB are left for a request of 4 MiB.
 POOL_BYTES = 24 * MIB
