@@ -15,7 +15,7 @@ from kvcached_gateway.control.wants import Cause, Want
 from kvcached_gateway.models.model import Model
 from kvcached_gateway.policy.prewarm import Prewarmable, Wish, wishes
 from kvcached_gateway.settings.units import parse_warm_time
-from kvcached_gateway.state import UP, State
+from kvcached_gateway.state import GONE, UP, State
 
 __all__ = ["Prewarming"]
 
@@ -59,7 +59,7 @@ class Prewarming:
             return
         if after is State.STARTING or (before is State.YIELDED and after in UP):
             self._up_since[model.id] = model.since
-        elif after in {State.COLD, State.FAILED, State.YIELDED}:
+        elif after in GONE or after is State.YIELDED:
             self._down_since[model.id] = model.since
             self._demands.habits.went_down(model.id, model.since)
 

@@ -76,11 +76,10 @@ class Rooms:
             reachable = reachable_bytes(machine.devices[name], idle, soon)
             if reachable is not None:
                 free[name] = reachable - self._coming_bytes(name, machine)
-        needed = self._sizes.needed_bytes(model.settings, devices)
+        # One that had more than the file allows may have it again, with nobody beside it.
+        needed = {HOST_MEMORY: min(self._sizes.host_bytes(model.settings), machine.budget_bytes)}
         for name in devices:
             needed[name] = self._sizes.device_bytes_of(model.settings, machine.devices[name])
-        # One that had more than the file allows may have it again, with nobody beside it.
-        needed[HOST_MEMORY] = min(needed[HOST_MEMORY], machine.budget_bytes)
         return Room(needed, free)
 
     def _free_host_bytes(self, machine: MachineView) -> int:

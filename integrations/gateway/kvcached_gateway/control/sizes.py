@@ -126,10 +126,15 @@ class Sizes:
         most_bytes = device.capacity_bytes - self.others_bytes(device)
         return min(needed_bytes, max(self._loaded_bytes(model), most_bytes))
 
+    def host_bytes(self, model: ModelSettings) -> int:
+        """Return what a start of a model takes of the host's memory."""
+        return self.process_bytes(model) + self.copy_bytes(model)
+
     def needed_bytes(self, model: ModelSettings, devices: Iterable[str]) -> dict[str, int]:
         """Return what a start of a model takes, by place."""
-        host_bytes = self.process_bytes(model) + self.copy_bytes(model)
-        return {HOST_MEMORY: host_bytes} | dict.fromkeys(devices, self.device_bytes(model))
+        return {HOST_MEMORY: self.host_bytes(model)} | dict.fromkeys(
+            devices, self.device_bytes(model)
+        )
 
     def _loaded_bytes(self, model: ModelSettings) -> int:
         return self.residue_bytes(model) + self.weights_bytes(model)

@@ -111,8 +111,10 @@ class Starts:
 
     def may_not_go(self, model: Model) -> bool:
         """Whether a model is not to be stopped for another one, however old it is."""
-        is_busy = bool(model.num_leases or self._demands.waiting(model.id))
-        return is_busy or self._stays(model)
+        return self._is_busy(model) or self._stays(model)
+
+    def _is_busy(self, model: Model) -> bool:
+        return bool(model.num_leases or self._demands.waiting(model.id))
 
     def _stays(self, model: Model) -> bool:
         return self._is_pinned(model) or model.settings.when_idle == "stay"
@@ -233,7 +235,7 @@ class Starts:
             freed_bytes=freed,
             frequency=self._demands.of(model.id).frequency.at(now),
             start_seconds=model.start_seconds,
-            is_busy=bool(model.num_leases or self._demands.waiting(model.id)),
+            is_busy=self._is_busy(model),
             is_pinned=self._stays(model),
             idle_seconds=now - model.last_used,
             warm_seconds=now - model.up_at,

@@ -24,13 +24,6 @@ class SglangWords(EngineWords):
     ready_path = "/ready"
     load_path = "/load_lora_adapter"
     unload_path = "/unload_lora_adapter"
-    paths: ClassVar = frozenset(
-        {
-            *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"),
-            *("/v1/messages", "/v1/messages/count_tokens", "/v1/rerank", "/v1/score"),
-            *("/classify", "/tokenize", "/detokenize", "/v1/audio/transcriptions"),
-        }
-    )
     counters = (
         ("sglang:num_running_reqs", ""),
         ("sglang:num_queue_reqs", ""),

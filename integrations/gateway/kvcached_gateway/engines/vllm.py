@@ -27,14 +27,6 @@ class VllmWords(EngineWords):
     ready_path = "/health"
     load_path = "/v1/load_lora_adapter"
     unload_path = "/v1/unload_lora_adapter"
-    paths: ClassVar = frozenset(
-        {
-            *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"),
-            *("/v1/messages", "/v1/messages/count_tokens", "/v1/rerank", "/rerank"),
-            *("/v1/score", "/score", "/pooling", "/classify", "/tokenize", "/detokenize"),
-            *("/v1/audio/transcriptions", "/v1/audio/translations"),
-        }
-    )
     counters = (
         ("vllm:num_requests_running", ""),
         ("vllm:num_requests_waiting", ""),

@@ -70,7 +70,6 @@ class EngineWords(ABC):
         health_path: What answers 200 while its processes talk to each other.
         metrics_path: Its counters, as Prometheus reads them.
         load_path, unload_path: Where adapters come and go.
-        paths: The public paths that it has; those of its own tools are not among them.
         counters: Where the values of `Counters` are, in its order; they move while requests run.
         out_of_memory: What its log says of a start that found too little memory.
         adapter_flags: The flags that say how many adapters it keeps, the one that counts first.
@@ -83,7 +82,6 @@ class EngineWords(ABC):
     metrics_path: ClassVar[str] = "/metrics"
     load_path: ClassVar[str]
     unload_path: ClassVar[str]
-    paths: ClassVar[frozenset[str]]
     counters: ClassVar[tuple[Sample, Sample, Sample, Sample, Sample]]
     out_of_memory: ClassVar[tuple[str, ...]] = OUT_OF_MEMORY
     adapter_flags: ClassVar[tuple[str, ...]]

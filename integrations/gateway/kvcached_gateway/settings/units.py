@@ -1,5 +1,6 @@
 """What the file of models writes as text: sizes, times of the week, durations."""
 
+import functools
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -46,6 +47,7 @@ class WarmTime:
         )
 
 
+@functools.cache  # the controller asks twice a second, of each model
 def parse_warm_time(text: str) -> WarmTime:
     """Return the time of the week that a text means: `mon-fri 07:50 Europe/Berlin`.
 
