@@ -13,7 +13,7 @@ from rich.table import Table
 from kvcached_patches.aliases import aliases
 from kvcached_patches.check import choose_targets, describe_hooks
 from kvcached_patches.engines import DISTRIBUTIONS, ENGINES
-from kvcached_patches.hook import Finding
+from kvcached_patches.hook import Finding, candidates
 from kvcached_patches.locks import (
     Lock,
     check_lock,
@@ -25,6 +25,7 @@ from kvcached_patches.locks import (
 )
 from kvcached_patches.matrix import list_runs, read_runs, ticks
 from kvcached_patches.sources import Wheel
+from kvcached_patches.unchanged import describe_files
 
 app = typer.Typer(add_completion=False, help=__doc__)
 console = Console(soft_wrap=True)
@@ -72,6 +73,7 @@ def lock(names: Annotated[list[str], typer.Argument(help="such as vllm==0.32.0")
             version,
             release.file,
             describe_hooks(chosen, sources),
+            describe_files(engine.locked, sources),
             aliases(chosen, sources, engine.package),
         )
         for finding in gone_since(engine.locked, distribution, version, made.symbols):
@@ -110,7 +112,7 @@ def show() -> None:
         for column in ("target", "how", "why", "ADR", "locks"):
             table.add_column(column, overflow="fold")
         for hook in engine.locked:
-            targets = (hook.target, *hook.alternatives)
+            targets = candidates(hook)
             number = sum(any(target in lock.symbols for target in targets) for lock in locks)
             adr = str(hook.adr or "")
             table.add_row("\n".join(targets), hook.how, hook.why, adr, str(number))
@@ -173,7 +175,7 @@ def _relocked(lock: Lock) -> tuple[Lock, list[Finding]]:
     release = Release(lock.distribution, lock.release, lock.wheel, url_of(lock))
     sources = RemoteSources(release)
     symbols = describe_hooks(choose_targets(hooks, sources), sources)
-    made = replace(lock, symbols=symbols)
+    made = replace(lock, symbols=symbols, files=describe_files(hooks, sources))
     return made, check_lock(made, hooks, sources)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from kvcached_patches.hook import OVERRIDE, Finding, Hook
+from kvcached_patches.hook import OVERRIDE, Finding, Hook, candidates
 from kvcached_patches.sources import Sources
 from kvcached_patches.symbols import Symbol, describe, find, parameters_of
 
@@ -64,7 +64,7 @@ def _text(symbol: Symbol) -> str:
 
 
 def _chosen(hook: Hook, sources: Sources) -> Hook:
-    for target in (hook.target, *hook.alternatives):
+    for target in candidates(hook):
         candidate = replace(hook, target=target, alternatives=())
         tree = sources.tree(candidate.module)
         if tree is not None and not isinstance(find(tree, candidate.path), str):

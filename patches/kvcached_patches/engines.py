@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from kvcached_patches import sglang, vllm
+from kvcached_patches import ray, sglang, vllm
 from kvcached_patches.apply import Patcher
 from kvcached_patches.hook import Finding, Hook, HookError
 from kvcached_patches.policy import Installed, check_installed, find_installed, hooks_of, report
@@ -97,6 +97,8 @@ ENGINES = {
         "SGLANG_PLUGINS",
     ),
 }
+# No engine, and nothing of it is hooked: what the application for many machines leans on.
+RAY = Engine("Ray", ray.PACKAGE, ray.OLDEST_RELEASES, (), ray.LOCKED, "")
 DISTRIBUTIONS = {
-    distribution: engine for engine in ENGINES.values() for distribution in engine.oldest
+    distribution: engine for engine in (*ENGINES.values(), RAY) for distribution in engine.oldest
 }

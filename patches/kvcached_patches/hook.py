@@ -45,12 +45,22 @@ class Hook:
     @property
     def module(self) -> str:
         """The engine module that holds the target."""
-        return self.target.partition(":")[0]
+        return module_of(self.target)
 
     @property
     def path(self) -> list[str]:
         """The names that lead from the module to the target."""
         return self.target.partition(":")[2].split(".")
+
+
+def module_of(target: str) -> str:
+    """Return the module of a target."""
+    return target.partition(":")[0]
+
+
+def candidates(hook: Hook) -> tuple[str, ...]:
+    """Return the targets of a hook, of which the first that is there counts."""
+    return hook.target, *hook.alternatives
 
 
 def members(owner: str, *names: str) -> tuple[str, ...]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from packaging.version import InvalidVersion, Version
 
 from kvcached_patches.check import check_hooks, choose_targets, compare, describe_hooks
-from kvcached_patches.hook import Finding, Hook
+from kvcached_patches.hook import Finding, Hook, candidates
 from kvcached_patches.sources import Sources
 from kvcached_patches.symbols import Symbol
+from kvcached_patches.unchanged import File, describe_files, fits, unchanged_in
 
 FOLDER = Path(__file__).parent / "locks"
 
@@ -24,6 +25,7 @@ class Lock:
         release: Its version, without a local part.
         wheel: The file that was read.
         symbols: What each target is there.
+        files: What each file is that may hold one, by module.
         aliases: For each name that is rebound, the other modules that have it under that name.
     """
 
@@ -31,6 +33,7 @@ class Lock:
     release: str
     wheel: str = ""
     symbols: dict[str, Symbol] = field(default_factory=dict)
+    files: dict[str, File] = field(default_factory=dict)
     aliases: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -61,7 +64,11 @@ def read_lock(distribution: str, release: str) -> Lock | None:
         target: Symbol(known["signature"], tuple(known["decorators"]), known["body"])
         for target, known in values.pop("symbols").items()
     }
-    return Lock(**values, symbols=symbols)
+    files = {
+        module: File(known["digest"], tuple(known["lacks"]))
+        for module, known in values.pop("files", {}).items()
+    }
+    return Lock(**values, symbols=symbols, files=files)
 
 
 def locked_releases(distribution: str) -> list[str]:
@@ -98,7 +105,7 @@ def locked_hooks(hooks: Iterable[Hook], lock: Lock) -> tuple[Hook, ...]:
     """
     chosen = []
     for hook in hooks:
-        targets = (hook.target, *hook.alternatives)
+        targets = candidates(hook)
         target = next((name for name in targets if name in lock.symbols), hook.target)
         if hook.is_optional and target not in lock.symbols:
             continue
@@ -124,9 +131,7 @@ def gone_since(
     lock = read_lock(distribution, closest) if closest else None
     if lock is None:
         return []
-    optional = {
-        target for hook in hooks if hook.is_optional for target in (hook.target, *hook.alternatives)
-    }
+    optional = {target for hook in hooks if hook.is_optional for target in candidates(hook)}
     gone = sorted(optional & lock.symbols.keys() - set(symbols))
     return [
         Finding(target, f"it is gone, and {closest} has it; was it renamed?") for target in gone
@@ -138,15 +143,19 @@ def examine(
 ) -> list[Finding]:
     """Return why `hooks` may not be applied to a release.
 
-    A release is served if it has a lock and is what the lock says it is.
+    A release is served if it has a lock and is what the lock says it is. Files that are the locked
+    ones are not parsed.
     """
-    chosen = choose_targets(hooks, sources)
-    findings = check_hooks(chosen, sources)
     lock = read_lock(distribution, release)
     if lock is None:
         closest = nearest(distribution, release)
         text = f"no lock; the nearest is that of {closest}" if closest else "no lock"
+        findings = check_hooks(choose_targets(hooks, sources), sources)
         return [Finding(f"{distribution} {release}", text), *findings]
+    is_unchanged = unchanged_in(lock.files, sources)
+    hooks = [hook for hook in hooks if not fits(hook, lock.symbols, lock.files, is_unchanged)]
+    chosen = choose_targets(hooks, sources)
+    findings = check_hooks(chosen, sources)
     found = describe_hooks(chosen, sources)
     known = {finding.target for finding in findings}
     differing = compare(chosen, lock.symbols, found, exactly=False)
@@ -155,6 +164,16 @@ def examine(
 
 def check_lock(lock: Lock, hooks: Iterable[Hook], sources: Sources) -> list[Finding]:
     """Return where a release differs from its lock in anything at all."""
+    hooks = tuple(hooks)
     chosen = choose_targets(hooks, sources)
     found = describe_hooks(chosen, sources)
-    return [*check_hooks(chosen, sources), *compare(chosen, lock.symbols, found, exactly=True)]
+    files = describe_files(hooks, sources)
+    return [
+        *check_hooks(chosen, sources),
+        *compare(chosen, lock.symbols, found, exactly=True),
+        *(
+            Finding(module, "the lock has another file; lock again")
+            for module in sorted(files.keys() | lock.files.keys())
+            if files.get(module) != lock.files.get(module)
+        ),
+    ]

@@ -14,6 +14,15 @@ _ALLOCATOR = "sglang.srt.mem_cache.allocator"
 _CHECKER = "sglang.srt.managers.scheduler_runtime_checker_mixin:SchedulerRuntimeCheckerMixin"
 _WEIGHTS = "sglang.srt.managers.scheduler_update_weights_mixin:SchedulerUpdateWeightsMixin"
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager"
+# HiCache: what begins its copies between device and host.
+_CONTROLLER = "sglang.srt.managers.cache_controller:HiCacheController"
+_HYBRID_CONTROLLER = (
+    "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller:HybridCacheController"
+)
+_COPIES = (
+    ("start_writing", "keep mapped what is copied to the host"),
+    ("start_loading", "map what is loaded into before the copy begins"),
+)
 
 
 def _around_weights(
@@ -70,15 +79,33 @@ HOOKS = (
         "decide whether we serve before anything is loaded or sized",
     ),
     Hook(
+        "sglang.srt.model_loader.loader:DefaultModelLoader.load_model",
+        "kvcached_sglang.restart_hooks:loader_load_model",
+        "have a model's weights from a kept host copy, in the place of its files",
+        adr=20,
+    ),
+    Hook(
         "sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator._profile_available_bytes",
         "kvcached_sglang.start_hooks:profile_available_bytes",
         "the virtual size comes from the limit and the device, never from free memory",
         alternatives=(f"{_PLAN}._profile_available_bytes",),
     ),
+    *(
+        Hook(
+            f"sglang.srt.model_executor.runner.{module}:{name}.capture",
+            "kvcached_sglang.start_hooks:capture",
+            "let large buffers be ours, where they go with the weights, before graphs have them",
+            is_optional=True,
+        )
+        for module, name in (
+            ("decode_cuda_graph_runner", "DecodeCudaGraphRunner"),
+            ("prefill_cuda_graph_runner", "PrefillCudaGraphRunner"),
+        )
+    ),
     Hook(
         "sglang.srt.mem_cache.memory_pool:KVCache.__init__",
         "kvcached_sglang.hooks:kv_cache_init",
-        "refuse a pool of more than keys and values before it takes memory",
+        "refuse a pool that cannot lie in our pages before it takes memory",
     ),
     Hook(
         "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool._create_buffers",
@@ -89,6 +116,19 @@ HOOKS = (
         "sglang.srt.mem_cache.memory_pool:MLATokenToKVPool._create_buffers",
         "kvcached_sglang.hooks:create_buffers",
         "put latent keys and values on our arena",
+    ),
+    Hook(
+        "sglang.srt.mem_cache.memory_pool:MHATokenToKVPoolMXFP8._create_buffers",
+        "kvcached_sglang.hooks:create_buffers",
+        "put keys, values and their scales on our arena",
+        is_optional=True,
+    ),
+    Hook(
+        "sglang.srt.mem_cache.memory_pool:DSATokenToKVPool.__init__",
+        "kvcached_sglang.index_pool:sparse_attention_init",
+        "put latents and the index of sparse attention on our arena",
+        ("size", "page_size", "layer_num", "index_buf_size"),
+        is_optional=True,
     ),
     Hook(
         "sglang.srt.mem_cache.allocator.token:TokenToKVPoolAllocator.__init__",
@@ -133,6 +173,12 @@ HOOKS = (
         ("batch",),
     ),
     Hook(
+        "sglang.srt.managers.scheduler:Scheduler.process_batch_result",
+        "kvcached_sglang.transfer_hooks:process_batch_result",
+        "measure how fast prompts are computed, for the doctor of tiers on disk",
+        ("batch",),
+    ),
+    Hook(
         "sglang.srt.managers.scheduler_components.pool_stats_observer:"
         "SchedulerPoolStatsObserver.get_pool_stats",
         "kvcached_sglang.hooks:get_pool_stats",
@@ -143,6 +189,33 @@ HOOKS = (
         "sglang.srt.managers.schedule_batch:ScheduleBatch.retract_decode",
         "kvcached_sglang.hooks:retract_decode",
         "let the last request wait for a neighbour's memory instead of aborting it",
+    ),
+    *(
+        Hook(
+            f"{_CONTROLLER}.{name}",
+            f"kvcached_sglang.transfer_hooks:{name}",
+            why,
+        )
+        for name, why in _COPIES
+    ),
+    *(  # up to 0.5.17 a class that SGLang has for layers of several kinds has its own
+        Hook(
+            f"{_HYBRID_CONTROLLER}.{name}",
+            f"kvcached_sglang.transfer_hooks:{name}",
+            why,
+            is_optional=True,
+        )
+        for name, why in _COPIES
+    ),
+    Hook(
+        f"{_CONTROLLER}.reset",
+        "kvcached_sglang.transfer_hooks:controller_reset",
+        "let no copy be open that is forgotten",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler:Scheduler.flush_cache",
+        "kvcached_sglang.transfer_hooks:flush_cache",
+        "let a flush wait for copies, in the place of refusing it",
     ),
     Hook(
         f"{_UPDATER}.release_memory_occupation",

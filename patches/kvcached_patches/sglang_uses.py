@@ -1,12 +1,15 @@
 """What our code uses or overrides of SGLang beside the hooks; a test finds what is missing.
 
 Releases differ in where things are: up to 0.5.12 the allocators are one module and the scheduler is
-made of mixins, up to 0.5.15 all arguments are one class.
+made of mixins.
 """
 
 from collections.abc import Iterator
 
 from kvcached_patches.hook import OVERRIDE, USE, Hook, members, uses
+from kvcached_patches.sglang_arguments import ARGUMENTS
+from kvcached_patches.sglang_copies import COPIES
+from kvcached_patches.sglang_drafts import DRAFTS
 
 _SRT = "sglang.srt"
 _ALLOCATOR = f"{_SRT}.mem_cache.allocator"
@@ -31,58 +34,6 @@ def _of_allocator(
             is_optional=is_optional,
         )
 
-
-def _arguments(group: str, names: str, *, is_optional: bool = False) -> Iterator[Hook]:
-    """Yield arguments of a server; up to 0.5.15 they are in one class, and not in groups."""
-    for name in names.split():
-        yield Hook(
-            f"{_SRT}.arg_groups.fields.{group}.{name}",
-            "",
-            "a start is sized, or refused by it (kvcached_sglang/obstacles.py)",
-            alternatives=(f"{_SRT}.server_args:ServerArgs.{name}",),
-            how=USE,
-            is_optional=is_optional,
-        )
-
-
-_ARGUMENTS = (
-    *_arguments("device:Device", "device random_seed sleep_on_idle"),
-    *_arguments("disagg:Disagg", "disaggregation_mode"),
-    *_arguments("disagg:Disagg", "enable_pdmux", is_optional=True),
-    *_arguments("exec_:ExecDllm", "dllm_algorithm"),
-    *_arguments("exec_:ExecFeatures", "enable_memory_saver enable_weights_cpu_backup"),
-    *_arguments(
-        "exec_:ExecKernel",
-        "attention_backend prefill_attention_backend decode_attention_backend",
-    ),
-    *_arguments(
-        "memory:Memory",
-        "disable_radix_cache enable_hierarchical_cache enable_lmcache enable_hisparse",
-    ),
-    *_arguments(
-        "memory:Memory",
-        "enable_flexkv enable_unified_memory enable_page_major_kv_layout "
-        "enable_unified_cache_external_linker",
-        is_optional=True,
-    ),
-    *_arguments("exec_:ExecKernel", "enable_nvidia_megakernel", is_optional=True),
-    *_arguments("exec_:ExecMoe", "elastic_ep_backend enable_eplb"),
-    *_arguments("exec_:ExecOffload", "cpu_offload_gb offload_group_size"),
-    *_arguments("exec_:ExecOffload", "ple_offload_embedding", is_optional=True),
-    *_arguments(
-        "model:Model",
-        "model_path revision download_dir load_format "
-        "remote_instance_weight_loader_start_seed_via_transfer_engine",
-    ),
-    *_arguments("model:Model", "startup_weight_load_mode weight_cache_mode", is_optional=True),
-    *_arguments("parallel:Parallel", "tp_size pp_size dp_size attn_cp_size nnodes"),
-    *_arguments("parallel:Parallel", "dcp_size dwdp_size", is_optional=True),
-    *_arguments(
-        "schedule:Schedule", "max_mamba_cache_size max_prefill_tokens max_running_requests"
-    ),
-    *_arguments("serving:Serving", "served_model_name"),
-    *_arguments("spec:Spec", "speculative_algorithm"),
-)
 
 _BASE, _TOKEN, _PAGED = (
     "BaseTokenToKVPoolAllocator",
@@ -162,7 +113,8 @@ _SCHEDULING = (
     ),
     *uses(
         "what only some releases have, or have by another name",
-        *members(_SCHEDULER, "metrics_reporter weight_updater"),
+        *members(_SCHEDULER, "kv_events_publisher metrics_reporter weight_updater"),
+        f"{_PARTS}.kv_events_publisher:SchedulerKvEventsPublisher.publish_kv_events",
         f"{_BATCH}:release_req",
         *members(f"{_BATCH}:Req", "prefix_len prefix_indices"),
         *members(f"{_BATCH}:NextBatchPlan", "batch_to_run running_batch"),
@@ -195,7 +147,7 @@ _START = (
         "a start is judged by it",
         *members(
             f"{_SRT}.configs.model_config:ModelConfig",
-            "context_len dtype hf_config hf_text_config model_path",
+            "context_len dtype hf_config hf_text_config is_generation is_multimodal model_path",
         ),
         f"{_SRT}.configs.model_config:is_hybrid_swa_model",
         f"{_SRT}.distributed.parallel_state:get_tp_group",
@@ -290,9 +242,37 @@ _WEIGHTS = (
         is_optional=True,
     ),
     *uses(
+        "graphs are captured in a pool of ours, where there is one for all of them",
+        f"{_SRT}.model_executor.runner_utils.pool:set_global_graph_memory_pool",
+        *members(f"{_SRT}.model_executor.runner.base_runner:BaseRunner", "model_runner"),
+        is_optional=True,
+    ),
+    *uses(
+        "each layer waits for its own weights, where prompts are no captured graphs",
+        *members(
+            f"{_SRT}.model_executor.model_runner:ModelRunner",
+            "eager_runner piecewise_cuda_graph_runner prefill_cuda_graph_runner",
+        ),
+        is_optional=True,
+    ),
+    *uses(
+        "a model has its weights from a host copy, in the place of its files",
+        f"{_SRT}.model_loader.loader:DummyModelLoader",
+        f"{_SRT}.model_loader.loader:BaseModelLoader.load_config",
+        f"{_SRT}.configs.load_config:LoadConfig.load_format",
+        f"{_SRT}.configs.load_config:LoadConfig.model_loader_extra_config",
+        f"{_SRT}.model_executor.model_runner:ModelRunner.is_draft_worker",
+    ),
+    *uses(
+        "large buffers go with weights",
+        f"{_SRT}.managers.scheduler:Scheduler.tp_worker",
+        *members(f"{_SRT}.managers.tp_worker:TpModelWorker", "model_runner"),
+        *members(f"{_SRT}.model_executor.model_runner:ModelRunner", "req_to_token_pool"),
+    ),
+    *uses(
         "weights are taken over, and named by where they come from",
         f"{_SRT}.configs.model_config:ModelConfig.quantization",
     ),
 )
 
-USES = (*_ARGUMENTS, *_MEMORY, *_SCHEDULING, *_START, *_SLEEP, *_WEIGHTS)
+USES = (*ARGUMENTS, *_MEMORY, *_SCHEDULING, *COPIES, *DRAFTS, *_START, *_SLEEP, *_WEIGHTS)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _Definition = _Function | ast.ClassDef
-_DIGITS = 16
+DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _hash(node: ast.stmt, source: bytes) -> str:
     lines = source.decode().splitlines()[node.lineno - 1 : node.end_lineno]
     kept = (line.rstrip() for line in textwrap.dedent("\n".join(lines)).splitlines())
     text = "\n".join(line for line in kept if line and not line.lstrip().startswith("#"))
-    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
 
 
 def _members(scope: ast.AST) -> Iterator[ast.stmt]:

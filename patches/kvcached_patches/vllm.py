@@ -88,7 +88,24 @@ HOOKS = (
     Hook(
         "vllm.v1.core.sched.scheduler:Scheduler.schedule",
         "kvcached_vllm.engine_hooks:scheduler_schedule",
-        "send the page orders along with the step",
+        "send the page orders along with the step, and hold what its copies to the host read",
+    ),
+    Hook(
+        "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+        "kvcached_vllm.transfer_hooks:scheduler_update_from_output",
+        "let go of pages whose copies every rank has reported",
+        ("scheduler_output", "model_runner_output"),
+    ),
+    Hook(
+        "vllm.v1.engine.llm_engine:LLMEngine.has_unfinished_requests",
+        "kvcached_vllm.transfer_hooks:llm_engine_has_unfinished_requests",
+        "have an engine in its caller's process stepped on until its copies have ended",
+    ),
+    Hook(
+        "vllm.v1.core.sched.scheduler:Scheduler._connector_finished",
+        "kvcached_vllm.transfer_hooks:scheduler_connector_finished",
+        "let 0.26 copy no blocks that a preempted request had",
+        ("request",),
     ),
     Hook(
         "vllm.v1.worker.gpu_worker:request_memory",
@@ -108,6 +125,17 @@ HOOKS = (
         "let neighbours make room for the weights, and take these over where they yield",
     ),
     Hook(
+        "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model",
+        "kvcached_vllm.restart_hooks:loader_load_model",
+        "have a model's weights from a kept host copy, in the place of its files",
+        adr=20,
+    ),
+    Hook(
+        "vllm.platforms.interface:Platform.get_global_graph_pool",
+        "kvcached_vllm.graph_hooks:platform_get_global_graph_pool",
+        "let the memory of graphs be ours where it goes with the weights",
+    ),
+    Hook(
         "vllm.v1.worker.gpu_worker:Worker.determine_available_memory",
         "kvcached_vllm.worker_hooks:worker_determine_available_memory",
         "the virtual size comes from the limit and the device, never from free memory",
@@ -117,6 +145,20 @@ HOOKS = (
         "kvcached_vllm.worker_hooks:worker_initialize_from_config",
         "put the KV cache on our arena",
         ("kv_cache_config",),
+    ),
+    Hook(
+        "vllm.v1.worker.gpu_worker:ensure_kv_transfer_initialized",
+        "kvcached_vllm.transfer_hooks:ensure_kv_transfer_initialized",
+        "let a connector compute a block's bytes as it does from vLLM's own plan",
+        how=REBIND,
+        adr=15,
+    ),
+    Hook(
+        "vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector:"
+        "OffloadingConnector.prefer_cross_layer_blocks",
+        "kvcached_vllm.transfer_hooks:prefer_cross_layer_blocks",
+        "keep vLLM, up to 0.28, from one tensor of its own for all layers",
+        is_optional=True,
     ),
     Hook(
         "vllm.v1.worker.gpu_worker:Worker.execute_model",

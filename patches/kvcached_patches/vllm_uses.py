@@ -130,6 +130,7 @@ _SLEEP = (
 )
 
 _CONFIG = "vllm.config"
+_LOADER = "vllm.model_executor.model_loader"
 
 _START = (
     *uses(
@@ -165,6 +166,11 @@ _START = (
         ),
     ),
     *uses(
+        "to measure a step vLLM reads blocks that nobody has",
+        f"{_CONFIG}.speculative:SpeculativeConfig.enable_adaptive_verification",
+        is_optional=True,
+    ),
+    *uses(
         "HiSparse has block pools of its own, from 0.30 on",
         f"{_CONFIG}.attention:AttentionConfig.hisparse_config",
         is_optional=True,
@@ -196,10 +202,45 @@ _WEIGHTS = (
         is_optional=True,
     ),
     *uses(
+        "what it counts is of no worth while no request runs: its rows begin at zero",
+        *members(
+            "vllm.v1.worker.gpu.sample.penalties:PenaltiesState",
+            "output_bin_counts prompt_bin_mask",
+        ),
+        is_optional=True,
+    ),
+    *uses(
+        "graphs are captured in a pool of ours",
+        "vllm.platforms.interface:Platform._global_graph_pool",
+    ),
+    *uses(
         "which weights a host copy is of",
         "vllm.v1.worker.worker_base:WorkerBase.rank",
         *members(f"{_CONFIG}.model:ModelConfig", "quantization seed"),
         f"{_CONFIG}.load:LoadConfig.load_format",
+    ),
+    *uses(
+        "a model has its weights from a host copy, in the place of its files",
+        f"{_LOADER}.base_loader:BaseModelLoader.load_config",
+        f"{_LOADER}.default_loader:DefaultModelLoader",
+        f"{_LOADER}.dummy_loader:DummyModelLoader",
+        f"{_CONFIG}.load:LoadConfig.model_loader_extra_config",
+        f"{_CONFIG}.vllm:VllmConfig.compilation_config",
+    ),
+    *uses(
+        "each layer waits for its own weights, where a model is cut at its attentions",
+        "vllm.forward_context:get_forward_context",
+        "vllm.forward_context:ForwardContext.no_compile_layers",
+        "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase",
+        "vllm.platforms.interface:Platform.opaque_attention_op",
+        "vllm.config.compilation:CompilationMode",
+        "vllm.config.compilation:CompilationMode.NONE",
+        *members(
+            f"{_CONFIG}.compilation:CompilationConfig",
+            "max_cudagraph_capture_size mode splitting_ops_contain_attention",
+            "static_forward_context use_inductor_graph_partition",
+        ),
+        f"{_CONFIG}.parallel:ParallelConfig.use_ubatching",
     ),
     *uses(
         "whether weights have to stay",
@@ -216,4 +257,55 @@ _WEIGHTS = (
     ),
 )
 
-USES = (*_BLOCKS, *_SCHEDULING, *_LAYOUT, *_SLEEP, *_START, *_WEIGHTS)
+_TRANSFER = "vllm.distributed.kv_transfer"
+_OFFLOADING = f"{_TRANSFER}.kv_connector.v1.offloading"
+
+_OFFLOADS = (
+    *uses(
+        "which connectors are served",
+        *members(
+            f"{_CONFIG}.kv_transfer:KVTransferConfig",
+            "engine_id kv_connector kv_connector_extra_config kv_connector_module_path",
+        ),
+    ),
+    *uses(
+        "the copies of a step, and the reports of those that are done",
+        *members(
+            f"{_CORE}.sched.output:SchedulerOutput",
+            "kv_connector_metadata total_num_scheduled_tokens",
+        ),
+        "vllm.v1.outputs:ModelRunnerOutput.kv_connector_output",
+        "vllm.v1.outputs:KVConnectorOutput.kv_connector_worker_meta",
+        f"{_CORE}.sched.interface:SchedulerInterface.has_requests",
+        "vllm.v1.engine.llm_engine:LLMEngine.engine_core",
+        "vllm.v1.engine.core_client:InprocClient.engine_core",
+        f"{_TRANSFER}:get_kv_transfer_group",
+        f"{_TRANSFER}:has_kv_transfer_group",
+        f"{_PLAN}:FullAttentionSpec",
+        f"{_PLAN}:UniformTypeKVCacheSpecs.kv_cache_specs",
+        *members(
+            f"{_TRANSFER}.kv_connector.v1.base:KVConnectorBase_V1",
+            "get_num_new_matched_tokens handle_preemptions",
+        ),
+        f"{_CORE}.sched.scheduler:Scheduler.connector",
+        "vllm.v1.request:Request.num_preemptions",
+    ),
+    *uses(
+        "the same; those releases offload whose modules are all there",
+        f"{_OFFLOADING}.common:OffloadingConnectorMetadata",
+        *members(
+            f"{_OFFLOADING}.common:OffloadingConnectorMetadata",
+            "jobs_to_flush load_jobs store_jobs",
+        ),
+        *members(f"{_OFFLOADING}.common:TransferJob", "dst_spec src_spec"),
+        *members(f"{_OFFLOADING}.common:OffloadingWorkerMetadata", "completed_jobs transfer_stats"),
+        *members(f"{_OFFLOADING}.common:TransferStats", "load store"),
+        *members(f"{_OFFLOADING}.common:DirectionalTransferStats", "bytes time"),
+        f"{_OFFLOADING}.config:build_offloading_config",
+        "vllm.v1.kv_offload.config:OffloadingConfig.worker_kv_bytes_per_block",
+        "vllm.v1.kv_offload.base:BlockIDsLoadStoreSpec.block_ids",
+        is_optional=True,
+    ),
+)
+
+USES = (*_BLOCKS, *_SCHEDULING, *_LAYOUT, *_SLEEP, *_START, *_WEIGHTS, *_OFFLOADS)

@@ -15,6 +15,7 @@ from kvcached_patches.hook import OVERRIDE, REBIND, USE, WRAP, uses
 from kvcached_patches.locks import Lock, check_lock, examine, gone_since, locked_hooks
 from kvcached_patches.sources import Folder, Sources, Wheel
 from kvcached_patches.symbols import Symbol
+from kvcached_patches.unchanged import describe_files
 
 CORE = """
 from engine.parts import Part
@@ -54,7 +55,8 @@ def engine(root: Path, core: str = CORE) -> Folder:
 
 def lock(sources: Sources, release: str = "1.0.0") -> Lock:
     chosen = choose_targets(HOOKS, sources)
-    made = Lock("engine", release, "", describe_hooks(chosen, sources))
+    files = describe_files(HOOKS, sources)
+    made = Lock("engine", release, "", describe_hooks(chosen, sources), files)
     made.write()
     return made
 
@@ -73,7 +75,9 @@ def test_a_release_that_is_what_its_lock_says_fits(tmp_path: Path) -> None:
 def test_comments_and_blank_lines_are_no_drift(tmp_path: Path) -> None:
     made = lock(engine(tmp_path))
     changed = CORE.replace("# what it does", "# what else it does\n")
-    assert check_lock(made, HOOKS, engine(tmp_path, changed)) == []
+    assert findings(tmp_path, changed) == []
+    (found,) = check_lock(made, HOOKS, engine(tmp_path, changed))
+    assert str(found) == "engine.core: the lock has another file; lock again"
 
 
 @pytest.mark.parametrize(
@@ -100,8 +104,9 @@ def test_a_body_that_still_runs_inside_ours_may_change_but_not_unseen(tmp_path: 
     made = lock(engine(tmp_path))
     changed = CORE.replace("return tokens", "return tokens + 1")
     assert findings(tmp_path, changed) == []
-    (found,) = check_lock(made, HOOKS, engine(tmp_path, changed))
+    found, another = check_lock(made, HOOKS, engine(tmp_path, changed))
     assert str(found) == "engine.core:Owner.method: its body is not the locked one"
+    assert str(another) == "engine.core: the lock has another file; lock again"
 
 
 LEANED_ON = (
