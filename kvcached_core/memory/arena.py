@@ -38,7 +38,7 @@ class Arena:
         self.backend = backend
         self.geometry = geometry
         self.num_pages = num_pages
-        self.num_bytes = num_pages * geometry.page_bytes
+        self.num_bytes = geometry.reserved_bytes(num_pages)
         self.address = backend.reserve(self.num_bytes)
         self.maps, self.unmaps = Meter(), Meter()
         self._is_zeroed = is_zeroed
@@ -71,9 +71,8 @@ class Arena:
             for page in pages:
                 self._map_page(page)
                 done.append(page)
-            for first, num_pages in _runs(done) if self._is_zeroed else ():
-                num_bytes = num_pages * self.geometry.page_bytes
-                self.backend.zero(self._page_address(first), num_bytes)
+            for offset, num_bytes in self._ranges_of(done) if self._is_zeroed else ():
+                self.backend.zero(self.address + offset, num_bytes)
         except BaseException:
             self.unmap(reversed(done))
             raise
@@ -89,21 +88,21 @@ class Arena:
             if page not in self._handles:
                 raise PageStateError(f"unmap of page {page}, which is not mapped")
             with _measured(self.unmaps):
-                self.backend.unmap(self._page_address(page), self._handles[page])
+                self._detach(page, self._handles[page])
                 self._release(self._handles.pop(page))
 
     def zero(self) -> None:
         """Fill the mapped pages with zeros, on torch's current stream, while no step runs."""
-        whole, page_bytes = self.tensor(), self.geometry.page_bytes
-        for page in self.resident_pages:
-            whole[page * page_bytes : (page + 1) * page_bytes].zero_()
+        whole = self.tensor()
+        for offset, num_bytes in self._ranges_of(self.resident_pages):
+            whole[offset : offset + num_bytes].zero_()
 
     def tensor(self) -> "torch.Tensor":
         """Return an int8 tensor over the whole reservation."""
         return self.backend.tensor(self.address, self.num_bytes)
 
-    def plane_tensor(self, plane: int) -> "torch.Tensor":
-        """Return an int8 tensor of `plane`, as long as the id space: dense, block by block."""
+    def plane_tensor(self, plane: int, size_class: int = 0) -> "torch.Tensor":  # noqa: ARG002
+        """Return an int8 tensor of a class's `plane`: dense, and as long as the id space."""
         num_bytes = self.geometry.num_ids(self.num_pages) * self.geometry.block_bytes
         return self.backend.tensor(self.address + self.geometry.plane_offset(plane), num_bytes)
 
@@ -124,7 +123,7 @@ class Arena:
         with _measured(self.maps):
             handle = self._take_handle()
             try:
-                self.backend.map(self._page_address(page), handle)
+                self._attach(page, handle)
             except BackendError:
                 self._release(handle)
                 raise
@@ -142,8 +141,17 @@ class Arena:
             self._loose.append(handle)
             raise
 
-    def _page_address(self, page: int) -> int:
-        return self.address + page * self.geometry.page_bytes
+    def _attach(self, page: int, handle: Handle) -> None:
+        self.backend.map(self.address + page * self.geometry.page_bytes, handle)
+
+    def _detach(self, page: int, handle: Handle) -> None:
+        self.backend.unmap(self.address + page * self.geometry.page_bytes, handle)
+
+    def _ranges_of(self, pages: list[int]) -> Iterator[tuple[int, int]]:
+        """Yield where mapped pages lie in the reservation, and how many bytes are there."""
+        page_bytes = self.geometry.page_bytes
+        for first, num_pages in _runs(pages):
+            yield first * page_bytes, num_pages * page_bytes
 
 
 class _measured:  # noqa: N801  it is used as a function; one with `yield` costs three times this

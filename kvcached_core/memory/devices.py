@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvcached_core.config import CUDA, HOST, Config
+from kvcached_core.errors import LedgerError
 from kvcached_core.ledger.file import NUM_ROWS, RowKey
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.nvml import GPU_PREFIXES, free_memory_reader, near_cpus
@@ -33,11 +35,30 @@ class Device:
 
     def free_bytes(self, config: Config) -> Callable[[], int] | None:
         """Return a function that says what of the device may be mapped now, or None on the host."""
+        return self._free_beside(self.total_bytes - self.capacity_bytes(config))
+
+    def _free_beside(self, headroom_bytes: int) -> Callable[[], int] | None:
         if self.kind == HOST:
             return None
-        headroom_bytes = config.headroom_bytes(self.total_bytes)
         read = free_memory_reader(self.name)
         return lambda: read() - headroom_bytes
+
+    def join_ledger(self, config: Config) -> Ledger:
+        """Open the ledger of the device, with the capacity that those in it agreed on, or make it.
+
+        Raises:
+            LedgerError: If it cannot be used.
+            BackendError: If the driver says nothing of the device.
+        """
+        capacity_bytes, path = self.capacity_bytes(config), _ledger_path(self, config)
+        try:
+            with Ledger(path) as found:
+                if found.view().instances:
+                    capacity_bytes = found.capacity_bytes
+        except LedgerError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+        return Ledger(path, capacity_bytes, self._free_beside(self.total_bytes - capacity_bytes))
 
     def near_cpus(self) -> frozenset[int]:
         """Return the processors near the device; none where nobody knows, as on the host."""
@@ -60,10 +81,14 @@ def open_ledger(device: Device, config: Config) -> Ledger:
     Raises:
         LedgerError: If it cannot be used.
     """
-    path = ledger_directory(config.dir) / f"{device.name}.ledger"
-    doorbell_path(path, RowKey(NUM_ROWS - 1, 0))  # its address has to fit
     return Ledger(
-        path,
+        _ledger_path(device, config),
         device.capacity_bytes(config),
         device.free_bytes(config),
     )
+
+
+def _ledger_path(device: Device, config: Config) -> Path:
+    path = ledger_directory(config.dir) / f"{device.name}.ledger"
+    doorbell_path(path, RowKey(NUM_ROWS - 1, 0))  # its address has to fit
+    return path

@@ -10,13 +10,14 @@ all planes. It spans `ids_per_page` block ids, of which only the first `blocks_p
 
 So block id `k * ids_per_page + i` lies `id * block_bytes` behind the plane's own base: every plane
 is an ordinary dense tensor with the block stride that the engine's kernels always had.
+
+Planes of several block sizes: see `size_classes`.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from math import gcd
 
-from kvcached_core.errors import GeometryError, UnsupportedEngineError
+from kvcached_core.errors import GeometryError
 from kvcached_core.units import DEFAULT_PAGE_BYTES
 
 MAX_WASTE = 0.03
@@ -53,6 +54,24 @@ class Geometry:
     def waste(self) -> float:
         """The share of a page that no block uses."""
         return 1 - self.num_planes * self.blocks_per_page / self.ids_per_page
+
+    @property
+    def classes(self) -> "tuple[Geometry, ...]":
+        """The geometry of each size class: ids and blocks of a page are the same in all."""
+        return (self,)
+
+    @property
+    def maps_gaps(self) -> bool:
+        """Whether an id that does not exist is mapped together with the pages that it touches."""
+        return True
+
+    def reserved_bytes(self, num_pages: int) -> int:
+        """Return the addresses that `num_pages` pages take, in bytes."""
+        return num_pages * self.page_bytes
+
+    def class_offset(self, size_class: int, num_pages: int) -> int:  # noqa: ARG002  there is one
+        """Return where a size class begins, in bytes behind the start of the reservation."""
+        return 0
 
     def num_ids(self, num_pages: int) -> int:
         """Return the length of the id space of `num_pages` pages: a plane's tensor has it."""
@@ -100,19 +119,6 @@ class Geometry:
                 f"{self.num_ids(num_pages)}, allowed are ids below {MAX_ID}; "
                 "lower the limit or raise the engine's block size"
             )
-
-
-def only_size(what: str, sizes: Collection[int]) -> int:
-    """Return the one size that all layers have of something, in bytes.
-
-    Raises:
-        UnsupportedEngineError: If they differ, or there are no layers.
-    """
-    if len(set(sizes)) != 1:
-        raise UnsupportedEngineError(
-            f"the layers differ in {what} ({sorted(set(sizes))} bytes); only one is served yet"
-        )
-    return next(iter(sizes))
 
 
 def choose_geometry(

@@ -17,6 +17,12 @@ def ids_on(pages: Sequence[int], geometry: Geometry, device: torch.device) -> to
     return ids.reshape(-1).to(device, non_blocking=True)
 
 
+def pages_of(ids: torch.Tensor, geometry: Geometry) -> list[int]:
+    """Return the pages that blocks are on, each once. It waits for the device."""
+    pages: list[int] = torch.unique(ids // geometry.ids_per_page).tolist()
+    return pages
+
+
 def without(ids: torch.Tensor, pages: Sequence[int], geometry: Geometry) -> torch.Tensor:
     """Return `ids` but for those on `pages`, all of whose blocks have to be among them.
 

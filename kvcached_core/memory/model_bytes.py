@@ -12,6 +12,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from kvcached_core.memory.hub_cache import cached_folder
 from kvcached_core.units import GIB
 
 # What an engine allocates beside weights before its KV cache: CUDA context, libraries, activations
@@ -29,6 +30,8 @@ SECOND_COPY = "consolidated"
 # These have two matrices in an MLP, not three: no gate.
 UNGATED = {"bloom", "falcon", "gpt2", "gpt_neox", "gptj", "mpt", "opt", "phi", "starcoder2"}
 SCALE_BYTES = 2  # of a group of quantised weights
+# Of the types that a configuration names.
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def find_folder(
         from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
         from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
     except ImportError:
-        return None
+        return cached_folder(model, revision, cache_dir)
     try:
         found = try_to_load_from_cache(model, "config.json", revision=revision, cache_dir=cache_dir)
     except (HFValidationError, ValueError):
@@ -133,7 +136,7 @@ def files_bytes(folder: Path) -> int:
 
 def shape_bytes(config: Any, dtype_bytes: int) -> ModelBytes:
     """Return what the matrices of a transformer take, from its configuration alone."""
-    text = _text_config(config)
+    text = text_config(config)
     of = _reader(text)
     hidden, num_layers = of("hidden_size"), of("num_hidden_layers")
     weights = _Widths(_quantization(config) or _quantization(text), dtype_bytes)
@@ -241,13 +244,14 @@ def _encoder_bytes(config: Any, dtype_bytes: int) -> int:
     return num_weights * dtype_bytes
 
 
-def _text_config(config: Any) -> Any:
+def text_config(config: Any) -> Any:
+    """Return the configuration of the part of a model that reads text."""
     if _get(config, "hidden_size", None) and _get(config, "num_hidden_layers", None):
         return config
     for name in ("text_config", "llm_config", "language_config", "thinker_config"):
         inner = _get(config, name, None)
         if inner is not None:
-            return _text_config(inner)
+            return text_config(inner)
     return config
 
 
@@ -261,8 +265,7 @@ def _quantization(config: Any) -> Mapping[str, Any]:
 
 def _stored_dtype_bytes(config: Any) -> int:
     name = str(_get(config, "dtype", None) or _get(config, "torch_dtype", None) or "")
-    widths = {"float32": 4, "bfloat16": 2, "float16": 2}
-    return widths.get(name.removeprefix("torch."), 0)
+    return ELEMENT_BYTES.get(name.removeprefix("torch."), 0)
 
 
 def _indexed_files(folder: Path, kind: str) -> set[str]:

@@ -19,9 +19,9 @@ from kvcached_core.ledger.bell import wake
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.shortage import PATIENCE_SECONDS as ROOM_SECONDS
 from kvcached_core.ledger.shortage import ask_peers
-from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import Geometry
 from kvcached_core.memory.keeper import PageChanges, PageKeeper
+from kvcached_core.memory.mixed_arena import make_arena
 from kvcached_core.memory.orders import PageOrders
 from kvcached_core.memory.patience import keep_trying
 from kvcached_core.memory.seats import Seat
@@ -68,7 +68,7 @@ class RankMemory:
             self.ledger = Ledger(Path(seat.ledger_path))
             undo.callback(self.ledger.close)
             self.ledger.join(seat.row)
-            self.arena = Arena(self.backend, geometry, num_pages)
+            self.arena = make_arena(self.backend, geometry, num_pages)
             undo.callback(self.arena.close)
             self.keeper = PageKeeper(self.arena, self._report)
             undo.callback(self.keeper.close)

@@ -1,7 +1,7 @@
 """An engine's rows in the ledgers of its devices: taken on all of them, or on none."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from kvcached_core.config import Config
@@ -87,29 +87,52 @@ def take_rows(
         ConfigError: If a size is above what a device has.
         PolicyError: If limit, floor or priority cannot be promised.
     """
+
+    def register(device: Device, ledger: Ledger, name: str) -> RowKey:
+        pool_bytes = device.capacity_bytes(config)
+        limit_bytes, floor_bytes = config.limit_bytes(pool_bytes), config.floor_bytes(pool_bytes)
+        return ledger.register(
+            name=name,
+            engine=engine,
+            virtual_bytes=config.virtual_bytes(pool_bytes),
+            policy=Policy(limit_bytes, floor_bytes, config.priority),
+        )
+
+    return take_under_one_name(ledgers, names, register)[1]
+
+
+def take_under_one_name(
+    ledgers: Mapping[Device, Ledger],
+    names: Iterable[str],
+    register: Callable[[Device, Ledger, str], RowKey],
+) -> tuple[str, dict[Device, RowKey]]:
+    """Take a row on every device, under the first of the names that is free on all.
+
+    Args:
+        ledgers: The ledgers, in an order that all who take rows keep.
+        names: What they may be called.
+        register: Takes the row of one device.
+
+    Returns:
+        The name, and the rows.
+
+    Raises:
+        NameTakenError: If live instances have all the names.
+        LedgerError: If a ledger cannot be used. Nothing is taken after this, or any other error.
+    """
     taken: NameTakenError | None = None
     for name in names:
         rows: dict[Device, RowKey] = {}
         try:
             for device, ledger in ledgers.items():
-                pool_bytes = device.capacity_bytes(config)
-                rows[device] = ledger.register(
-                    name=name,
-                    engine=engine,
-                    virtual_bytes=config.virtual_bytes(pool_bytes),
-                    policy=Policy(
-                        config.limit_bytes(pool_bytes),
-                        config.floor_bytes(pool_bytes),
-                        config.priority,
-                    ),
-                )
+                rows[device] = register(device, ledger, name)
         except BaseException as error:
             leave_rows(ledgers, rows)
             if not isinstance(error, NameTakenError):
                 raise
             taken = error
         else:
-            return rows
+            return name, rows
     raise taken or LedgerError("an instance needs a name")
 
 

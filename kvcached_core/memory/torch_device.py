@@ -22,6 +22,15 @@ def find_device(device: Any, config: Config) -> Device:
     return cuda_device(str(properties.uuid), properties.total_memory)
 
 
+def with_index(device: Any) -> Any:
+    """Return a device as its tensors name it: a GPU without an index is the current one."""
+    if device.type != CUDA or device.index is not None:
+        return device
+    import torch  # noqa: PLC0415  as above
+
+    return torch.device(CUDA, torch.cuda.current_device())
+
+
 def architecture(device: Any) -> str:
     """Return the kind of a device, and of a GPU what its kernels are made for."""
     if device.type != CUDA:
@@ -36,9 +45,7 @@ def make_backend(device: Any) -> Backend:
     """Return what maps pages there; of a GPU it is the same for the whole process."""
     if device.type != CUDA:
         return HostBackend()
-    import torch  # noqa: PLC0415  as above
-
-    return _gpu_backend(torch.cuda.current_device() if device.index is None else device.index)
+    return _gpu_backend(with_index(device).index)
 
 
 @functools.cache

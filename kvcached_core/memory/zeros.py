@@ -46,20 +46,21 @@ class ZerosFromArena(TorchFunctionMode):
 
 
 @contextmanager
-def zeros_from(arena: Arena, *, is_one_allocation: bool) -> Iterator[None]:
+def zeros_from(arena: Arena, planes: Sequence[tuple[int, int]] | None = None) -> Iterator[None]:
     """Let an engine that allocates its KV cache inside get the addresses of an arena.
 
     Args:
         arena: The arena.
-        is_one_allocation: Whether the engine asks for all planes at once, or for each in turn.
+        planes: The planes that the engine asks for in turn, each with its number in a size class
+            and that of the class; None if it asks for all at once.
 
     Raises:
         UnsupportedEngineError: If it did not ask for all of them.
     """
-    if is_one_allocation:
+    if planes is None:
         tensors = [arena.tensor()]
     else:
-        tensors = [arena.plane_tensor(plane) for plane in range(arena.geometry.num_planes)]
+        tensors = [arena.plane_tensor(plane, size_class) for plane, size_class in planes]
     with ZerosFromArena(tensors) as zeros:
         yield
     if zeros.num_left:

@@ -6,13 +6,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from kvcached_core.errors import GeometryError, UnsupportedEngineError
+from kvcached_core.errors import GeometryError
 from kvcached_core.memory.geometry import (
     MAX_WASTE,
     Geometry,
     choose_geometry,
     fit_geometry,
-    only_size,
 )
 from kvcached_core.units import MIB
 
@@ -164,11 +163,3 @@ def test_a_second_pool_of_blocks_of_one_size_fits_the_pages_of_the_first_or_is_r
 def test_a_second_pool_whose_blocks_do_not_divide_a_page_is_refused() -> None:
     with pytest.raises(GeometryError, match="a block has to divide a page"):
         fit_geometry(block_bytes=1536, num_planes=2, page_bytes=16 * MIB)
-
-
-def test_layers_have_one_size_or_are_refused() -> None:
-    assert only_size("block size", [64, 64]) == 64
-    with pytest.raises(UnsupportedEngineError, match=r"differ in block size \(\[32, 64\] bytes\)"):
-        only_size("block size", {64, 32})
-    with pytest.raises(UnsupportedEngineError):
-        only_size("block size", [])

@@ -26,6 +26,16 @@ class Fence(Protocol):
         """Return when all of that work is done."""
 
 
+class Mark(Protocol):
+    """A point behind copies that had begun when the mark was made."""
+
+    def join(self, stream: int) -> None:
+        """Make later work on `stream` wait for these copies. Any number of streams may."""
+
+    def close(self) -> None:
+        """Forget the mark; streams that wait for it go on waiting."""
+
+
 class Backend(Protocol):
     """Addresses and memory, and how the two are tied together.
 
@@ -96,6 +106,9 @@ class Backend(Protocol):
 
     def join_copies(self, stream: int) -> None:
         """Make later work on `stream` wait for every copy that has begun."""
+
+    def mark_copies(self) -> Mark:
+        """Return a mark behind every copy that has begun, and in front of later ones."""
 
     def finish_copies(self) -> None:
         """Return when every copy that has begun is done; other threads run meanwhile."""

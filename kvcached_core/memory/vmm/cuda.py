@@ -4,14 +4,14 @@ All calls run on the device's primary context, the one torch uses, which is made
 thread that calls. Steps of the driver that belong together are undone together.
 """
 
-import threading
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from kvcached_core.errors import BackendError, OutOfMemoryError
+from kvcached_core.errors import BackendError
 from kvcached_core.memory.vmm import dlpack
 from kvcached_core.memory.vmm.backend import Handle, Mappings
+from kvcached_core.memory.vmm.driver import CudaFence, Driver
 
 if TYPE_CHECKING:
     import torch
@@ -26,77 +26,6 @@ class CudaHandle:
 
     num_bytes: int
     value: Any = field(repr=False)
-
-
-class CudaFence:
-    """An event behind the work that a stream had been given."""
-
-    def __init__(self, driver: "Driver", stream: int) -> None:
-        self._driver = driver
-        flags = driver.api.CUevent_flags
-        both = flags.CU_EVENT_BLOCKING_SYNC | flags.CU_EVENT_DISABLE_TIMING
-        (self._event,) = driver.call("cuEventCreate", both)
-        try:
-            driver.call("cuEventRecord", self._event, stream)
-        except BackendError:
-            driver.call("cuEventDestroy", self._event)
-            raise
-
-    def wait(self) -> None:
-        """Return when the work is done; without the interpreter's lock meanwhile."""
-        if self._event is not None:
-            self._driver.call("cuEventSynchronize", self._event)
-            self._driver.call("cuEventDestroy", self._event)
-            self._event = None
-
-
-class Driver:
-    """`cuda.bindings.driver` on one device: one context, one error checker.
-
-    Args:
-        ordinal: The device's index among those that this process sees.
-        api: The module; tests give another one.
-
-    Raises:
-        BackendError: If cuda-python, the driver or the device is missing.
-    """
-
-    def __init__(self, ordinal: int, api: ModuleType | None) -> None:
-        self.api: Any = _load() if api is None else api
-        self._success = self.api.CUresult.CUDA_SUCCESS
-        self._threads = threading.local()
-        self._context: Any = None
-        self._run("cuInit", 0)
-        (self.device,) = self._run("cuDeviceGet", ordinal)
-        (self._context,) = self._run("cuDevicePrimaryCtxRetain", self.device)
-
-    def call(self, name: str, *args: Any, num_bytes: int = 0) -> tuple[Any, ...]:
-        """Call a function of the driver in the device's context and return what it returned.
-
-        Raises:
-            OutOfMemoryError: If the device has no memory left.
-            BackendError: For any other error; both name the call, the code and `num_bytes`.
-        """
-        if not hasattr(self._threads, "is_current"):
-            self._run("cuCtxSetCurrent", self._context)
-            self._threads.is_current = True
-        return self._run(name, *args, num_bytes=num_bytes)
-
-    def _run(self, name: str, *args: Any, num_bytes: int = 0) -> tuple[Any, ...]:
-        code, *values = getattr(self.api, name)(*args)
-        if code != self._success:
-            raise self._error(name, code, num_bytes)
-        return tuple(values)
-
-    def _error(self, name: str, code: Any, num_bytes: int) -> BackendError:
-        results = self.api.CUresult
-        text = getattr(code, "name", str(code))
-        if code != results.CUDA_ERROR_OUT_OF_MEMORY:
-            return BackendError(name, text, num_bytes)
-        failed, free_bytes, _ = self.api.cuMemGetInfo()
-        return OutOfMemoryError(
-            name, text, num_bytes, free_bytes if failed == self._success else None
-        )
 
 
 class CudaBackend:
@@ -234,6 +163,10 @@ class CudaBackend:
         """Let `stream` wait until all copies that have begun are done."""
         self._let_wait(stream, self._copies)
 
+    def mark_copies(self) -> CudaFence:
+        """Return a point behind all copies that have begun."""
+        return self.fence(self._copies)
+
     def finish_copies(self) -> None:
         """Return when all copies that have begun are done; without the interpreter's lock."""
         self.fence(self._copies).wait()
@@ -283,14 +216,3 @@ def _cuda(handle: Handle) -> CudaHandle:
     if not isinstance(handle, CudaHandle):
         raise BackendError("handle", f"{type(handle).__name__} is not one of this backend", 0)
     return handle
-
-
-def _load() -> ModuleType:
-    try:
-        from cuda.bindings import driver  # noqa: PLC0415  a host without a GPU does without it
-    except ImportError as error:
-        raise BackendError(
-            "import cuda.bindings", f"{error}; install kvcached-elastic[cuda]", 0
-        ) from error
-    module: ModuleType = driver
-    return module

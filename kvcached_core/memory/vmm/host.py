@@ -50,6 +50,12 @@ class HostFence:
     def wait(self) -> None:
         """Return at once."""
 
+    def join(self, stream: int) -> None:
+        """Do nothing: what it is behind is done."""
+
+    def close(self) -> None:
+        """Do nothing: it holds nothing."""
+
 
 class HostBackend:
     """Linux memory behind the `Backend` protocol.
@@ -141,6 +147,10 @@ class HostBackend:
 
     def join_copies(self, stream: int) -> None:
         """Do nothing: nothing is under way."""
+
+    def mark_copies(self) -> HostFence:
+        """Return a mark behind copies that are all done."""
+        return HostFence()
 
     def finish_copies(self) -> None:
         """Do nothing: nothing is under way."""
