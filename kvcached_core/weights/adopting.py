@@ -6,9 +6,10 @@ from typing import Any
 from kvcached_core.memory.vmm.backend import Backend
 from kvcached_core.units import format_bytes
 from kvcached_core.weights.addresses import who_keeps_addresses
-from kvcached_core.weights.binding import Binding, Modules, bind, collect
+from kvcached_core.weights.binding import Binding, Modules, bind
 from kvcached_core.weights.image import Image
 from kvcached_core.weights.layout import lay_out
+from kvcached_core.weights.stages import in_image_order
 
 logger = logging.getLogger("kvcached")
 
@@ -66,7 +67,7 @@ def adopt(modules: Modules, backend: Backend) -> Adopted | None:
     Raises:
         BackendError: If there is no memory for a page. Some weights have moved then.
     """
-    groups = collect(modules)
+    groups = in_image_order(modules)
     if not groups:
         logger.warning("kvcached: elastic weights off: this model has none on its device")
         return None

@@ -1,7 +1,7 @@
 """A model's parameters on memory of ours: each storage moves, and all that use it move along."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,7 +134,7 @@ class Binding:
         )
 
 
-def collect(modules: Modules) -> list[Group]:
+def collect(modules: Modules, left_out: Collection[int] = ()) -> list[Group]:
     """Return the storages of a model's weights, in the order in which its modules stand.
 
     Weights are its parameters, and floating-point tensors of at least `LEAST_ATTRIBUTE_BYTES` that
@@ -144,11 +144,12 @@ def collect(modules: Modules) -> list[Group]:
 
     Args:
         modules: The model, then what belongs to it, a drafter for example, each with its name.
+        left_out: Modules in them whose own tensors are left out, by their `id`.
     """
     groups: dict[int, Group] = {}
     buffers = {key_of(one) for module in modules.values() for one in module.buffers()}
     device = next((one.device for module in modules.values() for one in module.parameters()), None)
-    for name, tensor in _weights(modules):
+    for name, tensor in _weights(modules, left_out):
         for part_name, part in parts_of(name, tensor):
             key = key_of(part)
             if key is None or key in buffers or part.device != device or part.is_meta:
@@ -220,10 +221,12 @@ def _point(tensors: Sequence[Any], storage: Any) -> None:
             one.set_(storage, one.storage_offset(), one.size(), one.stride())
 
 
-def _weights(modules: Modules) -> Iterator[tuple[str, Any]]:
+def _weights(modules: Modules, left_out: Collection[int]) -> Iterator[tuple[str, Any]]:
     """Yield each parameter, and what modules keep beside them, with a name."""
     for root, top in modules.items():
         for path, module in top.named_modules():
+            if id(module) in left_out:
+                continue
             prefix = f"{root}.{path}" if path else root
             for name, parameter in module._parameters.items():  # noqa: SLF001  its own, in order
                 if parameter is not None:

@@ -28,6 +28,7 @@ class Copying:
     Attributes:
         copy: The copy, once it is complete.
         source: What it is taken of.
+        on_copied: Called in the thread when the copy is there.
 
     Args:
         image: Of which all pages are resident until the copy is complete.
@@ -47,6 +48,7 @@ class Copying:
         self.source = CopySource(image, self._say_further)
         self._image = image
         self._make_copy = make_copy
+        self.on_copied: Callable[[], None] = lambda: None
         self._expect = expect
         self._say_at = 0.0
         self._thread: threading.Thread | None = None
@@ -84,6 +86,7 @@ class Copying:
             format_bytes(self._image.layout.num_bytes),
             "shared" if copy.is_shared else "of this process alone",
         )
+        self.on_copied()
 
     def _have_copy(self) -> HostCopy | None:
         pauses = self._pauses()

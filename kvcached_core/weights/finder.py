@@ -37,11 +37,16 @@ def tensors_over(keys: Collection[int]) -> dict[int, list[Any]]:
         keys: Storages, as `key_of` names them.
     """
     found: dict[int, list[Any]] = {key: [] for key in keys}
-    for thing in _tracked_objects():
-        # not isinstance: that asks a proxy for its class, and some import a library to answer
-        if issubclass(type(thing), torch.Tensor) and (key := key_of(thing)) in found:
+    for thing in tracked_tensors():
+        if (key := key_of(thing)) in found:
             found[key].append(thing)
     return found
+
+
+def tracked_tensors() -> list[Any]:
+    """Return all live tensors that Python knows, wherever they are kept."""
+    # not isinstance: that asks a proxy for its class, and some import a library to answer
+    return [thing for thing in _tracked_objects() if issubclass(type(thing), torch.Tensor)]
 
 
 def _tracked_objects() -> list[Any]:

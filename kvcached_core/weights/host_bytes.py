@@ -18,11 +18,14 @@ from zlib import crc32
 
 from kvcached_core.errors import BackendError
 from kvcached_core.ledger.forks import disown_in_children
-from kvcached_core.units import GIB, format_bytes
+from kvcached_core.units import GIB, MIB, format_bytes
 
 MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14; Python does not name it yet
 MAX_THREADS = 8
 MAX_PINNED_BYTES = GIB  # of one registration
+# Bytes that are copied at a time: the few that a neighbour's step copies to the same device get in
+# between. Smaller ones make a wake longer.
+MAX_COPY_BYTES = 16 * MIB
 
 _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 _FAILED = ctypes.c_void_p(-1).value
@@ -91,13 +94,42 @@ class HostBytes:
 
     def checksums(self, stop: threading.Event) -> list[int]:
         """Return a checksum of each unit; takes seconds, and is of no use after `stop` is set."""
+        return self._in_parallel(lambda offset, size: self._checksum(offset, size, stop))
 
-        def checksum(offset: int, num_bytes: int) -> int:
-            if stop.is_set():
-                return 0
-            return crc32((ctypes.c_char * num_bytes).from_address(self.address + offset))
+    def fill(
+        self,
+        read: Callable[[int, int, int], object],
+        stop: threading.Event,
+        cpus: Collection[int] = (),
+    ) -> list[int]:
+        """Touch each unit, have it read, and return its checksum: several units at a time.
 
-        return self._in_parallel(checksum)
+        Args:
+            read: Reads so many bytes to an address, from an offset on: address, bytes, offset.
+            stop: Set when nobody wants the bytes any more; then what is returned is of no use.
+            cpus: See `touch`.
+
+        Raises:
+            OSError: If there is no memory, or it cannot be read.
+        """
+
+        def one(offset: int, num_bytes: int) -> int:
+            self._touch(offset, num_bytes, stop)
+            if not stop.is_set():
+                read(self.address + offset, num_bytes, offset)
+            return self._checksum(offset, num_bytes, stop)
+
+        return self._in_parallel(one, cpus, MAX_THREADS)
+
+    def save(self, write: Callable[[int, int, int], object]) -> None:
+        """Have every unit written, several at a time; `write` has the arguments of `read` above.
+
+        Raises:
+            OSError: If one cannot be written.
+        """
+        self._in_parallel(
+            lambda offset, size: write(self.address + offset, size, offset), (), MAX_THREADS
+        )
 
     def pin(self, backend: Pinning, stop: threading.Event) -> bool:
         """Let `backend` page-lock all of it; copies from what is not locked are slow, not wrong.
@@ -138,13 +170,22 @@ class HostBytes:
         self.address = 0
         self._pinned.clear()
 
+    def _checksum(self, offset: int, num_bytes: int, stop: threading.Event) -> int:
+        if stop.is_set():
+            return 0
+        return crc32((ctypes.c_char * num_bytes).from_address(self.address + offset))
+
     def _in_parallel(
-        self, work: Callable[[int, int], _Result], cpus: Collection[int] = ()
+        self,
+        work: Callable[[int, int], _Result],
+        cpus: Collection[int] = (),
+        num_threads: int | None = None,
     ) -> list[_Result]:
+        """Return what `work` returns of each unit; a disk needs more threads than processors."""
         usable = os.sched_getaffinity(0)
         near = usable.intersection(cpus) or usable
         with ThreadPoolExecutor(
-            min(MAX_THREADS, len(near)),
+            num_threads or min(MAX_THREADS, len(near)),
             thread_name_prefix="kvcached-host-copy",
             initializer=os.sched_setaffinity,
             initargs=(0, near),

@@ -7,13 +7,15 @@ on the device. All of it takes seconds, so it runs in a thread behind the start 
 import logging
 import threading
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Protocol
 
-from kvcached_core.errors import HostBudgetError, HostCopyError
+from kvcached_core.errors import HostBudgetError, HostCopyError, OutOfMemoryError
 from kvcached_core.units import format_bytes
-from kvcached_core.weights.host_budget import Claim, HostBudget
+from kvcached_core.weights.host_budget import Claim, HostBudget, OnDisk
 from kvcached_core.weights.host_bytes import HostBytes, Pinning, touched
-from kvcached_core.weights.host_file import PageSums, Shape, SharedFile
+from kvcached_core.weights.host_file import SharedFile
+from kvcached_core.weights.record import PageSums, Shape
 
 # How often a page is copied that changes under the copy, before the whole is left for later.
 _TRIES = 3
@@ -60,6 +62,16 @@ class HostCopy:
         self._pinning: Pinning | None = None
 
     @property
+    def name(self) -> str:
+        """The model, for people."""
+        return self._shape.key.name
+
+    @property
+    def digest(self) -> str:
+        """That of the key of its weights."""
+        return self._shape.key.digest
+
+    @property
     def is_complete(self) -> bool:
         """Whether every page can be had from here."""
         return None not in self.sums
@@ -68,6 +80,35 @@ class HostCopy:
     def is_shared(self) -> bool:
         """Whether other processes may read pages of it."""
         return self._file is not None and self._file.sums is not None
+
+    @property
+    def path(self) -> Path:
+        """The shared file; it is an error to ask a copy that `may_move_out` says no of."""
+        if self._file is None:
+            raise HostCopyError(f"the copy of {self._shape.key.name} is in no file")
+        return self._file.path
+
+    @property
+    def may_move_out(self) -> bool:
+        """Whether all of it is in a finished file, and there is a disk for that."""
+        has_disk = self._budget.disk is not None
+        return has_disk and self.is_shared and self.is_complete and not self._own
+
+    def save(self, stop: threading.Event) -> OnDisk:
+        """Have it on the disk, too; it stays what it is.
+
+        Raises:
+            HostCopyError: If it cannot go there, or `stop` was set.
+        """
+        disk, file = self._budget.disk, self._file
+        if disk is None or file is None:
+            raise HostCopyError(f"there is no disk for the copy of {self._shape.key.name}")
+        return disk.put(file.path, file.fd, stop)
+
+    def say_used(self) -> None:
+        """Note that it is read now: others' copies go before it."""
+        if self._file is not None and self.is_shared:
+            self._file.say_used()
 
     def page_address(self, page: int) -> int:
         """Return where the bytes of a page are now; a page never lies in two registrations."""
@@ -82,6 +123,11 @@ class HostCopy:
     def agrees(self, source: Source) -> bool:
         """Return whether every page is what the device has."""
         return list(source.sums(0, self._shape.num_pages)) == self.sums
+
+    def distrust(self) -> None:
+        """Let no start have its weights from here."""
+        if self._file is not None:
+            self._file.distrust()
 
     def start_over(self) -> None:
         """Believe nothing of it any more. What others believe of it stays as it is."""
@@ -212,10 +258,10 @@ def complete(copy: HostCopy, backend: Pinning, source: Source, stop: threading.E
         Whether every page is in it. If not, it may be tried again later.
     """
     copy.pin(backend, stop)
-    if copy.is_complete and not copy.agrees(source):
-        copy.start_over()
     try:
+        if copy.is_complete and not copy.agrees(source):
+            copy.start_over()
         return copy.is_complete or copy.fill(source, stop)
-    except HostCopyError as error:
+    except (HostCopyError, OutOfMemoryError) as error:
         logger.warning("kvcached: these weights stay on the device: %s", error)
         return False

@@ -13,48 +13,24 @@ import stat
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kvcached_core.errors import HostCopyError
 from kvcached_core.ledger.forks import disown_in_children
 from kvcached_core.ledger.lock import drop_byte, hold_byte, take_byte
 from kvcached_core.weights.copies_folder import (
     IMAGE,
-    NEW_RECORD,
     RECORD,
+    STAT_BLOCK_BYTES,
     WHOLE,
     copies_folder,
     is_current,
 )
-from kvcached_core.weights.key import LAYOUT_VERSION, CopyKey
+from kvcached_core.weights.record import PageSums, Shape, believed, say_used, words_of, write_record
 
 _LOOK_SECONDS = 0.05
 
-PageSums = tuple[int, int]  # of the words of a page: pages with other bytes have other sums
-
 logger = logging.getLogger("kvcached")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a file has to hold.
-
-    Attributes:
-        key: Of which weights.
-        page_bytes: The size of a page.
-        num_pages: How many there are.
-    """
-
-    key: CopyKey
-    page_bytes: int
-    num_pages: int
-
-    @property
-    def num_bytes(self) -> int:
-        """All pages."""
-        return self.page_bytes * self.num_pages
 
 
 class SharedFile:
@@ -89,7 +65,7 @@ class SharedFile:
             OSError: If there is not. Nothing was taken then: a system that is full harms others.
         """
         found, around = os.fstat(self.fd), os.fstatvfs(self.fd)
-        missing = self._shape.num_bytes - 512 * found.st_blocks
+        missing = self._shape.num_bytes - STAT_BLOCK_BYTES * found.st_blocks
         if missing > around.f_bavail * around.f_frsize:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.ftruncate(self.fd, self._shape.num_bytes)
@@ -104,24 +80,33 @@ class SharedFile:
         for page in range(self._shape.num_pages):  # one call for all could not be ended
             os.posix_fallocate(self.fd, page * page_bytes, page_bytes)
 
-    def publish(self, sums: list[PageSums], checksums: list[int]) -> None:
+    def publish(
+        self, sums: list[PageSums], checksums: list[int], shape: Shape | None = None
+    ) -> None:
         """Say that every page is there, and let other processes use them.
 
         Args:
             sums: Of each page, as the device has it.
             checksums: Of each page, as the image has it.
+            shape: What it says of the model, where that is not what was asked for.
 
         Raises:
             OSError: If that cannot be written down; the file stays this process's own.
         """
         if not is_current(self.fd, self.path):
             raise FileNotFoundError(errno.ENOENT, "somebody removed it")
-        words = _words(self._shape) | {"sums": sums, "checksums": checksums}
-        new = self._record.with_suffix(NEW_RECORD)
-        new.write_text(json.dumps(words))
-        new.replace(self._record)
+        write_record(self._record, words_of(shape or self._shape, sums, checksums))
         self.sums = sums
         hold_byte(self.fd, WHOLE)
+
+    def say_used(self) -> None:
+        """Note that the image is read now."""
+        say_used(self._record)
+
+    def distrust(self) -> None:
+        """Let no start have its weights from here; the file is what it was for all else."""
+        with suppress(OSError, ValueError):
+            write_record(self._record, json.loads(self._record.read_bytes()) | {"loaded": None})
 
     def start_over(self) -> bool:
         """Return whether this process alone has the file; then nothing of it is believed any more.
@@ -147,7 +132,7 @@ class SharedFile:
             return
         if self.sums is None and is_current(self.fd, self.path):
             self.path.unlink()
-        _say_used(self._record)
+        say_used(self._record)
         drop_byte(self.fd, WHOLE)  # closing does not do it while a forked child has it open, too
         os.close(self.fd)
         self.fd = -1
@@ -222,7 +207,7 @@ def _share(fd: int) -> bool:
 
 def _checked(shape: Shape, path: Path, fd: int, *, is_alone: bool) -> SharedFile:
     record = path.with_suffix(RECORD)
-    sums, checksums, problem = _believed(shape, record, os.fstat(fd).st_size)
+    sums, checksums, problem = believed(shape, record, os.fstat(fd).st_size)
     if problem:
         if not is_alone:
             raise HostCopyError(f"{path} is in use although {problem}")
@@ -234,45 +219,5 @@ def _checked(shape: Shape, path: Path, fd: int, *, is_alone: bool) -> SharedFile
         return SharedFile(shape, path, fd)
     if is_alone:
         hold_byte(fd, WHOLE)
-    _say_used(record)
+    say_used(record)
     return SharedFile(shape, path, fd, sums, checksums)
-
-
-def _words(shape: Shape) -> dict[str, Any]:
-    """Return what a record says beside the sums, and what it has to say to be believed."""
-    return {
-        "version": LAYOUT_VERSION,
-        "key": shape.key.digest,
-        "name": shape.key.name,
-        "num_bytes": shape.num_bytes,
-        "page_bytes": shape.page_bytes,
-        "num_pages": shape.num_pages,
-    }
-
-
-def _believed(
-    shape: Shape, record: Path, num_bytes: int
-) -> tuple[list[PageSums] | None, list[int], str]:
-    """Return the sums and checksums that a record says, or why it is not believed."""
-    if num_bytes != shape.num_bytes:
-        return None, [], f"it has {num_bytes} bytes, expected are {shape.num_bytes}"
-    try:
-        words = json.loads(record.read_bytes())
-        sums = [(int(rows), int(columns)) for rows, columns in words["sums"]]
-        checksums = [int(checksum) for checksum in words["checksums"]]
-    except FileNotFoundError:
-        return None, [], "whoever filled it was ended before it was whole"
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        return None, [], f"{record.name} cannot be read: {error!r}"
-    problem = ""
-    for word, expected in _words(shape).items():
-        if word != "name" and words.get(word) != expected:
-            problem = f"{record.name} says {word} {words.get(word)}, expected is {expected}"
-    if not len(sums) == len(checksums) == shape.num_pages:
-        problem = f"{record.name} has not one sum for each of {shape.num_pages} pages"
-    return (None, [], problem) if problem else (sums, checksums, "")
-
-
-def _say_used(record: Path) -> None:
-    with suppress(OSError):  # it is removed, or never was there
-        os.utime(record)

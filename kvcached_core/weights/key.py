@@ -5,13 +5,15 @@ sums of the pages see: no copy is used whose sums are not those of the weights o
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2s
 from pathlib import Path
+from typing import Any
 
 # Grows with every change of what the same layout means, or of what is in a copy's record.
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 # Configurations count, too: they decide scales, and how matrices are merged.
 READ_SUFFIXES = {".bin", ".gguf", ".json", ".pt", ".pth", ".safetensors"}
 _DIGEST_BYTES = 16
@@ -74,18 +76,46 @@ class Origin:
     pipeline_parallel: tuple[int, int] = (1, 0)
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What a model was when it was loaded: a start that took it from a copy has to find the same.
+
+    Attributes:
+        origin: What decided its weights, see `origin_digest`.
+        layout_digest: Of their layout.
+        pieces: The fingerprint of each piece, in the layout's order.
+        beside: What the model keeps beside its weights, by name; JSON can have all of it.
+    """
+
+    origin: str
+    layout_digest: str
+    pieces: Sequence[int]
+    beside: Mapping[str, Any]
+
+
 def copy_key(origin: Origin) -> CopyKey:
     """Return the key of the weights that come from `origin`."""
+    name = short_name(origin.model)
+    size, rank = origin.tensor_parallel[0] * origin.pipeline_parallel[0], _rank(origin)
+    return CopyKey(_digest(origin), name if size == 1 else f"{name} (rank {rank} of {size})")
+
+
+def origin_digest(origin: Origin) -> str:
+    """Return the name of all that decides weights and is known before a model is made."""
+    return _digest(replace(origin, layout_digest=""))
+
+
+def _digest(origin: Origin) -> str:
     values = asdict(origin) | {"layout_version": LAYOUT_VERSION}
     if origin.files:
         del values["seed"]
     text = json.dumps(values, sort_keys=True)
-    name = Path(origin.model).name or origin.model
-    size, rank = origin.tensor_parallel[0] * origin.pipeline_parallel[0], _rank(origin)
-    return CopyKey(
-        blake2s(text.encode(), digest_size=_DIGEST_BYTES).hexdigest(),
-        name if size == 1 else f"{name} (rank {rank} of {size})",
-    )
+    return blake2s(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def short_name(model: str) -> str:
+    """Return what a model is called for people: the last part of its name or path."""
+    return Path(model).name or model
 
 
 def _rank(origin: Origin) -> int:

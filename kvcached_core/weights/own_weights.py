@@ -1,29 +1,50 @@
 """A worker's weights on memory of ours: taken over once they are loaded, and kept up with."""
 
+import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from kvcached_core.config import Config
 from kvcached_core.memory.torch_device import current_stream, find_device, make_backend
 from kvcached_core.weights.adopting import Adopted, adopt
 from kvcached_core.weights.binding import Modules
-from kvcached_core.weights.host_budget import HostBudget
+from kvcached_core.weights.budgets import make_budget
+from kvcached_core.weights.host_copy import HostCopy
 from kvcached_core.weights.key import Origin, copy_key
 from kvcached_core.weights.open_copy import open_copy
+from kvcached_core.weights.own_annex import OwnAnnex
 from kvcached_core.weights.rank import RankWeights
+from kvcached_core.weights.restart import Restart
+from kvcached_core.weights.stages import Points, Stages, find_stages
+from kvcached_core.weights.walks import Walks
 
 
 class OwnWeights:
     """The weights of a worker on memory of ours, all of which is resident at first.
 
+    Attributes:
+        walks: How steps run while weights arrive; None if they wait for all of them.
+
     Args:
         adopted: What was taken over.
         rank: The image, its copy on the host, and their part of the ledger.
+        annex: What goes with the weights; None if nothing does.
+        restart: How the model was loaded, where a copy may have its weights.
     """
 
-    def __init__(self, adopted: Adopted, rank: RankWeights) -> None:
+    def __init__(
+        self,
+        adopted: Adopted,
+        rank: RankWeights,
+        annex: OwnAnnex | None = None,
+        restart: Restart | None = None,
+    ) -> None:
         self.adopted = adopted
         self.rank = rank
+        self.annex = annex
+        self.walks: Walks | None = None
+        self._restart = restart
         self._may_move = True
 
     @property
@@ -43,9 +64,46 @@ class OwnWeights:
         if (self._may_move and self.adopted.follow()) or is_update:
             self.rank.mark_dirty()
 
+    def end_start(self) -> None:
+        """Let what is in the annex go with them: the engine is ready, and has captured its graphs.
+
+        Call it before anybody is told how much there is of the weights.
+        """
+        if self.annex is not None:
+            self.annex.prepare()
+            self.rank.add_annex(self.annex.annex)
+
+    def stages(self) -> Stages:
+        """Return which pages each part of the model needs."""
+        return find_stages(self.adopted.modules, self.adopted.image)
+
+    def walk(self, points: Points) -> None:
+        """Let each part of a step wait for its own pages from now on.
+
+        Args:
+            points: What a forward waits for, and where.
+        """
+        self.rank.lets_arrive = True
+        self.walks = Walks(self.rank.arriving, points)
+
+    def close(self) -> None:
+        """Give everything back; no tensor of the model may be used any more."""
+        with ExitStack() as rest:
+            if self.annex is not None:
+                rest.callback(self.annex.close)
+            if self._restart is not None:
+                rest.callback(self._restart.close)
+            self.rank.close()
+
 
 def take_over(
-    modules: Modules, device: Any, config: Config, origin_of: Callable[[str], Origin]
+    modules: Modules,
+    device: Any,
+    config: Config,
+    origin_of: Callable[[str], Origin],
+    annex: OwnAnnex | None = None,
+    *,
+    restart: Restart | None = None,
 ) -> OwnWeights | None:
     """Move a loaded model's weights to memory of ours: before anything is captured or sized.
 
@@ -56,6 +114,8 @@ def take_over(
         device: Where they lie, as torch names it.
         config: The settings.
         origin_of: Returns what decides the weights' bytes, with the digest of their layout.
+        annex: What goes with the weights.
+        restart: How the model was loaded, where a copy may have its weights.
 
     Returns:
         None if nothing can be moved; a line in the log says why.
@@ -65,13 +125,19 @@ def take_over(
     """
     adopted = adopt(modules, make_backend(device))
     if adopted is None:
+        if restart is not None:
+            restart.close()
         return None
-    layout, budget = adopted.image.layout, HostBudget(config)
-    key = copy_key(origin_of(layout.digest))
+    layout, budget = adopted.image.layout, make_budget(config)
+    key = copy_key((origin_of if restart is None else restart.origin_of)(layout.digest))
     cpus = find_device(device, config).near_cpus()
-    rank = RankWeights(
-        adopted.image,
-        lambda stop: open_copy(config, key, layout, budget, stop=stop, cpus=cpus),
-        current_stream(device),
-    )
-    return OwnWeights(adopted, rank)
+    loaded = None if restart is None else restart.loaded_as(layout.digest)
+
+    def make_copy(stop: threading.Event) -> HostCopy | None:
+        kept = None if restart is None else restart.take_copy(key.digest)
+        if kept is not None:
+            return kept
+        return open_copy(config, key, layout, budget, stop=stop, cpus=cpus, loaded=loaded)
+
+    rank = RankWeights(adopted.image, make_copy, current_stream(device))
+    return OwnWeights(adopted, rank, annex, restart)

@@ -9,21 +9,18 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
-from kvcached_core.errors import BackendError, HostCopyError, LedgerError, OutOfMemoryError
-from kvcached_core.ledger.bell import wake
-from kvcached_core.ledger.expected import START_SECONDS
-from kvcached_core.ledger.ledger import Ledger
-from kvcached_core.ledger.shortage import ask_peers
-from kvcached_core.ledger.times import NO_CALLS
-from kvcached_core.memory.patience import keep_trying
+from kvcached_core.errors import BackendError, HostCopyError, OutOfMemoryError
 from kvcached_core.memory.seats import Seat
 from kvcached_core.memory.torch_device import release_cached_blocks
-from kvcached_core.units import MIB
+from kvcached_core.weights.annex import Annex
+from kvcached_core.weights.arriving import Arriving
 from kvcached_core.weights.copying import Copying
+from kvcached_core.weights.host_bytes import MAX_COPY_BYTES
 from kvcached_core.weights.host_copy import HostCopy
 from kvcached_core.weights.image import Image
+from kvcached_core.weights.moving_out import MovingOut
+from kvcached_core.weights.rank_row import WeightsRow
 from kvcached_core.weights.status import WeightStatus
 from kvcached_core.weights.sums import Sums
 
@@ -32,13 +29,7 @@ logger = logging.getLogger("kvcached")
 # Pages that are given first: whoever asked has them while the others still go. A further batch is
 # twice as large: each is told to the ledger, and waits for the device once.
 DROP_BATCH_PAGES, MAX_DROP_BATCH_PAGES = 8, 64
-# Pages that are brought at a time before the ledger is told.
-MAP_BATCH_PAGES = 4
-# Bytes that are copied at a time: the few that a neighbour's step copies to the same device get in
-# between. Smaller ones make a wake longer.
-MAX_COPY_BYTES = 16 * MIB
-# How long a wake waits for memory that was promised; the engine goes on asking afterwards.
-PATIENCE_SECONDS = 2.0
+MAP_BATCH_PAGES = 4  # that are brought at a time before the ledger is told
 
 
 class RankWeights:
@@ -48,6 +39,8 @@ class RankWeights:
 
     Attributes:
         copying: The copy on the host, and what makes it.
+        arriving: The pages that come back, where steps wait for each part of them by themselves.
+        lets_arrive: Whether they do. Who launches anything else calls `arriving.finish` before.
 
     Args:
         image: The image; what of it is resident is there, all of it as a rule.
@@ -65,20 +58,37 @@ class RankWeights:
     ) -> None:
         self.image = image
         self._pid = os.getpid()
-        self.copying = Copying(image, make_copy, self._expect)
+        self._row = WeightsRow(image.arena, lambda: self._num_resident_pages)
+        self.copying = Copying(image, make_copy, self._row.expect)
+        self._moving_out = MovingOut(self.copying, make_copy, image.backend)
+        self.copying.on_copied = self._moving_out.offer_unread
+        self.arriving, self.lets_arrive = Arriving(image.backend, current_stream), False
         self._current_stream = current_stream
         self._dirty: set[int] = set()
         # A page whose content could not be brought is resident, and not there.
         self._num_there = image.num_resident_pages
-        self._ledger: Ledger | None = None
-        self._seat: Seat | None = None
-        self._num_reported = 0
+        self._annex: Annex | None = None
 
     def status(self) -> WeightStatus:
-        """Return how much is there, and whether more may be dropped. Any thread may call it."""
+        """Return how much is there, and whether more may be dropped. Any thread may call it.
+
+        The annex counts as further pages behind the last one.
+        """
         is_copied = self.copying.copy is not None
-        image = self.image
-        return WeightStatus(image.num_pages, self._num_there, image.page_bytes, is_copied)
+        image, num_there = self.image, self._num_there
+        if num_there == image.num_pages:
+            num_there += self._num_resident_annex_pages
+        return WeightStatus(
+            image.num_pages + self._num_annex_pages, num_there, image.page_bytes, is_copied
+        )
+
+    def add_annex(self, annex: Annex) -> None:
+        """Let an annex go and come with the weights: it goes first and comes last.
+
+        It is there now. What it gets later goes with it, too.
+        """
+        self._annex = annex
+        self._row.report()
 
     def join(self, seat: Seat) -> None:
         """From now on, tell the ledger of the rank's device what is resident.
@@ -86,14 +96,7 @@ class RankWeights:
         Raises:
             LedgerError: If the ledger cannot be used.
         """
-        with contextlib.ExitStack() as undo:
-            ledger = Ledger(Path(seat.ledger_path))
-            undo.callback(ledger.close)
-            ledger.join(seat.row)
-            undo.pop_all()
-        self._ledger, self._seat = ledger, seat
-        self._report()
-        self._expect(START_SECONDS)
+        self._row.join(seat)
 
     def begin_copy(self) -> None:
         """Begin to have a copy on the host, behind the engine's back; `status` says when it is.
@@ -110,33 +113,48 @@ class RankWeights:
     def hold(self, num_pages: int) -> WeightStatus:
         """Have exactly the first `num_pages` there, or all if there are not so many.
 
-        Pages go when all work of the engine's stream is done. Work that is launched on it after
-        this has returned finds the pages that came; the host does not wait for them. Nothing is
-        dropped that cannot be brought back: without a copy, or without room for what has changed,
-        pages stay.
+        The annex is there when all are; otherwise it goes before the first of them. Where it has to
+        stay, as many pages go in its place.
+
+        Pages go when all work of the engine's stream is done. Work that is launched on it later
+        finds the pages that came, or waits for them by `arriving`; the host does not wait. Nothing
+        is dropped that cannot be brought back: without a copy, or without room for what has
+        changed, pages stay.
 
         Returns:
             What is there then: less than was wanted if others took the memory for it.
 
         Raises:
             BackendError: If the backend fails; the pages in front of that are there.
+            HostCopyError: If the copy went to the disk, and is not there any more.
             LedgerError: If the instance has left the ledger.
         """
         wanted = min(num_pages, self.image.num_pages)
+        wants_annex = num_pages >= self.image.num_pages + self._num_annex_pages
         try:
             self._drop_unfinished()
             copy = self.copying.copy
-            if copy is None or wanted == self._num_there:
+            if copy is None:
                 return self.status()
+            if self._annex is not None and not wants_annex:
+                self._drop_annex(self._annex)
+                if self._annex.is_there and wanted == self.image.num_pages:
+                    wanted = max(num_pages - self._num_annex_pages, 0)  # weights go in its place
             if wanted > self._num_there:
+                copy = self._moving_out.back()
+                if copy is None:
+                    return self.status()
                 self._bring(copy, wanted)
-            else:
+            elif wanted < self._num_there:
                 self._give(copy, wanted)
+            if self._annex is not None and wants_annex:
+                self._bring_annex(self._annex)
         except OutOfMemoryError as error:
             # Others than engines took it. What came stays, and the rest is asked for again.
             logger.warning("kvcached: %s; requests wait for the rest of the weights", error)
         finally:
-            self._report()
+            self._moving_out.offer()
+            self._row.report()
         return self.status()
 
     def close(self) -> None:
@@ -147,11 +165,10 @@ class RankWeights:
         if os.getpid() != self._pid:
             return
         self.copying.stop()
+        self._moving_out.close()
         copy, self.copying.copy = self.copying.copy, None
         with contextlib.ExitStack() as rest:
-            if self._ledger is not None:
-                rest.callback(self._ledger.close)
-            rest.callback(self._report_end)
+            rest.callback(self._row.close)
             rest.callback(self.image.close)
             if copy is not None:
                 rest.callback(copy.close)
@@ -159,18 +176,53 @@ class RankWeights:
                 self._wait_for_device()
         self._num_there = 0
 
+    @property
+    def _num_resident_pages(self) -> int:
+        return self.image.num_resident_pages + self._num_resident_annex_pages
+
+    @property
+    def _num_resident_annex_pages(self) -> int:
+        return self._num_annex_pages if self._annex is not None and self._annex.is_there else 0
+
+    @property
+    def _num_annex_pages(self) -> int:
+        """Those that it would fill: it grows with what is captured later."""
+        annex_bytes = 0 if self._annex is None else self._annex.num_bytes
+        return -(-annex_bytes // self.image.page_bytes)
+
+    def _bring_annex(self, annex: Annex) -> None:
+        if annex.is_there:
+            return
+        self._row.with_patience(annex.bring, annex.num_bytes)
+        stream = self._current_stream()
+        annex.backend.join(stream)
+        annex.backend.join_copies(stream)
+
+    def _drop_annex(self, annex: Annex) -> None:
+        if not annex.is_there and not annex.resident_bytes:  # some is left where a backend failed
+            return
+        self._wait_for_device()
+        try:
+            annex.drop()
+        except (HostCopyError, OutOfMemoryError) as error:
+            logger.warning("kvcached: buffers and graphs stay on the device: %s", error)
+        release_cached_blocks()
+
     def _give(self, copy: HostCopy, num_pages: int) -> None:
+        try:
+            self._give_clean(copy, num_pages)
+        except HostCopyError as error:
+            logger.warning("kvcached: changed weights stay on the device: %s", error)
+        except OutOfMemoryError as error:
+            logger.warning("kvcached: weights stay, nobody can see if they changed: %s", error)
+
+    def _give_clean(self, copy: HostCopy, num_pages: int) -> None:
         self._wait_for_device()
         source = self.copying.source
         batches = list(_batches(self._num_there, num_pages))
         look = source.begin_sums(*batches[0])
         for (first, _), following in zip(batches, [*batches[1:], None], strict=True):
-            try:
-                is_clean = self._write_back(copy, first, look())
-            except HostCopyError as error:
-                logger.warning("kvcached: changed weights stay on the device: %s", error)
-                return
-            if not is_clean:
+            if not self._write_back(copy, first, look()):
                 logger.warning("kvcached: weights change though nothing runs, so they stay")
                 return
             if following is not None:  # the device looks while the host drops
@@ -180,7 +232,7 @@ class RankWeights:
             if following is None:
                 # Whom the last report wakes may need this memory too, and nobody rings for it.
                 release_cached_blocks()
-            self._report()
+            self._row.report()
 
     def _write_back(self, copy: HostCopy, first: int, sums: Sequence[Sums]) -> bool:
         """Have the copy know what the pages of these sums are; return whether it does."""
@@ -189,23 +241,34 @@ class RankWeights:
             for page, found in enumerate(sums, first)
             if page in self._dirty or found != copy.sums[page]
         ]
-        if changed and not copy.write_back(changed, self.copying.source):
-            return False
+        if changed:
+            here = self._moving_out.back()
+            if here is None:
+                raise HostCopyError(
+                    "the copy of them is on the disk, and memory has no room for it"
+                )
+            if not here.write_back(changed, self.copying.source):
+                return False
         self._dirty.difference_update(changed)
         return True
 
     def _bring(self, copy: HostCopy, num_pages: int) -> None:
-        image = self.image
+        image, num_before, is_marked = self.image, self._num_there, False
         try:
             while self._num_there < num_pages:
                 batch_end = min(self._num_there + MAP_BATCH_PAGES, num_pages)
                 while (page := self._num_there) < batch_end:
-                    self._map_next((num_pages - page) * image.page_bytes)
+                    missing_bytes = (num_pages - page) * image.page_bytes
+                    self._row.with_patience(lambda: image.map_next(1), missing_bytes)
                     self._copy_in(copy, page)
                     self._num_there += 1
-                self._report()
+                if self.lets_arrive:
+                    self.arriving.add(num_before, self._num_there)
+                self._row.report()
+            is_marked = self.lets_arrive
         finally:
-            image.backend.join_copies(self._current_stream())
+            if not is_marked:
+                image.backend.join_copies(self._current_stream())
 
     def _copy_in(self, copy: HostCopy, page: int) -> None:
         image = self.image
@@ -214,65 +277,16 @@ class RankWeights:
             num_bytes = min(MAX_COPY_BYTES, image.page_bytes - begin)
             image.backend.copy_in(address + begin, host_address + begin, num_bytes)
 
-    def _map_next(self, missing_bytes: int) -> None:
-        ledger, seat = self._ledger, self._seat
-        if ledger is None or seat is None:
-            self.image.map_next(1)
-            return
-        has_asked = False
-
-        def ask() -> None:
-            nonlocal has_asked
-            has_asked = True
-            self._report()
-            ask_peers(ledger, seat.row, missing_bytes, is_static=True)
-
-        try:
-            keep_trying(lambda: self.image.map_next(1), ask, PATIENCE_SECONDS)
-        finally:
-            if has_asked:
-                ledger.clear_waiting(seat.row)
-
     def _drop_unfinished(self) -> None:
         """Drop resident pages that do not count as there."""
-        surplus = self.image.num_resident_pages - self._num_there
-        if surplus:
+        if surplus := self.image.num_resident_pages - self._num_there:
             self.image.drop_last(surplus)
 
     def _wait_for_device(self) -> None:
         """Return when nothing reads or writes a page any more."""
         self.image.backend.fence(self._current_stream()).wait()
         self.image.backend.finish_copies()
-
-    def _report(self) -> None:
-        """Tell the ledger what became of pages since it was told last; wake who waits for them."""
-        if self._ledger is None or self._seat is None:
-            return
-        more = self.image.num_resident_pages - self._num_reported
-        arena = self.image.arena
-        map_times, unmap_times = arena.maps.take(), arena.unmaps.take()
-        if not more and map_times is unmap_times is NO_CALLS:
-            return
-        self._num_reported += more
-        more_bytes = more * self.image.page_bytes
-        waiting = self._ledger.settle_weights(
-            self._seat.row,
-            mapped_bytes=max(more_bytes, 0),
-            unmapped_bytes=max(-more_bytes, 0),
-            map_times=map_times,
-            unmap_times=unmap_times,
-        )
-        wake(self._ledger, waiting)
-
-    def _expect(self, seconds: float) -> None:
-        """Say in how many seconds there is news of weights that are not offered yet."""
-        if self._ledger is not None and self._seat is not None:
-            with contextlib.suppress(LedgerError):  # the engine may have left
-                self._ledger.expect_weights(self._seat.row, seconds)
-
-    def _report_end(self) -> None:
-        with contextlib.suppress(LedgerError):  # the engine may have left, and with it the row
-            self._report()
+        self.arriving.forget()
 
 
 def _batches(num_there: int, num_pages: int) -> Iterator[tuple[int, int]]:

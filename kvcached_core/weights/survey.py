@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcached_core.config import Config
+from kvcached_core.weights.budgets import make_budget
 from kvcached_core.weights.copies_folder import Holder, check_folder, read_holders
-from kvcached_core.weights.host_budget import HostBudget
 
 ROOT = Path("/")
 IN_MEMORY = {"tmpfs", "ramfs", "hugetlbfs"}
@@ -61,7 +61,7 @@ def survey_copies(config: Config, root: Path = ROOT) -> CopiesSurvey:
         HostCopyError: If the folder cannot be used.
         ConfigError: If the budget is not allowed.
     """
-    budget = HostBudget(config)
+    budget = make_budget(config)
     place = check_folder(budget.folder)
     return CopiesSurvey(
         budget.folder,

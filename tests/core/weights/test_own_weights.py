@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 from helpers.waiting import await_that
 
 from kvcached_core.config import read_config
+from kvcached_core.errors import BackendError
 from kvcached_core.weights.key import Origin
 from kvcached_core.weights.own_weights import OwnWeights, take_over
 
 CPU = torch.device("cpu")
-COPY_SECONDS = 20.0
 
 
 class Model(torch.nn.Module):
@@ -47,7 +48,7 @@ def weights(model: Model, tmp_path: Path) -> Iterator[OwnWeights]:
     taken = take(model, tmp_path)
     assert taken is not None
     taken.rank.begin_copy()
-    await_that(lambda: taken.rank.status().is_copied, COPY_SECONDS)
+    await_that(lambda: taken.rank.status().is_copied)
     yield taken
     for layer in model.layers:  # nothing may use the memory of ours any more
         layer.weight = None
@@ -85,6 +86,28 @@ def test_weights_that_were_written_or_replaced_come_back_as_they_were_then(
     weights.follow(is_update=True)
     go_and_come(weights)
     assert torch.equal(answer(model), after)
+
+
+def test_a_close_that_fails_gives_the_annex_back_all_the_same(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = take(model, tmp_path)
+    assert weights is not None
+    closed = list[str]()
+    weights.annex = SimpleNamespace(close=lambda: closed.append("annex"))  # type: ignore[assignment]
+    close = weights.rank.close
+
+    def fail() -> None:
+        raise BackendError("unmap", "broken", 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights.rank, "close", fail)
+        with pytest.raises(BackendError):
+            weights.close()
+    assert closed == ["annex"]
+    for layer in model.layers:
+        layer.weight = None
+    close()
 
 
 def test_a_model_without_weights_is_left_alone(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 from helpers.backends import LimitedBackend
-from helpers.fake_driver import FakeDriver, Result, tensors_on_the_host
+from helpers.fake_driver import FakeDriver, Result
 from helpers.forked import exit_code_of_child
 from helpers.waiting import await_that
 from helpers.weight_ranks import NUM_PAGES, PAGE, WeightedRank
@@ -25,26 +25,14 @@ from kvcached_core.memory.vmm.backend import Backend
 from kvcached_core.memory.vmm.cuda import CudaBackend
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import GIB
-from kvcached_core.weights import copying, rank, source
+from kvcached_core.weights import copying, rank, rank_row, source
 from kvcached_core.weights.copies_folder import read_holders
 from kvcached_core.weights.host_budget import HostBudget
-from kvcached_core.weights.rank import DROP_BATCH_PAGES, MAP_BATCH_PAGES, PATIENCE_SECONDS
+from kvcached_core.weights.rank import DROP_BATCH_PAGES, MAP_BATCH_PAGES
+from kvcached_core.weights.rank_row import PATIENCE_SECONDS
 from kvcached_core.weights.sums import Sums
 
 WORDS = PAGE // 8
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    tensors_on_the_host(monkeypatch)
-    return FakeDriver(granularity_bytes=PAGE)
-
-
-@pytest.fixture(params=["host", "cuda"])
-def backend(request: pytest.FixtureRequest, driver: FakeDriver) -> Backend:
-    if request.param == "host":
-        return HostBackend(PAGE)
-    return CudaBackend(api=cast("Any", driver))
 
 
 Make = Callable[..., WeightedRank]
@@ -204,6 +192,28 @@ def test_pages_that_have_changed_stay_where_the_host_has_no_room_for_them(
     assert "changed weights stay on the device" in caplog.text
     assert status.num_resident_pages == NUM_PAGES - DROP_BATCH_PAGES  # what lay behind them went
     ours.check(status.num_resident_pages)
+    ours.weights.hold(NUM_PAGES)
+    ours.check(NUM_PAGES)
+
+
+def test_pages_that_nobody_can_look_at_stay_until_somebody_can(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = make(HostBackend(PAGE)).start()
+    real = source.begin_page_sums
+
+    def full(image: Any, first: int, num_pages: int) -> Callable[[], list[Sums]]:
+        if first < NUM_PAGES - DROP_BATCH_PAGES:
+            raise torch.OutOfMemoryError
+        return real(image, first, num_pages)
+
+    ours.change(9 * WORDS, 1)
+    monkeypatch.setattr(source, "begin_page_sums", full)
+    assert ours.weights.hold(0).num_missing_pages == 0
+    assert "weights stay, nobody can see if they changed" in caplog.text
+    ours.check(NUM_PAGES)
+    monkeypatch.setattr(source, "begin_page_sums", real)
+    assert ours.weights.hold(0).num_resident_pages == 0
     ours.weights.hold(NUM_PAGES)
     ours.check(NUM_PAGES)
 
@@ -394,7 +404,7 @@ def test_a_wake_that_finds_no_memory_asks_its_neighbours_and_goes_on_when_it_com
         if len(asked) == 3:
             limited.limit_bytes = NUM_PAGES * PAGE
 
-    monkeypatch.setattr(rank, "ask_peers", ask)
+    monkeypatch.setattr(rank_row, "ask_peers", ask)
     assert ours.weights.hold(NUM_PAGES).num_missing_pages == 0
     assert asked == [(ours.row, (NUM_PAGES - 10) * PAGE, True)] * 3
     assert clock == sorted(clock)
@@ -424,7 +434,7 @@ def test_a_wake_that_finds_no_memory_keeps_what_came_and_ends(
 def test_a_rank_that_is_in_no_ledger_gives_and_takes_too(make: Make) -> None:
     ours = make(HostBackend(PAGE))
     ours.weights.begin_copy()
-    await_that(lambda: ours.weights.status().is_copied, 30)
+    await_that(lambda: ours.weights.status().is_copied)
     ours.weights.hold(0)
     ours.weights.hold(NUM_PAGES)
     assert ours.words().equal(ours.content)
@@ -434,7 +444,7 @@ def test_a_rank_that_is_in_no_ledger_gives_and_takes_too(make: Make) -> None:
 def test_who_joins_later_reports_what_is_there_then(make: Make) -> None:
     ours = make(HostBackend(PAGE))
     ours.weights.begin_copy()
-    await_that(lambda: ours.weights.status().is_copied, 30)
+    await_that(lambda: ours.weights.status().is_copied)
     ours.weights.hold(7)
     ours.weights.join(ours.seat)
     ours.check(7)
@@ -445,7 +455,7 @@ def test_a_copy_that_another_start_left_is_used_as_it_is(make: Make, tmp_path: P
     ours = WeightedRank(HostBackend(PAGE), tmp_path)
     ours.weights.join(ours.seat)
     ours.weights.begin_copy()
-    await_that(lambda: ours.weights.status().is_copied, 30)
+    await_that(lambda: ours.weights.status().is_copied)
     assert "copy_out" not in ours.done
     ours.weights.hold(0)
     ours.weights.hold(NUM_PAGES)
@@ -496,7 +506,7 @@ def test_who_starts_is_told_that_a_copy_gets_further_and_when_it_fails(
     ours.weights.copying._make_copy = lambda _stop: outcomes.pop(0)
     ours.weights.join(ours.seat)
     ours.weights.begin_copy()
-    await_that(lambda: ours.weights.status().is_copied, 30)
+    await_that(lambda: ours.weights.status().is_copied)
     assert told[:4] == [START_SECONDS, COPY_SECONDS, 0, COPY_SECONDS]
 
 
@@ -515,7 +525,7 @@ def test_what_could_not_be_copied_is_tried_again(
     monkeypatch.setattr(copying, "FIRST_RETRY_SECONDS", 0.001)
     ours.weights.begin_copy()
     ours.weights.begin_copy()  # one thread is enough
-    await_that(lambda: ours.weights.status().is_copied, 30)
+    await_that(lambda: ours.weights.status().is_copied)
     assert tried == ["kvcached-weights"] * 3
 
 
@@ -526,13 +536,13 @@ def test_a_copy_begins_when_others_left_room_for_all_of_it(
     other = HostBudget(ours.config, GIB).claim("other", 6 * PAGE)
     monkeypatch.setattr(copying, "FIRST_RETRY_SECONDS", 0.001)
     ours.weights.begin_copy()
-    await_that(lambda: caplog.text.count("stay on the device") > 1, 30)
+    await_that(lambda: caplog.text.count("stay on the device") > 1)
     assert not ours.weights.status().is_copied
     assert ours.weights.hold(0).num_missing_pages == 0
     folder = ours.config.copies_dir  # each try has an empty file there for a moment
-    await_that(lambda: [one.name for one in read_holders(folder)] == ["other"], 30)
+    await_that(lambda: [one.name for one in read_holders(folder)] == ["other"])
     other.close()
-    await_that(lambda: ours.weights.status().is_copied, 30)
+    await_that(lambda: ours.weights.status().is_copied)
 
 
 def test_who_closes_does_not_wait_for_a_copy(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,12 @@ from kvcached_core.errors import HostBudgetError, HostCopyError, KVCachedError
 from kvcached_core.ledger.lock import FileLock
 from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.units import GIB, KIB, MIB
-from kvcached_core.weights import host_budget
+from kvcached_core.weights import folder_lock
 from kvcached_core.weights.copies_folder import copies_folder, read_holders
 from kvcached_core.weights.host_budget import HostBudget
-from kvcached_core.weights.host_file import Shape, SharedFile, open_shared
+from kvcached_core.weights.host_file import SharedFile, open_shared
 from kvcached_core.weights.key import CopyKey
+from kvcached_core.weights.record import Shape
 
 BUDGET = 10 * MIB
 
@@ -209,7 +210,7 @@ def test_a_folder_without_room_for_a_claim_is_no_room(
 def test_who_does_not_go_on_with_the_lock_is_said(
     budget: HostBudget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_budget, "LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(folder_lock, "LOCK_SECONDS", 0.0)
     with (
         budget._room_for("llama", 0),
         pytest.raises(HostCopyError, match=r"budget\.lock is locked by another process"),

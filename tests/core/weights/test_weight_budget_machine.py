@@ -14,8 +14,9 @@ from kvcached_core.config import Config
 from kvcached_core.errors import HostBudgetError
 from kvcached_core.weights.copies_folder import read_holders
 from kvcached_core.weights.host_budget import Claim, HostBudget
-from kvcached_core.weights.host_file import Shape, SharedFile, open_shared
+from kvcached_core.weights.host_file import SharedFile, open_shared
 from kvcached_core.weights.key import CopyKey
+from kvcached_core.weights.record import Shape
 
 UNIT = 4096
 BUDGET = 12 * UNIT

@@ -67,8 +67,8 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
         "says key ffffffffffffffffffffffffffffffff",
     ),
     "other format": (
-        lambda image: change_record(image, '"version": 1', '"version": 0'),
-        "says version 0, expected is 1",
+        lambda image: change_record(image, '"version": 2', '"version": 0'),
+        "says version 0, expected is 2",
     ),
     "other pages": (
         lambda image: change_record(image, '"num_pages": 4', '"num_pages": 5'),
