@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -23,7 +23,7 @@ from kvcached_core.units import (
 PREFIX = "KVCACHED_"
 SWITCH = "ENABLE_KVCACHED"
 HOST, CUDA = "host", "cuda"
-# Watermarks of idle pages, low and high, where nothing else is set; docs/benchmarks.md has the
+# Watermarks of idle pages, low and high, where nothing else is set; docs/lab/steps.md has the
 # measurements. Pools on the host are small.
 DEFAULT_SPARE_PAGES = {HOST: (1, 1), CUDA: (4, 16)}
 
@@ -124,8 +124,30 @@ class Config(BaseModel):
     weights: WeightsMode = Field(
         default=WeightsMode.KEEP, description="whether an idle engine yields its weights, too"
     )
+    buffers: WeightsMode = Field(
+        default=WeightsMode.KEEP,
+        description="whether large buffers and the memory of CUDA graphs go with the weights",
+    )
     weights_dir: Path | None = Field(
         default=None, description="folder of the host copies of weights; none is one in the other"
+    )
+    weights_restart: bool = Field(
+        default=True,
+        description="whether a start has its weights from the host copy of an earlier one, if that "
+        "is what would be read from the model's files",
+    )
+    weights_disk: Path | None = Field(
+        default=None,
+        description="folder on a disk for images of weights that the host budget has no room for; "
+        "none keeps them in host memory alone",
+    )
+    weights_disk_free: Annotated[int | str, _size_or_share("WEIGHTS_DISK_FREE")] = Field(
+        default="10%",
+        description="what such images leave free of that disk: a size, or a share of all of it",
+    )
+    weights_wait: Literal["all", "layers"] = Field(
+        default="all",
+        description="what a step waits for when weights come back: all, or each layer for its own",
     )
     weights_kept_seconds: Annotated[float | None, Field(ge=0), BeforeValidator(_auto)] = Field(
         default=None,
@@ -134,8 +156,8 @@ class Config(BaseModel):
     )
     host_budget: Annotated[int | str, _size_or_share("HOST_BUDGET")] = Field(
         default="50%",
-        description="host memory for all copies of ours: a size, or a share of what a process "
-        "may use",
+        description="host memory for all copies of weights and all offloaded caches: a size, or a "
+        "share of what a process may use",
     )
     sleep_after: Annotated[float | None, Field(ge=0), BeforeValidator(_none)] = Field(
         default=None,
@@ -180,6 +202,14 @@ class Config(BaseModel):
                 self.host_budget, what=PREFIX + "HOST_BUDGET", whole_bytes=usable_bytes
             )
         return self.host_budget
+
+    def weights_disk_free_bytes(self, disk_bytes: int) -> int:
+        """Return what images leave free of a file system of `disk_bytes`."""
+        if isinstance(self.weights_disk_free, str):
+            return parse_bytes(
+                self.weights_disk_free, what=PREFIX + "WEIGHTS_DISK_FREE", whole_bytes=disk_bytes
+            )
+        return self.weights_disk_free
 
     def headroom_bytes(self, device_bytes: int) -> int:
         """Return the bytes of a device of `device_bytes` that KV caches leave free."""

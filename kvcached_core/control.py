@@ -242,6 +242,10 @@ def _size(text: str, what: str, place: _Place) -> int | None:
 
 def _change(places: list[_Place], changes: list[dict[str, Any]]) -> Result | None:
     """Change words of an instance's policy on all its devices, or on none."""
+    name = places[0].view.name
+    if places[0].view.is_program and changes[0].keys() & {"limit_bytes", "floor_bytes"}:
+        reason = f"{name!r} is a program: limits and floors are about the KV caches of engines"
+        return Result(name, Outcome.REFUSED, reason=reason)
     done: list[tuple[_Place, PolicyChange]] = []
     try:
         for place, words in zip(places, changes, strict=True):
@@ -251,7 +255,7 @@ def _change(places: list[_Place], changes: list[dict[str, Any]]) -> Result | Non
             place.ledger.undo_policy(place.view.row, change)
         if isinstance(error, LedgerError):
             raise
-        return Result(places[0].view.name, Outcome.REFUSED, reason=str(error))
+        return Result(name, Outcome.REFUSED, reason=str(error))
     for place, change in done:
         bell.wake(place.ledger, {place.view.row, *change.waiting})
     return None

@@ -84,12 +84,20 @@ class HostBudgetError(HostCopyError, MemoryError):
         self.budget_bytes = budget_bytes
 
 
+class DiskImageError(HostCopyError):
+    """An image of weights could not go to the disk; it stays where it was."""
+
+
 class PolicyError(KVCachedError, ValueError):
     """A limit, floor or priority is refused; the message says why and what is allowed."""
 
 
 class UnsupportedEngineError(KVCachedError, RuntimeError):
     """This engine release or configuration cannot be served elastically."""
+
+
+class LayerOrderError(KVCachedError, RuntimeError):
+    """A forward ran otherwise than it was seen to run, so its answer cannot be trusted."""
 
 
 class FirstRankError(KVCachedError):

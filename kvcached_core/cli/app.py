@@ -14,11 +14,11 @@ from typing import Annotated, Any
 import typer
 
 from kvcached_core import __version__, control
-from kvcached_core.cli.added import added, instance_named
+from kvcached_core.cli import running
+from kvcached_core.cli.added import Added, added, instance_named
 from kvcached_core.cli.commands import Commands
 from kvcached_core.control import Outcome, Result
 from kvcached_core.errors import KVCachedError
-from kvcached_core.ledger.reach import pressure
 from kvcached_core.ledger.survey import Survey, survey
 from kvcached_core.units import default_directory
 
@@ -66,26 +66,6 @@ Timeout = Annotated[float, typer.Option(min=0.0, help="Seconds to wait until it 
 DASHES = {"ignore_unknown_options": True}
 
 
-def to_json(found: Survey) -> str:
-    """Return what was seen as JSON: sizes in bytes, pressure as a share of 1."""
-    return json.dumps(
-        {
-            "devices": [
-                {
-                    **asdict(view),
-                    "free_bytes": view.free_bytes,
-                    "instances": [
-                        {**asdict(row), "pressure": pressure(view, row)} for row in view.instances
-                    ],
-                }
-                for view in found.devices
-            ],
-            "problems": found.problems,
-        },
-        indent=2,
-    )
-
-
 def _print_version(value: bool) -> None:  # noqa: FBT001  typer calls it like this
     if value:
         typer.echo(__version__)
@@ -104,20 +84,19 @@ def _options(
 @app.command(name="list")
 def list_instances(directory: Directory = default_directory(), as_json: AsJson = False) -> None:
     """List the instances: a line each."""
-    from kvcached_core.cli.columns import weights_text
+    from kvcached_core.cli.listing import line, to_json
+    from kvcached_core.cli.tiers import tiers
 
     found = survey(directory)
+    seen = tiers(directory)
     if as_json:
-        typer.echo(to_json(found))
+        typer.echo(to_json(found, seen))
     elif not found.problems and not any(view.instances for view in found.devices):
         typer.echo(NOBODY, err=True)
     else:
         for view in found.devices:
             for instance in view.instances:
-                typer.echo(
-                    f"{view.device}\t{instance.name}\t{instance.engine}\tpid {instance.pid}"
-                    f"\tweights {weights_text(instance)}"
-                )
+                typer.echo(line(view, instance, seen))
     _end_for(found.problems)
 
 
@@ -129,9 +108,12 @@ def top(
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two pictures.")] = 0.5,
 ) -> None:
     """Show who holds how much: live on a terminal, once elsewhere."""
+    from kvcached_core.cli.listing import to_json
+    from kvcached_core.cli.tiers import tiers, with_tiers
+
     if as_json:
         found = survey(directory)
-        typer.echo(to_json(found))
+        typer.echo(to_json(found, tiers(directory)))
         _end_for(found.problems)
         return
     from rich.console import Console
@@ -139,13 +121,18 @@ def top(
     from kvcached_core.cli.picture import Picture
     from kvcached_core.cli.top import watch
 
+    def read() -> tuple[Survey, list[Added]]:
+        found = survey(directory)
+        names = {row.name for view in found.devices for row in view.instances}
+        return found, with_tiers(added(directory), tiers(directory), names)
+
     console = Console()
     if not once and console.is_terminal:
-        watch(console, lambda: (survey(directory), added(directory)), interval)
+        watch(console, read, interval)
         return
-    found = survey(directory)
+    found, said = read()
     if found.devices or not found.problems:
-        console.print(Picture(found.devices, said=added(directory)))
+        console.print(Picture(found.devices, said=said))
     _end_for(found.problems)
 
 
@@ -257,6 +244,9 @@ def metrics(
         typer.echo(exposition(directory), nl=False)
     else:
         serve(directory, host, port)
+
+
+app.command(name="run", context_settings=running.SETTINGS)(running.run_program)
 
 
 def _end_for(problems: list[str]) -> None:

@@ -65,8 +65,10 @@ def short_bytes(num_bytes: float) -> str:
 def weights_text(instance: InstanceView) -> str:
     """Return how much of an instance's weights is resident: `15.0G`, `7.2/15G`, `waking 60 %`.
 
-    `-` is for weights that never yield.
+    `-` is for weights that never yield, and for a program, which has none.
     """
+    if instance.is_program:
+        return "-"
     there = instance.weights_bytes
     needed = max(instance.weights_needed_bytes, there)
     if not needed:
@@ -123,6 +125,12 @@ def _curve(seen: Seen) -> str:
     return seen.history.curve(device, seen.row.name, capacity_bytes, is_ascii=seen.is_ascii)
 
 
+def _pressure(seen: Seen) -> str:
+    if seen.row.is_program:
+        return "-"
+    return f"{floor(100 * pressure(seen.device, seen.row))} %"
+
+
 def _rate(index: int, sign: str) -> Callable[[Seen], str]:
     def cell(seen: Seen) -> str:
         rate = seen.history.rate(seen.device.device, seen.row.name)
@@ -148,10 +156,8 @@ COLUMNS: dict[float, Column] = {
     4: _size("cached", lambda row: row.cached_bytes),
     5: _size("idle", lambda row: row.idle_bytes),
     7: WEIGHTS,
-    6: Column(
-        "pressure", SIZE_WIDTH, lambda seen: f"{floor(100 * pressure(seen.device, seen.row))} %"
-    ),
-    13: _size("promised", lambda row: row.promised_bytes),
+    6: Column("pressure", SIZE_WIDTH, _pressure),
+    13: _size("promised", lambda row: row.taken_bytes - row.resident_bytes),
     10: _size("limit", lambda row: row.limit_bytes),
     11: _size("floor", lambda row: row.floor_bytes, zero="none"),
     14: Column("priority", 8, lambda seen: str(seen.row.priority)),

@@ -10,6 +10,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from kvcached_core import __version__
+from kvcached_core.cli.disk_tiers import examine_disks
+from kvcached_core.cli.image_disk import examine_image_disk
 from kvcached_core.errors import BackendError, KVCachedError, LedgerError
 from kvcached_core.ledger import nvml
 from kvcached_core.ledger.bell import Doorbell
@@ -51,9 +53,14 @@ def examine(directory: Path) -> list[Finding]:
         _settings(),
         _memory(),
         *_copies(directory),
+        *(_disk_tiers(directory) if folder.is_good else ()),
         _driver(),
         *_engines(),
     ]
+
+
+def _disk_tiers(directory: Path) -> Iterator[Finding]:
+    return (Finding("disk tier", *found) for found in examine_disks(directory))
 
 
 def _folder(directory: Path) -> Finding:
@@ -112,7 +119,9 @@ def _ledgers(directory: Path) -> Iterator[Finding]:
 
 
 def _named(instance: InstanceView) -> str:
-    """Return an instance's name, and that its process id is not one of here."""
+    """Return an instance's name, and that it is a program, or its process id is not of here."""
+    if instance.is_program:
+        return f"{instance.name} (a program)"
     is_here = instance.pid_namespace in (0, own_pid_namespace())
     return instance.name if is_here else f"{instance.name} (in another PID namespace)"
 
@@ -153,7 +162,9 @@ def _memory() -> Finding:
             f" ({found.limited_by} limits it; the machine has {format_bytes(found.machine_bytes)})"
         )
     try:
-        pool_bytes = read_config().host_pool_bytes(found.usable_bytes)
+        config = read_config()
+        pool_bytes = config.host_pool_bytes(found.usable_bytes)
+        budget_bytes = config.host_budget_bytes(found.usable_bytes)
     except KVCachedError:
         return _good("memory", usable)  # what is wrong with the settings is said there
     if pool_bytes > found.usable_bytes:
@@ -162,7 +173,13 @@ def _memory() -> Finding:
             f"KVCACHED_HOST_POOL={format_bytes(pool_bytes)} is more than the process may use: "
             f"{usable}; the kernel would end engines that fill it, so set it lower",
         )
-    return _good("memory", f"{usable}; engines on the host share {format_bytes(pool_bytes)}")
+    text = f"{usable}; engines on the host share {format_bytes(pool_bytes)}"
+    if pool_bytes + budget_bytes > found.usable_bytes:
+        text += (
+            f", and copies of weights and offloaded caches may take {format_bytes(budget_bytes)} "
+            "more: where both are used, lower KVCACHED_HOST_POOL or KVCACHED_HOST_BUDGET"
+        )
+    return _good("memory", text)
 
 
 def _copies(directory: Path) -> Iterator[Finding]:
@@ -196,6 +213,8 @@ def _copies(directory: Path) -> Iterator[Finding]:
     )
     held = f"{format_bytes(found.held_bytes)} of {format_bytes(found.budget_bytes)} in use"
     yield _good("host budget", f"{held}: {names}" if names else held)
+    if config.weights_disk is not None:
+        yield Finding("image disk", *examine_image_disk(config.weights_disk, config))
     num_bytes = pinnable_bytes()
     yield _good(
         "pinning",

@@ -43,6 +43,10 @@ INSTANCE_GAUGES: dict[str, tuple[str, Callable[[InstanceView], float]]] = {
     "weights_needed_bytes": ("What of them it needs to run.", lambda i: i.weights_needed_bytes),
     "weights_offered_bytes": ("What others may ask for.", lambda i: i.weights_offered_bytes),
     "promised_bytes": ("Promised and not mapped yet.", lambda i: i.promised_bytes),
+    "announced_bytes": (
+        "About to be allocated beside the KV cache, or by a program.",
+        lambda i: i.static_bytes,
+    ),
     "waiting_bytes": ("Refused, and still wanted.", lambda i: i.waiting_bytes),
     "virtual_bytes": ("What the engine believes to have.", lambda i: i.virtual_bytes),
     "token_bytes": ("KV of one token, on all ranks of the device.", lambda i: i.token_bytes),
@@ -164,6 +168,11 @@ def serve(directory: Path, host: str, port: int) -> None:
 
 
 def _registry(directory: Path) -> CollectorRegistry:
+    from kvcached_core.cli.image_metrics import ImageCollector
+    from kvcached_core.cli.tier_metrics import TierCollector
+
     registry = CollectorRegistry()
     registry.register(LedgerCollector(directory))
+    registry.register(TierCollector(directory))
+    registry.register(ImageCollector())
     return registry

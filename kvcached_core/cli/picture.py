@@ -60,7 +60,9 @@ class Picture:
         self._history = history
         self._problems = problems
         rows = [row for view in self._devices for row in view.instances]
-        self._has_weights = any(row.weights_needed_bytes or row.weights_bytes for row in rows)
+        self._has_weights = any(
+            row.weights_needed_bytes or (row.weights_bytes and not row.is_program) for row in rows
+        )
         names = {row.name for row in rows}
         self._said = {each.instance: each.cells for each in said if each.instance in names}
         self._added = added_columns([each for each in said if each.instance in names])

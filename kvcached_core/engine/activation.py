@@ -61,6 +61,7 @@ class Activation(WeightsKept):
         self._status = status
         self._sleep_after = config.sleep_after
         self._empty = empty
+        self._do_layers_wait = config.weights_wait == "layers"
         self._offered: Sequence[int] = ()  # bytes of each rank, if there are any
         self._is_kept = False  # only higher priorities get them for a while
         self._refused_at = self._stalled_since = 0.0
@@ -72,6 +73,7 @@ class Activation(WeightsKept):
         self._is_stuck = False  # since then: pages stayed that were to go
         self._look_seconds = FIRST_LOOK_SECONDS
         self._look_at = self._alarm_at = 0.0
+        self._described_bytes = status.needed_bytes
         ranks.describe_weights(status.needed_bytes)
 
     def activate(self) -> bool:
@@ -110,6 +112,8 @@ class Activation(WeightsKept):
                     f"kvcached: there is no room for the weights of this engine: {shortage}; it "
                     "stays asleep, and wakes when others need less"
                 )
+        if self._do_layers_wait:
+            self._port.finish_weights()
 
     def rest(self) -> float | None:
         """Nothing runs: offer what is there, go on with a wake, or sleep if it is time to.
@@ -170,20 +174,21 @@ class Activation(WeightsKept):
         self._end_wish(WeightsWish.SLEEP)
 
     def note_refused(self, num_bytes: int) -> None:
-        """Note, after a schedule, that requests found no memory and nothing of the engine is live.
+        """Note, after a schedule, that requests found no memory, and whether something is live.
 
         If that goes on, it waits for weights and KV cache together, as one that wakes: those that
         come before it may have its weights, and it has the room to itself when its turn comes.
 
         Args:
-            num_bytes: What each rank's KV cache lacks.
+            num_bytes: What each rank's KV cache lacks; 0 where something is live, and will end.
         """
         now = self._ranks.clock()
-        if now > self._refused_at + STALL_SECONDS:
+        if not num_bytes or now > self._refused_at + STALL_SECONDS:
             self._stalled_since = now
         self._refused_at = now
-        may_give = self._port.can_be_woken and self.is_active
-        if may_give and now >= self._stalled_since + STALL_SECONDS and self._is_copied():
+        if now < self._stalled_since + STALL_SECONDS:
+            return
+        if self._port.can_be_woken and self.is_active and self._is_copied():
             self.is_active = False
             self._stalled_bytes = num_bytes
             self._waking_since_ns = time.monotonic_ns()
@@ -255,7 +260,11 @@ class Activation(WeightsKept):
         self._is_stuck |= self._status.num_resident_pages > num_pages
 
     def _merge(self, status: WeightStatus | None) -> WeightStatus:
-        return self._ranks.merge(status) or self._status
+        found = self._ranks.merge(status) or self._status
+        if found.needed_bytes != self._described_bytes:  # what goes with them has grown, or shrunk
+            self._described_bytes = found.needed_bytes
+            self._ranks.describe_weights(found.needed_bytes)
+        return found
 
     def _offer_resident(self) -> None:
         status = self._status

@@ -196,6 +196,8 @@ class Beside:
         if not all(can_come(need) for need in self._needs):
             # Memory that nobody can use would lie there, while those who hold the rest need it.
             self._retract()
+            for need in self._needs:
+                ask_peers(need.ledger, need.row, 0, is_static=True)  # so that rows of the dead go
             return Turn.LATER
         self._is_waking = True
         for need in self._needs:

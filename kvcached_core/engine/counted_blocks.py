@@ -6,14 +6,14 @@ pages back: counting waits for the device.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
 from kvcached_core.engine.giving import Giving
 from kvcached_core.engine.pages import Pages
 from kvcached_core.engine.ranks import Ranks
-from kvcached_core.memory.id_tensors import fullest_first, ids_on, without
+from kvcached_core.memory.id_tensors import fullest_first, ids_on, pages_of, without
 
 
 class CountedBlocks(ABC):
@@ -25,7 +25,7 @@ class CountedBlocks(ABC):
         make_pages: Returns the pages that the blocks are on.
         ranks: They say what would be promised.
         giving: It says what is owed.
-        count_cached: Returns how many of the blocks only the prefix cache wants.
+        count_cached: Returns about how many of the blocks no request needs.
     """
 
     def __init__(
@@ -103,6 +103,11 @@ class CountedBlocks(ABC):
         ids, self._added = ids_on(pages.open_pages, pages.geometry, device), []
         self.free_ids = ids[self._num_padding_blocks :]
 
+    def hold(self, find_ids: Callable[[], torch.Tensor], holder: Hashable) -> None:
+        """Keep the pages of these blocks mapped while a copy of them is open; see `Pages.hold`."""
+        geometry = self.pages.geometry
+        self.pages.hold_later(lambda: pages_of(find_ids(), geometry), holder)
+
     def num_empty_pages(self, *, is_live: bool) -> int:  # noqa: ARG002  counting them is dear
         """See `Blocks.num_empty_pages`: as many as the free blocks would fill."""
         return self.num_free_blocks // self.pages.geometry.blocks_per_page
@@ -128,7 +133,7 @@ class CountedBlocks(ABC):
     def count_pages(self) -> tuple[int, int]:
         """See `Blocks.count_pages`: how many pages' worth, by blocks, is used and is cached."""
         per_page = self.pages.geometry.blocks_per_page
-        num_cached = self._count_cached()
+        num_cached = min(self._count_cached(), self.num_taken_blocks)
         num_used = self.num_taken_blocks - num_cached + self._num_padding_blocks
         num_open = self.pages.num_open_pages
         used_pages = min(-(-num_used // per_page), num_open)

@@ -2,7 +2,7 @@
 
 import atexit
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from kvcached_core.engine.activation import Activation
@@ -17,6 +17,7 @@ from kvcached_core.memory.orders import PageOrders
 
 if TYPE_CHECKING:
     from kvcached_core.config import Config
+    from kvcached_core.engine.holds import Holds
     from kvcached_core.engine.pages import Pages
 
 
@@ -82,20 +83,26 @@ class ElasticEngine:
             is_last: Nobody will call again soon, so surplus pages go now.
         """
         is_live = self.port.is_live()
-        if self.ranks.is_waiting:
-            is_refused = self.ranks.end_schedule(is_busy=self.port.num_waiting() > 0)
-            if is_refused and not is_live:
-                page_bytes = self.pools[0].geometry.page_bytes
-                self.activation.note_refused(self.ranks.refused_pages * page_bytes)
+        if self.ranks.is_waiting and self.ranks.end_schedule(is_busy=self.port.num_waiting() > 0):
+            self.activation.note_refused(0 if is_live else self.stalled_bytes())
         for pages in self.pools:
             pages.end_schedule(is_live=is_live, is_last=is_last)
-        is_live = is_live or self.can_counts_wait
-        return pages.book.take_orders(self._count_pages, is_live=is_live)
+        orders = pages.book.take_orders(self._count_pages, is_live=is_live or self.can_counts_wait)
+        if self.giving.has_paid:
+            self._acknowledge(orders, is_last=False)
+        return orders
+
+    def stalled_bytes(self) -> int:
+        """Return what each rank's KV cache lacks where requests found no memory."""
+        return self.ranks.refused_pages * self.pools[0].geometry.page_bytes
 
     def between_steps(self) -> None:
-        """Give back what others or the limit want, if they want something new."""
-        if self.pools and (wanted := self.ranks.look(is_busy=False)) is not None:
-            self.answer(wanted)
+        """Give back what others or the limit want, if they want something new, or holds ended."""
+        if self.pools:
+            is_again = self.giving.is_awaiting and self._is_answer_due()
+            wanted = self.ranks.look(is_busy=False, is_again=is_again)
+            if wanted is not None or self.giving.is_awaiting:
+                self._heed(wanted)
 
     def answer(self, wanted: WantedPages) -> None:
         """Give back what others or the limit want, and note what is wished of the weights."""
@@ -118,11 +125,41 @@ class ElasticEngine:
             self.port.publish()
         weights_seconds = self.activation.rest()
         self.flush(is_last=not self.port.can_be_woken)
-        due = [pages.seconds_until_due() for pages in self.pools]
+        # While pages are held, the step that hears of the end of a copy comes here again.
+        due = [] if self.holds else [pages.seconds_until_due() for pages in self.pools]
         due_seconds = max((seconds for seconds in due if seconds is not None), default=None)
         seconds = [each for each in (due_seconds, weights_seconds) if each is not None]
         if seconds:
             self.ranks.set_alarm(min(seconds))
+
+    @property
+    def holds(self) -> "Holds":
+        """The pages that stay mapped for copies. There is a pool by now."""
+        return self.pools[0].book.holds
+
+    def release(self, holder: Hashable) -> None:
+        """Let go of what a copy held, which all ranks have said to be over; see `Pages.hold`.
+
+        No fence is needed beside the usual one: who unmaps has heard of the end of the copy. What
+        is asked is looked at again between two steps.
+        """
+        self.holds.release(holder)
+
+    def settled(self) -> None:
+        """Let go of what was freed so far: copies of it hold it by now, or there will be none."""
+        self.holds.settle()
+
+    def finish_copies(self) -> None:
+        """Wait until no copy is open, and let go of all holds: of what was freed none is begun.
+
+        It comes before all is unmapped at once: by a reset of the cache, a sleep or the end.
+        """
+        if self.pools:
+            if self.holds:
+                self.port.finish_copies()
+                self.holds.drop()
+            if self.holds.is_due:
+                self.between_steps()
 
     def flush(self, *, is_last: bool = False) -> None:
         """Carry out now, between two steps, what was decided.
@@ -139,6 +176,7 @@ class ElasticEngine:
 
     def empty(self) -> None:
         """Give everything of the KV cache back but page 0; return when it is done."""
+        self.finish_copies()
         if self.pools:
             self.ranks.clear_waiting()
             self.giving.close(self.pools[0].num_pages)
@@ -228,12 +266,26 @@ class ElasticEngine:
             for pages, number in zip(self.pools, needed, strict=True):
                 pages.promise(room_pages * number // num_pages, is_urgent=True)
 
-    def _tell(self, *, wait: bool) -> None:
+    def _is_answer_due(self) -> bool:
+        return self.holds.is_due and self.giving.is_answer_due
+
+    def _heed(self, wanted: WantedPages | None) -> None:
+        if wanted is not None:
+            self.answer(wanted)
+        elif self.holds.is_due:
+            self.giving.go_on()
+            self._tell(wait=False, is_last=False)
+            self.port.publish()
+
+    def _tell(self, *, wait: bool, is_last: bool) -> None:
         orders = self._take_orders(is_live=self.port.is_live())
-        # Before the orders: to unmap takes from what is announced here.
-        # What is waited for is the first part: whoever asked has not got everything with it.
-        self.ranks.acknowledge(len(orders.unmap_pages) if orders else 0, is_last=not wait)
+        self._acknowledge(orders, is_last=is_last)
         self._send(orders, wait=wait)
+
+    def _acknowledge(self, orders: PageOrders | None, *, is_last: bool) -> None:
+        # Before the orders: to unmap takes from what is announced here.
+        self.giving.has_paid = False
+        self.ranks.acknowledge(len(orders.unmap_pages) if orders else 0, is_last=is_last)
 
     def _send(self, orders: PageOrders | None, *, wait: bool = False) -> None:
         if orders is not None or wait:

@@ -146,7 +146,9 @@ class FreeLists(Generic[Block]):
             num_cached[page] -= 1
             mark_dirty(page)
 
-    def cached_pages(self, queue: Iterable[Block]) -> Iterator[list[Block]]:
+    def cached_pages(
+        self, queue: Iterable[Block], is_copied: Callable[[Block], bool] | None = None
+    ) -> Iterator[list[Block]]:
         """Yield the blocks of each cached page, the page that was unused for longest first.
 
         A page comes when its youngest block does. Whoever wants few pages of a large cache walks
@@ -155,15 +157,22 @@ class FreeLists(Generic[Block]):
         Args:
             queue: The blocks that only the prefix cache wants, the oldest first. Those that were
                 yielded may leave it: the ones that come next are on other pages.
+            is_copied: Returns whether a block has a copy elsewhere. Pages on which one has none
+                come last; to find that out may take a walk through the whole queue.
         """
         seen: dict[int, list[Block]] = {page: [] for page in self.pages_in(CACHED)}
+        last = []
         for block in queue:
             page = block.block_id // self._ids_per_page
             blocks = seen.get(page)
             if blocks is not None:
                 blocks.append(block)
                 if len(blocks) == self._num_cached[page]:
-                    yield blocks
+                    if is_copied is None or all(map(is_copied, blocks)):
+                        yield blocks
+                    else:
+                        last.append(blocks)
+        yield from last
 
     def fill_hand(self) -> bool:
         """Take the fullest page's blocks in hand, which is empty; return whether there are any.

@@ -100,6 +100,12 @@ class Instance:
         """What instances may hold together on the device that has least, in bytes."""
         return min(ledger.capacity_bytes for ledger in self._ledgers.values())
 
+    @property
+    def name(self) -> str:
+        """What it is called in the ledgers."""
+        device, row = next(iter(self._rows.items()))
+        return next(one.name for one in self._ledgers[device].view().instances if one.row == row)
+
     def seat(self, device: Device) -> Seat:
         """Return where a rank on `device` reports what it maps."""
         ledger = self._ledgers[device]

@@ -1,4 +1,7 @@
-"""Leaving nothing behind: the last process of a user's last engine removes the ledger files."""
+"""Leaving nothing behind: the last process of a user's last engine removes the ledger files.
+
+And each that ends removes what engines that were killed left of host memory.
+"""
 
 import contextlib
 import os
@@ -8,6 +11,7 @@ from pathlib import Path
 
 from kvcached_core.errors import LedgerError
 from kvcached_core.ledger.ledger import Ledger, sweep
+from kvcached_core.weights.copies_folder import remove_leftovers
 
 # Behind everything else that ends with a process: it waits for its children before this.
 _LAST = -1000
@@ -19,8 +23,10 @@ _DYING_SECONDS, _LOOK_SECONDS = 1.0, 0.02
 _registered: set[tuple[int, Path]] = set()
 
 
-def sweep_at_exit(directory: Path) -> None:
+def sweep_at_exit(directory: Path, copies: Path) -> None:
     """Remove the ledgers in `directory` that nobody uses when this process ends.
+
+    And what killed engines left of host memory, by their claims in the folder `copies`.
 
     Each process of an engine calls it, once or often: whichever of them ends last finds no row
     alive, also where another one was killed. A child of a plain fork does nothing.
@@ -28,16 +34,18 @@ def sweep_at_exit(directory: Path) -> None:
     key = os.getpid(), directory
     if key not in _registered:
         _registered.add(key)
-        Finalize(None, _sweep, args=(directory,), exitpriority=_LAST)
+        Finalize(None, _sweep, args=(directory, copies), exitpriority=_LAST)
 
 
-def _sweep(directory: Path) -> None:
+def _sweep(directory: Path, copies: Path) -> None:
     deadline = time.monotonic() + _DYING_SECONDS
     with contextlib.suppress(LedgerError, OSError):
         sweep(directory)
         while _has_orphans(directory) and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)
             sweep(directory)
+    with contextlib.suppress(OSError):
+        remove_leftovers(copies)
 
 
 def _has_orphans(directory: Path) -> bool:

@@ -122,6 +122,7 @@ class LoopingEngine(ElasticEngine):
                 min(longest_blocks, shape.num_blocks - 1),
                 (shape.block_tokens,),
                 is_exact=True,
+                others=shape.others,
             ),
             self._backend.granularity_bytes,
             self.ranks.seat.num_ranks,
@@ -163,11 +164,12 @@ class LoopingEngine(ElasticEngine):
         is_asked = is_busy or port.is_pending()
         if is_asked and not self.activation.is_active and port.demand() is not None:
             self.activation.activate()  # before it looks: who has to wait is asked for its weights
-        wanted = ranks.look(is_busy=is_busy)
+        is_again = self.giving.is_awaiting and self._is_answer_due()
+        wanted = ranks.look(is_busy=is_busy, is_again=is_again)
         self._room_pages = ranks.room_pages
         port.reopen(has_more=self._room_pages > room_pages)
-        if wanted is not None:
-            self.answer(wanted)
+        if wanted is not None or self.giving.is_awaiting:
+            self._heed(wanted)
         self.pay()
         if self._held_since is not None and ranks.clock() > self._held_since + HOLD_SECONDS:
             self._held_since = None
@@ -185,8 +187,17 @@ class LoopingEngine(ElasticEngine):
         num_wanted = demand.num_running + demand.num_queued
         if not demand.num_least or self._fits(demand):
             self._promise_all(num_wanted)
-            return
-        self._promise_all(demand.num_running)
+        else:
+            self._ask_beyond(demand.num_running, num_wanted)
+
+    def stalled_bytes(self) -> int:
+        """See `ElasticEngine`; all that are queued may need more than there ever is."""
+        num_pages = min(self.ranks.refused_pages, self.placing.least_pages)
+        return num_pages * self.pools[0].geometry.page_bytes
+
+    def _ask_beyond(self, num_running: int, num_wanted: int) -> None:
+        """Promise what runs its next blocks, and only ask others for the rest."""
+        self._promise_all(num_running)
         num_lacking = 0
         for free_list in self.free_lists:
             num_lacking += free_list.pages.num_lacking(num_wanted - free_list.num_free_blocks)
@@ -197,7 +208,7 @@ class LoopingEngine(ElasticEngine):
         """Give more of what is owed, at once: this schedule would take it."""
         self.giving.pay()
         if self.pools[0].book.orders:
-            self._tell(wait=False)
+            self._tell(wait=False, is_last=not self.giving.is_answer_due)
 
     def must_hold(self) -> bool:
         """Return whether no prompt may be computed now.
@@ -212,7 +223,7 @@ class LoopingEngine(ElasticEngine):
         port = self.port
         num_needed = port.num_blocks_to_go_on()
         if num_needed is None:
-            return self.giving.is_yielding() and port.is_running()
+            return self.giving.is_debt_held or (self.giving.is_yielding() and port.is_running())
         if min(map(self._num_evictable_too, range(len(self.pools)))) >= num_needed:
             self._held_since = None
             return False

@@ -95,6 +95,15 @@ class LoopingPort(ABC):
     def num_cached_blocks(self, number: int) -> int:
         """Return the blocks that only the prefix cache wants in the pool with this number."""
 
+    def num_unneeded_blocks(self, number: int) -> int:
+        """Return about how many blocks of a pool no request needs.
+
+        A cached one that is locked for a copy goes when that has ended, so who asks may count on
+        it. One of a request counts, too, while it is copied.
+        """
+        num_locked = 0 if number else self.num_locked_blocks()
+        return self.num_cached_blocks(number) + num_locked
+
     @abstractmethod
     def drop_cached(self, num_blocks: int) -> None:
         """Drop so many cached blocks of the pool of all layers, the longest unused ones."""
@@ -138,6 +147,17 @@ class LoopingPort(ABC):
         self.drop_cached(num_pages * self.free_lists[0].pages.geometry.blocks_per_page)
         return self._count_free() != before
 
+    def finish_copies(self) -> None:  # noqa: B027  an engine may make none
+        """See `EnginePort.finish_copies`."""
+
+    def num_locked_blocks(self) -> int:
+        """See `EnginePort.num_locked_blocks`: an engine may make no copies."""
+        return 0
+
+    def end_copies(self) -> bool:
+        """See `EnginePort.end_copies`: an engine may make none."""
+        return False
+
     def publish(self) -> None:  # noqa: B027  there is nothing to do
         """See `EnginePort.publish`: the engine's loop does it, also in a turn that runs nothing."""
 
@@ -149,6 +169,11 @@ class LoopingPort(ABC):
         """See `EnginePort.hold_weights`."""
         assert self.weights is not None  # noqa: S101
         return self.weights.hold(self.weights.status().pages_without(num_missing))
+
+    def finish_weights(self) -> None:
+        """See `EnginePort.finish_weights`."""
+        if self.weights is not None:
+            self.weights.arriving.finish()
 
     def wake(self, answer: Callable[[], None]) -> None:  # noqa: B027  as above
         """See `EnginePort.wake`: its loop is awake."""

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from heapq import heappop, heappush
 
+from kvcached_core.engine.holds import Holds
 from kvcached_core.memory.orders import PageOrders, PendingOrders
 
 # How often the counts alone are told while requests are live; every report takes the ledger's lock
@@ -16,6 +17,9 @@ class PageBook:
 
     The pools of one arena share it, so a page has one order, whichever pool closes or opens it.
 
+    Attributes:
+        holds: Which of these pages stay mapped for a copy.
+
     Args:
         num_pages: Pages of the arena. Page 0 is mapped for good, and is none of these.
         clock: Returns seconds.
@@ -23,6 +27,7 @@ class PageBook:
 
     def __init__(self, num_pages: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.orders = PendingOrders()
+        self.holds = Holds()
         self.num_promised = 0
         self._unmapped = list(range(1, num_pages))
         self._clock = clock

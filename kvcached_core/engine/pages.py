@@ -13,11 +13,12 @@ workers are told. Which blocks of an open page are free, `Blocks` knows.
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 
 from kvcached_core.engine.lingering import Lingering
 from kvcached_core.engine.page_book import PageBook
 from kvcached_core.engine.port import Blocks, PageSource
+from kvcached_core.errors import PageStateError
 from kvcached_core.memory.geometry import Geometry
 
 # Pages that one schedule gives back while requests are live: no step pays for a whole burst.
@@ -29,6 +30,9 @@ NUM_QUIET_PAGES = 1
 
 class Pages:
     """The pages of one pool. The scheduler's thread calls it.
+
+    Attributes:
+        freed_ids: Whoever copies blocks after they were freed adds their ids here.
 
     Args:
         geometry: What lies in a page.
@@ -67,6 +71,7 @@ class Pages:
         self.num_quiet_pages = num_quiet_pages
         self._num_spare_promised = self.max_spare_pages if shared is None else 0
         self.book = PageBook(num_pages, clock) if shared is None else shared
+        self.freed_ids = self.book.holds.freed_ids(geometry.ids_per_page)
         self.num_promised = 0
         self.num_open_blocks = 0  # on open pages
         self.num_ready_blocks = 0  # on spare and promised pages
@@ -153,10 +158,34 @@ class Pages:
         self._add(page)
         return page
 
+    def hold(self, block_ids: Iterable[int], holder: Hashable) -> None:
+        """Keep the pages of these blocks mapped until `holder`, a copy of them, has ended.
+
+        Their free blocks may be taken meanwhile.
+        """
+        ids_per_page = self.geometry.ids_per_page
+        self.book.holds.hold({int(block_id) // ids_per_page for block_id in block_ids}, holder)
+
+    def hold_later(self, find_pages: Callable[[], Collection[int]], holder: Hashable) -> None:
+        """As `hold`, where to find the pages waits for the device: they are when one is closed."""
+        self.book.holds.hold_later(find_pages, holder)
+
+    def num_held_empty(self) -> int:
+        """Return how many empty pages only a hold keeps mapped."""
+        holds = self.book.holds
+        return len(holds.held_of(self._blocks.empty_pages())) if holds else 0
+
     def close_empty(self, max_pages: int, *, keep: int = 0) -> int:
-        """Close up to `max_pages` spare and empty pages, all but `keep`; return how many it was."""
+        """Close up to `max_pages` spare and empty pages, all but `keep`; return how many it was.
+
+        Those that are held are among what is kept.
+        """
         empty, spare = self._blocks.empty_pages(), self._spare
-        num_pages = min(max(len(empty) + len(spare) - keep, 0), max_pages)
+        most_pages = len(empty) + len(spare) - keep
+        if holds := self.book.holds:
+            held = holds.held_of(empty)
+            empty = [page for page in empty if page not in held]
+        num_pages = max(min(most_pages, len(empty) + len(spare), max_pages), 0)
         closed = [spare.pop() for _ in range(min(num_pages, len(spare)))]
         self.num_ready_blocks -= len(closed) * self.geometry.blocks_per_page
         self._put_back(closed)
@@ -167,9 +196,11 @@ class Pages:
         """Close open pages that are empty: their blocks can no longer be taken.
 
         Raises:
-            PageStateError: If one is not empty.
+            PageStateError: If one is not empty, or is held.
         """
         if pages:
+            if (holds := self.book.holds) and (held := holds.held_of(pages)):
+                raise PageStateError(f"pages {sorted(held)} cannot be closed: copies are open")
             self._blocks.remove(pages)
             self._open.difference_update(pages)
             self.num_open_blocks -= len(pages) * self.geometry.blocks_per_page
@@ -191,7 +222,10 @@ class Pages:
         else:
             if self._lingering.least:
                 self._lingering.note(0)
-            if is_live and num_empty < self.min_spare_pages:
+            # While somebody awaits the rest of what was asked, a spare page would be given for it
+            # again and again, and the ask be over with next to nothing given.
+            is_awaited = self.book.holds.num_awaited > 0
+            if is_live and num_empty < self.min_spare_pages and not is_awaited:
                 self._open_spare(self.max_spare_pages - num_empty)
         if self.num_promised:
             self.cancel()
@@ -205,12 +239,14 @@ class Pages:
     ) -> None:
         lingering = self._lingering
         lingering.note(num_surplus)
+        if self.book.holds.num_awaited:
+            return  # they are somebody else's as soon as holds have ended
         num_due = num_surplus if is_last else lingering.num_due()
         if not num_due:
             return
         at_most = MAX_CLOSED_PAGES if is_live else num_due
         num_closed = self.close_empty(min(num_due, at_most), keep=num_kept)
-        if num_closed < min(num_due, at_most):
+        if num_closed < min(num_due, at_most) and not self.book.holds:
             lingering.restart()  # fewer were empty than it seemed
         else:
             lingering.note(num_surplus - num_closed)

@@ -6,10 +6,11 @@ from math import ceil
 from typing import Any, Protocol
 
 from kvcached_core.config import HOST, Config
-from kvcached_core.errors import ConfigError
+from kvcached_core.errors import ConfigError, UnsupportedEngineError
 from kvcached_core.memory.devices import Device
-from kvcached_core.memory.geometry import Geometry, choose_geometry, fit_geometry
+from kvcached_core.memory.geometry import Geometry, fit_geometry
 from kvcached_core.memory.seats import Placement, Seat
+from kvcached_core.memory.size_classes import SizeClass, choose_any
 from kvcached_core.units import format_bytes
 
 
@@ -25,6 +26,7 @@ class Planes:
         block_tokens: Tokens of a block, for each group of layers that has blocks of its own here.
         is_exact: Whether the engine hands out all of these blocks; otherwise it leaves out those
             that fill no whole page.
+        others: The planes of other block sizes.
     """
 
     block_bytes: int
@@ -33,12 +35,22 @@ class Planes:
     request_blocks: int
     block_tokens: tuple[int, ...]
     is_exact: bool = False
+    others: tuple[SizeClass, ...] = ()
+
+    @property
+    def classes(self) -> tuple[SizeClass, ...]:
+        """The planes of each block size."""
+        return (SizeClass(self.block_bytes, self.num_planes), *self.others)
+
+    @property
+    def whole_bytes(self) -> int:
+        """What one block takes in all planes, in bytes."""
+        return sum(each.bytes_of_all for each in self.classes)
 
     @property
     def token_bytes(self) -> int:
         """What one token takes in all of these layers, as long as no window has dropped it."""
-        whole_bytes = self.num_planes * self.block_bytes
-        return sum(ceil(whole_bytes / num_tokens) for num_tokens in self.block_tokens)
+        return sum(ceil(self.whole_bytes / num_tokens) for num_tokens in self.block_tokens)
 
 
 class Rows(Protocol):
@@ -73,6 +85,9 @@ class Placing:
         length_setting: The engine's setting for the longest request.
         num_pools: How many there will be. Where there are several, page 0 is for the padding block
             of each, and for no other.
+
+    Attributes:
+        least_pages: What the longest request needs.
     """
 
     def __init__(
@@ -93,7 +108,7 @@ class Placing:
         self._device = device
         self._logger = logger
         self._length_setting = length_setting
-        self._least_pages = int(num_pools > 1)
+        self.least_pages = int(num_pools > 1)
         self._token_bytes = 0
 
     @property
@@ -148,7 +163,10 @@ class Placing:
         return geometry
 
     def placement(self, seat: Seat, num_planes: int) -> Placement:
-        """Return where the first pool lies on a rank, which has `num_planes` of its planes."""
+        """Return where the first pool lies on a rank, which has `num_planes` of its planes.
+
+        With several block sizes these are planes of the first.
+        """
         return Placement(replace(self.geometries[0], num_planes=num_planes), self.num_pages, seat)
 
     def explain_size(self) -> str:
@@ -160,11 +178,20 @@ class Placing:
         )
 
     def _choose(self, planes: Planes, granularity_bytes: int) -> Geometry:
-        sizes = {"block_bytes": planes.block_bytes, "num_planes": planes.num_planes}
+        if self.num_pools > 1 and planes.others:
+            sizes = sorted(each.block_bytes for each in planes.classes)
+            raise UnsupportedEngineError(
+                f"layers that differ in block size ({sizes} bytes) in one of {self.num_pools} "
+                "pools: each of them needs one size"
+            )
         if self.geometries:
-            return fit_geometry(**sizes, page_bytes=self.geometries[0].page_bytes)
-        return choose_geometry(
-            **sizes,
+            return fit_geometry(
+                block_bytes=planes.block_bytes,
+                num_planes=planes.num_planes,
+                page_bytes=self.geometries[0].page_bytes,
+            )
+        return choose_any(
+            planes.classes,
             granularity_bytes=granularity_bytes,
             target_page_bytes=self._config.page_bytes,
         )
@@ -175,19 +202,18 @@ class Placing:
         available = num_pages * geometry.blocks_per_page - num_padding_blocks
         needed = planes.request_blocks
         if needed > available:
-            block_bytes = planes.num_planes * planes.block_bytes
             raise ConfigError(
                 f"the pool is smaller than one request as long as {self._length_setting} allows: "
-                f"needed {needed} blocks ({format_bytes(needed * block_bytes)}), available "
+                f"needed {needed} blocks ({format_bytes(needed * planes.whole_bytes)}), available "
                 f"{max(available, 0)} in {num_pages} pages of {format_bytes(geometry.page_bytes)}; "
                 f"raise {pool_settings(self._device)}, or lower {self._length_setting}"
             )
-        self._least_pages += ceil((needed + num_padding_blocks) / geometry.blocks_per_page)
+        self.least_pages += ceil((needed + num_padding_blocks) / geometry.blocks_per_page)
         self._token_bytes += planes.token_bytes
         self._rows.describe(
             page_bytes=geometry.page_bytes,
             num_pages=self.num_pages,
-            least_pages=self._least_pages,
+            least_pages=self.least_pages,
             token_bytes=self._token_bytes,
         )
 

@@ -80,6 +80,23 @@ class EnginePort(Protocol):
         The pages that go first are those that nobody used for longest.
         """
 
+    def finish_copies(self) -> None:
+        """Begin copies of cached blocks that were put off, and wait until none is open."""
+
+    def num_locked_blocks(self) -> int:
+        """Return about how many cached blocks cannot be dropped, as copies of them are open."""
+        return 0
+
+    def end_copies(self) -> bool:
+        """Wait for open copies that keep cached blocks from being dropped, and let go of these.
+
+        It is asked only where a request would have to stop otherwise, or where nothing runs.
+
+        Returns:
+            Whether there were any.
+        """
+        return False
+
     def publish(self) -> None:
         """Tell those that mirror the prefix cache what left it."""
 
@@ -101,6 +118,10 @@ class EnginePort(Protocol):
             What is there then: less than was wanted if others than engines took the memory.
         """
         raise RuntimeError(f"weights that never go shall lack {num_missing} pages")
+
+    def finish_weights(self) -> None:
+        """Let what is launched beside steps find all weights, where steps wait for each layer."""
+        raise RuntimeError("weights that never go are waited for")
 
     def wake(self, answer: Callable[[], None]) -> None:
         """Make the engine's loop call `answer` when it is idle; any thread."""

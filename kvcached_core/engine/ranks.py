@@ -114,7 +114,7 @@ class Ranks:
                 token_bytes=token_bytes,
             )
 
-    def look(self, *, is_busy: bool = True) -> WantedPages | None:
+    def look(self, *, is_busy: bool = True, is_again: bool = False) -> WantedPages | None:
         """Look at the ledgers and the clock; return what is wanted back, or None for no news.
 
         An idle scheduler does this in every turn of its loop. It takes no lock unless somebody
@@ -122,8 +122,9 @@ class Ranks:
 
         Args:
             is_busy: Whether there are requests; the same on every rank.
+            is_again: Return what is wanted even if it is nothing new; the same on every rank.
         """
-        if is_busy:
+        if is_busy or is_again:
             self._num_idle_turns = 0
         elif self._is_one_of_many:
             self._num_idle_turns += 1
@@ -133,7 +134,7 @@ class Ranks:
         if self.instance is not None:
             now = time.monotonic()
             values[4] = int(now * MICROSECONDS)
-            if self.instance.has_news():
+            if self.instance.has_news() or is_again:
                 values[:3] = [1, *self.instance.wanted_pages()]
                 values[5] = self.instance.beside.wish()
             if values[0] or (is_busy and now >= self._looked_at + LOOK_SECONDS):

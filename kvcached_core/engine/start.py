@@ -89,7 +89,7 @@ class Startup:
                 self.refuse(UnsupportedEngineError(misfit))
                 return
         os.environ[checked] = str(release)
-        sweep_at_exit(config.dir)
+        sweep_at_exit(config.dir, config.copies_dir)
         self.applied = self.patches.apply(
             found, lambda error: self.refuse(UnsupportedEngineError(str(error)))
         )

@@ -7,7 +7,7 @@ can come: who has to wait for others announces nothing, so that these get on.
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvcached_core.ledger.bell import wake
@@ -56,10 +56,15 @@ class StartLine:
     Args:
         needs: What it allocates on each device, in an order that all engines keep.
         start: What is known of it.
+        may_come: Returns whether a need is worth to be announced; None asks whether others would
+            give it now.
     """
 
-    def __init__(self, needs: Sequence[Need], start: Start) -> None:
+    def __init__(
+        self, needs: Sequence[Need], start: Start, may_come: Callable[[Need], bool] | None = None
+    ) -> None:
         self._needs = needs
+        self._may_come = may_come or can_come
         self._start = start
         self._is_announced = False
 
@@ -70,7 +75,7 @@ class StartLine:
         Otherwise each could have its weights and wait for a page that no other gives.
         """
         wanted = [self._wanted(need) for need in self._needs]
-        if not all(can_come(need) for need in wanted):
+        if not all(self._may_come(need) for need in wanted):
             self._retract()
             return False
         self._is_announced = True

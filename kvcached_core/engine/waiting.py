@@ -113,13 +113,12 @@ def explain_wait(view: DeviceView, row: RowKey) -> str:
     """Return what an instance lacks on a device, and who holds the memory there, most first."""
     own = next((one for one in view.instances if one.row == row), None)
     lacking = format_bytes(own.waiting_bytes if own else 0)
-    holders = sorted(view.instances, key=lambda one: -(one.resident_bytes + one.promised_bytes))
+    holders = sorted(view.instances, key=lambda one: -one.taken_bytes)
     terms = []
     for one in holders:
         kept = f", floor {format_bytes(one.floor_bytes)}" if one.floor_bytes else ""
         whose = "this one" if one is own else one.name
-        held = format_bytes(one.resident_bytes + one.promised_bytes)
-        terms.append(f"{whose} ({held}{kept})")
+        terms.append(f"{whose} ({format_bytes(one.taken_bytes)}{kept})")
     limit = own.limit_bytes if own else None
     below = "" if limit is None else f", and its limit is {format_bytes(limit)}"
     return f"{lacking} are missing on {view.device}; it is held by {', '.join(terms)}{below}"

@@ -14,6 +14,9 @@ NUM_ROWS = 64
 HEADER_WORDS = 64
 ROW_WORDS = 64
 NO_LIMIT = -1
+# In the place of an engine and its release: the row of a program that is no engine. What it holds
+# counts as weights that never yield, so no rule asks it for anything.
+PROGRAM = "program"
 FILE_BYTES = 8 * (HEADER_WORDS + NUM_ROWS * ROW_WORDS)
 
 # Words of the header. SEQUENCE counts the changes; while somebody writes, it is the negative number

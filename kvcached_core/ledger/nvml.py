@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from kvcached_core.errors import BackendError
@@ -49,6 +49,50 @@ def free_memory_reader(name: str) -> Callable[[], int]:
         return free_bytes
 
     return read
+
+
+def process_memory_reader(name: str) -> Callable[[], dict[int, int | None]]:
+    """Return a function that reads how many bytes of a GPU each process has, by its id.
+
+    The ids are those of the first PID namespace: in a container they are other processes'. `None`
+    is a size that the driver does not say. While the GPU does not answer, nobody has anything.
+
+    Args:
+        name: The GPU's UUID as `nvidia-smi -L` prints it.
+
+    Raises:
+        BackendError: If NVML is missing or does not know the GPU.
+    """
+    nvml = _nvml()
+    with _named(f"NVML, device {name}"):
+        handle = nvml.nvmlDeviceGetHandleByUUID(name)
+    calls = (
+        nvml.nvmlDeviceGetComputeRunningProcesses,
+        nvml.nvmlDeviceGetGraphicsRunningProcesses,
+    )
+
+    def read() -> dict[int, int | None]:
+        found: dict[int, int | None] = {}
+        for call in calls:
+            with suppress(nvml.NVMLError):  # a part of a GPU has no graphics
+                found.update({one.pid: one.usedGpuMemory for one in call(handle)})
+        return found
+
+    return read
+
+
+def total_memory(name: str) -> int:
+    """Return the memory of a GPU, in bytes.
+
+    Args:
+        name: The GPU's UUID as `nvidia-smi -L` prints it.
+
+    Raises:
+        BackendError: If NVML is missing or does not know the GPU.
+    """
+    nvml = _nvml()
+    with _named(f"NVML, device {name}"):
+        return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByUUID(name)).total)
 
 
 def near_cpus(name: str) -> frozenset[int]:

@@ -39,12 +39,15 @@ def reachable_bytes(device: DeviceView, instance: InstanceView) -> int:
 def pressure(device: DeviceView, instance: InstanceView) -> float:
     """Return which share of the memory that an instance could use its requests use, 0 to 1.
 
-    It is 1 while the instance waits for memory, and where there is not one page more for it.
+    It is 1 while the instance waits for memory, and where there is not one page more for it. A
+    program has no requests: its is 0.
 
     Args:
         device: The device; an instance on several is as near the end as on the fullest.
         instance: One of its instances.
     """
+    if instance.is_program:
+        return 0.0
     page_bytes = max(instance.page_bytes, 1)
     reachable = reachable_bytes(device, instance) // page_bytes * page_bytes
     if instance.waiting_bytes or not reachable:

@@ -9,6 +9,7 @@ from kvcached_core.ledger.file import (
     FILE_BYTES,
     NO_LIMIT,
     NUM_ROWS,
+    PROGRAM,
     SEQUENCE,
     Header,
     Row,
@@ -88,6 +89,20 @@ class InstanceView:
         return self.waking_since_ns != 0
 
     @property
+    def is_program(self) -> bool:
+        """Whether it is a program that is no engine; what it holds counts as weights."""
+        return self.engine == PROGRAM
+
+    @property
+    def taken_bytes(self) -> int:
+        """What it holds or is promised, and of a program what it has announced, too.
+
+        What an engine announces may be allocated already, and in nobody's count.
+        """
+        announced_bytes = self.static_bytes if self.is_program else 0
+        return self.resident_bytes + self.promised_bytes + announced_bytes
+
+    @property
     def held_bytes(self) -> int:
         """What it holds for KV, or is promised: what limit and floor are about."""
         return self.resident_bytes - self.weights_bytes + self.promised_bytes
@@ -139,13 +154,13 @@ class DeviceView:
 
     @property
     def free_bytes(self) -> int:
-        """Bytes that are neither resident nor promised, nor in somebody else's use."""
-        promised = sum(view.promised_bytes for view in self.instances)
-        resident = sum(view.resident_bytes for view in self.instances)
-        free = self.capacity_bytes - resident - promised
+        """Bytes that are neither resident nor promised, nor a program's, nor in other use."""
+        taken = sum(view.taken_bytes for view in self.instances)
+        free = self.capacity_bytes - taken
         if self.device_free_bytes is None:
             return free
-        return min(free, self.device_free_bytes - promised)
+        resident = sum(view.resident_bytes for view in self.instances)
+        return min(free, self.device_free_bytes - (taken - resident))
 
 
 def view_of(row: Row) -> InstanceView:

@@ -127,6 +127,28 @@ class LedgerWeights(LedgerEntry):
         finally:
             self._exit()
 
+    def settle_program(
+        self, row: RowKey, *, mapped_bytes: int, unmapped_bytes: int, announced_bytes: int
+    ) -> list[RowKey]:
+        """Say what a program has allocated and freed, and what of its room is left, in one change.
+
+        What it holds counts as weights that are never offered. So it is at no moment counted twice,
+        or not at all.
+
+        Args:
+            row: The program's row.
+            mapped_bytes: What it holds more.
+            unmapped_bytes: What it holds less.
+            announced_bytes: What nobody else shall be promised beside that.
+
+        Returns:
+            The rows that wait for memory and could have some; ring their bells.
+        """
+        weights = WeightChanges(
+            mapped_bytes, unmapped_bytes, announced=(announced_bytes + mapped_bytes, False)
+        )
+        return self._change(row, Changes(weights=weights), is_freeing=True, is_looking=True)
+
     def is_first_waker(self, row: RowKey) -> bool:
         """Return whether the instance has announced that it wakes, and none does that came before.
 

@@ -39,6 +39,7 @@ class Engine:
         self.num_resident = NUM_PAGES
         self.num_available = NUM_PAGES  # pages that the device has for a wake
         self.num_least = 0  # pages that cannot go
+        self.num_more = 0  # pages that were not there when it began
         self.is_copied = self.can_be_woken = True
         self.is_busy_now = False
         self.turn = Turn.NOW
@@ -49,7 +50,10 @@ class Engine:
         self.activation = Activation(self, self, self.status(), config, self.empty)  # type: ignore[arg-type]
 
     def status(self) -> WeightStatus:
-        return WeightStatus(NUM_PAGES, self.num_resident, PAGE, self.is_copied)
+        num_more = self.num_more
+        return WeightStatus(
+            NUM_PAGES + num_more, self.num_resident + num_more, PAGE, self.is_copied
+        )
 
     def empty(self) -> None:
         self.num_emptied += 1
@@ -122,6 +126,9 @@ class Engine:
         most = max(self.num_available, self.num_resident)
         self.num_resident = max(min(num_pages, most), min(self.num_least, self.num_resident))
         return self.status()
+
+    def finish_weights(self) -> None:
+        self.said.append(("finish",))
 
 
 @pytest.fixture
@@ -286,6 +293,19 @@ def test_a_call_that_needs_the_weights_waits_for_room_and_says_what_is_missing(
     assert asleep.activation.is_active
 
 
+@pytest.mark.parametrize(("wait", "num"), [("all", 0), ("layers", 1)])
+def test_a_call_that_needs_the_weights_finds_all_of_them_where_each_layer_waits(
+    wait: str, num: int
+) -> None:
+    engine = Engine(weights_wait=wait)
+    engine.activation.rest()
+    engine.activation.give(NUM_PAGES * PAGE)
+    assert engine.activation.activate()  # for a step, which waits by itself
+    assert ("finish",) not in engine.said
+    engine.activation.activate_now()
+    assert engine.said.count(("finish",)) == num
+
+
 def test_a_call_that_finds_no_room_leaves_the_wake_to_requests_that_wait(asleep: Engine) -> None:
     asleep.turn = Turn.NEXT
     asleep.is_busy_now = True
@@ -401,6 +421,13 @@ def test_who_gets_memory_now_and_then_does_not_stall(engine: Engine) -> None:
     assert engine.activation.is_active
 
 
+def test_who_runs_something_now_and_then_does_not_stall(engine: Engine) -> None:
+    for _ in range(9):
+        stall(engine, STALL_SECONDS)
+        engine.activation.note_refused(0)
+    assert engine.activation.is_active
+
+
 def test_who_waited_for_memory_and_has_no_request_any_more_offers_its_weights(
     engine: Engine,
 ) -> None:
@@ -490,3 +517,12 @@ def test_whatever_happens_a_step_finds_all_weights_and_all_are_served_in_the_end
 
 def test_the_pauses_between_looks_are_those_that_are_named() -> None:
     assert 0 < activation.FIRST_LOOK_SECONDS < LAST_LOOK_SECONDS
+
+
+def test_what_weights_have_got_beside_them_is_told_once() -> None:
+    engine = Engine()
+    engine.num_more = 1
+    for _ in range(2):
+        engine.activation._hold(engine.activation._status.num_pages)
+    needs = [said[1] for said in engine.said if said[0] == "needs"]
+    assert needs == [NUM_PAGES * PAGE, (NUM_PAGES + 1) * PAGE]

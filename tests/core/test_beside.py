@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.waiting import await_that
 
 from kvcached_core.config import HOST, Config, read_config
 from kvcached_core.engine import beside
@@ -125,6 +126,19 @@ def test_neighbours_are_asked_for_what_is_missing_and_for_no_more(
     assert waker.view().waiting_bytes == 3 * PAGE
     neighbour.use(used=1, cached=3)
     assert waker.ask() is Turn.NOW
+
+
+def test_room_of_one_that_was_killed_is_found_while_nothing_else_could_come(
+    start: Callable[..., Engine],
+) -> None:
+    waker = start("waker")
+    with Ledger(Path(waker.instance.seat(POOL).ledger_path)) as ledger:
+        row = ledger.register(name="killed", engine="test")
+        ledger.announce(row, 6 * PAGE)
+        assert waker.ask() is Turn.LATER
+        assert not waker.view().is_waking
+    # Its ledger was closed without a word, as a kill does.
+    await_that(lambda: waker.ask() is Turn.NOW)
 
 
 @pytest.mark.parametrize("devices", [[POOL], [POOL, OTHER_POOL]])

@@ -33,6 +33,12 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
         yield opened
 
 
+@pytest.fixture(autouse=True)
+def adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let none look at its engine's files, which takes a second; a command's process does."""
+    monkeypatch.setattr(doctor, "entry_points", lambda **_: [])
+
+
 def found(directory: Path) -> dict[str, Finding]:
     return {finding.what: finding for finding in examine(directory)}
 
@@ -124,11 +130,17 @@ def test_a_pool_that_the_process_may_not_fill_is_bad(
         "kvcached_core.memory.host_memory.host_memory", lambda: HostMemory(24 * GIB, 3 * GIB, file)
     )
     monkeypatch.setenv("KVCACHED_HOST_POOL", "2GiB")
+    monkeypatch.setenv("KVCACHED_HOST_BUDGET", "1GiB")
     memory = found(tmp_path / "kv")["memory"]
     assert memory.is_good
     assert memory.text == (
         f"3 GiB may be used ({file} limits it; the machine has 24 GiB); "
         "engines on the host share 2 GiB"
+    )
+    monkeypatch.setenv("KVCACHED_HOST_BUDGET", "2GiB")
+    assert found(tmp_path / "kv")["memory"].text.endswith(
+        "; engines on the host share 2 GiB, and copies of weights and offloaded caches may take "
+        "2 GiB more: where both are used, lower KVCACHED_HOST_POOL or KVCACHED_HOST_BUDGET"
     )
     monkeypatch.setenv("KVCACHED_HOST_POOL", "4GiB")
     memory = found(tmp_path / "kv")["memory"]

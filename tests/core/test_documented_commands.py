@@ -25,12 +25,17 @@ ELSEWHERE = {
     "vllm serve ": "tests/vllm/test_vllm_documented_commands.py",
     "python -m sglang.launch_server ": "tests/sglang/test_sglang_documented_commands.py",
     "kvcached serve ": "tests/demo/test_ways.py",
+    "kvcached run ": "tests/core/program/test_run.py",
     "key=": "tests/gateway/test_gateway_docs.py",
     "printf ": "tests/gateway/test_gateway_docs.py",
+    "RAY_worker_niceness=0 ray start ": "tests/helpers/ray_nodes.py",
+    "serve run ": "tests/helpers/ray_nodes.py",
+    "kvcached models --dir /dev/shm/kvcached-0/cluster": "tests/ray/test_ray_steered.py",
 }
 NOT_RUN = {
     "pip install .": "every environment of the tests is made by it: examples/cpu_engine/install.sh",
     "pip install 'kvcached-elastic[gateway]'": "the same, with the extra",
+    "serve deploy examples/ray/serve.yaml": "examples/ray/README.md says that it was not run",
     "pip uninstall kvcached-elastic": "it would end the tests; test_readme.py checks the name",
     "pressure = used / (used + what it could still use)        1 while it waits for memory": (
         "a formula"
@@ -48,6 +53,13 @@ OF_CLIENTS = "from openai import OpenAI"  # tests/demo/test_ways.py runs it in f
 
 def beginning_with(word: str) -> list[str]:
     return [command for command in commands() if command.startswith(f"{word} ")]
+
+
+def ours() -> list[str]:
+    """Our commands that need neither a gateway, nor a cluster, nor a program."""
+    others = ("serve", "/cluster", "kvcached run ")
+    lines = beginning_with("kvcached")
+    return [line for line in lines if not any(words in line for words in others)]
 
 
 @pytest.fixture
@@ -87,8 +99,7 @@ def run(command: str, home: Path, **environ: str) -> "subprocess.CompletedProces
 
 
 def test_every_command_is_run_somewhere_or_has_a_reason() -> None:
-    ours = {line for line in beginning_with("kvcached") if "serve" not in line}
-    here = {*ours, *beginning_with("make"), *beginning_with("export")}
+    here = {*ours(), *beginning_with("make"), *beginning_with("export")}
     for command in commands():
         elsewhere = [file for start, file in ELSEWHERE.items() if command.startswith(start)]
         ways = [command in here, command in NOT_RUN, command in IN_PYTHON, *map(bool, elsewhere)]
@@ -100,9 +111,7 @@ def test_every_reason_is_for_a_command_that_is_still_there() -> None:
     assert {*NOT_RUN, *ADDED} <= set(commands())
 
 
-@pytest.mark.parametrize(
-    "command", [line for line in beginning_with("kvcached") if "serve" not in line]
-)
+@pytest.mark.parametrize("command", ours())
 def test_a_documented_command_of_ours_does_what_it_says(
     directory: Path, tmp_path: Path, command: str
 ) -> None:

@@ -19,7 +19,7 @@ from helpers.weights_contract import *  # noqa: F403  the tests that every engin
 def house(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[House]:
-    monkeypatch.setattr("kvcached_core.weights.rank.PATIENCE_SECONDS", 0.02)
+    monkeypatch.setattr("kvcached_core.weights.rank_row.PATIENCE_SECONDS", 0.02)
     make = partial(FakeEngine, make_weights=request.param)
     made = House(make, tmp_path / "kv", weights="yield")
     yield made

@@ -22,17 +22,17 @@ from kvcached_core.ledger.ledger import Ledger
 NUMBERS_OF_PAGES = [7, 8, 15, 16, 31, 33]
 # Bytes of a block in one plane, and planes: 1, 2, 7, 8, 21 and 64 blocks a page.
 SHAPES = [(1 << 21, 1), (1 << 20, 1), (1 << 15, 9), (1 << 16, 4), (1 << 15, 3), (1 << 15, 1)]
-PATIENCE_SECONDS = 20.0
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Requests come and end, a neighbour takes and gives, and somebody sets limits."""
+    """Requests come and end, copies too, a neighbour takes and gives, and somebody sets limits."""
 
     @initialize(
         num_pages=st.sampled_from(NUMBERS_OF_PAGES),
         shape=st.sampled_from(SHAPES),
         spares=st.tuples(st.integers(0, 2), st.integers(0, 3)),
         idle_seconds=st.sampled_from([0, 1000]),
+        copies_freed=st.booleans(),
     )
     def start(
         self,
@@ -40,6 +40,8 @@ class EngineMachine(RuleBasedStateMachine):
         shape: tuple[int, int],
         spares: tuple[int, int],
         idle_seconds: int,
+        *,
+        copies_freed: bool,
     ) -> None:
         self.num_pages = num_pages
         self.folder = TemporaryDirectory()
@@ -53,8 +55,10 @@ class EngineMachine(RuleBasedStateMachine):
         )
         assert isinstance(served, FakeEngine)
         self.served = served
+        served.copies_freed = copies_freed
         self.neighbour = self.house.neighbour()
-        self.num_sent = 0
+        self.num_sent = self.num_copies = 0
+        self.copies: dict[int, set[int]] = {}  # the pages of each that is open
         self.num_used = self.num_idle = 0  # pages of the neighbour
 
     @rule(share=st.integers(2, 5), is_cached=st.booleans())
@@ -88,7 +92,24 @@ class EngineMachine(RuleBasedStateMachine):
     def an_idle_engine_sleeps(self) -> None:
         if not self.served.has_requests:
             self.served.sleep()
+            self.copies.clear()
+            assert self.served.memory.arena.resident_bytes == PAGE_BYTES
+            self.served.engine.answer_ring()  # its loop comes to what was asked before
             self.served.expect(used=1)
+
+    @rule(number=st.integers(0, 9), step=st.integers(1, 9))
+    def a_copy_of_a_request_begins(self, number: int, step: int) -> None:
+        for request in self.served.running[number : number + 1]:
+            ids = self.served.block_ids(request)[::step]
+            self.num_copies += 1
+            self.served.pages.hold(ids, self.num_copies)
+            self.copies[self.num_copies] = set(map(self.served.pages.geometry.page_of, ids))
+
+    @rule(number=st.integers(0, 9))
+    def a_copy_ends(self, number: int) -> None:
+        for copy in [*self.copies][number : number + 1]:
+            self.served.engine.release(copy)
+            del self.copies[copy]
 
     @rule(num_pages=st.integers(1, 40))
     def the_neighbour_takes(self, num_pages: int) -> None:
@@ -126,8 +147,10 @@ class EngineMachine(RuleBasedStateMachine):
         live = {page_of(block) for one in self.served.running for block in ids_of(one)} | {0}
         cached = {page_of(block.block_id) for block in self.served.cached} - live
         num_resident = len(self.served.memory.arena.resident_pages)
+        asked_bytes = self.served.view().asked_bytes if self.copies else 0
         self.served.expect(
             is_waiting=None,
+            asked=asked_bytes // PAGE_BYTES,
             used=len(live),
             cached=len(cached),
             idle=num_resident - len(live) - len(cached),
@@ -144,6 +167,12 @@ class EngineMachine(RuleBasedStateMachine):
         assert sum(held.values()) <= view.capacity_bytes
         assert held[NEIGHBOUR] == (self.num_used + self.num_idle) * PAGE_BYTES
 
+    @invariant()
+    def no_page_goes_of_which_a_copy_is_open(self) -> None:
+        if hasattr(self, "house"):
+            held = set().union(*self.copies.values())
+            assert all(self.served.memory.arena.is_resident(page) for page in held)
+
     def teardown(self) -> None:
         if not hasattr(self, "house"):
             return
@@ -156,9 +185,12 @@ class EngineMachine(RuleBasedStateMachine):
     def everything_ends(self) -> None:
         """All that waits gets its turn when memory comes back; then nothing is left."""
         self.somebody_lifts_the_limit()
+        for copy in self.copies:
+            self.served.engine.release(copy)
+        self.copies.clear()
         self.neighbour.rest(self.num_used)
         self.neighbour.give(self.num_used + self.num_idle)
-        await_that(self.nothing_is_left, PATIENCE_SECONDS)
+        await_that(self.nothing_is_left)
         self.served.sleep()
         self.served.expect(used=1)
         assert self.neighbour.take(self.num_pages) == self.num_pages - 1

@@ -171,3 +171,12 @@ def test_cached_pages_come_when_their_youngest_block_does() -> None:
     queue = [blocks[4], blocks[2], blocks[5], blocks[3], blocks[8], blocks[6], blocks[7]]
     free_lists.add_cached(queue)  # page 2 has live blocks beside its cached one
     assert [page_of(page[0]) for page in free_lists.cached_pages(iter(queue))] == [0, 1]
+
+
+def test_pages_of_which_there_are_copies_come_before_others_each_in_their_order() -> None:
+    free_lists = make(4)
+    blocks = free_lists.take(16)
+    free_lists.add_cached(blocks)
+    copied = {*blocks[4:8], *blocks[8:11], *blocks[12:16]}  # of page 2 all but one
+    found = free_lists.cached_pages(iter(blocks), copied.__contains__)
+    assert [page_of(page[0]) for page in found] == [1, 3, 0, 2]

@@ -8,6 +8,7 @@ from helpers.page_source import CountingSource, FakeBlock
 
 from kvcached_core.engine.free_lists import FreeLists
 from kvcached_core.engine.giving import FIRST_PAGES, YIELD_SECONDS, Giving
+from kvcached_core.engine.holds import Holds
 from kvcached_core.engine.page_book import PageBook
 from kvcached_core.engine.pages import Pages
 from kvcached_core.engine.ranks import WantedPages
@@ -25,8 +26,10 @@ class Engine:
         self.now = 0.0
         self.is_busy_now = True
         self.told: list[tuple[int, bool]] = []
+        self.was_last: list[bool] = []
         self.num_published = 0
         self.cached: list[FakeBlock] = []
+        self.locked: list[FakeBlock] = []  # cached, and of an open copy
         source, book = CountingSource(1000), PageBook(NUM_PAGES) if num_pools > 1 else None
         self.lists = [FreeLists(GEOMETRY, NUM_PAGES, self.blocks_of) for _ in range(num_pools)]
         self.pools = [Pages(GEOMETRY, NUM_PAGES, source, each, shared=book) for each in self.lists]
@@ -38,6 +41,8 @@ class Engine:
             evict=self.evict,
             publish=self.publish,
             num_idle_blocks=lambda: sum(each.num_free for each in self.lists) + len(self.cached),
+            num_locked_blocks=lambda: len(self.locked),
+            end_copies=self.end_copies,
         )
         ranks: Any = SimpleNamespace(clock=lambda: self.now)
         self.giving = Giving(ranks, port, self.pools, self.tell)
@@ -64,9 +69,21 @@ class Engine:
         self.lists[0].give(evicted)
         return bool(evicted)
 
-    def tell(self, *, wait: bool) -> None:
+    def lock(self, blocks: list[FakeBlock]) -> None:
+        self.locked += blocks
+        self.pools[0].hold([block.block_id for block in blocks], "copy")
+
+    def end_copies(self) -> bool:
+        blocks, self.locked = self.locked, []
+        if blocks:
+            self.book.holds.release("copy")
+            self.cache(blocks)
+        return bool(blocks)
+
+    def tell(self, *, wait: bool, is_last: bool) -> None:
         orders = self.book.take_orders(lambda: (0, 0), is_live=True)
         self.told.append((len(orders.unmap_pages) if orders else 0, wait))
+        self.was_last.append(is_last)
 
     def publish(self) -> None:
         self.num_published += 1
@@ -240,3 +257,164 @@ def test_no_weights_go_for_what_is_owed(engine: Engine, weights: Weights) -> Non
     engine.giving.give(WantedPages(asked_pages=5, owed_pages=3))
     assert weights.wanted == [2 * GEOMETRY.page_bytes]
     assert engine.giving.owed_pages == 3
+
+
+def copy(engine: Engine, blocks: list[FakeBlock], holder: str) -> None:
+    engine.pools[0].hold([block.block_id for block in blocks], holder)
+
+
+def holds_of(engine: Engine) -> Holds:
+    return engine.pools[0].book.holds
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_pages_that_copies_keep_are_on_their_way_and_an_ask_stays_open_for_them(
+    engine: Engine, *, is_cached: bool
+) -> None:
+    first, second, other = engine.use(2), engine.use(1), engine.use(4)
+    settle(engine)
+    copy(engine, first, "copy")
+    for blocks in (first, second):
+        if is_cached:
+            engine.cache(blocks)
+        else:
+            engine.lists[0].give(blocks)
+    engine.cache(other)
+    engine.giving.give(WantedPages(asked_pages=3, owed_pages=3))
+    assert engine.told == [(1, False)]
+    assert engine.was_last == [False]
+    assert engine.giving.owed_pages == 0
+    assert not engine.giving.is_yielding()
+    assert len(engine.cached) == 4 * GEOMETRY.blocks_per_page  # no more than what was asked
+    assert not holds_of(engine).is_due
+    holds_of(engine).release("copy")
+    assert holds_of(engine).is_due
+    engine.giving.give(WantedPages(asked_pages=2, owed_pages=2))  # what is left of it
+    assert engine.told == [(1, False), (2, False)]
+    assert engine.was_last == [False, True]
+    assert not engine.giving.is_debt_held
+
+
+def test_what_stopped_requests_leave_pays_though_copies_keep_it(engine: Engine) -> None:
+    blocks = engine.use(4)
+    settle(engine)
+    engine.giving.give(WantedPages(asked_pages=2, owed_pages=2))
+    assert engine.was_last == [True]
+    copy(engine, blocks, "copy")
+    engine.lists[0].give(blocks)
+    assert engine.giving.pay()
+    assert engine.giving.is_debt_held
+    assert engine.pools[0].num_open_pages == 3 + 4
+    holds_of(engine).release("copy")
+    engine.giving.go_on()
+    assert engine.pools[0].num_open_pages == 3 + 2
+    assert not engine.giving.is_debt_held
+    assert engine.giving.owed_pages == 0
+
+
+def test_what_requests_took_again_of_a_debt_is_owed_again(engine: Engine) -> None:
+    blocks = engine.use(4)
+    settle(engine)
+    engine.giving.owed_pages = 3
+    copy(engine, blocks[:4], "first")
+    copy(engine, blocks[4:], "second")
+    engine.lists[0].give(blocks)
+    assert engine.giving.pay()
+    engine.lists[0].take(2 * GEOMETRY.blocks_per_page)
+    holds_of(engine).release("first")
+    engine.giving.go_on()
+    assert (engine.giving.owed_pages, engine.pools[0].num_held_empty()) == (1, 2)
+    assert engine.giving.is_debt_held
+    holds_of(engine).release("second")
+    engine.giving.go_on()
+    assert engine.pools[0].num_open_pages == 3 + 2
+    assert engine.giving.owed_pages == 1
+
+
+def test_what_a_neighbour_gets_next_may_be_kept_by_copies_and_is_no_debt(engine: Engine) -> None:
+    blocks = engine.use(3)
+    settle(engine)
+    engine.giving.give(WantedPages(asked_pages=2, owed_pages=0))
+    copy(engine, blocks, "copy")
+    engine.lists[0].give(blocks)
+    assert engine.giving.pay()
+    assert not engine.giving.is_yielding()
+    assert not engine.giving.is_debt_held
+    engine.lists[0].take(2 * GEOMETRY.blocks_per_page)
+    holds_of(engine).release("copy")
+    engine.giving.go_on()
+    assert engine.pools[0].num_open_pages == 3 + 2
+    assert engine.giving.owed_pages == 0
+
+
+def test_pages_paid_while_an_answer_is_due_are_announced_and_others_are_not(
+    engine: Engine,
+) -> None:
+    held, first, second = engine.use(1), engine.use(1), engine.use(1)
+    settle(engine)
+    engine.giving.owed_pages = 1
+    engine.lists[0].give(first)
+    assert engine.giving.pay()
+    assert not engine.giving.has_paid
+    copy(engine, held, "copy")
+    engine.lists[0].give(held)
+    engine.giving.give(WantedPages(asked_pages=2, owed_pages=2))
+    assert engine.giving.owed_pages == 1
+    engine.lists[0].give(second)
+    assert engine.giving.pay()
+    assert engine.giving.has_paid
+
+
+def test_a_debt_that_weights_pay_is_not_held(engine: Engine, weights: Weights) -> None:
+    weights.num_bytes = 2 * GEOMETRY.page_bytes
+    blocks = engine.use(1)
+    settle(engine)
+    copy(engine, blocks, "copy")
+    engine.lists[0].give(blocks)
+    engine.giving.give(WantedPages(asked_pages=3, owed_pages=1))
+    assert weights.wanted == [GEOMETRY.page_bytes]
+    assert (engine.giving.owed_pages, engine.giving.is_debt_held) == (1, False)
+
+
+def test_who_is_owed_gets_what_the_cache_keeps_for_copies_and_no_request_stops(
+    engine: Engine,
+) -> None:
+    engine.lock(engine.use(3))
+    engine.giving.give(WantedPages(asked_pages=3, owed_pages=2))
+    assert not engine.locked
+    assert engine.giving.owed_pages == 0
+    assert engine.pools[0].num_open_pages == 3
+    engine.lock(engine.use(2))
+    engine.giving.owed_pages = 2
+    assert engine.giving.pay()
+    assert engine.pools[0].num_open_pages == 3
+
+
+def test_a_page_of_which_a_part_is_copied_is_on_its_way(engine: Engine) -> None:
+    first, *rest = engine.use(1)
+    engine.cache(rest)
+    engine.lock([first])
+    engine.giving.give(WantedPages(asked_pages=1, owed_pages=0))
+    assert engine.was_last == [False]
+    engine.end_copies()
+    engine.giving.go_on()
+    assert engine.pools[0].num_open_pages == 3
+
+
+def test_an_idle_engine_waits_for_copies_and_a_busy_one_has_what_is_asked_on_its_way(
+    engine: Engine,
+) -> None:
+    engine.lock(engine.use(3))
+    engine.giving.give(WantedPages(asked_pages=2, owed_pages=0))
+    assert engine.locked
+    assert engine.was_last == [False]
+    assert engine.book.holds.num_awaited == 2
+    engine.end_copies()
+    assert engine.book.holds.is_due
+    engine.giving.go_on()
+    assert engine.pools[0].num_open_pages == 3 + 1
+    engine.lock(engine.use(2))
+    engine.is_busy_now = False
+    engine.giving.give(WantedPages(asked_pages=2, owed_pages=0))
+    assert not engine.locked
+    assert engine.was_last[-1]

@@ -25,6 +25,7 @@ PACKAGES = {
     "kvcached_vllm": ROOT / "integrations" / "vllm" / "kvcached_vllm",
     "kvcached_sglang": ROOT / "integrations" / "sglang" / "kvcached_sglang",
     "kvcached_gateway": ROOT / "integrations" / "gateway" / "kvcached_gateway",
+    "kvcached_ray": ROOT / "integrations" / "ray" / "kvcached_ray",
     "kvcached_demo": ROOT / "examples" / "demo" / "kvcached_demo",
 }
 MAY_IMPORT = {
@@ -33,6 +34,7 @@ MAY_IMPORT = {
     "kvcached_vllm": {"kvcached_vllm", "kvcached_core", "kvcached_patches"},
     "kvcached_sglang": {"kvcached_sglang", "kvcached_core", "kvcached_patches"},
     "kvcached_gateway": {"kvcached_gateway", "kvcached_core"},
+    "kvcached_ray": {"kvcached_ray", "kvcached_gateway", "kvcached_core", "kvcached_patches"},
     "kvcached_demo": {"kvcached_demo", "kvcached_core"},
 }
 
@@ -47,16 +49,25 @@ CORE_MAY_IMPORT = {
     "memory": BOTTOM | {"config", "ledger"},
     "weights": BOTTOM | {"config", "ledger", "memory"},
     "engine": BOTTOM | {"config", "ledger", "memory", "weights"},
+    "program": BOTTOM | {"config", "ledger", "memory", "engine"},
     "control": BOTTOM | {"ledger"},
     "cli": BOTTOM | {"config", "ledger", "control"},
 }
 # Single arrows beside these, and why.
 ARROWS_BESIDE = {
+    ("cli.running", "program.run"),  # the command that is no look at the ledgers
+    ("cli.running", "program.choosing"),
     ("cli.doctor", "memory.host_memory"),  # it says what engines may take of the host
     ("cli.doctor", "weights.survey"),  # and what copies of their weights find there
+    ("cli.images", "weights.disk_survey"),  # and what of them lies on a disk
+    ("cli.image_disk", "weights.disk_survey"),
+    ("cli.tiers", "weights.host_tier"),  # what engines offloaded stands in the host budget
+    ("cli.listing", "weights.host_tier"),
+    ("cli.disk_tiers", "weights.host_tier"),
+    ("cli.tier_metrics", "weights.host_tier"),
 }
 MAX_LAYERS = 7
-MAX_ENTRIES = 10
+MAX_ENTRIES = 11
 MAX_LINES = 300
 
 Graph = dict[str, set[str]]

@@ -21,12 +21,17 @@ README = FOLDER / "README.md"
 LINES = [line for block in blocks(README) for line in block]
 # What asks the cluster for rights, or takes more of a node than a folder and its GPUs.
 WITHOUT = {"Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding", "ServiceAccount"}
-# Fields of inference.networking.k8s.io/v1 and gateway.networking.k8s.io/v1, as far as we use them.
+# The fields of an InferencePool of inference.networking.k8s.io/v1 in v1.0.0: (needed, allowed).
+# A later release allows more: `appProtocol`, 8 target ports, a pool without an endpoint picker.
 POOL = {
-    "selector": {"matchLabels"},
-    "targetPorts": {"number"},
-    "endpointPickerRef": {"name", "port", "failureMode"},
+    "spec": ({"selector", "targetPorts", "endpointPickerRef"}, set()),
+    "selector": ({"matchLabels"}, set()),
+    "targetPorts": ({"number"}, set()),
+    # `port` is needed where `kind` is Service, which it is when it is not there.
+    "endpointPickerRef": ({"name", "port"}, {"group", "kind", "failureMode"}),
+    "port": ({"number"}, set()),
 }
+LABEL_VALUE = re.compile(r"(([A-Za-z0-9][-A-Za-z0-9_.]{0,61})?[A-Za-z0-9])?")
 
 
 def objects(*names: str) -> list[dict[str, Any]]:
@@ -129,22 +134,91 @@ def test_the_gateway_reads_its_models_and_its_keys_as_a_pod_has_them(tmp_path: P
     assert volumes["keys"]["secret"]["defaultMode"] & 0o077 == 0, "they are secrets"
 
 
-def test_the_pool_holds_the_gateways_and_has_the_fields_of_its_release() -> None:
+def mistakes_of_pool(spec: dict[str, Any]) -> list[str]:
+    """Return what a cluster would refuse of an InferencePool, as the release above would."""
+    picker = spec.get("endpointPickerRef", {})
+    ports = spec.get("targetPorts", [])
+    parts = [
+        ("spec", spec),
+        ("selector", spec.get("selector", {})),
+        *(("targetPorts", port) for port in ports),
+        ("endpointPickerRef", picker),
+        ("port", picker.get("port", {})),
+    ]
+    found = []
+    for name, part in parts:
+        needed, allowed = POOL[name]
+        found += [f"{name} needs {key}" for key in sorted(needed - set(part))]
+        found += [f"{name} has no {key}" for key in sorted(set(part) - needed - allowed)]
+    numbers = [port.get("number") for port in (*ports, picker.get("port", {}))]
+    found += [f"{number} is no port" for number in numbers if number not in range(1, 65536)]
+    if len(ports) != 1:
+        found.append(f"{len(ports)} target ports, where v1.0.0 has one")
+    if picker.get("failureMode", "FailClose") not in {"FailOpen", "FailClose"}:
+        found.append(f"failureMode is {picker['failureMode']}")
+    labels = spec.get("selector", {}).get("matchLabels", {})
+    found += [
+        f"{value} is no label" for value in labels.values() if not LABEL_VALUE.fullmatch(value)
+    ]
+    return found
+
+
+def test_the_pool_has_what_its_release_needs_and_nothing_else() -> None:
+    (pool,) = of_kind("InferencePool")
+    assert pool["apiVersion"] == "inference.networking.k8s.io/v1"
+    assert mistakes_of_pool(pool["spec"]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "mistake"),
+    [
+        ({"targetPortNumber": 8080}, "spec has no targetPortNumber"),  # v1alpha2's
+        ({"extensionRef": {"name": "picker"}}, "spec has no extensionRef"),  # v1alpha2's
+        ({"selector": {"app": "kvcached"}}, "selector needs matchLabels"),  # v1alpha2's
+        ({"targetPorts": []}, "0 target ports, where v1.0.0 has one"),
+        ({"targetPorts": [{"number": 0}]}, "0 is no port"),
+        ({"endpointPickerRef": {"name": "p"}}, "endpointPickerRef needs port"),
+        ({"endpointPickerRef": {"port": {"number": 1}}}, "endpointPickerRef needs name"),
+        (
+            {"endpointPickerRef": {"name": "p", "portNumber": 1}},  # a candidate of v1.0.0 had it
+            "endpointPickerRef has no portNumber",
+        ),
+        (
+            {"endpointPickerRef": {"name": "p", "port": {"number": 1}, "failureMode": "Open"}},
+            "failureMode is Open",
+        ),
+        ({"selector": {"matchLabels": {"app": "a b"}}}, "a b is no label"),
+    ],
+)
+def test_a_pool_of_another_release_or_with_a_mistake_is_seen(
+    change: dict[str, Any], mistake: str
+) -> None:
+    (pool,) = of_kind("InferencePool")
+    assert mistake in mistakes_of_pool({**pool["spec"], **change})
+
+
+def test_the_pool_holds_the_gateways_and_the_route_leads_to_it() -> None:
     (pool,) = of_kind("InferencePool")
     (gateway,) = of_kind("DaemonSet")
-    assert pool["apiVersion"] == "inference.networking.k8s.io/v1"
     spec = pool["spec"]
-    assert set(spec) == set(POOL)
     assert spec["selector"]["matchLabels"] == gateway["spec"]["selector"]["matchLabels"]
     (port,) = (one["containerPort"] for one in container(gateway)["ports"])
     assert spec["targetPorts"] == [{"number": port}]
-    assert set(spec["endpointPickerRef"]) == POOL["endpointPickerRef"]
-    assert spec["endpointPickerRef"]["failureMode"] in {"FailOpen", "FailClose"}
     (route,) = of_kind("HTTPRoute")
     assert route["apiVersion"] == "gateway.networking.k8s.io/v1"
     (reference,) = route["spec"]["rules"][0]["backendRefs"]
     group, _ = pool["apiVersion"].split("/")
     assert reference == {"group": group, "kind": "InferencePool", "name": named(pool)}
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "scaling.md"])
+def test_a_page_about_containers_says_what_ran_and_what_did_not(page: Path) -> None:
+    text = " ".join(page.read_text().split())
+    assert "What runs in CI" in text or "In CI: `make check-manifests`" in text
+    missing = {"container engine", "not run", "cluster"} - set(
+        re.findall(r"container engine|not run|cluster", text.lower())
+    )
+    assert not missing
 
 
 def test_the_readme_names_the_apis_and_each_file() -> None:

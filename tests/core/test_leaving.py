@@ -19,7 +19,7 @@ from kvcached_core.ledger.opening import ledger_directory
 folder = Path(sys.argv[1])
 
 def core(ready, release):
-    sweep_at_exit(folder)
+    sweep_at_exit(folder, folder / "weights")
     ledger = Ledger(ledger_directory(folder) / "host.ledger", 1 << 30)
     ledger.register(name="a", engine="test")
     ready.set()
@@ -36,7 +36,7 @@ if __name__ == "__main__":
     child = spawn.Process(target=core, args=(ready, release), daemon=sys.argv[2] == "daemon")
     child.start()
     ready.wait()
-    sweep_at_exit(folder)
+    sweep_at_exit(folder, folder / "weights")
     assert "host.ledger" in files()
     END
     if not child.daemon and child.is_alive():  # set() would wait for a killed waiter for ever
@@ -112,6 +112,6 @@ def test_the_workers_of_a_killed_engine_are_waited_for(
     core.kill()
     core.communicate()
     monkeypatch.setattr(leaving.time, "sleep", lambda _seconds: worker.communicate())
-    leaving._sweep(folder)
+    leaving._sweep(folder, folder / "weights")
     worker.communicate()
     assert list(folder.iterdir()) == []

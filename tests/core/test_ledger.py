@@ -144,7 +144,7 @@ def test_bytes_of_a_killed_owner_come_back_within_a_moment(ledger: Ledger) -> No
         granted += ledger.reserve(row, GIB - granted, PAGE)
         return granted == GIB
 
-    await_that(is_all_promised, 30)
+    await_that(is_all_promised)
     assert [seen.name for seen in ledger.view().instances] == ["a"]
     assert not bell.exists()
 

@@ -124,7 +124,7 @@ def test_waiting_for_a_thread_and_for_a_process_is_not_longer_than_for_one(
     def hold() -> None:
         with lock._threads:
             taken.set()
-            await_that(lambda: bool(waiting), 30.0)
+            await_that(lambda: bool(waiting))
             clock[0] += 3.0
 
     class Time:
@@ -204,8 +204,8 @@ def test_an_idle_engine_writes_it_without_being_called_again_each_time(
         holder = StoppedHolder(ledger.path)
         ledger.cancel(row, 2 * PAGE)
         holder.end()
-        await_that(lambda left=left: only(ledger).promised_bytes == left, 30.0)  # type: ignore[misc]
-        await_that(lambda: not ledger._pending.has_writer, 30.0)
+        await_that(lambda left=left: only(ledger).promised_bytes == left)  # type: ignore[misc]
+        await_that(lambda: not ledger._pending.has_writer)
 
 
 def test_what_is_put_off_behind_a_writer_that_found_nothing_left_is_written_too(
@@ -229,7 +229,7 @@ def test_what_is_put_off_behind_a_writer_that_found_nothing_left_is_written_too(
     holder = StoppedHolder(ledger.path)
     ledger.acknowledge(row, 0, num_asked=ledger.wanted(row).num_asked)
     holder.end()
-    await_that(lambda: only(ledger).asked_bytes == 0, 30.0)
+    await_that(lambda: only(ledger).asked_bytes == 0)
 
 
 def test_a_writer_that_a_missing_file_ended_is_followed_by_another(
@@ -242,11 +242,11 @@ def test_a_writer_that_a_missing_file_ended_is_followed_by_another(
     with monkeypatch.context() as broken:
         broken.setattr(ledger, "_enter", fail)
         ledger._put_off(row, Changes(unpromised_bytes=PAGE))
-        await_that(lambda: not ledger._pending.has_writer, 30.0)
+        await_that(lambda: not ledger._pending.has_writer)
     assert ledger._pending.is_there
     ledger.cancel(row, PAGE)
     holder.end()
-    await_that(lambda: only(ledger).promised_bytes == 2 * PAGE, 30.0)
+    await_that(lambda: only(ledger).promised_bytes == 2 * PAGE)
 
 
 def test_an_answer_that_is_written_late_announces_only_what_is_still_to_come(
@@ -259,7 +259,7 @@ def test_an_answer_that_is_written_late_announces_only_what_is_still_to_come(
         worker._lock.release()
         ledger._is_held_up = True
         worker.settle(row, unmapped_bytes=2 * PAGE, used_bytes=PAGE, cached_bytes=PAGE)
-        await_that(lambda: not ledger._pending.is_there, 30.0)
+        await_that(lambda: not ledger._pending.is_there)
         assert only(ledger).coming_bytes <= 3 * PAGE
         worker.settle(row, unmapped_bytes=PAGE, used_bytes=PAGE, cached_bytes=0)
         assert only(ledger).coming_bytes == 0

@@ -24,7 +24,8 @@ from kvcached_core.ledger.view import DeviceView
 
 CAPACITY = 100
 NUM_PROCESSES = 8
-NUM_STEPS = 14_000
+NUM_STEPS, NUM_STEPS_OF_A_RELEASE = 4_000, 14_000
+NUM_STEPS_OF_A_LIFE = 100
 NUM_STORM = 1_000
 NONE = 10**9
 
@@ -235,10 +236,16 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_ledger_is_the_models_whatever_is_done_and_whoever_is_killed(world: World) -> None:
-    for number in range(NUM_STEPS):
-        if number % 200 == 199:
-            world.kill_one(in_flight=number % 400 == 199)
+@pytest.mark.parametrize(
+    "num_steps",
+    [NUM_STEPS, pytest.param(NUM_STEPS_OF_A_RELEASE, marks=pytest.mark.every_release)],
+)
+def test_the_ledger_is_the_models_whatever_is_done_and_whoever_is_killed(
+    world: World, num_steps: int
+) -> None:
+    for number in range(1, 1 + num_steps):
+        if number % NUM_STEPS_OF_A_LIFE == 0:
+            world.kill_one(in_flight=number % (2 * NUM_STEPS_OF_A_LIFE) == 0)
             world.check(world.ledger.view())  # all bytes of the dead are back
             world.start()
         world.step()

@@ -8,8 +8,11 @@ import pytest
 
 from kvcached_core.engine.looping import HOLD_SECONDS, LoopingEngine
 from kvcached_core.engine.looping_port import Demand
+from kvcached_core.engine.page_book import PageBook
 
 BLOCKS_PER_PAGE = 8
+LEAST_PAGES = 6  # of a longest request
+PAGE_BYTES = 1 << 21
 
 
 @dataclass
@@ -17,11 +20,14 @@ class Source:
     """The ledgers, with room for some pages."""
 
     room_pages: int
+    refused_pages: int = 0
+    stalled_pages: int = 0
     asked: list[int] = field(default_factory=list)
     promised: list[int] = field(default_factory=list)
 
     def ask(self, num_pages: int) -> None:
         self.asked.append(num_pages)
+        self.refused_pages = num_pages + self.room_pages
 
 
 class Blocks:
@@ -29,6 +35,7 @@ class Blocks:
 
     def __init__(self, source: Source, num_free_blocks: int) -> None:
         self.is_bound = False
+        self.geometry = SimpleNamespace(page_bytes=PAGE_BYTES)
         self.num_free_blocks = num_free_blocks
         self.pages: Any = self
         self.num_ready_blocks = 0
@@ -45,6 +52,8 @@ class Blocks:
         granted = min(self.num_lacking(num_blocks), self._source.room_pages)
         if num_blocks <= 0:
             return
+        if granted < self.num_lacking(num_blocks):
+            self._source.refused_pages = self.num_lacking(num_blocks)
         self._source.promised.append(granted)
         self._source.room_pages -= granted
         self.num_ready_blocks += granted * BLOCKS_PER_PAGE
@@ -55,8 +64,10 @@ def take(demand: Demand, *, room: int, free: int, evictable: int = 0) -> tuple[S
     blocks = Blocks(source, free)
     engine: Any = LoopingEngine.__new__(LoopingEngine)
     engine.ranks, engine.pools = source, [blocks]
+    engine.placing = SimpleNamespace(least_pages=LEAST_PAGES)
     engine.port = SimpleNamespace(free_lists=[blocks], num_cached_blocks=lambda _number: evictable)
     engine.promise_demand(demand)
+    source.stalled_pages = engine.stalled_bytes() // PAGE_BYTES
     return source, blocks
 
 
@@ -78,6 +89,15 @@ def test_nothing_is_promised_for_requests_of_which_none_can_be_let_in() -> None:
     assert source.promised == []
     assert source.asked == [3]  # 40 of 42 blocks are missing: five pages, with room for two
     assert blocks.is_bound  # what is not promised is not counted on
+
+
+def test_who_stalls_waits_for_one_request_and_not_for_more_than_there_ever_is() -> None:
+    # A batch of a hundred pages, of which there are two; then one that may have none of its own.
+    for demand in (Demand(0, 100 * BLOCKS_PER_PAGE, 10), Demand(0, 100 * BLOCKS_PER_PAGE, 30)):
+        source, _ = take(demand, room=2, free=0)
+        assert source.stalled_pages == LEAST_PAGES
+    source, _ = take(Demand(0, 3 * BLOCKS_PER_PAGE, 10), room=2, free=0)
+    assert source.stalled_pages == 3
 
 
 def test_what_runs_is_promised_its_next_blocks_all_the_same() -> None:
@@ -113,10 +133,12 @@ def loop(*, is_busy: bool, is_pending: bool = False) -> tuple[Any, Weights, list
     """Return an engine whose weights are elsewhere, and what is promised."""
     engine: Any = LoopingEngine.__new__(LoopingEngine)
     promised: list[Demand] = []
-    engine.pools, engine.activation = [SimpleNamespace()], Weights()
+    engine.pools, engine.activation = [SimpleNamespace(book=PageBook(1))], Weights()
     engine._room_pages, engine._held_since = 0, None
     engine.ranks = SimpleNamespace(look=lambda **_: None, room_pages=0, is_waiting=False)
-    engine.giving = SimpleNamespace(is_yielding=lambda: False)
+    engine.giving = SimpleNamespace(
+        is_yielding=lambda: False, is_debt_held=False, is_awaiting=False
+    )
     engine.pay = engine.end_schedule = lambda: None
     engine.promise_demand = promised.append
     engine.port = SimpleNamespace(
@@ -178,12 +200,17 @@ class Loop:
 
     def __post_init__(self) -> None:
         blocks = Blocks(Source(0), self.free)
-        blocks.book = SimpleNamespace(orders=[])  # type: ignore[attr-defined]
+        blocks.book = PageBook(1)  # type: ignore[attr-defined]
         self.engine: Any = LoopingEngine.__new__(LoopingEngine)
         self.engine._held_since, self.engine._room_pages = None, 0
         self.engine.pools = [blocks]
         self.engine.activation = SimpleNamespace(is_active=True)
-        self.engine.giving = SimpleNamespace(is_yielding=lambda: self.yielding, pay=lambda: True)
+        self.engine.giving = SimpleNamespace(
+            is_yielding=lambda: self.yielding,
+            is_debt_held=False,
+            is_awaiting=False,
+            pay=lambda: True,
+        )
         self.engine.ranks = SimpleNamespace(
             clock=lambda: self.now, look=lambda **_: None, room_pages=0
         )

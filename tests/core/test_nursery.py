@@ -83,7 +83,7 @@ def test_a_process_that_nobody_asks_for_any_more_takes_no_other_with_it(
     kept = start(nursery, tmp_path, "import time; time.sleep(600)")
     pid = start(nursery, tmp_path, "import time; time.sleep(600)").pid  # and it is forgotten
     os.kill(pid, signal.SIGKILL)
-    await_that(lambda: not is_running(pid), 60)
+    await_that(lambda: not is_running(pid))
     assert start(nursery, tmp_path, "").wait(60) == 0
     assert kept.poll() is None
     kept.send_signal(signal.SIGKILL)
@@ -137,7 +137,7 @@ def test_it_ends_as_it_would(nursery: Nursery, tmp_path: Path, script: str, code
 
 def test_an_interrupt_reaches_it_as_an_exception(nursery: Nursery, tmp_path: Path) -> None:
     process = start(nursery, tmp_path, "import time\nprint(1, flush=True)\ntime.sleep(600)")
-    await_that(lambda: said(tmp_path) != "", 60)
+    await_that(lambda: said(tmp_path) != "")
     assert process.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.01)
@@ -153,10 +153,10 @@ def test_what_it_spawns_is_forked_and_is_its_child(nursery: Nursery, tmp_path: P
 
 def test_its_group_is_killed_with_what_it_spawned(nursery: Nursery, tmp_path: Path) -> None:
     process = start(nursery, tmp_path, WAIT, str(tmp_path / "begun"))
-    await_that((tmp_path / "begun").exists, 60)
+    await_that((tmp_path / "begun").exists)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait(60) == -signal.SIGKILL
-    await_that(lambda: not is_running(int(said(tmp_path))), 10)
+    await_that(lambda: not is_running(int(said(tmp_path))))
 
 
 def test_a_killed_test_run_leaves_neither_the_parent_nor_a_process(tmp_path: Path) -> None:
@@ -177,12 +177,12 @@ time.sleep(600)
         running: Any = subprocess.Popen(
             [sys.executable, str(run_file)], env=os.environ | {"PYTHONPATH": paths}, stdout=output
         )
-    await_that((tmp_path / "begun").exists, 60)
-    await_that(lambda: len(said(tmp_path).split()) == 3, 10)
+    await_that((tmp_path / "begun").exists)
+    await_that(lambda: len(said(tmp_path).split()) == 3)
     pids = [int(word) for word in said(tmp_path).split()]
     running.kill()
     running.wait()
-    await_that(lambda: not any(map(is_running, pids)), 10)
+    await_that(lambda: not any(map(is_running, pids)))
 
 
 def test_a_parent_that_ended_is_said_and_nothing_waits_for_it(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_parent_that_ended_is_said_and_nothing_waits_for_it(tmp_path: Path) ->
         process.wait(60)
     with pytest.raises(NurseryError, match="the warm parent ended"):
         start(nursery, tmp_path, "")
-    await_that(lambda: not is_running(process.pid), 10)
+    await_that(lambda: not is_running(process.pid))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvcached_core.cli.metrics import exposition
+from kvcached_core.config import Config
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.ledger.policy import Policy
 from kvcached_core.units import GIB
+from kvcached_core.weights.host_tier import HOST, HostTier, TierCounts
 from kvcached_gateway.admin.metrics import Metrics
 from kvcached_gateway.admin.views import DeviceRow, ModelRow
 from kvcached_gateway.lease import Woken
@@ -27,10 +29,15 @@ OF_THE_TARGET = {"instance": "127.0.0.1:9410", "job": "kvcached"}
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("KVCACHED_DIR", str(tmp_path / "kv"))
     with Ledger(ledger_directory(tmp_path / "kv") / "host.ledger", GIB) as ledger:
         ledger.register(name="llama", engine="vLLM 0.32.0", policy=Policy(GIB // 2))
+        config = Config(dir=ledger.path.parent, host_budget=GIB)
+        tier = HostTier.reserve(config, "llama", GIB // 2, setting="--kv-offloading-size")
+        tier.note([TierCounts(HOST)])
         yield ledger.path.parent
+        tier.close()
 
 
 def gateway_exposition() -> str:
@@ -81,10 +88,13 @@ def alerts() -> str:
 
 def test_an_instance_keeps_its_name_when_it_is_scraped(folder: Path) -> None:
     labels = scraped(folder)
-    of_instances = {name for name, found in labels.items() if "engine" in found}
-    assert len(of_instances) > 10
+    of_instances = {name for name, found in labels.items() if "engine_instance" in found}
+    of_devices = {name for name, found in labels.items() if "engine" in found}
+    assert len(of_devices) > 10
+    assert len(of_instances - of_devices) > 6
     for name in of_instances:
         assert labels[name]["engine_instance"] == "llama"
+    for name in of_devices:
         assert labels[name]["device"] == "host"
     assert not [name for found in labels.values() for name in found if name.startswith("exported_")]
 
@@ -103,6 +113,13 @@ def test_the_dashboard_names_its_lines_by_labels_that_there_are(folder: Path) ->
             selected = re.findall(r"(\w+)=[~\"]", target["expr"])
             shown = re.findall(r"{{(\w+)}}", target["legendFormat"])
             assert {*selected, *shown} <= set(labels[metric]) - set(OF_THE_TARGET)
+
+
+def test_the_dashboard_shows_all_that_is_said_of_tiers(folder: Path) -> None:
+    of_tiers = {name for name in scraped(folder) if name.startswith("kvcached_offload_")}
+    shown = {name for target in dashboard_targets() for name in NAME.findall(target["expr"])}
+    assert len({name for name in of_tiers if not name.endswith("_created")} - shown) == 0
+    assert len(of_tiers) > 6
 
 
 def test_the_alerts_watch_metrics_and_name_labels_that_there_are(folder: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvcached_core.engine.free_lists import CACHED, CLOSED, EMPTY, USED, FreeLists
 from kvcached_core.engine.page_book import REPORT_SECONDS, PageBook
 from kvcached_core.engine.pages import MAX_CLOSED_PAGES, Pages
+from kvcached_core.errors import PageStateError
 from kvcached_core.memory.geometry import Geometry
 from kvcached_core.memory.orders import PageOrders
 
@@ -376,6 +377,73 @@ def test_spare_pages_go_before_empty_ones_and_so_many_stay_as_shall() -> None:
     assert pool.pages.num_ready_blocks == 0
 
 
+def test_held_pages_stay_while_their_blocks_may_be_taken_again_and_go_when_copies_have_ended() -> (
+    None
+):
+    pool = Pool(8)
+    blocks = pool.grow(3 + 8)[3:]  # pages 1 and 2
+    pool.drain()
+    pool.pages.hold([block.block_id for block in blocks[:4]], "copy")
+    pool.give(blocks)
+    assert pool.pages.num_held_empty() == 1
+    assert pool.pages.close_empty(9) == 1
+    assert pool.free_lists.pages_in(EMPTY) == [1]
+    assert set(pool.grow(4)) == set(blocks[:4])
+    pool.give(blocks[:4])
+    with pytest.raises(PageStateError, match=r"pages \[1\] cannot be closed"):
+        pool.pages.close([1])
+    pool.pages.book.holds.release("copy")
+    assert (pool.pages.num_held_empty(), pool.pages.close_empty(9)) == (0, 1)
+
+
+def test_a_held_page_is_one_of_those_that_are_kept() -> None:
+    pool = Pool(8)
+    blocks = pool.grow(3 + 8)[3:]
+    pool.drain()
+    pool.pages.hold([blocks[0].block_id], "copy")
+    pool.give(blocks)
+    assert pool.pages.close_empty(9, keep=2) == 0
+    assert pool.pages.close_empty(9, keep=1) == 1
+
+
+def test_held_surplus_pages_are_due_still_and_go_with_the_schedule_after_their_copy() -> None:
+    now = [0.0]
+    pool = Pool(8, idle_seconds=2.0, clock=lambda: now[0])
+    live, dropped = pool.grow(7), pool.grow(8)
+    pool.drain()
+    pool.pages.freed_ids.extend(block.block_id for block in dropped)
+    pool.give(dropped)
+    pool.drain()
+    now[0] = 2.0
+    assert (orders := pool.drain()) is None or not orders.unmap_pages
+    pool.pages.book.holds.settle()
+    assert (orders := pool.drain()) is not None
+    assert len(orders.unmap_pages) == 2
+    assert live
+
+
+def test_while_who_asked_waits_for_copies_surplus_pages_go_nowhere_else() -> None:
+    pool = Pool(8)
+    pool.give(pool.grow(3 + 8)[3:])
+    pool.pages.book.holds.num_awaited = 1
+    pool.drain()
+    assert pool.num_empty == 2
+    pool.pages.book.holds.num_awaited = 0
+    pool.drain()
+    assert pool.num_empty == 0
+
+
+def test_no_spare_page_is_opened_while_somebody_awaits_what_copies_hold() -> None:
+    pool = Pool(min_spare_pages=2, max_spare_pages=2)
+    pool.grow(9)
+    pool.pages.book.holds.num_awaited = 1
+    pool.drain()
+    assert pool.num_empty == 0
+    pool.pages.book.holds.num_awaited = 0
+    pool.drain()
+    assert pool.num_empty == 2
+
+
 class Guess(FreeLists[FakeBlock]):
     """Free lists that know only how many pages may be empty at most."""
 
@@ -480,6 +548,13 @@ class PagesMachine(RuleBasedStateMachine):
         self.mapped = {0}
         self.live: list[FakeBlock] = []
         self.queue: list[FakeBlock] = []
+        self.copies: dict[int, set[int]] = {}  # pages of each
+        self.freed: set[int] = set()  # pages of which a copy may be made still
+        self.num_copies = 0
+
+    @property
+    def held(self) -> set[int]:
+        return self.freed.union(*self.copies.values())
 
     @rule(seconds=st.sampled_from([0.01, 1.0, 2.0]))
     def time_passes(self, seconds: float) -> None:
@@ -538,11 +613,34 @@ class PagesMachine(RuleBasedStateMachine):
     def drop_blocks(self, blocks: list[FakeBlock], *, cache: bool) -> None:
         gone = set(blocks)
         self.live = [block for block in self.live if block not in gone]
+        if cache:  # what may be hit later may be copied later
+            self.pages.freed_ids += [block.block_id for block in blocks]
+            self.freed |= {self.pool.page_of(block) for block in blocks}
         if cache:
             self.queue += blocks
             self.free_lists.add_cached(blocks)
         else:
             self.free_lists.give(blocks)
+
+    @precondition(lambda self: self.live or self.queue)
+    @rule(step=st.integers(1, 9))
+    def a_copy_begins(self, step: int) -> None:
+        copied = [*self.live, *self.queue][::step]
+        self.num_copies += 1
+        self.copies[self.num_copies] = {self.pool.page_of(block) for block in copied}
+        self.pages.hold([block.block_id for block in copied], self.num_copies)
+
+    @precondition(lambda self: self.copies)
+    @rule(number=st.integers(0, 9))
+    def a_copy_ends(self, number: int) -> None:
+        copy = [*self.copies][number % len(self.copies)]
+        self.pages.book.holds.release(copy)
+        del self.copies[copy]
+
+    @rule()
+    def copies_are_made_of_what_was_freed(self) -> None:
+        self.pages.book.holds.settle()
+        self.freed.clear()
 
     @precondition(lambda self: self.queue)
     @rule()
@@ -560,7 +658,7 @@ class PagesMachine(RuleBasedStateMachine):
 
     @rule()
     def evict_pages(self) -> None:
-        for page in self.free_lists.pages_in(CACHED)[:1]:
+        for page in [p for p in self.free_lists.pages_in(CACHED) if p not in self.held][:1]:
             mine = [block for block in self.queue if self.pool.page_of(block) == page]
             assert self.free_lists._num_cached[page] == len(mine)
             self.queue = [block for block in self.queue if block not in mine]
@@ -570,9 +668,10 @@ class PagesMachine(RuleBasedStateMachine):
 
     @rule(num_pages=st.integers(0, 9), keep=st.integers(0, 3))
     def close_empty(self, num_pages: int, keep: int) -> None:
-        num_empty = self.pool.num_empty
+        num_empty, num_held = self.pool.num_empty, self.pages.num_held_empty()
+        assert num_held == len(self.held & set(self.free_lists.empty_pages()))
         num_closed = self.pages.close_empty(num_pages, keep=keep)
-        assert num_closed == min(num_pages, max(num_empty - keep, 0))
+        assert num_closed == min(num_pages, max(num_empty - max(keep, num_held), 0))
 
     @rule(is_last=st.booleans())
     def end_schedule(self, *, is_last: bool) -> None:
@@ -586,6 +685,7 @@ class PagesMachine(RuleBasedStateMachine):
             new = orders.map_pages + orders.spare_pages
             assert not set(new) & self.mapped
             assert set(orders.unmap_pages + orders.ready_pages) <= self.mapped
+            assert not set(orders.unmap_pages) & self.held
             self.mapped = (self.mapped | set(new)) - set(orders.unmap_pages)
             self.sure |= {*orders.map_pages, *orders.ready_pages}
             self.sure -= set(orders.unmap_pages)
@@ -596,7 +696,7 @@ class PagesMachine(RuleBasedStateMachine):
             high = self.pages.max_spare_pages
             kept = high if is_live else min(high, self.pages.num_quiet_pages)
             in_time = self.num_pages if is_live else 0  # a few with each schedule
-            assert self.pool.num_empty <= kept + in_time
+            assert self.pool.num_empty <= kept + in_time + self.pages.num_held_empty()
         backed = {self.pool.page_of(block) for block in self.live + self.queue}
         assert backed <= self.sure
 
@@ -636,11 +736,20 @@ class PagesMachine(RuleBasedStateMachine):
         assert min(self.free_lists._num_in_state) >= 0
         num_held = len(self.live) + len(self.queue) + 1
         assert self.free_lists.num_free == self.pages.num_open_blocks - num_held
+        assert self.held <= self.pages._open
 
     def teardown(self) -> None:
         if hasattr(self, "pool"):
             self.look()
             self.end_schedule(is_last=True)
+            for copy in self.copies:
+                self.pages.book.holds.release(copy)
+            self.copies.clear()
+            self.copies_are_made_of_what_was_freed()
+            assert not self.pages.book.holds
+            self.end_schedule(is_last=True)
+            if not self.live:
+                assert self.pool.num_empty <= self.pages.num_quiet_pages
 
 
 TestPagesMachine = PagesMachine.TestCase

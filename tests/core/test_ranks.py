@@ -8,7 +8,7 @@ import pytest
 
 from kvcached_core.engine.beside import Turn
 from kvcached_core.engine.engine import ElasticEngine
-from kvcached_core.engine.ranks import Ranks
+from kvcached_core.engine.ranks import Ranks, WantedPages
 from kvcached_core.ledger.weights import WeightsWish
 from kvcached_core.weights.status import WeightStatus, merge
 
@@ -50,6 +50,24 @@ def test_all_ranks_are_promised_what_the_first_one_is_and_know_the_same_room() -
         assert rank.room_pages == 6
         rank.cancel(1)
         assert rank.room_pages == 7
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+def test_what_is_wanted_is_read_again_on_all_ranks_when_there_is_no_news(*, is_busy: bool) -> None:
+    said: list[list[int]] = []
+
+    def tell(values: list[int]) -> list[int]:
+        said.append(values)
+        return values
+
+    ledgers: Any = Ledgers(0)
+    ledgers.wanted_pages = lambda: (3, 1)
+    ledgers.beside = SimpleNamespace(wish=lambda: 0)
+    seat: Any = None
+    first = Ranks(ledgers, seat, 0, tell)
+    second = Ranks(None, seat, 0, lambda _values: said.pop(0))
+    for rank in (first, second):
+        assert rank.look(is_busy=is_busy, is_again=True) == WantedPages(3, 1)
 
 
 @pytest.mark.parametrize("num_bytes", [0, 5])

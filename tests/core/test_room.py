@@ -157,7 +157,7 @@ def test_who_waits_is_woken_when_an_announcement_shrinks(start: Callable[..., En
     assert neighbour.instance.reserve(2, is_urgent=True) == 0
     neighbour.asked.clear()
     sleeper.instance.beside.announce(4 * PAGE)
-    assert neighbour.asked.wait(10)
+    assert neighbour.asked.wait(60)
     assert neighbour.instance.reserve(2, is_urgent=True) == 2
 
 

@@ -44,6 +44,7 @@ def test_the_host_has_one_device_and_one_stream() -> None:
     assert torch_device.find_device(host, config).kind == HOST
     assert isinstance(torch_device.make_backend(host), HostBackend)
     assert torch_device.current_stream(host)() == 0
+    assert torch_device.with_index(host) == host
 
 
 @pytest.mark.usefixtures("gpus")
@@ -55,3 +56,4 @@ def test_a_gpu_without_an_index_is_the_current_one(name: str, index: int) -> Non
     assert str(torch_device.make_backend(gpu)) == f"backend of {index}"
     assert torch_device.make_backend(gpu) is torch_device.make_backend(gpu)
     assert torch_device.current_stream(gpu)() == 100 + index
+    assert torch_device.with_index(gpu) == torch.device("cuda", index)

@@ -21,7 +21,6 @@ from kvcached_core.ledger.bell import wake
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.weights import WeightsWish
 
-PATIENCE_SECONDS = 10.0
 NUMBERS = st.integers(0, 2)
 
 
@@ -156,7 +155,7 @@ class WeightsMachine(RuleBasedStateMachine):
         for engine in self.engines:
             if engine.weights is not None:
                 engine.weights.num_available = engine.weights.num_pages
-        await_that(self.nothing_is_left, PATIENCE_SECONDS)
+        await_that(self.nothing_is_left)
         for engine in self.engines:
             engine.sleep()
             view = engine.view()
