@@ -108,7 +108,12 @@ def end_schedule(pool: Any) -> PageOrders | None:
 
 def giving_of(pool: Any) -> Giving:
     """Return what gives pages of a pool, as the pool's engine has it."""
-    port: Any = SimpleNamespace(evict=pool.evict_pages, num_idle_blocks=lambda: 0)
+    port: Any = SimpleNamespace(
+        evict=pool.evict_pages,
+        num_idle_blocks=lambda: 0,
+        num_locked_blocks=lambda: 0,
+        end_copies=lambda: False,
+    )
     ranks: Any = SimpleNamespace(clock=lambda: 0.0)
     return Giving(ranks, port, [pool.pages], lambda **_: None)
 
@@ -463,6 +468,22 @@ def test_a_page_is_as_young_as_its_youngest_block() -> None:
     num_younger = len({page_of(block.block_id) for block in second}) - 1
     assert giving_of(ours).close(num_younger) == num_younger
     assert shared in ours.free_lists.pages_in(CACHED)
+
+
+def test_pages_that_a_tier_has_too_are_given_before_older_ones_and_taken_in_vllms_order() -> None:
+    _, ours = make_pools(num_left=4)
+    older, younger = cache(ours, 1, 8), cache(ours, 2, 8)
+    for blocks in (older, younger):
+        ours.free_blocks(reversed(blocks))
+    copied = {block.block_id for block in younger}
+    ours.is_copied = lambda block: block.block_id in copied
+    page_of = GEOMETRY.page_of
+    of_older, of_younger = ({page_of(b.block_id) for b in each} for each in (older, younger))
+    num_younger = len(of_younger - of_older)
+    assert giving_of(ours).close(num_younger) == num_younger
+    assert all(ours.get_cached_block(h, [0]) for h in FakeRequest(1, 8).block_hashes)
+    ours.free_blocks(ours.get_new_blocks(ours.get_num_free_blocks()))
+    assert ours.get_cached_block(FakeRequest(1, 8).block_hashes[-1], [0]) is None
 
 
 def test_cached_pages_are_emptied_as_few_as_are_wanted_and_are_not_closed_yet() -> None:

@@ -110,6 +110,7 @@ def test_the_document_gives_both_one_folder_and_names_and_ports_of_their_own() -
     assert first.port != second.port
 
 
+@pytest.mark.every_release  # under `make test` the ledger's, in tests/core/test_namespaces.py
 def test_the_documents_listing_shows_both(both: Both) -> None:
     command = LISTING.replace(str(CONTAINERS[0].source), str(both.directory)).split()[1:]
     done = subprocess.run(
@@ -123,6 +124,7 @@ def test_the_documents_listing_shows_both(both: Both) -> None:
     assert all(row["pid"] < MOST_PROCESSES for row in device["instances"]), "the container's own"
 
 
+@pytest.mark.every_release  # and two servers' of one namespace, in test_servers.py
 def test_memory_moves_between_them_and_a_killed_one_gives_all_of_it_back(both: Both) -> None:
     first, second = both.containers
     for name in (first, second, first, second):  # each needs most of the pool

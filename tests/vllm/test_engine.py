@@ -6,11 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.configurations import configuration
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
 from kvcached_core.config import HOST, Config, read_config
 from kvcached_core.engine import giving, instance
-from kvcached_core.errors import ConfigError, PolicyError
+from kvcached_core.errors import ConfigError, PolicyError, UnsupportedEngineError
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.devices import Device
@@ -65,7 +66,7 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def engine(config: Config) -> Iterator[VllmEngine]:
-    vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="m", max_model_len=2048))
+    vllm_config = configuration(model_config=SimpleNamespace(model="m", max_model_len=2048))
     made = VllmEngine(vllm_config, config, [FIRST, SECOND], Core())
     yield made
     made.close()
@@ -97,6 +98,26 @@ def test_pipeline_stages_of_different_depth_share_ids_and_pages(engine: VllmEngi
         arena.close()
 
 
+def test_layers_that_cannot_lie_in_pages_are_refused_and_a_draft_is_named(
+    engine: VllmEngine,
+) -> None:
+    plans = [plan(6)]
+    plans[0].kv_cache_tensors[5].block_stride = 1
+    config = engine.vllm_config
+    with pytest.raises(UnsupportedEngineError, match=r"layers side by side$"):
+        engine.place(plans, 2 * MIB)
+    config.speculative_config = SimpleNamespace(draft_model_config=config.model_config)  # ngrams
+    with pytest.raises(UnsupportedEngineError, match=r"side by side$"):
+        engine.place(plans, 2 * MIB)
+    config.speculative_config.draft_model_config = SimpleNamespace(model="draft")
+    with pytest.raises(UnsupportedEngineError, match=r"an EAGLE or MTP head .* or method ngram"):
+        engine.place(plans, 2 * MIB)
+    plans[0].kv_cache_tensors[5].block_stride = 0
+    plans[0].kv_cache_tensors[5].size *= 2
+    with pytest.raises(UnsupportedEngineError, match=r"differ in block size .*, or method ngram"):
+        engine.place(plans, 2 * MIB)
+
+
 def test_each_rank_reports_to_the_ledger_of_its_own_device(engine: VllmEngine) -> None:
     placements = place(engine)
     assert [Path(each.seat.ledger_path).stem for each in placements] == ["first", "second"]
@@ -112,7 +133,7 @@ def test_a_start_without_room_for_a_page_says_what_is_missing(
     monkeypatch.setattr(instance, "PATIENCE_SECONDS", 0.05)
     place(engine)
     engine.ranks.reserve(1 << 20, is_urgent=False)
-    vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="m", max_model_len=2048))
+    vllm_config = configuration(model_config=SimpleNamespace(model="m", max_model_len=2048))
     late = VllmEngine(vllm_config, config, [FIRST], Core())
     with pytest.raises(
         ConfigError, match=r"first page: (.+) of \1 are missing on first; it is held by"
@@ -303,7 +324,7 @@ def neighbour(engine: VllmEngine, config: Config) -> Iterator[VllmEngine]:
     """Return another engine that was promised all there is beside the first one's page."""
     place(engine)
     build_pool(engine)
-    vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="n", max_model_len=2048))
+    vllm_config = configuration(model_config=SimpleNamespace(model="n", max_model_len=2048))
     made = VllmEngine(vllm_config, config, [FIRST], Core())
     made.place([plan(8)], 2 * MIB)
     made.ranks.reserve(1 << 20, is_urgent=False)
@@ -391,7 +412,7 @@ def test_what_leaves_the_cache_of_an_idle_engine_is_published_when_it_leaves(
 
 
 def test_four_ranks_on_one_device_share_a_row_and_each_maps_every_page(config: Config) -> None:
-    vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="m", max_model_len=2048))
+    vllm_config = configuration(model_config=SimpleNamespace(model="m", max_model_len=2048))
     engine = VllmEngine(vllm_config, config, [FIRST] * 4, Core())
     plans = [plan(8) for _ in range(4)]
     engine.place(plans, 2 * MIB)

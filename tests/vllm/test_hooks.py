@@ -71,7 +71,7 @@ def test_a_start_does_not_need_a_share_of_the_device_free(free_bytes: int, expec
 def test_what_is_not_served_keeps_vllms_rules() -> None:
     original = Recorder(result=-1)
     request = worker_hooks.request_memory(original)
-    worker = SimpleNamespace(vllm_config=configuration(kv_transfer_config=object()))
+    worker = SimpleNamespace(vllm_config=configuration(parallel_config=parallel(nnodes=2)))
 
     def init_device(_worker: Any) -> None:
         assert request(snapshot(100), SimpleNamespace(gpu_memory_utilization=0.9)) == -1

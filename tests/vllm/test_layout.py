@@ -1,6 +1,7 @@
 """Both shapes of vLLM's KV cache plan lead to the same geometry and the same bytes."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import choose_geometry
 from kvcached_core.memory.seats import Placement, Seat
+from kvcached_core.memory.size_classes import SizeClass
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.memory.zeros import ZerosFromArena
 from kvcached_core.units import MIB
-from kvcached_vllm.layout import plane_layout, sparse_config
+from kvcached_vllm.layout import connector_config, plane_layout, refuse_windows, sparse_config
 
 pytestmark = pytest.mark.vllm
 
@@ -72,8 +74,9 @@ def placement() -> Placement:
 
 def test_both_shapes_have_the_same_planes() -> None:
     separate, strided = plane_layout(separate_plan()), plane_layout(strided_plan())
-    assert separate.block_bytes == strided.block_bytes == BLOCK_BYTES
-    assert separate.num_planes == strided.num_planes == NUM_LAYERS
+    assert separate.classes == strided.classes == (SizeClass(BLOCK_BYTES, NUM_LAYERS),)
+    assert separate.num_planes(BLOCK_BYTES) == NUM_LAYERS
+    assert separate.num_planes(BLOCK_BYTES // 2) == 0
     assert (separate.is_one_allocation, strided.is_one_allocation) == (False, True)
 
 
@@ -123,7 +126,8 @@ def test_groups_that_overlay_each_other_share_planes() -> None:
     other = strided_plan(layers=LAYERS[:2]).kv_cache_tensors[0]
     plan.kv_cache_tensors.append(other)
     layout = plane_layout(plan)
-    assert (layout.num_planes, layout.first_planes) == (NUM_LAYERS, (0, 0))
+    assert layout.classes == (SizeClass(BLOCK_BYTES, NUM_LAYERS),)
+    assert layout.places == ((0, BLOCK_BYTES), (0, BLOCK_BYTES))
 
 
 @pytest.mark.parametrize(
@@ -133,10 +137,6 @@ def test_groups_that_overlay_each_other_share_planes() -> None:
         (
             Plan([SeparateTensor(BLOCK_BYTES * NUM_BLOCKS, [LAYERS[0]], block_stride=1)]),
             "side by side",
-        ),
-        (
-            Plan([SeparateTensor(size * NUM_BLOCKS, ["x"]) for size in (1024, 2048)]),
-            r"differ in plane size \(\[131072, 262144\] bytes\)",
         ),
     ],
 )
@@ -167,7 +167,8 @@ def test_tensors_that_begin_at_another_plane_stay_there() -> None:
     (second,) = strided_plan(layers=LAYERS[2:], offset=2 * plane_bytes).kv_cache_tensors
     plan = Plan([first, second])
     layout = plane_layout(plan)
-    assert (layout.num_planes, layout.first_planes) == (NUM_LAYERS, (0, 2))
+    assert layout.classes == (SizeClass(BLOCK_BYTES, NUM_LAYERS),)
+    assert layout.places == ((0, BLOCK_BYTES), (2, BLOCK_BYTES))
     geometry = choose_geometry(
         block_bytes=BLOCK_BYTES, num_planes=NUM_LAYERS, granularity_bytes=2 * MIB
     )
@@ -175,3 +176,46 @@ def test_tensors_that_begin_at_another_plane_stay_there() -> None:
     sparse = sparse_config(plan, layout, Placement(geometry, 4, seat))
     offsets = [tensor.offset for tensor in sparse.kv_cache_tensors]
     assert offsets == [0, 2 * geometry.run_bytes]
+
+
+@pytest.mark.parametrize("shape", ["separate", "strided"])
+def test_a_connector_finds_the_bytes_of_a_block_that_the_scheduler_finds(shape: str) -> None:
+    plan = separate_plan() if shape == "separate" else strided_plan()
+    layout, where = plane_layout(plan), placement()
+    sparse = connector_config(sparse_config(plan, layout, where), layout)
+    assert sparse.num_blocks == where.geometry.num_ids(where.num_pages)
+
+    def bytes_of_a_block(of_plan: Any) -> int:
+        sizes = [tensor.size for tensor in of_plan.kv_cache_tensors]
+        total = sum(sizes) if shape == "separate" else sizes[0]
+        return int(total) // int(of_plan.num_blocks)
+
+    assert bytes_of_a_block(sparse) == bytes_of_a_block(plan) == BLOCK_BYTES * NUM_LAYERS
+
+
+def test_a_connectors_plan_leaves_that_of_the_memory_alone() -> None:
+    plan = strided_plan()
+    layout, where = plane_layout(plan), placement()
+    sparse = sparse_config(plan, layout, where)
+    (tensor,) = connector_config(sparse, layout).kv_cache_tensors
+    assert sparse.kv_cache_tensors[0].size == where.num_pages * where.geometry.page_bytes
+    assert tensor.block_stride == sparse.kv_cache_tensors[0].block_stride
+
+
+def test_layers_with_a_window_are_refused_beside_a_connector() -> None:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    sizes: dict[str, Any] = {
+        "block_size": 16,
+        "num_kv_heads": 1,
+        "head_size": 64,
+        "dtype": torch.float32,
+    }
+    full = SimpleNamespace(kv_cache_spec=FullAttentionSpec(**sizes))
+    window = SimpleNamespace(kv_cache_spec=SlidingWindowSpec(**sizes, sliding_window=64))
+    refuse_windows(SimpleNamespace(kv_cache_groups=[full, full]))
+    with pytest.raises(UnsupportedEngineError, match="--disable-hybrid-kv-cache-manager"):
+        refuse_windows(SimpleNamespace(kv_cache_groups=[full, window]))
+    mixed = SimpleNamespace(kv_cache_specs={"a": full.kv_cache_spec, "b": window.kv_cache_spec})
+    with pytest.raises(UnsupportedEngineError, match="keep only the last tokens"):
+        refuse_windows(SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=mixed)]))

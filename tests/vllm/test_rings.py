@@ -9,6 +9,7 @@ from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.configurations import configuration
 from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 
 from kvcached_core.config import HOST, read_config
@@ -96,7 +97,7 @@ class Core(EngineCoreProc):
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[VllmEngine]:
     config = read_config({"KVCACHED_DIR": str(tmp_path / "kv"), "KVCACHED_IDLE_SECONDS": "1000"})
-    vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="m", max_model_len=2048))
+    vllm_config = configuration(model_config=SimpleNamespace(model="m", max_model_len=2048))
     core = Core()
     core.kvcached = made = VllmEngine(vllm_config, config, [DEVICE], core)
     tensors = [SimpleNamespace(size=BLOCK_BYTES * NUM_BLOCKS) for _ in range(8)]

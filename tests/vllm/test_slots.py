@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.configurations import configuration
 from vllm import SamplingParams
 from vllm.v1.core import kv_cache_coordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -32,7 +33,7 @@ DEVICE = Device(HOST, "host", 256 * MIB)
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[VllmEngine]:
     config = read_config({"KVCACHED_DIR": str(tmp_path / "kv"), "KVCACHED_MIN_SPARE_PAGES": "0"})
-    vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="m", max_model_len=2048))
+    vllm_config = configuration(model_config=SimpleNamespace(model="m", max_model_len=2048))
     core = SimpleNamespace(
         scheduler=SimpleNamespace(get_request_counts=lambda: (1, 0)),
         model_executor=SimpleNamespace(collective_rpc=lambda *_call, **_options: []),

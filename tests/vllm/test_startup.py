@@ -20,6 +20,7 @@ from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.memory.devices import host_device
 from kvcached_core.units import GIB
 from kvcached_patches import ENGINES
+from kvcached_patches.sources import Sources
 from kvcached_vllm.obstacles import can_serve, obstacles
 
 pytestmark = pytest.mark.vllm
@@ -159,7 +160,11 @@ def test_a_missing_engine_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatc
         Startup(replace(VLLM, oldest={"no-such-vllm": "1"})).start()
 
 
-def test_all_hooks_fit_the_installed_release() -> None:
+def test_all_hooks_fit_the_installed_release(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert VLLM.misfit(VLLM.installed()) == ""
+    monkeypatch.setattr(Sources, "tree", None)  # and what is as it was locked is not parsed
     assert VLLM.misfit(VLLM.installed()) == ""
 
 
@@ -172,8 +177,11 @@ def test_all_hooks_fit_the_installed_release() -> None:
         ({"parallel_config": parallel(enable_dbo=True)}, "remove --enable-dbo"),
         ({"parallel_config": parallel(nnodes=2)}, "2 nodes.*--nnodes 1"),
         ({"parallel_config": parallel(distributed_executor_backend="ray")}, "executor ray.*mp"),
-        ({"kv_transfer_config": object()}, "a KV connector.*--kv-transfer-config"),
         ({"attention_config": SimpleNamespace(hisparse_config=1)}, "HiSparse"),
+        (
+            {"speculative_config": SimpleNamespace(enable_adaptive_verification=True)},
+            "adaptive verification.*--speculative-config",
+        ),
     ],
 )
 def test_configurations_that_cannot_be_served_are_named(

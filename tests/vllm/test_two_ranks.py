@@ -1,9 +1,10 @@
 """Two ranks of one engine: the same pages on both, one promise for both, the same tokens."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers.engines import Offline, finish
+from helpers.engines import Offline, finish, offline_in
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -11,46 +12,63 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
-def test_tensor_parallel_ranks_map_the_same_pages_and_answer_as_vanilla(
-    start_offline: Offline, tmp_path: Path
-) -> None:
-    environ = {
+def ours(folder: Path, **settings: str) -> dict[str, str]:
+    return {
         "ENABLE_KVCACHED": "1",
-        "KVCACHED_DIR": str(tmp_path / "kv"),
+        "KVCACHED_DIR": str(folder / "kv"),
         "KVCACHED_HOST_POOL": "512MiB",
         "KVCACHED_DEBUG": "1",
+        **settings,
     }
-    started = [
-        start_offline(CORES | {"ENABLE_KVCACHED": "0"}, "two_ranks"),
-        start_offline(CORES | environ, "two_ranks"),
-    ]
-    vanilla, ours = map(finish, started)
-    assert (vanilla.returncode, ours.returncode) == (0, 0), ours.errors[-4000:]
-    report = ours.report
-    assert report["tokens"] == vanilla.report["tokens"]
+
+
+@pytest.fixture(scope="module")
+def reports(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """What vanilla reports, and an elastic engine whose weights yield, run side by side."""
+    folder = tmp_path_factory.mktemp("ranks")
+    start = offline_in(folder, model)
+    environ = ours(folder, KVCACHED_WEIGHTS="yield")
+    started = [start(CORES | one, "two_ranks") for one in ({"ENABLE_KVCACHED": "0"}, environ)]
+    vanilla, elastic = map(finish, started)
+    assert (vanilla.returncode, elastic.returncode) == (0, 0), elastic.errors[-4000:]
+    assert "Traceback" not in elastic.errors
+    return vanilla.report, elastic.report
+
+
+def check(report: Any, vanilla: Any) -> None:
+    """See that both ranks hold the same, as little as they need, and answer as vanilla does."""
+    assert report["tokens"] == vanilla["tokens"]
     first, second = report["pages"]
     assert first == second
     assert len(first) <= 2
     (view,) = report["view"]
-    assert view["resident_bytes"] == 2 * len(first) * report["page_bytes"]
+    held_bytes = view["resident_bytes"] - view["weights_bytes"]
+    assert held_bytes == 2 * len(first) * report["page_bytes"]
     assert view["promised_bytes"] == 0
-    assert "Traceback" not in ours.errors
+
+
+def test_tensor_parallel_ranks_map_the_same_pages_and_answer_as_vanilla(
+    reports: tuple[Any, Any],
+) -> None:
+    vanilla, elastic = reports
+    check(elastic, vanilla)
 
 
 def test_tensor_parallel_ranks_give_their_weights_and_have_them_back_alike(
-    start_offline: Offline, tmp_path: Path
+    reports: tuple[Any, Any],
 ) -> None:
-    environ = {
-        "ENABLE_KVCACHED": "1",
-        "KVCACHED_DIR": str(tmp_path / "kv"),
-        "KVCACHED_HOST_POOL": "512MiB",
-        "KVCACHED_WEIGHTS": "yield",
-    }
-    run = finish(start_offline(CORES | environ, "two_ranks"))
-    assert run.returncode == 0, run.errors[-4000:]
-    report = run.report
-    assert report["asleep_pages"] == [0, 0]
-    assert min(report["awake_pages"]) > 1
-    assert report["tokens_after_sleep"] == report["tokens"]
-    (view,) = report["view"]
+    vanilla, elastic = reports
+    assert elastic["asleep_pages"] == [0, 0]
+    assert min(elastic["awake_pages"]) > 1
+    assert elastic["tokens_after_sleep"] == vanilla["tokens"]
+    (view,) = elastic["view"]
     assert view["weights_bytes"] == view["weights_needed_bytes"] > 0
+
+
+@pytest.mark.every_release  # under `make test` ranks whose weights yield, above
+def test_ranks_that_keep_their_weights_do_the_same(
+    start_offline: Offline, tmp_path: Path, reports: tuple[Any, Any]
+) -> None:
+    run = finish(start_offline(CORES | ours(tmp_path), "two_ranks"))
+    assert run.returncode == 0, run.errors[-4000:]
+    check(run.report, reports[0])

@@ -28,6 +28,9 @@ def settings(**changes: Any) -> Any:
     return SimpleNamespace(**values)
 
 
+CONFIG = SimpleNamespace(model_config=SimpleNamespace(model="m"))  # of a worker
+
+
 def offload(*, gib: float = 0, group_size: int = 0) -> Any:
     return SimpleNamespace(
         uva=SimpleNamespace(cpu_offload_gb=gib),
@@ -148,13 +151,13 @@ def test_on_a_cpu_kernels_that_hide_weights_are_off_while_they_load(
     monkeypatch.setattr(_custom_ops, "_supports_onednn", True)
     monkeypatch.setattr(utils, "check_cpu_sgl_kernel", lambda *_: True)
     taken: list[Any] = []
-    monkeypatch.setattr(elastic_weights, "_take_over", taken.append)
-    worker = SimpleNamespace(device=SimpleNamespace(type="cpu"))
+    monkeypatch.setattr(elastic_weights, "_take_over", lambda *args: taken.append(args[:2]))
+    worker = SimpleNamespace(device=SimpleNamespace(type="cpu"), vllm_config=CONFIG)
     with loading(worker):
         assert not _custom_ops._supports_onednn
         assert not utils.check_cpu_sgl_kernel(16, 32, None)
         assert taken == []
-    assert taken == [worker]
+    assert taken == [(worker, None)]  # buffers stay
 
 
 def test_on_a_gpu_weights_pass_vllms_allocator_for_sleep_and_nothing_else_does(
@@ -162,11 +165,12 @@ def test_on_a_gpu_weights_pass_vllms_allocator_for_sleep_and_nothing_else_does(
 ) -> None:
     class Worker:
         device = SimpleNamespace(type="cuda")
+        vllm_config = CONFIG
 
         def _maybe_get_memory_pool_context(self, tag: str) -> Any:
             return tag
 
-    monkeypatch.setattr(elastic_weights, "_take_over", lambda _worker: None)
+    monkeypatch.setattr(elastic_weights, "_take_over", lambda *_: None)
     worker = Worker()
     with loading(worker):
         assert isinstance(worker._maybe_get_memory_pool_context(tag="weights"), nullcontext)
@@ -175,10 +179,10 @@ def test_on_a_gpu_weights_pass_vllms_allocator_for_sleep_and_nothing_else_does(
 
 def test_a_load_that_fails_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elastic_weights, "_take_over", pytest.fail)
-    worker = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    worker = SimpleNamespace(device=SimpleNamespace(type="cuda"), vllm_config=CONFIG)
     with pytest.raises(MemoryError), loading(worker):
         raise MemoryError
-    assert vars(worker).keys() == {"device"}
+    assert vars(worker).keys() == {"device", "vllm_config"}
 
 
 def test_on_a_host_room_is_made_for_weights_that_yield_alone(
@@ -201,7 +205,6 @@ def test_on_a_host_room_is_made_for_weights_that_yield_alone(
     monkeypatch.setattr(worker_hooks, "startup", SimpleNamespace(arrive=arrive))
     for is_yielding, expected in ((False, []), (True, [500, 512])):
         monkeypatch.setattr(worker_hooks, "yields_weights", lambda _config, it=is_yielding: it)
-        config = SimpleNamespace(model_config=SimpleNamespace(model="m"))
-        worker = SimpleNamespace(device=SimpleNamespace(type="cpu"), vllm_config=config)
+        worker = SimpleNamespace(device=SimpleNamespace(type="cpu"), vllm_config=CONFIG)
         worker_load_model(lambda _self: None)(worker)
         assert announced == expected

@@ -10,13 +10,19 @@ import pytest
 from helpers.adapter import make_adapter
 from helpers.engines import Offline, finish
 
+from kvcached_core.weights.moves import read_moves
 from kvcached_demo.harness.model import make_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
+# Under `make test` tied weights are those of test_weight_binding.py, and of a server of SGLang's.
 @pytest.fixture(
-    params=[pytest.param(False, marks=pytest.mark.older_release), True], ids=["own head", "tied"]
+    params=[
+        pytest.param(False, marks=pytest.mark.older_release),
+        pytest.param(True, marks=pytest.mark.every_release),
+    ],
+    ids=["own head", "tied"],
 )
 def reports(
     request: pytest.FixtureRequest, start_offline: Offline, tmp_path: Path, model: Path
@@ -77,6 +83,27 @@ def test_answers_are_those_of_vanilla_whatever_became_of_the_weights(reports: An
     assert ours["wrong_page_is_seen"]
 
 
+@pytest.mark.every_release
+def test_buffers_go_first_and_come_back_with_the_weights(
+    start_offline: Offline, tmp_path: Path
+) -> None:
+    settings = yielding(tmp_path, KVCACHED_BUFFERS="yield")
+    run = finish(start_offline(settings, "offline_weights", buffers=32 << 10))
+    assert run.returncode == 0, run.errors
+    report = run.report
+    assert report["num_bytes"] > 0
+    assert report["same"] == [True, True, True]
+    (buffers, woken, all_given, again) = report["held"]
+    assert buffers[:2] == [0, 0]
+    assert buffers[2] > 0
+    assert all_given[0] == 0
+    assert all_given[1] > 1
+    assert all_given[2] == all_given[1] + buffers[2]
+    assert woken == again == [report["num_bytes"], 0, 0, 0]
+    assert buffers[3] == all_given[3] == 0  # the ledger knows
+    assert report["spoiled_differs"]
+
+
 def test_an_adapter_answers_as_before_and_stays_where_it_is(
     start_offline: Offline, tmp_path: Path, model: Path
 ) -> None:
@@ -98,19 +125,26 @@ def test_a_step_on_weights_that_are_not_there_ends_the_process(
 POOL = "20MiB"  # for the weights of one of two engines, and a request
 
 
-NUM_REQUESTS = 200
+NUM_REQUESTS = 80
 
 
+@pytest.mark.parametrize("has_disk", [False, pytest.param(True, marks=pytest.mark.every_release)])
 def test_engines_whose_weights_do_not_fit_together_answer_in_turn_and_outlive_a_kill(
-    start_offline: Offline, tmp_path: Path
+    start_offline: Offline, tmp_path: Path, *, has_disk: bool
 ) -> None:
     other = make_model(tmp_path / "other-llama", seed=2)
+    disk = {
+        "KVCACHED_WEIGHTS_DISK": str(tmp_path / "disk"),
+        "KVCACHED_WEIGHTS_DISK_FREE": "0",
+        "KVCACHED_HOST_BUDGET": "15MiB",  # for the copy of one of them
+    }
     environ = yielding(
         tmp_path,
         KVCACHED_HOST_POOL=POOL,
         KVCACHED_PAGE_BYTES="2MiB",
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",
+        **(disk if has_disk else {}),
     )
     run = finish(start_offline(environ, "two_weights", other=str(other), num_requests=NUM_REQUESTS))
     assert run.returncode == 0, run.errors
@@ -126,3 +160,5 @@ def test_engines_whose_weights_do_not_fit_together_answer_in_turn_and_outlive_a_
     assert report["right_after_kill"] == [True] * 4
     assert report["started_again"]
     assert report["right_in_the_end"] == [True] * 6
+    if has_disk:  # each turn has brought one back
+        assert read_moves(tmp_path / "disk").num_read >= NUM_REQUESTS // 2

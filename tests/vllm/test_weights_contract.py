@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.older_release]
 
 @pytest.fixture
 def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
-    monkeypatch.setattr("kvcached_core.weights.rank.PATIENCE_SECONDS", 0.02)
+    monkeypatch.setattr("kvcached_core.weights.rank_row.PATIENCE_SECONDS", 0.02)
     made = House(VllmServed, tmp_path / "kv", weights="yield")
     yield made
     made.close()

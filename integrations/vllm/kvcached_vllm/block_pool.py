@@ -6,7 +6,7 @@ which cached block goes first, is what it is without us; only the ids differ, an
 touched while the ledger still grants pages.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -36,6 +36,7 @@ class ElasticBlockPool(BlockPool):
     num_gpu_blocks: int
     engine: Any  # the `VllmEngine` that built it, and what it gives
     giving: Giving
+    is_copied: Callable[[KVCacheBlock], bool] | None = None  # whether a tier has a block, too
 
     def __init__(
         self,
@@ -164,10 +165,12 @@ class ElasticBlockPool(BlockPool):
     def evict_pages(self, num_pages: int) -> bool:
         """Empty up to `num_pages` cached pages; return whether there was one.
 
-        The page whose youngest block is oldest goes first.
+        The page whose youngest block is oldest goes first, and pages of which a tier has copies go
+        before others.
         """
         num_evicted = 0
-        for blocks in islice(self.free_lists.cached_pages(self._queued_blocks()), num_pages):
+        pages = self.free_lists.cached_pages(self._queued_blocks(), self.is_copied)
+        for blocks in islice(pages, num_pages):
             num_evicted += 1
             self._free_cached(blocks)
         return num_evicted > 0

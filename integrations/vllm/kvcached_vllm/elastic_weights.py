@@ -10,6 +10,8 @@ from kvcached_core.config import CUDA, read_config
 from kvcached_core.memory.model_bytes import find_folder
 from kvcached_core.memory.torch_device import architecture
 from kvcached_core.weights.status import WeightStatus, merge
+from kvcached_vllm import restart_hooks
+from kvcached_vllm.graph_hooks import use_graph_pool
 from kvcached_vllm.startup import startup
 from kvcached_vllm.weight_obstacles import weight_obstacles
 from kvcached_vllm.worker import inner_worker
@@ -17,12 +19,18 @@ from kvcached_vllm.worker import inner_worker
 if TYPE_CHECKING:
     from kvcached_core.memory.seats import Seat
     from kvcached_core.weights.key import Origin
+    from kvcached_core.weights.own_annex import OwnAnnex
     from kvcached_core.weights.own_weights import OwnWeights
+    from kvcached_core.weights.restart import Restart
 
 logger = logging.getLogger("vllm.kvcached")
 
 # Where a worker has its `OwnWeights`.
 OURS = "kvcached_weights"
+# What of vLLM keeps buffers of its runner, beside a model's modules.
+PACKAGES = ("vllm.v1.attention", "vllm.v1.sample", "vllm.v1.worker")
+# Rows for requests, filled with zeros when a request comes that needs its one: half a GiB.
+FORGOTTEN = ("output_bin_counts", "prompt_bin_mask")
 
 
 def yields_weights(vllm_config: Any) -> bool:
@@ -37,6 +45,23 @@ def loading(worker: Any) -> Iterator[None]:
     On a CPU the kernels that hide a packed copy of weights are off from now on: those of oneDNN,
     and SGLang's. On a GPU vLLM's own allocator for sleep, which would keep the memory, is passed.
     """
+    from kvcached_core.weights.own_annex import make_annex  # they import torch
+    from kvcached_core.weights.restart import make_restart
+
+    annex = make_annex(worker.device, read_config(), worker.vllm_config.model_config.model)
+    if annex is not None and annex.graph_pool is not None:
+        use_graph_pool(annex.graph_pool)
+    restart = make_restart(
+        read_config(), worker.device, partial(_origin, worker), restart_hooks.PACKAGES
+    )
+    with _taking_allocations(worker), restart_hooks.restarting(restart):
+        yield
+    _take_over(worker, annex, restart)
+
+
+@contextlib.contextmanager
+def _taking_allocations(worker: Any) -> Iterator[None]:
+    """Have vLLM's weights in plain memory of torch's while it loads them."""
     if worker.device.type != CUDA:
         from vllm import _custom_ops
         from vllm.model_executor.layers import utils
@@ -50,14 +75,21 @@ def loading(worker: Any) -> Iterator[None]:
             yield
         finally:
             del worker._maybe_get_memory_pool_context
-    _take_over(worker)
 
 
-def _take_over(worker: Any) -> None:
+def _take_over(worker: Any, annex: "OwnAnnex | None", restart: "Restart | None") -> None:
     from kvcached_core.weights.own_weights import take_over  # it imports torch
 
     modules, origin_of = _modules(worker.model_runner), partial(_origin, worker)
-    setattr(worker, OURS, take_over(modules, worker.device, read_config(), origin_of))
+    weights = take_over(modules, worker.device, read_config(), origin_of, annex, restart=restart)
+    setattr(worker, OURS, weights)
+
+
+def move_buffers(worker: Any) -> None:
+    """Let the large buffers of a worker go with its weights, before graphs are captured."""
+    weights = weights_of(worker)
+    if weights is not None and weights.annex is not None:
+        weights.annex.move({"runner": worker.model_runner}, PACKAGES, FORGOTTEN)
 
 
 def _modules(runner: Any) -> Mapping[str, Any]:
@@ -117,6 +149,7 @@ def copy_weights(worker: Any) -> None:
     """Begin to copy a worker's weights to host memory, behind its start."""
     weights = weights_of(worker)
     if weights is not None:
+        weights.end_start()
         weights.rank.begin_copy()
 
 
@@ -125,7 +158,8 @@ def leave_weights(worker: Any) -> None:
     weights = weights_of(worker)
     if weights is not None:
         setattr(worker, OURS, None)
-        weights.rank.close()
+        use_graph_pool(None)
+        weights.close()
 
 
 def weights_of(worker: Any) -> "OwnWeights | None":
@@ -144,6 +178,13 @@ def hold_weights(worker: Any, num_missing: int) -> WeightStatus:
     """Have all but the last pages of a worker's weights there; `collective_rpc` calls this."""
     weights: OwnWeights = getattr(inner_worker(worker), OURS)
     return weights.rank.hold(weights.rank.status().pages_without(num_missing))
+
+
+def finish_weights(worker: Any) -> None:
+    """See `EnginePort.finish_weights`: `collective_rpc` calls this in each worker."""
+    weights = weights_of(worker)
+    if weights is not None:
+        weights.rank.arriving.finish()
 
 
 def merged(statuses: Sequence[WeightStatus | None]) -> WeightStatus | None:

@@ -7,8 +7,20 @@ from kvcached_core.engine.activation import FIRST_LOOK_SECONDS
 from kvcached_core.engine.central import CentralEngine
 from kvcached_core.engine.placing import Planes
 from kvcached_core.engine.start import model_name
+from kvcached_core.errors import KVCachedError, UnsupportedEngineError
 from kvcached_core.memory.devices import Device
-from kvcached_vllm.layout import PLACEMENT, plane_layout, request_blocks
+from kvcached_vllm.connectors import offloads
+from kvcached_vllm.host_tier import CountedTier, disk_folders, region_of, tier_bytes
+from kvcached_vllm.layout import (
+    PLACEMENT,
+    common_classes,
+    plane_layout,
+    refuse_classes,
+    refuse_windows,
+    request_blocks,
+)
+from kvcached_vllm.obstacles import draft_obstacle, layer_obstacle
+from kvcached_vllm.open_copies import OpenCopies
 from kvcached_vllm.port import VllmPort
 from kvcached_vllm.startup import startup
 
@@ -27,6 +39,7 @@ class VllmEngine(CentralEngine):
 
     def __init__(self, vllm_config: Any, config: Config, devices: list[Device], core: Any) -> None:
         self.vllm_config, self.config = vllm_config, config
+        self.tier: CountedTier | None = None
         super().__init__(
             VllmPort(core),
             config,
@@ -36,6 +49,24 @@ class VllmEngine(CentralEngine):
             logger=startup.logger,
             length_setting="--max-model-len",
         )
+        if offloads(vllm_config):
+            try:
+                self.tier = CountedTier(
+                    config,
+                    self.instance.name,
+                    tier_bytes(vllm_config),
+                    folders=disk_folders(vllm_config),
+                    region=region_of(vllm_config),
+                )
+            except KVCachedError:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """Leave the ledgers, and the host budget."""
+        super().close()
+        if self.tier is not None:
+            self.tier.close()
 
     def place(self, kv_cache_configs: list[Any], granularity_bytes: int) -> None:
         """Choose the geometry and write each rank's placement on its config.
@@ -44,32 +75,52 @@ class VllmEngine(CentralEngine):
             UnsupportedEngineError: If the planes are not ours to lay out.
             ConfigError: If the pool cannot hold one request.
         """
-        layouts = [plane_layout(config) for config in kv_cache_configs]
-        widest = max(layouts, key=lambda layout: layout.num_planes)
+        try:
+            layouts = [plane_layout(config) for config in kv_cache_configs]
+        except UnsupportedEngineError as error:
+            raise UnsupportedEngineError(layer_obstacle(error, self.vllm_config)) from error
+        classes = common_classes(layouts)
+        for reason in draft_obstacle(classes, self.vllm_config):
+            raise UnsupportedEngineError(reason)
+        if self.tier is not None:
+            refuse_windows(kv_cache_configs[0])
+            refuse_classes(classes)
         plan = kv_cache_configs[0]
-        request = request_blocks(plan, self.vllm_config)
+        first, *others = classes
         planes = Planes(
-            widest.block_bytes,
-            widest.num_planes,
+            first.block_bytes,
+            first.num_planes,
             plan.num_blocks,
-            request,
+            request_blocks(plan, self.vllm_config),
             tuple(group.kv_cache_spec.block_size for group in plan.kv_cache_groups),
+            others=tuple(others),
         )
-        depths = [layout.num_planes for layout in layouts]
+        depths = [layout.num_planes(first.block_bytes) for layout in layouts]
         placements = self.place_ranks(planes, depths, granularity_bytes)
         for config, placement in zip(kv_cache_configs, placements, strict=True):
             setattr(config, PLACEMENT, placement)
         self.num_groups = max(len(plan.kv_cache_groups), 1)
+        self.block_tokens = max(planes.block_tokens, default=1)
+        self.block_bytes = sum(layout.bytes_of_block for layout in layouts)  # on all ranks
 
     def build_pool(self, *args: Any, **kwargs: Any) -> Any:
         """Return the elastic block pool in the place of vLLM's own."""
         from kvcached_vllm.block_pool import ElasticBlockPool
+        from kvcached_vllm.offloaded_pool import OffloadedBlockPool
 
-        options = self.placing.page_options
-        pool = ElasticBlockPool(self.geometry, self.ranks, *args, options=options, **kwargs)
+        kind: type[ElasticBlockPool] = ElasticBlockPool
+        kwargs["options"] = self.placing.page_options
+        if self.tier is not None:
+            kind = OffloadedBlockPool
+            kwargs["num_host_blocks"] = self.tier.num_bytes // self.block_bytes
+        pool = kind(self.geometry, self.ranks, *args, **kwargs)
         pool.engine, pool.giving, pool.num_groups = self, self.giving, self.num_groups
         self.port.pool = pool
         self.pools.append(pool.pages)
+        if self.tier is not None:
+            block_tokens = self.block_tokens / self.num_groups
+            self.tier.token_bytes = self.block_bytes / block_tokens
+            self.port.copies = OpenCopies(self, pool, len(self.devices), self.tier, block_tokens)
         if self.yield_weights(self.config):
             self.ranks.set_alarm(FIRST_LOOK_SECONDS)  # no step may come that would look
         return pool

@@ -62,14 +62,30 @@ def engine_core_post_step(call: Any, engine: VllmEngine, self: Any) -> None:
     """
     call()
     engine.between_steps()
-    if not self.scheduler.has_unfinished_requests():
+    if not (self.scheduler.has_unfinished_requests() or engine.port.is_busy()):
         engine.rest()
 
 
-@around_ours
-def engine_core_reset_prefix_cache(call: Any, engine: VllmEngine, _self: Any) -> bool:
-    """Wrap `EngineCore.reset_prefix_cache`: unmap what it emptied."""
-    done: bool = call()
+@around
+def engine_core_reset_prefix_cache(
+    original: Any,
+    self: Any,
+    reset_running_requests: bool = False,  # noqa: FBT001, FBT002  vLLM's own
+    reset_connector: bool = False,  # noqa: FBT001, FBT002
+    *args: Any,
+    **kwargs: Any,
+) -> bool:
+    """Wrap `EngineCore.reset_prefix_cache`: unmap what it emptied.
+
+    A connector that is reset forgets its copies, also those that are under way.
+    """
+    done: bool = original(self, reset_running_requests, reset_connector, *args, **kwargs)
+    engine: VllmEngine | None = getattr(self, "kvcached", None)
+    if engine is None:
+        return done
+    if reset_connector and engine.port.copies is not None:
+        engine.finish_copies()
+        engine.port.copies.reset()
     engine.flush(is_last=True)
     engine.port.publish()
     return done
@@ -92,7 +108,9 @@ def executor_initialize_from_config(
     """Wrap `Executor.initialize_from_config`: it sees the plans of all ranks."""
     engine: VllmEngine | None = getattr(self, "kvcached", None)
     if engine is not None and not any(plan.kv_cache_tensors for plan in kv_cache_configs):
-        startup.logger.info("kvcached: this model has no KV cache, so there is nothing to share")
+        startup.logger.info(
+            "kvcached: nothing of this model is elastic: it has no KV cache, and its weights stay"
+        )
         self.kvcached = engine.port.core.kvcached = None
         engine.close()
     elif engine is not None:
@@ -152,7 +170,8 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
     tokens of an answer need none, and find more free than they could need at all.
 
     While pages are owed, nobody gets slots: vLLM preempts one request after the other until they
-    are paid. The same holds while weights are missing; then nothing runs.
+    are paid. The same holds while weights are missing; then nothing runs. While what is owed waits
+    for copies to end, no request begins on it.
     """
 
     @functools.wraps(original)
@@ -172,6 +191,8 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
             blocks = original(self, request, num_new_tokens, *args, **kwargs)
             if blocks is not None:
                 return blocks
+        if giving.is_debt_held and not request.num_computed_tokens:
+            return None
         coordinator = self.coordinator
         coordinator.get_num_blocks_to_allocate = _promised(self, request, kwargs)
         try:
@@ -218,6 +239,8 @@ def scheduler_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
             engine: VllmEngine = pool.engine
         except AttributeError:  # vLLM's own pool
             return output
+        if (copies := engine.port.copies) is not None:
+            copies.begin(output.kv_connector_metadata)
         if (orders := engine.end_schedule()) is not None:
             setattr(output, ORDERS, orders)
         return output

@@ -6,13 +6,16 @@ Two shapes of the plan exist and both are served here: up to 0.28 one tensor per
 """
 
 import copy
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
 from kvcached_core.errors import UnsupportedEngineError
-from kvcached_core.memory.geometry import only_size
+from kvcached_core.memory.geometry import Geometry
 from kvcached_core.memory.seats import Placement
+from kvcached_core.memory.size_classes import SizeClass
 
 
 @dataclass(frozen=True)
@@ -20,18 +23,30 @@ class PlaneLayout:
     """The planes in a `KVCacheConfig`.
 
     Attributes:
-        block_bytes: Bytes of one block in one plane.
-        num_planes: Distinct planes; cache groups that overlay each other share theirs.
-        first_planes: For each of the config's tensors, the plane of its first layer.
+        classes: The planes of each block size, the largest first. Cache groups that overlay each
+            other share theirs.
+        places: For each of the config's tensors, the plane of its first layer among those of its
+            block size, and that size in bytes.
         is_one_allocation: Whether vLLM allocates all planes at once (from 0.29 on).
     """
 
-    block_bytes: int
-    num_planes: int
-    first_planes: tuple[int, ...]
+    classes: tuple[SizeClass, ...]
+    places: tuple[tuple[int, int], ...]
     is_one_allocation: bool
 
+    @property
+    def bytes_of_block(self) -> int:
+        """Bytes of one block in all planes."""
+        return sum(each.bytes_of_all for each in self.classes)
 
+    def num_planes(self, block_bytes: int) -> int:
+        """Return how many planes have blocks of this size."""
+        return sum(each.num_planes for each in self.classes if each.block_bytes == block_bytes)
+
+
+_SIDE_BY_SIDE = (
+    "the KV layout puts a block's layers side by side; set VLLM_KV_CACHE_LAYOUT=LBNHC (or LBHNC)"
+)
 PLACEMENT = "kvcached_placement"  # as what a worker's `Placement` travels with its `KVCacheConfig`
 
 
@@ -39,7 +54,7 @@ def plane_layout(kv_cache_config: Any) -> PlaneLayout:
     """Return the planes of `kv_cache_config`.
 
     Raises:
-        UnsupportedEngineError: If they are not dense and of one block size.
+        UnsupportedEngineError: If they are not dense, or overlay others of another block size.
     """
     tensors = kv_cache_config.kv_cache_tensors
     if not tensors:
@@ -62,42 +77,128 @@ def request_blocks(kv_cache_config: Any, vllm_config: Any) -> int:
     )
 
 
+def common_classes(layouts: Iterable[PlaneLayout]) -> tuple[SizeClass, ...]:
+    """Return the planes of each block size that a rank may have, the largest size first."""
+    layouts = list(layouts)
+    sizes = {each.block_bytes for layout in layouts for each in layout.classes}
+    return tuple(
+        SizeClass(size, max(layout.num_planes(size) for layout in layouts))
+        for size in sorted(sizes, reverse=True)
+    )
+
+
 def sparse_config(kv_cache_config: Any, layout: PlaneLayout, placement: Placement) -> Any:
     """Return a copy of the plan whose tensors lie in pages and are as long as the id space."""
-    geometry = placement.geometry
+    geometry, num_pages = placement.geometry, placement.num_pages
     config = copy.deepcopy(kv_cache_config)
-    config.num_blocks = num_ids = geometry.num_ids(placement.num_pages)
-    for index, plane in enumerate(layout.first_planes):
-        changes = {"size": num_ids * geometry.block_bytes}
+    config.num_blocks = num_ids = geometry.num_ids(num_pages)
+    for index, (plane, size_class) in enumerate(tensor_planes(layout, geometry)):
+        planes = geometry.classes[size_class]
+        changes = {"size": num_ids * planes.block_bytes}
         if layout.is_one_allocation:
             changes = {
-                "size": placement.num_pages * geometry.page_bytes,
-                "layer_stride": geometry.run_bytes,
-                "block_stride": geometry.block_bytes,
-                "offset": geometry.plane_offset(plane),
+                "size": geometry.reserved_bytes(num_pages),
+                "layer_stride": planes.run_bytes,
+                "block_stride": planes.block_bytes,
+                "offset": geometry.class_offset(size_class, num_pages) + planes.plane_offset(plane),
             }
         config.kv_cache_tensors[index] = replace(config.kv_cache_tensors[index], **changes)
     return config
 
 
-def _strided_layout(tensors: list[Any], num_blocks: int) -> PlaneLayout:
-    block_bytes = only_size("block size", {tensor.block_stride for tensor in tensors})
-    plane_bytes = block_bytes * num_blocks
-    for tensor in tensors:
-        is_dense = len(tensor.layers) == 1 or tensor.layer_stride == plane_bytes
-        if not is_dense or tensor.offset % plane_bytes:
+def tensor_planes(layout: PlaneLayout, geometry: Geometry) -> list[tuple[int, int]]:
+    """Return the plane of each tensor's first layer in its size class, and which class that is."""
+    numbers = {each.block_bytes: number for number, each in enumerate(geometry.classes)}
+    return [(plane, numbers[block_bytes]) for plane, block_bytes in layout.places]
+
+
+def connector_config(sparse: Any, layout: PlaneLayout) -> Any:
+    """Return the plan of `sparse_config` as a connector has to read it.
+
+    A connector computes the bytes of a block: the memory of all layers, divided by the number of
+    blocks. With one allocation for all layers that is a page's bytes by its ids, which is one
+    layer's.
+    """
+    if not layout.is_one_allocation:
+        return sparse
+    config = copy.copy(sparse)
+    size = sparse.num_blocks * layout.bytes_of_block
+    config.kv_cache_tensors = [replace(tensor, size=size) for tensor in sparse.kv_cache_tensors]
+    return config
+
+
+def refuse_windows(kv_cache_config: Any) -> None:
+    """Refuse layers whose blocks are freed while their request runs, beside a connector.
+
+    vLLM may store such a block long after it was freed.
+
+    Raises:
+        UnsupportedEngineError: If there are such layers.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        kinds = getattr(spec, "kv_cache_specs", {"": spec}).values()
+        if not all(isinstance(kind, FullAttentionSpec) for kind in kinds):
             raise UnsupportedEngineError(
-                "the KV layout puts a block's layers side by side; set VLLM_KV_CACHE_LAYOUT=LBNHC "
-                "(or LBHNC)"
+                "KV offloading of layers that keep only the last tokens: set "
+                "--disable-hybrid-kv-cache-manager, or remove --kv-offloading-size"
             )
-    first_planes = tuple(tensor.offset // plane_bytes for tensor in tensors)
+
+
+def refuse_classes(classes: Sequence[SizeClass]) -> None:
+    """Refuse layers of several block sizes beside a connector: nobody has tried it.
+
+    Raises:
+        UnsupportedEngineError: If there are such layers.
+    """
+    if len(classes) > 1:
+        sizes = [each.block_bytes for each in classes]
+        raise UnsupportedEngineError(
+            f"KV offloading of layers that differ in block size ({sizes} bytes): nobody has tried "
+            "it; remove --kv-offloading-size"
+        )
+
+
+def _strided_layout(tensors: list[Any], num_blocks: int) -> PlaneLayout:
+    for tensor in tensors:
+        plane_bytes = tensor.block_stride * num_blocks
+        is_dense = len(tensor.layers) == 1 or tensor.layer_stride == plane_bytes
+        if not is_dense:
+            raise UnsupportedEngineError(_SIDE_BY_SIDE)
+    if len({tensor.block_stride for tensor in tensors}) > 1:
+        ends = [one.offset + len(one.layers) * one.block_stride * num_blocks for one in tensors]
+        if any(end > behind.offset for end, behind in zip(ends, tensors[1:], strict=False)):
+            raise UnsupportedEngineError(
+                "groups of layers that share memory differ in block size: set "
+                "--disable-hybrid-kv-cache-manager"
+            )
+        sizes = [(tensor.block_stride, len(tensor.layers)) for tensor in tensors]
+        return _one_behind_the_other(sizes, is_one_allocation=True)
+    block_bytes = tensors[0].block_stride
+    plane_bytes = block_bytes * num_blocks
+    if any(tensor.offset % plane_bytes for tensor in tensors):
+        raise UnsupportedEngineError(_SIDE_BY_SIDE)
+    first_planes = [tensor.offset // plane_bytes for tensor in tensors]
     ends = [plane + len(one.layers) for plane, one in zip(first_planes, tensors, strict=True)]
-    return PlaneLayout(block_bytes, max(ends), first_planes, is_one_allocation=True)
+    places = tuple((plane, block_bytes) for plane in first_planes)
+    return PlaneLayout((SizeClass(block_bytes, max(ends)),), places, is_one_allocation=True)
 
 
 def _separate_layout(tensors: list[Any], num_blocks: int) -> PlaneLayout:
     if any(getattr(tensor, "block_stride", 0) for tensor in tensors):
         raise UnsupportedEngineError("the KV layout packs a block's layers side by side")
-    plane_bytes = only_size("plane size", {tensor.size for tensor in tensors})
-    planes = tuple(range(len(tensors)))
-    return PlaneLayout(plane_bytes // num_blocks, len(tensors), planes, is_one_allocation=False)
+    sizes = [(tensor.size // num_blocks, 1) for tensor in tensors]
+    return _one_behind_the_other(sizes, is_one_allocation=False)
+
+
+def _one_behind_the_other(sizes: list[tuple[int, int]], *, is_one_allocation: bool) -> PlaneLayout:
+    """Return the layout of tensors of a block size and a number of layers each, none shared."""
+    numbers: Counter[int] = Counter()
+    places = []
+    for block_bytes, num_layers in sizes:
+        places.append((numbers[block_bytes], block_bytes))
+        numbers[block_bytes] += num_layers
+    classes = tuple(SizeClass(size, numbers[size]) for size in sorted(numbers, reverse=True))
+    return PlaneLayout(classes, tuple(places), is_one_allocation)

@@ -1,8 +1,11 @@
 """What of vLLM cannot be served elastically yet, each with the setting to change."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from kvcached_core.memory.size_classes import SizeClass
+from kvcached_vllm.connectors import connector_obstacles
 
 # vLLM's own variable for how a KV cache lies in memory: L for layers, B for blocks.
 LAYOUT = "VLLM_KV_CACHE_LAYOUT"
@@ -36,11 +39,39 @@ def obstacles(vllm_config: Any) -> Iterator[str]:
     backend = parallel.distributed_executor_backend
     if backend not in (None, "mp", "uni") and not isinstance(backend, type):
         yield f"executor {backend}: set --distributed-executor-backend mp"
-    if vllm_config.kv_transfer_config is not None:
-        yield "a KV connector: it may hold addresses that we unmap; remove --kv-transfer-config"
+    yield from connector_obstacles(vllm_config.kv_transfer_config)
     layout = os.environ.get(LAYOUT)
     if layout and len(layout) == len("LBNHC") and not layout.startswith("LB"):  # from 0.29 on
         yield f"{LAYOUT}={layout}: a layer's blocks must lie together; unset it, or set LBNHC"
     attention = getattr(vllm_config, "attention_config", None)
     if getattr(attention, "hisparse_config", None) is not None:
         yield "HiSparse: it has block pools of its own; switch it off"
+    if getattr(vllm_config.speculative_config, "enable_adaptive_verification", False):
+        yield (
+            "adaptive verification: to measure a step it reads blocks that nobody has; set "
+            "enable_adaptive_verification to false in --speculative-config"
+        )
+
+
+def layer_obstacle(error: Exception | str, vllm_config: Any) -> str:
+    """Return why planes cannot be laid out; with a draft its layers may be the ones that differ."""
+    if not _has_draft(vllm_config):
+        return str(error)
+    return (
+        f"{error}; with --speculative-config the draft's layers have to fit the model's, too: take "
+        "a draft with as many KV heads of the same size, or an EAGLE or MTP head that has them, or "
+        "method ngram"
+    )
+
+
+def draft_obstacle(classes: Sequence[SizeClass], vllm_config: Any) -> Iterator[str]:
+    """Yield why a draft cannot be served beside layers of several block sizes."""
+    if len(classes) > 1 and _has_draft(vllm_config):
+        sizes = [each.block_bytes for each in classes]
+        reason = f"the layers differ in block size ({sizes} bytes), which nobody has tried"
+        yield layer_obstacle(reason, vllm_config)
+
+
+def _has_draft(vllm_config: Any) -> bool:
+    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    return draft is not None and draft is not vllm_config.model_config  # as it is for ngrams

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 from kvcached_core.engine.port import EnginePort
 from kvcached_core.memory.orders import PageOrders
 from kvcached_core.weights.status import WeightStatus, merge
-from kvcached_vllm.elastic_weights import hold_weights, merged, weight_status
+from kvcached_vllm.elastic_weights import (
+    finish_weights,
+    hold_weights,
+    merged,
+    weight_status,
+)
+from kvcached_vllm.open_copies import OpenCopies, finish_copies
 from kvcached_vllm.worker import carry_out
 
 if TYPE_CHECKING:
@@ -26,6 +32,7 @@ class VllmPort(EnginePort):
     """
 
     pool: "ElasticBlockPool"  # once vLLM has built it
+    copies: OpenCopies | None = None  # with a connector, once the pool is built
 
     def __init__(self, core: Any) -> None:
         self.core = core
@@ -35,7 +42,13 @@ class VllmPort(EnginePort):
         return hasattr(self.core, "input_queue")
 
     def is_busy(self) -> bool:
+        if self.copies is not None and self.can_be_woken:
+            return self.has_copies_to_end()
         return bool(self.core.scheduler.has_unfinished_requests())
+
+    def has_copies_to_end(self) -> bool:
+        """Return whether a request, or a copy of one that has ended, needs another step."""
+        return bool(self.core.scheduler.has_requests())
 
     def is_live(self) -> bool:
         return self.pool.num_used_blocks > 0
@@ -51,6 +64,12 @@ class VllmPort(EnginePort):
 
     def evict(self, num_pages: int) -> bool:
         return self.pool.evict_pages(num_pages)
+
+    def finish_copies(self) -> None:
+        if self.copies is not None:
+            job_ids = self.copies.job_ids
+            self.core.model_executor.collective_rpc(finish_copies, args=(job_ids,))
+            self.copies.clear()
 
     def publish(self) -> None:
         # An idle engine makes no step that would. Events of a step's own stay in order: vLLM
@@ -68,6 +87,9 @@ class VllmPort(EnginePort):
 
     def hold_weights(self, num_missing: int) -> WeightStatus:
         return merge(self.core.model_executor.collective_rpc(hold_weights, args=(num_missing,)))
+
+    def finish_weights(self) -> None:
+        self.core.model_executor.collective_rpc(finish_weights)
 
     def wake(self, answer: Callable[[], None]) -> None:
         from vllm.v1.engine import EngineCoreRequestType

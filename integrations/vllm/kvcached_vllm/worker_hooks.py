@@ -19,15 +19,19 @@ from kvcached_vllm.elastic_weights import (
     enter_weights,
     leave_weights,
     loading,
+    move_buffers,
     own_bytes,
     yields_weights,
 )
-from kvcached_vllm.layout import PLACEMENT, plane_layout, sparse_config
+from kvcached_vllm.layer_waits import WALKS, let_layers_wait, walking
+from kvcached_vllm.layout import PLACEMENT, plane_layout, sparse_config, tensor_planes
 from kvcached_vllm.obstacles import can_serve
+from kvcached_vllm.open_copies import copied_ids
 from kvcached_vllm.sleeping import all_or_none, mapped_only
 from kvcached_vllm.startup import startup
+from kvcached_vllm.transfer_hooks import dense_plan
 from kvcached_vllm.weights import static_bytes
-from kvcached_vllm.worker import block_ids, inner_worker
+from kvcached_vllm.worker import block_ids, inner_worker, name_existing_blocks
 
 # Bytes that vLLM is told while it asks whether its KV cache fits: ours is not there yet.
 TOKEN_KV_BYTES = 1
@@ -100,7 +104,11 @@ def worker_initialize_from_config(
     memory = make_memory(placement, self.device)
     memory.is_warming_up = True
     startup.logger.info("kvcached: %s", memory.addresses)
-    with zeros_from(memory.arena, is_one_allocation=layout.is_one_allocation):
+    planes = None if layout.is_one_allocation else tensor_planes(layout, placement.geometry)
+    with (
+        zeros_from(memory.arena, planes),
+        setting(dense_plan, (kv_cache_config, layout)),
+    ):
         original(self, sparse_config(kv_cache_config, layout, placement), *args, **kwargs)
     # One process may be worker and engine core: what vLLM reports stays the number of blocks.
     self.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
@@ -119,11 +127,22 @@ def worker_execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
         orders = getattr(scheduler_output, "kvcached_orders", None)
         if orders is not None:
             memory.before_step(orders)
+        metadata = scheduler_output.kv_connector_metadata
+        if metadata is not None and metadata.load_jobs:
+            # A load runs on a stream of its own, which in some releases waits for no other.
+            memory.backend.synchronize()
         if memory.is_warming_up:
+            name_existing_blocks(scheduler_output, memory)
             memory.map_for_warm_up(block_ids(scheduler_output))
         elif is_debugging:
             memory.check_blocks(block_ids(scheduler_output))
-        output = original(self, scheduler_output, *args, **kwargs)
+            memory.check_blocks(copied_ids(metadata))
+        walks = getattr(self, WALKS, None)
+        if walks is None or not walks.is_due:
+            output = original(self, scheduler_output, *args, **kwargs)
+        else:
+            with walking(self, walks, scheduler_output):
+                output = original(self, scheduler_output, *args, **kwargs)
         if orders is not None:
             memory.after_step(orders)
         return output
@@ -133,10 +152,12 @@ def worker_execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @around_ours
 def worker_warm_up(call: Any, memory: RankMemory, self: Any) -> Any:
-    """Wrap `compile_or_warm_up_model`: steps inside run on made-up blocks."""
+    """Wrap `compile_or_warm_up_model`: steps inside run on made-up blocks, and are captured."""
+    move_buffers(self)
     result = call()
     memory.end_warm_up()
     copy_weights(self)
+    let_layers_wait(self)
     return result
 
 

@@ -1,0 +1,61 @@
+"""What vLLM publishes of its prefix cache tells a router what is in it, whatever becomes of it.
+
+The events go through vLLM's own publisher; the mirror that is compared knows nothing else.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.engines import Offline, finish
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+NUM_OPERATIONS = 1000
+
+
+def race(start: Offline, folder: Path, *, environ: Any = (), **options: Any) -> Any:
+    settings = {
+        "ENABLE_KVCACHED": "1",
+        "KVCACHED_DIR": str(folder / "kv"),
+        "KVCACHED_HOST_POOL": "48MiB",
+        "KVCACHED_PAGE_BYTES": "2MiB",
+        "KVCACHED_DEBUG": "1",
+        **dict(environ),
+    }
+    run = finish(start(settings, "event_race", num_operations=NUM_OPERATIONS, **options))
+    assert run.returncode == 0, run.errors[-4000:]
+    return run.report
+
+
+def check(report: Any) -> None:
+    assert report["differs_after"] == ""
+    assert report["num_compared"] == NUM_OPERATIONS + 1
+    assert min(report["events"].values()) > 0
+    assert set(report["events"]) == {"BlockStored", "BlockRemoved", "AllBlocksCleared"}
+    assert report["num_sleeps"] == report["done"]["sleep"]
+    assert report["most_blocks"] > 20
+    for operation in ("trim", "take", "reset", "sleep", "limit", "abort"):
+        assert report["done"][operation] > 0
+
+
+def test_a_mirror_of_events_is_what_the_pool_is_after_each_of_1000_operations(
+    start_offline: Offline, tmp_path: Path
+) -> None:
+    report = race(start_offline, tmp_path, seed=0)
+    check(report)
+    assert report["preemptions"] > 0
+
+
+@pytest.mark.every_release
+def test_so_it_is_where_weights_come_and_go(start_offline: Offline, tmp_path: Path) -> None:
+    environ = {"KVCACHED_WEIGHTS": "yield", "KVCACHED_HOST_POOL": "128MiB"}
+    check(race(start_offline, tmp_path, environ=environ, seed=1))
+
+
+@pytest.mark.every_release
+@pytest.mark.parametrize("loses", ["BlockRemoved", "AllBlocksCleared"])
+def test_a_mirror_that_loses_events_is_seen_to_differ(
+    start_offline: Offline, tmp_path: Path, loses: str
+) -> None:
+    assert race(start_offline, tmp_path, seed=0, loses=loses)["differs_after"]

@@ -1,0 +1,54 @@
+"""A real vLLM engine computes on its first layers while its last ones are still on their way."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.engines import Offline, finish
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+def test_a_prompt_begins_while_weights_come_and_its_answer_is_vanillas(
+    start_offline: Offline, tmp_path: Path
+) -> None:
+    environ = {
+        "ENABLE_KVCACHED": "1",
+        "KVCACHED_DIR": str(tmp_path / "kv"),
+        "KVCACHED_HOST_POOL": "128MiB",
+        "KVCACHED_WEIGHTS": "yield",
+        "KVCACHED_WEIGHTS_WAIT": "layers",
+        "KVCACHED_WEIGHTS_KEPT_SECONDS": "0",
+    }
+    vanilla = start_offline({"ENABLE_KVCACHED": "0"}, "offline_arriving", vanilla=True)
+    ours = start_offline(environ, "offline_arriving")
+    for run in (ended := [finish(vanilla), finish(ours)]):
+        assert run.returncode == 0, run.errors
+    report: dict[str, Any] = ended[1].report
+    assert report["tokens"] == ended[0].report["tokens"]
+    assert report["is_trusted"]
+    num_pages = report["num_pages"]
+    assert num_pages > 16
+
+    # A copy for each page: at each layer fewer of them are open, and at the first one most are.
+    whole, half = report["from_nothing"], report["from_half"]
+    assert whole["is_same"]
+    assert half["is_same"]
+    assert num_pages > whole["open"][0] > num_pages // 2
+    assert whole["open"] == sorted(whole["open"], reverse=True)
+    assert len(set(whole["open"])) >= 3
+    assert half["open"][0] == num_pages - num_pages // 2  # its first layer has stayed
+    assert half["open"] == sorted(half["open"], reverse=True)
+    assert whole["is_over"]
+    assert half["is_over"]
+
+    assert report["open_after_a_wake"] == num_pages
+    assert report["open_after_a_wake_by_hand"] == 0
+    assert report["open_after_a_sleep"] == [0, 0]
+    assert report["is_read_whole"]
+    assert report["same_afterwards"]
+    assert report["refused_waits"]["is_same"]
+    assert report["refused_waits"]["open"][0] == 0
+
+    assert report["waits_left_out_differ"]
+    assert report["same_at_last"]

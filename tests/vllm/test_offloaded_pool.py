@@ -1,0 +1,56 @@
+"""What a request leaves is named until its copies are made, and its page stays meanwhile."""
+
+import pytest
+from helpers.page_source import CountingSource
+
+from kvcached_core.memory.geometry import Geometry
+
+pytestmark = [pytest.mark.vllm, pytest.mark.older_release]
+
+GEOMETRY = Geometry(block_bytes=1024, num_planes=4, ids_per_page=16, blocks_per_page=4)
+NUM_PAGES = 8
+
+
+def test_freed_blocks_hold_their_pages_until_the_next_copies_are_made() -> None:
+    from kvcached_vllm.offloaded_pool import OffloadedBlockPool
+
+    sizes = NUM_PAGES * GEOMETRY.blocks_per_page, False, 4, False
+    source = CountingSource(NUM_PAGES - 1)
+    pool = OffloadedBlockPool(GEOMETRY, source, *sizes, options={}, num_host_blocks=1)
+    pages, holds = pool.pages, pool.pages.book.holds
+    shared, *others = pool.get_new_blocks(8)
+    pool.touch([shared])
+    pool.free_blocks(iter([*others, shared]))
+    assert sorted(pages.freed_ids) == sorted(block.block_id for block in others)
+    open_before = pages.num_open_pages
+    pages.close_empty(NUM_PAGES)
+    assert pages.num_open_pages == open_before > 1
+    holds.settle()
+    pages.close_empty(NUM_PAGES)
+    assert pages.num_open_pages == 1
+    pool.free_blocks([shared])
+    assert pages.freed_ids == [shared.block_id]
+
+
+def test_pages_whose_blocks_the_host_has_too_are_given_before_older_ones() -> None:
+    from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
+
+    from kvcached_vllm.offloaded_pool import OffloadedBlockPool
+
+    sizes = NUM_PAGES * GEOMETRY.blocks_per_page, True, 4, False
+    source = CountingSource(NUM_PAGES - 1)
+    pool = OffloadedBlockPool(GEOMETRY, source, *sizes, options={}, num_host_blocks=100)
+    blocks = pool.get_new_blocks(3 + 12)[3:]  # three pages
+    for block in blocks:
+        name = make_block_hash_with_group_id(BlockHash(block.block_id.to_bytes(16)), 0)
+        block.set_block_hash(name)
+        pool.cached_block_hash_to_block.insert(name, block)
+    pool.hold([block.block_id for block in blocks[4:8]], 1)
+    pool.hold([block.block_id for block in blocks[8:]], 2)
+    pool.free_blocks(blocks)
+    pool.copied.end(1)
+    pool.evict_pages(1)
+    assert [block.block_hash is None for block in blocks] == [False] * 4 + [True] * 4 + [False] * 4
+    pool.copied.end(2)
+    pool.evict_pages(1)
+    assert [block.block_hash is None for block in blocks] == [False] * 4 + [True] * 8

@@ -1,0 +1,52 @@
+"""Models that do not generate: what of them is elastic, and that they answer as without us."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.encoder_models import make_encoder
+from helpers.engines import Run, finish, offline_in
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.every_release]
+
+VANILLA = {"ENABLE_KVCACHED": "0"}
+
+
+def ours(folder: Path, **settings: str) -> dict[str, str]:
+    return {
+        "ENABLE_KVCACHED": "1",
+        "KVCACHED_DIR": str(folder / "kv"),
+        "KVCACHED_HOST_POOL": "256MiB",
+        "KVCACHED_DEBUG": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        **settings,
+    }
+
+
+def runs(folder: Path, model: Path, **settings: str) -> tuple[Run, Run]:
+    """Return how an engine that embeds ended without us, and with us."""
+    start = offline_in(folder, model)
+    started = [start(environ, "pooling") for environ in (VANILLA, ours(folder, **settings))]
+    vanilla, elastic = map(finish, started)
+    for run in (vanilla, elastic):
+        assert run.returncode == 0, run.errors[-4000:]
+    return vanilla, elastic
+
+
+def check_vectors(vanilla: Any, elastic: Any) -> None:
+    assert elastic["vectors"] == vanilla["vectors"]
+    assert len({tuple(vector) for vector in elastic["vectors"][0]}) == len(elastic["vectors"][0])
+
+
+def test_an_encoder_without_a_kv_cache_says_that_nothing_of_it_is_elastic(tmp_path: Path) -> None:
+    vanilla, elastic = runs(tmp_path, make_encoder(tmp_path / "encoder"), KVCACHED_WEIGHTS="yield")
+    check_vectors(vanilla.report, elastic.report)
+    assert not elastic.report["is_elastic"]
+    said = elastic.output + elastic.errors
+    assert said.count("kvcached: nothing of this model is elastic: it has no KV cache") == 1
+
+
+def test_a_model_that_embeds_with_a_kv_cache_shares_it(tmp_path: Path, model: Path) -> None:
+    vanilla, elastic = runs(tmp_path, model)
+    check_vectors(vanilla.report, elastic.report)
+    assert elastic.report["resident"] <= 2 * elastic.report["page_bytes"]

@@ -1,0 +1,48 @@
+"""vLLM has its weights from an earlier start's copy, in memory or on disk, if that is whole."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.engines import Offline, finish
+from helpers.other_weights import move_to_disk, put_other_weights, spoil_copy
+
+from kvcached_core.weights.moves import read_moves
+from kvcached_demo.harness.model import make_model
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+def test_a_restart_reads_no_weights_and_answers_the_same_unless_its_copy_is_spoiled(
+    start_offline: Offline, tmp_path: Path
+) -> None:
+    model = make_model(tmp_path / "llama", seed=1)
+    environ = {
+        "ENABLE_KVCACHED": "1",
+        "KVCACHED_DIR": str(tmp_path / "kv"),
+        "KVCACHED_HOST_POOL": "128MiB",
+        "KVCACHED_WEIGHTS": "yield",
+        "KVCACHED_WEIGHTS_DISK": str(tmp_path / "disk"),
+        "KVCACHED_WEIGHTS_DISK_FREE": "0",
+    }
+
+    def run() -> Any:
+        run = finish(start_offline(environ, "offline_restart", model=str(model)))
+        assert run.returncode == 0, run.errors
+        return run.report["tokens"], run.errors
+
+    expected, _ = run()
+    put_other_weights(model, make_model(tmp_path / "other", seed=2))
+    tokens, said = run()
+    assert tokens == expected
+    assert "not from the host copy" not in said
+    move_to_disk(environ)
+    tokens, said = run()
+    assert tokens == expected
+    assert "not from the host copy" not in said
+    assert read_moves(tmp_path / "disk").num_read == 1
+    move_to_disk(environ)
+    spoil_copy(tmp_path / "disk")
+    tokens, said = run()
+    assert tokens != expected  # what the files hold now
+    assert "pages are not those that its record is of" in said
