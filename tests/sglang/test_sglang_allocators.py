@@ -65,7 +65,7 @@ def engine_of(source: Source) -> Any:
     return SimpleNamespace(
         ranks=source,
         giving=SimpleNamespace(owed_pages=0),
-        port=SimpleNamespace(num_cached_blocks=lambda _number: 0),
+        port=SimpleNamespace(num_unneeded_blocks=lambda _number: 0),
     )
 
 

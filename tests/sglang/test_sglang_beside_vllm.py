@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.sglang_engine import POOL, large_burst, start_sglang
+from helpers.sglang_engine import large_burst, start_sglang
 from helpers.waiting import await_that
 
 from kvcached_core.control import Outcome, set_limit
 from kvcached_core.units import MIB
-from kvcached_demo.harness.engines import VLLM
+from kvcached_demo.harness.engines import SGLANG, VLLM
 from kvcached_demo.harness.load import Completion
 from kvcached_demo.harness.memory import Recorder
 from kvcached_demo.harness.servers import Servers
@@ -19,7 +19,10 @@ from kvcached_demo.harness.servers import Servers
 pytestmark = [pytest.mark.sglang, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).parents[2]
-PAGE = 16 * MIB
+# Small, so that prompts which fill it are computed soon, and with as many pages as a large one.
+POOL = 256 * MIB
+PAGE = 8 * MIB
+MAX_TOKENS = 1024
 NUM_ROUNDS = 4
 
 
@@ -27,17 +30,18 @@ class Pair(Servers):
     """One server of each kind."""
 
     def burst(self, *names: str) -> dict[str, list[Completion]]:
-        return asyncio.run(self.send({name: large_burst(len(name)) for name in names}))
+        return asyncio.run(self.send({name: large_burst(len(name), POOL) for name in names}))
 
 
 @pytest.fixture(scope="module")
 def pair(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     os.environ.setdefault("VLLM_PYTHON", str(ROOT / ".venv" / "bin" / "python"))
-    environ = VLLM.host_environ | {"KVCACHED_DEBUG": "1"}
+    environ = VLLM.host_environ | {"KVCACHED_DEBUG": "1", "KVCACHED_PAGE_BYTES": str(PAGE)}
     with Pair(tmp_path_factory.mktemp("sg"), POOL) as pair:
-        words = (*VLLM.caching(is_on=True), *VLLM.running(32))
+        words = (*VLLM.caching(is_on=True), *VLLM.running(32), *VLLM.longest(MAX_TOKENS))
         pair.start(VLLM, "vllm", model, *words, environ=environ)
-        start_sglang(pair, "sglang", model)
+        longest = SGLANG.longest(MAX_TOKENS)
+        start_sglang(pair, "sglang", model, *longest, page_bytes=PAGE, pool_bytes=POOL)
         pair.wait_ready()
         yield pair
 
@@ -83,8 +87,8 @@ def test_a_dry_pool_means_waiting_not_failing(
 
 def test_a_limit_holds_on_an_idle_server_without_a_request(pair: Pair) -> None:
     pair.burst("sglang")
-    await_that(lambda: pair.view("sglang").used_bytes <= PAGE, 10)
-    await_that(lambda: pair.view("sglang").cached_bytes > 6 * PAGE, 10)
+    await_that(lambda: pair.view("sglang").used_bytes <= PAGE)
+    await_that(lambda: pair.view("sglang").cached_bytes > 6 * PAGE)
     answer = set_limit("sglang", "25%", directory=pair.directory)
     assert answer.outcome is Outcome.APPLIED
     assert pair.view("sglang").resident_bytes <= POOL // 4
@@ -95,7 +99,7 @@ def test_a_limit_lowered_under_load_is_held_and_nobody_is_lost(
     pair: Pair, alone: dict[str, list[list[int]]]
 ) -> None:
     async def lower_midway() -> list[Completion]:
-        load = asyncio.create_task(pair["sglang"].send(large_burst(len("sglang"))))
+        load = asyncio.create_task(pair["sglang"].send(large_burst(len("sglang"), POOL)))
         while pair.view("sglang").used_bytes < POOL // 3:
             assert not load.done()
             await asyncio.sleep(0.01)
@@ -117,11 +121,11 @@ def test_killing_sglang_during_its_burst_leaves_vllm_alone(
     pair: Pair, alone: dict[str, list[list[int]]]
 ) -> None:
     async def kill_midway() -> list[Completion]:
-        lost = asyncio.create_task(pair["sglang"].send(large_burst(len("sglang"))))
+        lost = asyncio.create_task(pair["sglang"].send(large_burst(len("sglang"), POOL)))
         while pair.view("sglang").used_bytes < POOL // 3:
             assert not lost.done()
             await asyncio.sleep(0.01)
-        kept = asyncio.create_task(pair["vllm"].send(large_burst(len("vllm"))))
+        kept = asyncio.create_task(pair["vllm"].send(large_burst(len("vllm"), POOL)))
         await asyncio.to_thread(pair["sglang"].kill)
         with pair.open_ledger() as ledger:
             await asyncio.to_thread(

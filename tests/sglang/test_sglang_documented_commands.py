@@ -4,7 +4,7 @@ import os
 
 import pytest
 from helpers.documents import server_arguments, server_commands
-from helpers.nursery import run_warm
+from helpers.nursery import SGLANG_ENVIRON, run_warm
 
 pytestmark = pytest.mark.sglang
 
@@ -24,7 +24,7 @@ print("model", arguments.model_path, "elastic", arguments.enable_kvcached)
 @pytest.mark.parametrize("command", server_commands(PROGRAM))
 def test_a_documented_server_command_is_parsed_by_sglang(command: str) -> None:
     kept = {name: value for name, value in os.environ.items() if "KVCACHED" not in name}
-    environ = kept | {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
+    environ = kept | SGLANG_ENVIRON
     done = run_warm("sglang", ["-c", PARSE, *server_arguments(command, PROGRAM)], environ)
     assert done.returncode == 0, done.stderr
     assert "model MODEL elastic True" in done.stdout

@@ -17,7 +17,8 @@ from kvcached_core.config import read_config
 from kvcached_core.errors import NoRoomError
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
-from kvcached_sglang import hooks
+from kvcached_core.weights import scratch
+from kvcached_sglang import hooks, start_hooks
 from kvcached_sglang.elastic_weights import begin_to_yield, may_yield, take_over_weights
 from kvcached_sglang.engine import SglangEngine
 from kvcached_sglang.obstacles import SHARED_FORMATS, WEIGHT_OBSTACLES
@@ -26,7 +27,6 @@ from kvcached_sglang.weight_hooks import ANSWERS, UPDATES, use_weights
 pytestmark = pytest.mark.sglang
 
 YIELD = read_config({"KVCACHED_WEIGHTS": "yield"})
-COPY_SECONDS = 20.0
 # What is not its default, where it is not a switch.
 VALUES = {
     "cpu_offload_gb": 4,
@@ -93,8 +93,28 @@ def model() -> Model:
 
 
 @pytest.fixture
-def engine(tmp_path: Path, model: Model) -> Iterator[SglangEngine]:
-    """An engine without requests, whose weights were copied."""
+def runner(model: Model) -> Any:
+    """A model runner, with a table of requests that is a buffer and one that is not."""
+    table = torch.full((MIB // 4,), 3, dtype=torch.int32)
+    return SimpleNamespace(
+        device="cpu",
+        model=model,
+        server_args=SimpleNamespace(load_format="auto", download_dir=None, random_seed=None),
+        model_config=SimpleNamespace(model_path="m", dtype="float32", quantization=None),
+        req_to_token_pool=SimpleNamespace(req_to_token=table, free_slots=torch.zeros(MIB)),
+    )
+
+
+@pytest.fixture
+def engine(
+    tmp_path: Path,
+    model: Model,
+    runner: Any,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[SglangEngine]:
+    """An engine without requests, whose weights were copied; a parameter is about its buffers."""
+    monkeypatch.setattr(scratch, "LEAST_SCRATCH_BYTES", MIB)
     made = make_engine(
         tmp_path / "kv",
         host_pool=64 * MIB,
@@ -102,12 +122,7 @@ def engine(tmp_path: Path, model: Model) -> Iterator[SglangEngine]:
         weights="yield",
         weights_dir=str(tmp_path / "weights"),
         weights_kept_seconds=0,
-    )
-    runner = SimpleNamespace(
-        device="cpu",
-        model=model,
-        server_args=SimpleNamespace(load_format="auto", download_dir=None, random_seed=None),
-        model_config=SimpleNamespace(model_path="m", dtype="float32", quantization=None),
+        buffers=getattr(request, "param", "keep"),
     )
     group = SimpleNamespace(ranks=[0], rank_in_group=0)
     with patch("sglang.srt.distributed.parallel_state.get_tp_group", lambda: group):
@@ -116,14 +131,14 @@ def engine(tmp_path: Path, model: Model) -> Iterator[SglangEngine]:
     let_schedule(made, SimpleNamespace(evict=None, evictable_size=lambda: 0))
     made.port.num_cached_blocks = lambda _number: 0  # type: ignore[method-assign]
     made.port.scheduler.weight_updater = SimpleNamespace(_session=None)
-    begin_to_yield(made)
+    begin_to_yield(made, runner)
     assert made.own_weights is not None
     rank = made.own_weights.rank
-    await_that(lambda: rank.status().is_copied, COPY_SECONDS)
+    await_that(lambda: rank.status().is_copied)
     yield made
     model.layer.weight = model.layer.bias = None  # type: ignore[assignment]
     del allocator
-    rank.close()
+    made.own_weights.close()
     made.close()
 
 
@@ -296,3 +311,58 @@ def test_a_health_check_is_answered_and_wakes_nothing(engine: SglangEngine) -> N
     assert said == [["front"]]
     assert scheduler.waiting_queue == []
     assert row(engine).weights_bytes == 0
+
+
+# What goes with them
+
+
+@pytest.mark.parametrize("engine", ["yield"], indirect=True)
+def test_the_table_of_requests_goes_with_weights_and_comes_back(
+    engine: SglangEngine, runner: Any
+) -> None:
+    weights, table = engine.own_weights, runner.req_to_token_pool.req_to_token
+    assert weights is not None
+    assert weights.annex is not None
+    annex, status = weights.annex.annex, weights.rank.status()
+    assert annex.resident_bytes == 2 * MIB
+    assert row(engine).weights_bytes == sum(status.needed_bytes) == row(engine).weights_needed_bytes
+    sleep(engine)
+    assert (annex.resident_bytes, row(engine).weights_bytes) == (0, 0)
+    engine.activation.activate_now()
+    assert table.eq(3).all()
+    assert row(engine).weights_bytes == sum(status.needed_bytes)
+
+
+def test_buffers_stay_where_nobody_asked_for_it(engine: SglangEngine, runner: Any) -> None:
+    assert engine.own_weights is not None
+    assert engine.own_weights.annex is None
+    address = runner.req_to_token_pool.req_to_token.data_ptr()
+    sleep(engine)
+    assert runner.req_to_token_pool.req_to_token.data_ptr() == address
+
+
+class Capturing:
+    """What captures graphs of a runner."""
+
+    def __init__(self, runner: Any) -> None:
+        self.model_runner = runner
+        self.moved_before: list[bool] = []
+
+    def capture(self) -> None:
+        table = self.model_runner.req_to_token_pool.req_to_token
+        self.moved_before.append(not table.untyped_storage().resizable())
+
+
+@pytest.mark.parametrize("engine", ["yield"], indirect=True)
+def test_buffers_are_moved_before_graphs_are_captured(engine: SglangEngine, runner: Any) -> None:
+    runner.req_to_token_pool.req_to_token = torch.zeros(MIB // 4, dtype=torch.int32)
+    capturing = Capturing(runner)
+    with patch("kvcached_sglang.start_hooks.engine", lambda: engine):
+        start_hooks.capture(Capturing.capture)(capturing)
+    assert capturing.moved_before == [True]
+
+
+def test_a_runner_of_vanilla_captures_as_it_does(runner: Any) -> None:
+    capturing = Capturing(runner)
+    start_hooks.capture(Capturing.capture)(capturing)
+    assert capturing.moved_before == [False]

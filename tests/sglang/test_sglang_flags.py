@@ -63,7 +63,7 @@ def test_the_flag_switches_on_what_the_variable_left_off(before: str, after: str
         (("--kvcached-name", "a", "--kvcached-floor", "1GiB"), "0", "--kvcached-floor, --kvcached"),
         (("--enable-kvcached",), "maybe", "ENABLE_KVCACHED='maybe' is not allowed"),
         (("--enable-kvcached", "--pp-size", "2"), None, "set --pp-size 1"),
-        (("--enable-hierarchical-cache",), "1", "HiCache: it copies"),
+        (("--enable-hierarchical-cache",), "1", "HiCache: --hicache-ratio"),
         (("--device", "xpu"), "1", "device xpu: only NVIDIA GPUs and CPUs"),
     ],
 )

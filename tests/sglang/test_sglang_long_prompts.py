@@ -16,8 +16,8 @@ from kvcached_demo.harness.servers import Servers
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 
-PAGE = 16 * MIB
-BURST = Burst((tuple(range(3, 490)) * 4,), 8)  # four pages
+PAGE = 8 * MIB
+BURST = Burst((tuple(range(3, 490)) * 2,), 8)  # four pages
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +27,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path, workspace: Path) -> Iterator[EngineServer]:
-    arguments = ("--chunked-prefill-size", "32", "--disable-radix-cache")
+    arguments = ("--chunked-prefill-size", "16", "--disable-radix-cache")
     with Servers(workspace, POOL) as servers:
-        server = start_sglang(servers, "long", model, *arguments)
+        server = start_sglang(servers, "long", model, *arguments, page_bytes=PAGE)
         server.wait_ready()
         yield server
 

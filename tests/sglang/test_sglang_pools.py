@@ -22,7 +22,7 @@ pytestmark = pytest.mark.sglang
 ROWS = 1024
 
 
-def test_of_sglangs_own_pools_those_of_more_than_keys_and_values_are_refused_by_name() -> None:
+def test_of_sglangs_own_pools_those_that_cannot_lie_in_pages_are_refused_by_name() -> None:
     others = [
         value
         for name, value in vars(memory_pool).items()
@@ -36,7 +36,7 @@ def test_of_sglangs_own_pools_those_of_more_than_keys_and_values_are_refused_by_
         pools.check_class(pool)
 
 
-def test_a_pool_of_more_than_keys_and_values_ends_the_start_before_it_takes_memory() -> None:
+def test_a_pool_that_cannot_lie_in_pages_ends_the_start_before_it_takes_memory() -> None:
     arguments = {
         "size": ROWS,
         "page_size": 1,

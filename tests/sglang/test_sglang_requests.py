@@ -67,3 +67,12 @@ def test_a_health_check_does_not_wait_for_a_wake(*, asleep: bool) -> None:
     assert loop.answered == ([check] if asleep else [])
     waiting = [one.rid for one in loop.waiting_queue]
     assert waiting == (["request"] if asleep else ["request", check])
+
+
+def test_what_left_the_prefix_cache_is_told_at_once() -> None:
+    told: list[str] = []
+    publisher = SimpleNamespace(publish_kv_events=lambda: told.append("events"))
+    port(kv_events_publisher=publisher).publish()
+    port().publish()  # where nobody listens
+    SglangPort(1024, lambda: 0).publish()
+    assert told == ["events"]

@@ -96,7 +96,7 @@ class Sleeper:
 
 @pytest.fixture
 def sleeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sleeper]:
-    monkeypatch.setattr("kvcached_core.ledger.shortage.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("kvcached_core.engine.ranks.PATIENCE_SECONDS", 0.2)
     engine = make_engine(tmp_path, host_pool=POOL)
     if hasattr(Updater, "_assert_weight_cache_inactive"):
         monkeypatch.setattr(Updater, "_assert_weight_cache_inactive", lambda *_: None)

@@ -144,10 +144,26 @@ def test_neighbours_make_room_first_for_weights_that_count(
     with (
         patch.object(engines, "_engine", engine),
         patch.object(start_hooks, "weight_bytes", lambda _: 5),
+        patch.object(start_hooks, "restart_of", lambda ours, _: "ours" if ours.may_yield else None),
     ):
         start_hooks.load_model(lambda _: happened.append("loaded"))(runner)
+    assert getattr(engine, "restart", None) == ("ours" if yields else None)
     assert happened == expected
     assert starts == [Start(7, yields)] * (expected[0] != "loaded")
+
+
+@pytest.mark.parametrize("is_draft", [False, True])
+def test_a_draft_model_is_known_before_the_targets_pool_is_made(*, is_draft: bool) -> None:
+    happened: list[str] = []
+    engine = SimpleNamespace(
+        device=SimpleNamespace(kind="host"),
+        may_yield=False,
+        drafts=SimpleNamespace(add=lambda _: happened.append("a draft")),
+    )
+    with patch.object(engines, "_engine", engine):
+        runner = SimpleNamespace(is_draft_worker=is_draft)
+        start_hooks.load_model(lambda _: happened.append("loaded"))(runner)
+    assert happened == ["a draft"] * is_draft + ["loaded"]
 
 
 def test_the_room_that_is_asked_for_is_a_ranks_share_of_the_model() -> None:

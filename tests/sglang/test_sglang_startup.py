@@ -10,11 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.nursery import run_warm
+from helpers.nursery import SGLANG_ENVIRON, run_warm
 
 from kvcached_core.engine.start import check
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_patches import ENGINES
+from kvcached_patches.sources import Sources
 from kvcached_sglang import obstacles
 
 pytestmark = pytest.mark.sglang
@@ -42,7 +43,7 @@ PARSE_ONLY = PARSE[: PARSE.index("from kvcached_sglang")] + "prepare_server_args
 
 def variables(**environ: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if "KVCACHED" not in name}
-    return kept | {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"} | environ
+    return kept | SGLANG_ENVIRON | environ
 
 
 def run(script: str, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
@@ -70,7 +71,7 @@ def test_the_flags_are_in_the_help() -> None:
 
 
 def test_without_the_flag_nothing_is_patched(model: Any) -> None:
-    done = run_cold(PARSE, "--model-path", str(model), "--device", "cpu")
+    done = run(PARSE, "--model-path", str(model), "--device", "cpu")
     assert "applied 0" in done.stdout, done.stderr
     assert "one pool False" in done.stdout
 
@@ -106,7 +107,7 @@ def test_a_refused_flag_of_sglangs_ends_the_start_with_one_message(model: Any) -
     done = run(PARSE_ONLY, "--model-path", str(model), "--device", "cpu", *refused)
     assert done.returncode == 1
     assert done.stderr.count("kvcached: ") == 1
-    assert "HiCache: it copies" in done.stderr
+    assert "HiCache: --hicache-ratio is a part" in done.stderr
     assert "set --pp-size 1" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -124,7 +125,11 @@ def test_bad_settings_end_the_process_although_sglang_swallows_exceptions() -> N
     assert "ENABLE_KVCACHED='maybe' is not allowed; use 0, 1 or auto" in done.stderr
 
 
-def test_every_hook_fits_the_installed_release() -> None:
+def test_every_hook_fits_the_installed_release(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert SGLANG.misfit(SGLANG.installed()) == ""
+    monkeypatch.setattr(Sources, "tree", None)  # and what is as it was locked is not parsed
     assert SGLANG.misfit(SGLANG.installed()) == ""
 
 
@@ -184,7 +189,18 @@ def test_plain_models_mixes_and_hybrids_of_fixed_states_are_served(
             {"enable_unified_cache_external_linker": True},
             "remove --enable-unified-cache-external-linker",
         ),
-        ({"speculative_algorithm": "EAGLE"}, "remove --speculative-algorithm"),
+        (
+            {"speculative_algorithm": "DFLASH"},
+            "set --speculative-algorithm to one of EAGLE, EAGLE3",
+        ),
+        (
+            {"speculative_algorithm": "EAGLE", "is_hybrid_swa": True},
+            "speculative decoding of a model with sliding windows or states",
+        ),
+        (
+            HYBRID | {"speculative_algorithm": "NGRAM", "max_mamba_cache_size": 8},
+            "speculative decoding of a model with sliding windows or states",
+        ),
         (
             {"is_hybrid_swa": False, "model": "MiMoV2FlashForCausalLM"},
             "remove --disable-hybrid-swa-memory, which is right for GptOssForCausalLM, Laguna",

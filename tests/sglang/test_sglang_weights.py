@@ -48,7 +48,7 @@ class Served:
             slept = control.sleep(NAME, directory=self.servers.directory, wait_seconds=SECONDS)
             return slept.outcome is Outcome.APPLIED
 
-        await_that(is_asleep, SECONDS)
+        await_that(is_asleep)
         assert self.num_weights == 0
 
     @property
@@ -122,7 +122,7 @@ def test_tokens_stay_the_same_when_some_of_the_weights_have_gone(
     assert served.num_weights == num_left
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(served.check)
-        await_that(lambda: served.servers.view(NAME).is_waking, SECONDS)
+        await_that(lambda: served.servers.view(NAME).is_waking)
         assert served.num_weights == num_left
         neighbour.rest(num_pages)
         neighbour.give(num_pages)
@@ -137,7 +137,7 @@ def num_taken(neighbour: Neighbour) -> int:
 def test_a_paused_server_gives_its_weights(served: Served, neighbour: Neighbour) -> None:
     served.check()
     served.ask("pause_generation", mode="in_place")
-    await_that(lambda: neighbour.take(NUM_PAGES) and served.num_weights == 0, SECONDS)
+    await_that(lambda: neighbour.take(NUM_PAGES) and served.num_weights == 0)
     num_pages = num_taken(neighbour)
     neighbour.rest(num_pages)
     neighbour.give(num_pages)
@@ -198,7 +198,7 @@ def test_released_weights_are_gone_until_they_are_resumed(served: Served) -> Non
     assert served.servers.view(NAME).resident_bytes == PAGE
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(served.check)
-        await_that(lambda: served.num_weights == 0 and not asked.done(), SECONDS)
+        await_that(lambda: served.num_weights == 0 and not asked.done())
         served.ask("resume_memory_occupation", tags=["weights", "kv_cache"])
         asked.result(timeout=60)
     assert served.num_weights == NUM_WEIGHTS

@@ -50,7 +50,7 @@ def check_cycles(servers: Servers, ask_all: Callable[[], Any]) -> None:
         return slept.outcome is Outcome.APPLIED
 
     for _ in range(2):
-        await_that(is_asleep, SECONDS)
+        await_that(is_asleep)
         assert servers.view(NAME).weights_bytes == 0
         assert ask_all() == before
         assert servers.view(NAME).weights_bytes == whole

@@ -8,6 +8,7 @@ import pytest
 from helpers.sglang_engine import answers
 from helpers.sglang_weights import NUM_KV_PAGES, NUM_WEIGHTS, PAGE, num_weights, start_yielding
 
+from kvcached_core.weights.moves import read_moves
 from kvcached_demo.harness.load import Burst
 from kvcached_demo.harness.model import make_model
 from kvcached_demo.harness.servers import Servers
@@ -19,19 +20,27 @@ BURST = Burst(((5, 6, 7, 8), (9,) * 40), 8)
 NUM_PAGES = NUM_WEIGHTS + NUM_KV_PAGES + 2  # one of them with its KV cache, and the other's page 0
 NUM_REQUESTS = 40
 NUM_ROUNDS = 4
+ONE_COPY = f"{(NUM_WEIGHTS + 1) * PAGE}"
 
 
-@pytest.fixture(scope="module")
-def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+@pytest.fixture(
+    scope="module", params=["100%", pytest.param(ONE_COPY, marks=pytest.mark.every_release)]
+)
+def servers(
+    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Servers]:
+    """Two servers, and host memory for the copies of both, or of one: the other's is on disk."""
     assert len(NAMES) * NUM_WEIGHTS > NUM_PAGES
     with Servers(tmp_path_factory.mktemp("sg"), NUM_PAGES * PAGE) as started:
         other = make_model(started.workspace / "model", seed=2)
         for name, folder in zip(NAMES, (model, other), strict=True):
-            start_yielding(started, name, folder)
+            start_yielding(started, name, folder, KVCACHED_HOST_BUDGET=request.param)
         yield started
         for name in NAMES:
             assert started[name].process.poll() is None
             assert "leak detected" not in started[name].log.read_text()
+        if request.param == ONE_COPY:
+            assert read_moves(started.workspace / "disk").num_read >= NUM_REQUESTS
 
 
 @pytest.mark.older_release

@@ -4,6 +4,7 @@ from typing import Any
 
 from kvcached_core.engine.looping_port import Demand
 from kvcached_sglang.requests import num_computed
+from kvcached_sglang.speculating import num_allocated, tokens_of_next_decode
 
 # How much of a request's answer an admission counts on, as SGLang's own policy does.
 MAX_ANSWER_TOKENS = 4096
@@ -18,7 +19,9 @@ def demand_of(scheduler: Any, block_tokens: int, prefill_tokens: int) -> Demand:
         prefill_tokens: The most tokens of prompts that a batch computes.
     """
     batches = (scheduler.running_batch, scheduler.last_batch)
-    num_running = sum(len(batch.reqs) for batch in batches if batch is not None)
+    num_running = sum(
+        _blocks_of_next_decode(batch, block_tokens) for batch in batches if batch is not None
+    )
     if scheduler.chunked_req is not None:
         num_blocks, length = _blocks_of(scheduler.chunked_req, block_tokens)
         num_running += num_blocks
@@ -33,6 +36,11 @@ def demand_of(scheduler: Any, block_tokens: int, prefill_tokens: int) -> Demand:
     return Demand(num_running, sum(queued), min(queued, default=0))
 
 
+def _blocks_of_next_decode(batch: Any, block_tokens: int) -> int:
+    num_tokens = tokens_of_next_decode(batch)
+    return len(batch.reqs) if num_tokens is None else -(-num_tokens // block_tokens)
+
+
 def _blocks_of(request: Any, block_tokens: int) -> tuple[int, int]:
     """Return the blocks of a request with its answer, and the tokens that it has."""
     length = len(request.origin_input_ids) + len(request.output_ids)
@@ -45,7 +53,8 @@ def tokens_to_go_on(scheduler: Any, block_tokens: int) -> int:
     request = scheduler.chunked_req
     missing = len(request.origin_input_ids) + len(request.output_ids) - num_computed(request)
     chunk = min(missing, scheduler.chunked_prefill_size or missing)
-    return int(chunk + (len(scheduler.running_batch.reqs) + 1) * block_tokens)
+    num_running = _blocks_of_next_decode(scheduler.running_batch, block_tokens)
+    return int(chunk + (num_running + 1) * block_tokens)
 
 
 def named_blocks(scheduler: Any, batch: Any, block_tokens: int) -> Any:
@@ -53,10 +62,12 @@ def named_blocks(scheduler: Any, batch: Any, block_tokens: int) -> Any:
     import torch
 
     table = scheduler.req_to_token_pool.req_to_token
-    lengths = batch.seq_lens.tolist()
+    lengths, written = batch.seq_lens.tolist(), batch.out_cache_loc
+    if tokens_of_next_decode(batch) is not None and batch.forward_mode.is_decode():
+        lengths, written = list(map(num_allocated, batch.reqs)), None  # it is found later
     rows = batch.req_pool_indices.tolist()
     named = [table[row, :length] for row, length in zip(rows, lengths, strict=True)]
-    if batch.out_cache_loc is not None:
-        named.append(batch.out_cache_loc)
+    if written is not None:
+        named.append(written)
     tokens = torch.cat([part.reshape(-1).to(torch.int64) for part in named])
     return torch.unique(tokens // block_tokens)

@@ -8,17 +8,26 @@ from kvcached_core.engine.joining import Group
 from kvcached_core.engine.looping import LoopingEngine
 from kvcached_core.engine.ranks import NUM_IDLE_TURNS
 from kvcached_core.engine.start import model_name
+from kvcached_core.errors import GeometryError, KVCachedError, UnsupportedEngineError
+from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.geometry import MAX_ID, Geometry
+from kvcached_core.memory.layer_tensors import PoolShape
 from kvcached_core.memory.saved_memory import SavedMemory
 from kvcached_core.memory.torch_device import current_stream, reserved_bytes
+from kvcached_core.weights.counted_tier import CountedTier
 from kvcached_patches.around import around_found
 from kvcached_sglang.demand import named_blocks
+from kvcached_sglang.drafts import Drafts
 from kvcached_sglang.elastic_weights import may_yield
+from kvcached_sglang.host_tier import SETTING, is_offloading, tier_bytes
 from kvcached_sglang.obstacles import has_two_pools
+from kvcached_sglang.open_copies import OpenCopies
 from kvcached_sglang.port import SglangPort
 from kvcached_sglang.startup import startup
 
 if TYPE_CHECKING:
     from kvcached_core.weights.own_weights import OwnWeights
+    from kvcached_core.weights.restart import Restart
 
 logger = logging.getLogger("sglang.kvcached")
 
@@ -30,6 +39,10 @@ class SglangEngine(LoopingEngine):
         saved: What SGLang's memory saver has.
         may_yield: Whether weights shall be given, too.
         own_weights: They, once they are loaded.
+        restart: How they were loaded, where a host copy may have them; None: by SGLang alone.
+        tier: Its host tier, where it has one, on the first rank.
+        copies: Its copies between the device and that.
+        drafts: Its draft models, where it decodes speculatively.
 
     Args:
         device: Where the KV cache lies, as torch names it.
@@ -51,6 +64,9 @@ class SglangEngine(LoopingEngine):
         group: Group = Group(),  # noqa: B008  it is frozen
         num_pools: int = 1,
     ) -> None:
+        self.tier: CountedTier | None = None
+        self.copies: OpenCopies | None = None
+        self.drafts = Drafts()
         does_loop_sleep = getattr(server_args, "sleep_on_idle", False)  # a second in an idle turn
         super().__init__(
             SglangPort(server_args.max_prefill_tokens, current_stream(device)),
@@ -68,11 +84,79 @@ class SglangEngine(LoopingEngine):
         self.saved = SavedMemory(reserved_bytes(device))
         self.may_yield = may_yield(server_args, config)
         self.own_weights: OwnWeights | None = None
+        self.restart: Restart | None = None
+        if is_offloading(server_args):
+            self._offload(server_args)
+
+    def close(self) -> None:
+        """Leave the ledgers, and the host budget."""
+        super().close()
+        if self.tier is not None:
+            self.tier.close()
+
+    @property
+    def has_all_pools(self) -> bool:
+        """Whether no pool comes any more that lies in our pages."""
+        return self.placing.is_complete and not self.drafts.is_expected
+
+    def place_pool(self, shape: PoolShape, num_layers: int) -> tuple[Geometry, Arena]:
+        """Place a pool as `place` does, with room for the planes of drafts, if it can be served.
+
+        Args:
+            shape: The pool's own planes.
+            num_layers: Its layers.
+
+        Raises:
+            KVCachedError: As `place`.
+            UnsupportedEngineError: If its planes differ in block size beside a host tier, or its
+                tokens have numbers that SGLang's tables cannot hold.
+        """
+        if shape.others and self.copies is not None:
+            raise UnsupportedEngineError(
+                "HiCache of a pool whose planes differ in block size: nobody has tried it; remove "
+                "--enable-hierarchical-cache"
+            )
+        geometry, arena = self.place(self.drafts.with_planes(shape, num_layers))
+        num_tokens = geometry.num_ids(arena.num_pages) * shape.block_tokens
+        if num_tokens > MAX_ID:
+            raise GeometryError(
+                f"{arena.num_pages} pages of {geometry.page_bytes} bytes need numbers of tokens up "
+                f"to {num_tokens}, allowed are numbers below {MAX_ID}; lower KVCACHED_LIMIT"
+            )
+        return geometry, arena
 
     def check(self, scheduler: Any, batch: Any) -> None:
         """Refuse a batch that names a block which is not mapped: see `RankMemory.check_blocks`."""
         named = named_blocks(scheduler, batch, self.port.block_tokens).tolist()
         self.memory.check_blocks(named, self.pools[0].geometry)  # type: ignore[union-attr]
+
+    def check_copied(self, tokens: Any) -> None:
+        """Refuse a copy of a token whose block is not mapped."""
+        named = (tokens // self.port.block_tokens).tolist()
+        self.memory.check_blocks(named, self.pools[0].geometry)  # type: ignore[union-attr]
+
+    def hold(self, tokens: list[Any], number: int) -> None:
+        """Keep the pages of tokens mapped, tensors of their ids, until that copy is released."""
+        import torch
+
+        block_tokens = self.port.block_tokens
+        self.free_lists[0].hold(lambda: torch.cat(tokens) // block_tokens, number)
+
+    def map_for_copies(self) -> None:
+        """Have all mapped, and zeroed, that was opened since the schedule began."""
+        self.begin_batch()
+        self.memory.backend.synchronize()  # type: ignore[union-attr]
+
+    def _offload(self, server_args: Any) -> None:
+        instance = self.ranks.instance
+        try:
+            if instance is not None:
+                num_bytes = tier_bytes(server_args)
+                self.tier = CountedTier(self.config, instance.name, num_bytes, setting=SETTING)
+        except KVCachedError:
+            self.close()
+            raise
+        self.port.copies = self.copies = OpenCopies(self, self.tier, self.ranks.seat.num_ranks)
 
 
 _engine: SglangEngine | None = None

@@ -38,7 +38,7 @@ class FreeList(CountedBlocks):
             make_pages,
             engine.ranks,
             engine.giving,
-            lambda: engine.port.num_cached_blocks(number),
+            lambda: engine.port.num_unneeded_blocks(number),
         )
 
     @property

@@ -8,6 +8,8 @@ from kvcached_core.memory import layer_tensors
 from kvcached_patches.around import around
 from kvcached_sglang import pools
 from kvcached_sglang.engine import SglangEngine, around_engine, engine
+from kvcached_sglang.index_pool import is_laid_out
+from kvcached_sglang.layer_waits import walking
 from kvcached_sglang.requests import answer_health_checks, is_asleep, skip_health_checks
 from kvcached_sglang.startup import startup
 
@@ -16,7 +18,7 @@ Call = Callable[[], Any]
 
 @around_engine
 def kv_cache_init(call: Call, _ours: SglangEngine, self: Any) -> None:
-    """Wrap `KVCache.__init__`: a pool of more than keys and values ends the start, not yet made.
+    """Wrap `KVCache.__init__`: a pool that cannot lie in our pages ends the start, not yet made.
 
     What a pool keeps beside its planes, it finds by the same ids, of which we make more.
     """
@@ -27,7 +29,7 @@ def kv_cache_init(call: Call, _ours: SglangEngine, self: Any) -> None:
 @around_engine
 def create_buffers(call: Call, ours: SglangEngine, self: Any) -> None:
     """Wrap a KV pool's `_create_buffers`: its planes lie in our pages."""
-    if ours.placing.is_complete:
+    if ours.has_all_pools or is_laid_out.get():
         call()
         return
     layout = getattr(self, "kv_cache_layout", "nhd")
@@ -36,9 +38,13 @@ def create_buffers(call: Call, ours: SglangEngine, self: Any) -> None:
     num_rows = self.size + self.page_size
     with startup.one_message():
         shape = layer_tensors.measure(call, num_rows, self.page_size)
-        geometry, arena = ours.place(shape)
+        if ours.placing.is_complete:
+            ours.drafts.lay_out(call, self, shape)
+            return
+        geometry, arena = ours.place_pool(shape, self.layer_num)
     self.size = layer_tensors.num_rows(shape, geometry, arena.num_pages) - self.page_size
     layer_tensors.lay_out(call, shape, geometry, arena)
+    ours.drafts.follow(shape, geometry, arena)
     self.kvcached = geometry
 
 
@@ -84,6 +90,8 @@ def get_next_batch_to_run(original: Callable[..., Any]) -> Callable[..., Any]:
             skip_health_checks(self)
         ours.before_schedule()
         plan = original(self, *args, **kwargs)
+        if ours.copies is not None:
+            ours.copies.settle()
         batch = getattr(plan, "batch_to_run", plan)
         if batch is None and self.last_batch is None:
             answer_health_checks(self)
@@ -114,7 +122,7 @@ def process_input_requests(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run_batch(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `Scheduler.run_batch`: what it may touch is mapped.
+    """Wrap `Scheduler.run_batch`: what it may touch is mapped, and weights are waited for.
 
     With `KVCACHED_DEBUG` every block that it names is looked up.
     """
@@ -126,6 +134,10 @@ def run_batch(original: Callable[..., Any]) -> Callable[..., Any]:
             ours.begin_batch()
             if ours.config.debug and ours.pools:
                 ours.check(self, batch)
+            weights = ours.own_weights
+            if weights is not None and weights.walks is not None and weights.walks.is_due:
+                with walking(weights, self.tp_worker.model_runner, batch):
+                    return original(self, batch, *args, **kwargs)
         return original(self, batch, *args, **kwargs)
 
     return wrapper
@@ -144,6 +156,8 @@ def get_new_batch_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
         ours = engine()
         if ours is None or not (is_asleep(self) or ours.must_hold()):
             return original(self, *args, **kwargs)
+        if ours.copies is not None:
+            ours.copies.look(self.tree_cache)
         running = [*args, *kwargs.values()]
         if not running:
             return None

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from inspect import signature
 from typing import Any
 
+from kvcached_sglang.host_tier import is_offloading, tier_obstacles
+from kvcached_sglang.speculating import REMOVE, algorithm_of, draft_obstacles, has_draft_model
+
 # What a server of these settings would do with KV memory is not ours to lay out.
 OBSTACLES = {
     "pp_size": (1, "pipeline parallelism: not served yet; set --pp-size 1"),
@@ -14,10 +17,6 @@ OBSTACLES = {
     "disaggregation_mode": (
         "null",
         "disaggregation: a transfer engine holds KV addresses; set --disaggregation-mode null",
-    ),
-    "enable_hierarchical_cache": (
-        False,
-        "HiCache: it copies while pages may go; remove --enable-hierarchical-cache",
     ),
     "enable_lmcache": (False, "LMCache: it holds KV addresses; remove --enable-lmcache"),
     "enable_flexkv": (False, "FlexKV: it holds KV addresses; remove --enable-flexkv"),
@@ -37,10 +36,6 @@ OBSTACLES = {
     "enable_page_major_kv_layout": (
         False,
         "a block's layers lie side by side; remove --enable-page-major-kv-layout",
-    ),
-    "speculative_algorithm": (
-        None,
-        "speculative decoding: drafts have pools of their own; remove --speculative-algorithm",
     ),
     "dllm_algorithm": (None, "diffusion models: not served yet; remove --dllm-algorithm"),
 }
@@ -105,6 +100,8 @@ def argument_obstacles(arguments: Any) -> Iterator[str]:
     for name, (allowed, reason) in OBSTACLES.items():
         if getattr(arguments, name, allowed) != allowed:
             yield reason
+    yield from tier_obstacles(arguments)
+    yield from draft_obstacles(arguments)
     device = getattr(arguments, "device", None)
     if device is not None and device.partition(":")[0] not in DEVICES:
         yield f"device {device}: only NVIDIA GPUs and CPUs are served"
@@ -119,6 +116,8 @@ def weight_obstacles(arguments: Any) -> Iterator[str]:
     for name, (allowed, reason) in WEIGHT_OBSTACLES.items():
         if (getattr(arguments, name, None) or allowed) != allowed:
             yield reason
+    if has_draft_model(arguments):
+        yield f"a draft's weights stay, and read the target's; {REMOVE}"
     if arguments.load_format in SHARED_FORMATS:
         yield f"something else has the weights; remove --load-format {arguments.load_format}"
 
@@ -144,6 +143,16 @@ def model_obstacles(runner: Any) -> Iterator[str]:
                 f"attention backend {backend}: it reads the window's pool at ids of the other one; "
                 f"set --attention-backend to one of {served}, or --disable-hybrid-swa-memory"
             )
+    if is_offloading(arguments) and (has_two_pools(runner) or has_states(runner)):
+        yield (
+            "HiCache of a model with sliding windows or states: nobody has tried it; remove "
+            "--enable-hierarchical-cache"
+        )
+    if algorithm_of(arguments) is not None and (has_two_pools(runner) or has_states(runner)):
+        yield (
+            "speculative decoding of a model with sliding windows or states: nobody has tried it; "
+            + REMOVE
+        )
     if has_states(runner) and not _has_fixed_states(arguments):
         yield (
             "mamba or linear attention: SGLang would take a share of the device for the states at "

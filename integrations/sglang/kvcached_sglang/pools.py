@@ -3,12 +3,21 @@
 from kvcached_sglang.startup import startup
 
 SERVED_POOLS = frozenset(
-    {"MHATokenToKVPool", "MLATokenToKVPool", "HybridLinearKVPool", "SWAKVPool"}
+    {
+        "DSATokenToKVPool",
+        "MHATokenToKVPool",
+        "MHATokenToKVPoolMXFP8",
+        "MLATokenToKVPool",
+        "HybridLinearKVPool",
+        "SWAKVPool",
+    }
 )
 
 
 def check_class(pool: type) -> None:
-    """End the process unless a pool of this class holds keys and values alone, as we lay them out.
+    """End the process unless all that a pool of this class has of a block lies in our pages.
+
+    Those of four bits read all of their blocks in every step, mapped or not.
 
     SGLang catches exceptions where it makes its pools, and this is no error of its own.
     """

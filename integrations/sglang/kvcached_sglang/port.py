@@ -7,6 +7,7 @@ from typing import Any
 from kvcached_core.engine.looping_port import Demand, LoopingPort
 from kvcached_core.weights.status import WeightStatus
 from kvcached_sglang import demand, requests
+from kvcached_sglang.open_copies import OpenCopies
 
 GAUGE_SECONDS = 1.0
 
@@ -16,11 +17,14 @@ class SglangPort(LoopingPort):
 
     Attributes:
         scheduler: SGLang's, from its first schedule on.
+        copies: Those that are open, where there is a host tier.
 
     Args:
         prefill_tokens: The most tokens of prompts that a batch computes.
         current_stream: Returns the stream that torch launches on.
     """
+
+    copies: OpenCopies | None = None
 
     def __init__(self, prefill_tokens: int, current_stream: Callable[[], int]) -> None:
         super().__init__()
@@ -96,9 +100,31 @@ class SglangPort(LoopingPort):
 
     def drop_cached(self, num_blocks: int) -> None:
         """See `LoopingPort.drop_cached`."""
-        from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+        from kvcached_sglang.copied_first import drop
 
-        self.scheduler.tree_cache.evict(EvictParams(num_tokens=num_blocks * self.block_tokens))
+        drop(self.scheduler.tree_cache, num_blocks * self.block_tokens)
+        if self.copies is not None:
+            self.copies.settle()
+
+    def finish_copies(self) -> None:
+        """See `EnginePort.finish_copies`."""
+        self.end_copies()
+
+    def num_locked_blocks(self) -> int:
+        """See `EnginePort.num_locked_blocks`."""
+        return 0 if self.copies is None else self.copies.num_tokens // self.block_tokens
+
+    def end_copies(self) -> bool:
+        """See `EnginePort.end_copies`."""
+        if self.copies is None or self.scheduler is None:
+            return False
+        return self.copies.finish(self.scheduler.tree_cache)
+
+    def publish(self) -> None:
+        """See `EnginePort.publish`: a paused loop would say nothing until it goes on."""
+        publisher = getattr(self.scheduler, "kv_events_publisher", None)  # no part up to 0.5.12
+        if publisher is not None:
+            publisher.publish_kv_events()
 
     def hold_weights(self, num_missing: int) -> WeightStatus:
         """See `EnginePort.hold_weights`: batches run on a stream of their own."""

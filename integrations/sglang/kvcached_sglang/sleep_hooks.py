@@ -34,10 +34,12 @@ def release_memory_occupation(
 ) -> Any:
     """Wrap the handler of `/release_memory_occupation`: all pages but page 0 go back.
 
-    So do all weights, where they yield.
+    So do all weights, where they yield. Copies of blocks end first: SGLang would end with them.
     """
-    answer = original(self, recv_req, *args, **kwargs)
     ours = engine()
+    if ours is not None:
+        ours.port.end_copies()
+    answer = original(self, recv_req, *args, **kwargs)
     if ours is not None and KV_CACHE in _tags(recv_req):
         ours.empty()
     if ours is not None and WEIGHTS in _tags(recv_req):

@@ -10,8 +10,16 @@ from kvcached_core.memory.model_bytes import OTHER_BYTES
 from kvcached_core.units import GIB
 from kvcached_patches.around import around
 from kvcached_sglang import obstacles
-from kvcached_sglang.elastic_weights import begin_to_yield, take_over_weights
-from kvcached_sglang.engine import engine, start_engine
+from kvcached_sglang.elastic_weights import (
+    begin_to_yield,
+    move_buffers,
+    restart_of,
+    take_over_weights,
+)
+from kvcached_sglang.engine import engine, logger, start_engine
+from kvcached_sglang.kinds import elastic_parts
+from kvcached_sglang.layer_waits import let_layers_wait
+from kvcached_sglang.restart_hooks import restarting
 from kvcached_sglang.sleep_hooks import WEIGHTS
 from kvcached_sglang.startup import check_arguments, startup
 from kvcached_sglang.weights import loaded_bytes, weight_bytes
@@ -51,7 +59,11 @@ def scheduler_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         ours = engine()
         if ours is not None:
-            begin_to_yield(ours)
+            begin_to_yield(ours, self.tp_worker.model_runner)
+            let_layers_wait(ours, self.tp_worker.model_runner)
+            parts = elastic_parts(self.tp_worker.model_runner.model_config)
+            if parts is not None:
+                logger.info("kvcached: %s", parts)
 
 
 @around
@@ -67,18 +79,33 @@ def load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         if startup.serves(chain(*found)):
             start_engine(self)
     ours = engine()
+    if ours is not None and getattr(self, "is_draft_worker", False):
+        ours.drafts.add(self)
     is_on_host = ours is not None and ours.device.kind == HOST
     if ours is None or (is_on_host and not ours.may_yield):
         return original(self, *args, **kwargs)
     other_bytes = 0 if is_on_host else OTHER_BYTES
     start = Start(ours.config.page_bytes, ours.may_yield)
     ours.make_room_for(weight_bytes(self) + other_bytes, start)
-    answer = original(self, *args, **kwargs)
+    restart = restart_of(ours, self)
+    with restarting(restart):
+        answer = original(self, *args, **kwargs)
+    if restart is not None:
+        ours.restart = restart
     if not is_on_host:
         ours.ranks.announce(other_bytes)
     if getattr(self.server_args, "enable_memory_saver", False) and not ours.may_yield:
         ours.saved.at_least(WEIGHTS, loaded_bytes(self.model))
     return answer
+
+
+@around
+def capture(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wrap `capture` of what captures graphs: large buffers become ours before the first one."""
+    ours = engine()
+    if ours is not None:
+        move_buffers(ours, self.model_runner, self)
+    return original(self, *args, **kwargs)
 
 
 @around

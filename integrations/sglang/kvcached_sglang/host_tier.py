@@ -1,0 +1,70 @@
+"""SGLang's HiCache: which of it is served, and what it takes of the host."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+SETTING = "--hicache-size"
+SETTING_BYTES = 10**9  # SGLang counts it so, for each rank
+
+# What lies below the host's memory. All of SGLang's read and write host memory alone; these ran.
+SERVED_STORAGE = ("file",)
+SERVED_BACKENDS = ("direct", "kernel")
+# Where a block of a layer is, in the host's memory, as these back-ends copy it.
+SERVED_LAYOUTS = ("layer_first", "page_first", "page_first_direct")
+
+# A module of the first release whose host tier may be smaller than the device's pool.
+_FIRST_MODULE = "sglang.srt.mem_cache.unified_memory_pool"
+
+_REMOVE = "or remove --enable-hierarchical-cache"
+
+
+def is_offloading(arguments: Any) -> bool:
+    """Return whether a server of these arguments copies blocks to the host."""
+    return bool(getattr(arguments, "enable_hierarchical_cache", False))
+
+
+def tier_bytes(arguments: Any) -> int:
+    """Return the host memory that all ranks of a server take for copies together, in bytes."""
+    num_bytes: int = arguments.hicache_size * SETTING_BYTES * arguments.tp_size
+    return num_bytes
+
+
+def disk_folders(controller: Any) -> tuple[str, ...]:
+    """Return where the tier on disk of a HiCache controller lies now: it may come and go."""
+    folder = getattr(controller.storage_backend, "file_path", None)
+    return () if folder is None else (str(folder),)
+
+
+def tier_obstacles(arguments: Any) -> Iterator[str]:
+    """Yield why a server's HiCache cannot be served, and what to change.
+
+    Args:
+        arguments: What was parsed, or a `ServerArgs`.
+    """
+    if not is_offloading(arguments):
+        return
+    if find_spec(_FIRST_MODULE) is None:
+        yield (
+            "HiCache: this release wants a host tier larger than the device's pool, which is "
+            f"virtual here; install SGLang 0.5.15 or newer, {_REMOVE}"
+        )
+        return
+    if getattr(arguments, "hicache_size", 0) <= 0:
+        yield (
+            "HiCache: --hicache-ratio is a part of the device's pool, which is virtual here; set "
+            f"--hicache-size to the GB of host memory that each rank shall take, {_REMOVE}"
+        )
+    for name, served, word in (
+        ("hicache_storage_backend", SERVED_STORAGE, "storage backend"),
+        ("hicache_io_backend", SERVED_BACKENDS, "IO backend"),
+        ("hicache_mem_layout", SERVED_LAYOUTS, "memory layout"),
+        ("hicache_host_memory_mode", ("cache",), "host memory mode"),
+    ):
+        value = getattr(arguments, name, None)
+        if value is not None and value not in served:
+            flag = f"--{name.replace('_', '-')}"
+            yield (
+                f"HiCache {word} {value}: nobody has tried it; set {flag} to "
+                f"{' or '.join(served)}, {_REMOVE}"
+            )

@@ -1,0 +1,197 @@
+"""Copies between the KV cache and the host that HiCache has begun and not acknowledged yet.
+
+SGLang locks a node of its cache while a copy of it is open, so its blocks are not free and their
+pages not empty. It forgets both at a reset, where a copy would go on. The pages are held, too.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from kvcached_sglang.host_tier import disk_folders
+
+if TYPE_CHECKING:
+    from kvcached_core.weights.counted_tier import CountedTier
+    from kvcached_sglang.engine import SglangEngine
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One copy, of the blocks of several nodes: what it holds pages as, and what it is counted by.
+
+    Attributes:
+        number: Its holder.
+        num_tokens: Tokens of it.
+        began_at: When it was begun, in seconds.
+    """
+
+    number: int
+    num_tokens: int
+    began_at: float
+
+
+class OpenCopies:
+    """The copies of one scheduler. Its thread calls it; what a call does every rank does alike.
+
+    Args:
+        engine: The engine.
+        tier: What counts the copies, on the rank that has it.
+        num_ranks: How many ranks copy the same tokens.
+        clock: Returns seconds.
+    """
+
+    def __init__(
+        self,
+        engine: "SglangEngine",
+        tier: "CountedTier | None",
+        num_ranks: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._tier = tier
+        self._num_ranks = num_ranks
+        self._clock = clock
+        self._numbers = count()
+        self._controller: Any = None
+        self._stores: list[Copy] = []
+        self._loads: list[Copy] = []
+        self._locked: list[tuple[Copy, int]] = []  # that have ended, and the last one begun by then
+
+    def __bool__(self) -> bool:
+        return bool(self._stores or self._loads)
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens that copies to the host lock: a request waits for those that are loaded.
+
+        A copy locks all that lies above its node in the tree: that of an answer its prompt, whose
+        own copy was begun before and may have ended. So that counts until none is open which was.
+        """
+        copies = (*self._stores, *(copy for copy, _ in self._locked))
+        return sum(copy.num_tokens for copy in copies)
+
+    def store(self, controller: Any, start: Callable[[], Any]) -> None:
+        """Have SGLang begin to copy what it has queued to the host; hold what that reads."""
+        self._meet(controller)
+        operations, num_before = list(controller.write_queue), len(controller.ack_write_queue)
+        self._check(operations)
+        start()
+        if len(controller.ack_write_queue) > num_before:
+            self._stores.append(self._begin(operations))
+
+    def load(self, controller: Any, start: Callable[[], Any]) -> Any:
+        """Have SGLang begin to copy what it has queued to the device; hold what that writes.
+
+        The pages are mapped now, and no zero comes behind what is loaded: the copy waits for no
+        stream of ours.
+        """
+        self._meet(controller)
+        operations, num_before = list(controller.load_queue), len(controller.ack_load_queue)
+        self._engine.map_for_copies()
+        self._check(operations)
+        answer = start()
+        if len(controller.ack_load_queue) > num_before:
+            self._loads.append(self._begin(operations))
+            if self._tier is not None:
+                for operation in operations:
+                    self._tier.hit(len(operation.host_indices))
+        return answer
+
+    def settle(self) -> None:
+        """Let go of the copies that SGLang has acknowledged since: it does so in their order."""
+        if not self:
+            return
+        controller, tier = self._controller, self._tier
+        has_ended = False
+        for copies, open_ones in (
+            (self._stores, controller.ack_write_queue),
+            (self._loads, controller.ack_load_queue),
+        ):
+            ended = copies[: len(copies) - len(open_ones)]
+            del copies[: len(ended)]
+            has_ended |= bool(ended)
+            if copies is self._stores:
+                self._unlock(ended)
+            for copy in ended:
+                self._engine.release(copy.number)
+                if tier is not None:
+                    note = tier.stored if copies is self._stores else tier.loaded
+                    num_bytes = copy.num_tokens * self._token_bytes()
+                    note(num_bytes, self._clock() - copy.began_at)
+        if has_ended and tier is not None:
+            tier.tell(is_last=not self, held_bytes=self._held_bytes())
+
+    def look(self, tree_cache: Any) -> None:
+        """Have SGLang acknowledge the copies that have ended.
+
+        Older releases do so only where they let requests in, and none may come in while a neighbour
+        waits for what copies lock.
+        """
+        if self:
+            tree_cache.writing_check()
+            tree_cache.loading_check()
+
+    def finish(self, tree_cache: Any) -> bool:
+        """Wait for all copies, and have SGLang acknowledge them; return whether there were any."""
+        controller = tree_cache.cache_controller
+        controller.start_writing()
+        if not self._wait(controller):
+            return False
+        tree_cache.writing_check()
+        tree_cache.loading_check()
+        self.settle()
+        return True
+
+    def reset(self, controller: Any) -> None:
+        """Wait for all copies, and forget them: SGLang is about to forget all that it stored."""
+        self._wait(controller)
+        for copy in (*self._stores, *self._loads):
+            self._engine.release(copy.number)
+        self._stores, self._loads, self._locked = [], [], []
+        if self._tier is not None:
+            self._tier.reset()
+
+    def _unlock(self, ended: list[Copy]) -> None:
+        if self._stores:
+            first, last = self._stores[0].number, self._stores[-1].number
+            self._locked += [(copy, last) for copy in ended]
+            self._locked = [each for each in self._locked if each[1] >= first]
+        else:
+            self._locked = []
+
+    def _meet(self, controller: Any) -> None:
+        self._controller = controller
+        if self._tier is not None:
+            self._tier.token_bytes = self._token_bytes()
+            self._tier.folders = disk_folders(controller)
+
+    def _wait(self, controller: Any) -> bool:
+        acknowledgements = [*controller.ack_write_queue, *controller.ack_load_queue]
+        for each in acknowledgements:
+            each.finish_event.synchronize()
+        return bool(acknowledgements)
+
+    def _begin(self, operations: list[Any]) -> Copy:
+        tokens = [operation.device_indices for operation in operations]
+        number = next(self._numbers)
+        self._engine.hold(tokens, number)
+        return Copy(number, sum(map(len, tokens)), self._clock())
+
+    def _check(self, operations: list[Any]) -> None:
+        if self._engine.config.debug:
+            for operation in operations:
+                self._engine.check_copied(operation.device_indices)
+
+    def _token_bytes(self) -> int:
+        return int(self._host_pool().size_per_token) * self._num_ranks
+
+    def _held_bytes(self) -> int:
+        pool = self._host_pool()
+        return int(pool.size - pool.available_size()) * self._token_bytes()
+
+    def _host_pool(self) -> Any:
+        pool = self._controller.mem_pool_host
+        anchor = getattr(pool, "anchor_entry", None)  # a group of pools, of which one has the keys
+        return pool if anchor is None else anchor.host_pool

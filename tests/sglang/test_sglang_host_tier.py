@@ -1,0 +1,128 @@
+"""Which of SGLang's HiCache is served, what is said of the rest, and what it takes of the host."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from helpers.sglang_elastic import make_engine
+
+from kvcached_core.config import read_config
+from kvcached_core.errors import HostBudgetError
+from kvcached_core.units import MIB
+from kvcached_core.weights.host_budget import HostBudget
+from kvcached_core.weights.host_tier import read_tiers
+from kvcached_sglang import host_tier
+from kvcached_sglang.engine import SglangEngine
+from kvcached_sglang.host_tier import is_offloading, tier_bytes, tier_obstacles
+from kvcached_sglang.obstacles import argument_obstacles, model_obstacles
+
+pytestmark = pytest.mark.sglang
+
+
+def arguments(**changes: Any) -> Any:
+    served = {
+        "enable_hierarchical_cache": True,
+        "hicache_size": 4,
+        "hicache_io_backend": "kernel",
+        "hicache_mem_layout": "layer_first",
+        "hicache_storage_backend": None,
+        "hicache_host_memory_mode": "cache",
+        "tp_size": 2,
+    }
+    return SimpleNamespace(**served | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"hicache_storage_backend": "file"},
+        {"hicache_mem_layout": "page_first"},
+        {"hicache_io_backend": "direct", "hicache_mem_layout": "page_first_direct"},
+        {"enable_hierarchical_cache": False, "hicache_size": 0, "hicache_io_backend": "no"},
+    ],
+)
+def test_what_was_tried_is_served(changes: dict[str, Any]) -> None:
+    assert list(tier_obstacles(arguments(**changes))) == []
+    assert list(argument_obstacles(arguments(**changes))) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "instead"),
+    [
+        ({"hicache_size": 0}, "--hicache-ratio is a part", "set --hicache-size"),
+        ({"hicache_storage_backend": "mooncake"}, "storage backend mooncake", "set --hicache-s"),
+        ({"hicache_io_backend": "kernel_ascend"}, "kernel_ascend", "--hicache-io-backend to dir"),
+        ({"hicache_mem_layout": "page_head"}, "layout page_head", "--hicache-mem-layout to layer"),
+        ({"hicache_host_memory_mode": "buffer_only"}, "buffer_only", "memory-mode to cache"),
+    ],
+)
+def test_the_rest_is_refused_by_name_with_what_to_set(
+    changes: dict[str, Any], said: str, instead: str
+) -> None:
+    (reason,) = argument_obstacles(arguments(**changes))
+    assert said in reason
+    assert instead in reason
+    assert "remove --enable-hierarchical-cache" in reason
+
+
+def test_a_release_that_needs_a_larger_tier_than_its_pool_is_refused() -> None:
+    with patch.object(host_tier, "find_spec", lambda _name: None):
+        (reason,) = tier_obstacles(arguments(hicache_size=0))
+    assert "install SGLang 0.5.15" in reason
+
+
+@pytest.mark.parametrize("kind", ["window", "states"])
+def test_layers_that_differ_are_refused_with_a_tier(kind: str) -> None:
+    runner: Any = SimpleNamespace(
+        device="cpu",
+        is_hybrid_swa=kind == "window",
+        mambaish_config=object() if kind == "states" else None,
+        server_args=arguments(max_mamba_cache_size=4),
+        model_config=SimpleNamespace(),
+    )
+    with patch("kvcached_sglang.obstacles._fits_one_pool", lambda _config: True):
+        reasons = list(model_obstacles(runner))
+    assert [reason for reason in reasons if "HiCache" in reason]
+
+
+def test_its_size_is_what_all_ranks_take() -> None:
+    assert tier_bytes(arguments()) == 8 * 10**9
+    assert is_offloading(arguments())
+    assert not is_offloading(SimpleNamespace())
+
+
+def test_a_start_takes_room_in_the_host_budget_and_gives_it_back(tmp_path: Path) -> None:
+    config = read_config(
+        {
+            "KVCACHED_DIR": str(tmp_path / "kv"),
+            "KVCACHED_HOST_POOL": str(64 * MIB),
+            "KVCACHED_HOST_BUDGET": str(5 * 10**9),
+        }
+    )
+
+    def start(num_gb: int) -> SglangEngine:
+        asked = arguments(
+            hicache_size=num_gb,
+            tp_size=1,
+            served_model_name="m",
+            model_path="m",
+            max_prefill_tokens=1024,
+            load_format="auto",
+        )
+        return SglangEngine(torch.device("cpu"), asked, 64, config)
+
+    engine = start(4)
+    (view,) = read_tiers(HostBudget(config).folder)
+    assert (view.instance, view.reserved_bytes) == ("m", 4 * 10**9)
+    with pytest.raises(HostBudgetError, match="lower --hicache-size"):
+        start(2)
+    engine.close()
+    assert not read_tiers(HostBudget(config).folder)
+    plain = make_engine(tmp_path / "plain", host_pool=64 * MIB)
+    assert plain.tier is None
+    assert plain.copies is None
+    plain.close()
