@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.gateway_steering import Written, admin_running
+from helpers.waiting import PATIENCE_SECONDS
 
 from kvcached_core.errors import ConfigError
 from kvcached_gateway.admin.admin import bind_admin
@@ -35,7 +36,7 @@ def client(running: tuple[Written, Path], tmp_path: Path) -> Client:
 
 def ask(path: Path, request: str) -> tuple[int, bytes]:
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(10)
+        connection.settimeout(PATIENCE_SECONDS)
         connection.connect(str(path))
         connection.sendall(f"{request}\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
         answer = HTTPResponse(connection)
@@ -113,7 +114,7 @@ def test_what_is_no_verb_is_refused_in_json(
 def test_events_are_told_as_they_come(running: tuple[Written, Path]) -> None:
     written, path = running
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(10)
+        connection.settimeout(PATIENCE_SECONDS)
         connection.connect(str(path))
         connection.sendall(b"GET /admin/events HTTP/1.1\r\nHost: x\r\n\r\n")
         answer = connection.makefile("rb")

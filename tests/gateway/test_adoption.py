@@ -32,7 +32,6 @@ from kvcached_gateway.errors import AdoptionError
 from kvcached_gateway.models.model import Model, State
 
 NAMES = ("one", "two")
-SECONDS = 120.0
 ANOTHER = "another"
 
 
@@ -58,7 +57,7 @@ def left_by_a_killed_gateway(directory: Path, weights: Path) -> list[EngineRecor
             os._exit(1)
     file = directory / "gateway" / "gateway.json"
     try:
-        await_that(lambda: file.exists() and file.read_text().count("model_id") == 2, SECONDS)
+        await_that(lambda: file.exists() and file.read_text().count("model_id") == 2)
     finally:
         os.kill(gateway, signal.SIGKILL)
         os.waitpid(gateway, 0)
@@ -77,8 +76,10 @@ def directory() -> Iterator[Path]:
         yield path
 
 
+# Under `make test` real engines are adopted in test_gateway_serving.
 @pytest.mark.slow
 @pytest.mark.vllm
+@pytest.mark.every_release
 def test_engines_of_a_killed_gateway_are_adopted_if_they_are_what_they_were(
     directory: Path, weights: Path
 ) -> None:

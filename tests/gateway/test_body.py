@@ -31,6 +31,7 @@ def form(*parts: tuple[str, bytes], end: bytes = b"--b0.x--\r\n") -> bytes:
 values = st.recursive(
     st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
 )
 
 

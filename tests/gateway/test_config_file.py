@@ -48,9 +48,11 @@ models:
     class: chat
     pin: yes
     kv: {limit: 60%, priority: 7}
+    nodes: [gpu=H100, ray.io/market-type=spot]
     warm_at: [mon-fri 07:50 Europe/Berlin]
   qwen: {model: Qwen/Qwen3-32B, tensor_parallel: 2, idle_limit: 30m, max_wait: 5s}
-  guard: {environment: sglang, model: /models/guard, devices: GPU-6f1c, warm_with: [llama]}
+  guard:
+    {environment: sglang, model: /models/guard, devices: GPU-6f1c, warm_with: [llama], nodes: spare}
   fine: {adapter_of: llama, path: ../adapters/fine, max_queue: 7}
   remote: {url: "http://10.0.0.7:8000", key_env: TOKEN}
 """
@@ -101,6 +103,8 @@ def test_each_value_is_read_as_it_is_meant(read: Read, tmp_path: Path) -> None:
         5,
     )
     assert found.models["guard"].devices == ("GPU-6f1c",)
+    nodes = {name: model.nodes for name, model in found.models.items() if model.nodes}
+    assert nodes == {"llama": ("gpu=H100", "ray.io/market-type=spot"), "guard": ("spare",)}
     assert found.models["guard"].environment == "sglang"
 
 
@@ -231,6 +235,29 @@ def test_a_mistake_is_one_error_with_its_line(
             "{environment: vllm, model: m, devices: [0], tensor_parallel: 2}",
             "name at least as many",
         ),
+        (
+            "{environment: vllm, model: m, nodes: []}",
+            "nodes is empty; name a label, or",
+        ),
+        (
+            "{environment: vllm, model: m, nodes: [a, b, a]}",
+            "nodes[2]='a' is not allowed; it is ",
+        ),
+        (
+            "{environment: vllm, model: m, nodes: [a b]}",
+            "nodes[0]='a b' is not allowed; write a",
+        ),
+        (
+            "{environment: vllm, model: m, nodes: gpu=}",
+            "nodes='gpu=' is not allowed; write a la",
+        ),
+        ("{environment: vllm, model: m, nodes: a=b=c}", "nodes='a=b=c' is not allowed; write a"),
+        (
+            "{environment: vllm, model: m, nodes: {gpu: a}}",
+            "nodes={'gpu': 'a'} is not allowed; w",
+        ),
+        ("{adapter_of: one, path: p, nodes: a}", "nodes is no setting of an adapter; remove it"),
+        ("{url: 'http://x', nodes: a}", "nodes is no setting of one that `url` serves; remove it"),
         ("{environment: vllm, model: m, args: [--host, x]}", "args[0]='--host' is not allowed; it"),
         (
             "{environment: vllm, model: m, args: [-O3, --po=1]}",

@@ -224,3 +224,22 @@ def test_the_last_decisions_are_kept() -> None:
         decisions.add("a", "start", str(number))
     assert [one.reason for one in decisions][:2] == ["5", "6"]
     assert len(list(decisions)) == NUM_KEPT
+
+
+@simulated_in
+async def test_a_request_that_comes_or_goes_is_nothing_to_decide_at_once_unless_one_waits(
+    folder: Path,
+) -> None:
+    world = World(folder, {"a": Takes(), "b": Takes()})
+    await world.up("a")
+    news = world.controller._news
+    news.clear()
+    lease = await world.ask("a")
+    assert not news.is_set()
+    waiting = world.ask("b")
+    await world.settle()
+    news.clear()
+    lease.end(Ending.DONE)
+    assert news.is_set()
+    waiting.cancel()
+    await world.close()

@@ -3,11 +3,14 @@
 import asyncio
 import json
 import resource
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 from helpers.gateway_front import House, RefusingLeases, make_settings, say
 from helpers.loops import on_a_loop
+from helpers.waiting import PATIENCE_SECONDS
 
 from kvcached_gateway.http import door
 from kvcached_gateway.http.app import build_app, build_runner
@@ -16,6 +19,7 @@ from kvcached_gateway.http.door import Door, allow_files, max_connections
 ASK = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 LAST = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 NUM_PLACES = 3
+NUM_AT_ONCE = 300
 
 
 @pytest.fixture
@@ -26,6 +30,20 @@ def few_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (500 + 2 * NUM_PLACES, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@on_a_loop
+async def test_a_burst_of_connections_is_let_in_while_the_loop_is_busy() -> None:
+    house = House(RefusingLeases(), make_settings(), None)
+    runner = build_runner(build_app(house.front()))
+    await runner.setup()
+    await Door(runner, house.front(), "127.0.0.1", 0).start()
+    place = runner.addresses[0]
+    with ExitStack() as clients:
+        # The loop accepts none of them meanwhile. One that is dropped tries again after a second.
+        for _ in range(NUM_AT_ONCE):
+            clients.enter_context(socket.create_connection(place, timeout=0.5))
+    await runner.cleanup()
 
 
 @pytest.mark.usefixtures("few_files")
@@ -48,7 +66,7 @@ async def test_whoever_comes_when_all_files_are_in_use_is_told_and_may_come_agai
             assert json.loads(body)["error"]["code"] == "too_many_connections"
         assert house.written.told == [("refused", None, "too_many_connections")] * 2 * NUM_PLACES
         inside[0][1].close()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while b" 200 " not in await say(house, LAST):
                 pass  # until the gateway has seen that one left
         inside[1][1].write(ASK)

@@ -21,6 +21,7 @@ from helpers.gateway_life import (
     short_folder,
     warm_up,
 )
+from helpers.waiting import PATIENCE_SECONDS
 
 from kvcached_demo.harness.model import make_model
 from kvcached_gateway.engines.engine import Engine
@@ -50,7 +51,7 @@ class House:
 
     def run(self, main: Callable[[], Awaitable[None]]) -> None:
         async def limited() -> None:
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 await main()
 
         self._runner.run(limited())

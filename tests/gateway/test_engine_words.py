@@ -232,3 +232,22 @@ def test_a_start_without_room_for_a_first_page_found_too_little_memory(words: En
     with pytest.raises(ConfigError) as raised:
         place.place(Planes(64 * 1024, 8, 1000, 100, (16,)), 2 * MIB)
     assert any(each in str(raised.value) for each in words.out_of_memory)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("4096", 4096), ("32k", 32000), ("32K", 32768), ("1.5k", 1500), ("auto", None), ("-1", None)],
+)
+def test_how_long_a_request_may_be_is_in_the_arguments(text: str, expected: int | None) -> None:
+    for words, flag in ((VLLM, "--max-model-len"), (SGLANG, "--context-length")):
+        assert words.max_tokens(["--other", "7", flag, text]) == expected
+        assert words.max_tokens([f"{flag}={text}", "--last"]) == expected
+        assert words.max_tokens(["--other", "7"]) is None
+
+
+def test_sglang_bears_a_neighbour_on_one_of_its_devices_unless_the_file_says_otherwise() -> None:
+    check = "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"
+    for env, expected in (({}, "0"), ({check: "1"}, "1")):
+        there = environment("sglang", env=env)
+        assert SGLANG.environ(model(tensor_parallel=2), there, GPUS)[check] == expected
+    assert check not in SGLANG.environ(model(), environment("sglang"), GPUS[:1])

@@ -41,6 +41,8 @@ def test_a_copy_with_other_models_resolves_its_own() -> None:
         ("localhost:1", "localhost", 1, True),
         ("192.0.2.1:8080", "192.0.2.1", 8080, False),
         ("[::]:8080", "::", 8080, False),
+        ("[::ffff:127.0.0.1]:80", "::ffff:127.0.0.1", 80, True),
+        ("[::ffff:192.0.2.1]:80", "::ffff:192.0.2.1", 80, False),
         ("gpu-box:8080", "gpu-box", 8080, False),
     ],
 )

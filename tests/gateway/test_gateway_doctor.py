@@ -135,6 +135,17 @@ def test_a_folder_without_a_model_is_a_problem(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("quiet")
+def test_labels_of_nodes_say_that_a_gateway_alone_reads_none(folder: Path) -> None:
+    found = settings(folder)
+    assert not any("`nodes`" in text for _, text in said(found, folder))
+    model = found.models["one"].model_copy(update={"nodes": ("gpu=H100",)})
+    labelled = found.model_copy(update={"models": {"one": model}})
+    assert problems(labelled, folder) == []
+    (text,) = [text for _, text in said(labelled, folder) if "`nodes`" in text]
+    assert text.endswith("one gateway serves these anywhere: one")
+
+
+@pytest.mark.usefixtures("quiet")
 def test_a_socket_with_too_long_a_path_is_a_problem(folder: Path) -> None:
     (problem,) = [
         text

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.adapter import make_adapter
+from helpers.adapter import RANK, make_adapter
 from helpers.gateway_real import GREEDY, RealGateway, gateway_of, write_file
-from helpers.offline_weights import RANK
 from safetensors.numpy import load_file, save_file
 
 from kvcached_core.errors import KVCachedError
@@ -67,14 +66,14 @@ def change_weights(file: Path) -> None:
 async def asked_in_order(
     gateway: RealGateway, name: str, num: int, **more: Any
 ) -> list[asyncio.Task[tuple[int, dict[str, Any]]]]:
-    """Ask a model, each time when the request before has come."""
+    """Ask a model that nobody else asks, each time when the request before has come."""
     model, line = gateway[name], gateway.here.gateway.models
     tasks: list[asyncio.Task[tuple[int, dict[str, Any]]]] = []
-    before = model.num_leases
+    assert model.num_leases == 0
 
     def num_here() -> int:
         waiting = next(row.num_waiting for row in line() if row.id == name)
-        return waiting + model.num_leases - before + sum(task.done() for task in tasks)
+        return waiting + model.num_leases + sum(task.done() for task in tasks)
 
     for number in range(num):
         tasks.append(asyncio.create_task(gateway.ask(name, f"page {number}", **more)))
@@ -151,13 +150,15 @@ def test_a_stop_while_requests_wait_ends_the_engine_and_serves_them_by_the_next(
 ) -> None:
     async def main() -> None:
         await gateway.warm("plain")
-        pid = gateway.pid("plain")
-        async with gateway.streaming("plain", 100) as content:
-            tasks = await asked_in_order(gateway, "plain", 3)
+        pid, num_starts = gateway.pid("plain"), gateway["plain"].num_starts
+        with gateway.silent("plain"):  # an answer would end when it likes
+            tasks = await asked_in_order(gateway, "plain", 4)
             await gateway.here.gateway.steer("plain", "stop")
             await gateway.come_to("plain", State.DRAINING)
-            assert (await content.read()).endswith(b"data: [DONE]\n\n")
-        assert [(await task)[0] for task in tasks] == [200] * 3
+            assert gateway["plain"].num_leases == 1
+        assert (await tasks[0])[0] == 200
+        assert [(await task)[0] for task in tasks[1:]] == [200] * 3
+        assert gateway["plain"].num_starts == num_starts + 1
         assert gateway.pid("plain") != pid
 
     gateway.run(main)

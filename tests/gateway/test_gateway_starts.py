@@ -11,6 +11,7 @@ from kvcached_gateway.lease import Ending
 from kvcached_gateway.state import State
 
 BIG = Takes(process=10.0, residue=30.0, weights=10.0)
+OTHER = Takes(residue=1.0, weights=28.0)
 
 
 @simulated_in
@@ -25,19 +26,190 @@ async def test_a_model_starts_where_what_it_takes_is_free(folder: Path) -> None:
 
 
 @simulated_in
-async def test_one_engine_at_a_time_starts_on_a_device(folder: Path) -> None:
-    world = World(folder, {"a": Takes(), "b": Takes()})
+async def test_models_that_fit_together_start_at_once_and_each_request_waits_for_its_own(
+    folder: Path,
+) -> None:
+    world = World(folder, dict.fromkeys("abc", Takes(residue=2.0, weights=16.0)))
+    await world.down("a", "b", "c")
+    begun = len(world.engines.begun)
+    tasks = {name: world.ask(name) for name in "abc"}
+    for _ in tasks:
+        await world.tick()
+    assert [name for name, _ in world.engines.begun[begun:]] == ["a", "b", "c"]
+    assert list(world.engines.coming) == ["a", "b", "c"]
+    for name in "cba":
+        assert not tasks[name].done()
+        await world.come(name)
+        assert (await tasks[name]).model_id == name
+    await world.close()
+
+
+@simulated_in
+async def test_of_a_start_counts_what_it_has_not_taken_yet_and_who_does_not_fit_beside_it_waits(
+    folder: Path,
+) -> None:
+    sizes = {
+        "a": Takes(weights=30.0),
+        "b": Takes(weights=30.0, least=15.0),
+        "c": Takes(weights=9.0),
+    }
+    world = World(folder, sizes)
+    await world.down("a", "b", "c")
     tasks = [world.ask("a"), world.ask("b")]
+    for _ in range(3):
+        await world.tick()
+    assert list(world.engines.coming) == ["a", "b"]  # 75 GiB of 80
+    world.controller.warm("c")
     await world.tick()
-    assert [name for name, _ in world.engines.begun] == ["a"]
-    await world.tick()
-    assert world.waits_for("b") == "it waits for the start of 'a' on the same device"
-    await world.come("a")
-    await world.tick()
-    assert [name for name, _ in world.engines.begun] == ["a", "b"]
-    assert world.waits_for("b") == ""
+    assert world.waits_for("c") == "it waits for the start of 'a', 'b' on the same device"
     await world.come("b")
-    assert [(await task).model_id for task in tasks] == ["a", "b"]
+    await world.tick()  # its longest request may have none of it yet
+    assert list(world.engines.coming) == ["a", "c"]
+    for name in "ac":
+        await world.come(name)
+    for task in tasks:
+        (await task).end(Ending.DONE)
+    await world.close()
+
+
+@simulated_in
+async def test_nobody_is_stopped_for_what_a_start_on_its_way_may_still_leave(folder: Path) -> None:
+    world = World(folder, {"idle": BIG, "a": OTHER, "b": OTHER})
+    await world.down("a", "b")
+    await world.up("idle")
+    tasks = [world.ask("a"), world.ask("b")]
+    for _ in range(3):
+        await world.tick()
+    assert world.states == {"idle": State.WARM, "a": State.STARTING, "b": State.COLD}
+    await world.come("a")
+    (await tasks[0]).end(Ending.DONE)
+    await world.tick()
+    assert world.states == {"idle": State.WARM, "a": State.WARM, "b": State.STARTING}
+    await world.come("b")
+    (await tasks[1]).end(Ending.DONE)
+    await world.close()
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "max_starting", "num"), [(2, None, 1), (11, None, 2), (2, 3, 3)]
+)
+def test_so_many_start_at_a_time_as_there_are_cores_for_or_as_the_file_says(
+    num_cores: int, max_starting: int | None, num: int, tmp_path: Path
+) -> None:
+    @simulated_in
+    async def main(folder: Path) -> None:
+        devices = dict.fromkeys("abcd", 80.0)
+        own = {name: {"devices": (name,)} for name in devices}
+        world = World(
+            folder,
+            dict.fromkeys(devices, Takes()),
+            devices=devices,
+            settings=own,
+            num_cores=num_cores,
+        )
+        world.fleet.settings = world.settings().model_copy(update={"max_starting": max_starting})
+        tasks = [world.ask(name) for name in devices]
+        begun = []
+        for _ in devices:
+            for _ in devices:
+                await world.tick()
+            begun.append([name for name, _ in world.engines.begun])
+            first = next(iter(world.engines.coming))
+            if len(begun[-1]) < len(devices):
+                assert world.waits_for("d").endswith(f"{num} may start at a time")
+            await world.come(first)
+        assert begun == [list("abcd")[: num + up] for up in range(len(devices))]
+        for task in tasks:
+            (await task).end(Ending.DONE)
+        await world.close()
+
+    main(tmp_path)
+
+
+@simulated_in
+async def test_six_models_of_eight_billion_on_eighty_gib_come_up_in_two_rounds_and_none_is_stopped(
+    folder: Path,
+) -> None:
+    names = "abcdef"
+    sizes = dict.fromkeys(names, Takes(process=2.0, residue=1.0, weights=15.0, least=0.5))
+    world = World(folder, sizes, host=126.0, num_cores=16)
+    tasks = [world.ask(name) for name in names]
+    for num_up, coming in ((0, "abcd"), (4, "ef")):
+        for _ in names:
+            await world.tick()
+        assert list(world.engines.coming) == list(coming)
+        for name in coming:
+            await world.come(name)
+        for task in tasks[num_up : num_up + len(coming)]:
+            (await task).end(Ending.DONE)
+    assert world.are_up == set(names)
+    assert {one.verb for one in world.controller.decisions} == {"start", "wait"}
+    await world.close()
+
+
+@simulated_in
+async def test_whoever_asked_first_is_first_where_memory_is_on_its_way(folder: Path) -> None:
+    sizes = {"a": Takes(weights=50.0), "large": Takes(weights=50.0), "small": Takes(weights=9.0)}
+    world = World(folder, sizes)
+    await world.down(*sizes)
+    tasks = []
+    for name in sizes:
+        tasks.append(world.ask(name))
+        for _ in range(2):
+            await world.tick()
+        await asyncio.sleep(1)
+    assert list(world.engines.coming) == ["a"]
+    assert world.waits_for("large") == "it waits for the start of 'a' on the same device"
+    assert world.waits_for("small") == "'large' goes first"
+    await world.come("a")
+    (await tasks[0]).end(Ending.DONE)
+    for _ in range(3):
+        await world.tick()
+    assert list(world.engines.coming) == ["large", "small"]
+    for name, task in (("large", tasks[1]), ("small", tasks[2])):
+        await world.come(name)
+        (await task).end(Ending.DONE)
+    await world.close()
+
+
+@simulated_in
+async def test_whom_no_request_waits_for_any_more_holds_nobody_up(folder: Path) -> None:
+    sizes = {"a": Takes(weights=50.0), "large": Takes(weights=50.0), "small": Takes(weights=9.0)}
+    world = World(folder, sizes)
+    await world.down(*sizes)
+    tasks = [world.ask(name) for name in sizes]
+    for _ in range(2):
+        await world.tick()
+    assert world.waits_for("small") == "'large' goes first"
+    tasks[1].cancel()
+    for _ in range(2):
+        await world.tick()
+    assert list(world.engines.coming) == ["a", "small"]
+    for task in tasks:
+        task.cancel()
+    await world.close()
+
+
+@simulated_in
+async def test_a_model_keeps_its_place_when_somebody_names_it_and_when_its_start_failed(
+    folder: Path,
+) -> None:
+    world = World(folder, dict.fromkeys("abc", Takes()), num_cores=4)
+    tasks = []
+    for name in "abc":
+        tasks.append(world.ask(name))
+        await world.tick()
+        await asyncio.sleep(1)
+    world.controller.warm("b")
+    await world.fail("a", is_out_of_memory=True)
+    order = []
+    for _ in "abc":
+        await world.tick()
+        order += list(world.engines.coming)
+        await world.come(order[-1])
+    assert order == ["a", "b", "c"]
+    for task in tasks:
+        (await task).end(Ending.DONE)
     await world.close()
 
 
@@ -138,6 +310,40 @@ async def test_nobody_else_goes_or_starts_while_a_victim_is_still_ending(folder:
 
 
 @simulated_in
+async def test_nobody_else_goes_where_a_victim_ended_during_a_look(folder: Path) -> None:
+    for tenths in range(1, 12):
+        world = World(folder, dict.fromkeys("abc", Takes(process=10.0)), host=25.0)
+        await world.up_now("a", "b", end_seconds=tenths / 10)
+        await world.age()
+        asked = world.ask("c")
+        async with world.running(look_seconds=0.4):
+            await asyncio.sleep(5)
+        assert sorted(world.states.values()) == ["cold", "starting", "warm"], tenths
+        asked.cancel()
+        await world.close()
+
+
+@simulated_in
+async def test_nobody_goes_for_what_a_request_had_that_ended_during_a_look(folder: Path) -> None:
+    sizes = {"idle": Takes(page=20.0), "a": Takes(page=5.0), "b": Takes(weights=30.0)}
+    for tenths in range(1, 12):
+        world = World(folder, sizes)
+        await world.down("b")
+        await world.up("idle", "a")
+        held = await world.ask("a")
+        world.used = {"a": 40.0}
+        async with world.running(look_seconds=0.4):
+            await asyncio.sleep(5 + tenths / 10)
+            world.used.clear()
+            held.end(Ending.DONE)
+            asked = world.ask("b")
+            await asyncio.sleep(5)
+        assert world.states == {"idle": "warm", "a": "warm", "b": "starting"}, tenths
+        asked.cancel()
+        await world.close()
+
+
+@simulated_in
 async def test_what_an_engine_that_is_being_ended_had_is_not_free_yet(folder: Path) -> None:
     world = World(folder, dict.fromkeys("ab", Takes(process=10.0)), host=15.0)
     await world.up_now("a", end_seconds=5.0)
@@ -179,15 +385,16 @@ async def test_nobody_is_stopped_where_that_would_not_be_enough(folder: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("settings", "why"),
+    ("settings", "up_seconds", "why"),
     [
-        ({"pin": True}, "'a' is pinned"),
-        ({"when_idle": "stay"}, "'a' is pinned"),
-        ({}, "'a' is young"),
+        ({"pin": True}, 100.0, "'a' is pinned"),
+        ({"when_idle": "stay"}, 100.0, "'a' is pinned"),
+        ({}, 0.0, "'a' is young"),
+        ({}, 30.0, "'a' began to start 35 s ago, less than 60 s"),
     ],
 )
 def test_pinned_and_young_ones_stay_and_whoever_waits_is_told_so(
-    settings: dict[str, object], why: str, tmp_path: Path
+    settings: dict[str, object], up_seconds: float, why: str, tmp_path: Path
 ) -> None:
     @simulated_in
     async def main(folder: Path) -> None:
@@ -198,8 +405,7 @@ def test_pinned_and_young_ones_stay_and_whoever_waits_is_told_so(
             settings={"a": settings, "b": {"max_wait_seconds": 60.0}},
         )
         await world.up("a")
-        if not settings:
-            world["a"].up_at = world.clock()
+        world["a"].up_at, world["a"].last_start_seconds = world.clock() - up_seconds, 5.0
         asked = world.ask("b")
         await world.tick()
         assert why in world.waits_for("b")

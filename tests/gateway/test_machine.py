@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from kvcached_core.config import Config
 from kvcached_core.errors import BackendError, ConfigError, LedgerError
 from kvcached_core.ledger import nvml
+from kvcached_core.ledger.file import PROGRAM
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.units import GIB, MIB
+from kvcached_core.weights.host_budget import HostBudget
 from kvcached_gateway.control.machine import Machine, MachineView
 from kvcached_gateway.engines.sessions import Identity
 
@@ -123,6 +126,20 @@ def test_the_budget_of_a_file_that_says_none_is_half_of_what_is_free(tmp_path: P
         assert machine.look([]).budget_bytes == view.budget_bytes
 
 
+@pytest.mark.usefixtures("no_gpu")
+def test_host_copies_count_wherever_an_environment_keeps_them_and_once(tmp_path: Path) -> None:
+    folders = [ledger_directory(tmp_path / name) for name in ("kv", "fast", "large")]
+    named = [Config(dir=folders[0]), *(Config(weights_dir=folder) for folder in folders[1:])]
+    with ExitStack() as stack:
+        for config in named:
+            budget = HostBudget(config.model_copy(update={"host_budget": GIB}), GIB)
+            stack.callback(budget.claim("llama", 3 * MIB).close)
+        machine = Machine(folders[0], "all", GIB)
+        assert machine.look([]).copies_bytes == 3 * MIB
+        environs = [{"KVCACHED_WEIGHTS_DIR": str(each)} for each in (*folders[1:], folders[1])]
+        assert machine.look([], [*environs, {"HOME": "/"}]).copies_bytes == 9 * MIB
+
+
 def test_what_others_have_of_the_host_is_not_free_whatever_the_file_says() -> None:
     view = MachineView({}, 10 * GIB, {"a": GIB}, 0, 2 * GIB)
     assert view.free_host_bytes == 2 * GIB
@@ -171,3 +188,21 @@ def test_a_driver_that_fails_says_so_and_is_no_empty_device(
     monkeypatch.setattr(nvml, "free_memory_reader", lambda _name: fail)
     with pytest.raises(BackendError, match="the GPU is lost"):
         Machine(tmp_path, "all", MIB).look([])
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_the_room_of_a_program_is_taken_from_its_announcement_on(tmp_path: Path) -> None:
+    with Ledger(ledger_directory(tmp_path / "kv") / "host.ledger", GIB) as ledger:
+        row = ledger.register(name="train", engine=PROGRAM)
+        ledger.announce(row, 100 * MIB)
+        machine = Machine(tmp_path / "kv", "all", GIB)
+        for held in (0, 60):
+            ledger.settle_program(
+                row,
+                mapped_bytes=held * MIB,
+                unmapped_bytes=0,
+                announced_bytes=(100 - held) * MIB,
+            )
+            host = machine.look([]).devices["host"]
+            assert (host.free_bytes, host.programs_bytes) == (GIB - 100 * MIB, 100 * MIB)
+            assert (host.engines, host.unnamed_bytes) == ((), 100 * MIB)

@@ -13,7 +13,7 @@ from helpers.gateway_runner import TOKEN, FakeEngine, FakeRunner, record_of
 from kvcached_gateway.errors import AdoptionError, EngineStartError
 from kvcached_gateway.lease import Ask, Ending, Woken
 from kvcached_gateway.line.line import Readiness
-from kvcached_gateway.models.held_leases import ModelLease
+from kvcached_gateway.models.held_leases import CLOSE_SECONDS, ModelLease
 from kvcached_gateway.models.model import Model, State
 from kvcached_gateway.settings.config import ModelSettings
 
@@ -309,6 +309,31 @@ async def test_adapters_come_at_their_first_request_and_the_least_used_goes() ->
 
 
 @simulated
+async def test_while_an_adapter_loads_all_others_need_not_wait_for_it() -> None:
+    world = World(ADAPTERS, aliases=("other",))
+    await world.up()
+
+    def names(behind: str) -> set[str]:
+        assert world.ask(behind) is None
+        return set(world.model.may_go_past(Ask(behind, "/v1/completions", 10)))
+
+    own = {"a", "other"}
+    assert names("x") == own  # it has no other adapter yet
+    await asyncio.sleep(1.5)
+    held = [world.take("x")]
+    assert not world.model.may_go_past(Ask("x", "/v1/completions", 10))
+    assert not world.model.may_go_past(Ask("a", "/v1/completions", 10))
+    assert names("y") == own | {"x"}
+    assert names("z") == own  # its turn comes after that one
+    await asyncio.sleep(1.5)
+    held.append(world.take("y"))
+    assert names("z") == own  # requests for the other two would keep their places for ever
+    for lease in held:
+        lease.end(Ending.DONE)
+    await world.model.close(is_kept=False)
+
+
+@simulated
 async def test_an_adapter_that_cannot_be_loaded_holds_up_nobody() -> None:
     world = World(ADAPTERS)
     await world.up()
@@ -336,3 +361,99 @@ async def test_an_engine_whose_end_fails_fails_its_model() -> None:
     assert world.model.state is State.FAILED
     assert "do not end" in world.model.failure
     await world.model.close(is_kept=False)
+
+
+@simulated
+async def test_one_that_is_stopped_at_once_waits_for_no_lease_and_has_no_last_word() -> None:
+    world = World()
+    engine = await world.up()
+    lease = world.take()
+    world.model.stop("a test wants it", is_at_once=True)
+    await turn()
+    assert world.model.state is State.COLD
+    assert engine.endings == ["aborted"]
+    assert not lease.is_held
+
+
+@simulated
+async def test_one_whose_answer_begins_before_it_ends_at_once_serves_on() -> None:
+    world = World()
+    engine = await world.up()
+    begun, other = world.take(), world.take()
+    world.model.stop("a test wants it", is_at_once=True)
+    assert begun.first_byte()  # behind the decision, before the model's task carries it out
+    await turn()
+    assert world.told[-2:] == [State.DRAINING, State.BUSY]
+    assert not engine.endings
+    assert begun.is_held
+    assert other.first_byte()
+    assert world.ask() is not None
+    await world.model.settled()
+    world.model.stop("a test wants it")
+    begun.end(Ending.DONE)
+    await turn()
+    assert world.model.state is State.DRAINING  # it can be told to end as before
+    await world.model.close(is_kept=False)
+
+
+@simulated
+async def test_no_answer_begins_once_its_engine_ends_or_has() -> None:
+    for how in ("it hangs", "it died", "it is stopped"):
+        world = World()
+        engine = await world.up()
+        begun, waiting = world.take(), world.take()
+        begun.first_byte()
+        if how == "it hangs":
+            engine.is_well = False
+            await asyncio.sleep(1000)
+        elif how == "it died":
+            engine.crashed.set()
+            await turn()
+        else:
+            world.model.stop("a test wants it", drain_seconds=5.0)
+            await asyncio.sleep(10)
+        assert world.model.state is State.COLD
+        assert not waiting.first_byte()
+        assert begun.first_byte()  # it is cut off: nobody may ask again
+        await world.model.close(is_kept=False)
+
+
+@simulated
+async def test_another_process_is_asked_before_its_model_ends_at_once() -> None:
+    asked = asyncio.Event()
+
+    async def close() -> None:
+        asked.set()
+        await answer.wait()
+
+    for has_begun, is_silent in ((False, False), (True, False), (False, True)):
+        world = World()
+        await world.up()
+        lease, answer = world.take(), asyncio.Event()
+        lease.held_by(close)
+        asked.clear()
+        world.model.stop("a test wants it", is_at_once=True)
+        await asked.wait()
+        assert world.model.state is State.DRAINING
+        if has_begun:
+            assert lease.first_byte()  # it crossed the question
+        if is_silent:
+            await asyncio.sleep(CLOSE_SECONDS + 0.1)
+        answer.set()
+        await turn()
+        assert world.model.state is (State.BUSY if has_begun or is_silent else State.COLD)
+        assert lease.first_byte() is (has_begun or is_silent)
+        await world.model.close(is_kept=False)
+
+
+@simulated
+async def test_leases_know_whether_one_of_them_is_answered_in_part() -> None:
+    world = World()
+    await world.up()
+    first, second = world.take(), world.take()
+    assert not world.model.leases.have_begun
+    second.first_byte()
+    assert world.model.leases.have_begun
+    second.end(Ending.DONE)
+    assert not world.model.leases.have_begun
+    first.end(Ending.DONE)

@@ -62,6 +62,23 @@ class ModelMachine(RuleBasedStateMachine):
         self.model.stop("memory is needed", drain_seconds=drain)
         self.run()
 
+    @rule(is_begun=st.booleans())
+    def stop_at_once(self, is_begun: bool) -> None:  # noqa: FBT001  hypothesis passes it by name
+        """No engine ends whose answer began before that; one that has none yet gets none."""
+        alive = self.runner.alive
+        was_up = self.model.state in UP and bool(self.model.num_leases)
+        self.model.stop("another waits for it", is_at_once=True)
+        held = [lease for lease in self.leases if lease.is_held]
+        if is_begun and held:
+            held[0].first_byte()
+        has_begun = was_up and any(lease.has_first_byte for lease in held)
+        self.run()
+        if has_begun and not alive[0].crashed.is_set():
+            assert self.runner.alive == alive
+            assert held[0].is_held
+        for lease in held:
+            assert lease.is_held or lease.has_first_byte or not lease.first_byte()
+
     @precondition(lambda self: self.runner.coming)
     @rule(end_seconds=st.sampled_from([0.0, 3.0]))
     def come_up(self, end_seconds: float) -> None:

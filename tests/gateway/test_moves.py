@@ -145,3 +145,23 @@ async def test_one_that_fits_beside_nobody_goes_where_somebody_may_go(folder: Pa
     for lease in (held, await asked):
         lease.end(Ending.DONE)
     await world.close()
+
+
+@simulated_in
+async def test_who_places_over_many_machines_sees_what_places_here(folder: Path) -> None:
+    world = two_devices(folder, "a", "b", "c", settings={"b": {"pin": True, "when_idle": "stay"}})
+    await press(world, a=5.0)
+    assert world.controller.scene().rooms == ()
+    await world.up("a", "b")
+    await world.tick()
+    whole, part = world.controller.scene(), world.controller.scene(is_whole=False)
+    assert {model.id: model.current for model in whole.models} == {
+        "a": ("one",),
+        "b": ("two",),
+        "c": (),
+    }
+    assert {model.id for model in part.models} == {"a", "b"}
+    assert [room.id for room in whole.rooms] == ["one", "two"]
+    assert whole.staying == {"b"}
+    assert next(model for model in whole.models if model.id == "a").weighted_rate == 5.0
+    await world.close()

@@ -7,14 +7,15 @@ import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import openai
 import pytest
-from helpers.gateway_engines import RealEngine, ask, start_sglang, start_vllm
+from helpers.gateway_engines import GREEDY as GREEDY_OF_ANY
+from helpers.gateway_engines import RealEngine, ask, public_bodies, start_sglang, start_vllm
 from helpers.gateway_front import GivenLeases, House, front_served, make_settings, read_torn
 from helpers.loops import on_a_loop
+from helpers.waiting import PATIENCE_SECONDS
 
 from kvcached_demo.harness.model import make_model
 from kvcached_gateway.http.app import ENGINE_PATHS
@@ -23,20 +24,9 @@ from kvcached_gateway.lease import Ending
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
-GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 8}
-CHAT = GREEDY | {"messages": [{"role": "user", "content": "memory follows the load"}]}
-BODIES: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": CHAT,
-    "/v1/completions": GREEDY | {"prompt": "memory follows the load"},
-    "/v1/responses": {"model": "tiny", "input": "memory", "max_output_tokens": 8, "temperature": 0},
-    "/v1/messages": CHAT,
-    "/v1/messages/count_tokens": CHAT,
-    "/v1/embeddings": {"model": "tiny", "input": "memory"},
-    "/tokenize": {"model": "tiny", "prompt": "memory follows"},
-    "/v1/tokenize": {"model": "tiny", "prompt": "memory follows"},
-    "/detokenize": {"model": "tiny", "tokens": [300, 301]},
-    "/v1/detokenize": {"model": "tiny", "tokens": [300, 301]},
-}
+GREEDY = GREEDY_OF_ANY | {"model": "tiny"}
+BODIES = public_bodies("tiny")
+CHAT = BODIES["/v1/chat/completions"]
 STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/messages")
 # How many tokens an engine puts into an event of a stream is a matter of its timing.
 TRIES = 30
@@ -257,7 +247,7 @@ async def test_a_worker_passes_an_engines_bytes_and_its_death_stops_the_engine(
     try:
         body = GREEDY | {"prompt": "memory"}
         async with aiohttp.ClientSession(house.url) as client, vllm.session() as direct:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 while True:
                     try:
                         ours = await ask(client, "/v1/completions", body)

@@ -34,6 +34,19 @@ async def test_a_model_is_up_at_its_time_and_no_other(folder: Path) -> None:
 
 
 @simulated_in
+async def test_one_whose_longest_request_never_fits_is_up_at_its_time_all_the_same(
+    folder: Path,
+) -> None:
+    world = World(folder, {"a": Takes(weights=60.0, least=50.0)}, settings={"a": AT})
+    set_time(world, MONDAY.replace(hour=5))
+    await world.down("a")
+    set_time(world, MONDAY)
+    await world.tick()
+    assert world["a"].state is State.STARTING
+    await world.close()
+
+
+@simulated_in
 async def test_nobody_goes_for_a_model_that_nobody_waits_for(folder: Path) -> None:
     world = World(folder, dict.fromkeys("ab", Takes(process=10.0)), host=15.0, settings={"a": AT})
     set_time(world, MONDAY.replace(hour=5))

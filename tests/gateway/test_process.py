@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.waiting import await_that
+from helpers.waiting import PATIENCE_SECONDS, await_that
 
 from kvcached_gateway.engines.process import EngineProcess, adopt, start
 from kvcached_gateway.engines.sessions import (
@@ -60,7 +60,7 @@ async def said(log: Path) -> list[int]:
     """Return the numbers of a family when it has said them."""
 
     def wait() -> list[int]:
-        await_that(lambda: log.read_text().endswith("\n"), 20.0)
+        await_that(lambda: log.read_text().endswith("\n"))
         return [int(word) for word in log.read_text().split()]
 
     return await asyncio.to_thread(wait)
@@ -83,7 +83,7 @@ def is_there(pid: int) -> bool:
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
     async def limited() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await main()
 
     asyncio.run(limited())

@@ -19,6 +19,7 @@ SAMPLES: dict[str, Any] = {
     "args": ["--seed", "1"],
     "tensor_parallel": 2,
     "devices": ["0"],
+    "nodes": ["gpu=H100"],
     "when_idle": "stop",
     "url": "http://x",
     "key_env": "K",

@@ -14,13 +14,13 @@ import pytest
 import yaml
 from helpers.gateway_life import short_folder
 from helpers.loops import on_a_loop
+from helpers.waiting import PATIENCE_SECONDS
 
 from kvcached_gateway import serve
 from kvcached_gateway.http import workers as workers_module
 from kvcached_gateway.serve import Serving, serving
 
 KEYS = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("busy", "often", "free")}
-SECONDS = 60.0
 
 
 @asynccontextmanager
@@ -89,7 +89,7 @@ async def ask(session: aiohttp.ClientSession, url: str, key: str) -> tuple[int, 
 
 async def listening(session: aiohttp.ClientSession, url: str) -> None:
     """Wait until a worker answers: nobody tells when one listens."""
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             try:
                 async with session.get(f"{url}/health") as answer:
@@ -108,7 +108,7 @@ async def status_of(session: aiohttp.ClientSession, url: str) -> int:
 async def first_of(tasks: list[asyncio.Task[tuple[int, str]]], num: int) -> Counter[str]:
     """Return what the first of some requests are answered."""
     answers: Counter[str] = Counter()
-    for coming in asyncio.as_completed(tasks, timeout=SECONDS):
+    for coming in asyncio.as_completed(tasks, timeout=PATIENCE_SECONDS):
         answers[(await coming)[1]] += 1
         if answers.total() == num:
             break
@@ -141,17 +141,17 @@ def test_whoever_still_waits_when_a_gateway_ends_is_told_so(
     workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve, "DRAIN_SECONDS", 0.3)
-    monkeypatch.setattr(workers_module, "LOOK_SECONDS", SECONDS)  # workers are told
+    monkeypatch.setattr(workers_module, "LOOK_SECONDS", 2 * PATIENCE_SECONDS)  # workers are told
 
     @on_a_loop
     async def main() -> None:
         async with in_front(workers) as (session, url, here):
             asked = [asyncio.create_task(ask(session, url, "free")) for _ in range(6)]
-            async with asyncio.timeout(SECONDS):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 while here.gateway.models()[0].num_waiting < 6:  # noqa: ASYNC110  nobody tells
                     await asyncio.sleep(0.01)
             here.gateway.drain()
-            async with asyncio.timeout(SECONDS):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 while await status_of(session, f"{url}/ready") != 503:
                     pass
         assert [await task for task in asked] == [(503, "draining")] * 6

@@ -1,6 +1,5 @@
 """A gateway's state is whole or set aside, is its owner's alone, and belongs to one gateway."""
 
-import json
 import os
 import stat
 import subprocess
@@ -15,6 +14,7 @@ from helpers.gateway_runner import record_of
 from kvcached_core.errors import LedgerError
 from kvcached_gateway.engines.state_file import Folder
 from kvcached_gateway.errors import GatewayRunningError, StateFileError
+from kvcached_gateway.settings import files
 
 OTHER = """
 import sys
@@ -105,10 +105,11 @@ def test_a_write_that_fails_leaves_what_was_there(
 ) -> None:
     folder.write([record_of()])
 
-    def full(*_: object, **__: object) -> None:
+    def full(descriptor: int, *_: object) -> None:
+        os.close(descriptor)
         raise OSError(28, "no space left on device")
 
-    monkeypatch.setattr(json, "dump", full)
+    monkeypatch.setattr(files, "open", full, raising=False)
     with pytest.raises(OSError, match="no space"):
         folder.write([])
     monkeypatch.undo()

@@ -71,6 +71,19 @@ async def test_devices_and_the_hosts_memory_say_who_is_there(folder: Path) -> No
 
 
 @simulated_in
+async def test_models_in_use_are_those_that_are_not_cold_or_are_waited_for(folder: Path) -> None:
+    world = World(folder, {"a": Takes(), "b": Takes(), "c": Takes()})
+    gateway = steered(world, folder)
+    assert gateway.models_in_use() == []
+    await world.up("a")
+    asking = world.ask("b")
+    await world.settle()
+    assert [(row.id, row.num_waiting) for row in gateway.models_in_use()] == [("a", 0), ("b", 1)]
+    asking.cancel()
+    await world.close()
+
+
+@simulated_in
 async def test_verbs_do_what_they_say_and_refuse_what_makes_no_sense(folder: Path) -> None:
     world = World(
         folder,
@@ -99,7 +112,7 @@ async def test_verbs_do_what_they_say_and_refuse_what_makes_no_sense(folder: Pat
         await gateway.steer("far", "stop")
     with pytest.raises(KeyError):
         await gateway.steer("gone", "warm")
-    assert gateway.explain("x").startswith("x is an adapter of a\n")
+    assert (await gateway.explain("x")).startswith("x is an adapter of a\n")
     assert [one.verb for one in gateway.decisions()] == ["start"]
     await world.close()
 

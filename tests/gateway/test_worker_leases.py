@@ -65,6 +65,51 @@ async def test_a_lease_comes_over_whole_and_what_becomes_of_it_goes_back() -> No
 
 
 @on_a_loop
+async def test_no_answer_begins_on_a_lease_that_is_closed_there_unless_it_did_before() -> None:
+    given = GivenLeases(ADDRESS)
+    async with linked(house(given)) as (link, _):
+        leases = [await link.take(ASK) for _ in range(3)]
+        closes = [lease.close for lease in given.leases]
+        leases[1].first_byte()
+        leases[2].end(Ending.DONE)
+        for close in closes:
+            assert close is not None
+            await close()
+        assert given.leases[1].num_first_bytes == 1  # it is known once the other end has answered
+        assert not leases[0].first_byte()
+        assert leases[1].first_byte()
+        leases[0].end(Ending.DIED_BEFORE)
+        await given.leases[0].ended.wait()
+        assert given.leases[0].num_first_bytes == 0
+
+
+@on_a_loop
+async def test_a_lease_that_is_on_its_way_is_closed_too() -> None:
+    given = GivenLeases(ADDRESS)
+    async with linked(house(given)) as (link, leases):
+        taking = asyncio.create_task(link.take(ASK))
+        while not leases.num_leases:  # noqa: ASYNC110  the moment before the answer arrives
+            await asyncio.sleep(0)
+        close = given.leases[0].close
+        assert close is not None
+        await close()
+        assert not (await taking).first_byte()
+
+
+@on_a_loop
+async def test_nobody_waits_for_a_worker_that_is_gone_to_close_a_lease() -> None:
+    given = GivenLeases(ADDRESS)
+    async with linked(house(given)) as (link, _):
+        await link.take(ASK)
+        close = given.leases[0].close
+        assert close is not None
+        link.came = lambda _message: None  # type: ignore[method-assign]
+        closing = asyncio.ensure_future(close())
+        await asyncio.sleep(0)
+    await closing
+
+
+@on_a_loop
 async def test_a_refusal_comes_over_whole() -> None:
     async with linked(house(RefusingLeases())) as (link, _):
         error = await refused(asyncio.create_task(link.take(ASK)))

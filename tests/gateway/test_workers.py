@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import aiohttp
 from helpers.gateway_front import House, PatientLeases, RefusingLeases, make_settings, say
 from helpers.loops import on_a_loop
+from helpers.waiting import PATIENCE_SECONDS
 
 from kvcached_gateway.http.workers import Workers
 
@@ -33,7 +34,7 @@ async def working(house: House, num: int) -> AsyncIterator[Workers]:
 
 async def listening(house: House) -> None:
     """Wait until a worker listens."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             try:
                 assert (await say(house, b"GET /health HTTP/1.0\r\n\r\n")).startswith(b"HTTP/1.")
@@ -61,7 +62,7 @@ async def test_two_processes_answer_on_one_port_with_one_line() -> None:
         assert house.written.told == [("refused", "tiny", "model_loading")] * 20
         house.is_ready = False
         workers.changed()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while b"draining" not in await say(house, REQUEST):
                 pass
         pids = workers.pids

@@ -4,7 +4,7 @@ Whoever serves HTTP knows engines only through this module: in the controller's 
 each worker of `workers: N`, where leases come over a socket.
 """
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -60,11 +60,20 @@ class Address:
         url: The beginning of its URLs, without a slash at the end; `http://localhost` for a socket.
         socket: The path of its Unix socket, or None.
         headers: What each request to it carries, such as its key; never shown to a client.
+        is_ours: Whether we started what listens there, and so know that it closes no connection.
+        is_gateway: Whether a gateway of ours listens there, on another machine, whose own headers
+            and errors are for the client, too.
     """
 
     url: str
     socket: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    is_ours: bool = False
+    is_gateway: bool = False
+
+
+# Returns when no answer begins any more on a lease, or one has and `Lease.first_byte` said so.
+HowToClose = Callable[[], Awaitable[None]]
 
 
 class Lease(Protocol):
@@ -75,8 +84,15 @@ class Lease(Protocol):
     woken: Woken
     waited_seconds: float
 
-    def first_byte(self) -> None:
-        """Say that the first byte of the answer came."""
+    def first_byte(self) -> bool:
+        """Say that the first byte of the answer came; return whether it may be passed on.
+
+        It may not where the engine is about to end and does not wait for the answer: then the
+        request is asked again.
+        """
+
+    def held_by(self, close: HowToClose) -> None:
+        """Say that another process passes the answer on, and how that is told to begin none."""
 
     def end(self, ending: Ending, *, status: int = 0) -> None:
         """Give it back; a second call does nothing."""
@@ -96,9 +112,13 @@ class WrappedLease:
         self.woken = inner.woken
         self.waited_seconds = inner.waited_seconds
 
-    def first_byte(self) -> None:
+    def first_byte(self) -> bool:
         """See `Lease.first_byte`."""
-        self._inner.first_byte()
+        return self._inner.first_byte()
+
+    def held_by(self, close: HowToClose) -> None:
+        """See `Lease.held_by`."""
+        self._inner.held_by(close)
 
     def end(self, ending: Ending, *, status: int = 0) -> None:
         """See `Lease.end`."""

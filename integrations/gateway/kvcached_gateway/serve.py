@@ -12,27 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from aiohttp import web
 
 from kvcached_core.errors import ConfigError
-from kvcached_gateway.admin.admin import admin_app, bind_admin
 from kvcached_gateway.admin.events import Events
 from kvcached_gateway.admin.metrics import Metrics
-from kvcached_gateway.admin.views import ADMIN_SOCKET, Decision
+from kvcached_gateway.admin.views import Decision, status_rows
 from kvcached_gateway.control.controller import Controller
 from kvcached_gateway.control.draining import drain
 from kvcached_gateway.control.machine import Machine, MachineView
 from kvcached_gateway.control.sizes import Sizes
 from kvcached_gateway.control.steering import Gateway
 from kvcached_gateway.engines.process import Launch, launch
-from kvcached_gateway.engines.runner import Runner
+from kvcached_gateway.engines.runner import Runner, max_tokens
 from kvcached_gateway.engines.state_file import Folder
-from kvcached_gateway.http.app import build_app, build_runner
-from kvcached_gateway.http.door import Door, allow_files
+from kvcached_gateway.http.door import allow_files
 from kvcached_gateway.http.front import Front
 from kvcached_gateway.http.limits import LimitedLeases
-from kvcached_gateway.http.workers import Workers
 from kvcached_gateway.line.line import Line
+from kvcached_gateway.listening import Listen, listen_for_admin, listen_for_all
 from kvcached_gateway.models.fleet import Fleet
 from kvcached_gateway.models.model import Model
 from kvcached_gateway.models.watch import Patience
@@ -44,7 +41,6 @@ from kvcached_gateway.state import UP, State
 __all__ = ["Serving", "run", "serve", "serving"]
 
 DRAIN_SECONDS = 30.0
-LAST_SECONDS = 3.0  # for answers whose end is on its way
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +75,7 @@ async def serving(
     environ: Mapping[str, str] = os.environ,
     patience: Patience | None = None,
     launch: Launch = launch,
+    listen: Listen = listen_for_all,
 ) -> AsyncIterator[Serving]:
     """Serve a file of models inside a block; behind it nothing is left, but what is to be kept.
 
@@ -89,6 +86,7 @@ async def serving(
         environ: The variables of the gateway.
         patience: How long engines are waited for.
         launch: What starts a program.
+        listen: What opens the public port.
 
     Raises:
         ConfigError: If the file has a mistake.
@@ -102,15 +100,11 @@ async def serving(
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(Folder(directory))
         fleet = _fleet(settings, folder, directory, environ, patience, launch)
-        sizes, events = Sizes(), Events()
+        sizes, events = Sizes(lambda model: max_tokens(model, fleet.settings)), Events()
         loop = asyncio.get_running_loop()
-        controller = Controller(fleet, directory, partial(_look, machine, fleet), sizes)
+        controller = Controller(fleet, directory, partial(_look, machine, fleet, environ), sizes)
         line = Line(
-            fleet.models,
-            lambda: fleet.settings,
-            loop.time,
-            controller.wanted,
-            controller.hindrance,
+            fleet.models, lambda: fleet.settings, loop.time, controller.wanted, controller.hindrance
         )
         controller.follow(line)
 
@@ -151,8 +145,8 @@ async def serving(
             observe=metrics,
             is_ready=lambda: not gateway.is_draining,
         )
-        await _serve_admin(stack, gateway, directory)
-        port = await _serve_public(stack, front, gateway)
+        await listen_for_admin(stack, gateway, directory)
+        port = await listen(stack, front, gateway)
         stack.push_async_callback(_drain, gateway, fleet, line)
         gateway.listen = f"{settings.listen.rpartition(':')[0]}:{port}"
         yield Serving(gateway, fleet, controller, port, num_adopted)
@@ -216,18 +210,16 @@ def _fleet(
     return fleet
 
 
-async def _look(machine: Machine, fleet: Fleet) -> MachineView:
+async def _look(machine: Machine, fleet: Fleet, environ: Mapping[str, str]) -> MachineView:
     """Look at the machine beside the loop."""
+    environs = environ, *(each.env for each in fleet.settings.environments.values())
     records = [(model.id, model.record()) for model in fleet.all]
     engines = [(name, record.identity) for name, record in records if record is not None]
-    return await asyncio.to_thread(machine.look, engines)
+    return await asyncio.to_thread(machine.look, engines, environs)
 
 
 async def _status(gateway: Gateway) -> list[dict[str, Any]]:
-    return [
-        {"id": row.id, "state": row.state, "device": list(row.devices), "queue": row.num_waiting}
-        for row in gateway.models()
-    ]
+    return status_rows(gateway.models())
 
 
 async def _exposition(metrics: Metrics) -> str:
@@ -251,32 +243,6 @@ def _count(metrics: Metrics, events: Events, decision: Decision) -> None:
     elif decision.verb == "move":
         metrics.moved(decision.model_id)
     events.publish(asdict(decision))
-
-
-async def _serve_admin(stack: AsyncExitStack, gateway: Gateway, directory: Path) -> None:
-    runner = web.AppRunner(admin_app(gateway), access_log=None)
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    stack.callback(gateway.events.close)
-    path = directory / ADMIN_SOCKET
-    await web.SockSite(runner, bind_admin(path)).start()
-    stack.callback(path.unlink, missing_ok=True)
-
-
-async def _serve_public(stack: AsyncExitStack, front: Front, gateway: Gateway) -> int:
-    """Listen on the public port, and return it."""
-    settings = front.settings()
-    if settings.workers > 1:
-        workers = Workers(front, settings.host, settings.port, settings.workers)
-        workers.start()
-        gateway.on_rules.append(workers.changed)
-        stack.push_async_callback(workers.stop)
-        return workers.port
-    runner = build_runner(build_app(front), last_seconds=LAST_SECONDS)
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    await Door(runner, front, settings.host, settings.port).start()
-    return int(runner.addresses[0][1])
 
 
 async def _reload(gateway: Gateway) -> None:

@@ -1,6 +1,5 @@
 """Who is stopped: enough of the cheapest, or nobody."""
 
-from dataclasses import replace
 from itertools import chain, combinations
 
 import pytest
@@ -34,6 +33,7 @@ CANDIDATES = st.lists(
         is_pinned=st.booleans(),
         idle_seconds=st.sampled_from([0.0, 25.0, 60.0, 1e3]),
         warm_seconds=st.sampled_from([5.0, 25.0, 60.0, 1e3]),
+        begun_seconds=st.sampled_from([30.0, 60.0, 1e3]),
         class_weight=st.sampled_from([0.5, 1.0, 4.0]),
     ),
     max_size=8,
@@ -83,16 +83,17 @@ def test_nobody_busy_pinned_or_young_is_stopped(
     found = chosen(candidates, needed, is_for_request=is_for_request)
     least = 20 if is_for_request else 45
     for one in candidates:
-        stays = one.is_busy or one.is_pinned or one.warm_seconds < 20 or one.idle_seconds < least
+        is_young = one.warm_seconds < 20 or one.begun_seconds < 60
+        stays = one.is_busy or one.is_pinned or is_young or one.idle_seconds < least
         assert stays == (one.id in found.stays)
         assert not (stays and one.id in found.victims)
 
 
 def test_the_cheapest_to_start_again_for_each_byte_goes_first() -> None:
-    often = replace(IDLE, id="often", frequency=5.0)
-    slow = replace(IDLE, id="slow", start_seconds=300.0)
-    large = replace(IDLE, id="large", freed_bytes={"gpu": 40}, frequency=2.0)
-    dear = replace(IDLE, id="dear", class_weight=9.0)
+    often = IDLE._replace(id="often", frequency=5.0)
+    slow = IDLE._replace(id="slow", start_seconds=300.0)
+    large = IDLE._replace(id="large", freed_bytes={"gpu": 40}, frequency=2.0)
+    dear = IDLE._replace(id="dear", class_weight=9.0)
     rest = [often, slow, large, dear, IDLE]
     gone = []
     while rest:
@@ -103,15 +104,15 @@ def test_the_cheapest_to_start_again_for_each_byte_goes_first() -> None:
 
 
 def test_the_largest_of_the_needless_is_let_go() -> None:
-    small = [replace(IDLE, id=name, freed_bytes={"gpu": 10}, frequency=0.1) for name in "ab"]
-    large = replace(IDLE, id="large", freed_bytes={"gpu": 100}, frequency=20.0)
+    small = [IDLE._replace(id=name, freed_bytes={"gpu": 10}, frequency=0.1) for name in "ab"]
+    large = IDLE._replace(id="large", freed_bytes={"gpu": 100}, frequency=20.0)
     assert chosen([*small, large], {"gpu": 20}).victims == ("a", "b")
     assert chosen([*small, large], {"gpu": 100}).victims == ("large",)
 
 
 def test_what_was_asked_for_often_long_ago_goes_before_what_was_asked_for_lately() -> None:
-    once = replace(IDLE, id="once", frequency=5.0, idle_seconds=2_000.0)
-    lately = replace(IDLE, id="lately", frequency=4.0, idle_seconds=500.0)
+    once = IDLE._replace(id="once", frequency=5.0, idle_seconds=2_000.0)
+    lately = IDLE._replace(id="lately", frequency=4.0, idle_seconds=500.0)
     assert chosen([once, lately], {"gpu": 1}).victims == ("lately",)
     between = Aging(levels=((NOW - 1_000, 8.0),))
     assert chosen([once, lately], {"gpu": 1}, between).victims == ("once",)
@@ -121,7 +122,7 @@ def test_the_level_never_falls_and_only_the_last_ones_are_kept() -> None:
     state = Aging()
     for step in range(200):
         found = choose(
-            [replace(IDLE, frequency=float(step % 7))],
+            [IDLE._replace(frequency=float(step % 7))],
             {"gpu": 1},
             state,
             SETTINGS,
@@ -135,7 +136,7 @@ def test_the_level_never_falls_and_only_the_last_ones_are_kept() -> None:
 
 
 def test_two_early_ends_double_how_long_a_model_stays_and_a_late_one_undoes_it() -> None:
-    young = replace(IDLE, warm_seconds=100.0)
+    young = IDLE._replace(warm_seconds=100.0)
     state = Aging()
     stays = []
     for _ in range(12):
@@ -149,7 +150,7 @@ def test_two_early_ends_double_how_long_a_model_stays_and_a_late_one_undoes_it()
 
 def test_a_refusal_leaves_the_state_alone_and_names_who_stays() -> None:
     state = Aging(levels=((1.0, 2.0),))
-    found = chosen([replace(IDLE, is_busy=True), replace(IDLE, id="b")], {"gpu": 11}, state)
+    found = chosen([IDLE._replace(is_busy=True), IDLE._replace(id="b")], {"gpu": 11}, state)
     assert found.state is state
     assert found.reason == (
         "nobody is stopped; 11 B are missing on gpu, and whoever may go gives 10 B; 'idle' is busy"
@@ -162,11 +163,12 @@ def test_a_refusal_leaves_the_state_alone_and_names_who_stays() -> None:
         ({"is_busy": True}, "is busy"),
         ({"is_pinned": True}, "is pinned"),
         ({"warm_seconds": 3.0}, "is young: up for 3 s of at least 20 s"),
+        ({"begun_seconds": 59.0}, "began to start 59 s ago, less than 60 s"),
         ({"idle_seconds": 30.0}, "was asked 30 s ago, less than 45 s"),
     ],
 )
 def test_who_stays_says_why(change: dict[str, object], why: str) -> None:
-    candidate = replace(IDLE, **change)  # type: ignore[arg-type]
+    candidate = IDLE._replace(**change)  # type: ignore[arg-type]
     assert chosen([candidate], {"gpu": 1}, is_for_request=False).stays == {"idle": why}
 
 

@@ -29,6 +29,11 @@ def models(
             residue_bytes=st.integers(0, most_bytes // 8),
             floor_bytes=st.integers(0, most_bytes // 8),
             is_resident=st.booleans(),
+            tensor_parallel=st.just(1),
+            current=st.just(()),
+            allowed=st.none(),
+            is_movable=st.just(value=True),
+            moved_at=st.none(),
             class_name=st.sampled_from([None, "chat"]),
         ),
         max_size=6,
@@ -178,10 +183,10 @@ def test_the_move_that_gains_most_is_made_when_it_gains_enough() -> None:
 def test_a_move_that_gains_too_little_or_comes_too_soon_is_not_made() -> None:
     careful = PlacementSettings(move_gain=0.9)
     assert not place(CROWDED, ALL[:2], careful, 0.0).moves
-    moved = [replace(one, moved_at=1_000.0) for one in CROWDED]
+    moved = [one._replace(moved_at=1_000.0) for one in CROWDED]
     assert not place(moved, ALL[:2], SETTINGS, 1_119.0).moves
     assert place(moved, ALL[:2], SETTINGS, 1_120.0).moves
-    held = [replace(one, is_movable=False) for one in CROWDED]
+    held = [one._replace(is_movable=False) for one in CROWDED]
     assert not place(held, ALL[:2], SETTINGS, 0.0).moves
     full = [ALL[0], replace(ALL[1], other_bytes=650)]
     assert not place(CROWDED, full, SETTINGS, 0.0).moves
@@ -190,7 +195,7 @@ def test_a_move_that_gains_too_little_or_comes_too_soon_is_not_made() -> None:
 def test_a_model_does_not_move_where_a_neighbour_could_not_wake_any_more() -> None:
     sleeps = model("d", 0.0, 600, is_resident=False, current=("g1",))
     assert place([*CROWDED, sleeps], ALL[:2], SETTINGS, 0.0).moves == ()
-    smaller = replace(sleeps, weights_bytes=500)
+    smaller = sleeps._replace(weights_bytes=500)
     assert place([*CROWDED, smaller], ALL[:2], SETTINGS, 0.0).moves
 
 
@@ -202,7 +207,7 @@ def test_at_steady_rates_each_move_lowers_the_pressure_and_they_end(
     found: list[PlacedModel], where: list[int]
 ) -> None:
     found = [
-        replace(one, current=(ALL[index].id,))
+        one._replace(current=(ALL[index].id,))
         for one, index in zip(found, where[: len(found)], strict=True)
     ]
     for step in range(20):
@@ -211,7 +216,7 @@ def test_at_steady_rates_each_move_lowers_the_pressure_and_they_end(
             break
         (move,) = result.moves
         found = [
-            replace(one, current=move.target, moved_at=step * 1e6) if one.id == move.model else one
+            one._replace(current=move.target, moved_at=step * 1e6) if one.id == move.model else one
             for one in found
         ]
         after = placed(found, now=step * 1e6)

@@ -1,6 +1,5 @@
 """Who comes up before it is asked: by the file or by habit, and beside everybody."""
 
-from dataclasses import replace
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
@@ -12,7 +11,7 @@ from kvcached_gateway.settings.units import parse_warm_time
 
 MONDAY = datetime(2026, 11, 30, 6, 50, 30, tzinfo=UTC)  # 7:50 in Berlin
 COLD = Prewarmable("m", is_up=False, is_yielded=False, needed_bytes={"gpu": 10, "host": 5})
-YIELDED = replace(COLD, is_yielded=True)
+YIELDED = COLD._replace(is_yielded=True)
 ROOM = {"gpu": 10, "host": 5}
 
 
@@ -31,25 +30,25 @@ def names(found: Wishes) -> list[str]:
 
 
 def test_a_model_comes_up_at_its_times_wherever_the_machine_is() -> None:
-    timed = replace(COLD, warm_at=(parse_warm_time("mon-fri 07:50 Europe/Berlin"),))
+    timed = COLD._replace(warm_at=(parse_warm_time("mon-fri 07:50 Europe/Berlin"),))
     for zone in ("UTC", "America/New_York", "Asia/Tokyo"):
         found = wished(timed, moment=MONDAY.astimezone(ZoneInfo(zone)))
         assert names(found) == ["m"]
     assert "is in warm_at" in wished(timed).reasons["m"]
     assert not names(wished(timed, moment=MONDAY.replace(minute=51)))
     assert not names(wished(timed, moment=MONDAY.replace(day=29)))
-    assert not names(wished(replace(timed, is_up=True)))
+    assert not names(wished(timed._replace(is_up=True)))
 
 
 def test_a_model_comes_up_with_its_companion_and_only_once_for_each_time() -> None:
-    first = replace(COLD, id="first", is_up=True, up_since=50.0)
-    guard = replace(COLD, id="guard", warm_with=("first",))
+    first = COLD._replace(id="first", is_up=True, up_since=50.0)
+    guard = COLD._replace(id="guard", warm_with=("first",))
     assert names(wished(first, guard)) == ["guard"]
     assert "comes up with 'first'" in wished(first, guard).reasons["guard"]
-    assert not names(wished(replace(first, up_since=None), guard))
-    stopped = replace(guard, up_since=51.0, down_since=100.0)
+    assert not names(wished(first._replace(up_since=None), guard))
+    stopped = guard._replace(up_since=51.0, down_since=100.0)
     assert not names(wished(first, stopped))
-    assert names(wished(replace(first, up_since=200.0), stopped)) == ["guard"]
+    assert names(wished(first._replace(up_since=200.0), stopped)) == ["guard"]
 
 
 def learned(num_together: int, num_alone: int = 0) -> tuple[Habits, float]:
@@ -82,7 +81,7 @@ def test_a_model_wakes_with_another_when_that_was_its_habit() -> None:
 def test_the_one_that_comes_first_is_not_woken_by_the_one_that_follows() -> None:
     habits, now = learned(30)
     habits.arrived("m", now)
-    assert not names(wished(replace(YIELDED, id="leader"), habits=habits, now=now + 1))
+    assert not names(wished(YIELDED._replace(id="leader"), habits=habits, now=now + 1))
 
 
 def test_guesses_that_come_to_nothing_end_for_a_day() -> None:
@@ -126,7 +125,7 @@ def test_all_that_come_up_have_room_beside_everybody(
 ) -> None:
     time = (parse_warm_time("daily 7:50 Europe/Berlin"),)
     models = [
-        replace(COLD, id=str(index), needed_bytes=need, warm_at=time)
+        COLD._replace(id=str(index), needed_bytes=need, warm_at=time)
         for index, need in enumerate(needs)
     ]
     found = wished(*models, free=free)

@@ -1,7 +1,8 @@
 """The admin socket: fixed verbs for the gateway's own user, and nothing that names a program.
 
 It is a Unix socket with mode 0600 in a folder with mode 0700; whoever connects has to be that user
-or root, by the kernel's word. No request has a body.
+or root, by the kernel's word. No request has a body. Gateways of a cluster reach each other
+otherwise, and say who may.
 """
 
 import asyncio
@@ -9,25 +10,25 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from kvcached_core.errors import ConfigError, KVCachedError
 from kvcached_gateway.admin.events import Events
 from kvcached_gateway.admin.views import About, Decision, DeviceRow, ModelRow
 from kvcached_gateway.settings.mistakes import nearest
 
-__all__ = ["VERBS", "Steering", "admin_app", "bind_admin"]
+__all__ = ["VERBS", "Steering", "admin_app", "bind_admin", "only_own_user"]
 
 VERBS = ("warm", "sleep", "stop", "pin", "unpin")
 MAX_WAIT_SECONDS = 24 * 3600.0
 _CREDENTIALS = struct.Struct("3i")
-_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Steering(Protocol):
@@ -49,7 +50,7 @@ class Steering(Protocol):
     def decisions(self) -> Sequence[Decision]:
         """Return the last decisions, the oldest first."""
 
-    def explain(self, model_id: str) -> str:
+    async def explain(self, model_id: str) -> str:
         """Return why a model is where it is, and what would go next."""
 
     async def steer(self, model_id: str, verb: str) -> str:
@@ -73,10 +74,28 @@ class Steering(Protocol):
         """Take no new requests, end what is there, and end."""
 
 
-def admin_app(steering: Steering) -> web.Application:
-    """Return what answers on the admin socket."""
+@web.middleware
+async def only_own_user(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer the gateway's own user and root, who are at the other end of a Unix socket."""
+    transport = request.transport
+    peer: Any = None if transport is None else transport.get_extra_info("socket")
+    if peer is not None:
+        words = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        _, user, _ = _CREDENTIALS.unpack(words)
+        if user in {os.geteuid(), 0}:
+            return await handler(request)
+    return web.json_response({"error": "this socket is for the gateway's own user"}, status=403)
+
+
+def admin_app(steering: Steering, admits: Middleware = only_own_user) -> web.Application:
+    """Return what answers on the admin socket.
+
+    Args:
+        steering: What is steered.
+        admits: Who may ask: a middleware that refuses others.
+    """
     admin = _Admin(steering)
-    app = web.Application(middlewares=[_only_own_user, _as_json_errors], client_max_size=1)
+    app = web.Application(middlewares=[admits, _as_json_errors], client_max_size=1)
     app.add_routes(
         [
             web.get("/admin/about", admin.about),
@@ -136,7 +155,7 @@ class _Admin:
 
     async def explain(self, request: web.Request) -> web.StreamResponse:
         row = self._known(request)
-        return web.json_response({"text": self._steering.explain(row.id)})
+        return web.json_response({"text": await self._steering.explain(row.id)})
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -198,19 +217,7 @@ def _wait_seconds(request: web.Request) -> float:
 
 
 @web.middleware
-async def _only_own_user(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    transport = request.transport
-    peer: Any = None if transport is None else transport.get_extra_info("socket")
-    if peer is not None:
-        words = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        _, user, _ = _CREDENTIALS.unpack(words)
-        if user in {os.geteuid(), 0}:
-            return await handler(request)
-    return web.json_response({"error": "this socket is for the gateway's own user"}, status=403)
-
-
-@web.middleware
-async def _as_json_errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
+async def _as_json_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except web.HTTPException as error:

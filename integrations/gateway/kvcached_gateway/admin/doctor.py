@@ -146,6 +146,9 @@ def _models(engines: list[ModelSettings]) -> Iterator[Said]:
         folder = Path(model.model or "")
         if folder.is_absolute() and not (folder / "config.json").is_file():
             yield False, f"model {model.id}: {folder} has no config.json"
+    labelled = ", ".join(model.id for model in engines if model.nodes)
+    if labelled:
+        yield True, f"`nodes` is for many machines; one gateway serves these anywhere: {labelled}"
 
 
 def _sockets(engines: list[ModelSettings], directory: Path) -> Iterator[Said]:

@@ -1,11 +1,11 @@
 """What the gateway shows of itself: on its admin socket, in the metrics, in `kvcached top`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ADMIN_SOCKET", "About", "Decision", "DeviceRow", "ModelRow"]
+__all__ = ["ADMIN_SOCKET", "About", "Decision", "DeviceRow", "ModelRow", "status_rows"]
 
 ADMIN_SOCKET = Path("gateway") / "gateway.sock"  # in KVCACHED_DIR
 
@@ -110,3 +110,11 @@ class Decision:
     model_id: str
     reason: str
     inputs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def status_rows(rows: Iterable[ModelRow]) -> list[dict[str, Any]]:
+    """Return what clients are shown of each model."""
+    return [
+        {"id": row.id, "state": row.state, "device": list(row.devices), "queue": row.num_waiting}
+        for row in rows
+    ]

@@ -10,14 +10,16 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from kvcached_core.errors import KVCachedError
 from kvcached_gateway.control.decisions import Decisions
 from kvcached_gateway.control.demands import Demands
 from kvcached_gateway.control.machine import MachineView
-from kvcached_gateway.control.moves import Moves
+from kvcached_gateway.control.moves import Moves, Scene
 from kvcached_gateway.control.prewarming import Prewarming
+from kvcached_gateway.control.relief import Relief
 from kvcached_gateway.control.sizes import Sizes
 from kvcached_gateway.control.starts import Starts
 from kvcached_gateway.control.wants import Cause, Want
@@ -70,6 +72,7 @@ class Controller:
         self._noted: tuple[str, ...] = ("",)
         self.demands = Demands(fleet.models)
         self._starts = Starts(fleet, sizes, self.demands, self.decisions, self.is_pinned)
+        self._relief = Relief(fleet, self._starts, self.decisions)
         self._moves = Moves(fleet, sizes, self.demands, self.decisions, self._starts)
         self._prewarming = Prewarming(fleet.models, directory, sizes, self.demands, self.decisions)
 
@@ -78,6 +81,16 @@ class Controller:
         """The KV pressure ratio of each device."""
         return self._moves.pressures
 
+    def scene(self, *, is_whole: bool = True) -> Scene:
+        """Return what placement sees of this machine; nothing before the first look.
+
+        Args:
+            is_whole: Whether models without a place are in it.
+        """
+        if self.machine is None:
+            return Scene((), (), frozenset())
+        return self._moves.scene(self.machine, is_whole=is_whole)
+
     def weighted_rate(self, model: Model) -> float | None:
         """Return how hard a model presses on its devices; None where that is not known yet."""
         return self.demands.weighted_rate(model, self._sizes, self._fleet.settings.classes)
@@ -85,6 +98,7 @@ class Controller:
     def follow(self, line: Line) -> None:
         """Learn from a line what is asked of each model; before the first request."""
         self.demands.of, self.demands.waiting = line.demand, line.waiting
+        self.demands.oldest_wait_seconds = line.oldest_wait_seconds
 
     def wanted(self, model_id: str) -> None:
         """Have a model started, because a request waits for it; for the line.
@@ -96,7 +110,9 @@ class Controller:
         if is_refused:
             self._want(model_id, Cause.ORDER, "a request came for it")
         else:
-            self._want(model_id, Cause.REQUEST, "a request waits for it")
+            # After a start that came to nothing it is as old as the request that still waits.
+            since = self._clock() - self.demands.oldest_wait_seconds(model_id, self._clock())
+            self._want(model_id, Cause.REQUEST, "a request waits for it", since)
 
     def warm(self, model_id: str) -> None:
         """Have a model started or woken, because somebody said so.
@@ -126,9 +142,13 @@ class Controller:
     def changed(self, model: Model, before: State, after: State, reason: str) -> None:
         """Take notice of a model's transition."""
         del reason
+        self._starts.givers.changed(model, before, after, self._clock())
         self._moves.changed(model, after)
         self._prewarming.changed(model, before, after)
-        self._news.set()
+        # Each request begins and ends with one of these; where nobody waits for a start they are
+        # nothing to decide at once.
+        if {before, after} != {State.WARM, State.BUSY} or self._starts.wants:
+            self._news.set()
 
     async def run(self) -> None:
         """Decide until cancelled: at once when something is wanted, else twice a second."""
@@ -137,7 +157,8 @@ class Controller:
             while True:
                 self._news.clear()
                 try:
-                    machine = await self._look()
+                    seen_at = self._clock()
+                    machine = replace(await self._look(), seen_at=seen_at)
                     self._note("", *machine.problems)
                     self.tick(machine, self._clock())
                 except (KVCachedError, OSError) as error:
@@ -176,13 +197,14 @@ class Controller:
         for want in self._prewarming.wants(machine, now):
             self._starts.want(want)
         self._starts.decide(machine, now, self._moves.place)
+        self._relief.decide(machine, now)
         self._moves.decide(machine, now)
         # Behind the starts: one that is only told to end is not down yet.
         for name in self._fleet.end_stale():
             self._want(name, Cause.AHEAD, "the file says something else of it now")
 
-    def _want(self, model_id: str, cause: Cause, reason: str) -> None:
-        self._starts.want(Want(model_id, cause, reason, self._clock()))
+    def _want(self, model_id: str, cause: Cause, reason: str, since: float | None = None) -> None:
+        self._starts.want(Want(model_id, cause, reason, self._clock() if since is None else since))
         self._news.set()
 
     def _observe(self, machine: MachineView) -> None:
@@ -191,19 +213,14 @@ class Controller:
         for model in self._fleet.models.values():
             views = machine.views(model.settings.instance_name, model.devices)
             model.observed(min(views, key=lambda view: view.weights_bytes, default=None))
-        # What an engine has that comes up, or is being ended, would be taken for its neighbours'.
-        passing = {
-            name for each in self._fleet.all if each.state in PASSING for name in each.devices
-        }
         self._sizes.learn(
             [
                 (model.settings, model.devices)
                 for model in self._fleet.models.values()
-                if model.state in UP
-                and num_engines[model.id] == 1
-                and passing.isdisjoint(model.devices)
+                if model.state in UP and num_engines[model.id] == 1
             ],
             machine,
+            {name for each in self._fleet.all if each.state in PASSING for name in each.devices},
         )
 
     def _end_idle(self, model: Model, now: float) -> None:

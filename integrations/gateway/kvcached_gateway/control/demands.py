@@ -22,6 +22,7 @@ class Demands:
     Attributes:
         of: What is known of a model's requests: `Line.demand`, once there is a line.
         waiting: How many requests wait for a model: `Line.waiting`.
+        oldest_wait_seconds: How long the oldest of them has: `Line.oldest_wait_seconds`.
         habits: Which models are asked one soon after the other.
     """
 
@@ -31,6 +32,7 @@ class Demands:
         self._num_seen: dict[str, int] = {}
         self.of: Callable[[str], Demand] = _no_line
         self.waiting: Callable[[str], int] = _nobody
+        self.oldest_wait_seconds: Callable[[str, float], float] = _no_time
         self.habits = Habits()
 
     def look(self, now: float) -> None:
@@ -75,3 +77,8 @@ def _no_line(_model_id: str) -> Demand:
 def _nobody(_model_id: str) -> int:
     """Let nobody wait."""
     return 0
+
+
+def _no_time(_model_id: str, _now: float) -> float:
+    """Let nobody have waited."""
+    return 0.0

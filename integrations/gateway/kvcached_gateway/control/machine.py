@@ -3,6 +3,7 @@
 `look` reads files, NVML and /proc: it is for a thread.
 """
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import psutil
 
+from kvcached_core.config import PREFIX
 from kvcached_core.errors import BackendError, ConfigError, KVCachedError, LedgerError
 from kvcached_core.ledger import nvml
 from kvcached_core.ledger.survey import survey
 from kvcached_core.ledger.view import DeviceView, InstanceView
 from kvcached_core.memory.host_memory import host_memory
 from kvcached_core.weights.copies_folder import read_holders
+from kvcached_gateway.control.cores import usable_cores
 from kvcached_gateway.engines.sessions import Identity, memory_bytes
 from kvcached_gateway.settings.config import HOST
 
@@ -25,6 +28,7 @@ __all__ = ["HOST_MEMORY", "DeviceMemory", "Machine", "MachineView"]
 # The name of the host's memory among the places that a model takes room in. The device `host` is
 # something else: the pool that the KV caches of CPU engines share.
 HOST_MEMORY = "host memory"
+WEIGHTS_DIR = PREFIX + "WEIGHTS_DIR"
 HALF = 2
 PROCESS_SECONDS = 2.0
 
@@ -46,10 +50,25 @@ class DeviceMemory:
     instances: tuple[InstanceView, ...] = ()
 
     @property
+    def is_known(self) -> bool:
+        """Whether anybody has told yet what there is: no driver does of the host's pool."""
+        return self.capacity_bytes is not None or self.free_bytes > 0
+
+    @property
     def unnamed_bytes(self) -> int:
-        """What is in use and in no instance's count: contexts, graphs, other programs."""
-        named = sum(view.resident_bytes + view.promised_bytes for view in self.instances)
+        """What is in use and in no engine's count: contexts, graphs, programs."""
+        named = sum(view.resident_bytes + view.promised_bytes for view in self.engines)
         return max((self.capacity_bytes or 0) - self.free_bytes - named, 0)
+
+    @property
+    def engines(self) -> tuple[InstanceView, ...]:
+        """The instances that are no programs."""
+        return tuple(view for view in self.instances if not view.is_program)
+
+    @property
+    def programs_bytes(self) -> int:
+        """What programs have for which `kvcached run` made room, and what they may still take."""
+        return sum(view.taken_bytes for view in self.instances if view.is_program)
 
 
 @dataclass(frozen=True)
@@ -64,6 +83,8 @@ class MachineView:
         available_bytes: What the kernel could still give.
         numbers: What a file may call a device beside its name: its number.
         problems: What could not be read, and why.
+        num_cores: How many cores engines may use.
+        seen_at: When the look at it began, by the loop's clock: what happened later is not in it.
     """
 
     devices: Mapping[str, DeviceMemory]
@@ -73,6 +94,8 @@ class MachineView:
     available_bytes: int
     numbers: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    num_cores: int = 1
+    seen_at: float = math.inf
 
     @property
     def free_host_bytes(self) -> int:
@@ -120,11 +143,14 @@ class Machine:
         self._read: dict[Identity, int] = {}
         self._free = {name: nvml.free_memory_reader(name) for name in self.names if name != HOST}
 
-    def look(self, engines: Sequence[tuple[str, Identity]]) -> MachineView:
+    def look(
+        self, engines: Sequence[tuple[str, Identity]], environs: Iterable[Mapping[str, str]] = ()
+    ) -> MachineView:
         """Return what there is now; what processes have is as old as two seconds.
 
         Args:
             engines: The model of each engine, and its first process.
+            environs: Variables that engines may have: they may name a folder of host copies.
 
         Raises:
             LedgerError: If the folder of the ledgers is gone, or not ours alone.
@@ -136,7 +162,7 @@ class Machine:
         by_name = {view.device: view for view in found.devices}
         devices = {name: self._device(name, by_name.get(name)) for name in self.names}
         engines_bytes = self._engines_bytes(tuple(engines))
-        copies_bytes, available_bytes = self._copies_bytes(), _available_bytes()
+        copies_bytes, available_bytes = self._copies_bytes(environs), _available_bytes()
         if self._budget_bytes is None:
             held_bytes = sum(engines_bytes.values()) + copies_bytes
             self._budget_bytes = (available_bytes + held_bytes) // HALF
@@ -148,6 +174,7 @@ class Machine:
             available_bytes,
             self._numbers,
             tuple(found.problems),
+            usable_cores(),
         )
 
     def _engines_bytes(self, engines: tuple[tuple[str, Identity], ...]) -> dict[str, int]:
@@ -167,12 +194,15 @@ class Machine:
         read = self._free.get(name)
         return DeviceMemory(name, None, 0 if read is None else read())
 
-    def _copies_bytes(self) -> int:
+    def _copies_bytes(self, environs: Iterable[Mapping[str, str]]) -> int:
         """Return what host copies take that engines use; others go when there is need."""
-        folder = self._directory / "weights"
-        with suppress(KVCachedError, OSError):
-            return sum(holder.num_bytes for holder in read_holders(folder) if holder.is_used)
-        return 0
+        named = {Path(name) for each in environs if (name := each.get(WEIGHTS_DIR))}
+        num_bytes = 0
+        for folder in {each.resolve() for each in (self._directory / "weights", *named)}:
+            with suppress(KVCachedError, OSError):
+                held = (holder.num_bytes for holder in read_holders(folder) if holder.is_used)
+                num_bytes += sum(held)
+        return num_bytes
 
 
 def _numbers() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Where models start, and the one that moves: its source serves until the target has answered."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from kvcached_core.ledger.view import InstanceView
 from kvcached_gateway.control.decisions import Decisions
@@ -13,7 +14,22 @@ from kvcached_gateway.models.model import Model
 from kvcached_gateway.policy.placement import DeviceRoom, Move, PlacedModel, place
 from kvcached_gateway.state import GONE, UP, State
 
-__all__ = ["Moves"]
+__all__ = ["Moves", "Scene"]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What placement sees of a machine.
+
+    Attributes:
+        models: Models that have an engine of ours, or may have one.
+        rooms: The devices.
+        staying: Those models that are not stopped for another one now.
+    """
+
+    models: tuple[PlacedModel, ...]
+    rooms: tuple[DeviceRoom, ...]
+    staying: frozenset[str]
 
 
 class Moves:
@@ -74,6 +90,24 @@ class Moves:
             why = why or found.reasons[model.id]
         return (), why
 
+    def scene(self, machine: MachineView, *, is_whole: bool) -> Scene:
+        """Return what placement sees, for whoever places over many machines.
+
+        Args:
+            machine: What there is.
+            is_whole: Whether models without a place are in it.
+        """
+        ours = [
+            model
+            for model in self._fleet.models.values()
+            if model.devices or (is_whole and not model.settings.is_remote)
+        ]
+        return Scene(
+            tuple(self._placed(model, machine) for model in ours),
+            tuple(self._rooms(machine)),
+            frozenset(model.id for model in ours if self._starts.may_not_go(model)),
+        )
+
     def decide(self, machine: MachineView, now: float) -> None:
         """Begin a move if one gains enough, and none is on its way.
 
@@ -108,7 +142,9 @@ class Moves:
         """Start a second engine, if that takes nothing from anybody."""
         source = self._fleet.models[move.model]
         room = self._starts.rooms.of(source, move.target, machine, now)
-        if self._starts.passing(source, move.target) or room.missing:
+        if self._starts.passing(source, machine) or room.missing:
+            return
+        if self._starts.starting_on(source, move.target):
             return
         self._moved_at[move.model] = now
         self._decisions.add(move.model, "move", reason)

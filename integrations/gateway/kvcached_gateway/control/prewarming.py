@@ -114,7 +114,9 @@ class Prewarming:
                 for name in model.devices
             }
         else:
-            needed = self._sizes.needed_bytes(model.settings, model.devices or machine.devices)
+            names = model.devices or machine.devices
+            devices = [machine.devices[name] for name in names if name in machine.devices]
+            needed = self._sizes.needed_bytes(model.settings, devices)
         return Prewarmable(
             id=model.id,
             is_up=model.state not in {State.COLD, State.YIELDED},

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kvcached_core.units import format_bytes
+from kvcached_core.units import GIB, format_bytes
 from kvcached_gateway.control.machine import HOST_MEMORY, MachineView
 from kvcached_gateway.control.sizes import Sizes, reachable_bytes
 from kvcached_gateway.models.fleet import Fleet
@@ -12,6 +12,7 @@ from kvcached_gateway.state import UP, State
 
 __all__ = ["Room", "Rooms"]
 
+PROCESS_BYTES = 2 * GIB  # of an engine that starts, while none was ever measured
 GAP_SECONDS = 5.0  # an engine that starts waits at least as long for weights of others
 
 
@@ -79,7 +80,7 @@ class Rooms:
         # One that had more than the file allows may have it again, with nobody beside it.
         needed = {HOST_MEMORY: min(self._sizes.host_bytes(model.settings), machine.budget_bytes)}
         for name in devices:
-            needed[name] = self._sizes.device_bytes_of(model.settings, machine.devices[name])
+            needed[name] = self._sizes.device_bytes(model.settings, machine.devices[name])
         return Room(needed, free)
 
     def _free_host_bytes(self, machine: MachineView) -> int:
@@ -107,12 +108,12 @@ class Rooms:
             if model.state is not State.STARTING:
                 continue
             if place == HOST_MEMORY:
-                needed = self._sizes.process_bytes(model.settings)
+                needed = self._sizes.process_bytes(model.settings) or PROCESS_BYTES
                 has = machine.engines_bytes.get(model.id, 0)
             elif place in model.devices:
-                needed = self._sizes.device_bytes(model.settings)
+                needed = self._sizes.device_bytes(model.settings, machine.devices[place])
                 views = machine.views(model.settings.instance_name, (place,))
-                has = sum(view.resident_bytes for view in views)
+                has = sum(view.resident_bytes + view.promised_bytes for view in views)
             else:
                 continue
             coming += max(needed - has, 0)

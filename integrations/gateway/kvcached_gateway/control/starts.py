@@ -1,19 +1,25 @@
 """Which wanted models start now, where, and who has to be stopped for it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
+from kvcached_gateway.control.candidates import Candidates
 from kvcached_gateway.control.decisions import Decisions
 from kvcached_gateway.control.demands import Demands
+from kvcached_gateway.control.givers import Givers, names
 from kvcached_gateway.control.machine import HOST_MEMORY, MachineView
 from kvcached_gateway.control.rooms import Rooms
-from kvcached_gateway.control.sizes import Sizes, kept_bytes
+from kvcached_gateway.control.sizes import Sizes
 from kvcached_gateway.control.wants import Cause, Want
 from kvcached_gateway.models.fleet import Fleet
 from kvcached_gateway.models.model import Model
 from kvcached_gateway.policy import eviction
-from kvcached_gateway.state import GONE, UP, State
+from kvcached_gateway.state import GONE, State
 
 __all__ = ["Place", "Starts"]
+
+# For most of its start an engine has two processes that import; more of them only slow each other.
+CORES_EACH = 4
 
 # Says where a model belongs, and why; nowhere where it fits nowhere.
 Place = Callable[[Model, MachineView], tuple[tuple[str, ...], str]]
@@ -39,18 +45,18 @@ class Starts:
         is_pinned: Callable[[Model], bool],
     ) -> None:
         self._fleet = fleet
-        self._sizes = sizes
         self._demands = demands
         self._decisions = decisions
-        self._is_pinned = is_pinned
+        self._candidates = Candidates(fleet, sizes, demands, is_pinned)
         self._wants: dict[str, Want] = {}
         self._aging = eviction.Aging()
-        # Who was stopped for whom, until they are gone.
-        self._victims: dict[str, set[str]] = {}
+        # For whom each device's memory is, of those that wait for some that is on its way.
+        self._claims: dict[str, str] = {}
         # Of models whose last start found too little memory: how many starts they had when somebody
         # was stopped for the next one.
         self._relieved: dict[str, int] = {}
         self.rooms = Rooms(fleet, sizes)
+        self.givers = Givers(fleet)
 
     @property
     def wants(self) -> Mapping[str, Want]:
@@ -60,24 +66,32 @@ class Starts:
     def want(self, want: Want) -> None:
         """Want a model up; the cause that counts more stands."""
         old = self._wants.get(want.model_id)
-        if old is None or want.cause < old.cause:
+        if old is None:
             self._wants[want.model_id] = want
+        elif want.cause < old.cause:
+            was_asked_for = old.cause is not Cause.AHEAD
+            since = min(old.since, want.since) if was_asked_for else want.since
+            self._wants[want.model_id] = replace(want, since=since)
 
     def forget(self, model_id: str) -> None:
         """Want a model no longer."""
         self._wants.pop(model_id, None)
-        self._victims.pop(model_id, None)
+        self.givers.forget(model_id)
         self._decisions.forget_wait(model_id)
 
     def decide(self, machine: MachineView, now: float, place: Place) -> None:
         """Start one model, or stop those that have to go for one; the next look tells what is left.
+
+        Who was wanted first is first: where it waits for memory that is on its way, no later one
+        takes what is free on the same device.
 
         Args:
             machine: What there is.
             now: The loop's seconds.
             place: Says where a model belongs.
         """
-        self._forget_victims()
+        self.givers.forget_gone()
+        self._claims.clear()
         first = ""
         for want in sorted(self._wants.values(), key=lambda one: one.rank):
             if first:
@@ -94,30 +108,89 @@ class Starts:
             elif self._consider(want, model, machine, now, place):
                 first = model.id
 
-    def passing(self, model: Model, devices: Sequence[str]) -> str:
-        """Say which start or end a start has to wait for; nothing where there is none."""
-        for other in self._fleet.all:
-            if other is model:
-                continue
-            if other.state is State.STARTING and set(other.devices) & set(devices):
-                return f"it waits for the start of {other.id!r} on the same device"
-            if other.id == model.id and other.state not in GONE:
-                return "it waits until its engine of before has ended"
-        return ""
+    def passing(self, model: Model, machine: MachineView) -> str:
+        """Say which starts, or which end, a start has to wait for; nothing where there are none."""
+        if any(other.id == model.id and other.state not in GONE for other in self._others(model)):
+            return "it waits until its engine of before has ended"
+        starting = [other.id for other in self._others(model) if _starts(other)]
+        num_most = self._fleet.settings.max_starting or max(machine.num_cores // CORES_EACH, 1)
+        if len(starting) < num_most:
+            return ""
+        return f"it waits for the start of {names(starting)}: {num_most} may start at a time"
+
+    def starting_on(self, model: Model, devices: Sequence[str]) -> list[str]:
+        """Return which other models start on one of these devices."""
+        there = set(devices)
+        return [one.id for one in self._others(model) if _starts(one) and there & set(one.devices)]
+
+    def awaited(
+        self,
+        model: Model,
+        devices: Sequence[str],
+        missing: Mapping[str, int],
+        machine: MachineView,
+    ) -> str:
+        """Say what memory a model waits for that comes without anybody's being stopped for it.
+
+        Args:
+            model: Which one waits for memory.
+            devices: Where it is, or is to be.
+            missing: What it lacks, by place.
+            machine: What was seen.
+
+        Returns:
+            Nothing where none is on its way, or none is missing.
+        """
+        if awaited := self.givers.awaited(model.id, missing, machine):
+            return awaited
+        starting = self.starting_on(model, devices) if missing else []
+        # When they are up, it is known what they take, and their weights may yield.
+        return f"for the start of {names(starting)} on the same device" if starting else ""
+
+    def evict(
+        self,
+        model: Model,
+        devices: Sequence[str],
+        missing: Mapping[str, int],
+        now: float,
+        stuck: Collection[str] = (),
+    ) -> bool:
+        """Stop whoever is worth least, if that is enough; say whether somebody was.
+
+        Args:
+            model: For whom.
+            devices: Where it is, or is to be.
+            missing: What it lacks, by place.
+            now: The loop's seconds.
+            stuck: Models that go at once where no idle one may, though they have requests: those
+                are asked again.
+        """
+        chosen = self._choose(self._candidates.on(devices, now), missing, now)
+        if stuck and not chosen.victims:
+            chosen = self._choose(self._candidates.on(devices, now, stuck), missing, now)
+        self._aging = chosen.state
+        if not chosen.victims:
+            self._wait(model, chosen.reason, missing=missing)
+            return False
+        self._relieved[model.id] = model.num_starts
+        self.givers.stopped(model.id, chosen.victims)
+        self._wait(model, f"it waits until {names(chosen.victims)} gave back what they hold")
+        for name in chosen.victims:
+            self._decisions.add(name, "stop", f"for {model.id!r}: {chosen.reason}", missing=missing)
+            why = f"{model.id!r} needs its memory"
+            self._fleet.models[name].stop(why, is_at_once=name in stuck)
+        return True
 
     def next_to_go(self, now: float) -> eviction.Eviction:
         """Return who would be stopped for some of the host's memory, and why others would not."""
-        return self._choose(self._candidates((), now), {HOST_MEMORY: 1}, now)
+        return self._choose(self._candidates.on((), now), {HOST_MEMORY: 1}, now)
 
     def may_not_go(self, model: Model) -> bool:
         """Whether a model is not to be stopped for another one, however old it is."""
-        return self._is_busy(model) or self._stays(model)
+        return self._candidates.may_not_go(model)
 
-    def _is_busy(self, model: Model) -> bool:
-        return bool(model.num_leases or self._demands.waiting(model.id))
-
-    def _stays(self, model: Model) -> bool:
-        return self._is_pinned(model) or model.settings.when_idle == "stay"
+    def _others(self, model: Model) -> list[Model]:
+        return [other for other in self._fleet.all if other is not model]
 
     def _may_begin(self, model: Model, want: Want) -> bool:
         is_asked_by_name = want.cause is Cause.ORDER
@@ -128,16 +201,16 @@ class Starts:
     ) -> bool:
         """Start one model, or see that it can later; say whether nobody else is to start now."""
         devices, why = place(model, machine)
-        if hindrance := self.passing(model, devices) if devices else why:
+        if hindrance := self._hindrance(model, devices, machine) if devices else why:
             self._wait(model, hindrance)
             return False
         room = self.rooms.of(model, devices, machine, now)
         missing = self._missing(want, model, devices, room.missing, now)
-        victims = self._victims.get(model.id, set())
-        leaving = [other.id for other in self._fleet.all if self._leaves(other, victims)]
-        if leaving and (missing or victims):
-            self._wait(model, f"it waits until {_names(leaving)} gave back what they hold")
-            return bool(victims)
+        if awaited := self.awaited(model, devices, missing, machine):
+            self._wait(model, f"it waits {awaited}")
+            if want.cause is not Cause.REQUEST or self._demands.waiting(model.id):
+                self._claims |= dict.fromkeys(devices, model.id)
+            return bool(self.givers.of(model.id))
         if not missing:
             reason = want.reason
             if model.is_out_of_memory:
@@ -155,7 +228,12 @@ class Starts:
         if want.cause is Cause.REQUEST and not self._demands.waiting(model.id):
             self._wait(model, "nobody waits for it any more")
             return False
-        return self._evict(model, devices, missing, now)
+        return self.evict(model, devices, missing, now)
+
+    def _hindrance(self, model: Model, devices: Sequence[str], machine: MachineView) -> str:
+        """Say why a start may not begin, whatever is free; nothing where it may."""
+        elder = next((self._claims[name] for name in devices if name in self._claims), "")
+        return self.passing(model, machine) or (f"{elder!r} goes first" if elder else "")
 
     def _missing(
         self,
@@ -171,39 +249,11 @@ class Starts:
         if self._relieved.get(model.id) == model.num_starts:
             return missing
         # What was measured said that it fits, and it did not: somebody goes, whatever that gives.
-        may_go = [one for one in self._candidates(devices, now) if not one.is_pinned]
+        may_go = [one for one in self._candidates.on(devices, now) if not one.is_pinned]
         for place in (*devices, HOST_MEMORY):
             if any(one.freed_bytes.get(place, 0) > 0 for one in may_go):
                 return {place: 1}
         return missing
-
-    def _leaves(self, model: Model, victims: set[str]) -> bool:
-        """Whether a model's memory is about to come back."""
-        is_ending = model.state is State.DRAINING and not model.num_leases
-        return is_ending or (model.id in victims and model.state not in GONE)
-
-    def _forget_victims(self) -> None:
-        gone = {model.id for model in self._fleet.all if model.state in GONE}
-        there = self._fleet.models.keys() - gone
-        left = {name: victims & there for name, victims in self._victims.items()}
-        self._victims = {name: victims for name, victims in left.items() if victims}
-
-    def _evict(
-        self, model: Model, devices: Sequence[str], missing: Mapping[str, int], now: float
-    ) -> bool:
-        """Stop whoever is worth least, if that is enough; say whether somebody was."""
-        chosen = self._choose(self._candidates(devices, now), missing, now)
-        self._aging = chosen.state
-        if not chosen.victims:
-            self._wait(model, chosen.reason, missing=missing)
-            return False
-        self._relieved[model.id] = model.num_starts
-        self._victims[model.id] = set(chosen.victims)
-        self._wait(model, f"it waits until {_names(chosen.victims)} gave back what they hold")
-        for name in chosen.victims:
-            self._decisions.add(name, "stop", f"for {model.id!r}: {chosen.reason}", missing=missing)
-            self._fleet.models[name].stop(f"{model.id!r} needs its memory")
-        return True
 
     def _choose(
         self, candidates: Sequence[eviction.Candidate], missing: Mapping[str, int], now: float
@@ -214,34 +264,7 @@ class Starts:
     def _wait(self, model: Model, reason: str, **inputs: Mapping[str, int]) -> None:
         self._decisions.add(model.id, "wait", reason, **inputs)
 
-    def _candidates(self, devices: Sequence[str], now: float) -> list[eviction.Candidate]:
-        """Return every model that is up, and what its end gives back of some devices."""
-        up = [model for model in self._fleet.models.values() if model.state in UP]
-        return [
-            self._candidate(model, devices, now) for model in up if not model.settings.is_remote
-        ]
 
-    def _candidate(self, model: Model, devices: Sequence[str], now: float) -> eviction.Candidate:
-        settings, size = model.settings, self._sizes.of(model.id)
-        freed = {HOST_MEMORY: size.process_bytes + self._sizes.copy_bytes(settings)}
-        for name in set(model.devices) & set(devices):
-            # What else an idle engine has yields anyway: it is in what is free.
-            freed[name] = size.residue_bytes + kept_bytes(model.view)
-            if settings.when_idle != "yield":
-                freed[name] += self._sizes.weights_bytes(settings)
-        service = self._fleet.settings.classes.get(settings.class_name or "")
-        return eviction.Candidate(
-            id=model.id,
-            freed_bytes=freed,
-            frequency=self._demands.of(model.id).frequency.at(now),
-            start_seconds=model.start_seconds,
-            is_busy=self._is_busy(model),
-            is_pinned=self._stays(model),
-            idle_seconds=now - model.last_used,
-            warm_seconds=now - model.up_at,
-            class_weight=1.0 if service is None else service.weight,
-        )
-
-
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names))
+def _starts(model: Model) -> bool:
+    """Whether an engine of ours comes up for it."""
+    return model.state is State.STARTING and not model.settings.is_remote

@@ -71,6 +71,14 @@ class Gateway:
         """See `Steering.models`."""
         return [self._row(each) for each in self._fleet.settings.models.values()]
 
+    def models_in_use(self) -> Sequence[ModelRow]:
+        """Return those that have an engine, or failed, or that somebody waits for."""
+        return [
+            self._row(model.settings)
+            for model in self._fleet.models.values()
+            if model.state is not State.COLD or self._line.waiting(model.id)
+        ]
+
     def devices(self) -> Sequence[DeviceRow]:
         """See `Steering.devices`."""
         machine = self._controller.machine
@@ -95,7 +103,7 @@ class Gateway:
         """See `Steering.decisions`."""
         return list(self._controller.decisions)
 
-    def explain(self, model_id: str) -> str:
+    async def explain(self, model_id: str) -> str:
         """See `Steering.explain`."""
         settings = self._fleet.settings.models[model_id]
         if settings.adapter_of is None:

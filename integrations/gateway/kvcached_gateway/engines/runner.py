@@ -18,10 +18,10 @@ from kvcached_gateway.engines.state_file import EngineRecord, Folder
 from kvcached_gateway.engines.vllm import VllmWords
 from kvcached_gateway.engines.words import EngineWords
 from kvcached_gateway.errors import AdoptionError, EngineDiedError, EngineStartError
-from kvcached_gateway.settings.config import Environment, ModelSettings
+from kvcached_gateway.settings.config import Environment, ModelSettings, Settings
 from kvcached_gateway.settings.reload import engine_digest
 
-__all__ = ["WORDS", "Runner"]
+__all__ = ["WORDS", "Runner", "max_tokens"]
 
 WORDS: Mapping[str, EngineWords] = {words.name: words for words in (VllmWords(), SglangWords())}
 ADOPT_SECONDS = 30.0  # weights that yielded come back first, one model's after the other
@@ -181,6 +181,14 @@ class Runner:
 
     def _own(self) -> dict[str, str]:
         return {"KVCACHED_DIR": str(self._directory), MARK: str(self._folder.path)}
+
+
+def max_tokens(model: ModelSettings, settings: Settings) -> int | None:
+    """Return how many tokens a request may have, by its engine's arguments; None: none says it."""
+    environment = settings.environments.get(model.environment or "")
+    if environment is None:
+        return None
+    return WORDS[environment.engine].max_tokens([*environment.args, *model.args])
 
 
 def _rotate(log: Path) -> None:

@@ -35,6 +35,7 @@ class SglangWords(EngineWords):
     out_of_memory: ClassVar = (*OUT_OF_MEMORY, "Not enough memory")
     adapter_flags = ("--max-loaded-loras", "--max-loras-per-batch")
     num_adapters = 8
+    length_flag = "--context-length"
 
     def address(self, folder: Path, name: str) -> Address:
         """See `EngineWords.address`."""
@@ -43,7 +44,8 @@ class SglangWords(EngineWords):
             probe.bind((LOOPBACK, 0))
             port = probe.getsockname()[1]
         key = secrets.token_urlsafe(NUM_KEY_BYTES)
-        return Address(f"http://{LOOPBACK}:{port}", headers={"Authorization": PREFIX + key})
+        headers = {"Authorization": PREFIX + key}
+        return Address(f"http://{LOOPBACK}:{port}", headers=headers, is_ours=True)
 
     def command(
         self,
@@ -76,8 +78,10 @@ class SglangWords(EngineWords):
     def environ(
         self, settings: ModelSettings, environment: Environment, devices: Sequence[str]
     ) -> dict[str, str]:
-        """See `EngineWords.environ`."""
+        """See `EngineWords.environ`; another start may take memory of one of its devices alone."""
         variables = {"SGLANG_USE_CPU_ENGINE": "1"} if tuple(devices) == (HOST,) else {}
+        if settings.tensor_parallel > 1:
+            variables["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
         return (
             variables
             | super().environ(settings, environment, devices)

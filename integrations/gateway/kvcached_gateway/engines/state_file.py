@@ -12,6 +12,7 @@ from kvcached_core.ledger.opening import ledger_directory
 from kvcached_gateway.engines.sessions import Identity
 from kvcached_gateway.errors import GatewayRunningError, StateFileError
 from kvcached_gateway.lease import Address
+from kvcached_gateway.settings.files import write_own
 
 __all__ = ["EngineRecord", "Folder"]
 
@@ -151,12 +152,7 @@ class Folder:
             OSError: If the disk is full, or the folder gone; what was written before stays.
         """
         values = {"version": VERSION, "engines": [each.to_json() for each in engines]}
-        new = self._file.with_suffix(".new")
-        new.unlink(missing_ok=True)
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "w") as file:  # noqa: PTH123  a descriptor
-            json.dump(values, file, indent=1)
-        new.rename(self._file)
+        write_own(self._file, json.dumps(values, indent=1))
 
 
 def _records(values: Any) -> list[EngineRecord]:

@@ -37,6 +37,7 @@ class VllmWords(EngineWords):
     out_of_memory: ClassVar = (*OUT_OF_MEMORY, "No available memory for the cache blocks")
     adapter_flags = ("--max-cpu-loras", "--max-loras")
     num_adapters = 1
+    length_flag = "--max-model-len"
 
     def address(self, folder: Path, name: str) -> Address:
         """See `EngineWords.address`.
@@ -48,7 +49,7 @@ class VllmWords(EngineWords):
         for stem in (name, digest):
             path = str(folder / f"{stem}.sock")
             if len(path.encode()) <= MAX_PATH_BYTES:
-                return Address("http://localhost", path)
+                return Address("http://localhost", path, is_ours=True)
         raise EngineStartError(
             f"{path} is too long for a socket: {MAX_PATH_BYTES} bytes are allowed; "
             "set KVCACHED_DIR to a folder with a shorter path"

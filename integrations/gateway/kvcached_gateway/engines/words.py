@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ __all__ = ["Counters", "EngineWords", "Question", "count"]
 PROMPT = "1, 2, 3, 4, 5, 6, 7, 8, 9,"
 LEAST_COSINE = 0.99
 NUM_KEPT_VALUES = 32
+LENGTH = re.compile(r"(\d+(?:\.\d+)?)([kKmM]?)")
+LENGTH_UNITS = {"": 1, "k": 1000, "K": 1 << 10, "m": 1_000_000, "M": 1 << 20}
 CONNECTION_SECONDS = 3600  # only we connect, so no idle connection has to be closed soon
 # What the log of a start ends with where memory was missing; each engine adds its own.
 OUT_OF_MEMORY = (
@@ -74,6 +77,7 @@ class EngineWords(ABC):
         out_of_memory: What its log says of a start that found too little memory.
         adapter_flags: The flags that say how many adapters it keeps, the one that counts first.
         num_adapters: How many that are where no flag says so.
+        length_flag: The flag that says how many tokens a request may have.
     """
 
     name: ClassVar[str]
@@ -86,6 +90,7 @@ class EngineWords(ABC):
     out_of_memory: ClassVar[tuple[str, ...]] = OUT_OF_MEMORY
     adapter_flags: ClassVar[tuple[str, ...]]
     num_adapters: ClassVar[int]
+    length_flag: ClassVar[str]
 
     @abstractmethod
     def address(self, folder: Path, name: str) -> Address:
@@ -217,6 +222,11 @@ class EngineWords(ABC):
             if given.get(flag, "").isdecimal():
                 return max(int(given[flag]), 1)
         return self.num_adapters
+
+    def max_tokens(self, words: Sequence[str]) -> int | None:
+        """Return how many tokens a request may have, by its arguments; None where none says it."""
+        found = LENGTH.fullmatch(dict(_flags(words)).get(self.length_flag, ""))
+        return None if found is None else int(float(found[1]) * LENGTH_UNITS[found[2]]) or None
 
 
 def count(exposition: str, name: str, label: str = "") -> int:

@@ -9,7 +9,7 @@ from kvcached_gateway.http.front import Front, KeyView
 from kvcached_gateway.lease import Ask
 from kvcached_gateway.settings.config import ModelSettings
 
-__all__ = ["Permitted", "admit", "permit"]
+__all__ = ["CLASS", "DEADLINE_MS", "Permitted", "admit", "permit"]
 
 CLASS = "X-Kvcached-Class"
 DEADLINE_MS = "X-Kvcached-Deadline-Ms"

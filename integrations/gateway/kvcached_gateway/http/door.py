@@ -15,6 +15,9 @@ ENOUGH_FILES = 65_536
 FILES_A_REQUEST = 2  # its client's connection, and one to its engine
 RESERVED_FILES = 256  # for engines, logs and state, and for those that are being refused
 LEAST_CONNECTIONS = 1
+# How many may wait for this loop to accept them; the kernel drops others, which try again after
+# seconds. It has a bound of its own, `net.core.somaxconn`.
+MAX_COMING = 4096
 LAST_SECONDS = 1.0  # what a refused client has to read why
 CODE = "too_many_connections"
 TEXT = "the gateway has as many connections as it has files for; see `ulimit -n`"
@@ -71,7 +74,7 @@ class Door(web.BaseSite):
         await super().start()
         host, port = self._place
         self._server = await asyncio.get_running_loop().create_server(
-            self._come, host, port, reuse_port=self._is_shared or None
+            self._come, host, port, reuse_port=self._is_shared or None, backlog=MAX_COMING
         )
 
     def _come(self) -> asyncio.Protocol:

@@ -8,7 +8,9 @@ from aiohttp import web
 from kvcached_gateway.errors import RefusedError
 from kvcached_gateway.http.headers import REQUEST_ID
 
-__all__ = ["error_event", "error_json", "refusal"]
+__all__ = ["ENGINE_DIED", "error_event", "error_json", "is_error_event", "refusal"]
+
+ENGINE_DIED = "engine_died"
 
 KINDS = {
     401: "authentication_error",
@@ -21,6 +23,15 @@ UNREAD = frozenset({401, 408, 413, 415})  # the connection's next bytes are this
 def error_event(code: str, message: str) -> bytes:
     """Return an error as one event of a stream."""
     return f"data: {error_json('server_error', code, message)}\n\n".encode()
+
+
+def is_error_event(event: bytes) -> bool:
+    """Return whether an event of a stream is an error, as `error_event` makes one."""
+    try:
+        said = json.loads(event.strip().removeprefix(b"data: "))
+    except ValueError:
+        return False
+    return isinstance(said, dict) and isinstance(said.get("error"), dict)
 
 
 def refusal(error: RefusedError, id_: str) -> web.Response:

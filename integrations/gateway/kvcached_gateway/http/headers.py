@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from aiohttp import hdrs
 from multidict import CIMultiDict, CIMultiDictProxy
 
-__all__ = ["COLD_START", "QUEUE_MS", "REQUEST_ID", "for_client", "for_engine", "request_id"]
+__all__ = [
+    "COLD_START",
+    "QUEUE_MS",
+    "REQUEST_ID",
+    "for_client",
+    "for_engine",
+    "request_id",
+    "told",
+]
 
 REQUEST_ID = "X-Request-Id"
 QUEUE_MS = "X-Kvcached-Queue-Ms"
@@ -59,6 +67,11 @@ def for_client(headers: CIMultiDictProxy[str], id_: str) -> CIMultiDict[str]:
     kept = _kept(headers, NOT_FOR_CLIENTS)
     kept[REQUEST_ID] = id_
     return kept
+
+
+def told(headers: CIMultiDictProxy[str]) -> dict[str, str]:
+    """Return what another gateway's answer tells of how the request fared there."""
+    return {name: headers[name] for name in (QUEUE_MS, COLD_START) if name in headers}
 
 
 def _kept(headers: CIMultiDictProxy[str], dropped: frozenset[str]) -> CIMultiDict[str]:

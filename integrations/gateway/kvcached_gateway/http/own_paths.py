@@ -1,6 +1,5 @@
 """What the front answers itself: the models, health, whether it takes requests, the metrics."""
 
-import ipaddress
 from typing import Any
 
 from aiohttp import web
@@ -8,6 +7,7 @@ from aiohttp import web
 from kvcached_gateway.errors import draining, model_not_found
 from kvcached_gateway.http.access import admit
 from kvcached_gateway.http.front import Front, KeyView
+from kvcached_gateway.settings.loopback import is_loopback
 
 __all__ = ["OwnPaths"]
 
@@ -49,7 +49,7 @@ class OwnPaths:
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         """Answer with the metrics: to a key, or to this machine."""
-        if not _is_near(request.remote):
+        if request.remote is not None and not is_loopback(request.remote):
             admit(self._front, request.headers)
         text = await self._front.exposition()
         return web.Response(
@@ -69,10 +69,3 @@ def _card(row: dict[str, Any]) -> dict[str, Any]:
         "owned_by": "kvcached",
         "kvcached": {name: value for name, value in row.items() if name != "id"},
     }
-
-
-def _is_near(remote: str | None) -> bool:
-    try:
-        return remote is None or ipaddress.ip_address(remote).is_loopback
-    except ValueError:
-        return False

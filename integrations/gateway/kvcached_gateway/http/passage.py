@@ -7,7 +7,7 @@ from aiohttp import web
 
 from kvcached_gateway.errors import EngineDiedError, RefusedError
 from kvcached_gateway.http.access import Permitted
-from kvcached_gateway.http.error_answers import error_event
+from kvcached_gateway.http.error_answers import ENGINE_DIED, error_event
 from kvcached_gateway.http.front import Front
 from kvcached_gateway.http.headers import REQUEST_ID
 from kvcached_gateway.http.proxy import EVENT_STREAM, Outcome, Proxy, cut
@@ -81,7 +81,7 @@ class Passage:
             return outcome.response
         raise RefusedError(
             502,
-            "engine_died",
+            ENGINE_DIED,
             f"the engine of model {ask.model!r} went away twice before it answered",
             retry_after_seconds=5,
         )

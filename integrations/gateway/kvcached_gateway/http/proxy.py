@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import socket
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -10,18 +11,26 @@ from yarl import URL
 
 from kvcached_gateway.errors import EngineDiedError
 from kvcached_gateway.http import headers
-from kvcached_gateway.http.error_answers import error_event
+from kvcached_gateway.http.error_answers import ENGINE_DIED, error_event, is_error_event
 from kvcached_gateway.lease import Address, Ending, Lease
 
 __all__ = ["Outcome", "Proxy"]
 
-# A server that we did not start may close what was idle for 5 s; what we reuse is younger.
-KEEPALIVE_SECONDS = 3.0
+# Engines that we start close no idle connection, so that these serve also a burst that comes later.
+OUR_KEEPALIVE_SECONDS = 60.0
+KEEPALIVE_SECONDS = 3.0  # another server may close what was idle for 5 s; what we reuse is younger
 CONNECT_SECONDS = 10.0
 UNUSED_SECONDS = 600.0  # an address that nobody asked for so long is forgotten
 LONG_BODY_BYTES = 1 << 20  # longer ones are written in pieces, so that the loop goes on
 READ_BYTES = 1 << 16
 EVENT_STREAM = "text/event-stream"
+EVENT_END = b"\n\n"
+# A machine that is gone says nothing: a connection to it ends about this long after the last word.
+SILENT_SECONDS = 5
+PROBE_SECONDS = 2
+NUM_PROBES = 3
+# No probe goes out while bytes that were sent wait for a word; without this they wait for minutes.
+MAX_UNHEARD_MS = 1000 * (SILENT_SECONDS + NUM_PROBES * PROBE_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -117,13 +126,16 @@ class Proxy:
 
 
 def _session(address: Address) -> aiohttp.ClientSession:
+    seconds = OUR_KEEPALIVE_SECONDS if address.is_ours else KEEPALIVE_SECONDS
     connector: aiohttp.BaseConnector
     if address.socket is not None:
-        connector = aiohttp.UnixConnector(
-            address.socket, limit=0, keepalive_timeout=KEEPALIVE_SECONDS
-        )
+        connector = aiohttp.UnixConnector(address.socket, limit=0, keepalive_timeout=seconds)
     else:
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
+        connector = aiohttp.TCPConnector(
+            limit=0,
+            keepalive_timeout=seconds,
+            socket_factory=_watched if address.is_gateway else None,
+        )
     return aiohttp.ClientSession(
         connector=connector,
         auto_decompress=False,
@@ -132,6 +144,18 @@ def _session(address: Address) -> aiohttp.ClientSession:
         skip_auto_headers=(hdrs.USER_AGENT, hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
     )
+
+
+def _watched(address: aiohttp.AddrInfoType) -> socket.socket:
+    """Return a socket whose connection ends soon after its other side fell silent."""
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_SECONDS)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_SECONDS)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, NUM_PROBES)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, MAX_UNHEARD_MS)
+    return made
 
 
 async def _ask(
@@ -162,7 +186,9 @@ async def _ask(
         raise EngineDiedError(
             f"the engine of model {lease.model_id!r} went away before it answered: {error!r}"
         ) from error
-    lease.first_byte()
+    if not lease.first_byte():
+        answer.close()
+        raise EngineDiedError(f"the engine of model {lease.model_id!r} ended before it answered")
     return answer, chunk
 
 
@@ -182,20 +208,27 @@ async def _pass_on(
     is_event_stream = answer.content_type == EVENT_STREAM
     write, read = response.write, answer.content.readany
     if begun is not None and not is_event_stream:
-        await write(_as_event(chunk + await answer.content.read()))
-        lease.end(Ending.DONE, status=answer.status)
+        try:
+            event, status, ending = await _read_as_event(answer, chunk), answer.status, Ending.DONE
+        except (aiohttp.ClientError, OSError) as error:
+            event = error_event(ENGINE_DIED, _died(lease, error))
+            status, ending = web.HTTPBadGateway.status_code, Ending.DIED_WITHIN
+        lease.end(ending, status=answer.status)
+        await write(event)
         cut(request)
-        return Outcome(begun, answer.status, first_byte_at)
+        return Outcome(begun, status, first_byte_at)
+    is_told_there = is_event_stream and lease.address.is_gateway
     last = b""
     while chunk:
         await write(chunk)
-        last = chunk
+        last = _last_event(last + chunk) if is_told_there else chunk
         try:
             chunk = await read()
         except (aiohttp.ClientError, OSError) as error:
             lease.end(Ending.DIED_WITHIN, status=answer.status)
-            if begun is not None or is_event_stream:
-                await write(_torn(last) + error_event("engine_died", _died(lease, error)))
+            is_told = is_told_there and is_error_event(last)
+            if is_event_stream and not is_told:
+                await write(_torn(last) + error_event(ENGINE_DIED, _died(lease, error)))
             cut(request)
             return Outcome(response, web.HTTPBadGateway.status_code, first_byte_at)
     lease.end(Ending.DONE, status=answer.status)
@@ -209,6 +242,8 @@ async def _begin(
     passed = headers.for_client(answer.headers, id_)
     passed[headers.QUEUE_MS] = str(round(1000 * lease.waited_seconds))
     passed[headers.COLD_START] = lease.woken.value
+    if lease.address.is_gateway:  # the request waited there
+        passed.update(headers.told(answer.headers))
     response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=passed)
     await response.prepare(request)
     return response
@@ -220,14 +255,22 @@ def cut(request: web.BaseRequest) -> None:
         request.transport.close()
 
 
-def _as_event(body: bytes) -> bytes:
+async def _read_as_event(answer: aiohttp.ClientResponse, chunk: bytes) -> bytes:
     """Return an answer that is no stream, such as an error, for a client that has one already."""
+    body = chunk + await answer.content.read()
     return b"".join(b"data: " + line + b"\n" for line in body.splitlines()) + b"\n"
+
+
+def _last_event(stream: bytes) -> bytes:
+    """Return what came since the last event but one; of one that is very long, its end."""
+    begin = stream.rfind(EVENT_END, 0, -len(EVENT_END))
+    event = stream if begin < 0 else stream[begin + len(EVENT_END) :]
+    return event[-READ_BYTES:]
 
 
 def _torn(last: bytes) -> bytes:
     """Return what ends an event that broke off."""
-    return b"" if last.endswith(b"\n\n") else b"\n\n"
+    return b"" if last.endswith(EVENT_END) else EVENT_END
 
 
 def _died(lease: Lease, error: BaseException) -> str:

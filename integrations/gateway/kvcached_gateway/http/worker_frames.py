@@ -16,6 +16,8 @@ __all__ = [
     "Answered",
     "CancelTake",
     "Cancelled",
+    "Close",
+    "Closed",
     "Denied",
     "End",
     "FirstByte",
@@ -101,6 +103,18 @@ class Granted(_Message):
     waited_seconds: float
 
 
+class Close(_Message):
+    """Begin no answer on a lease any more; one that has begun goes on."""
+
+    number: int
+
+
+class Closed(_Message):
+    """None begins any more, unless a `FirstByte` came before this."""
+
+    number: int
+
+
 class Denied(_Message):
     """There will be no lease."""
 
@@ -132,8 +146,8 @@ class Rules(_Message):
     is_ready: bool
 
 
-FromWorker = Take | CancelTake | FirstByte | End | Answered | Refused | Cancelled | Query
-FromController = Granted | Denied | Reply | Rules
+FromWorker = Take | CancelTake | FirstByte | Closed | End | Answered | Refused | Cancelled | Query
+FromController = Granted | Close | Denied | Reply | Rules
 
 _encoder = msgspec.msgpack.Encoder()
 

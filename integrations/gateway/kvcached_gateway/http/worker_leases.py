@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from kvcached_gateway.errors import RefusedError
@@ -11,6 +12,8 @@ from kvcached_gateway.http.worker_frames import (
     Answered,
     Cancelled,
     CancelTake,
+    Close,
+    Closed,
     Denied,
     End,
     FirstByte,
@@ -62,6 +65,7 @@ class WorkerLeases(FramesProtocol):
         self._front = front
         self._leases: dict[int, Lease] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}  # of numbers that wait
+        self._closing: dict[int, asyncio.Event] = {}  # set when the worker begins no answer
         self.has_ended = asyncio.Event()
 
     @property
@@ -80,6 +84,9 @@ class WorkerLeases(FramesProtocol):
             case End(number, ending, status):
                 if lease := self._leases.pop(number, None):
                     lease.end(ending, status=status)
+                self._has_closed(number)
+            case Closed(number):
+                self._has_closed(number)
             case CancelTake(number):
                 self._forget(number)
             case Query(number):
@@ -109,6 +116,17 @@ class WorkerLeases(FramesProtocol):
             task.cancel()
         if lease := self._leases.pop(number, None):
             lease.end(Ending.CANCELLED)
+        self._has_closed(number)
+
+    async def _close(self, number: int) -> None:
+        """Tell the worker to begin no answer on a lease, and wait until it knows."""
+        closed = self._closing.setdefault(number, asyncio.Event())
+        self.send(Close(number))
+        await closed.wait()
+
+    def _has_closed(self, number: int) -> None:
+        if closed := self._closing.pop(number, None):
+            closed.set()
 
     async def _take(self, message: Take) -> None:
         number = message.number
@@ -120,6 +138,7 @@ class WorkerLeases(FramesProtocol):
             )
         else:
             self._leases[number] = lease
+            lease.held_by(partial(self._close, number))
             self.send(
                 Granted(number, lease.model_id, lease.address, lease.woken, lease.waited_seconds)
             )

@@ -11,6 +11,8 @@ from kvcached_gateway.http.worker_frames import (
     Answered,
     Cancelled,
     CancelTake,
+    Close,
+    Closed,
     Denied,
     End,
     FirstByte,
@@ -23,12 +25,12 @@ from kvcached_gateway.http.worker_frames import (
     Rules,
     Take,
 )
-from kvcached_gateway.lease import Address, Ask, Ending, Lease, Woken
+from kvcached_gateway.lease import Address, Ask, Ending, HowToClose, Lease, Woken
 from kvcached_gateway.observe import Answer, Where
 from kvcached_gateway.settings.config import Settings
 from kvcached_gateway.settings.keys import Key, Keys
 
-__all__ = ["WorkerLink"]
+__all__ = ["WorkerLink", "read_keys"]
 
 
 class WorkerLink(FramesProtocol):
@@ -48,6 +50,7 @@ class WorkerLink(FramesProtocol):
         self._is_ready = False
         self._numbers = itertools.count()
         self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._held: dict[int, _RemoteLease] = {}
 
     @property
     def settings(self) -> Settings:
@@ -73,11 +76,17 @@ class WorkerLink(FramesProtocol):
         match message:
             case Rules(settings, keys, is_ready):
                 self._settings = Settings.model_validate_json(settings)
-                self._keys = None if keys is None else _keys(keys)
+                self._keys = None if keys is None else read_keys(keys)
                 self._is_ready = is_ready
                 self.rules_came.set()
             case Granted(number):
-                self._settle(number, _RemoteLease(self, message))
+                lease = _RemoteLease(self, message)
+                if self._settle(number, lease):
+                    self._held[number] = lease
+            case Close(number):
+                if held := self._held.get(number):
+                    held.close()
+                self.send(Closed(number))
             case Denied(number, status, code, text, retry):
                 error = RefusedError(status, code, text, retry_after_seconds=retry)
                 self._settle(number, error)
@@ -100,9 +109,14 @@ class WorkerLink(FramesProtocol):
         try:
             lease: Lease = await self._answer(number)
         except asyncio.CancelledError:
+            self.gave_back(number)
             self.send(CancelTake(number))
             raise
         return lease
+
+    def gave_back(self, number: int) -> None:
+        """Hold a lease no more."""
+        self._held.pop(number, None)
 
     def answered(self, answer: Answer) -> None:
         """See `observe.Observer`."""
@@ -138,14 +152,16 @@ class WorkerLink(FramesProtocol):
         finally:
             del self._waiting[number]
 
-    def _settle(self, number: int, found: Any) -> None:
+    def _settle(self, number: int, found: Any) -> bool:
+        """Hand on what was asked for, and say whether anybody still waits for it."""
         waiting = self._waiting.get(number)
         if waiting is None or waiting.done():
-            return  # its client left: a lease was given back by `CancelTake`
+            return False  # its client left: a lease was given back by `CancelTake`
         if isinstance(found, RefusedError):
             waiting.set_exception(found)
         else:
             waiting.set_result(found)
+        return True
 
 
 class _RemoteLease:
@@ -154,20 +170,33 @@ class _RemoteLease:
     def __init__(self, link: WorkerLink, granted: Granted) -> None:
         self._link = link
         self._number = granted.number
-        self._has_ended = False
+        self._has_begun = self._has_ended = self._is_closed = False
         self.model_id: str = granted.model_id
         self.address: Address = granted.address
         self.woken: Woken = granted.woken
         self.waited_seconds: float = granted.waited_seconds
 
-    def first_byte(self) -> None:
+    def first_byte(self) -> bool:
+        if self._is_closed:
+            return False
+        self._has_begun = True
         self._link.send(FirstByte(self._number))
+        return True
+
+    def close(self) -> None:
+        """Begin no answer any more; one that has begun goes on."""
+        self._is_closed = not self._has_begun
+
+    def held_by(self, close: HowToClose) -> None:
+        """Nobody but this process passes its answer on."""
 
     def end(self, ending: Ending, *, status: int = 0) -> None:
         if not self._has_ended:
             self._has_ended = True
+            self._link.gave_back(self._number)
             self._link.send(End(self._number, ending, status))
 
 
-def _keys(data: bytes) -> Keys:
+def read_keys(data: bytes) -> Keys:
+    """Return the keys of `worker_leases.rules_of`."""
     return Keys(tuple(Key.model_validate(row) for row in json.loads(data)))

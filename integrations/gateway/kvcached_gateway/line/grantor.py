@@ -37,5 +37,11 @@ class Grantor(Protocol):
     def grant(self, ask: Ask, waited_seconds: float) -> Lease | None:
         """Return a lease, or None: not now."""
 
+    def may_go_past(self, ask: Ask) -> frozenset[str]:
+        """Return the names whose requests need not wait behind one that has just got no lease.
+
+        There are some where it waits for its adapter alone.
+        """
+
     def refusal(self) -> RefusedError | None:
         """Return, in a new error each time, why nothing will come of it; None where it may."""

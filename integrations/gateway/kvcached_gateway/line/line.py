@@ -10,10 +10,12 @@ Where a request has a class with a goal, all that wait for its devices go in the
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 from kvcached_gateway.errors import RefusedError, draining, model_not_found
 from kvcached_gateway.lease import Ask, Lease
 from kvcached_gateway.line import refusals
+from kvcached_gateway.line.going_past import serve_in_order
 from kvcached_gateway.line.grantor import Grantor, Readiness
 from kvcached_gateway.line.precedence import Devices, Precedence, devices_of, goal_of
 from kvcached_gateway.line.tickets import Queue, QueueView, Ticket
@@ -213,8 +215,7 @@ class Line:
             if model and self._precedence_on(queue, model):
                 self._soon(devices_of(model))
             elif model:
-                while (ticket := queue.first()) and self._serve(queue, model, ticket):
-                    pass
+                serve_in_order(queue, model, partial(self._serve, queue, model))
         finally:
             queue.is_busy = False
         if model:

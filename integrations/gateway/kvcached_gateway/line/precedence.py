@@ -13,7 +13,7 @@ from kvcached_gateway.line.grantor import Grantor, Readiness
 from kvcached_gateway.line.reading import ReadingLease, Readings
 from kvcached_gateway.line.tickets import Queue, Ticket
 from kvcached_gateway.policy import admission
-from kvcached_gateway.policy.admission import Order, Prompt, Waiting
+from kvcached_gateway.policy.admission import Order, Pace, Prompt
 from kvcached_gateway.policy.demand import Demand
 from kvcached_gateway.settings.config import ModelSettings, ServiceClass, Settings
 
@@ -81,22 +81,31 @@ class Precedence:
         order = self._order(queues, models)
         self._note_late(order)
         refuse_late(queues, order)
-        for name, ticket in in_turn(queues, order):
+        passing: dict[str, frozenset[str]] = {}  # where one waits for its adapter: who goes past
+        for ticket in in_turn(queues, order):
+            name = ticket.model
             if not open_ids:
                 break
             if name not in open_ids or ticket.answer.done():
                 continue
-            if not (self.has_room(name) and serve(by_id[name], models[name], ticket)):
+            if ticket.ask.model not in passing.get(name, (ticket.ask.model,)):
+                continue
+            if not self.has_room(name):
                 open_ids.discard(name)
+            elif not serve(by_id[name], models[name], ticket):
+                names = models[name].may_go_past(ticket.ask)
+                passing[name] = names & passing.get(name, names)
+                if not passing[name]:
+                    open_ids.discard(name)
         if any(queues):
             self._look_again()
 
-    def _note_late(self, order: Order) -> None:
+    def _note_late(self, order: Order[Ticket]) -> None:
         """Tell of each request that is late, once."""
         for ticket in order.late:
-            if isinstance(ticket, Ticket) and not ticket.is_late:
+            if not ticket.is_late:
                 ticket.is_late = True
-                self._on_late(order.waiting[ticket].model)
+                self._on_late(ticket.model)
 
     def _look_again(self) -> None:
         """Look again when a prompt stalls, and may no longer hold up other models."""
@@ -106,44 +115,33 @@ class Precedence:
         loop = asyncio.get_running_loop()
         self._timer = None if at is None else loop.call_at(at, self._look)
 
-    def _order(self, queues: Sequence[Queue], models: Mapping[str, Grantor]) -> Order:
+    def _order(self, queues: Sequence[Queue], models: Mapping[str, Grantor]) -> Order[Ticket]:
         """Return the order of all that wait, but for those whose engine died: they go first."""
         now = self._clock()
-        waiting = []
-        for queue in queues:
-            model, demand = models[queue.model_id], self._demand(queue.model_id)
-            left = start_seconds_left(queue, model, now)
-            first = queue.first()
-            waiting += [
-                Waiting(
-                    key=ticket,
-                    arrival=ticket.arrival,
-                    deadline=ticket.deadline,
-                    seconds=demand.reading_seconds(ticket.ask.body_bytes),
-                    model=queue.model_id,
-                    is_first_of_start=ticket is first and model.readiness is not Readiness.UP,
-                    start_seconds=left,
-                    overdue_at=ticket.arrival + ticket.max_wait_seconds / 2,
-                )
-                for ticket in queue
-                if not ticket.ask.is_again
-            ]
-        return admission.order(waiting, now)
+        waiting = chain.from_iterable(queue.waiting() for queue in queues)
+        paces = {queue.model_id: self._pace(queue, models[queue.model_id], now) for queue in queues}
+        return admission.order(waiting, now, paces)
+
+    def _pace(self, queue: Queue, model: Grantor, now: float) -> Pace:
+        """Return how soon a model's requests are answered."""
+        speed = self._demand(queue.model_id).reading_speed
+        if model.readiness is Readiness.UP:
+            return Pace(speed)
+        return Pace(speed, start_seconds_left(queue, model, now), queue.first())
 
 
-def in_turn(queues: Sequence[Queue], order: Order) -> Iterator[tuple[str, Ticket]]:
+def in_turn(queues: Sequence[Queue], order: Order[Ticket]) -> Iterator[Ticket]:
     """Return all that wait, in turn: whose engine died, who makes its goal, who is late."""
-    again = [(queue.model_id, ticket) for queue in queues for ticket in queue.returned()]
-    rest = ((order.waiting[key].model, key) for key in chain(order.kept, order.late))
-    return chain(again, ((name, key) for name, key in rest if isinstance(key, Ticket)))
+    returned = chain.from_iterable(queue.returned() for queue in queues)
+    return chain(returned, order.kept, order.late)
 
 
-def refuse_late(queues: Sequence[Queue], order: Order) -> None:
+def refuse_late(queues: Sequence[Queue], order: Order[Ticket]) -> None:
     """Refuse those who miss their goal and whose class does not wait then."""
     by_id = {queue.model_id: queue for queue in queues}
     for ticket in order.late:
-        if isinstance(ticket, Ticket) and ticket.is_refused_late:
-            by_id[order.waiting[ticket].model].remove(ticket)
+        if ticket.is_refused_late:
+            by_id[ticket.model].remove(ticket)
             ticket.refuse(refusals.late(ticket.model_id, order.reason(ticket)))
 
 

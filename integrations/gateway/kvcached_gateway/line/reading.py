@@ -64,10 +64,12 @@ class ReadingLease(WrappedLease):
         super().__init__(inner)
         self._on_read = on_read
 
-    def first_byte(self) -> None:
+    def first_byte(self) -> bool:
         """See `Lease.first_byte`."""
-        super().first_byte()
-        self._on_read(True)  # noqa: FBT003  the one thing that it says
+        may_pass = super().first_byte()
+        if may_pass:
+            self._on_read(True)  # noqa: FBT003  the one thing that it says
+        return may_pass
 
     def end(self, ending: Ending, *, status: int = 0) -> None:
         """See `Lease.end`."""

@@ -8,19 +8,18 @@ from itertools import chain
 
 from kvcached_gateway.errors import RefusedError
 from kvcached_gateway.lease import Ask, Ending, Lease
+from kvcached_gateway.policy.admission import Waiting
 from kvcached_gateway.settings.config import ModelSettings, ServiceClass
 
 
-@dataclass(eq=False)
-class Ticket:
-    """One request that waits.
+@dataclass(eq=False, slots=True, kw_only=True)
+class Ticket(Waiting):
+    """One request that waits; its work is its body's bytes, and it is overdue after half its wait.
 
     Attributes:
         ask: What it says of itself.
-        model_id: What it asks for, as in the file; an adapter waits with its base.
-        arrival: When it came, in the loop's seconds.
+        model_id: What it asks for, as in the file; an adapter waits with its base, `model`.
         max_wait_seconds: What it waits at most.
-        deadline: When it is late by its class's goal, or None.
         is_refused_late: Whether it is refused once it cannot make that goal.
         is_late: Whether it ever was put behind those that make their goals.
         answer: Its lease, or why there is none.
@@ -29,9 +28,7 @@ class Ticket:
 
     ask: Ask
     model_id: str
-    arrival: float
     max_wait_seconds: float
-    deadline: float | None = None
     is_refused_late: bool = False
     is_late: bool = False
     answer: asyncio.Future[Lease] = field(default_factory=asyncio.Future)
@@ -40,11 +37,18 @@ class Ticket:
     @classmethod
     def of(cls, ask: Ask, model: ModelSettings, goal: ServiceClass | None, now: float) -> "Ticket":
         """Return one that comes now, for a request with a class that has a goal, or without."""
-        ticket = cls(ask, model.id, now, model.max_wait_seconds)
-        if goal and goal.ttft_seconds is not None:
-            ticket.deadline = now + goal.ttft_seconds
-            ticket.is_refused_late = goal.late == "refuse"
-        return ticket
+        ttft_seconds = goal.ttft_seconds if goal else None
+        return cls(
+            model=model.adapter_of or model.id,
+            arrival=now,
+            deadline=None if ttft_seconds is None else now + ttft_seconds,
+            work=ask.body_bytes,
+            overdue_at=now + model.max_wait_seconds / 2,
+            ask=ask,
+            model_id=model.id,
+            max_wait_seconds=model.max_wait_seconds,
+            is_refused_late=goal is not None and ttft_seconds is not None and goal.late == "refuse",
+        )
 
     def grant(self, lease: Lease) -> None:
         """Hand over its lease; where its client just left, the lease goes back."""
@@ -103,6 +107,10 @@ class Queue:
     def returned(self) -> Iterator[Ticket]:
         """Return those whose engine died, in order."""
         return iter(self._returned)
+
+    def waiting(self) -> Iterator[Ticket]:
+        """Return the others, as they came."""
+        return iter(self._tickets)
 
     def first(self) -> Ticket | None:
         """Return the one whose turn it is, or None."""

@@ -48,11 +48,16 @@ class Adapters:
         self._loaded: OrderedDict[str, None] = OrderedDict()  # the least used first
         self._failed_at: dict[str, float] = {}
         self._task: asyncio.Task[None] | None = None
+        self._loading = ""
 
     @property
     def loaded(self) -> tuple[str, ...]:
         """Those that it has, the least used first."""
         return tuple(self._loaded)
+
+    def is_loading(self, name: str) -> bool:
+        """Whether the engine is loading one right now."""
+        return self._task is not None and self._loading == name
 
     def may_ask(self, name: str, path: str) -> bool:
         """Return whether a request for an adapter can go to the engine now.
@@ -67,6 +72,7 @@ class Adapters:
         if now - self._failed_at.get(name, -RETRY_SECONDS) < RETRY_SECONDS:
             return True
         if self._task is None and self._victim() is not False:
+            self._loading = name
             self._task = asyncio.create_task(self._load(name, path))
         return False
 

@@ -4,48 +4,18 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 from kvcached_gateway.errors import AdoptionError, EngineStartError
-from kvcached_gateway.models.held_leases import HeldLeases
-from kvcached_gateway.models.protocols import EngineRunner, RunningEngine
+from kvcached_gateway.models.protocols import EngineRunner, RunningEngine, Subject
 from kvcached_gateway.models.watch import Patience, hang
 from kvcached_gateway.models.wishes import Begin, End
 from kvcached_gateway.policy.demand import Mean
-from kvcached_gateway.settings.config import ModelSettings
 from kvcached_gateway.state import State
 
 __all__ = ["Life"]
 
 _log = logging.getLogger(__name__)
-
-
-class Subject(Protocol):
-    """The model as its task sees it; see `model.Model`."""
-
-    settings: ModelSettings
-    state: State
-    devices: tuple[str, ...]
-    failure: str
-    is_out_of_memory: bool
-    next_try_at: float
-    starts: Mean
-    num_starts: int
-    token: str
-    leases: HeldLeases
-
-    @property
-    def waits_for_memory(self) -> bool:
-        """Whether its engine waits for memory that others have."""
-
-    def go(self, state: State, reason: str) -> None:
-        """Make a transition."""
-
-    def has(self, engine: RunningEngine, seconds: float | None) -> None:
-        """Have an engine."""
-
-    def lost(self) -> None:
-        """Have none any more."""
 
 
 class Life:
@@ -165,19 +135,24 @@ class Life:
     async def _serve(self, engine: RunningEngine) -> None:
         """Let an engine serve until it ends, hangs, or is told to end; then it is gone."""
         model = self._model
-        watch = hang(
-            engine, self._patience, lambda: model.waits_for_memory or not len(model.leases)
-        )
-        how = await self._first(watch, self._wished_end(), engine.ended())
-        self._rested.clear()
-        if how is not None:
-            model.go(State.DRAINING, f"it hangs: {how}")
-            await self._drain(engine, self._patience.hung_seconds)
-            await self._bury(engine, f"it hung: {how}", is_hung=True)
-        elif self._end is not None:
-            await self._stop(engine, self._end)
-        else:
-            await self._bury(engine, "its engine ended by itself")
+        is_there = True
+        while is_there:
+            watch = hang(
+                engine, self._patience, lambda: model.waits_for_memory or not len(model.leases)
+            )
+            how = await self._first(watch, self._wished_end(), engine.ended())
+            self._rested.clear()
+            if how is None and self._end is not None:
+                is_there = await self._stop(engine, self._end)
+                continue
+            is_there = False
+            if how is not None:
+                model.go(State.DRAINING, f"it hangs: {how}")
+                await self._drain(engine, self._patience.hung_seconds)
+                await model.leases.close()
+                await self._bury(engine, f"it hung: {how}", is_hung=True)
+            else:
+                await self._bury(engine, "its engine ended by itself")
 
     async def _start(self, begin: Begin) -> RunningEngine | None:
         """Return the engine that is wished for; None where there will be none."""
@@ -226,19 +201,41 @@ class Life:
         else:
             self._fail(f"it found too little memory again ({reason}): {error}")
 
-    async def _stop(self, engine: RunningEngine, wish: End) -> None:
-        """Drain and end an engine, or leave it; a later wish takes the place of this one."""
+    async def _stop(self, engine: RunningEngine, wish: End) -> bool:
+        """Drain and end an engine, or leave it; a later wish takes the place of this one.
+
+        Returns:
+            Whether it serves on: it was to end at once, and an answer had begun meanwhile.
+        """
         model = self._model
         model.go(State.DRAINING, wish.reason)
         while self._end is not None:
             wish, self._end = self._end, None
-            await self._drain(engine, wish.drain_seconds)
+            if not wish.is_at_once:
+                await self._drain(engine, wish.drain_seconds)
+                continue
+            # Whoever has no answer yet is asked again; one that begins now would be cut off.
+            has_begun = model.leases.have_begun or not await model.leases.close()
+            if has_begun and self._end is None:
+                self._stay()
+                return True
+        await model.leases.close()
         model.lost()
         if wish.is_kept:
             await engine.leave()
         else:
-            await engine.end(self._patience.end_seconds)
+            # One that is told politely might answer those who are to be asked again.
+            seconds = 0.0 if wish.is_at_once else self._patience.end_seconds
+            await engine.end(seconds, is_hung=wish.is_at_once)
         self._cool(wish.reason)
+        return False
+
+    def _stay(self) -> None:
+        """Serve on: it was told to end at once, and an answer had begun."""
+        state = State.BUSY if len(self._model.leases) else State.WARM
+        self._model.go(state, "an answer had begun before it could end at once")
+        self._news.clear()
+        self._rested.set()
 
     async def _drain(self, engine: RunningEngine, seconds: float | None) -> None:
         """Wait until all leases are back or the engine has ended, for some seconds at most.

@@ -137,6 +137,14 @@ class Model:
             self.go(State.BUSY, "it has requests")
         return lease
 
+    def may_go_past(self, ask: Ask) -> frozenset[str]:
+        """Return the names whose requests need not wait behind one that waits for its adapter."""
+        adapters, name = self._adapters, ask.model
+        if adapters is None or name not in self.adapter_folders or name in adapters.loaded:
+            return frozenset()
+        beside = adapters.loaded if adapters.is_loading(name) else ()
+        return frozenset((self.id, *self.settings.aliases, *beside))
+
     def refusal(self) -> RefusedError | None:
         """Return why nothing will come of a request, in a new error; None where it may."""
         if self.state is not State.FAILED:
@@ -154,9 +162,17 @@ class Model:
         """Take over the engine that an earlier gateway left, or end it."""
         self._life.begin(Begin(record.devices, "an earlier gateway left its engine", record))
 
-    def stop(self, reason: str, *, drain_seconds: float | None = None) -> None:
-        """Give no more leases, and end its engine when the last is back, or after some seconds."""
-        self._life.end(End(reason, drain_seconds))
+    def stop(
+        self, reason: str, *, drain_seconds: float | None = None, is_at_once: bool = False
+    ) -> None:
+        """Give no more leases, and end its engine when the last is back, or after some seconds.
+
+        Args:
+            reason: Why, as a sentence.
+            drain_seconds: How long leases are waited for; None is until the last.
+            is_at_once: Whether none is waited for: requests without an answer are asked again.
+        """
+        self._life.end(End(reason, drain_seconds, is_at_once=is_at_once))
 
     async def close(self, *, is_kept: bool, drain_seconds: float | None = 0.0) -> None:
         """Do nothing any more: its engine is drained and ended, or left alive for a later gateway.

@@ -1,13 +1,16 @@
-"""What a model needs of an engine, and of what starts one."""
+"""What a model needs of an engine, and of what starts one; what its task needs of it."""
 
 from typing import Protocol
 
 from kvcached_gateway.engines.state_file import EngineRecord
 from kvcached_gateway.engines.words import Counters
 from kvcached_gateway.lease import Address
+from kvcached_gateway.models.held_leases import HeldLeases
+from kvcached_gateway.policy.demand import Mean
 from kvcached_gateway.settings.config import ModelSettings
+from kvcached_gateway.state import State
 
-__all__ = ["EngineRunner", "RunningEngine"]
+__all__ = ["EngineRunner", "RunningEngine", "Subject"]
 
 
 class RunningEngine(Protocol):
@@ -73,3 +76,31 @@ class EngineRunner(Protocol):
         Raises:
             AdoptionError: If it is none, and was ended.
         """
+
+
+class Subject(Protocol):
+    """The model as its task sees it; see `model.Model`."""
+
+    settings: ModelSettings
+    state: State
+    devices: tuple[str, ...]
+    failure: str
+    is_out_of_memory: bool
+    next_try_at: float
+    starts: Mean
+    num_starts: int
+    token: str
+    leases: HeldLeases
+
+    @property
+    def waits_for_memory(self) -> bool:
+        """Whether its engine waits for memory that others have."""
+
+    def go(self, state: State, reason: str) -> None:
+        """Make a transition."""
+
+    def has(self, engine: RunningEngine, seconds: float | None) -> None:
+        """Have an engine."""
+
+    def lost(self) -> None:
+        """Have none any more."""

@@ -23,8 +23,11 @@ class End:
     Attributes:
         drain_seconds: How long leases are waited for; None is until the last.
         is_kept: Whether the engine lives on, for a later gateway.
+        is_at_once: Whether leases are not waited for, and the engine ends without a word to those
+            who hold them.
     """
 
     reason: str
     drain_seconds: float | None = None
     is_kept: bool = False
+    is_at_once: bool = False

@@ -7,46 +7,65 @@ goes behind the others; nobody is dropped, and whoever has waited half of what i
 
 import heapq
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
-from typing import NamedTuple
+from itertools import compress
+from operator import attrgetter, not_
+from types import MappingProxyType
+from typing import Generic, NamedTuple, TypeVar
 
 CHUNK_TOKENS = 2_048
 MAX_PREFILL_TOKENS = 2 * CHUNK_TOKENS  # one that is read and one behind it: no engine idles
 LEAST_STALL_SECONDS = 1.0
 STALL_FACTOR = 4.0
 BY_ARRIVAL = attrgetter("arrival")
-BY_DEADLINE = attrgetter("deadline", "arrival")
+BY_DEADLINE = attrgetter("deadline")
 
 
-class Waiting(NamedTuple):
-    """A request that waits, times in the loop's seconds.
+@dataclass(eq=False, slots=True)
+class Waiting:
+    """A request that waits, times in the loop's seconds; nothing of this changes while it does.
+
+    What changes, for all requests to a model at once, is in the model's `Pace`. So a line passes
+    on what it has, however often it asks for an order.
 
     Attributes:
-        key: What the caller knows it by.
+        model: The model that reads its prompt.
         arrival: When it came.
         deadline: When its first token is late by its class's goal; None for no goal.
-        seconds: What reading its prompt takes.
-        model: Its model.
-        is_first_of_start: Whether it is the first that waits for a model that is not up.
-        start_seconds: What is left of that start.
+        work: What reading its prompt takes, as its model's pace counts it.
         overdue_at: From when on it goes before whoever came later.
     """
 
-    key: Hashable
+    model: str
     arrival: float
     deadline: float | None
-    seconds: float
-    model: str
-    is_first_of_start: bool = False
-    start_seconds: float = 0.0
+    work: float
     overdue_at: float = math.inf
 
-    @property
-    def needed_seconds(self) -> float:
-        """What it takes until its first token, once it is its turn."""
-        return self.seconds + (self.start_seconds if self.is_first_of_start else 0.0)
+
+class Pace(NamedTuple):
+    """How soon a model's requests get their first tokens, once it is their turn.
+
+    Attributes:
+        per_second: What work it does a second, in whatever unit; infinite where nobody knows.
+        start_seconds: What is left of its start; 0 where it is up.
+        first: The first that waits for that start. It counts for this one alone.
+    """
+
+    per_second: float = 1.0
+    start_seconds: float = 0.0
+    first: Waiting | None = None
+
+    def needed_seconds(self, one: Waiting) -> float:
+        """Return what a request takes until its first token, once it is its turn."""
+        seconds = one.work / self.per_second
+        return seconds + self.start_seconds if one is self.first else seconds
+
+
+EVEN = Pace()
+NO_PACES: Mapping[str, Pace] = MappingProxyType({})
+W = TypeVar("W", bound=Waiting)
 
 
 @dataclass(frozen=True)
@@ -65,59 +84,65 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Order:
+class Order(Generic[W]):
     """In which order requests go to their engines.
 
     Attributes:
-        kept: Keys of the overdue, then of those that make their goals, then of those without one.
-        late: Keys of those that cannot make their goal, in the order in which they came.
+        kept: The overdue, then those that make their goals, then those without one.
+        late: Those that cannot make their goal, in the order in which they came.
         now: When this was decided.
-        waiting: What it was decided about, by key.
+        paces: How fast each model was.
     """
 
-    kept: tuple[Hashable, ...]
-    late: tuple[Hashable, ...]
+    kept: tuple[W, ...]
+    late: tuple[W, ...]
     now: float
-    waiting: dict[Hashable, Waiting] = field(repr=False)
-    _late: frozenset[Hashable] = field(init=False, repr=False, compare=False)
+    paces: Mapping[str, Pace] = field(repr=False)
+    _late: frozenset[int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_late", frozenset(self.late))
+        object.__setattr__(self, "_late", frozenset(map(id, self.late)))
 
-    def reason(self, key: Hashable) -> str:
+    def reason(self, one: W) -> str:
         """Say why a request goes where it goes."""
-        one = self.waiting[key]
         if one.overdue_at <= self.now:
             waited = self.now - one.arrival
             return f"has waited {waited:.1f} s, half of what it may: it goes by its arrival"
         if one.deadline is None:
             return "has no goal: it goes behind those that have one, by its arrival"
         left = one.deadline - self.now
-        if key in self._late:
+        if id(one) in self._late:
+            needed = self.paces.get(one.model, EVEN).needed_seconds(one)
             return (
-                f"needs {one.needed_seconds:.2f} s of the {left:.2f} s to its goal, and without it "
+                f"needs {needed:.2f} s of the {left:.2f} s to its goal, and without it "
                 "more of the others make theirs: it goes behind them"
             )
         return f"makes its goal in {left:.2f} s: it goes by that"
 
 
-def order(waiting: Sequence[Waiting], now: float) -> Order:
+def order(waiting: Iterable[W], now: float, paces: Mapping[str, Pace] = NO_PACES) -> Order[W]:
     """Return the order for requests whose engines share devices, in O(n log n).
 
     Without any goal it is the order in which they came.
+
+    Args:
+        waiting: All that wait.
+        now: As all times, in the loop's seconds.
+        paces: How fast each model is; where it has none, work is counted in seconds.
     """
-    overdue = sorted((one for one in waiting if one.overdue_at <= now), key=BY_ARRIVAL)
-    others = [one for one in waiting if one.overdue_at > now]
-    aims = sorted((one for one in others if one.deadline is not None), key=BY_DEADLINE)
-    aimless = sorted((one for one in others if one.deadline is None), key=BY_ARRIVAL)
-    late = _put_off(aims, now + sum(one.needed_seconds for one in overdue))
-    kept = (*overdue, *(one for one in aims if one.key not in late), *aimless)
-    return Order(
-        tuple(one.key for one in kept),
-        tuple(one.key for one in sorted(late.values(), key=BY_ARRIVAL)),
-        now,
-        {one.key: one for one in waiting},
-    )
+    overdue: list[W] = []
+    aims: list[W] = []
+    aimless: list[W] = []
+    for one in sorted(waiting, key=BY_ARRIVAL):
+        if one.overdue_at <= now:
+            overdue.append(one)
+        else:
+            (aimless if one.deadline is None else aims).append(one)
+    aims.sort(key=BY_DEADLINE)
+    begin = now + sum(paces.get(one.model, EVEN).needed_seconds(one) for one in overdue)
+    are_late = _are_late(aims, begin, paces)
+    kept = (*overdue, *compress(aims, map(not_, are_late)), *aimless)
+    return Order(kept, tuple(sorted(compress(aims, are_late), key=BY_ARRIVAL)), now, paces)
 
 
 def stalls_at(now: float, reading_seconds: float) -> float:
@@ -138,17 +163,22 @@ def has_room(model: str, prompts: Iterable[Prompt], now: float) -> bool:
     return max(own, beside) < MAX_PREFILL_TOKENS
 
 
-def _put_off(aims: Sequence[Waiting], start: float) -> dict[Hashable, Waiting]:
-    """Return those that are late, so that the most of `aims`, sorted by deadline, are not."""
-    late: dict[Hashable, Waiting] = {}
-    heap: list[tuple[float, float, int]] = []  # the longest first, and of equals the last that came
-    end = start
+def _are_late(aims: Sequence[W], begin: float, paces: Mapping[str, Pace]) -> list[bool]:
+    """Say of each of `aims`, sorted by deadline, whether it is late: as few as there can be.
+
+    What passes a deadline puts off the longest so far, and of equals the one that came last.
+    """
+    are_late = [False] * len(aims)
+    heap: list[tuple[float, float, int]] = []  # the longest first
+    end = begin
     for index, one in enumerate(aims):
-        needed = one.needed_seconds
-        heapq.heappush(heap, (-needed, -one.arrival, index))
-        end += needed
-        if end > (one.deadline or 0.0):
-            longest, _, worst = heapq.heappop(heap)
-            end += longest
-            late[aims[worst].key] = aims[worst]
-    return late
+        needed = paces.get(one.model, EVEN).needed_seconds(one)
+        entry = (-needed, -one.arrival, index)
+        if end + needed <= (one.deadline or 0.0):
+            heapq.heappush(heap, entry)
+            end += needed
+        else:
+            longest, _, worst = heapq.heappushpop(heap, entry)
+            end += needed + longest
+            are_late[worst] = True
+    return are_late

@@ -138,10 +138,14 @@ class Demand:
         if seconds > 0:
             self.bytes_per_second.measured(body_bytes / seconds)
 
+    @property
+    def reading_speed(self) -> float:
+        """How many bytes of prompts it reads a second; infinite where that was never measured."""
+        return self.bytes_per_second.value or math.inf
+
     def reading_seconds(self, body_bytes: int) -> float:
         """Return what reading a prompt takes; 0 where that was never measured."""
-        speed = self.bytes_per_second.value
-        return body_bytes / speed if speed else 0.0
+        return body_bytes / self.reading_speed
 
     def prompt_tokens(self, body_bytes: int) -> float:
         """Return about how many tokens a prompt has."""

@@ -4,14 +4,16 @@ Greedy-Dual-Size-Frequency. A model is worth `level + frequency * weight * start
 how often it is asked for, what its class counts, what its next start takes, for each byte that its
 end gives back. The cheapest go first. `level` is the worth of the last victim before the model was
 asked for last, so that what was asked for often, long ago, does not stay for ever. A model that was
-stopped soon after its start twice stays longer the next time.
+stopped soon after its start twice stays longer the next time, and none is stopped so soon that it
+could start more often than once in `starts_apart`.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvcached_core.units import format_bytes
 
@@ -21,8 +23,7 @@ NUM_LEVELS = 64
 MAX_MIN_WARM_SECONDS = 600.0
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A model that is up.
 
     Attributes:
@@ -34,6 +35,7 @@ class Candidate:
         is_pinned: Whether it stays in any case.
         idle_seconds: How long it has had no request.
         warm_seconds: How long it has been up.
+        begun_seconds: How long ago its engine began to start.
         class_weight: What a request to it counts.
     """
 
@@ -45,6 +47,7 @@ class Candidate:
     is_pinned: bool
     idle_seconds: float
     warm_seconds: float
+    begun_seconds: float = math.inf
     class_weight: float = 1.0
 
     def worth(self, places: Iterable[str]) -> float:
@@ -98,6 +101,10 @@ class EvictionSettings(Protocol):
     def min_warm_seconds(self) -> float:
         """The same, and how long it was up, where requests wait for what is started."""
 
+    @property
+    def starts_apart_seconds(self) -> float:
+        """How long ago a victim began to start at least."""
+
 
 @dataclass(frozen=True)
 class Eviction:
@@ -143,7 +150,7 @@ def choose(
     worths: dict[str, float] = {}
     for one in candidates:
         least = state.min_warm_seconds(one.id, settings.min_warm_seconds)
-        if why := _why_stays(one, least, patience):
+        if why := _why_stays(one, least, patience, settings.starts_apart_seconds):
             stays[one.id] = why
         else:
             worths[one.id] = state.level_at(now - one.idle_seconds) + one.worth(needed)
@@ -155,7 +162,9 @@ def choose(
     return Eviction(tuple(one.id for one in victims), reason, stays, after)
 
 
-def _why_stays(one: Candidate, least_warm_seconds: float, patience_seconds: float) -> str:
+def _why_stays(
+    one: Candidate, least_warm_seconds: float, patience_seconds: float, apart_seconds: float
+) -> str:
     """Say why a model must not be stopped; nothing where it may."""
     if one.is_busy:
         return "is busy"
@@ -163,6 +172,8 @@ def _why_stays(one: Candidate, least_warm_seconds: float, patience_seconds: floa
         return "is pinned"
     if one.warm_seconds < least_warm_seconds:
         return f"is young: up for {one.warm_seconds:.0f} s of at least {least_warm_seconds:g} s"
+    if one.begun_seconds < apart_seconds:
+        return f"began to start {one.begun_seconds:.0f} s ago, less than {apart_seconds:g} s"
     if one.idle_seconds < patience_seconds:
         return f"was asked {one.idle_seconds:.0f} s ago, less than {patience_seconds:g} s"
     return ""

@@ -1,10 +1,10 @@
 """What models together take of one device, and how hard they press on the rest."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """What one device has of a model.
 
     Attributes:

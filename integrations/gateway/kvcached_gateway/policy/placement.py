@@ -13,15 +13,14 @@ each can wake.
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvcached_core.units import format_bytes
 from kvcached_gateway.policy.load import Load, Share
 from kvcached_gateway.policy.rooms import Rooms
 
 
-@dataclass(frozen=True)
-class PlacedModel:
+class PlacedModel(NamedTuple):
     """A model that has a place, or wants one; sizes in bytes, over all its devices together.
 
     Attributes:
@@ -150,15 +149,13 @@ def _shares(models: Sequence[PlacedModel]) -> Iterable[Share]:
         if rate is None:
             rate = usual.get(model.class_name or "", 0.0)
         parts = model.tensor_parallel
-        weights_bytes, residue_bytes, floor_bytes = (
-            -(-num_bytes // parts)
-            for num_bytes in (model.weights_bytes, model.residue_bytes, model.floor_bytes)
-        )
+        weights_bytes = -(-model.weights_bytes // parts)
+        residue_bytes = -(-model.residue_bytes // parts)
         yield Share(
             rate / parts,
             residue_bytes + (weights_bytes if model.is_resident else 0),
             0 if model.is_resident else weights_bytes,
-            floor_bytes,
+            -(-model.floor_bytes // parts),
         )
 
 

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import NamedTuple
 
 from kvcached_gateway.settings.units import WarmTime
 
@@ -21,8 +22,7 @@ LEAST_GUESSES = 5  # before hits are compared with that share
 OFF_SECONDS = 86_400.0
 
 
-@dataclass(frozen=True)
-class Prewarmable:
+class Prewarmable(NamedTuple):
     """A model, and what its coming up takes.
 
     Attributes:
@@ -84,7 +84,7 @@ class Habits:
     _last: dict[str, float] = field(default_factory=dict)
     _began: dict[str, float] = field(default_factory=dict)
     _events: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    _followed: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
+    _followed: dict[str, dict[str, int]] = field(default_factory=dict)  # a model, and whom
     _open: set[str] = field(default_factory=set)
     _hits: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
     _off_until: dict[str, float] = field(default_factory=dict)
@@ -100,9 +100,10 @@ class Habits:
         if model in self._began:
             self._events[model] += 1
         self._began[model] = now
+        followed = self._followed.setdefault(model, {})
         for other, began in self._began.items():
             if other != model and now - began <= TOGETHER_SECONDS:
-                self._followed[other, model] += 1
+                followed[other] = followed.get(other, 0) + 1
 
     def woken(self, wish: Wish) -> None:
         """Remember that a guess was followed: a request makes it a hit."""
@@ -119,19 +120,33 @@ class Habits:
         num_events = self._events.get(first, 0)
         if num_events < LEAST_EVENTS:
             return 0.0
-        return min(self._followed.get((first, second), 0) / num_events, 1.0)
+        return min(self._followed.get(second, {}).get(first, 0) / num_events, 1.0)
 
-    def recent(self, now: float) -> list[str]:
-        """Return the models that have an event just now."""
-        return [name for name, began in self._began.items() if now - began <= TOGETHER_SECONDS]
+    def leading(self, now: float) -> dict[str, int]:
+        """Return the models that have an event just now, and how many each had before.
 
-    def leader(self, model: str, recent: Sequence[str], now: float) -> str | None:
-        """Return which of `recent` usually brings an event of this model, too."""
+        Those that had too few to tell are not among them.
+        """
+        return {
+            name: num_events
+            for name, began in self._began.items()
+            if now - began <= TOGETHER_SECONDS
+            and (num_events := self._events.get(name, 0)) >= LEAST_EVENTS
+        }
+
+    def leader(self, model: str, leading: Mapping[str, int], now: float) -> str | None:
+        """Return which of `leading` usually brings an event of this model, too."""
         if now < self._off_until.get(model, now):
             return None
-        shares = ((self.share(other, model), other) for other in recent if other != model)
-        share, leader = max(shares, default=(0.0, ""))
-        return leader if share >= LEAST_SHARE else None
+        followed = self._followed.get(model, {})
+        best, leader = 0.0, ""
+        for name, num_events in leading.items():
+            share = followed.get(name, 0) / num_events
+            if share >= LEAST_SHARE:
+                share = min(share, 1.0)
+                if share > best or (share == best and name > leader):
+                    best, leader = share, name
+        return leader or None
 
     def num_hits(self, model: str) -> tuple[int, int]:
         """Return how many guesses about a model came true, of how many."""
@@ -164,12 +179,12 @@ def wishes(
         free_bytes: What nobody uses or was promised, by place.
     """
     up_since = {model.id: model.up_since for model in models if model.up_since is not None}
-    recent = habits.recent(now)
+    leading = habits.leading(now)
     left = dict(free_bytes)
     granted = []
     reasons = {}
     for model in models:
-        wish = None if model.is_up else _wish(now, moment, model, habits, recent, up_since)
+        wish = None if model.is_up else _wish(now, moment, model, habits, leading, up_since)
         if wish is None:
             continue
         reasons[model.id] = wish.reason
@@ -190,7 +205,7 @@ def _wish(
     moment: datetime,
     model: Prewarmable,
     habits: Habits,
-    recent: Sequence[str],
+    leading: Mapping[str, int],
     up_since: Mapping[str, float],
 ) -> Wish | None:
     """Return why a model that is not up should be."""
@@ -198,7 +213,7 @@ def _wish(
         return Wish(model.id, f"comes up: its time, {moment:%H:%M}, is in warm_at")
     if first := _companion(model, up_since):
         return Wish(model.id, f"comes up with {first!r}, as its warm_with says")
-    if not model.is_yielded or (leader := habits.leader(model.id, recent, now)) is None:
+    if not model.is_yielded or (leader := habits.leader(model.id, leading, now)) is None:
         return None
     share = habits.share(leader, model.id)
     reason = f"wakes with {leader!r}: in {share:.0%} of the cases its requests followed that one's"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from kvcached_gateway.policy.load import Load, Share
 
-GROUP_RATIO = 1.1  # of the most that a device of a group has free and the least
+GROUP_LOG = math.log(1.1)  # of the most that a device of a group has free and the least
 
 
 class Standing(NamedTuple):
@@ -129,5 +129,5 @@ class Rooms:
             self._group_of(standing).add(standing)
 
     def _group_of(self, standing: Standing) -> Group:
-        key = int(math.log(-standing.less_free_bytes) / math.log(GROUP_RATIO))
+        key = int(math.log(-standing.less_free_bytes) / GROUP_LOG)
         return self._groups.setdefault(key, Group())

@@ -8,17 +8,18 @@ import hashlib
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from kvcached_core.units import MAX_NAME_LENGTH, MAX_PRIORITY, MIB, MIN_PRIORITY
+from kvcached_gateway.settings.loopback import is_loopback
 from kvcached_gateway.settings.tables import (
     AllDevices,
     Devices,
     Listen,
+    Nodes,
     NotNegative,
     Positive,
     PublicName,
@@ -85,6 +86,11 @@ class MemorySettings(Values):
         default=20.0,
         validation_alias="min_warm",
         description="the same where requests wait for the other",
+    )
+    starts_apart_seconds: NotNegative = Field(
+        default=60.0,
+        validation_alias="starts_apart",
+        description="no model is stopped for another sooner after its start began",
     )
 
 
@@ -166,6 +172,10 @@ class ModelSettings(Values):
     )
     warm_with: tuple[Text, ...] = Field(default=(), description="models that it is started beside")
     devices: Devices | None = Field(default=None, description="the devices that it may have")
+    nodes: Nodes = Field(
+        default=(),
+        description="labels of nodes, of which a node needs one to have it, on many machines",
+    )
     url: Url | None = Field(
         default=None, description="where it is served already; never started or stopped"
     )
@@ -223,6 +233,10 @@ class Settings(Values):
         validation_alias="host_memory",
         description="host memory of all engines and their copies; half of what is free at first",
     )
+    max_starting: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="how many engines start at a time, where they fit; one for each four cores",
+    )
     engines_on_exit: Literal["stop", "keep"] = Field(
         default="stop", description="what becomes of the engines at the end"
     )
@@ -258,12 +272,7 @@ class Settings(Values):
     @property
     def is_loopback(self) -> bool:
         """Whether nobody but this machine can reach it."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ip_address(self.host).is_loopback
-        except ValueError:
-            return False  # a name: whatever it leads to
+        return is_loopback(self.host)
 
     @cached_property
     def _by_name(self) -> dict[str, ModelSettings]:

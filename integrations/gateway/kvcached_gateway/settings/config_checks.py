@@ -1,6 +1,6 @@
 """What the parts of the file of models say about each other."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from kvcached_gateway.settings.config import HOST, ModelSettings, Settings
 from kvcached_gateway.settings.mistakes import Mistake, Path, nearest
@@ -110,6 +110,7 @@ def _check_engine(here: Path, model: ModelSettings, settings: Settings) -> None:
     _check_args((*here, "args"), environment.engine, model.args)
     _check_kv(here, model)
     _check_model_devices(here, model, settings)
+    _check_nodes((*here, "nodes"), model)
     others = {other.id for other in _engines(settings)} - {model.id}
     for place, other in enumerate(model.warm_with):
         if other not in others:
@@ -159,16 +160,26 @@ def _check_model_devices(here: Path, model: ModelSettings, settings: Settings) -
             raise Mistake((*here, place), text, device)
 
 
+def _check_nodes(here: Path, model: ModelSettings) -> None:
+    if "nodes" in model.model_fields_set and not model.nodes:
+        raise Mistake(here, "is empty; name a label, or leave it out for any node")
+    _check_once(here, model.nodes)
+
+
 def _check_devices(here: Path, devices: str | tuple[str, ...]) -> None:
     if devices == "all":
         return
     if not devices:
         raise Mistake(here, "is empty; name a device, or leave it out")
-    for place, device in enumerate(devices):
-        if device in devices[:place]:
-            raise Mistake((*here, place), "it is there twice", device)
+    _check_once(here, devices)
     if HOST in devices and len(devices) > 1:
         raise Mistake(here, f"{HOST!r} stands alone, without GPUs", list(devices))
+
+
+def _check_once(here: Path, names: Sequence[str]) -> None:
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise Mistake((*here, place), "it is there twice", name)
 
 
 def _check_names(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""Files that only their user may change, read once and whole."""
+"""Files that only their user may change, read and written whole."""
 
 import os
 import stat
@@ -35,6 +35,20 @@ def read_own(path: Path, *, is_secret: bool = False) -> str:
         return content.decode()
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text") from None
+
+
+def write_own(path: Path, text: str) -> None:
+    """Write a file that nobody else may read or change, whole or not at all.
+
+    Raises:
+        OSError: If the disk is full, or the folder gone; what was written before stays.
+    """
+    new = path.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "w") as file:  # noqa: PTH123  a descriptor
+        file.write(text)
+    new.rename(path)
 
 
 def _check(path: Path, found: os.stat_result, *, is_secret: bool) -> None:

@@ -19,7 +19,7 @@ def _matching(pattern: str, allowed: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _devices(value: Any) -> Any:
+def _one_or_list(value: Any) -> Any:
     """Take one name for a list of one."""
     return (value,) if isinstance(value, str) else value
 
@@ -53,7 +53,15 @@ VariableName = Annotated[
     str, _matching(r"[A-Za-z_][A-Za-z0-9_]*", "write the name of a variable, not its value")
 ]
 Text = Annotated[str, Field(min_length=1)]
-Devices = Annotated[tuple[Text, ...], BeforeValidator(_devices)]
+NodeLabel = Annotated[
+    str,
+    _matching(
+        r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?(=[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?",
+        "write a label as key=value, or a node's name",
+    ),
+]
+Devices = Annotated[tuple[Text, ...], BeforeValidator(_one_or_list)]
+Nodes = Annotated[tuple[NodeLabel, ...], BeforeValidator(_one_or_list)]
 AllDevices = Annotated[Literal["all"] | tuple[Text, ...], BeforeValidator(_all_or_list)]
 Positive = Annotated[Seconds, Field(gt=0)]
 NotNegative = Annotated[Seconds, Field(ge=0)]

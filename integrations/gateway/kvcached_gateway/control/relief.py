@@ -1,0 +1,110 @@
+"""Models that are up, and whose requests wait for memory that others keep for as long as they live.
+
+An idle engine gives its weights and its cache, and keeps its first page. A request that does not
+fit beside such pages would wait for ever: somebody who may is stopped for it, as for a start. Where
+two wait so for each other, it is the one that began later, and its requests are asked again.
+"""
+
+from collections.abc import Mapping
+
+from kvcached_core.ledger.view import InstanceView
+from kvcached_gateway.control.decisions import Decisions
+from kvcached_gateway.control.machine import DeviceMemory, MachineView
+from kvcached_gateway.control.sizes import first_bytes, kept_bytes
+from kvcached_gateway.control.starts import Starts
+from kvcached_gateway.engines.starving import STARVED_SECONDS
+from kvcached_gateway.models.fleet import Fleet
+from kvcached_gateway.models.model import Model
+from kvcached_gateway.state import State
+
+__all__ = ["Relief"]
+
+
+class Relief:
+    """Who is stopped for requests of models that are up.
+
+    Args:
+        fleet: The models.
+        starts: What stops models, and says who starts where.
+        decisions: Where decisions are kept.
+    """
+
+    def __init__(self, fleet: Fleet, starts: Starts, decisions: Decisions) -> None:
+        self._fleet = fleet
+        self._starts = starts
+        self._decisions = decisions
+        self._since: dict[str, float] = {}
+
+    def decide(self, machine: MachineView, now: float) -> None:
+        """Stop somebody for each model that has waited too long for what nobody gives.
+
+        Args:
+            machine: What there is.
+            now: The loop's seconds.
+        """
+        starved = {}
+        for model in self._fleet.models.values():
+            if missing := self._missing(model, machine):
+                starved[model.id] = missing
+                self._since.setdefault(model.id, now)
+        for name in self._since.keys() - starved.keys():
+            del self._since[name]
+            self._decisions.forget_wait(name)
+        for name, missing in starved.items():
+            model = self._fleet.models[name]
+            if now - self._since[name] < STARVED_SECONDS:
+                continue
+            if awaited := self._starts.awaited(model, model.devices, missing, machine):
+                self._decisions.add(name, "wait", f"it waits {awaited}")
+            else:
+                self._starts.evict(model, model.devices, missing, now, self._stuck(name, starved))
+
+    def _stuck(self, name: str, starved: Mapping[str, Mapping[str, int]]) -> set[str]:
+        """Return who waits as a model does, and began to later, with no answer begun.
+
+        Two of these would wait for each other, and never have an idle moment.
+        """
+        return {
+            other
+            for other in starved
+            if (self._since[other], other) > (self._since[name], name)
+            and not self._fleet.models[other].leases.have_begun
+        }
+
+    def _missing(self, model: Model, machine: MachineView) -> dict[str, int]:
+        """Return what a model lacks on its devices even when all that can come back has."""
+        if model.state is not State.BUSY:
+            return {}
+        return {
+            name: missing
+            for name in model.devices
+            if (device := machine.devices.get(name))
+            for own in machine.views(model.settings.instance_name, (name,))
+            if (missing := _needed_bytes(own, device) - self._room_bytes(device, own)) > 0
+        }
+
+    def _room_bytes(self, device: DeviceMemory, own: InstanceView) -> int:
+        """Return what a model could ever have of a device beside those that are there."""
+        idle = {one.settings.instance_name for one in self._fleet.all if not one.num_leases}
+        room = device.free_bytes + max(own.held_bytes - own.page_bytes, 0)
+        for view in device.engines:
+            if view.row == own.row:
+                continue
+            has = view.resident_bytes + view.promised_bytes
+            first = first_bytes(view)  # of one whose requests will end
+            room += max(has - (kept_bytes(view) if view.name in idle else first), 0)
+        return room
+
+
+def _needed_bytes(own: InstanceView, device: DeviceMemory) -> int:
+    """Return what a busy engine waits for: pages for requests, or its turn to have its weights.
+
+    Until its turn comes, its weights are others', and for which pages it waits is not in its row:
+    what counts is its longest request, as at a start, unless that fits beside nobody.
+    """
+    weights_bytes = own.weights_needed_bytes - own.weights_bytes
+    if not weights_bytes and not own.weights_offered_bytes:
+        return own.waiting_bytes
+    fits = own.weights_needed_bytes + own.least_bytes <= (device.capacity_bytes or 0)
+    request_bytes = max(own.least_bytes - own.page_bytes, 0) if fits else 0
+    return max(own.waiting_bytes, weights_bytes + request_bytes)

@@ -1,0 +1,77 @@
+"""What becomes of a request whose engine is about to end when its answer comes."""
+
+import asyncio
+import json
+
+import aiohttp
+import pytest
+from helpers.gateway_front import (
+    GivenLease,
+    GivenLeases,
+    PatientLeases,
+    RefusingLeases,
+    front_served,
+    read_torn,
+)
+from helpers.loops import on_a_loop
+
+from kvcached_gateway.lease import Address, Ask, Ending, Lease
+
+
+class Closing(GivenLeases):
+    """Hands out leases of which the first ones are closed before an answer begins."""
+
+    def __init__(self, address: Address, num_closed: int) -> None:
+        super().__init__(address)
+        self._num_closed = num_closed
+
+    async def take(self, ask: Ask) -> Lease:
+        lease = await super().take(ask)
+        self.leases[-1].is_closed = len(self.leases) <= self._num_closed
+        return lease
+
+
+@on_a_loop
+async def test_an_answer_that_may_not_begin_is_asked_for_again_before_a_byte_of_it() -> None:
+    """What answers is a front that refuses: any server would do."""
+    for num_closed, code in ((1, "model_loading"), (2, "engine_died")):
+        async with front_served(RefusingLeases()) as engine:
+            leases = Closing(Address(engine.url), num_closed)
+            async with (
+                front_served(leases) as house,
+                aiohttp.ClientSession() as session,
+                session.post(house.url + "/v1/completions", json={"model": "tiny"}) as answer,
+            ):
+                assert (await answer.json())["error"]["code"] == code
+        assert [ask.is_again for ask in leases.asks] == [False, True]
+        endings = [ending for lease in leases.leases for ending, _ in lease.endings]
+        assert endings == [Ending.DIED_BEFORE] * num_closed + [Ending.DONE] * (2 - num_closed)
+
+
+@on_a_loop
+async def test_an_engine_that_dies_in_a_plain_answer_to_a_stream_with_comments_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvcached_gateway.http.passage.COMMENT_SECONDS", 0.05)
+
+    async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 500 Oh\r\ncontent-length: 100\r\n\r\nhalf of it")
+        await writer.drain()
+        writer.close()
+
+    engine = await asyncio.start_server(die, "127.0.0.1", 0)
+    lease = GivenLease(Address(f"http://127.0.0.1:{engine.sockets[0].getsockname()[1]}"))
+    body = json.dumps({"model": "slow", "stream": True}).encode()
+    async with (
+        engine,
+        front_served(leases := PatientLeases()) as house,
+        aiohttp.ClientSession() as session,
+        session.post(house.url + "/v1/completions", data=body) as answer,
+    ):
+        assert await answer.content.readuntil(b"\n\n") == b": the model is starting\n\n"
+        leases.answer.set_result(lease)
+        event = (await read_torn(answer.content)).rpartition(b"data: ")[2]
+    assert json.loads(event)["error"]["code"] == "engine_died"
+    assert lease.endings == [(Ending.DIED_WITHIN, 500)]
+    assert house.written.told == [("answered", "tiny", None, 502)]
