@@ -1,4 +1,4 @@
-"""`python -m benchmarks list | run NAME... [-- ARGUMENTS] | report FOLDER | figures [--write]`."""
+"""`python -m benchmarks list | run | report | figures | draw`; `--help` says what each takes."""
 
 import argparse
 import os
@@ -67,6 +67,24 @@ def call(words: Sequence[str], environ: dict[str, str]) -> int:
             signal.signal(signal.SIGTERM, before)
 
 
+def draw(names: Sequence[str]) -> None:
+    """Draw pictures, all of them if none is named, where the documents show them.
+
+    Raises:
+        SystemExit: If there is none of a name; the message has the names that there are.
+    """
+    from figures.drawing import draw as draw_picture
+    from figures.picture import read_pictures
+
+    pictures = {picture.name: picture for picture in read_pictures()}
+    for name in names:
+        if name not in pictures:
+            raise SystemExit(f"picture {name!r} is not one of {', '.join(pictures)}")
+    for name in names or pictures:
+        draw_picture(pictures[name], pictures[name].path)
+        print(pictures[name].path)
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -79,6 +97,8 @@ def main() -> None:
     reporting.add_argument("folder", type=Path)
     checking = verbs.add_parser("figures", help="compare the documents' figures with the records")
     checking.add_argument("--write", action="store_true", help="write the records' figures first")
+    drawing = verbs.add_parser("draw", help="draw the documents' pictures from the records")
+    drawing.add_argument("names", nargs="*", help="pictures; all of them if none is named")
     words = sys.argv[1:]
     more = words[words.index("--") + 1 :] if "--" in words else []
     options = parser.parse_args(words[: words.index("--")] if "--" in words else words)
@@ -92,6 +112,8 @@ def main() -> None:
 
         found = report(write=options.write)
         raise SystemExit("\n".join(found) if found else 0)
+    elif options.verb == "draw":
+        draw(options.names)
     else:
         from multi_model.report import write_report
 

@@ -42,6 +42,7 @@ BENCHMARKS = (
         "calls and schedules beside older code",
     ),
     Benchmark("wrappers", "wrappers.py", HOST, "what our wrappers add to the scheduler's path"),
+    Benchmark("lock_check", "lock_check.py", HOST, "comparing an engine with its lock at a start"),
     Benchmark("ledger", "ledger.py", HOST, "one operation of the ledger, alone and contended"),
     Benchmark("pressure", "pressure.py", HOST, "how soon an idle engine gives memory back"),
     Benchmark("host_memory", "host_memory.py", HOST, "mapping host memory, ledger views, imports"),
@@ -50,6 +51,12 @@ BENCHMARKS = (
         "gateway_overhead.py",
         HOST,
         "what the gateway adds to a request, beside LiteLLM's proxy",
+    ),
+    Benchmark(
+        "ray_overhead",
+        "ray_overhead.py",
+        HOST,
+        "what the application for Ray adds to a request, above a bare one that streams",
     ),
     Benchmark(
         "gateway_policy",
@@ -78,6 +85,24 @@ BENCHMARKS = (
         "two equal servers on a pool too small for both",
         result="fair_pool_sglang.json",
     ),
+    Benchmark(
+        "offload_race",
+        "offload_race.py",
+        HOST,
+        "copies to the host against memory that goes: 500 requests, with holds and without",
+    ),
+    Benchmark(
+        "host_pages",
+        "host_pages.py",
+        HOST,
+        "taking pages of shared host memory, passing them on, and files on the same memory",
+    ),
+    Benchmark(
+        "disk_images",
+        "disk_images.py",
+        HOST,
+        "an image of weights from a disk beside plain reads, and 30 models in memory for 10",
+    ),
     Benchmark("clients", "clients.py", HOST, "what our client and vLLM's add to a server's times"),
     Benchmark(
         "multi_model_host",
@@ -98,6 +123,9 @@ BENCHMARKS = (
         "weights_many", "weights_many.py", GPU, "more models than fit, and their weights in turn"
     ),
     Benchmark(
+        "restart", "restart.py", GPU, "a start from the host copy beside one from cached files"
+    ),
+    Benchmark(
         "gateway_gpu",
         "gateway_gpu.py",
         GPU,
@@ -111,6 +139,19 @@ BENCHMARKS = (
     ),
     Benchmark("weights_wake", "weights_wake.py", GPU, "weights that come and go, and their wake"),
     Benchmark(
+        "prefill_while_copying",
+        "prefill_while_copying.py",
+        GPU,
+        "a long prompt to a model whose weights are gone, computed while they come",
+    ),
+    Benchmark("held", "held.py", GPU, "what a server whose weights are gone still holds"),
+    Benchmark(
+        "programs",
+        "programs.py",
+        GPU,
+        "room for a program that allocates 20 GiB, beside two servers that fill the device",
+    ),
+    Benchmark(
         "wake_beside_neighbour",
         "wake_beside_neighbour.py",
         GPU,
@@ -123,6 +164,32 @@ BENCHMARKS = (
         "SGLang's memory saver beside a neighbour that fills the device: 20 rounds",
         output="--out",
         result="sglang_wake",
+    ),
+    Benchmark(
+        "offload",
+        "offload.py",
+        GPU,
+        "vLLM's own offloading with us and without: speed, copies, what comes back",
+    ),
+    Benchmark(
+        "offload_contexts",
+        "offload_contexts.py",
+        GPU,
+        "contexts of four times the device's KV memory, with a host tier and without",
+    ),
+    Benchmark(
+        "offload_disk",
+        "offload.py",
+        GPU,
+        "vLLM's tier on disk: a long prompt from files alone, beside the disk's own speed",
+        ("--rows", "disk", "--disk", "offloaded-blocks"),
+    ),
+    Benchmark(
+        "hicache",
+        "offload.py",
+        GPU,
+        "SGLang's HiCache with us and without: answers, speed, what comes back",
+        ("--engine", "sglang"),
     ),
     Benchmark("vllm_neighbours", "vllm_neighbours.py", GPU, "starts and bursts beside neighbours"),
     Benchmark(
@@ -160,5 +227,30 @@ BENCHMARKS = (
         ),
         output="--out",
         result="multi_model/many",
+    ),
+    Benchmark(
+        "multi_model_twelve",
+        "multi_model/run.py",
+        GPU,
+        "twelve 8B models on 80 GB, weights in the budget: ours beside sleep mode and swapping",
+        (
+            *("--profile", "gpu", "--cap-gib", "74.5", "--num-models", "12", "--seconds", "300"),
+            *("--modes", "alone", "sleep-swap", "swap", "gateway", "--twice", "gateway"),
+            *("--workloads", "arena:1", "arena:4", "--swap-limit", "256"),
+        ),
+        output="--out",
+        result="multi_model/twelve",
+    ),
+    Benchmark(
+        "multi_model_upstream",
+        "multi_model/run.py",
+        GPU,
+        "three 8B models on 80 GB: an even split, ovg-project's kvcached, and ours",
+        (
+            *("--profile", "gpu", "--cap-gib", "74.5", "--workloads", "ramp:24", "ramp:32"),
+            *("--modes", "alone", "static", "upstream", "elastic", "--twice", "elastic"),
+        ),
+        output="--out",
+        result="multi_model/upstream",
     ),
 )

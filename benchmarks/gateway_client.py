@@ -3,7 +3,8 @@
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -24,6 +25,7 @@ class Answer:
         late_seconds: How much later than due it was sent.
         woken: What the gateway says that its model needed first, or nothing.
         error: Why it failed, or nothing.
+        is_over: Whether all came that will; not if the run was cut off before.
     """
 
     due: Due
@@ -32,23 +34,59 @@ class Answer:
     late_seconds: float = 0.0
     woken: str = ""
     error: str = ""
+    is_over: bool = False
 
     def is_within(self, goal_seconds: float) -> bool:
         """Whether it was answered, and began in time."""
         return not self.error and (self.ttft_seconds or 0.0) <= goal_seconds
 
 
-async def send(url: str, schedule: Sequence[Due]) -> list[Answer]:
-    """Send each request when it is due, whatever became of those before; return all answers."""
+async def send(
+    url: str, schedule: Sequence[Due], answers: list[Answer] | None = None
+) -> list[Answer]:
+    """Send each request when it is due, whatever became of those before; return all answers.
+
+    Args:
+        url: Where to.
+        schedule: The requests.
+        answers: Where the answers are from the beginning on, so that who is cut off has what came.
+    """
+    found = [] if answers is None else answers
+    found += [Answer(due) for due in schedule]
     timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
         begin = time.perf_counter()
-        return await asyncio.gather(*(_ask(session, due, begin) for due in schedule))
+        await asyncio.gather(*(_ask(session, answer, begin) for answer in found))
+    return found
 
 
-async def _ask(session: aiohttp.ClientSession, due: Due, begin: float) -> Answer:
-    answer = Answer(due)
+async def send_first(
+    url: str, schedule: Sequence[Due], seconds: float, note: Callable[[list[Answer]], None]
+) -> None:
+    """Send a first request to each model, all at once; say at each answer what there is so far.
+
+    Args:
+        url: Where to.
+        schedule: The requests.
+        seconds: How long they are waited for.
+        note: Called with an answer for each; those that did not come in time have an error.
+    """
+    found = {due.model: Answer(due, error="it was not up in time") for due in schedule}
+    sending = [asyncio.create_task(send(url, [due])) for due in schedule]
+    note(list(found.values()))
+    with suppress(TimeoutError):
+        for coming in asyncio.as_completed(sending, timeout=seconds):
+            (answer,) = await coming
+            found[answer.due.model] = answer
+            note(list(found.values()))
+    for task in sending:
+        task.cancel()
+    await asyncio.gather(*sending, return_exceptions=True)
+
+
+async def _ask(session: aiohttp.ClientSession, answer: Answer, begin: float) -> None:
+    due = answer.due
     await asyncio.sleep(begin + due.at_seconds - time.perf_counter())
     sent = time.perf_counter()
     answer.late_seconds = sent - begin - due.at_seconds
@@ -66,7 +104,6 @@ async def _ask(session: aiohttp.ClientSession, due: Due, begin: float) -> Answer
             answer.woken = response.headers.get("X-Kvcached-Cold-Start", "")
             if response.status != OK:
                 answer.error = f"status {response.status}: {(await response.text())[:300]}"
-                return answer
             async for line in response.content:
                 data = line.removeprefix(b"data: ").strip()
                 if not line.startswith(b"data: ") or data == b"[DONE]":
@@ -75,8 +112,8 @@ async def _ask(session: aiohttp.ClientSession, due: Due, begin: float) -> Answer
                 if ids and answer.ttft_seconds is None:
                     answer.ttft_seconds = time.perf_counter() - sent
                 answer.token_ids += ids
-        if len(answer.token_ids) != due.num_tokens:
+        if not answer.error and len(answer.token_ids) != due.num_tokens:
             answer.error = f"{len(answer.token_ids)} of {due.num_tokens} tokens came"
     except (aiohttp.ClientError, TimeoutError, LookupError, ValueError) as error:
         answer.error = f"{type(error).__name__}: {error}"
-    return answer
+    answer.is_over = True

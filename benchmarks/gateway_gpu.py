@@ -6,7 +6,8 @@
 Servers of one shape with weights of their own, more than the device has room for at a time, start
 by their first request. `bursts` asks them in bursts, of which two at most overlap. `classes` sends
 one schedule twice: without classes, and with a strict one and a loose one, which a reload brings.
-`move` loads two models of one GPU until one moves to the other. `--tiny` rehearses on a CPU.
+`move` loads two models of one GPU until one moves to the other. All begin when every model is up.
+`--end-seconds` leaves what was reached in the file. `--tiny` rehearses on a CPU.
 """
 
 import argparse
@@ -20,8 +21,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gateway_client import Answer, send
-from gateway_schedule import Due, bursts, num_overlapping, prompt, rivals
+from gateway_client import Answer, send, send_first
+from gateway_move import move
+from gateway_schedule import (
+    LOOSE_SHARE,
+    STRICT_SHARE,
+    Due,
+    bursts,
+    num_overlapping,
+    prompt,
+    rivals,
+    start_seconds,
+)
 from gateway_serve import CHUNK_TOKENS, Gateway
 from gateway_table import table
 from machine import describe_gpu, describe_machine
@@ -36,8 +47,7 @@ NUM_GAUGES = 12  # requests that tell what the device reads
 GOAL_PROMPTS = 15  # the strict goal, as times of reading one of its prompts
 LOOSE_SECONDS = 30.0
 TINY_KV_BYTES = 2 * GIB  # for the prompts of `classes`
-COPY_SECONDS, MOVE_SECONDS = 60.0, 120.0
-MOVE_RATE = 6.0  # requests a second at each of two models
+COPY_SECONDS = 60.0
 PROMPTS = tuple(prompt(1000 + number, PROMPT_TOKENS) for number in range(NUM_PROMPTS))
 
 
@@ -52,47 +62,43 @@ class Run:
         self.names: list[str] = []
         self.num_failed = 0
 
-    def _send(self, schedule: Sequence[Due]) -> list[Answer]:
-        answers = asyncio.run(send(self._gateway.url, schedule))
-        failed = [answer.error for answer in answers if answer.error]
-        self.num_failed += len(failed)
-        self._record.add(failed=self.num_failed)
-        if failed:
-            errors = self._record.results.get("errors", [])
-            self._record.add(errors=(errors + failed)[:20])
-        return answers
+    def _send(self, schedule: Sequence[Due], answers: list[Answer] | None = None) -> list[Answer]:
+        """Send requests, and count those that failed also when it is cut off."""
+        found = [] if answers is None else answers
+        try:
+            asyncio.run(send(self._gateway.url, schedule, found))
+        finally:
+            failed = [answer.error for answer in found if answer.error]
+            self.num_failed += len(failed)
+            errors = (self._record.results.get("errors", []) + failed)[:20]
+            self._record.add(failed=self.num_failed, **({"errors": errors} if errors else {}))
+        return found
 
-    def start(self) -> None:
+    def start(self, seconds: float) -> None:
         """Start every model by its first request, all at once; keep those that are up in time."""
         begin = time.monotonic()
+
+        def note(answers: Sequence[Answer]) -> None:
+            self.names = [answer.due.model for answer in answers if not answer.error]
+            self._record.add(
+                start={
+                    "seconds": time.monotonic() - begin,
+                    "first_tokens_seconds": {one.due.model: one.ttft_seconds for one in answers},
+                    "start_seconds": {
+                        row.id: row.start_seconds for row in self._gateway.client.models()
+                    },
+                    "errors": [answer.error for answer in answers if answer.error],
+                }
+            )
+
         first = [Due(0.0, name, PROMPTS[0], NUM_TOKENS) for name in self._gateway.names]
-        answers = asyncio.run(self._send_first(first))
-        rows = {row.id: row for row in self._gateway.client.models()}
-        self.names = [answer.due.model for answer in answers if not answer.error]
-        self._record.add(
-            start={
-                "seconds": time.monotonic() - begin,
-                "first_tokens_seconds": {one.due.model: one.ttft_seconds for one in answers},
-                "start_seconds": {name: row.start_seconds for name, row in rows.items()},
-                "errors": [answer.error for answer in answers if answer.error],
-            }
-        )
+        asyncio.run(send_first(self._gateway.url, first, seconds, note))
         if len(self.names) < len(self._gateway.names):
             self._gateway.names = self.names
             self._gateway.write()
             print(self._gateway.client.reload())
         self._know()
         self._record.add(copied_seconds=self._await_copies())
-
-    async def _send_first(self, first: Sequence[Due]) -> list[Answer]:
-        sending = [asyncio.create_task(send(self._gateway.url, [due])) for due in first]
-        done, late = await asyncio.wait(sending, timeout=self._options.start_seconds)
-        for task in late:
-            task.cancel()
-        return [
-            task.result()[0] if task in done else Answer(due, error="it was not up in time")
-            for task, due in zip(sending, first, strict=True)
-        ]
 
     def _know(self) -> None:
         """Ask each model each prompt alone: these are its right answers."""
@@ -114,33 +120,36 @@ class Run:
             self.names,
             PROMPTS,
             num_requests=self._options.requests,
-            num_in_burst=20,
             num_tokens=NUM_TOKENS,
         )
         begin = time.monotonic()
-        answers = self._send(schedule)
-        seconds = time.monotonic() - begin
-        alone = self._send([Due(0.0, name, PROMPTS[0], NUM_TOKENS) for name in self.names])
-        times = sorted(one.ttft_seconds for one in answers if one.ttft_seconds is not None)
-        self._record.add(
-            bursts={
-                "requests": len(answers),
-                "seconds": seconds,
-                "failed": sum(bool(answer.error) for answer in answers),
-                "overlapping": num_overlapping(schedule),
-                "woken": dict(Counter(answer.woken or "no" for answer in answers)),
-                "late_seconds": max(answer.late_seconds for answer in answers),
+        answers: list[Answer] = []
+        found: dict[str, Any] = {"overlapping": num_overlapping(schedule)}
+        try:
+            self._send(schedule, answers)
+        finally:
+            over = [one for one in answers if one.is_over]
+            times = sorted(one.ttft_seconds for one in over if one.ttft_seconds is not None)
+            found |= {
+                "requests": len(over),
+                "cut_off": len(schedule) - len(over),
+                "seconds": time.monotonic() - begin,
+                "failed": sum(bool(answer.error) for answer in over),
+                "woken": dict(Counter(answer.woken or "no" for answer in over)),
+                "late_seconds": max((answer.late_seconds for answer in over), default=0.0),
                 "ttft_seconds": times,
-                "same_tokens": sum(self._is_right(answer) for answer in answers),
-                "same_first_token": sum(self._is_right(answer, 1) for answer in answers),
-                "of_another_model": sum(map(self._is_of_another, answers)),
-                "wrong_alone": sum(not self._is_right(answer) for answer in alone),
-                "activations": sum(
-                    row.activations.num for row in self._gateway.instances().values()
-                ),
-                "starts": {row.id: row.num_starts for row in self._gateway.client.models()},
+                "same_tokens": sum(map(self._is_right, over)),
+                "same_first_token": sum(self._is_right(answer, 1) for answer in over),
+                "of_another_model": sum(map(self._is_of_another, over)),
             }
-        )
+            self._record.add(bursts=found)
+        alone = self._send([Due(0.0, name, PROMPTS[0], NUM_TOKENS) for name in self.names])
+        found |= {
+            "wrong_alone": sum(not self._is_right(answer) for answer in alone),
+            "activations": sum(row.activations.num for row in self._gateway.instances().values()),
+            "starts": {row.id: row.num_starts for row in self._gateway.client.models()},
+        }
+        self._record.add(bursts=found)
 
     def _is_right(self, answer: Answer, num_tokens: int = NUM_TOKENS) -> bool:
         right = self._right[answer.due.model, answer.due.prompt]
@@ -168,7 +177,12 @@ class Run:
             loose_tokens=LOOSE_TOKENS,
         )
         goals = {strict: goal, loose: LOOSE_SECONDS}
-        found: dict[str, Any] = {"tokens_per_second": speed, "goals_seconds": goals}
+        found: dict[str, Any] = {
+            "tokens_per_second": speed,
+            "goals_seconds": goals,
+            "strict_share": STRICT_SHARE,
+            "loose_share": LOOSE_SHARE,
+        }
         for way in ("without", "with"):
             if way == "with":
                 self._gateway.write(
@@ -211,36 +225,7 @@ class Run:
 
     def move(self) -> None:
         """Load two models that share a GPU until one has moved to the other GPU."""
-        before = self._places()
-        here = Counter(before.values()).most_common(1)[0][0]
-        pair = [name for name, place in before.items() if place == here][:2]
-        answers: list[Answer] = []
-        begin, after, rounds = time.monotonic(), before, 0
-        while time.monotonic() - begin < MOVE_SECONDS and rounds < 2:  # noqa: PLR2004  one behind it
-            answers += self._send(
-                [
-                    Due(number / MOVE_RATE, name, PROMPTS[number % NUM_PROMPTS], 4 * NUM_TOKENS)
-                    for number in range(int(5 * MOVE_RATE))
-                    for name in pair
-                ]
-            )
-            after = self._places()
-            rounds += after != before
-        self._record.add(
-            move={
-                "pair": pair,
-                "before": before,
-                "after": after,
-                "moved": sum(after[name] != before[name] for name in before),
-                "seconds": time.monotonic() - begin,
-                "requests": len(answers),
-                "failed": sum(bool(answer.error) for answer in answers),
-                "ttft_seconds": sorted(answer.ttft_seconds or 0.0 for answer in answers),
-            }
-        )
-
-    def _places(self) -> dict[str, str]:
-        return {row.id: ",".join(row.devices) for row in self._gateway.client.models()}
+        self._record.add(move=move(self._gateway.client, self._send, PROMPTS, 4 * NUM_TOKENS))
 
     def close(self) -> None:
         """Write down what the gateway decided."""
@@ -261,8 +246,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1000, help="of the bursts")
     parser.add_argument("--seconds", type=float, default=20.0, help="of the load with classes")
     parser.add_argument("--start-seconds", type=float, default=900.0, help="for all starts")
+    parser.add_argument("--starting", type=int, help="how many start at a time")
+    parser.add_argument("--end-seconds", type=int, help="when it ends, whatever was reached")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, lambda number, _: sys.exit(f"ended by {signal.Signals(number).name}"))
+    signal.alarm(options.end_seconds or 0)
     record = Record(options.json)
     machine = describe_machine() if options.tiny else describe_gpu()
     record.add(machine=machine, chunk_tokens=CHUNK_TOKENS)
@@ -272,13 +261,16 @@ def main() -> None:
         cards=options.cards,
         tiny=options.tiny,
         headroom_bytes=headroom,
+        max_starting=options.starting,
         tiny_kv_bytes=TINY_KV_BYTES if "classes" in options.parts else 0,
     )
     try:
         with gateway.serving():
             run = Run(gateway, record, options)
             try:
-                run.start()
+                run.start(
+                    start_seconds(options.requests, options.start_seconds, options.end_seconds)
+                )
                 for part in options.parts.split(","):
                     getattr(run, part)()
             finally:
@@ -286,7 +278,7 @@ def main() -> None:
     finally:
         gateway.keep_logs(options.json.parent, options.json.stem)
         gateway.close()
-    print(table(record.results))
+        print(table(record.results))
 
 
 if __name__ == "__main__":

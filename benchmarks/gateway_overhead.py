@@ -6,8 +6,9 @@
 
 A stand-in streams as fast as it is asked to; it is asked directly, through the gateway and through
 LiteLLM's proxy, in turn, in one run. LiteLLM comes from an environment of its own, made with
-`pip install 'litellm[proxy]'`; without one it is not measured. With `--workers` one process and so
-many are compared under a load that neither can bear, and nothing else is measured.
+`pip install 'litellm[proxy]'`; without one it is not measured. With `--workers` one
+process and so many are compared under a load that neither shall bear, and nothing else is measured.
+A stream has an event each millisecond at most: `--loads` times `--at-once` of them can be sent.
 """
 
 import argparse
@@ -37,8 +38,8 @@ AT_ONCE = 8
 NUM_STREAMS = 96
 SLOW_US, FAST_US = 20_000, 4_800  # 96 streams: 4,800 and 20,000 events a second
 NAMES = ("standin", *(f"every-{every}-us" for every in (SLOW_US, FAST_US)))
-NUM_LOADS = 4  # of several workers: processes that load them, each with a stand-in of its own
-LOADS_AT_ONCE = 64
+NUM_LOADS, LOADS_AT_ONCE = 4, 64  # of several workers
+EVENT_US = 1000  # how far the events are apart that several workers pass on
 
 
 @dataclass(frozen=True)
@@ -144,43 +145,64 @@ def _litellm_release(python: Path) -> str:
     ).stdout.strip()
 
 
-def _load_one(port: int, model: str, num: int, num_tokens: int) -> int:
+def _load_one(port: int, model: str, num: int, num_tokens: int, at_once: int) -> int:
     """Load a gateway from a process of its own; return how many events came."""
     data = request("x", num_tokens=num_tokens, model=model)
-    taken = uvloop.run(ask_many(port, data, num=num, at_once=LOADS_AT_ONCE))
+    taken = uvloop.run(ask_many(port, data, num=num, at_once=at_once))
     return sum(one.num_events for one in taken)
 
 
-def compare_workers(num_workers: int, num_rounds: int) -> dict[str, Any]:
-    """Compare one process with several, in turn, under as much load as they bear."""
+def compare_workers(
+    num_workers: int, num_rounds: int, num_loads: int = NUM_LOADS, at_once: int = LOADS_AT_ONCE
+) -> dict[str, Any]:
+    """Compare one process with several, in turn, under as much load as they bear.
+
+    Args:
+        num_workers: Of the several.
+        num_rounds: How often.
+        num_loads: How many processes load them, each with a stand-in of its own.
+        at_once: How many requests each of these has at a time.
+    """
     rates: dict[str, dict[str, list[float]]] = {
         kind: {"1": [], str(num_workers): []} for kind in ("requests", "events")
     }
-    with _standins() as urls, ProcessPoolExecutor(NUM_LOADS, gateway_house.SPAWN) as pool:
+    with _standins(num_loads) as urls, ProcessPoolExecutor(num_loads, gateway_house.SPAWN) as pool:
         for _ in range(num_rounds):
             for workers in (1, num_workers):
                 with gateway_house.gateway(urls, workers) as server:
-                    for kind, num, num_tokens in (("requests", 5_000, 1), ("events", 500, 200)):
-                        one = partial(_load_one, server.port, num=num, num_tokens=num_tokens)
-                        list(pool.map(partial(one, num=LOADS_AT_ONCE), urls))  # all are warm
+                    for kind, num, num_tokens in (
+                        ("requests", 5_000, 1),
+                        ("events", 8 * at_once, 200),
+                    ):
+                        one = partial(
+                            _load_one, server.port, num=num, num_tokens=num_tokens, at_once=at_once
+                        )
+                        list(pool.map(partial(one, num=at_once), urls))  # all are warm
                         begin = time.perf_counter()
                         events = sum(pool.map(one, urls))
                         seconds = time.perf_counter() - begin
-                        total = NUM_LOADS * num if kind == "requests" else events
+                        total = num_loads * num if kind == "requests" else events
                         rates[kind][str(workers)].append(total / seconds)
     ratios = {
         kind: [many / one for one, many in zip(*found.values(), strict=True)]
         for kind, found in rates.items()
     }
-    return {"num_workers": num_workers, "per_second": rates, "ratios": ratios}
+    return {
+        "num_workers": num_workers,
+        "num_loads": num_loads,
+        "at_once": at_once,
+        "events_sent_at_most": num_loads * at_once * 1_000_000 // EVENT_US,
+        "per_second": rates,
+        "ratios": ratios,
+    }
 
 
 @contextlib.contextmanager
-def _standins() -> Iterator[dict[str, str]]:
+def _standins(num: int) -> Iterator[dict[str, str]]:
     with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(gateway_house.standin()) for _ in range(NUM_LOADS)]
+        servers = [stack.enter_context(gateway_house.standin()) for _ in range(num)]
         yield {
-            f"every-{1000 + number}-us": f"http://127.0.0.1:{server.port}"
+            f"every-{EVENT_US + number}-us": f"http://127.0.0.1:{server.port}"
             for number, server in enumerate(servers)
         }
 
@@ -206,6 +228,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--litellm-python", type=Path, help="the Python that has litellm[proxy]")
     parser.add_argument("--workers", type=int, help="compare so many processes with one")
+    parser.add_argument("--loads", type=int, default=NUM_LOADS, help="processes that load these")
+    parser.add_argument("--at-once", type=int, default=LOADS_AT_ONCE, help="requests of each load")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args()
     cores = os.sched_getaffinity(0)
@@ -213,7 +237,7 @@ def main() -> None:
     if options.workers is None:
         results |= compare(options.litellm_python, options.rounds)
     else:
-        results |= compare_workers(options.workers, options.rounds)
+        results |= compare_workers(options.workers, options.rounds, options.loads, options.at_once)
     _print(results)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(results, indent=2) + "\n")

@@ -2,12 +2,13 @@
 
     python benchmarks/gateway_policy.py --json benchmarks/results/gateway_policy.json
 
-A tick takes a reading of every model's counters and decides all that there is to decide: the
-order of all that wait, a place for those without one and a move, whom to stop for one that does not
-fit, and what to bring up. The values that go into a decision are made anew for each, and belong
-to its time, and so do the reasons. Every round is a world of its own, drawn from its number. What
-it takes to look at the machine, and to act, is not in it. On a machine that does other work, too,
-the processor's time says what a tick takes, and the clock's what it had to wait besides.
+A tick takes a reading of every model's counters and decides all that there is to decide: the order
+of all that wait, a place for those without one and a move, whom to stop for one that does not fit,
+and what to bring up. The values that go into a decision are made anew for each, and belong to its
+time, and so do the reasons; requests wait as they came, and are not made anew. Every round is a
+world of its own, drawn from its number. What it takes to look at the machine, and to act, is not in
+it. On a machine that does other work, too, the processor's time says what a tick takes, and the
+clock's what it had to wait besides.
 """
 
 import argparse
@@ -20,13 +21,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from machine import describe_machine
 
 from kvcached_core.units import GIB, MIB
-from kvcached_gateway.policy.admission import Waiting, order
+from kvcached_gateway.policy.admission import Pace, Waiting, order
 from kvcached_gateway.policy.demand import Demand, weighted_rate
 from kvcached_gateway.policy.eviction import Aging, Candidate, choose
 from kvcached_gateway.policy.placement import DeviceRoom, PlacedModel, place
@@ -57,7 +59,7 @@ class World:
     places: dict[str, tuple[str, ...]]
     weights_bytes: dict[str, int]
     rest: list[tuple[bool, bool, float, float]]
-    requests: list[tuple[int, float, float | None, int, str]]
+    lines: dict[str, list[Waiting]]
 
 
 def make_world(number: int) -> World:
@@ -91,17 +93,20 @@ def make_world(number: int) -> World:
             )
             for _ in NAMES
         ],
-        [
-            (
-                key,
-                NOW - numbers.random() * 60,
-                None if numbers.randrange(5) == 0 else NOW + numbers.uniform(-1, 10),
-                numbers.randrange(200, 40_000),
-                numbers.choice(NAMES),
-            )
-            for key in range(NUM_WAITING)
-        ],
+        make_lines(numbers),
     )
+
+
+def make_lines(numbers: random.Random) -> dict[str, list[Waiting]]:
+    """Draw what waits for each model: as it lies in the gateway's line, in the order of arrival."""
+    arrivals = sorted(NOW - numbers.random() * 60 for _ in range(NUM_WAITING))
+    lines: dict[str, list[Waiting]] = {name: [] for name in NAMES}
+    for arrival in arrivals:
+        name = numbers.choice(NAMES)
+        deadline = None if numbers.randrange(5) == 0 else NOW + numbers.uniform(-1, 10)
+        body_bytes = numbers.randrange(200, 40_000)
+        lines[name].append(Waiting(name, arrival, deadline, body_bytes, arrival + 55.0))
+    return lines
 
 
 def count(world: World) -> None:
@@ -112,25 +117,14 @@ def count(world: World) -> None:
 
 def admit(world: World) -> None:
     """Order all that wait as if for one set of devices, the most that there can be."""
-    firsts: set[str] = set()
-    waiting = []
-    for key, arrival, deadline, body_bytes, name in world.requests:
-        waiting.append(
-            Waiting(
-                key=key,
-                arrival=arrival,
-                deadline=deadline,
-                seconds=world.demands[name].reading_seconds(body_bytes),
-                model=name,
-                is_first_of_start=not world.places[name] and name not in firsts,
-                start_seconds=30.0,
-                overdue_at=arrival + 55.0,
-            )
-        )
-        firsts.add(name)
-    found = order(waiting, NOW)
-    for key in found.late:
-        found.reason(key)
+    paces = {}
+    for name, line in world.lines.items():
+        speed = world.demands[name].reading_speed
+        is_down = not world.places[name] and bool(line)
+        paces[name] = Pace(speed, 30.0, line[0]) if is_down else Pace(speed)
+    found = order(chain.from_iterable(world.lines.values()), NOW, paces)
+    for one in found.late:
+        found.reason(one)
 
 
 def find_places(world: World) -> None:

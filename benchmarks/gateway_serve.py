@@ -48,6 +48,7 @@ class Gateway:
         tiny: Whether it is a rehearsal on a CPU.
         headroom_bytes: What engines leave of each GPU.
         tiny_kv_bytes: What a rehearsal's engines share beside what some of their weights need.
+        max_starting: How many start at a time; None is what the gateway does by itself.
         is_eager: Whether a GPU's engines leave out what makes them quicker and their starts longer.
 
     Attributes:
@@ -64,6 +65,7 @@ class Gateway:
         tiny: bool,
         headroom_bytes: int,
         tiny_kv_bytes: int,
+        max_starting: int | None = None,
         is_eager: bool = True,
     ) -> None:
         self.names = [f"model-{number}" for number in range(models)]
@@ -72,6 +74,7 @@ class Gateway:
         self._cards = cards
         self._headroom_bytes = headroom_bytes
         self._tiny_kv_bytes = tiny_kv_bytes
+        self._max_starting = max_starting
         self._is_eager = is_eager
         self._folder = Path(tempfile.mkdtemp(prefix="kv-"))
         self._file = self._folder / "models.yaml"
@@ -103,6 +106,8 @@ class Gateway:
             },
             "models": models,
         }
+        if self._max_starting is not None:
+            found["max_starting"] = self._max_starting
         if self._cards > 1:
             found["placement"] = {"window": "10s", "move_gain": "0.1", "move_pause": "600s"}
         return found | ({"classes": dict(classes)} if classes else {})

@@ -38,6 +38,11 @@ def _event(delta: dict[str, str], finish: str | None) -> bytes:
 
 
 EVENT = _event({"content": " word"}, None)
+MODELS = b'{"object": "list", "data": [{"id": "standin"}]}'
+LISTED = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (
+    len(MODELS),
+    MODELS,
+)
 LAST = _event({"content": ""}, "stop") + _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
@@ -55,6 +60,9 @@ class _Stream(asyncio.Protocol):
         if not blank or len(body) < (int(length[1]) if length else 0):
             return
         self._received = b""
+        if head.startswith(b"GET "):
+            self._transport.write(LISTED)  # of its models, which a gateway asks for
+            return
         tokens, pace = TOKENS.search(body), PACE.search(body)
         num = int(tokens[1]) if tokens else 1
         if pace is None:

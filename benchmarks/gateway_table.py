@@ -10,7 +10,7 @@ def table(results: dict[str, Any]) -> str:
     lines.append(f"failed {results.get('failed')} {results.get('errors', '')}")
     lines.append(f"different answers {results.get('different_answers')} of {results.get('of')}")
     if found := results.get("bursts"):
-        times = found["ttft_seconds"]
+        times = found["ttft_seconds"] or [float("nan")]
         p99 = times[min(int(0.99 * len(times)), len(times) - 1)]
         lines.append(
             f"bursts: {found['requests']}, TTFT p50 {times[len(times) // 2]:.3f}, p99 {p99:.3f} "

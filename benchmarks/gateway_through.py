@@ -26,8 +26,8 @@ from gateway_client import send
 from gateway_load import ask_many, post
 from gateway_schedule import Due, prompt
 from gateway_serve import Gateway
+from intervals import median_and_interval
 from machine import describe_gpu, describe_machine
-from ratios import median_and_interval
 from vllm_servers import Record
 
 from kvcached_core.units import MIB

@@ -89,6 +89,6 @@ def parts(
         torchs: What torch in its worker says, see `helpers.residue`; nothing if it was not asked.
     """
     found = {"pages": of_pages_bytes, "context": of_context_bytes}
-    for name in ("in_use", "graphs", "cached"):
+    for name in ("in_use", "graphs", "cached", "annex_resident"):
         found[name] = torchs.get(f"{name}_bytes", 0)
     return found | {"rest": held_bytes - sum(found.values())}

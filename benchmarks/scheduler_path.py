@@ -19,8 +19,8 @@ from types import MethodType, SimpleNamespace
 from typing import Any
 
 import block_pool
+from intervals import median_and_interval
 from machine import describe_machine
-from ratios import median_and_interval
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("", "integrations/vllm", "patches")

@@ -15,9 +15,10 @@ elastic server is what the others are compared with; one that is `--also` like i
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from intervals import NUM_FOR_P99, Interval, apart, median_interval
 from vllm_servers import (
     FIGURES,
     PREEMPTIONS,
@@ -32,6 +33,7 @@ from vllm_servers import (
 from kvcached_core.units import GIB
 
 VANILLA, ELASTIC, CONTROL = "vanilla", "elastic", "control"
+TIMES = frozenset(FIGURES) - {"output_throughput"}  # less of them is better
 
 Variables = dict[str, str]
 
@@ -90,7 +92,7 @@ def play_round(setting: Any, workload: Sequence[Any], number: int) -> dict[str, 
 
 
 def summary(rounds: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
-    """Return the rounds, each figure's ratios to the first server's, and their medians."""
+    """Return the rounds, each figure's ratios to the first server's, and what these say."""
     base, *others = names
     ratios = {
         name: {
@@ -103,7 +105,37 @@ def summary(rounds: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
         name: {figure: statistics.median(values) for figure, values in of_name.items()}
         for name, of_name in ratios.items()
     }
-    return {"median_ratio": medians, "ratios": ratios, "rounds": rounds}
+    intervals = {
+        name: {figure: median_interval(values) for figure, values in of_name.items()}
+        for name, of_name in ratios.items()
+    }
+    return {
+        "median_ratio": medians,
+        "intervals": {
+            name: {figure: [found.low, found.high] for figure, found in of_name.items()}
+            for name, of_name in intervals.items()
+        },
+        "said": {
+            name: {figure: _said(figure, name, intervals, rounds) for figure in FIGURES}
+            for name in others
+        },
+        "ratios": ratios,
+        "rounds": rounds,
+    }
+
+
+def _said(
+    figure: str,
+    name: str,
+    intervals: Mapping[str, Mapping[str, Interval]],
+    rounds: Sequence[Mapping[str, Any]],
+) -> str:
+    """Return whether a server is better or worse than the first one, or not told apart."""
+    num = sum(each[name].get("completed", 0) for each in rounds)
+    if figure.startswith("p99") and num < NUM_FOR_P99:
+        return f"needs {NUM_FOR_P99:,} requests, there were {num:,}"
+    control = intervals[CONTROL][figure] if CONTROL in intervals and name != CONTROL else None
+    return apart(intervals[name][figure], control, is_less_better=figure in TIMES)
 
 
 def print_summary(label: str, result: dict[str, Any], names: list[str]) -> None:
@@ -118,6 +150,7 @@ def print_summary(label: str, result: dict[str, Any], names: list[str]) -> None:
                 spread = result["ratios"][name][figure]
                 ratio = result["median_ratio"][name][figure]
                 line += f" = {ratio:.4f} ({min(spread):.4f} to {max(spread):.4f})"
+                line += f", {result['said'][name][figure]}"
         print(line)
     failed = sum(each[name]["failed"] for each in result["rounds"] for name in names)
     pages = max(each["pages_after"] for each in result["rounds"])

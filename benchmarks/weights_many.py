@@ -1,10 +1,15 @@
-"""More models than fit on a device: their weights take turns, and nobody is refused.
+r"""More models than fit on a device: their weights take turns, and nobody is refused.
 
     python benchmarks/weights_many.py --json benchmarks/results/gpu/weights_many_h200.json
 
 Servers of one shape, each with weights of its own, share a device that is made as small as
 `--device-gib` by a headroom. They are asked in turn and at random, one or two requests at a time,
 and every answer is compared with the model's first. `--tiny` rehearses it on vLLM's CPU engine.
+
+    python benchmarks/weights_many.py --models 30 --shape llama-1b --disk FOLDER \\
+        --host-budget 25GiB --json benchmarks/results/gpu/weights_disk_h200.json
+
+Here images of weights that the host budget has no room for lie on a disk.
 """
 
 import argparse
@@ -16,6 +21,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +32,7 @@ from vllm_servers import READY_SECONDS, Record
 from yielding import Run
 
 from kvcached_core.units import GIB, MIB
+from kvcached_core.weights.moves import read_moves
 
 NUM_AT_ONCE = 2  # requests
 NUM_TOGETHER = 4  # models that load at the same time
@@ -59,11 +67,13 @@ def table(results: dict[str, Any]) -> str:
                 f"max {times[-1]:.3f} s"
             )
     lines.append(f"activations {results.get('activations')}")
+    if moves := results.get("disk"):
+        lines.append(f"from the disk {moves['num_read']} in {moves['read_seconds']:.2f} s")
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Run the command line."""
+def arguments() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="rehearse on vLLM's CPU engine")
@@ -72,17 +82,47 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=300, help="requests of each order")
     parser.add_argument("--seconds", type=float, default=0.5, help="between two requests")
     parser.add_argument("--device-gib", type=float, default=80.0)
+    parser.add_argument("--shape", default="llama-8b", help="of each model, on a GPU")
+    parser.add_argument("--disk", type=Path, help="a folder for images of weights")
+    parser.add_argument("--host-budget", default="85%", help="for copies of weights")
     parser.add_argument("--eager", action="store_true", help="no compilation")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+@contextmanager
+def disk_of(options: argparse.Namespace) -> Iterator[Path | None]:
+    """Yield a folder on the disk that images go to, which goes afterwards; None without one."""
+    if options.disk is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="kv-", dir=options.disk) as folder:
+        yield Path(folder)
+
+
+def main() -> None:
+    """Run the command line."""
+    options = arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
-    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
+    with (
+        disk_of(options) as disk,
+        tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder,
+    ):
         record = Record(options.json)
         machine = describe_machine() if options.tiny else describe_gpu()
         record.add(machine=machine)
         pool_bytes = (
             TINY_PAGE_BYTES * (options.models + 1)
         ) + TINY_WEIGHTS_BYTES * options.models // 2
-        run = Run(Path(folder), tiny=options.tiny, runner=options.runner, pool_bytes=pool_bytes)
+        run = Run(
+            Path(folder),
+            tiny=options.tiny,
+            runner=options.runner,
+            pool_bytes=pool_bytes,
+            shape=options.shape,
+        )
+        run.environ["KVCACHED_HOST_BUDGET"] = options.host_budget
+        if disk is not None:
+            run.environ["KVCACHED_WEIGHTS_DISK"] = str(disk)
         if not options.tiny:
             headroom_bytes = int(str(machine["gpu_bytes"])) - int(options.device_gib * GIB)
             run.environ["KVCACHED_HEADROOM"] = str(headroom_bytes)
@@ -109,6 +149,8 @@ def main() -> None:
             record.add(**{"at random": ask_all(run, order, options.seconds)})
             views = [run.view(name) for name in names]
             record.add(activations=sum(view.activations.num for view in views))
+            if disk is not None:
+                record.add(disk=asdict(read_moves(disk)))
         finally:
             run.close(record)
     print(table(record.results))

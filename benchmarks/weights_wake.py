@@ -8,8 +8,8 @@ own sleep mode. Each part is a run of its own, and tokens are compared with thos
 rehearses the logic on a CPU, whose times say nothing.
 """
 
-import argparse
 import random
+import shlex
 import signal
 import statistics
 import sys
@@ -26,7 +26,7 @@ from machine import describe_gpu, describe_machine
 from making_room import cache, give, turns
 from residue import context_bytes, parts, used_bytes, yielded
 from vllm_servers import READY_SECONDS, Record
-from yielding import FIRST, NUM_PROMPT_TOKENS, SECOND, Run
+from yielding import FIRST, NUM_PROMPT_TOKENS, SECOND, Run, make_parser
 
 from kvcached_core.units import GIB, MIB
 from kvcached_core.weights.rank import MAX_COPY_BYTES
@@ -236,12 +236,9 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
-    parser.add_argument("--engine", choices=sorted(ENGINES), default=VLLM.name)
-    parser.add_argument("--runner", type=int, choices=(1, 2), help="vLLM's model runner")
+    parser = make_parser(__doc__)
     parser.add_argument("--number", type=int, default=100, help="requests of the first part")
+    parser.add_argument("--server-options", default="", help="more arguments of every server")
     parser.add_argument("--parts", default=",".join(PARTS), help="which, and in which order")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
@@ -250,7 +247,15 @@ def main() -> None:
         record.add(machine=describe_machine() if options.tiny else describe_gpu())
         engine = ENGINES[options.engine]
         record.add(engine=f"{engine.title} {engine.release()}")
-        run = Run(Path(folder), tiny=options.tiny, runner=options.runner, engine=engine)
+        more = shlex.split(options.server_options)
+        record.add(server_options=more)
+        run = Run(
+            Path(folder),
+            tiny=options.tiny,
+            runner=options.runner,
+            engine=engine,
+            server_options=more,
+        )
         run.environ["MEMORY_HISTORY"] = "1"  # until all are ready
         wanted, errors = options.parts.split(","), dict[str, str]()
         if engine is not VLLM and VANILLA in wanted:

@@ -17,7 +17,8 @@ from typing import Any
 
 from machine import describe_machine
 
-from kvcached_vllm import engine_hooks, worker_hooks
+from kvcached_vllm import engine_hooks, transfer_hooks, worker_hooks
+from kvcached_vllm.port import VllmPort
 
 NUM_CALLS = 20_000
 NUM_PAIRS = 31
@@ -28,20 +29,24 @@ class Owner:
     """Has what the wrappers look at, and nothing to do."""
 
     def __init__(self) -> None:
+        port = VllmPort(self)
         self.block_pool = SimpleNamespace(
-            engine=SimpleNamespace(end_schedule=lambda: None),
-            giving=SimpleNamespace(owed_pages=0),
+            engine=SimpleNamespace(end_schedule=lambda: None, port=port),
+            giving=SimpleNamespace(owed_pages=0, weights=SimpleNamespace(is_active=True)),
             get_num_free_blocks=lambda: 8,
             num_groups=1,
         )
         self.kv_cache_manager = self
-        self.kvcached = SimpleNamespace(is_warming_up=False, between_steps=lambda: None)
+        self.kvcached = SimpleNamespace(is_warming_up=False, between_steps=lambda: None, port=port)
         self.scheduler = SimpleNamespace(has_unfinished_requests=lambda: True)
 
 
 def no_work(_self: Any, *_args: Any, **_kwargs: Any) -> int:
     """Do nothing."""
     return 1
+
+
+OUTPUT = SimpleNamespace(kv_connector_metadata=None, kv_connector_output=None)
 
 
 def pass_on(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,7 +67,8 @@ CASES: dict[str, tuple[Callable[[Any], Any], tuple[Any, ...]]] = {
     "get_num_skipped_tokens, per request": (engine_hooks.get_num_skipped_tokens, (1,)),
     "schedule, per step": (engine_hooks.scheduler_schedule, ()),
     "post_step, per step": (engine_hooks.engine_core_post_step, (True,)),
-    "execute_model, per step": (worker_hooks.worker_execute_model, (SimpleNamespace(),)),
+    "update_from_output, per step": (transfer_hooks.scheduler_update_from_output, (OUTPUT, OUTPUT)),
+    "execute_model, per step": (worker_hooks.worker_execute_model, (OUTPUT,)),
 }
 
 

@@ -1,5 +1,6 @@
 """Servers that yield their weights, and one request at a time: what two benchmarks share."""
 
+import argparse
 import asyncio
 import contextlib
 import os
@@ -7,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from neighbour import Neighbour
@@ -17,7 +18,7 @@ from kvcached_core import control
 from kvcached_core.control import Outcome
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
-from kvcached_demo.harness.engines import SGLANG, VLLM, Engine
+from kvcached_demo.harness.engines import ENGINES, SGLANG, VLLM, Engine
 from kvcached_demo.harness.load import Completion, make_burst
 from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
 from kvcached_demo.harness.servers import Servers
@@ -38,6 +39,16 @@ ON_SIGNAL = TESTS / "helpers" / "memory_on_signal"
 FORGET = {VLLM.name: "/reset_prefix_cache", SGLANG.name: "/flush_cache"}
 
 
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return what reads a command line; its own arguments are added to it."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
+    parser.add_argument("--engine", choices=sorted(ENGINES), default=VLLM.name)
+    parser.add_argument("--runner", type=int, choices=(1, 2), help="vLLM's model runner")
+    return parser
+
+
 class Run:
     """The servers, and what became of their requests.
 
@@ -47,6 +58,9 @@ class Run:
         runner: vLLM's model runner; None leaves it to vLLM.
         pool_bytes: What the servers of a rehearsal share.
         engine: Which engine's servers they are.
+        server_options: More arguments of every server.
+        shape: Of each model, on a GPU.
+        has_files: Whether vLLM's servers on a GPU read their weights, too, and make up none.
     """
 
     def __init__(
@@ -57,8 +71,14 @@ class Run:
         runner: int | None,
         pool_bytes: int = POOL_BYTES,
         engine: Engine = VLLM,
+        server_options: Sequence[str] = (),
+        shape: str = "llama-8b",
+        has_files: bool = False,
     ) -> None:
         self.folder, self.tiny, self.engine = folder, tiny, engine
+        self._server_options, self._shape = tuple(server_options), shape
+        self._has_files = has_files
+        self._models: dict[str, Path] = {}
         self.copies = Path(tempfile.mkdtemp(prefix="kv-", dir=MEMORY))
         self.servers = Servers(folder, pool_bytes if tiny else None)
         self.environ = {
@@ -72,7 +92,7 @@ class Run:
         }
         if runner is not None:
             self.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(runner - 1)
-        self.right: dict[str, list[int]] = {}
+        self.right: dict[tuple[str, int], list[int]] = {}
         self.caching: set[str] = set()
         self.num_failed = self.num_wrong = 0
         self.used_before_bytes = 0  # of the device, before the first server
@@ -91,6 +111,7 @@ class Run:
         *arguments: str,
         is_elastic: bool = True,
         is_caching: bool = False,
+        **settings: str,
     ) -> None:
         """Start a server of a model with weights of its own, with a prefix cache or without."""
         if is_caching:
@@ -98,18 +119,21 @@ class Run:
         place, engine = self.folder / name, self.engine
         options: tuple[str, ...]
         if self.tiny:
-            model = make_model(place, seed=seed)
+            model = self.with_files(name, seed)
             size = (TINY_KV_BYTES, KV_BYTES_PER_TOKEN)
             options = (*engine.host_options, *engine.size(*size, is_elastic=True, is_host=True))
             environ = self.environ | engine.host_environ
             if engine is VLLM:
                 options, environ = (*options, *EXTENSION), environ | {"PYTHONPATH": with_tests()}
-        elif engine is VLLM:
-            model, environ = make_shape(place, "llama-8b"), self.environ
+        elif engine is VLLM and not self._has_files:
+            model, environ = make_shape(place, self._shape), self.environ
             environ = environ | {"DUMMY_SEED": str(seed), "PYTHONPATH": with_tests()}
             options = ("--load-format", "dummy", *engine.gpu_options(8192), *EXTENSION)
+        elif engine is VLLM:
+            model, environ = self.with_files(name, seed), self.environ
+            options = engine.gpu_options(8192)
         else:  # its dummy weights are the same in every server
-            model = make_weights(self.copies / f"model-{name}", "llama-8b", seed=seed)
+            model = self.with_files(name, seed)
             options = (*engine.gpu_options(8192), "--skip-server-warmup")
             report, path = str(self.memory_path(name)), f"{ON_SIGNAL}:{with_tests()}"
             environ = self.environ | {"MEMORY_REPORT": report, "PYTHONPATH": path}
@@ -118,11 +142,22 @@ class Run:
             name,
             model,
             *engine.caching(is_on=is_caching),
+            *self._server_options,
             *arguments,
             is_elastic=is_elastic,
             options=options,
-            environ=environ,
+            environ=environ | settings,
         )
+
+    def with_files(self, name: str, seed: int) -> Path:
+        """Return a model's folder with its weights; they are written once."""
+        if name not in self._models:
+            self._models[name] = (
+                make_model(self.folder / name, seed=seed)
+                if self.tiny
+                else make_weights(self.copies / f"model-{name}", self._shape, seed=seed)
+            )
+        return self._models[name]
 
     def call(self, name: str, method: str, *args: object) -> None:
         """Have vLLM's worker call a method of `helpers.watched`; its weights are there for it."""
@@ -133,7 +168,7 @@ class Run:
         """Return where a server's worker writes what torch holds there."""
         return self.folder / f"{name}-memory.json"
 
-    def ask(self, name: str) -> Completion:
+    def ask(self, name: str, num_prompt_tokens: int = NUM_PROMPT_TOKENS) -> Completion:
         """Send one request and check its tokens against those of the first time.
 
         What a prefix cache has was computed in another batch, so it is emptied first.
@@ -142,13 +177,14 @@ class Run:
             self._forget(name)
         burst = make_burst(
             num_requests=1,
-            num_prompt_tokens=NUM_PROMPT_TOKENS,
+            num_prompt_tokens=num_prompt_tokens,
             num_output_tokens=NUM_TOKENS,
             seed=1,
         )
         (answer,) = asyncio.run(self.servers[name].send(burst))
         self.num_failed += answer.error is not None
-        self.num_wrong += self.right.setdefault(name, answer.token_ids) != answer.token_ids
+        right = self.right.setdefault((name, num_prompt_tokens), answer.token_ids)
+        self.num_wrong += right != answer.token_ids
         return answer
 
     def _forget(self, name: str) -> None:
@@ -167,9 +203,9 @@ class Run:
         answers = asyncio.run(self.servers[name].send(burst))
         self.num_failed += sum(answer.error is not None for answer in answers)
 
-    def first_token_seconds(self, name: str) -> float:
+    def first_token_seconds(self, name: str, num_prompt_tokens: int = NUM_PROMPT_TOKENS) -> float:
         """Send one request and return the time to its first token."""
-        return self.ask(name).ttft_seconds or float("nan")
+        return self.ask(name, num_prompt_tokens).ttft_seconds or float("nan")
 
     def sleep(self, name: str) -> None:
         """Let a server yield all of its weights, once its last request is over."""

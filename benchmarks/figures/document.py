@@ -10,19 +10,21 @@ from figures.sentence import HERE, NUMBER, Sentence, all_sentences, pattern, wor
 from figures.value import RESULTS
 
 ROOT = HERE.parents[1]
+LAB = ROOT / "docs" / "lab"
 DOCUMENTS = (
     "README.md",
     "docs/benchmarks.md",
     "docs/index.md",
     "docs/scaling.md",
     "docs/support.md",
+    *sorted(path.relative_to(ROOT).as_posix() for path in LAB.glob("*.md")),
 )
 
 RELEASED = ("ADR", "CUDA", "FlashAttention", "Gemma", "Python", "SGLang", "torch", "vLLM")
 # What a number belongs to that is no result, with a reason each.
+LISTING = r"(?m)^ {4} *\S[^\n]*$"  # commands and output that a document quotes, indented
 NAMES = (
-    r"```.*?```",  # commands and output that a document quotes as a listing
-    r"(?m)^ {4}\S.*$",  # the same, indented
+    r"```.*?```",  # the same between marks
     r"`[^`]*`",  # names in code
     r"\]\([^)]*\)",  # addresses of links
     r"<[^>\n]*>",  # HTML
@@ -98,7 +100,7 @@ def numbers_without_a_record(
     text: str, sentences: list[Sentence], settings: list[Setting], results: Path = RESULTS
 ) -> list[str]:
     """Return each number of a document, with its line, that is neither a figure nor a setting."""
-    left = text
+    left = _blank_all(text, LISTING)
     for sentence in sentences:
         for match in find(sentence, text, results):
             left = _blank_figures(left, match)
@@ -137,7 +139,7 @@ def _blank_all(text: str, words: str, flags: int = 0) -> str:
 
 
 def _blank_bars(text: str) -> str:
-    """Blank the columns of tables that are headed `bar`: what was aimed at."""
+    """Blank the columns of tables whose head begins with `bar`: what was aimed at."""
     lines = text.split("\n")
     column: int | None = None
     for number, line in enumerate(lines):
@@ -146,7 +148,8 @@ def _blank_bars(text: str) -> str:
             column = None
         elif not lines[number - 1].startswith("|"):
             names = [cell.strip() for cell in cells]
-            column = names.index("bar") if "bar" in names else None
+            heads = (place for place, name in enumerate(names) if name.startswith("bar"))
+            column = next(heads, None)
         elif column is not None and column < len(cells):
             cells[column] = " " * len(cells[column])
             lines[number] = "|".join(cells)

@@ -5,7 +5,7 @@ import csv
 import json
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -117,7 +117,11 @@ class Gate(Protocol):
     """What a request passes before it is sent: where models take turns to be awake."""
 
     async def enter(self, model: int) -> None:
-        """Return when the model may be asked."""
+        """Return when the model may be asked.
+
+        Raises:
+            ValueError: If it may not be asked at all; the request has failed then.
+        """
 
     def leave(self, model: int) -> None:
         """Say that a request of the model has ended."""
@@ -142,31 +146,37 @@ async def replay(
         on_done: Told of each request that ended.
         encode: Returns what is sent for a prompt's tokens: they themselves, or a text.
     """
-    prompts = random.Random(seed)
     bodies = [
         targets[request.model].dialect.body(
-            targets[request.model].name,
-            encode(prompts.choices(VOCABULARY, k=request.num_in)),
-            request.num_out,
+            targets[request.model].name, encode(prompt), request.num_out
         )
-        for request in workload.requests
+        for request, prompt in zip(workload.requests, prompts(workload, seed), strict=True)
     ]
     timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_SECONDS)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         start = time.perf_counter() + 0.1
         tasks = [
-            asyncio.create_task(
-                _one(session, targets[request.model], request, body, start, gate, on_done)
-            )
+            asyncio.create_task(_one(session, targets, request, body, start, gate, on_done))
             for request, body in zip(workload.requests, bodies, strict=True)
         ]
         return await asyncio.gather(*tasks)
 
 
+def prompts(workload: Workload, seed: int = 0) -> list[list[int]]:
+    """Return the tokens of each request's prompt; those of a conversation begin alike."""
+    alone = random.Random(seed)
+    return [
+        (
+            random.Random(f"{seed} {request.conversation}") if request.conversation else alone
+        ).choices(VOCABULARY, k=request.num_in)
+        for request in workload.requests
+    ]
+
+
 async def _one(  # noqa: PLR0917  what a request is made of
     session: aiohttp.ClientSession,
-    target: Target,
+    targets: Sequence[Target],
     request: Request,
     body: dict[str, Any],
     start: float,
@@ -177,16 +187,19 @@ async def _one(  # noqa: PLR0917  what a request is made of
     await asyncio.sleep(start + request.at_seconds - time.perf_counter())
     began = time.perf_counter()
     record.late_seconds = began - start - request.at_seconds
-    if gate is not None:
-        await gate.enter(request.model)
+    is_inside = False
     try:
-        await _stream(session, target, body, record, began)
+        if gate is not None:
+            await gate.enter(request.model)
+            is_inside = True
+        # A model that was swapped in listens elsewhere than before.
+        await _stream(session, targets[request.model], body, record, began)
         if record.num_tokens != request.num_out:
             record.error = f"{record.num_tokens} of {request.num_out} tokens came"
     except (aiohttp.ClientError, TimeoutError, KeyError, ValueError) as error:
         record.error = f"{type(error).__name__}: {error}"
     finally:
-        if gate is not None:
+        if gate is not None and is_inside:
             gate.leave(request.model)
     on_done(record)
     return record
@@ -248,92 +261,3 @@ def read_records(path: Path) -> list[Record]:
             )
             for row in csv.DictReader(file)
         ]
-
-
-class TakingTurns:
-    """One model is awake at a time; the others' requests wait for their turn.
-
-    A model that is awake keeps its turn while it has requests, until another one's has waited for
-    `patience_seconds`; then no more of its own are let in, and it sleeps when the last has ended.
-
-    Args:
-        fall_asleep: Puts a model to sleep.
-        wake_up: Wakes a model up.
-        awake: The model that is awake at the start.
-        patience_seconds: How long others wait for a model that always has something to do.
-    """
-
-    def __init__(
-        self,
-        fall_asleep: Callable[[int], Awaitable[None]],
-        wake_up: Callable[[int], Awaitable[None]],
-        *,
-        awake: int = 0,
-        patience_seconds: float = 5.0,
-    ) -> None:
-        self._fall_asleep = fall_asleep
-        self._wake_up = wake_up
-        self._awake = awake
-        self._patience_seconds = patience_seconds
-        self._num_inside = 0
-        self._waiting: list[tuple[float, int]] = []
-        self._is_turning = False
-        self._changed = asyncio.Condition()
-        self.num_turns = 0
-
-    async def enter(self, model: int) -> None:
-        """See `Gate`."""
-        ticket = (time.perf_counter(), model)
-        async with self._changed:
-            self._waiting.append(ticket)
-            while not self._may_enter(model):
-                if self._may_turn():
-                    await self._turn()
-                else:
-                    await self._wait()
-            self._waiting.remove(ticket)
-            self._num_inside += 1
-
-    def leave(self, model: int) -> None:
-        """See `Gate`."""
-        del model
-        self._num_inside -= 1
-        asyncio.get_running_loop().create_task(self._tell())
-
-    def _may_enter(self, model: int) -> bool:
-        if self._is_turning or model != self._awake:
-            return False
-        others = [since for since, waiting in self._waiting if waiting != model]
-        is_out_of_patience = (
-            bool(others) and time.perf_counter() - min(others) > self._patience_seconds
-        )
-        return not is_out_of_patience
-
-    def _may_turn(self) -> bool:
-        others = any(waiting != self._awake for _, waiting in self._waiting)
-        return others and not self._num_inside and not self._is_turning
-
-    async def _turn(self) -> None:
-        self._is_turning = True
-        _, chosen = min(ticket for ticket in self._waiting if ticket[1] != self._awake)
-        before = self._awake
-        self._changed.release()
-        try:
-            await self._fall_asleep(before)
-            await self._wake_up(chosen)
-        finally:
-            await self._changed.acquire()
-            self._is_turning = False
-        self._awake = chosen
-        self.num_turns += 1
-        self._changed.notify_all()
-
-    async def _wait(self) -> None:
-        try:
-            await asyncio.wait_for(self._changed.wait(), self._patience_seconds)
-        except TimeoutError:
-            return
-
-    async def _tell(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()

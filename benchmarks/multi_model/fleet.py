@@ -1,5 +1,6 @@
 """The servers of one mode: started, sampled, stopped, and gone whatever happens."""
 
+import asyncio
 import contextlib
 import csv
 import threading
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Self
 from multi_model import client
 from multi_model.ballast import Ballast
 from multi_model.gpu import Gpu
-from multi_model.modes import ELASTIC, SLEEP_SWAP, Member, Site
+from multi_model.modes import ELASTIC, SLEEP_SWAP, UPSTREAM, Member, Site
+from multi_model.turns import TakingTurns
+from multi_model.upstream import launch_with
 from vllm_servers import PREEMPTIONS, READY_SECONDS
 
 from kvcached_core.errors import LedgerError
@@ -74,7 +77,7 @@ class Fleet:
         self.members = members
         self.site = site
         self.folder = folder
-        self._models = models
+        self.models = models
         self._running = Servers(folder)
         self._stack = contextlib.ExitStack()
         self._ballast: Ballast | None = None
@@ -84,13 +87,7 @@ class Fleet:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._stack.enter_context(self._running)
         try:
-            for number, member in enumerate(self.members):
-                self._running.follow(member, self._models[number])
-                if member.starts_alone:
-                    self._running.wait_ready(member.name, seconds=READY_SECONDS)
-                if self.mode == SLEEP_SWAP and number:
-                    self.sleep(number)
-            self._running.wait_ready(seconds=READY_SECONDS)
+            self._start_all()
             if self.mode == ELASTIC and self.site.pool_bytes is not None and not self.site.is_host:
                 self._ballast = Ballast(self._running.open_ledger(), self.site.pool_bytes)
                 self._stack.callback(self._ballast.close)
@@ -107,6 +104,40 @@ class Fleet:
     ) -> None:
         """Stop all."""
         self._stack.close()
+
+    def _start_all(self) -> None:
+        for number, member in enumerate(self.members):
+            self.follow(number)
+            if member.starts_alone:
+                self._running.wait_ready(member.name, seconds=READY_SECONDS)
+            if self.mode == SLEEP_SWAP:  # the next one needs its room to start
+                self.sleep(number)
+        self._running.wait_ready(seconds=READY_SECONDS)
+        if self.mode == SLEEP_SWAP:
+            self.wake_up(0)
+
+    def follow(self, model: int) -> "EngineServer":
+        """Start a model's server, in the place of an earlier one of its own."""
+        member = self.members[model]
+        launch = launch_with(member.python) if member.python else None
+        return self._running.follow(member, self.models[model], launch=launch)
+
+    def gate(self) -> TakingTurns | None:
+        """Return what requests pass first, or None where all models may be asked."""
+        if self.mode != SLEEP_SWAP:
+            return None
+
+        async def fall_asleep(model: int) -> None:
+            await asyncio.to_thread(self.sleep, model)
+
+        async def wake_up(model: int) -> None:
+            await asyncio.to_thread(self.wake_up, model)
+
+        return TakingTurns(fall_asleep, wake_up)
+
+    def activations(self) -> int | None:
+        """Return how often weights came back so far, or None where they never go."""
+        return None
 
     @property
     def servers(self) -> "list[EngineServer]":
@@ -172,6 +203,8 @@ class Fleet:
             samples.seconds.append(time.monotonic() - start)
 
     def _resident_bytes(self) -> list[int]:
+        if self.mode == UPSTREAM:  # it has no ledger of ours: what the device has in use says it
+            return [0] * len(self.members)
         if self.mode != ELASTIC:
             return [member.kv_bytes or 0 for member in self.members]
         try:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from intervals import percentile
 from multi_model.client import Record
 
 SCALES = tuple(range(1, 31))
@@ -22,12 +23,16 @@ class Level:
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """Return mean and percentiles in milliseconds."""
+    """Return how many there are, their mean and percentiles in milliseconds.
+
+    A percentile for which there are too few values is not in it.
+    """
     if not seconds:
         return {}
-    values = np.asarray(seconds) * 1e3
-    found = {"mean": float(values.mean())}
-    return found | {f"p{which}": float(np.percentile(values, which)) for which in PERCENTILES}
+    values = [value * 1e3 for value in seconds]
+    found = {"num": float(len(values)), "mean": float(np.mean(values))}
+    percentiles = {f"p{which}": percentile(values, which) for which in PERCENTILES}
+    return found | {name: value for name, value in percentiles.items() if value is not None}
 
 
 def ttfts(records: Sequence[Record]) -> list[float]:

@@ -4,24 +4,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from multi_model import upstream
+from multi_model.errors import ModeError
+from yielding import with_tests
+
 from kvcached_core.units import GIB, format_bytes
 from kvcached_demo.harness.engines import ENGINES, SGLANG, VLLM, Engine
 from kvcached_demo.harness.plan import Plan, plan
 
 STATIC, STATIC_TUNED, ELASTIC = "static", "static-tuned", "elastic"
-ALONE, SLEEP_SWAP = "alone", "sleep-swap"
+ALONE, SLEEP_SWAP, SWAP = "alone", "sleep-swap", "swap"
+GATEWAY, UPSTREAM = "gateway", "upstream"
 MODES = {
     STATIC: "vanilla engines, the device split evenly",
     STATIC_TUNED: "vanilla engines, the device split by what each needs on average",
-    ELASTIC: "ours: all engines share what is free",
+    ELASTIC: "ours: all engines share what is free, weights stand still",
+    GATEWAY: "ours whole: one gateway, engines share what is free, weights yield",
+    UPSTREAM: f"the kvcached of ovg-project, {upstream.VERSION}, in an environment of its own",
     ALONE: "each model with the device to itself: the ideal, and the base of service levels",
     SLEEP_SWAP: "vanilla engines in sleep mode, one awake at a time",
+    SWAP: "vanilla engines, one running at a time, first come, first served, as llama-swap does",
 }
+# The modes that kvcached is in.
+OURS = (GATEWAY, ELASTIC)
+AGAIN = "-again"
 GPU_TOKENS = 4096  # of the longest request
+# What a sleeping engine still holds: its context, graphs and buffers. An operator leaves room.
+SLEEPING_BYTES = 3 * GIB
 
 
-class ModeError(ValueError):
-    """A mode that cannot be run here; the message says why and what can."""
+def again(mode: str) -> str:
+    """Return the name of a mode's second run: the control, which says what noise is."""
+    return f"{mode}{AGAIN}"
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,7 @@ class Site:
         caching: Whether prefix caching is on.
         options: More arguments of every server.
         page_bytes: The page size that elastic engines aim at; the default where it is empty.
+        upstream_python: The interpreter that has the other kvcached.
     """
 
     is_host: bool
@@ -48,6 +63,7 @@ class Site:
     caching: bool = False
     options: tuple[str, ...] = ()
     page_bytes: str = ""
+    upstream_python: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,10 +73,12 @@ class Member(Plan):
     Attributes:
         starts_alone: Whether the one before has to be ready first, because it looks at the device.
         kv_bytes: What it seizes for its KV cache, or None if that is up to it.
+        python: The interpreter that starts it; where it is empty the one that has its engine.
     """
 
     starts_alone: bool = False
     kv_bytes: int | None = None
+    python: str = ""
 
 
 def members(
@@ -80,14 +98,50 @@ def members(
     """
     if mode not in MODES:
         raise ModeError(f"mode {mode!r} is not one of {', '.join(MODES)}")
-    if mode == SLEEP_SWAP and (site.is_host or SGLANG.name in kinds):
-        raise ModeError(f"{SLEEP_SWAP} needs vLLM's sleep mode, which only its GPU engine has")
+    _refuse(mode, site, kinds)
     num = len(kinds)
-    parts = {STATIC: [1 / num] * num, STATIC_TUNED: list(shares)}.get(mode, [1.0] * num)
+    parts = {
+        STATIC: [1 / num] * num,
+        STATIC_TUNED: list(shares),
+        SLEEP_SWAP: [_part_beside_sleepers(site, num - 1)] * num,
+    }.get(mode, [1.0] * num)
     return [
         _member(f"m{model}", ENGINES[kind], mode, site, part, folder)
         for model, (kind, part) in enumerate(zip(kinds, parts, strict=True))
     ]
+
+
+def _part_beside_sleepers(site: Site, num_sleepers: int) -> float:
+    """Return what part of all an engine may take while so many others sleep.
+
+    Raises:
+        ModeError: If these leave nothing.
+    """
+    if site.is_host or site.pool_bytes is not None:
+        return 1.0
+    part = 1.0 - num_sleepers * SLEEPING_BYTES / site.cap_bytes
+    if part <= 0:
+        held = format_bytes(num_sleepers * SLEEPING_BYTES)
+        raise ModeError(
+            f"{SLEEP_SWAP}: {num_sleepers} models that sleep hold {held}: nothing is left"
+        )
+    return part
+
+
+def _refuse(mode: str, site: Site, kinds: Sequence[str]) -> None:
+    """Refuse what a mode cannot do here.
+
+    Raises:
+        ModeError: If it cannot be run.
+    """
+    if mode in {SLEEP_SWAP, GATEWAY, UPSTREAM} and SGLANG.name in kinds:
+        raise ModeError(f"{mode} is made of vLLM's engines here; --engines vllm has them alone")
+    if mode in {GATEWAY, UPSTREAM} and site.pool_bytes is not None and not site.is_host:
+        raise ModeError(f"{mode} has no pool for KV caches alone; --cap-gib says what all may use")
+    if mode == UPSTREAM:
+        if site.is_host:
+            raise ModeError(f"{UPSTREAM} needs a GPU")
+        upstream.check(site.upstream_python)
 
 
 def _member(name: str, engine: Engine, mode: str, site: Site, part: float, folder: Path) -> Member:  # noqa: PLR0917  what a member is made of
@@ -99,21 +153,27 @@ def _member(name: str, engine: Engine, mode: str, site: Site, part: float, folde
         options = engine.host_options
     elif engine is SGLANG:
         options += ("--cuda-graph-max-bs-decode", "256")
-    is_elastic = mode == ELASTIC
+    if engine is VLLM and not site.is_host:  # each model has weights of its own
+        options += ("--worker-extension-cls", "helpers.seeded.Seeded")
+        environ |= {"DUMMY_SEED": name.removeprefix("m"), "PYTHONPATH": with_tests()}
+    is_elastic = mode in OURS
     if is_elastic:
         environ |= _elastic_environ(site)
         kv_bytes = None
     more: tuple[str, ...] = ()
-    if mode == SLEEP_SWAP:
-        more = ("--enable-sleep-mode",)
+    if mode == SLEEP_SWAP:  # a CPU's engine refuses the flag; asked to sleep, it does nothing
+        more = () if site.is_host else ("--enable-sleep-mode",)
         environ["VLLM_SERVER_DEV_MODE"] = "1"
+    if mode == UPSTREAM:
+        options = options[:-2]  # its processes have nothing of ours
+        environ |= upstream.environ(name, site.cap_bytes, site.device_bytes)
     found = plan(
         engine,
         name,
         folder,
         *engine.caching(is_on=site.caching),
         *site.options,
-        *_size(engine, site, kv_bytes, part, is_elastic=is_elastic),
+        *(() if mode == UPSTREAM else _size(engine, site, kv_bytes, part, is_elastic=is_elastic)),
         *more,
         is_elastic=is_elastic,
         pool_bytes=site.pool_bytes if site.is_host else None,
@@ -124,6 +184,7 @@ def _member(name: str, engine: Engine, mode: str, site: Site, part: float, folde
         **vars(found),
         starts_alone=not is_elastic and (kv_bytes is None or mode == SLEEP_SWAP),
         kv_bytes=kv_bytes,
+        python=site.upstream_python if mode == UPSTREAM else "",
     )
 
 

@@ -14,7 +14,6 @@ import functools
 import itertools
 import json
 import signal
-import statistics
 import sys
 import tempfile
 import time
@@ -24,48 +23,44 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_gpu, describe_machine
-from multi_model import workloads as schedules
-from multi_model.client import Record, TakingTurns, replay, write_records
+from multi_model.bars import of_workload, read_bar
+from multi_model.client import Record, replay, write_records
+from multi_model.cross_check import cross_check
+from multi_model.errors import ModeError
 from multi_model.fleet import Fleet
+from multi_model.gateway_fleet import GatewayFleet
 from multi_model.gpu import Gpu
-from multi_model.metrics import spread, tpots, ttfts
+from multi_model.model_files import make_folder
 from multi_model.modes import (
     ALONE,
-    ELASTIC,
+    GATEWAY,
     MODES,
-    SLEEP_SWAP,
-    STATIC,
+    SWAP,
     Member,
-    ModeError,
     Site,
+    again,
     describe,
     members,
 )
+from multi_model.options import lengths_of, parser, site_of
 from multi_model.report import write_report
 from multi_model.settings import (
-    GPU,
     GPU_WORKLOADS,
     HOST,
-    HOST_POOL_BYTES,
     HOST_WORKLOADS,
     LENGTHS,
-    SHAPES,
     Folder,
     make_workload,
     slug,
 )
+from multi_model.swapping import LIMIT, SwappingFleet
 from multi_model.workloads import Workload
 from rich.progress import Progress
-from tokenizers import Tokenizer
-from vllm_servers import bench_serve, kv_bytes_per_token, make_shape
 
-from kvcached_core.units import GIB
-from kvcached_demo.harness.engines import ENGINES, VLLM
-from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
-from kvcached_demo.harness.server import EngineServer
+from kvcached_demo.harness.engines import VLLM
+from kvcached_demo.harness.model import make_model
 
 QUIET_SECONDS = 2.0
-CROSS_CHECK_ROUNDS = 2
 
 
 @dataclass
@@ -80,6 +75,7 @@ class Run:
     workspace: Path
     shape: str
     cross_check_rates: tuple[float, ...] = ()
+    swap_limit: int = LIMIT
 
     @functools.cached_property
     def models(self) -> list[Path]:
@@ -89,7 +85,8 @@ class Run:
                 make_model(self.workspace / f"model{number}", seed=number)
                 for number in range(len(self.kinds))
             ]
-        return [make_shape(self.workspace / "model", self.shape)] * len(self.kinds)
+        folders = [self.workspace / f"model{number}" for number in range(len(self.kinds))]
+        return [make_folder(folder, self.shape) for folder in folders]
 
     def members(self, mode: str) -> list[Member]:
         """Return how the servers of a mode are started."""
@@ -99,52 +96,23 @@ class Run:
                 shares[model] += share / len(self.workloads)
         return members(mode, self.site, self.kinds, shares, self.workspace / mode)
 
-    def play(self, mode: str, progress: Progress) -> None:
-        """Start a mode's servers and replay all workloads."""
+    def play(self, mode: str, progress: Progress, *, label: str = "") -> None:
+        """Start a mode's servers and replay all workloads.
+
+        Args:
+            mode: The mode.
+            progress: Where it is shown.
+            label: What the folder calls it, if not by the mode's name.
+        """
+        label = label or mode
         if mode == ALONE:
-            self._play_alone(progress)
+            self._play_alone(label, progress)
             return
         with self._fleet(mode, self.members(mode)) as fleet:
             for workload in self.workloads:
-                self._replay(mode, fleet, workload, progress)
+                self._replay(label, fleet, workload, progress)
 
-    def cross_check(self, fleet: Fleet, rates: Sequence[float]) -> None:
-        """Compare our client with vLLM's on one model: text prompts, sent at even distances."""
-        lengths, model = LENGTHS[self.profile], self.models[0]
-        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-        found = []
-        for rate in rates:
-            steady = schedules.constant(
-                rate,
-                lengths.cross_check_seconds,
-                num_models=1,
-                num_in=lengths.num_in,
-                num_out=lengths.num_out,
-            )
-
-            def ours(seed: int, steady: Workload = steady) -> list[Record]:
-                return asyncio.run(
-                    replay(steady, fleet.targets, seed=seed, encode=tokenizer.decode)
-                )
-
-            ours(CROSS_CHECK_ROUNDS)  # the first requests are slow
-            num = len(steady.requests)
-            pairs = [
-                (ours(seed), self._bench(fleet.servers[0], model, rate, num, seed))
-                for seed in range(CROSS_CHECK_ROUNDS)
-            ]
-            found.append(means(rate, pairs))
-        self.folder.add(cross_check=found)
-
-    def _bench(
-        self, server: EngineServer, model: Path, rate: float, num: int, seed: int
-    ) -> dict[str, Any]:
-        lengths = LENGTHS[self.profile]
-        return bench_serve(
-            server, model, lengths.num_in, lengths.num_out, str(rate), num, seed, is_even=True
-        )
-
-    def _play_alone(self, progress: Progress) -> None:
+    def _play_alone(self, label: str, progress: Progress) -> None:
         """Replay each model's own schedule on a server of its kind that has the device."""
         records: dict[str, list[Record]] = {slug(workload): [] for workload in self.workloads}
         for kind in dict.fromkeys(self.kinds):
@@ -154,22 +122,29 @@ class Run:
                 for workload in self.workloads:
                     records[slug(workload)] += play_alone(fleet, workload, own, progress)
                 if kind == VLLM.name and self.cross_check_rates:
-                    self.cross_check(fleet, self.cross_check_rates)
+                    lengths, model = LENGTHS[self.profile], self.models[0]
+                    found = cross_check(fleet, model, lengths, self.cross_check_rates)
+                    self.folder.add(cross_check=found)
         for workload in self.workloads:
             found = records[slug(workload)]
-            write_records(Path(f"{self.folder.of(ALONE, workload)}.csv"), found)
+            write_records(Path(f"{self.folder.of(label, workload)}.csv"), found)
 
     def _fleet(self, mode: str, chosen: list[Member]) -> Fleet:
-        return Fleet(mode, chosen, self.site, self.models, self.workspace / mode)
+        words = (mode, chosen, self.site, self.models, self.workspace / mode)
+        if mode == SWAP:
+            return SwappingFleet(*words, limit=self.swap_limit)
+        return GatewayFleet(*words) if mode == GATEWAY else Fleet(*words)
 
-    def _replay(self, mode: str, fleet: Fleet, workload: Workload, progress: Progress) -> None:
-        files = self.folder.of(mode, workload)
+    def _replay(self, label: str, fleet: Fleet, workload: Workload, progress: Progress) -> None:
+        files = self.folder.of(label, workload)
         gpu = None if self.site.is_host else Gpu()
         joules = gpu.joules() if gpu else None
-        gate = turns(fleet) if mode == SLEEP_SWAP else None
+        gate = fleet.gate()
+        idle_bytes = gpu.used_bytes() if gpu else None
+        activations = fleet.activations()
         fleet.share_out()
         before = fleet.num_preemptions()
-        with fleet.sampling() as samples, bar(progress, mode, workload) as on_done:
+        with fleet.sampling() as samples, bar(progress, label, workload) as on_done:
             records = asyncio.run(replay(workload, fleet.targets, gate=gate, on_done=on_done))
         write_records(files.with_name(f"{files.name}.csv"), records)
         samples.write(files.with_name(f"{files.name}-memory.csv"))
@@ -177,9 +152,11 @@ class Run:
         facts = {
             "joules": None if spent is None or joules is None else spent - joules,
             "num_turns": gate.num_turns if gate else None,
+            "num_activations": since(activations, fleet.activations()),
+            "idle_device_bytes": idle_bytes,
+            "after_device_bytes": gpu.used_bytes() if gpu else None,
             "num_preemptions": [
-                None if was is None or now is None else now - was
-                for was, now in zip(before, fleet.num_preemptions(), strict=True)
+                since(was, now) for was, now in zip(before, fleet.num_preemptions(), strict=True)
             ],
         }
         files.with_name(f"{files.name}.json").write_text(json.dumps(facts) + "\n")
@@ -221,109 +198,14 @@ def play_alone(
     return records
 
 
-def turns(fleet: Fleet) -> TakingTurns:
-    """Return the gate at which a fleet's models take turns to be awake; all but the first sleep."""
-
-    async def fall_asleep(model: int) -> None:
-        await asyncio.to_thread(fleet.sleep, model)
-
-    async def wake_up(model: int) -> None:
-        await asyncio.to_thread(fleet.wake_up, model)
-
-    return TakingTurns(fall_asleep, wake_up)
-
-
-def means(rate: float, pairs: Sequence[tuple[list[Record], dict[str, Any]]]) -> dict[str, Any]:
-    """Return what our client and vLLM's found at one rate, in ms."""
-    ours = [record for records, _ in pairs for record in records]
-    return {
-        "rate": rate,
-        "ours": {
-            "mean_ttft_ms": spread(ttfts(ours))["mean"],
-            "mean_tpot_ms": spread(tpots(ours))["mean"],
-        },
-        "vllm_bench_serve": {
-            name: statistics.mean(theirs[name] for _, theirs in pairs)
-            for name in ("mean_ttft_ms", "mean_tpot_ms")
-        },
-    }
-
-
-def site_of(options: argparse.Namespace) -> Site:
-    """Return where a run takes place."""
-    pool_bytes = int(options.pool_gib * GIB) if options.pool_gib else None
-    more = tuple(options.server_options.split())
-    if options.profile == HOST:
-        return Site(
-            is_host=True,
-            kv_bytes_per_token=KV_BYTES_PER_TOKEN,
-            pool_bytes=pool_bytes or HOST_POOL_BYTES,
-            caching=options.caching,
-            options=more,
-            page_bytes=options.page_bytes,
-        )
-    device_bytes = Gpu().total_bytes
-    cap_bytes = int(options.cap_gib * GIB) if options.cap_gib else device_bytes
-    return Site(
-        is_host=False,
-        kv_bytes_per_token=kv_bytes_per_token(options.shape),
-        pool_bytes=pool_bytes,
-        device_bytes=device_bytes,
-        cap_bytes=min(cap_bytes, device_bytes),
-        caching=options.caching,
-        options=more,
-        page_bytes=options.page_bytes,
-    )
-
-
-def rehearse(run: Run, modes: Sequence[str]) -> None:
-    """Print what would be done."""
-    print(f"on {describe(run.site)}, into {run.folder.path}")
-    for workload in run.workloads:
-        print(f"  {workload.name}: {len(workload.requests)} requests in {workload.seconds:.0f} s")
-    for mode in modes:
-        print(f"{mode}: {MODES[mode]}")
-        for found in run.members(mode):
-            words = " ".join(
-                [f"{name}={value}" for name, value in found.environ.items()]
-                + [found.engine.name, *found.options, *found.arguments]
-            )
-            print(f"  {found.name}: {words}")
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    made = argparse.ArgumentParser(prog="multi_model", description=__doc__)
-    made.add_argument("--profile", choices=(HOST, GPU), default=HOST)
-    made.add_argument("--out", type=Path, required=True, help="the run's folder")
-    made.add_argument("--modes", nargs="+", choices=MODES, default=[ALONE, STATIC, ELASTIC])
-    made.add_argument("--workloads", nargs="+", metavar="NAME:NUMBER")
-    made.add_argument("--num-models", nargs="+", type=int, help="one run with each; 3 on a GPU")
-    made.add_argument("--engines", nargs="+", choices=ENGINES, default=[VLLM.name])
-    made.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="of the GPU's models")
-    memory = made.add_mutually_exclusive_group()
-    memory.add_argument("--pool-gib", type=float, help="what all KV caches may hold together")
-    memory.add_argument("--cap-gib", type=float, help="how much of the GPU this run may use")
-    made.add_argument("--page-bytes", default="", help="of elastic engines, such as 2MiB")
-    made.add_argument("--caching", action="store_true", help="prefix caching on")
-    made.add_argument("--seconds", type=float, help="of constant, arena and azure")
-    made.add_argument("--num-out", type=int, help="tokens of each answer, but for arena and azure")
-    made.add_argument(
-        "--cross-check",
-        nargs="+",
-        type=float,
-        default=[],
-        metavar="RATE",
-        help="compare the client with vLLM's own, in mode alone",
-    )
-    made.add_argument("--server-options", default="", help="more arguments of every server")
-    made.add_argument("--dry-run", action="store_true", help="print what would be done")
-    return made
+def since(before: int | None, now: int | None) -> int | None:
+    """Return how much a count has grown, or None where nobody counts."""
+    return None if before is None or now is None else now - before
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run, and write the report."""
-    options = parser().parse_args(words)
+    options = parser(__doc__ or "").parse_args(words)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     folder = Folder(options.out)
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as workspace:
@@ -347,7 +229,24 @@ def main(words: Sequence[str] | None = None) -> None:
         with Progress() as progress:
             for run, mode in itertools.product(runs, options.modes):
                 run.play(mode, progress)
+            for run, mode in itertools.product(runs, options.twice):
+                run.play(mode, progress, label=again(mode))
     write_report(folder.path)
+
+
+def rehearse(run: Run, modes: Sequence[str]) -> None:
+    """Print what would be done."""
+    print(f"on {describe(run.site)}, into {run.folder.path}")
+    for workload in run.workloads:
+        print(f"  {workload.name}: {len(workload.requests)} requests in {workload.seconds:.0f} s")
+    for mode in modes:
+        print(f"{mode}: {MODES[mode]}")
+        for found in run.members(mode):
+            words = " ".join(
+                [f"{name}={value}" for name, value in found.environ.items()]
+                + [found.engine.name, *found.options, *found.arguments]
+            )
+            print(f"  {found.name}: {words}")
 
 
 def make_runs(options: argparse.Namespace, folder: Folder, workspace: Path) -> Iterator[Run]:
@@ -358,12 +257,11 @@ def make_runs(options: argparse.Namespace, folder: Folder, workspace: Path) -> I
     """
     is_host = options.profile == HOST
     site = site_of(options)
+    bars = [read_bar(words) for words in options.bars]
     for num_models in options.num_models or [2 if is_host else 3]:
         kinds = list(itertools.islice(itertools.cycle(options.engines), num_models))
         names = options.workloads or (HOST_WORKLOADS if is_host else GPU_WORKLOADS)
-        lengths = LENGTHS[options.profile]
-        if options.num_out:
-            lengths = replace(lengths, num_out=options.num_out, num_out_together=options.num_out)
+        lengths = lengths_of(options)
         workloads = [make_workload(name, num_models, lengths, options.seconds) for name in names]
         run = Run(
             site,
@@ -374,13 +272,19 @@ def make_runs(options: argparse.Namespace, folder: Folder, workspace: Path) -> I
             workspace / f"{num_models}-models",
             options.shape,
             tuple(options.cross_check),
+            options.swap_limit,
         )
         for mode in options.modes:
             run.members(mode)
-        for workload in workloads:
-            folder_of = {"num_requests": len(workload.requests), "num_models": num_models}
+        for words, workload in zip(names, workloads, strict=True):
+            fact = {
+                "name": workload.name,
+                "num_requests": len(workload.requests),
+                "num_models": num_models,
+                "bars": of_workload(bars, words),
+            }
             if not options.dry_run:
-                folder.add(**{slug(workload): folder_of | {"name": workload.name}})
+                folder.add(**{slug(workload): fact})
         yield run
 
 

@@ -4,6 +4,7 @@ import csv
 import datetime as dt
 import gzip
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "data"
@@ -28,24 +29,26 @@ class TraceRequest:
     num_out: int
 
 
-def read_arena(path: Path = ARENA) -> list[TraceRequest]:
+@cache
+def read_arena(path: Path = ARENA) -> tuple[TraceRequest, ...]:
     """Return the requests of 27 models of a chat arena."""
-    return [
+    return tuple(
         _request(float(row["arrival_s"]), row["model"], row["prompt_tokens"], row["output_tokens"])
         for row in _rows(path)
-    ]
+    )
 
 
-def read_azure(path: Path = AZURE) -> list[TraceRequest]:
+@cache
+def read_azure(path: Path = AZURE) -> tuple[TraceRequest, ...]:
     """Return the requests of one conversation service."""
     rows = _rows(path)
     times = [dt.datetime.fromisoformat(row["TIMESTAMP"][:26] + "+00:00") for row in rows]
-    return [
+    return tuple(
         _request(
             (time - times[0]).total_seconds(), "conv", row["ContextTokens"], row["GeneratedTokens"]
         )
         for time, row in zip(times, rows, strict=True)
-    ]
+    )
 
 
 def _request(at_seconds: float, model: str, num_in: str, num_out: str) -> TraceRequest:

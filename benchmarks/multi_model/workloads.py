@@ -16,12 +16,14 @@ class Request:
         model: Which model it asks.
         num_in: Tokens of its prompt.
         num_out: Tokens of its answer.
+        conversation: Whose prompts begin alike, or nothing where this prompt is its own.
     """
 
     at_seconds: float
     model: int
     num_in: int
     num_out: int
+    conversation: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,14 @@ class Workload:
         """Return what is asked of one model alone, at the same times."""
         own = tuple(request for request in self.requests if request.model == model)
         return replace(self, requests=own)
+
+    def fitting(self, max_tokens: int) -> "Workload":
+        """Return the same with prompts cut where a request would be longer than a model takes."""
+        fitted = tuple(
+            replace(request, num_in=max(min(request.num_in, max_tokens - request.num_out), 1))
+            for request in self.requests
+        )
+        return replace(self, requests=fitted)
 
     def shares(self) -> list[float]:
         """Return each model's part of the KV memory that the schedule needs on average.
@@ -80,7 +90,7 @@ def constant(
         for model in range(num_models)
         for number in range(int(rate * seconds))
     ]
-    return _workload(f"constant {rate:g}/s", num_models, requests)
+    return ordered(f"constant {rate:g}/s", num_models, requests)
 
 
 def arena(
@@ -102,7 +112,7 @@ def arena(
         for entry in trace
         if seconds is None or entry.at_seconds / speed < seconds
     ]
-    return _workload(f"arena x{speed:g}", num_models, requests)
+    return ordered(f"arena x{speed:g}", num_models, requests)
 
 
 def azure(
@@ -116,7 +126,7 @@ def azure(
     ]
     steady = constant(beside_rate, seconds, num_models=num_models).requests
     beside = [request for request in steady if request.model]
-    return _workload(f"azure beside {beside_rate:g}/s", num_models, real + beside)
+    return ordered(f"azure beside {beside_rate:g}/s", num_models, real + beside)
 
 
 def _ramps(name: str, peak: int, starts: Sequence[float], num_in: int, num_out: int) -> Workload:
@@ -127,9 +137,10 @@ def _ramps(name: str, peak: int, starts: Sequence[float], num_in: int, num_out: 
         for second, rate in enumerate(rates)
         for number in range(rate)
     ]
-    return _workload(f"{name} P={peak}", len(starts), requests)
+    return ordered(f"{name} P={peak}", len(starts), requests)
 
 
-def _workload(name: str, num_models: int, requests: Iterable[Request]) -> Workload:
-    ordered = sorted(requests, key=lambda request: (request.at_seconds, request.model))
-    return Workload(name, num_models, tuple(ordered))
+def ordered(name: str, num_models: int, requests: Iterable[Request]) -> Workload:
+    """Return a workload of requests, in the order of arrival."""
+    found = sorted(requests, key=lambda request: (request.at_seconds, request.model))
+    return Workload(name, num_models, tuple(found))

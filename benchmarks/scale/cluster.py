@@ -1,7 +1,6 @@
 """The state of a simulated cluster: models, devices, and hosts; nothing here decides."""
 
 from collections import OrderedDict, deque
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -56,7 +55,7 @@ class Device:
     node: Node
     free_bytes: int
     idle: OrderedDict[int, None] = field(default_factory=OrderedDict)
-    queue: dict[Hashable, tuple[Waiting, Request, str]] = field(default_factory=dict)
+    queue: dict[Waiting, tuple[Request, str]] = field(default_factory=dict)
     is_reading: bool = False
     wakers: "deque[Model]" = field(default_factory=deque)
     starts_free_at: float = 0.0

@@ -1,7 +1,5 @@
 """Simulated engines: weights that come and go, prompts that are read one by one, answers."""
 
-from itertools import count
-
 from scale.clock import Clock, deciding
 from scale.cluster import Device, Model, State
 from scale.inputs import Assumptions, Request
@@ -36,7 +34,6 @@ class Serving:
     ) -> None:
         self.models, self.clock, self.tally, self.assumed = models, clock, tally, assumed
         self.first_token_seconds = first_token_seconds
-        self._keys = count()
 
     def ask(self, model: Model, request: Request) -> None:
         """Take in a request for a model that is not cold."""
@@ -81,33 +78,29 @@ class Serving:
         device.idle.pop(model.number, None)
         seconds = request.num_in * model.prompt_seconds + self.first_token_seconds
         ticket = Waiting(
-            next(self._keys),
-            request.at,
-            request.at + self.assumed.ttft_seconds,
-            seconds,
-            str(model.number),
+            str(model.number), request.at, request.at + self.assumed.ttft_seconds, seconds
         )
-        device.queue[ticket.key] = (ticket, request, found)
+        device.queue[ticket] = (request, found)
         self._read(device)
 
     def _read(self, device: Device) -> None:
         """Begin with the next prompt that has room for its KV."""
         if device.is_reading or not device.queue:
             return
-        keys = list(device.queue)
-        if len(keys) > 1:
+        tickets = list(device.queue)
+        if len(tickets) > 1:
             with deciding("order", self.tally):
-                decided = order([one for one, _, _ in device.queue.values()], self.clock.now)
-                keys = [*decided.kept, *decided.late]
-        for key in keys:
-            ticket, request, found = device.queue[key]
+                decided = order(tickets, self.clock.now)
+                tickets = [*decided.kept, *decided.late]
+        for ticket in tickets:
+            request, found = device.queue[ticket]
             model = self.models[request.model]
             kv_bytes = (request.num_in + request.num_out) * model.token_bytes
             if device.make_room(kv_bytes, self.models):
-                del device.queue[key]
+                del device.queue[ticket]
                 device.free_bytes -= kv_bytes
                 device.is_reading = True
-                self.clock.after(ticket.seconds, self._read_one, model, request, found, kv_bytes)
+                self.clock.after(ticket.work, self._read_one, model, request, found, kv_bytes)
                 return
 
     def _read_one(self, model: Model, request: Request, found: str, kv_bytes: int) -> None:

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from catalog import BENCHMARKS
+from catalog import BENCHMARKS, Benchmark
+from multi_model.options import lengths_of, parser
+from multi_model.settings import make_workload
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,6 +30,19 @@ def test_every_script_is_in_the_list_and_is_there() -> None:
     assert runnable - {"__main__.py"} == {script for script in scripts if "/" not in script}
 
 
+@pytest.mark.parametrize(
+    "benchmark",
+    [each for each in BENCHMARKS if each.script == "multi_model/run.py"],
+    ids=lambda each: each.name,
+)
+def test_a_multi_model_benchmarks_arguments_are_understood(benchmark: Benchmark) -> None:
+    options = parser("").parse_args([*benchmark.arguments, benchmark.output, "folder"])
+    lengths = lengths_of(options)
+    for words in options.workloads or []:
+        for num_models in options.num_models or [3]:
+            assert make_workload(words, num_models, lengths, options.seconds).requests
+
+
 def test_list_names_all() -> None:
     listed = run("list").stdout
     assert all(benchmark.name in listed for benchmark in BENCHMARKS)
@@ -38,7 +53,7 @@ def test_figures_ends_well_where_the_documents_say_what_the_records_say() -> Non
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("words", [["run", "nothing"], ["report", "/nowhere"]])
+@pytest.mark.parametrize("words", [["run", "nothing"], ["report", "/nowhere"], ["draw", "nothing"]])
 def test_what_is_not_there_is_named(words: list[str]) -> None:
     done = run(*words)
     assert done.returncode

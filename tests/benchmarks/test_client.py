@@ -9,12 +9,12 @@ from typing import Any
 from aiohttp import web
 from multi_model.client import (
     Record,
-    TakingTurns,
     Target,
     read_records,
     replay,
     write_records,
 )
+from multi_model.turns import TakingTurns
 from multi_model.workloads import constant
 
 Answer = Callable[[web.StreamResponse, dict[str, Any]], Coroutine[Any, Any, None]]

@@ -4,7 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from multi_model.modes import Member, ModeError, Site, members
+from multi_model import upstream
+from multi_model.errors import ModeError
+from multi_model.modes import Member, Site, members
 
 from kvcached_core.units import GIB
 
@@ -23,7 +25,7 @@ def value(found: Member, option: str) -> str:
 
 
 def plans(mode: str, site: Site, *kinds: str) -> list[Member]:
-    return members(mode, site, kinds, [0.5, 0.25, 0.25][: len(kinds)], Path("/run"))
+    return members(mode, site, kinds, [0.5, 0.25, *[0.25] * 30][: len(kinds)], Path("/run"))
 
 
 def test_static_splits_the_part_of_the_device_that_may_be_used_evenly() -> None:
@@ -63,7 +65,76 @@ def test_prefix_caching_is_off_or_on_for_every_engine() -> None:
     assert "--disable-radix-cache" not in on[1].arguments
 
 
-@pytest.mark.parametrize(("mode", "site"), [("sleep-swap", POOL), ("elastik", GPU)])
-def test_a_mode_that_cannot_be_run_is_refused_with_the_reason(mode: str, site: Site) -> None:
-    with pytest.raises(ModeError, match=mode):
-        plans(mode, site, "vllm")
+def test_models_of_a_gpu_have_weights_of_their_own() -> None:
+    first, second = plans("static", GPU, "vllm", "vllm")
+    assert (first.environ["DUMMY_SEED"], second.environ["DUMMY_SEED"]) == ("0", "1")
+    assert "helpers.seeded.Seeded" in first.options
+    assert "DUMMY_SEED" not in plans("static", POOL, "vllm")[0].environ
+
+
+def test_sleep_mode_is_the_gpus_alone_and_a_host_rehearses_its_turns() -> None:
+    assert "--enable-sleep-mode" in plans("sleep-swap", GPU, "vllm")[0].arguments
+    two = plans("sleep-swap", GPU, "vllm", "vllm")  # room for what one that sleeps still holds
+    assert [value(each, "--gpu-memory-utilization") for each in two] == ["0.770"] * 2
+    with pytest.raises(ModeError, match="27 models that sleep hold 81"):
+        plans("sleep-swap", GPU, *["vllm"] * 28)
+    (host,) = plans("sleep-swap", POOL, "vllm")
+    assert "--enable-sleep-mode" not in host.arguments
+    assert host.environ["VLLM_SERVER_DEV_MODE"] == "1"
+
+
+def test_a_model_that_is_swapped_in_has_all_that_may_be_used() -> None:
+    (found,) = plans("swap", GPU, "vllm")
+    assert value(found, "--gpu-memory-utilization") == "0.800"
+    assert plans("swap", POOL, "vllm", "vllm")[1].kv_bytes == 3 * GIB
+
+
+def test_a_gateways_engines_are_elastic_ones() -> None:
+    (found,) = plans("gateway", GPU, "vllm")
+    assert found.environ["ENABLE_KVCACHED"] == "1"
+    assert "--gpu-memory-utilization" not in found.arguments
+
+
+def test_the_other_kvcached_is_started_as_its_documents_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(upstream, "check", lambda _python: {})
+    site = replace(GPU, upstream_python="/there/bin/python")
+    first, second = plans("upstream", site, "vllm", "vllm")
+    assert first.python == "/there/bin/python"
+    assert (first.environ["ENABLE_KVCACHED"], first.environ["KVCACHED_AUTOPATCH"]) == ("true", "1")
+    assert first.environ["KVCACHED_IPC_NAME"] != second.environ["KVCACHED_IPC_NAME"]
+    assert first.environ["KVCACHED_GPU_UTILIZATION"] == "0.760"  # 95 % of 80 of 100 GiB
+    assert "--no-enable-prefix-caching" in first.arguments
+    words = (*first.options, *first.arguments)
+    assert not {"--gpu-memory-utilization", "--kv-cache-memory-bytes"} & set(words)
+    assert "helpers.seeded.Seeded" not in words
+    assert not first.environ["PYTHONPATH"]
+
+
+def test_a_started_process_is_the_other_interpreters(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    launch = upstream.launch_with("/bin/echo")
+    (found,) = plans("static", POOL, "vllm")
+    process = launch(found, ["/usr/bin/python", "-m", "vllm"], {}, log)
+    assert process.wait(20) == 0
+    assert log.read_text() == "-m vllm\n"
+
+
+@pytest.mark.parametrize(
+    ("mode", "site", "kinds", "message"),
+    [
+        ("elastik", GPU, ("vllm",), "'elastik' is not one of"),
+        ("sleep-swap", GPU, ("vllm", "sglang"), "sleep-swap is made of vLLM's engines"),
+        ("gateway", POOL, ("sglang",), "gateway is made of vLLM's engines"),
+        ("gateway", replace(GPU, pool_bytes=GIB), ("vllm",), "--cap-gib"),
+        ("upstream", replace(GPU, pool_bytes=GIB), ("vllm",), "--cap-gib"),
+        ("upstream", POOL, ("vllm",), "upstream needs a GPU"),
+        ("upstream", GPU, ("vllm",), "--upstream-python"),
+    ],
+)
+def test_a_mode_that_cannot_be_run_is_refused_with_the_reason(
+    mode: str, site: Site, kinds: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ModeError, match=message):
+        plans(mode, site, *kinds)

@@ -66,7 +66,7 @@ def test_the_summary_has_all_figures(summary: Any) -> None:
     for found in summary["workloads"].values():
         for mode in ("static", "elastic"):
             figures = found["modes"][mode]
-            assert {"mean", "p50", "p95", "p99"} == set(figures["ttft_ms"])
+            assert {"num", "mean", "p50", "p95"} == set(figures["ttft_ms"])  # too few for a p99
             assert len(figures["attainment"]) == 30
             assert figures["goodput_per_second"] >= 0
             assert figures["peak_bytes"] > 0
@@ -86,6 +86,27 @@ def test_the_report_is_one_page_with_its_pictures_inside(folder: Path, summary: 
         assert f'-{picture}" src="data:image/png;base64,' in page
     assert 'src="http' not in page
     assert "vllm bench serve" in page
+
+
+@pytest.mark.every_release
+def test_models_take_turns_in_every_mode_that_has_turns_and_behind_the_gateway(
+    tmp_path: Path,
+) -> None:
+    modes = ("gateway", "sleep-swap", "swap")
+    words = ("--modes", *modes, "--workloads", "constant:0.5", "--seconds", "4")
+    run("--results", str(tmp_path), "--", *words)
+    folder = tmp_path / "multi_model" / "host"
+    summary = json.loads((folder / "summary.json").read_text())
+    ((key, found),) = summary["workloads"].items()
+    assert set(found["modes"]) == set(modes)
+    for mode in modes:
+        records = read_records(folder / mode / f"{key}.csv")
+        assert len(records) == 4
+        assert not [record.error for record in records if record.error]
+    assert found["modes"]["swap"]["num_turns"] >= 1
+    assert found["modes"]["sleep-swap"]["num_turns"] >= 1
+    assert found["modes"]["gateway"]["peak_bytes"] > 0
+    assert {line["other"] for line in found["compared"]} == {"sleep-swap", "swap"}
 
 
 def engines() -> list[int]:

@@ -1,57 +1,145 @@
 """The report, from records made by hand."""
 
 import json
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from multi_model import plots
 from multi_model.client import Record, write_records
 from multi_model.fleet import Samples
+from multi_model.modes import MODES, again
 from multi_model.report import write_report
+from multi_model.wording import number
 
 KEY = "ramp-P=2-2-models"
 GIB = 2**30
+NUM = 1200
+# A letter of the page's font is narrower than this, and a cell has so much beside its text.
+LETTER_PIXELS, CELL_PIXELS, PAGE_PIXELS = 8.0, 16.0, 940.0
 
 
-def records(ttft_seconds: float) -> list[Record]:
+def records(ttft_seconds: float, num: int = NUM) -> list[Record]:
+    """Return requests of a minute whose times vary a little, and differ in each window."""
     return [
         Record(
-            model=number % 2,
-            due_seconds=number / 10,
+            model=index % 2,
+            due_seconds=60.0 * index / num,
             num_in=8,
             num_out=11,
             num_tokens=11,
-            ttft_seconds=ttft_seconds,
-            last_seconds=ttft_seconds + 0.1,
+            ttft_seconds=ttft_seconds * (1 + (index * 7 % 13) / 100),
+            last_seconds=ttft_seconds * 1.2 + 0.1 * (1 + (index * 5 % 11) / 100),
         )
-        for number in range(20)
+        for index in range(num)
     ]
 
 
-@pytest.fixture
-def summary(tmp_path: Path) -> Any:
-    for mode, ttft_seconds in (("alone", 0.1), ("static", 2.0), ("elastic", 0.2)):
-        (tmp_path / mode).mkdir()
-        write_records(tmp_path / mode / f"{KEY}.csv", records(ttft_seconds))
+def made(folder: Path, seconds: dict[str, float], bars: list[Any], num: int = NUM) -> Any:
+    for mode, ttft_seconds in seconds.items():
+        (folder / mode).mkdir()
+        write_records(folder / mode / f"{KEY}.csv", records(ttft_seconds, num))
     samples = Samples(["m0", "m1"], [0.0, 1.0], [[GIB, 0], [GIB, GIB]], [3 * GIB, 3 * GIB])
-    samples.write(tmp_path / "elastic" / f"{KEY}-memory.csv")
-    fact = {"num_requests": 20, "num_models": 2, "name": "ramp P=2"}
-    (tmp_path / "run.json").write_text(json.dumps({KEY: fact, "pool_bytes": 4 * GIB}))
-    write_report(tmp_path)
-    return json.loads((tmp_path / "summary.json").read_text())
+    samples.write(folder / "elastic" / f"{KEY}-memory.csv")
+    fact = {"num_requests": num, "num_models": 2, "name": "ramp P=2", "bars": bars}
+    (folder / "run.json").write_text(json.dumps({KEY: fact, "pool_bytes": 4 * GIB}))
+    write_report(folder)
+    return json.loads((folder / "summary.json").read_text())
+
+
+def bar(figure: str, relation: str, value: float) -> dict[str, Any]:
+    words = {"workload": "ramp:2", "figure": figure, "other": "static"}
+    return words | {"relation": relation, "value": value}
+
+
+SECONDS = {"alone": 0.2, "static": 1.05, "elastic": 0.4}
+BARS = [bar("mean_ttft", "<=", 0.5), bar("p99_ttft", "<=", 0.1)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the drawing, which takes most of a report's time."""
+    for name in ("rates", "cdfs", "attainments", "memory", "curve"):
+        monkeypatch.setattr(plots, name, lambda path, *_words: path.write_bytes(b""))
+
+
+@pytest.fixture(scope="module")
+def summary(folder: Path) -> Any:
+    return made(folder, SECONDS | {again("static"): 1.05}, BARS)
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path, summary: Any) -> str:
+    assert summary
+    return (folder / "report.html").read_text()
+
+
+def compared(summary: Any, figure: str) -> Any:
+    (line,) = (line for line in summary["workloads"][KEY]["compared"] if line["figure"] == figure)
+    return line
 
 
 def test_static_is_compared_with_elastic(summary: Any) -> None:
     ratios = summary["workloads"][KEY]["ratios"]
-    assert ratios["static_to_elastic_mean_ttft"] == pytest.approx(10)
-    assert ratios["static_to_elastic_mean_tpot"] == pytest.approx(1)
-    assert summary["ramp"] == [{"peak": 2.0, "mean_ttft": 10.0, "p99_ttft": pytest.approx(10)}]
+    assert ratios["static_to_elastic_mean_ttft"] == pytest.approx(2.625)
+    assert [point["peak"] for point in summary["ramp"]] == [2.0]
+    line = compared(summary, "mean_ttft")
+    assert line["ratio"]["low"] <= line["ratio"]["value"] <= line["ratio"]["high"] < 0.5
+    assert (line["said"], compared(summary, "attained")["said"]) == ("better", "better")
+
+
+def test_a_bar_is_met_or_missed_by_the_whole_interval(summary: Any) -> None:
+    assert compared(summary, "mean_ttft")["bar"]["said"] == "met"
+    assert compared(summary, "p99_ttft")["bar"]["said"] == "missed"
+    assert compared(summary, "mean_tpot")["bar"] is None
+
+
+def test_the_same_mode_twice_is_the_control_of_every_figure(summary: Any) -> None:
+    assert all(line["control"] for line in summary["workloads"][KEY]["compared"])
+    assert compared(summary, "mean_ttft")["control"]["value"] == pytest.approx(1.0)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_modes_that_are_alike_are_not_told_apart(tmp_path: Path) -> None:
+    summary = made(tmp_path, SECONDS | {"elastic": 1.05}, [bar("mean_ttft", "<=", 1.0)])
+    line = compared(summary, "mean_ttft")
+    assert line["said"] == "not told apart"
+    assert "No mode was run twice" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_fewer_than_a_thousand_requests_have_no_99th_percentile(tmp_path: Path) -> None:
+    summary = made(tmp_path, SECONDS, [], num=999)
+    assert "p99" not in summary["workloads"][KEY]["modes"]["static"]["ttft_ms"]
+    assert compared(summary, "p99_ttft")["ratio"] is None
+    assert "needs 1,000" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_schedule_of_few_windows_has_no_interval(tmp_path: Path) -> None:
+    for mode in ("static", "elastic"):
+        (tmp_path / mode).mkdir()
+        short = [record for record in records(1.0) if record.due_seconds < 9.0]
+        write_records(tmp_path / mode / f"{KEY}.csv", short)
+    fact = {"num_requests": len(short), "num_models": 2, "name": "ramp P=2"}
+    (tmp_path / "run.json").write_text(json.dumps({KEY: fact}))
+    write_report(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert compared(summary, "mean_ttft")["ratio"] is None
+    assert compared(summary, "mean_ttft")["said"] == "not told apart"
 
 
 def test_the_most_models_are_told_for_each_scale(summary: Any) -> None:
     most = summary["models_at_99_percent"]
-    assert most["ramp P=2 within 5x"] == {"alone": 2, "static": 0, "elastic": 2}
-    assert most["ramp P=2 within 20x"] == {"alone": 2, "static": 2, "elastic": 2}
+    assert (most["ramp P=2 within 5x"]["static"], most["ramp P=2 within 5x"]["elastic"]) == (0, 2)
+    assert most["ramp P=2 within 20x"]["static"] == 2
 
 
 def test_memory_is_told_from_its_samples(summary: Any) -> None:
@@ -59,8 +147,101 @@ def test_memory_is_told_from_its_samples(summary: Any) -> None:
     assert (elastic["peak_bytes"], elastic["mean_bytes"]) == (2 * GIB, 1.5 * GIB)
 
 
-def test_all_pictures_are_drawn_from_the_raw_records(summary: Any, tmp_path: Path) -> None:
-    assert summary
-    page = (tmp_path / "report.html").read_text()
+def test_all_pictures_are_drawn_from_the_raw_records(page: str) -> None:
     for picture in ("rates", "latency", "attainment", "memory"):
         assert f'alt="{KEY}-{picture}"' in page
+
+
+class Reader(HTMLParser):
+    """What a reader sees first, and how wide each table has to be."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.depth = 0  # of what is folded
+        self.order: list[str] = []
+        self.unfolded_images = 0
+        self.tables: list[list[list[str]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        del attrs
+        self.depth += tag == "details"
+        self.unfolded_images += tag == "img" and not self.depth
+        if tag in {"h1", "h2", "details"}:
+            self.order.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in {"td", "th"}:
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.depth -= tag == "details"
+
+    def handle_data(self, data: str) -> None:
+        if self.order[-1:] == ["h2"] and data.strip() and "Summary" not in self.order:
+            self.order.append(data.strip())
+        if self.tables and self.tables[-1] and self.tables[-1][-1]:
+            self.tables[-1][-1][-1] += data
+
+
+def least_pixels(table: list[list[str]]) -> float:
+    """Return how narrow a table can be: each column as its longest word."""
+    columns = zip(*table, strict=True)
+    words = [
+        max(len(word) for cell in column for word in (cell.split() or [""])) for column in columns
+    ]
+    return sum(word * LETTER_PIXELS + CELL_PIXELS for word in words)
+
+
+def test_the_report_opens_with_a_summary_and_folds_what_is_long(page: str) -> None:
+    reader = Reader(page)
+    assert reader.order[:3] == ["h1", "h2", "Summary"]
+    assert page.count("<details>") >= 4
+    assert "<details open" not in page
+    assert reader.unfolded_images == 0
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("all_modes", [False, True])
+def test_the_report_fits_a_thousand_pixels(
+    page: str,
+    tmp_path: Path,
+    all_modes: bool,  # noqa: FBT001  pytest gives it
+) -> None:
+    if all_modes:
+        made(tmp_path, dict.fromkeys([*MODES, again("static")], 123.4), BARS)
+        page = (tmp_path / "report.html").read_text()
+    reader = Reader(page)
+    assert len(reader.tables) >= 4
+    assert [table[0] for table in reader.tables if least_pixels(table) > PAGE_PIXELS] == []
+    assert f"max-width: {PAGE_PIXELS:.0f}px" in page
+    assert "img { max-width: 100% }" in page
+    assert "nowrap" not in page
+
+
+def test_numbers_are_written_out(page: str) -> None:
+    text = re.sub(r'src="[^"]*"', "", page)
+    assert "1,113 ms" in text  # 1.05 s, and 6 % on average
+    assert not re.findall(r"\d[eE][+-]?\d", text)
+    assert "0 requests failed" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (1180.2, "1,180 ms"),
+        (118.02, "118 ms"),
+        (33.71, "33.7 ms"),
+        (8.574, "8.57 ms"),
+        (0.0181, "0.018 ms"),
+        (0.0, "0 ms"),
+        (1234567.0, "1,234,567 ms"),
+        (3, "3 ms"),
+        (1200, "1,200 ms"),
+        (None, ""),
+    ],
+)
+def test_a_number_has_its_unit_and_no_exponent(value: float | None, said: str) -> None:
+    assert number(value, "ms") == said

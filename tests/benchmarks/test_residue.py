@@ -1,20 +1,25 @@
 """What is left of a server that has yielded, and what each part of it is."""
 
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.residue import by_pool, largest, pinned, write
+from helpers.residue import annexes, by_pool, largest, pinned, write
 from helpers.waiting import await_that
 from residue import handles_signal, parts
 from yielding import ON_SIGNAL, with_tests
+
+from kvcached_core.memory.vmm.host import HostBackend
+from kvcached_core.units import MIB
+from kvcached_core.weights.annex import Annex, Ranges
 
 pytestmark = pytest.mark.vllm
 
@@ -72,8 +77,30 @@ def test_the_parts_of_what_is_held_add_up_to_it() -> None:
         "in_use": 60,
         "graphs": 20,
         "cached": 10,
+        "annex_resident": 0,
         "rest": 494,
     }
+
+
+def test_what_lies_on_an_annex_is_told_from_other_memory_and_named() -> None:
+    class Keeping:
+        def in_use(self, spans: Mapping[int, int]) -> Mapping[int, Ranges]:
+            return {address: [(address, size)] for address, size in spans.items()}
+
+    host = (ctypes.c_int8 * (4 * MIB))()
+    annex = Annex(HostBackend(), lambda _num_bytes: ctypes.addressof(host))
+    address = annex.take(3 * MIB, Keeping())
+    annex.backend.tensor(address, MIB).fill_(1)
+    annex.drop()
+    spans, found = annexes()
+    assert spans == {address: 4 * MIB}
+    assert found == {
+        "annex_bytes": 4 * MIB,
+        "annex_resident_bytes": 0,
+        "annex_kept_bytes": 2 * MIB,
+        "annex_spans": [[4 * MIB, "Keeping"]],
+    }
+    annex.close()
 
 
 def test_a_worker_that_has_no_device_says_that_nothing_is_held(tmp_path: Path) -> None:
@@ -101,7 +128,7 @@ def test_a_process_that_was_told_so_reports_when_a_signal_comes(tmp_path: Path) 
     with process(MEMORY_REPORT=str(report), PYTHONPATH=path) as pid:
         assert handles_signal(pid)
         os.kill(pid, signal.SIGUSR2)
-        await_that(report.exists, 60.0)
+        await_that(report.exists)
         assert json.loads(report.read_text())["pid"] == pid
 
 

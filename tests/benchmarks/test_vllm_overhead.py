@@ -1,5 +1,7 @@
 """With what the benchmark of vLLM's servers compares each of them."""
 
+from typing import Any
+
 import pytest
 from vllm_overhead import FIGURES, summary
 
@@ -13,3 +15,36 @@ def test_figures_are_ratios_to_the_first_server_named() -> None:
     assert list(found["ratios"]) == ["yield"]
     assert found["ratios"]["yield"]["mean_tpot_ms"] == [1.25, 1.0]
     assert found["median_ratio"]["yield"]["mean_tpot_ms"] == 1.125
+
+
+def rounds_of(values: dict[str, list[float]], completed: int = 500) -> list[dict[str, Any]]:
+    """Return rounds in which all of a server's figures have these values, one a round."""
+    return [
+        {
+            name: dict.fromkeys(FIGURES, found) | {"completed": completed}
+            for name, found in of.items()
+        }
+        for of in [
+            dict(zip(values, each, strict=True)) for each in zip(*values.values(), strict=True)
+        ]
+    ]
+
+
+def test_a_difference_is_told_where_it_is_outside_of_what_the_control_shows() -> None:
+    names = ["vanilla", "elastic", "control"]
+    noisy = {"vanilla": [10.0] * 4, "elastic": [10.4] * 4, "control": [9.8, 10.5, 10.6, 10.0]}
+    said = summary(rounds_of(noisy), names)["said"]["elastic"]
+    assert set(said.values()) == {"not told apart"}
+    calm = noisy | {"control": [10.0, 9.9, 10.1, 10.0]}
+    said = summary(rounds_of(calm), names)["said"]["elastic"]
+    assert (said["mean_tpot_ms"], said["output_throughput"]) == ("worse", "better")
+
+
+def test_a_99th_percentile_of_few_requests_says_nothing() -> None:
+    values = {"vanilla": [10.0] * 3, "elastic": [20.0] * 3}
+    said = summary(rounds_of(values, completed=333), list(values))["said"]["elastic"]
+    assert said["p99_ttft_ms"] == "needs 1,000 requests, there were 999"
+    assert said["mean_ttft_ms"] == "worse"
+    found = summary(rounds_of(values, completed=334), list(values))
+    assert found["said"]["elastic"]["p99_ttft_ms"] == "worse"
+    assert found["intervals"]["elastic"]["mean_ttft_ms"] == [2.0, 2.0]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from multi_model import workloads
-from multi_model.modes import ModeError
+from multi_model.errors import ModeError
 from multi_model.settings import HOST, LENGTHS, make_workload
 from multi_model.traces import TraceRequest, read_arena, read_azure
 
@@ -67,7 +67,12 @@ def test_a_model_gets_a_share_by_what_it_needs() -> None:
     assert workloads.arena(trace, num_models=2, speed=1).shares() == pytest.approx([2 / 3, 1 / 3])
 
 
-@pytest.mark.parametrize("words", ["ramps:3", "ramp:many", ""])
+def test_a_workload_that_asks_nothing_is_refused() -> None:
+    with pytest.raises(ModeError, match=r"'many:1' has no request in 0.1 s"):
+        make_workload("many:1", 3, LENGTHS[HOST], 0.1)
+
+
+@pytest.mark.parametrize("words", ["ramps:3", "ramp:many", "", "many:0", "many:nan"])
 def test_an_unknown_workload_is_refused_by_name(words: str) -> None:
     with pytest.raises(ModeError, match=f"workload '{words}'"):
         make_workload(words, 3, LENGTHS[HOST], None)

@@ -1,0 +1,140 @@
+"""What one server whose weights are gone still holds of its device, and its next request's wait.
+
+    python benchmarks/held.py --json held.json --buffers yield
+
+One 8B server with CUDA graphs. It is looked at awake and asleep; then it sleeps and answers by
+turns, and each answer is compared with the first. With vLLM, at last a part of what comes back is
+spoiled on purpose: the answer has to differ. `--tiny` rehearses it on a CPU.
+"""
+
+import json
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from machine import describe_gpu, describe_machine
+from residue import context_bytes, parts, used_bytes, yielded
+from vllm_servers import READY_SECONDS, Record
+from yielding import FIRST, Run, make_parser
+
+from kvcached_core.units import MIB
+from kvcached_demo.harness.engines import ENGINES, VLLM
+
+
+def look(run: Run) -> dict[str, Any]:
+    """Look what the server holds awake and asleep, and what that is."""
+    context, awake = context_bytes(run), used_bytes(run) - run.used_before_bytes
+    torchs = yielded(run, FIRST).get(FIRST, {})
+    time.sleep(0.5)
+    view, asleep = run.view(FIRST), used_bytes(run) - run.used_before_bytes
+    return {
+        "awake_bytes": awake,
+        "asleep_bytes": asleep,
+        "parts_bytes": parts(asleep, context, view.resident_bytes, torchs),
+        "annex_bytes": torchs.get("annex_bytes", 0),
+        "annex_kept_bytes": torchs.get("annex_kept_bytes", 0),
+        "report": torchs,
+    }
+
+
+def wakes(run: Run, num: int) -> dict[str, Any]:
+    """Ask a server that sleeps, again and again; and one that is awake."""
+    awake = [run.first_token_seconds(FIRST) for _ in range(10)]
+    seconds = []
+    for _ in range(num):
+        run.sleep(FIRST)
+        seconds.append(run.first_token_seconds(FIRST))
+    ordered = sorted(seconds)
+    return {
+        "awake_seconds": awake,
+        "seconds": seconds,
+        "median_seconds": statistics.median(seconds),
+        "p95_seconds": ordered[int(0.95 * (len(ordered) - 1))],
+    }
+
+
+def spoil(run: Run) -> dict[str, Any]:
+    """Spoil what came back, and see that the answer differs; it counts as no wrong one."""
+    run.ask(FIRST)
+    run.call(FIRST, "spoil_annex")
+    before = run.num_wrong
+    run.ask(FIRST)
+    is_different, run.num_wrong = run.num_wrong > before, before
+    return {"is_different": is_different}
+
+
+def stack(run: Run) -> dict[str, Any]:
+    """Look what the stacks of kernels hold, and whether answers stay what they are without it."""
+    if run.tiny:
+        return {}
+    path = run.folder / "stack.json"
+    run.call(FIRST, "lower_stack", path)
+    found: dict[str, Any] = json.loads(path.read_text())
+    run.ask(FIRST)
+    run.sleep(FIRST)
+    time.sleep(0.5)
+    return found | {"asleep_bytes": used_bytes(run) - run.used_before_bytes}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the figures as text."""
+    held = results.get("held", {})
+    lines = [
+        f"failed {results.get('failed')}, wrong tokens {results.get('wrong')}",
+        f"ready after {results.get('ready_seconds', 0):.0f} s, buffers {results['buffers']}",
+    ]
+    whole = ("awake_bytes", "asleep_bytes", "annex_bytes", "annex_kept_bytes")
+    sizes = {name: held.get(name, 0) for name in whole} | held.get("parts_bytes", {})
+    lines += [f"{name:24} {size / MIB:10.1f} MiB" for name, size in sizes.items()]
+    for size, number, *words in held.get("report", {}).get("largest", [])[:12]:
+        lines.append(f"    {size / MIB:8.1f} {number:4} {' '.join(words)[:110]}")
+    found = results.get("wakes", {})
+    lines.append(
+        f"first token after a sleep: median {found.get('median_seconds', 0):.4f} s, "
+        f"p95 {found.get('p95_seconds', 0):.4f} s of {len(found.get('seconds', []))}"
+    )
+    lines += [f"{name}: {results.get(name)}" for name in ("spoiled", "stack", "errors")]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--buffers", choices=("keep", "yield"), default="yield")
+    parser.add_argument("--number", type=int, default=30, help="how often it sleeps and wakes")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    engine = ENGINES[options.engine]
+    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
+        record = Record(options.json)
+        record.add(machine=describe_machine() if options.tiny else describe_gpu())
+        record.add(engine=f"{engine.title} {engine.release()}", buffers=options.buffers)
+        run = Run(Path(folder), tiny=options.tiny, runner=options.runner, engine=engine)
+        if options.tiny:
+            run.environ["LEAST_SCRATCH_BYTES"] = "32768"
+        run.environ |= {"MEMORY_HISTORY": "1", "KVCACHED_BUFFERS": options.buffers}
+        try:
+            run.used_before_bytes = used_bytes(run)
+            begin = time.monotonic()
+            run.start(FIRST, 1)
+            run.servers.wait_ready(seconds=READY_SECONDS)
+            record.add(ready_seconds=time.monotonic() - begin)
+            if engine is VLLM:
+                run.call(FIRST, "end_history")
+            run.ask(FIRST)
+            record.add(copied_seconds=run.wait_copied(FIRST))
+            record.add(held=look(run))
+            record.add(wakes=wakes(run, options.number))
+            if engine is VLLM:
+                record.add(spoiled=spoil(run), stack=stack(run))
+        finally:
+            run.close(record)
+            print(table(record.results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""What the replays in a run's folder come to: figures, comparisons, pictures."""
+
+import itertools
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from intervals import NOT_TOLD_APART, Interval, against_bar, apart
+from multi_model import metrics, plots
+from multi_model.client import Record, read_records
+from multi_model.compared import FIGURES, Figure, ratio
+from multi_model.fleet import Samples
+from multi_model.modes import ALONE, ELASTIC, MODES, OURS, STATIC, again
+
+# Below it two clients are taken to measure the same.
+CROSS_CHECK_GOAL = 0.03
+# At which the numbers of models are compared.
+COMPARED_SCALES = (5, 10, 20)
+RAMP = re.compile(r"ramp P=(\d+)")
+
+
+def summarize(folder: Path) -> dict[str, Any]:
+    """Return the summary of all replays in a folder; draw their pictures into it."""
+    facts = json.loads((folder / "run.json").read_text())
+    workloads = {key: fact for key, fact in facts.items() if _is_workload(fact)}
+    summary: dict[str, Any] = {
+        "machine": facts.get("machine"),
+        "model": facts.get("model"),
+        "shared": facts.get("shared"),
+        "page_bytes": facts.get("page_bytes"),
+        "caching": facts.get("caching"),
+        "remark": facts.get("remark", ""),
+        "cross_check": [_compare_clients(found) for found in facts.get("cross_check", [])],
+        "workloads": {
+            key: _workload(folder, key, fact, facts.get("pool_bytes"))
+            for key, fact in workloads.items()
+        },
+    }
+    summary["ramp"] = _ramp_curve(summary["workloads"])
+    summary["models_at_99_percent"] = _num_models(summary["workloads"])
+    return summary
+
+
+def _is_workload(fact: Any) -> bool:
+    return isinstance(fact, dict) and "num_requests" in fact
+
+
+def _workload(
+    folder: Path, key: str, fact: dict[str, Any], pool_bytes: int | None
+) -> dict[str, Any]:
+    found = {
+        mode: read_records(folder / mode / f"{key}.csv")
+        for mode in [*MODES, *map(again, MODES)]
+        if (folder / mode / f"{key}.csv").exists()
+    }
+    levels = None
+    if ALONE in found:
+        levels = [
+            metrics.level([record for record in found[ALONE] if record.model == model])
+            for model in range(fact["num_models"])
+        ]
+    modes = {}
+    for mode, records in found.items():
+        title = f"{mode}: {fact['name']}"
+        memory = _memory(folder / mode, key, title, pool_bytes)
+        modes[mode] = metrics.summarize(records, levels) | memory
+        if mode != ALONE:
+            plots.rates(folder / f"{key}-rates.png", fact["name"], records, fact["num_models"])
+        else:  # replayed one after the other: what they come to together says nothing
+            for name in ("requests_per_second", "tokens_per_second", "goodput_per_second"):
+                modes[mode].pop(name, None)
+    if found:
+        plots.cdfs(folder / f"{key}-latency.png", fact["name"], found)
+    if levels is not None:
+        attained = {mode: figures["attainment"] for mode, figures in modes.items()}
+        plots.attainments(folder / f"{key}-attainment.png", fact["name"], attained)
+    return fact | {
+        "modes": modes,
+        "ratios": _ratios(modes, found, levels),
+        "compared": _compared(found, levels, fact.get("bars", [])),
+    }
+
+
+def _memory(folder: Path, key: str, title: str, pool_bytes: int | None) -> dict[str, Any]:
+    facts = folder / f"{key}.json"
+    found: dict[str, Any] = json.loads(facts.read_text()) if facts.exists() else {}
+    path = folder / f"{key}-memory.csv"
+    samples = Samples.read(path) if path.exists() else Samples([])
+    if any(map(any, samples.resident_bytes)):
+        held = [sum(row) for row in samples.resident_bytes]
+        found |= {"peak_bytes": max(held), "mean_bytes": statistics.mean(held)}
+        plots.memory(path.with_suffix(".png"), title, samples, pool_bytes)
+    return found
+
+
+def _compared(
+    found: dict[str, list[Record]],
+    levels: Sequence[metrics.Level] | None,
+    bars: Sequence[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Return each figure of our modes beside each other mode's, with what may be said of it."""
+    pairs = [
+        (ours, other)
+        for ours in OURS
+        for other in MODES
+        if ours in found and other in found and other not in {ours, ALONE}
+    ]
+    controls = {
+        (mode, name): ratio(figure, found[again(mode)], found[mode], levels)
+        for mode in MODES
+        if again(mode) in found
+        for name, figure in FIGURES.items()
+    }
+    made = []
+    for (ours, other), figure in itertools.product(pairs, FIGURES.values()):
+        values = [figure.total(figure.of(found[mode], levels)) for mode in (ours, other)]
+        between = ratio(figure, found[ours], found[other], levels)
+        control = controls.get((other, figure.name)) or controls.get((ours, figure.name))
+        made.append(
+            {
+                "figure": figure.name,
+                "ours": ours,
+                "other": other,
+                "values": values,
+                "ratio": asdict(between) if between else None,
+                "control": asdict(control) if control else None,
+                "said": _said(figure, between, control),
+                "bar": _bar(bars, figure, other, between),
+            }
+        )
+    return made
+
+
+def _said(figure: Figure, between: Interval | None, control: Interval | None) -> str:
+    if between is None:
+        return NOT_TOLD_APART
+    return apart(between, control, is_less_better=figure.is_less_better)
+
+
+def _bar(
+    bars: Sequence[dict[str, Any]], figure: Figure, other: str, between: Interval | None
+) -> dict[str, Any] | None:
+    for bar in bars:
+        if (bar["figure"], bar["other"]) == (figure.name, other):
+            said = NOT_TOLD_APART
+            if between is not None:
+                said = against_bar(between, bar["relation"], bar["value"])
+            return {"words": f"{bar['relation']} {bar['value']:g}", "said": said}
+    return None
+
+
+def _ratios(
+    modes: dict[str, Any],
+    found: dict[str, list[Record]],
+    levels: Sequence[metrics.Level] | None,
+) -> dict[str, float | None]:
+    """Return what is compared between static and elastic."""
+    if STATIC not in modes or ELASTIC not in modes:
+        return {}
+    static, elastic = modes[STATIC], modes[ELASTIC]
+    ratios: dict[str, float | None] = {}
+    for figure, which in itertools.product(("ttft_ms", "tpot_ms"), ("mean", "p99")):
+        if which in static[figure] and elastic[figure].get(which):
+            name = f"{which}_{figure.removesuffix('_ms')}"
+            ratios[f"static_to_elastic_{name}"] = static[figure][which] / elastic[figure][which]
+    scale = elastic.get("tightest_scale")
+    if levels is not None and scale is not None:
+        shares = [metrics.attainment(found[mode], levels, [scale])[0] for mode in (ELASTIC, STATIC)]
+        ratios["attainment_elastic_to_static"] = shares[0] / shares[1] if shares[1] else None
+    return ratios
+
+
+def _ramp_curve(workloads: dict[str, Any]) -> list[dict[str, float | None]]:
+    points = [
+        {
+            "peak": float(match[1]),
+            "mean_ttft": found["ratios"]["static_to_elastic_mean_ttft"],
+            "p99_ttft": found["ratios"].get("static_to_elastic_p99_ttft"),
+        }
+        for found in workloads.values()
+        if (match := RAMP.fullmatch(found["name"]))
+        and "static_to_elastic_mean_ttft" in found["ratios"]
+    ]
+    return sorted(points, key=lambda point: point["peak"])
+
+
+def _num_models(workloads: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Return the most models of which each mode kept 99 % within a scale, for some scales."""
+    best: dict[str, dict[str, int]] = {}
+    for found, scale in itertools.product(workloads.values(), COMPARED_SCALES):
+        of_name = best.setdefault(f"{found['name']} within {scale}x", {})
+        for mode, figures in found["modes"].items():
+            attained = figures.get("attainment")
+            reached = bool(attained) and attained[metrics.SCALES.index(scale)] >= metrics.GOAL
+            of_name[mode] = max(of_name.get(mode, 0), found["num_models"] if reached else 0)
+    return best
+
+
+def _compare_clients(found: dict[str, Any]) -> dict[str, Any]:
+    ours, theirs = found["ours"], found["vllm_bench_serve"]
+    ratios = {name: ours[name] / theirs[name] for name in ours}
+    agrees = all(abs(ratio - 1) <= CROSS_CHECK_GOAL for ratio in ratios.values())
+    return found | {"ratios": ratios, "agrees": agrees}

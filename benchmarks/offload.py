@@ -1,0 +1,63 @@
+"""An engine's own offloading with us against without: speed, copies, what comes back, on a GPU.
+
+    python benchmarks/offload.py --json benchmarks/results/offload.json
+    python benchmarks/offload.py --json benchmarks/results/hicache.json --engine sglang
+
+Three servers of one model stand side by side: vanilla and elastic, both with a host tier of the
+same size, and an elastic one without. `--rows` chooses among
+
+* `tokens`: greedy answers of both, before and after the cache was lost;
+* `speed`: throughput and times per token while all that is computed is stored, in turn;
+* `copies`: GB/s of stores and loads, by vLLM's own counters (vLLM alone);
+* `back`: a long prompt computed, and asked again after its cache went to a neighbour;
+* `give`: memory given back while stores run, beside the engine that has no tier;
+* `disk`: a long prompt that lies in files alone asked again, beside the disk's own speed. It has a
+  server of its own, and runs where it is named (vLLM alone).
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from offload_rows import ROWS
+from offload_servers import Bench, Sizes
+from offload_sglang import sglang_run
+from vllm_overhead import CONTROL
+from vllm_servers import bench_run, parser
+
+VLLM_ALONE = {"copies", "disk"}
+BY_NAME = {"disk"}
+
+
+def main() -> None:
+    """Measure, print, write JSON."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--engine", choices=("vllm", "sglang"), default="vllm")
+    arguments.add_argument("--rows", nargs="+", choices=ROWS)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--tier-gib", type=int, default=20, help="of each server's host tier")
+    arguments.add_argument("--kv-gib", type=int, default=18, help="KV cache of each server")
+    arguments.add_argument("--num-prompts", type=int, default=160)
+    arguments.add_argument("--disk", type=Path, help="a new folder, for `--rows disk`")
+    arguments.add_argument("--control", action="store_true", help="a second vanilla server: noise")
+    options = arguments.parse_args()
+    is_sglang = options.engine == "sglang"
+    left_out = BY_NAME | (VLLM_ALONE if is_sglang else set())
+    rows = options.rows or [row for row in ROWS if row not in left_out]
+    if is_sglang and VLLM_ALONE & set(rows):
+        sys.exit(f"SGLang has no row {', '.join(sorted(VLLM_ALONE & set(rows)))}")
+    if "disk" in rows and options.disk is None:
+        sys.exit("--rows disk needs --disk, a new folder on the disk that is measured")
+    run = sglang_run if is_sglang else bench_run
+    with run(options) as (setting, record):
+        bench = Bench(setting, record, Sizes(options))
+        control = (CONTROL,) if options.control else ()
+        bench.start(list(dict.fromkeys((*(n for row in rows for n in ROWS[row][1]), *control))))
+        for row in rows:
+            started = time.monotonic()
+            record.add(**{row: ROWS[row][0](bench)})
+            print(f"{row}: {time.monotonic() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""The servers of `offload.py`: with a host tier and without, and what is asked of them."""
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from multi_model.client import OPENAI, Dialect
+from offload_client import AT_ONCE, bench, schedule
+from vllm_overhead import is_elastic
+from vllm_servers import READY_SECONDS, Record, Setting
+
+from kvcached_core.ledger import bell
+from kvcached_core.units import GIB, MIB
+from kvcached_demo.harness.engines import VLLM
+from kvcached_demo.harness.server import EngineServer
+from kvcached_demo.harness.servers import Servers
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers.offload_plugin import TIERS_SPEC, add_plugin, transfer
+
+PLAIN, DISK = "plain", "disk"  # elastic: without a tier, and with one on disk below the host's
+COPIED = {
+    word: (f"vllm:kv_offload_{word}_bytes_total", f"vllm:kv_offload_{word}_time_total")
+    for word in ("store", "load")
+}
+SETTLED_SECONDS = 0.5
+PATIENCE_SECONDS = 120.0
+LOOK_SECONDS = 0.001
+
+
+class Sizes:
+    """How much of everything, on a GPU or in a rehearsal."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        tiny = options.tiny
+        self.disk_folder = Path(options.disk or "").absolute()
+        self.rounds = options.rounds
+        self.tier_bytes = 128 * MIB if tiny else options.tier_gib * GIB
+        self.kv_bytes = 128 * MIB if tiny else options.kv_gib * GIB
+        self.disk_host_bytes = 40 * MIB if tiny else 5 * GIB
+        self.given_bytes = 32 * MIB if tiny else 8 * GIB
+        self.long_tokens = 1000 if tiny else 32_000
+        self.short_tokens = 400 if tiny else 8_000
+        if tiny:
+            self.workloads = [("100/16 at saturation", 100, 16, AT_ONCE, options.num_prompts // 5)]
+        else:
+            self.workloads = [
+                ("2048/128 at saturation", 2048, 128, AT_ONCE, options.num_prompts),
+                ("2048/128 at 4 req/s", 2048, 128, "4", options.num_prompts // 4),
+            ]
+
+
+class Kind(Protocol):
+    """What differs between engines.
+
+    Attributes:
+        kv_bytes_per_token: Of the model.
+        dialect: How a server is asked for a workload.
+    """
+
+    kv_bytes_per_token: int
+    dialect: Dialect
+
+    def start(self, name: str, sizes: Sizes, *, elastic: bool, has_tier: bool) -> None:
+        """Start a server; one called `DISK` has its tier in `Sizes.disk_folder`."""
+
+    def answer(self, server: EngineServer, prompt: list[int], num_tokens: int) -> list[int]:
+        """Return the tokens of a greedy answer, or what stands for them."""
+
+    def copied(self, server: EngineServer, word: str) -> tuple[float, float]:
+        """Return how many bytes were stored or loaded so far, and in how many seconds."""
+
+    def reset(self, server: EngineServer) -> None:
+        """Drop the cache on the device, and not the host's."""
+
+
+class VllmKind(Kind):
+    """vLLM's servers."""
+
+    dialect = OPENAI
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self.kv_bytes_per_token = setting.kv_bytes_per_token
+
+    def start(self, name: str, sizes: Sizes, *, elastic: bool, has_tier: bool) -> None:
+        """See `Kind.start`."""
+        setting = self._setting
+        # vLLM's own copier needs a GPU.
+        more = add_plugin(setting.servers.workspace / "plugin") if setting.tiny else {}
+        size = VLLM.size(
+            sizes.kv_bytes, self.kv_bytes_per_token, is_elastic=elastic, is_host=setting.tiny
+        )
+        length = () if setting.tiny else VLLM.longest(sizes.long_tokens + 256)
+        setting.servers.start(
+            VLLM,
+            name,
+            setting.model,
+            *VLLM.caching(is_on=True),
+            *size,
+            *length,
+            *(self._disk(sizes) if name == DISK else self._tier(sizes) if has_tier else ()),
+            is_elastic=elastic,
+            limit_bytes=sizes.kv_bytes,
+            options=setting.options,
+            environ=setting.environ | {"VLLM_SERVER_DEV_MODE": "1"} | more,
+        )
+
+    def answer(self, server: EngineServer, prompt: list[int], num_tokens: int) -> list[int]:
+        """See `Kind.answer`."""
+        body = {
+            "model": server.name,
+            "prompt": prompt,
+            "max_tokens": num_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        answer = server.post("/v1/completions", body, PATIENCE_SECONDS)
+        answer.raise_for_status()
+        found: list[int] = answer.json()["choices"][0]["token_ids"]
+        return found
+
+    def copied(self, server: EngineServer, word: str) -> tuple[float, float]:
+        """See `Kind.copied`."""
+        num_bytes, seconds = (server.metric(name) for name in COPIED[word])
+        return (0.0, 0.0) if math.isnan(num_bytes) else (num_bytes, seconds)
+
+    def reset(self, server: EngineServer) -> None:
+        """See `Kind.reset`."""
+        server.post("/reset_prefix_cache").raise_for_status()
+
+    def _tier(self, sizes: Sizes) -> tuple[str, ...]:
+        if not self._setting.tiny:
+            return ("--kv-offloading-size", str(sizes.tier_bytes // GIB))
+        return (
+            "--kv-transfer-config",
+            json.dumps(transfer(num_bytes=sizes.tier_bytes, delay_ms=(0, 5))),
+        )
+
+    def _disk(self, sizes: Sizes) -> tuple[str, ...]:
+        below = [{"type": "fs", "root_dir": str(sizes.disk_folder)}]
+        if self._setting.tiny:
+            config = transfer(
+                TIERS_SPEC, num_bytes=sizes.disk_host_bytes, delay_ms=(0, 5), secondary_tiers=below
+            )
+        else:
+            extra = {"spec_name": "TieringOffloadingSpec", "secondary_tiers": below}
+            extra["cpu_bytes_to_use"] = sizes.disk_host_bytes
+            config = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+            config["kv_connector_extra_config"] = extra
+        return ("--kv-transfer-config", json.dumps(config))
+
+
+class Bench:
+    """The servers, and what is asked of them.
+
+    Args:
+        setting: What runs where; of SGLang's servers it has its `kind` with it.
+        record: The results.
+        sizes: How much of everything.
+    """
+
+    def __init__(self, setting: Any, record: Record, sizes: Sizes) -> None:
+        self.setting, self.record, self.sizes = setting, record, sizes
+        self.kind: Kind = getattr(setting, "kind", None) or VllmKind(setting)
+        self._random = random.Random(0)
+        self._vocabulary = 500  # all shapes have these tokens
+
+    @property
+    def servers(self) -> Servers:
+        """All of them."""
+        servers: Servers = self.setting.servers
+        return servers
+
+    def start(self, names: list[str]) -> None:
+        """Start the servers that the rows need, all at once."""
+        sizes = self.sizes
+        for name in names:
+            elastic = name == PLAIN or is_elastic(name)
+            self.kind.start(name, sizes, elastic=elastic, has_tier=name != PLAIN)
+        ready = self.servers.wait_ready(seconds=READY_SECONDS)
+        self.record.add(ready_seconds=ready, tier_bytes=sizes.tier_bytes, kv_bytes=sizes.kv_bytes)
+        print(f"ready: {ready}", flush=True)
+        for name in names:
+            self.ask(self[name], self.prompt(64))
+            self.bench(name, 64, 8, AT_ONCE, 8, seed=0)
+
+    def __getitem__(self, name: str) -> EngineServer:
+        return self.servers[name]
+
+    def prompt(self, num_tokens: int) -> list[int]:
+        """Return a prompt that no other one shares anything with."""
+        return [self._random.randrange(3, self._vocabulary) for _ in range(num_tokens)]
+
+    def ask(self, server: EngineServer, prompt: list[int]) -> float:
+        """Return after how many seconds the first token of an answer was there."""
+        started = time.perf_counter()
+        self.kind.answer(server, prompt, 1)
+        return time.perf_counter() - started
+
+    def answer(self, server: EngineServer, prompt: list[int], num_tokens: int) -> list[int]:
+        """Return the tokens of a greedy answer."""
+        return self.kind.answer(server, prompt, num_tokens)
+
+    def bench(self, name: str, *workload: Any, seed: int) -> dict[str, Any]:
+        """Send a workload, what `schedule` takes, to a server; return its figures."""
+        return bench(self[name], self.kind.dialect, schedule(*workload, seed), seed=seed)
+
+    def copied(self, server: EngineServer, word: str) -> tuple[float, float]:
+        """Return how many bytes were copied so far, and in how many seconds."""
+        return self.kind.copied(server, word)
+
+    def settle(self, server: EngineServer) -> None:
+        """Wait until all that was computed is stored."""
+        was = -1.0
+        while (now := self.copied(server, "store")[0]) != was:
+            was = now
+            time.sleep(SETTLED_SECONDS)
+
+
+def give_back(bench: Bench, name: str, num_bytes: int) -> float:
+    """Ask a server for memory as a neighbour does; return after how many ms it was unmapped."""
+    with bench.setting.servers.open_ledger() as ledger:
+
+        def unmapped() -> int:
+            (view,) = (one for one in ledger.view().instances if one.name == name)
+            return view.num_unmapped_bytes
+
+        (view,) = (one for one in ledger.view().instances if one.name == name)
+        target = view.num_unmapped_bytes + num_bytes // view.page_bytes * view.page_bytes
+        started = time.perf_counter()
+        if ledger.ask(view.row, num_bytes):
+            bell.wake(ledger, [view.row])
+        while unmapped() < target:
+            if time.perf_counter() - started > PATIENCE_SECONDS:
+                sys.exit(f"{name} did not give {num_bytes} bytes in {PATIENCE_SECONDS} s")
+            time.sleep(LOOK_SECONDS)
+        return (time.perf_counter() - started) * 1e3

@@ -1,0 +1,105 @@
+"""SGLang's servers of `offload.py`: HiCache in the place of vLLM's offloading."""
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from machine import describe_gpu, describe_machine
+from multi_model.client import SGLANG as SGLANG_DIALECT
+from offload_servers import PATIENCE_SECONDS, Kind, Sizes
+from sglang_servers import GPU_OPTIONS, SGLangSetting
+from vllm_servers import Record, kv_bytes_per_token
+
+from kvcached_core.config import read_config
+from kvcached_core.weights.host_budget import HostBudget
+from kvcached_core.weights.host_tier import read_tiers
+from kvcached_demo.harness.engines import SGLANG
+from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN
+from kvcached_demo.harness.server import EngineServer
+
+GB_BYTES = 10**9  # what SGLang counts its tier in
+
+
+class SglangKind(Kind):
+    """SGLang's servers. What vanilla copies is not counted: nothing of it is needed."""
+
+    dialect = SGLANG_DIALECT
+
+    def __init__(self, setting: SGLangSetting) -> None:
+        self._setting = setting
+        self.kv_bytes_per_token = (
+            KV_BYTES_PER_TOKEN if setting.tiny else kv_bytes_per_token("llama-8b")
+        )
+
+    def start(self, name: str, sizes: Sizes, *, elastic: bool, has_tier: bool) -> None:
+        """See `Kind.start`."""
+        setting = self._setting
+        more: dict[str, str] = {"PYTHONPATH": ""}
+        if setting.tiny:  # SGLang's own copies need a GPU
+            from helpers.hicache_copier_settings import DELAY_MS
+            from helpers.hicache_plugin import add_plugin
+
+            more = add_plugin(setting.servers.workspace / "plugin") | {DELAY_MS: "0,5"}
+        size = SGLANG.size(
+            sizes.kv_bytes, self.kv_bytes_per_token, is_elastic=elastic, is_host=setting.tiny
+        )
+        options = SGLANG.host_options if setting.tiny else GPU_OPTIONS
+        length = () if setting.tiny else SGLANG.longest(sizes.long_tokens + 256)
+        setting.servers.start(
+            SGLANG,
+            name,
+            setting.model,
+            *size,
+            *length,
+            *(self._tier(sizes) if has_tier else ()),
+            is_elastic=elastic,
+            limit_bytes=sizes.kv_bytes,
+            options=options,
+            environ=more,
+        )
+
+    def answer(self, server: EngineServer, prompt: list[int], num_tokens: int) -> list[int]:
+        """See `Kind.answer`."""
+        sampling = {"max_new_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
+        body = {"input_ids": prompt, "sampling_params": sampling}
+        answer = server.post("/generate", body, PATIENCE_SECONDS)
+        answer.raise_for_status()
+        found: list[int] = answer.json()["output_ids"]
+        return found
+
+    def copied(self, server: EngineServer, word: str) -> tuple[float, float]:
+        """See `Kind.copied`."""
+        config = read_config({"KVCACHED_DIR": str(self._setting.servers.directory)})
+        for view in read_tiers(HostBudget(config).folder):
+            if view.instance == server.name and view.counts:
+                (counts,) = view.counts
+                if word == "store":
+                    return float(counts.stored_bytes), counts.store_seconds
+                return float(counts.loaded_bytes), counts.load_seconds
+        return 0.0, 0.0
+
+    def reset(self, server: EngineServer) -> None:
+        """See `Kind.reset`."""
+        raise NotImplementedError(f"{server.name}: SGLang forgets the host tier with its cache")
+
+    def _tier(self, sizes: Sizes) -> tuple[str, ...]:
+        num_gb = max(sizes.tier_bytes // GB_BYTES, 1)
+        return ("--enable-hierarchical-cache", "--hicache-size", str(num_gb))
+
+
+@contextlib.contextmanager
+def sglang_run(options: argparse.Namespace) -> Iterator[tuple[Any, Record]]:
+    """Make a folder and a record; keep the ends of the servers' logs."""
+    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
+        record = Record(options.json)
+        record.add(machine=describe_machine() if options.tiny else describe_gpu())
+        setting: Any = SGLangSetting(Path(folder), tiny=options.tiny)
+        setting.kind = SglangKind(setting)
+        with setting.servers:
+            try:
+                yield setting, record
+            finally:
+                setting.servers.keep_logs(options.json.parent, options.json.stem)

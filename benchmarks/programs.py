@@ -1,0 +1,235 @@
+"""A program that is no engine beside two servers whose caches and weights fill the device.
+
+    python benchmarks/programs.py --json programs.json
+
+Two 8B servers that yield their weights fill the device. Then `kvcached run` makes room for a
+process that allocates 20 GiB with torch, twenty times; both servers are asked before, while it
+holds its memory, and after. A few rounds more need so much that weights have to go, too. `--tiny`
+rehearses it on a CPU: there the program allocates host memory.
+"""
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from machine import describe_gpu, describe_machine
+from vllm_servers import READY_SECONDS, Record, kv_bytes_per_token
+from yielding import FIRST, SECOND, TESTS, Run
+
+from kvcached_core.ledger.view import InstanceView
+from kvcached_core.units import GIB, MIB, format_bytes, parse_bytes
+from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN
+
+NAMES = (FIRST, SECOND)
+PROGRAM = "program"
+KVCACHED = Path(sys.executable).with_name("kvcached")
+ALLOCATING = TESTS / "helpers" / "allocating.py"
+# Whole gigabytes, so that nothing is lost to torch's own rounding.
+WITH_TORCH = """
+import sys, torch
+num_gib = int(sys.argv[1]) >> 30
+held = [torch.ones(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(num_gib)]
+torch.cuda.synchronize()
+print("all", flush=True)
+sys.exit(int(sys.stdin.readline() or 1))
+"""
+WAIT_SECONDS, SEEN_SECONDS = 120, 10.0
+TINY_POOL, TINY_NEED, TINY_LARGE_NEED = 192 * MIB, "96MiB", "164MiB"
+
+
+@dataclass(frozen=True)
+class Size:
+    """What differs between a GPU and a rehearsal: prompts that fill caches, and when they do."""
+
+    num_tokens: int
+    token_bytes: int
+    full_bytes: int
+
+
+GPU = Size(8000, kv_bytes_per_token("llama-8b"), 512 * MIB)
+TINY = Size(400, KV_BYTES_PER_TOKEN, 16 * MIB)
+
+
+class Rounds:
+    """Rounds with programs that need one size.
+
+    Args:
+        run: The servers.
+        need: What each program needs, and allocates.
+    """
+
+    def __init__(self, run: Run, need: str) -> None:
+        self.run, self.need = run, need
+        self.size = TINY if run.tiny else GPU
+        self._seed = 1000
+        self.rows: list[dict[str, Any]] = []
+
+    def do(self, num: int) -> None:
+        """Do so many."""
+        for _ in range(num):
+            self.rows.append(self._one())
+
+    def _one(self) -> dict[str, Any]:
+        run, before_wrong, before_failed = self.run, self.run.num_wrong, self.run.num_failed
+        free_bytes = self._fill()
+        before = self._rows()
+        found: dict[str, Any] = {"free_bytes": free_bytes}
+        start = time.perf_counter()
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            self._command(), env=self._environ(), stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        ) as process:
+            assert process.stdout is not None  # noqa: S101  mypy: it is a pipe
+            has_all = process.stdout.readline() == "all\n"
+            found["allocated_seconds"] = time.perf_counter() - start
+            if has_all:
+                found |= self._seen(start)
+                given = self._rows()
+                for word in ("cached", "weights"):
+                    found[f"given_{word}_bytes"] = sum(
+                        getattr(before[name], f"{word}_bytes")
+                        - getattr(given[name], f"{word}_bytes")
+                        for name in NAMES
+                    )
+                for name in NAMES:
+                    run.ask(name)
+            _, errors = process.communicate("0\n" if has_all else None)
+        for name in NAMES:
+            run.ask(name)
+        return found | {
+            "has_all": has_all and process.returncode == 0,
+            "exit_code": process.returncode,
+            "errors": errors[-2000:],
+            "failed": run.num_failed - before_failed,
+            "wrong": run.num_wrong - before_wrong,
+        }
+
+    def _fill(self) -> int:
+        """Let both prefix caches take what there is; return what is left."""
+        size, left = self.size, -1
+        while True:
+            device = self.run.servers.device()
+            free_bytes = device.free_bytes
+            if free_bytes < size.full_bytes or free_bytes == left:
+                return free_bytes
+            left = free_bytes
+            num = free_bytes // size.token_bytes // size.num_tokens // len(NAMES) + 1
+            for name in NAMES:
+                self._seed += 1
+                self.run.load(name, int(min(num, 16)), size.num_tokens, 1, seed=self._seed)
+
+    def _command(self) -> list[str]:
+        num_bytes = str(parse_bytes(self.need, what="need"))
+        words = [ALLOCATING, num_bytes] if self.run.tiny else ["-c", WITH_TORCH, num_bytes]
+        options = ["--need", self.need, "--wait", str(WAIT_SECONDS), "--name", PROGRAM]
+        return [str(word) for word in (KVCACHED, "run", *options, "--", sys.executable, *words)]
+
+    def _environ(self) -> dict[str, str]:
+        return os.environ | {"KVCACHED_DIR": str(self.run.servers.directory)}
+
+    def _rows(self) -> dict[str, InstanceView]:
+        return {row.name: row for row in self.run.servers.device().instances}
+
+    def _seen(self, start: float) -> dict[str, Any]:
+        """Wait until the row says that all of it is allocated."""
+        deadline = time.perf_counter() + SEEN_SECONDS
+        slack_bytes = 2 * MIB if self.run.tiny else 0
+        while True:
+            row, now = self._rows()[PROGRAM], time.perf_counter()
+            if row.static_bytes <= slack_bytes or now > deadline:
+                return {
+                    "seen_seconds": now - start,
+                    "held_bytes": row.resident_bytes,
+                    "announced_bytes": row.static_bytes,
+                }
+            time.sleep(0.02)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the figures as text."""
+    lines = [f"failed {results.get('failed')}, wrong tokens {results.get('wrong')}"]
+    for part in results.get("parts", []):
+        rows = part["rounds"]
+        done = [row for row in rows if row["has_all"]]
+        lines.append(f"--need {part['need']}: all of it in {len(done)} of {len(rows)} rounds")
+        if not done:
+            continue
+        for title, word, unit in (
+            ("until it has all, s", "allocated_seconds", 1.0),
+            ("until all is seen, s", "seen_seconds", 1.0),
+            ("free before, MiB", "free_bytes", MIB),
+            ("held as seen, MiB", "held_bytes", MIB),
+            ("announced still, MiB", "announced_bytes", MIB),
+            ("caches given, MiB", "given_cached_bytes", MIB),
+            ("weights given, MiB", "given_weights_bytes", MIB),
+        ):
+            values = [row[word] / unit for row in done]
+            lines.append(
+                f"  {title:24} median {statistics.median(values):10.2f}, "
+                f"{min(values):.2f} to {max(values):.2f}"
+            )
+        lines += [
+            f"  round {number}: {row['errors'].strip()[-300:]}"
+            for number, row in enumerate(rows)
+            if not row["has_all"]
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
+    parser.add_argument("--runner", type=int, choices=(1, 2), help="vLLM's model runner")
+    parser.add_argument("--need", help="what the program allocates")
+    parser.add_argument("--number", type=int, default=20, help="rounds with that")
+    parser.add_argument("--large-need", help="so much that weights have to go, too")
+    parser.add_argument("--large-number", type=int, default=3, help="rounds with that")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    parts = [
+        (options.need or (TINY_NEED if options.tiny else format_bytes(20 * GIB)), options.number),
+        (options.large_need or (TINY_LARGE_NEED if options.tiny else "70%"), options.large_number),
+    ]
+    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
+        record = Record(options.json)
+        record.add(machine=describe_machine() if options.tiny else describe_gpu())
+        run = Run(Path(folder), tiny=options.tiny, runner=options.runner, pool_bytes=TINY_POOL)
+        if options.tiny:
+            run.environ["KVCACHED_PAGE_BYTES"] = str(2 * MIB)
+        try:
+            for number, name in enumerate(NAMES, 1):
+                run.start(name, number, is_caching=True)
+            run.servers.wait_ready(seconds=READY_SECONDS)
+            run.wait_copied(*NAMES)
+            for name in NAMES:
+                run.ask(name)
+            done: list[dict[str, Any]] = []
+            for need, num in parts:
+                rounds = Rounds(run, as_bytes(need, run))
+                done.append({"need": need, "rounds": rounds.rows})
+                rounds.do(num)
+                record.add(parts=done)
+        finally:
+            run.close(record)
+            print(table(record.results))
+
+
+def as_bytes(need: str, run: Run) -> str:
+    """Return a size in bytes, whole GiB on a GPU; a share is one of what all share."""
+    capacity = run.servers.device().capacity_bytes
+    num_bytes = parse_bytes(need, what="need", whole_bytes=capacity)
+    return str(num_bytes if run.tiny else num_bytes // GIB * GIB)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""A restart with its weights from the host copy, beside one from a page-cached checkpoint.
+
+    python benchmarks/restart.py --json benchmarks/results/gpu/restart_vllm_h200.json
+    python benchmarks/restart.py --engine sglang --json benchmarks/results/gpu/restart_sglang.json
+
+One server is started again and again, in turn with `KVCACHED_WEIGHTS_RESTART` off and on. Its
+files lie in memory, so no disk is waited for. The clock runs from the command to the first answer
+on its health check; the tokens of one request have to be the same each time. `--tiny` rehearses it
+on the engine's CPU backend, where a start is imports and the weights are nothing.
+"""
+
+import argparse
+import json
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from machine import describe_gpu, describe_machine
+from vllm_servers import READY_SECONDS, Record
+from yielding import FIRST, Run
+
+from kvcached_demo.harness.engines import SGLANG, VLLM
+
+FILES, COPY = "files", "copy"
+RESTART, KEPT = "KVCACHED_WEIGHTS_RESTART", "KVCACHED_WEIGHTS_KEPT_SECONDS"
+KEPT_SECONDS = "3600"  # a copy waits for the next start
+NO_FILE = "no file was read"
+# vLLM shows what its own loggers say, and no others.
+SHOWN = {"handlers": ["out"], "level": "INFO", "propagate": False}
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "handlers": {"out": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout"}},
+    "loggers": {"vllm": SHOWN, "kvcached": SHOWN},
+}
+BAR = 0.6
+
+
+def start(run: Run, kind: str, arguments: tuple[str, ...], *, is_first: bool = False) -> float:
+    """Start the server once more; return after how many seconds it was ready.
+
+    The first start has no copy. It notes what it has loaded, which only one does that may restart.
+    """
+    begin = time.monotonic()
+    logs = run.folder / "logging.json"
+    logs.write_text(json.dumps(LOGGING))
+    settings = {RESTART: str(int(kind == COPY)), KEPT: KEPT_SECONDS}
+    settings |= {"VLLM_LOGGING_CONFIG_PATH": str(logs)}
+    run.start(FIRST, 1, *arguments, **settings)
+    run.servers.wait_ready(FIRST, seconds=READY_SECONDS)
+    seconds = time.monotonic() - begin
+    log = run.servers[FIRST].log.read_text(errors="replace")
+    said = NO_FILE in log
+    if said != (kind == COPY and not is_first):
+        ours = "\n".join(line for line in log.splitlines() if "kvcached: " in line)
+        raise RuntimeError(
+            f"a start from {kind} {'read no' if said else 'read its'} files:\n{ours}"
+        )
+    return seconds
+
+
+def end(run: Run) -> None:
+    """Have the server's copy complete, see that it answers the same, and end it."""
+    run.ask(FIRST)
+    run.wait_copied(FIRST)
+    run.servers.stop()
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the figures as text."""
+    ratios = results["ratios"]
+    return (
+        f"ready after {statistics.median(results[FILES]):.2f} s from files, "
+        f"{statistics.median(results[COPY]):.2f} s from the copy: ratio "
+        f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), the bar is "
+        f"{BAR}; wrong tokens {results['wrong']}, failed {results['failed']}"
+    )
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
+    parser.add_argument("--engine", choices=(VLLM.name, SGLANG.name), default=VLLM.name)
+    parser.add_argument("--shape", default="llama-8b")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--eager", action="store_true", help="vLLM: no compilation")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    arguments = ("--enforce-eager",) if options.eager else ()
+    engine = {each.name: each for each in (VLLM, SGLANG)}[options.engine]
+    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
+        record = Record(options.json)
+        record.add(machine=describe_machine() if options.tiny else describe_gpu(), bar=BAR)
+        run = Run(
+            Path(folder),
+            tiny=options.tiny,
+            runner=None,
+            engine=engine,
+            shape=options.shape,
+            has_files=True,
+        )
+        times: dict[str, list[float]] = {FILES: [], COPY: []}
+        try:
+            record.add(first_seconds=start(run, COPY, arguments, is_first=True))
+            end(run)
+            for _ in range(options.rounds):
+                for kind, found in times.items():
+                    found.append(start(run, kind, arguments))
+                    end(run)
+                ratios = [copy / files for files, copy in zip(*times.values(), strict=True)]
+                record.add(**times, ratios=ratios)
+        finally:
+            run.close(record)
+    print(table(record.results))
+
+
+if __name__ == "__main__":
+    main()

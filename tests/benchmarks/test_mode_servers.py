@@ -1,0 +1,121 @@
+"""The servers of a mode, in the order in which they are started; no process runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+from multi_model.fleet import Fleet
+from multi_model.modes import Site, members
+from multi_model.swapping import SwappingFleet
+
+from kvcached_core.units import GIB
+
+SITE = Site(is_host=True, kv_bytes_per_token=1024, pool_bytes=3 * GIB)
+
+
+class Process:
+    """A process that ends when it is told to."""
+
+    def __init__(self, said: list[str], name: str) -> None:
+        self.said, self.name = said, name
+
+    def poll(self) -> None:
+        """It runs."""
+
+    def send_signal(self, number: int) -> None:
+        self.said.append(f"{self.name} signal {number}")
+
+    def wait(self, _seconds: float) -> int:
+        return 0
+
+
+class Server:
+    """A server that writes down what is done with it."""
+
+    num_made = 0
+
+    def __init__(self, said: list[str], name: str) -> None:
+        Server.num_made += 1
+        self.said, self.name, self.url = said, name, f"http://{name}.{Server.num_made}"
+        self.process = Process(said, name)
+
+    def post(self, path: str) -> Any:
+        self.said.append(f"{self.name}{path}")
+        return type("Answer", (), {"raise_for_status": lambda _self: None})()
+
+    def kill(self) -> None:
+        self.said.append(f"{self.name} ends")
+
+
+class Running:
+    """What stands for `Servers`."""
+
+    def __init__(self, said: list[str]) -> None:
+        self.said = said
+        self.by_name: dict[str, Server] = {}
+
+    def __getitem__(self, name: str) -> Server:
+        return self.by_name[name]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_words: object) -> None:
+        self.said.append("all end")
+
+    def follow(self, found: Any, _model: Path, *, launch: Any) -> Server:
+        assert launch is None
+        self.said.append(f"{found.name} starts")
+        self.by_name[found.name] = Server(self.said, found.name)
+        return self.by_name[found.name]
+
+    def wait_ready(self, *names: str, seconds: float) -> None:
+        assert seconds > 0
+        self.said.append(f"{' '.join(names) or 'all'} ready")
+
+
+def made(kind: type[Fleet], mode: str, folder: Path, said: list[str]) -> Fleet:
+    chosen = members(mode, SITE, ["vllm"] * 3, [], folder)
+    fleet = kind(mode, chosen, SITE, [folder] * 3, folder)
+    fleet._running = Running(said)  # type: ignore[assignment]  # no process runs here
+    return fleet
+
+
+def started(said: Sequence[str], name: str) -> int:
+    return said.index(f"{name} starts")
+
+
+def test_each_model_sleeps_before_the_next_one_starts_and_the_first_wakes_at_last(
+    tmp_path: Path,
+) -> None:
+    said: list[str] = []
+    with made(Fleet, "sleep-swap", tmp_path, said):
+        pass
+    for name, after in (("m0", "m1"), ("m1", "m2")):
+        assert started(said, name) < said.index(f"{name}/sleep?level=1") < started(said, after)
+    assert said[-2:] == ["m0/wake_up", "all end"]
+
+
+def test_one_server_runs_at_a_time_and_its_address_is_the_new_one(tmp_path: Path) -> None:
+    said: list[str] = []
+    with made(SwappingFleet, "swap", tmp_path, said) as fleet:
+        assert isinstance(fleet, SwappingFleet)
+        assert said == ["m0 starts", "m0 ready"]
+        targets = fleet.targets
+        first = targets[0].url
+        fleet.swap(2)
+        assert said[2:] == ["m0 signal 15", "m0 ends", "m2 starts", "m2 ready"]
+        assert targets[2].url.startswith("http://m2.")
+        fleet.swap(0)
+        assert targets[0].url != first
+        assert fleet.num_preemptions() == [None] * 3
+    assert said[-1] == "all end"
+
+
+@pytest.mark.parametrize("mode", ["static", "elastic"])
+def test_models_of_other_modes_neither_sleep_nor_take_turns(tmp_path: Path, mode: str) -> None:
+    said: list[str] = []
+    with made(Fleet, mode, tmp_path, said) as fleet:
+        assert fleet.gate() is None
+    assert not [line for line in said if "sleep" in line or "wake" in line]
