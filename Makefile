@@ -19,14 +19,22 @@ VLLM_VENV ?= .venv-vllm
 VLLM_RELEASES := 0.28.0
 VLLM_READY := $(VLLM_RELEASES:%=$(VLLM_VENV)-%/.ready-$(VLLM_HASH))
 
+# Ray has an environment of its own, without an engine.
+RAY_VENV ?= .venv-ray
+RAY_READY := $(RAY_VENV)/.ready-$(call hash_of,examples/ray/install.sh)
+
 # What builds the documentation as a site; it has no engine.
 DOCS_VENV ?= .venv-docs
 DOCS_READY := $(DOCS_VENV)/.ready-$(call hash_of,)
 
-# What validates the manifests of Kubernetes; it is too large for the tests' environment.
+# What validates the manifests of Kubernetes, and Dockerfiles; too large for the tests' environment.
 MANIFESTS_VENV ?= .venv-manifests
 MANIFESTS_READY := $(MANIFESTS_VENV)/.ready-$(call hash_of,examples/kubernetes/requirements.txt)
 KUBERNETES_RELEASES := 1.31 1.37
+
+# LiteLLM's proxy, whose dependencies are nobody else's.
+LITELLM_VENV ?= .venv-litellm
+LITELLM_READY := $(LITELLM_VENV)/.ready-$(call hash_of,examples/gateway/requirements-litellm.txt)
 
 GPU_VENV ?= .venv-gpu
 GPU_PYTHON ?= $(GPU_VENV)/bin/python
@@ -34,6 +42,7 @@ GPU_SGLANG_VENV ?= .venv-gpu-sglang
 GPU_SGLANG_PYTHON ?= $(GPU_SGLANG_VENV)/bin/python
 export VLLM_PYTHON := $(abspath $(BIN)/python)
 export SGLANG_PYTHON := $(abspath $(SGLANG_VENV)-0.5.23/bin/python)
+export LITELLM_PYTHON := $(abspath $(LITELLM_VENV)/bin/python)
 
 # uv compiles nothing: the first process that imports an engine leaves its byte code for the others.
 demo quick test test-every-release bench: export PYTHONDONTWRITEBYTECODE :=
@@ -49,7 +58,7 @@ export STARTED
 
 setup: $(READY)
 
-environments: $(READY) $(SGLANG_READY) $(VLLM_READY)
+environments: $(READY) $(SGLANG_READY) $(VLLM_READY) $(RAY_READY)
 
 $(READY):
 	rm -f $(@D)/.ready*
@@ -66,6 +75,11 @@ $(VLLM_VENV)-%/.ready-$(VLLM_HASH):
 	examples/cpu_engine/install.sh $(VLLM_VENV)-$* $*
 	touch $@
 
+$(RAY_READY):
+	rm -f $(@D)/.ready*
+	examples/ray/install.sh $(RAY_VENV)
+	touch $@
+
 $(DOCS_READY):
 	rm -f $(@D)/.ready*
 	[ -x $(DOCS_VENV)/bin/python ] || $${PYTHON:-python3} -m venv $(DOCS_VENV)
@@ -76,6 +90,12 @@ $(MANIFESTS_READY):
 	rm -f $(@D)/.ready*
 	[ -x $(MANIFESTS_VENV)/bin/python ] || $${PYTHON:-python3} -m venv $(MANIFESTS_VENV)
 	$(MANIFESTS_VENV)/bin/python -m pip install --quiet --no-compile -r examples/kubernetes/requirements.txt
+	touch $@
+
+$(LITELLM_READY):
+	rm -f $(@D)/.ready*
+	[ -x $(LITELLM_VENV)/bin/python ] || $${PYTHON:-python3} -m venv $(LITELLM_VENV)
+	$(LITELLM_VENV)/bin/python -m pip install --quiet --no-compile -r examples/gateway/requirements-litellm.txt
 	touch $@
 
 # ENGINES=vllm,sglang runs one of each.
@@ -96,13 +116,13 @@ quick: $(READY) $(firstword $(SGLANG_READY))
 
 # What CI runs.
 test:
-	$(MAKE) --no-print-directory -j2 environments
+	$(MAKE) --no-print-directory -j3 environments
 	$(BIN)/python tests/run.py test
 
 # What takes longer: the older releases in full, the full demo, the multi-model benchmark. For a release.
 # It needs a Prometheus, too: apt-get install prometheus.
 test-every-release:
-	$(MAKE) --no-print-directory -j2 environments
+	$(MAKE) --no-print-directory -j3 environments $(LITELLM_READY)
 	$(BIN)/python tests/run.py every-release
 
 # Every lock against its wheel on the package index; only the files that are needed are read, and kept.
@@ -126,8 +146,9 @@ docs: $(DOCS_READY)
 	@echo site/index.html
 
 # The manifests against the schemas of the oldest and the newest Kubernetes that we mean; an object of a
-# kind that is not Kubernetes' own is in pool.yaml, and tests look at that.
+# kind that is not Kubernetes' own is in pool.yaml, and tests look at that. Every Dockerfile, too.
 check-manifests: $(MANIFESTS_READY)
+	$(MANIFESTS_VENV)/bin/hadolint $(wildcard examples/*/Dockerfile*)
 	@for release in $(KUBERNETES_RELEASES); do \
 	  for file in $(filter-out %/pool.yaml,$(wildcard examples/kubernetes/*.yaml)); do \
 	    $(MANIFESTS_VENV)/bin/kubernetes-validate --strict --quiet -k $$release $$file || exit 1; \
@@ -139,7 +160,7 @@ check-manifests: $(MANIFESTS_READY)
 mutants: $(READY) $(firstword $(SGLANG_READY))
 	$(BIN)/python tests/mutants/run.py $(MUTANTS)
 
-bench: $(READY)
+bench: $(READY) $(RAY_READY)
 	$(BIN)/python -m benchmarks run all-host
 
 # A real Prometheus reads the metrics and the alerts: apt-get install prometheus.
@@ -175,4 +196,4 @@ gpu-gateway:
 	  $(if $(filter 2,$(CARDS)),--cards 2 --parts move)
 
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV)-* $(VLLM_VENV)-* $(GPU_VENV) $(GPU_SGLANG_VENV) $(DOCS_VENV) $(MANIFESTS_VENV) demo site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SGLANG_VENV)-* $(VLLM_VENV)-* $(RAY_VENV) $(GPU_VENV) $(GPU_SGLANG_VENV) $(DOCS_VENV) $(MANIFESTS_VENV) $(LITELLM_VENV) demo site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

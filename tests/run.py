@@ -1,4 +1,4 @@
-"""Run the tests of several environments, two pytest processes at a time (make quick, make test).
+"""Run the tests of several environments, three pytest processes at a time (make quick, make test).
 
     python tests/run.py quick|test|every-release
 
@@ -22,8 +22,10 @@ from queue import Empty, Queue
 
 ROOT = Path(__file__).parents[1]
 BUDGET = ROOT / ".ci" / "budget.toml"
-NUM_AT_A_TIME = 2
+NUM_AT_A_TIME = 3  # on two cores: tests of engines wait, for each other's processes and for time
 NUM_SLOWEST = 25
+# More threads of torch in each process of a test would spin for the cores of the other jobs.
+ENVIRON = {"OMP_NUM_THREADS": "1", **os.environ}
 DURATION = re.compile(r"^(\d+\.\d+)s (?:call|setup|teardown) +(\S.*)$", re.MULTILINE)
 FAILED = re.compile(r"^(?:FAILED|ERROR) .*$", re.MULTILINE)
 COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped|xfailed|xpassed|warnings?)\b")
@@ -35,6 +37,7 @@ VLLM = ".venv/bin/python"
 OLDER_VLLM = ".venv-vllm-0.28.0/bin/python"
 SGLANG = ".venv-sglang-0.5.23/bin/python"
 OLDER_SGLANG = ".venv-sglang-0.5.15/bin/python"
+RAY = ".venv-ray/bin/python"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Job:
         process = subprocess.Popen(
             [ROOT / self.python, "-m", "pytest", f"--durations={NUM_SLOWEST}", *self.arguments],
             cwd=ROOT,
+            env=ENVIRON,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -67,12 +71,6 @@ def marked(expression: str) -> tuple[str, ...]:
     return "-m", f"({expression}) and not gpu and not prometheus"
 
 
-def without(files: tuple[str, ...]) -> tuple[str, ...]:
-    """Leave files out."""
-    return tuple(f"--ignore={file}" for file in files)
-
-
-INTERPRETED = tuple(f"tests/sglang/test_sglang_{n}.py" for n in ("sliding", "hybrid", "latent"))
 WITHOUT_SERVERS = marked("not slow and not every_release")
 SERVERS = marked("slow and not every_release")
 OLDER_SGLANG_TESTS = marked("(not slow or older_release) and not vllm")
@@ -92,18 +90,19 @@ JOBS = {
         Job("SGLang 0.5.23, without a server", SGLANG, (*WITHOUT_SERVERS, "tests/sglang")),
     ],
     "test": [
-        Job("SGLang 0.5.23, servers", SGLANG, (*SERVERS, "tests/sglang", *without(INTERPRETED))),
         Job("vLLM 0.32.0, servers", VLLM, (*SERVERS, *FOLDERS)),
-        Job("SGLang 0.5.23, servers that interpret kernels", SGLANG, (*SERVERS, *INTERPRETED)),
+        Job("SGLang 0.5.23", SGLANG, (*marked("not every_release"), "tests/sglang")),
         Job("vLLM 0.32.0, without a server", VLLM, (*WITHOUT_SERVERS, *FOLDERS)),
         Job("SGLang 0.5.15", OLDER_SGLANG, (*OLDER_SGLANG_TESTS, "tests/sglang")),
-        Job("SGLang 0.5.23, without a server", SGLANG, (*WITHOUT_SERVERS, "tests/sglang")),
         Job("vLLM 0.28.0", OLDER_VLLM, (*marked("older_release"), "tests/vllm")),
+        Job("Ray 2.60.0", RAY, (*marked("not every_release"), "tests/ray")),
     ],
     "every-release": [
         Job("SGLang 0.5.15, all", OLDER_SGLANG, (*marked("not vllm"), "tests/sglang")),
+        Job("SGLang 0.5.23, the rest", SGLANG, (*marked("every_release"), "tests/sglang")),
         Job("vLLM 0.32.0, the rest", VLLM, (*marked("every_release"), *FOLDERS)),
         Job("vLLM 0.28.0, all", OLDER_VLLM, (*marked("older_release or slow"), "tests/vllm")),
+        Job("Ray 2.60.0, the rest", RAY, (*marked("every_release"), "tests/ray")),
         # It fails where Debian's `prometheus` is not installed.
         Job("a real Prometheus", VLLM, ("-m", "prometheus", "tests/core/test_prometheus.py")),
     ],

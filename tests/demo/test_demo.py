@@ -75,6 +75,7 @@ def test_the_demo_meets_its_bars_and_writes_its_report(tmp_path: Path, scratch: 
 
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.every_release  # under `make test` its signals, around other work, in test_watched.py
 def test_a_demo_that_is_interrupted_twice_leaves_no_process_and_no_file(
     tmp_path: Path, scratch: Path
 ) -> None:

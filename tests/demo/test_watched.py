@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from helpers.waiting import await_that
 
-SECONDS = 30
+SECONDS = 120.0
 # Servers that will not end, one that hides in a session of its own behind a parent that is gone,
 # and one that ends when it is asked.
 WORK = """
@@ -81,7 +81,7 @@ class Demo:
         assert self.process.stdout
         ready, pid = self.process.stdout.readline().split()
         assert ready == "ready"
-        await_that(lambda: len(self.processes()) == 8, SECONDS)
+        await_that(lambda: len(self.processes()) == 8)
         return int(pid)
 
     def processes(self) -> list[str]:
@@ -166,7 +166,7 @@ def test_killed_with_all_of_its_group_it_leaves_nothing(start: Start) -> None:
     demo.worker()
     os.killpg(demo.process.pid, signal.SIGKILL)
     demo.process.communicate(timeout=SECONDS)
-    await_that(demo.leaves_nothing, SECONDS)
+    await_that(demo.leaves_nothing)
 
 
 def test_a_worker_that_is_killed_leaves_nothing(start: Start) -> None:
@@ -211,4 +211,4 @@ def test_at_whatever_moment_it_ends_it_leaves_nothing(start: Start, seed: int) -
     for number in chance.choice([[signal.SIGKILL], [signal.SIGINT] * 2, [signal.SIGTERM]]):
         demo.process.send_signal(number)
     demo.process.communicate(timeout=SECONDS)
-    await_that(demo.leaves_nothing, SECONDS)
+    await_that(demo.leaves_nothing)

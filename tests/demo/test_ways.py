@@ -5,22 +5,39 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from configparser import ConfigParser
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import pytest
 from helpers.documents import ROOT, blocks
 from helpers.gateway_life import ENVIRON, launch_warm, short_folder
+from helpers.waiting import await_that
 
+from kvcached_demo.harness.server import free_port
 from kvcached_demo.harness.tiny import NAMES, make_tiny_models
 from kvcached_demo.harness.way import Gateway, served
 from kvcached_gateway.serve import serving
 from kvcached_gateway.settings.config_file import read_settings
 
 EXAMPLES = ROOT / "examples"
-MODELS = sorted(file for way in EXAMPLES.glob("*/cpu.yaml") for file in way.parent.glob("*.yaml"))
+NO_MODELS = {EXAMPLES / "ray" / "serve.yaml"}  # an application of Ray Serve
+MODELS = sorted(
+    {file for way in EXAMPLES.glob("*/cpu.yaml") for file in way.parent.glob("*.yaml")} - NO_MODELS
+)
 WAYS = sorted(path.parent.name for path in EXAMPLES.glob("*/run.py"))
+LITELLM_PYTHON = os.environ.get("LITELLM_PYTHON", ROOT / ".venv-litellm" / "bin" / "python")
+LITELLM_SECONDS = 300.0
+LITELLM_ENVIRON = {
+    "KVCACHED_KEY": "none",  # what the recipe calls the key; this gateway needs none
+    "PYTHONPATH": "",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+}
 SHORTEST = "serverless"  # under `make test`; the others before a release
 SAID = {
     "several_models": "one after the other:",
@@ -124,18 +141,78 @@ def test_a_way_runs_by_its_command(way: str) -> None:
     assert SAID[way] in done.stdout
 
 
+@pytest.fixture(scope="module")
+def quick_start(tree: Path) -> Iterator[Gateway]:
+    """The gateway of the first file of the examples, started as its README says."""
+    file = tree / "gateway" / "cpu.yaml"
+    file.write_text("listen: 127.0.0.1:0\n" + file.read_text())
+    with short_folder() as folder, served(file, folder) as gateway:
+        yield gateway
+
+
+def recipe(first: str, gateway: Gateway) -> str:
+    """Return the recipe that begins so, with the address of a gateway."""
+    (found,) = [b for b in blocks(ROOT / "docs" / "gateway.md") if b[0].startswith(first)]
+    return "\n".join(found).replace("http://127.0.0.1:8080", gateway.url)
+
+
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.every_release
 def test_the_quick_start_and_the_openai_recipe_work_as_written(
-    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    quick_start: Gateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (recipe,) = [b for b in blocks(ROOT / "docs" / "gateway.md") if b[0].startswith("from openai")]
-    file = tree / "gateway" / "cpu.yaml"
-    file.write_text("listen: 127.0.0.1:0\n" + file.read_text())
-    with served(file, tmp_path) as gateway:
-        code = "\n".join(recipe).replace("http://127.0.0.1:8080", gateway.url)
-        names: dict[str, Any] = {}
-        exec(code, names)  # noqa: S102  the document's own lines
-        names["client"].close()
+    names: dict[str, Any] = {}
+    exec(recipe("from openai", quick_start), names)  # noqa: S102  the document's own lines
+    names["client"].close()
     assert capsys.readouterr().out.strip()
+
+
+@contextmanager
+def litellm(config: Path) -> Iterator[str]:
+    """Run LiteLLM's proxy as a file says; yield its address."""
+    port, log = free_port(), config.with_suffix(".log")
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [Path(LITELLM_PYTHON).with_name("litellm"), "--config", config, "--port", str(port)],
+            env={**os.environ, **LITELLM_ENVIRON},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()[-3000:]
+        with suppress(httpx.TransportError):
+            return httpx.get(f"{url}/health/liveliness", timeout=60.0).is_success
+        return False
+
+    try:
+        await_that(answers, LITELLM_SECONDS)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(LITELLM_SECONDS)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.every_release
+def test_litellms_recipe_works_as_written(quick_start: Gateway, tmp_path: Path) -> None:
+    file = tmp_path / "litellm.yaml"
+    file.write_text(recipe("model_list:", quick_start).replace("llama-8b", "one"))
+    say = [{"role": "user", "content": "memory follows"}]
+    with (
+        litellm(file) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600) as client,
+        openai.OpenAI(base_url=f"{quick_start.url}/v1", api_key="none", timeout=600) as direct,
+    ):
+        texts = []
+        for each in (client, direct):
+            asked: Any = {"model": "one", "messages": say, "max_tokens": 8, "temperature": 0}
+            answer = each.chat.completions.create(**asked)
+            texts.append(answer.choices[0].message.content)
+        assert texts[0] == texts[1]
+        stream = client.chat.completions.create(**asked, stream=True)
+        parts = [part.choices[0].delta.content or "" for part in stream if part.choices]
+        assert "".join(parts) == texts[0]

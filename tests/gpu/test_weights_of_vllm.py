@@ -41,7 +41,17 @@ CASES: dict[str, tuple[str, int | None, dict[str, Any]]] = {
         None,
         {"engine": {"enforce_eager": True, "enable_lora": True}, "lora": True},
     ),
+    "8B V1 layers": ("llama-8b", 1, {}),
+    "8B V2 layers": ("llama-8b", 2, {}),
+    "mla layers": ("mla", None, EAGER),
+    "linear layers": (
+        "linear",
+        None,
+        {"engine": {"enforce_eager": True, "gdn_prefill_backend": "triton"}},
+    ),
 }
+# Of which each layer waits for its own weights.
+LAYERS = {name for name in CASES if name.endswith(" layers")}
 
 # Of which the weights of linear layers have four bits: what all take at most, half of bfloat16's.
 PACKED_BYTES = {"awq": 216 * MIB, "gptq": 216 * MIB}
@@ -69,6 +79,8 @@ class Runs:
         shape, runner, options = CASES[name]
         label = f"{name} {'ours' if elastic else 'vanilla'}".replace(" ", "-")
         own = {"DUMMY_SEED": "1"} | ({"KVCACHED_WEIGHTS": "yield"} if elastic else {})
+        if elastic and name in LAYERS:
+            own["KVCACHED_WEIGHTS_WAIT"] = "layers"
         report = run_engine(
             SCRIPT, self.folder / label, shape, options, own, elastic=elastic, runner=runner
         )
@@ -99,5 +111,6 @@ def test_tokens_stay_when_weights_went_and_came(runs: Runs, name: str) -> None:
     assert ours["asleep_pages"] == 0
     assert ours["after_sleep"] == ours["again"]
     assert ours["spoiled"] != ours["again"]
+    assert ours["do_layers_wait"] == (name in LAYERS)
     assert sum(ours["static"].values()) <= 0.02 * ours["bound_bytes"]
     assert ours["bound_bytes"] <= PACKED_BYTES.get(name, ours["bound_bytes"])

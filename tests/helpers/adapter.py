@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
+import numpy as np
+from safetensors.numpy import save_file
 
-from helpers.offline_weights import RANK
-
+RANK = 8
 SHAPES = {
     "self_attn.q_proj": (128, 1024),
     "self_attn.v_proj": (128, 1024),
@@ -18,13 +17,13 @@ SHAPES = {
 def make_adapter(folder: Path, model: Path, *, seed: int = 3) -> Path:
     """Write an adapter of random weights, large enough that answers differ, to `folder`."""
     folder.mkdir()
-    source = torch.Generator().manual_seed(seed)
+    source = np.random.default_rng(seed)
     tensors = {}
     for layer in range(4):
         for name, (num_inputs, num_outputs) in SHAPES.items():
             prefix = f"base_model.model.model.layers.{layer}.{name}"
-            down = torch.randn(RANK, num_inputs, generator=source)
-            up = torch.randn(num_outputs, RANK, generator=source)
+            down = source.standard_normal((RANK, num_inputs), dtype=np.float32)
+            up = source.standard_normal((num_outputs, RANK), dtype=np.float32)
             tensors |= {f"{prefix}.lora_A.weight": down / 3, f"{prefix}.lora_B.weight": up / 3}
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {

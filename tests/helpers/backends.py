@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from kvcached_core.errors import OutOfMemoryError
 from kvcached_core.memory.rank import RankMemory
-from kvcached_core.memory.vmm.backend import Backend, Fence, Handle
+from kvcached_core.memory.vmm.backend import Backend, Fence, Handle, Mark
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,9 @@ class Layer:
 
     def join_copies(self, stream: int) -> None:
         self._call("join_copies", 0, self.inner.join_copies, stream)
+
+    def mark_copies(self) -> Mark:
+        return self._call("mark_copies", 0, self.inner.mark_copies)
 
     def finish_copies(self) -> None:
         self._call("finish_copies", 0, self.inner.finish_copies)

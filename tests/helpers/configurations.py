@@ -14,6 +14,7 @@ def configuration(**changes: Any) -> Any:
         "device_config": SimpleNamespace(device_type="cpu"),
         "parallel_config": parallel(),
         "kv_transfer_config": None,
+        "speculative_config": None,
         "attention_config": SimpleNamespace(hisparse_config=None),
         **changes,
     }

@@ -155,6 +155,27 @@ def test_what_was_copied_in_is_there_for_a_stream_that_joins(
     backend.free(address, 4 * PAGE)
 
 
+def test_who_joins_a_mark_finds_what_was_copied_in_front_of_it(
+    backend: Backend, host: torch.Tensor
+) -> None:
+    address = backend.reserve(4 * PAGE)
+    handles = [backend.create(PAGE) for _ in range(4)]
+    marks = []
+    for index, handle in enumerate(handles):
+        backend.map(address + index * PAGE, handle)
+        backend.copy_in(address + index * PAGE, host.data_ptr() + index * PAGE, PAGE)
+        marks.append(backend.mark_copies())
+    for index, mark in enumerate(marks):
+        mark.join(0)
+        found = backend.tensor(address, (index + 1) * PAGE).to(host.device, copy=True)
+        assert found.equal(host[: (index + 1) * PAGE])
+        mark.close()
+    for index, handle in enumerate(handles):
+        backend.unmap(address + index * PAGE, handle)
+        backend.release(handle)
+    backend.free(address, 4 * PAGE)
+
+
 def test_what_was_copied_out_is_there_when_copies_are_finished(
     backend: Backend, host: torch.Tensor
 ) -> None:

@@ -4,6 +4,7 @@ It is a `House` whose engine under test is a port's: see `helpers.house` and `he
 """
 
 import os
+from unittest.mock import patch
 
 import pytest
 
@@ -280,6 +281,114 @@ def test_what_idle_pages_pay_is_not_owed(house: House, num_idle: int, num_owed: 
     served.turn()
     num_idle_left = max(num_idle - 4, 0)
     served.expect(used=7 - num_idle, idle=num_idle_left, owed=num_owed)
+
+
+# Copies of cached blocks
+
+
+def copy(served: Served, name: str) -> None:
+    """Begin a copy of the blocks of a running request, which is called as the request is."""
+    ids_of = {request.name: served.block_ids(request) for request in served.running}
+    served.engine.pools[0].hold(ids_of[name], name)
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_trim_takes_a_page_of_which_a_copy_is_open_only_when_that_has_ended(
+    house: House, *, is_running: bool
+) -> None:
+    served = house.start()
+    served.send("a", 3)
+    served.send("b", 4, is_cached=True)
+    served.send("c", 2)
+    served.turn()
+    copy(served, "b")
+    for name in ["b", "c"] if is_running else ["b", "c", "a"]:
+        served.end(name)
+    served.turn()
+    used = 3 if is_running else 1
+    trim(house)
+    look(served)
+    served.expect(used=used, idle=4, asked=4)
+    served.turn()
+    served.expect(used=used, idle=4, asked=4)
+    served.engine.release("b")
+    served.turn()
+    served.expect(used=used)
+    assert house.neighbour().take(NUM_PAGES) == NUM_PAGES - used
+
+
+def test_a_neighbour_that_asks_again_gets_no_more_than_it_wants_when_copies_have_ended(
+    house: House,
+) -> None:
+    served = house.start()
+    neighbour = house.neighbour()
+    served.send("a", 4)
+    served.send("b", 4, is_cached=True)
+    served.send("c", 8, is_cached=True)
+    served.turn()
+    copy(served, "b")
+    served.end("b")
+    served.turn()
+    served.end("c")
+    served.turn()
+    served.expect(used=4, cached=12)
+    assert neighbour.take(6) == 0
+    served.turn()
+    assert neighbour.take(6) == 2
+    served.turn()
+    served.engine.release("b")
+    served.turn()
+    assert neighbour.take(4) == 4
+    assert served.names == ["a"]
+    served.expect(used=4, cached=6, is_waiting=None)
+
+
+def test_no_request_stops_for_a_page_that_only_a_copy_keeps_and_none_begins_on_it(
+    house: House,
+) -> None:
+    served = house.start()
+    served.send("a", 3)
+    served.send("b", 2)
+    served.send("c", 3)
+    served.turn()
+    served.expect(used=8)
+    copy(served, "c")
+    set_limit(house, size_of(6))
+    served.turn()
+    served.expect(used=8, owed=2)
+    served.grow("a")
+    served.turn()
+    assert served.names == ["a", "b"]
+    for _ in range(3):
+        served.turn()
+        assert served.names == ["a", "b"]
+        served.expect(used=6, idle=2, is_waiting=None)
+    served.engine.release("c")
+    served.turn()
+    served.expect(used=6, is_waiting=None)
+    assert served.names == ["a", "b"]
+
+
+def test_an_engine_that_sleeps_waits_for_copies_and_holds_page_0_alone_then(house: House) -> None:
+    served = house.start()
+    served.send("a", 4, is_cached=True)
+    served.turn()
+    copy(served, "a")
+    served.end("a")
+    served.turn()
+    trim(house)
+    look(served)
+    served.expect(used=1, idle=3, asked=3)
+    num_open = []
+
+    def finish(_port: object) -> None:
+        num_open.append(served.engine.holds.num_holders)
+
+    with patch.object(type(served.engine.port), "finish_copies", finish):
+        served.sleep()
+    assert num_open == [1]
+    assert not served.engine.holds
+    served.expect(used=1)
 
 
 # Floors

@@ -2,17 +2,19 @@
 
 import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.nursery import start_warm
 from kvcached_demo.harness.engines import VLLM
 from kvcached_demo.harness.server import ENGINE_ENVIRON
 
 if TYPE_CHECKING:
-    import subprocess
-
     from helpers.nursery import WarmProcess
 
 TESTS = Path(__file__).parents[1]
@@ -48,6 +50,41 @@ class Started:
 
 
 Offline = Callable[..., Started]
+
+
+def offline_in(folder: Path, model: Path) -> Offline:
+    """Return a function that starts a script of `helpers` with a model, and keeps what it says.
+
+    It is forked from a parent that has imported vLLM, or started as users do if it is `cold`.
+
+    Args:
+        folder: Where its output and its temporary files are.
+        model: The model's folder.
+    """
+
+    def start(
+        environ: Mapping[str, str],
+        script_name: str = "offline",
+        *,
+        cold: bool = False,
+        **options: Any,
+    ) -> Started:
+        words = [str(TESTS / "helpers" / f"{script_name}.py"), str(model), json.dumps(options)]
+        variables = {**os.environ, **SCRIPT_ENVIRON, "TMPDIR": str(folder), **environ}
+        output_folder = Path(tempfile.mkdtemp(dir=folder, prefix="run-"))
+        output, errors = output_folder / "output", output_folder / "errors"
+        with output.open("w") as out, errors.open("w") as err:
+            if cold:
+                process: Any = subprocess.Popen(
+                    [sys.executable, *words], env=variables, stdout=out, stderr=err
+                )
+            else:
+                process = start_warm(
+                    "vllm", words, variables, output=out.fileno(), errors=err.fileno()
+                )
+        return Started(process, output, errors)
+
+    return start
 
 
 def finish(started: Started) -> Run:

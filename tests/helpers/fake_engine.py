@@ -8,7 +8,8 @@ from queue import Queue
 
 from helpers.fake_weights import FakeWeights
 from helpers.page_source import FakeBlock
-from helpers.served import NUM_WEIGHT_PAGES, PATIENCE_SECONDS, Request, Served, Weights
+from helpers.served import NUM_WEIGHT_PAGES, Request, Served, Weights
+from helpers.waiting import PATIENCE_SECONDS
 from kvcached_core.config import Config, WeightsMode
 from kvcached_core.engine.engine import ElasticEngine
 from kvcached_core.engine.free_lists import FreeLists
@@ -88,6 +89,7 @@ class FakeEngine(Served):
         self.engine.pools.append(self.pages)
         self.free_lists.take_one()  # the padding block
         self.cached: deque[FakeBlock] = deque()  # the longest unused first
+        self.copies_freed = False  # what is freed may be copied until the next schedule has ended
         self.num_live = 0
         self._wakes: Queue[Callable[[], None]] = Queue()
         if config.weights is WeightsMode.YIELD:
@@ -99,6 +101,8 @@ class FakeEngine(Served):
         if not self.engine.activation.is_active:
             return False
         if self.engine.giving.owed_pages and not self.engine.giving.pay():
+            return False
+        if self.engine.giving.is_debt_held and not request.num_held:
             return False
         missing = num_blocks - self.num_idle_blocks()
         if missing > 0:
@@ -117,6 +121,8 @@ class FakeEngine(Served):
         """See `Served.free`."""
         blocks, request.of_engine = request.of_engine, None
         self.num_live -= len(blocks)
+        if self.copies_freed:
+            self.pages.freed_ids += [block.block_id for block in blocks]
         if request.is_cached:
             self.cached.extend(blocks)
             self.free_lists.add_cached(blocks)
@@ -134,6 +140,7 @@ class FakeEngine(Served):
 
     def end_schedule(self, step: Callable[[], None]) -> None:
         """See `Served.end_schedule`."""
+        self.engine.settled()
         orders = self.engine.end_schedule()
         if orders is not None:
             self.memory.before_step(orders)
@@ -195,6 +202,17 @@ class FakeEngine(Served):
         for _ in range(num_blocks):
             self._evict(self.cached.popleft())
         return num_blocks > 0
+
+    def finish_copies(self) -> None:
+        """See `EnginePort.finish_copies`: it makes none."""
+
+    def num_locked_blocks(self) -> int:
+        """See `EnginePort.num_locked_blocks`: it locks none."""
+        return 0
+
+    def end_copies(self) -> bool:
+        """See `EnginePort.end_copies`: it makes none."""
+        return False
 
     def publish(self) -> None:
         """See `EnginePort.publish`: nobody mirrors this cache."""

@@ -15,12 +15,14 @@ from typing import Any
 import aiohttp
 
 from helpers.nursery import WarmProcess, start_warm
+from helpers.waiting import PATIENCE_SECONDS
 from kvcached_demo.harness.engines import SGLANG, VLLM
 from kvcached_demo.harness.server import ENGINE_ENVIRON, free_port
 from kvcached_gateway.lease import Address
 
 READY_SECONDS = 240.0
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+GREEDY = {"temperature": 0, "max_tokens": 8}
 # What differs between two answers to one request.
 OF_ITS_OWN = re.compile(
     rb'(?<="created":)\d+|(?<="created_at":)[\d.]+|(?<="completed_at":)[\d.]+|[0-9a-f]{16,}'
@@ -76,7 +78,7 @@ class RealEngine:
 
     async def await_idle(self) -> None:
         """Wait until no request runs, as its own counters say."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while await self.counter(self.running):  # noqa: ASYNC110  a counter calls nobody
                 await asyncio.sleep(0.05)
 
@@ -126,7 +128,11 @@ def start_sglang(model: Path, *, name: str = "tiny") -> RealEngine:
         *("--max-total-tokens", "4096", "--mem-fraction-static", "0.3", "--enable-metrics"),
         *("--chat-template", str(template)),
     ]
-    environ = _environ(SGLANG_USE_CPU_ENGINE="1", TMPDIR=str(folder))
+    variables = {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "TRITON_INTERPRET": "1",
+    }  # as others' warm parent has
+    environ = _environ(**variables, TMPDIR=str(folder))
     address = Address(f"http://127.0.0.1:{port}", headers={"Authorization": "Bearer of-the-engine"})
     return RealEngine(
         address,
@@ -154,3 +160,26 @@ async def ask(session: aiohttp.ClientSession, path: str, body: Any) -> Said:
         whole = await answer.read()
         content_type = answer.headers.get("Content-Type")
         return Said(answer.status, content_type, OF_ITS_OWN.sub(b"~", whole))
+
+
+def public_bodies(model: str) -> dict[str, dict[str, Any]]:
+    """Return a body for each public path that a model of text has; others get `GREEDY`."""
+    greedy = GREEDY | {"model": model}
+    chat = greedy | {"messages": [{"role": "user", "content": "memory follows the load"}]}
+    text = {"model": model, "prompt": "memory follows"}
+    tokens = {"model": model, "tokens": [300, 301]}
+    return {
+        "/v1/chat/completions": chat,
+        "/v1/completions": greedy | {"prompt": "memory follows the load"},
+        "/v1/responses": {
+            "model": model,
+            "input": "memory",
+            "max_output_tokens": 8,
+            "temperature": 0,
+        },
+        "/v1/messages": chat,
+        "/v1/messages/count_tokens": chat,
+        "/v1/embeddings": {"model": model, "input": "memory"},
+        **dict.fromkeys(("/tokenize", "/v1/tokenize"), text),
+        **dict.fromkeys(("/detokenize", "/v1/detokenize"), tokens),
+    }

@@ -1,7 +1,8 @@
 """A gateway's controller over real models, without engines, on a machine written down."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from helpers.gateway_clock import run_simulated
 from helpers.gateway_ledger import row
 from helpers.gateway_runner import FakeEngine
+from kvcached_core.ledger.file import RowKey
 from kvcached_core.units import GIB
 from kvcached_gateway.control.controller import Controller
 from kvcached_gateway.control.machine import DeviceMemory, MachineView
@@ -28,11 +30,16 @@ OLD_SECONDS = 100.0  # longer than anybody is young, or was asked just now
 
 @dataclass(frozen=True)
 class Takes:
-    """What a model takes, in GiB: its processes on the host; on each device what stays, weights."""
+    """What a model takes, in GiB: its processes on the host; the rest on each of its devices.
+
+    There it has what stays, its weights, its first page, and its longest request, if one is sent.
+    """
 
     process: float = 1.0
     residue: float = 0.0
     weights: float = 0.0
+    least: float = 0.0
+    page: float = 0.0
 
 
 class Engines:
@@ -75,6 +82,14 @@ class World:
         host: What engines and copies may take of the host's memory in GiB.
         settings: Of a model, by its name.
         memory: The file's `memory:`.
+        num_cores: How many cores there are.
+
+    Attributes:
+        yielded: Models whose weights are gone.
+        waiting: What requests of a model wait for, in GiB.
+        used: What requests of a model have, in GiB.
+        stalled: Models whose requests wait, with nothing said of it, until their engine's turn.
+        look_seconds: How old what a look saw is when the controller hears of it.
     """
 
     def __init__(
@@ -86,14 +101,20 @@ class World:
         host: float = 1000.0,
         settings: Mapping[str, dict[str, Any]] | None = None,
         memory: MemorySettings | None = None,
+        num_cores: int = 64,
     ) -> None:
         self.takes = dict(models)
         self.sizes = {name: int(each * GIB) for name, each in (devices or {"gpu": 80.0}).items()}
         self.host_bytes = int(host * GIB)
+        self.num_cores = num_cores
         self.more = {name: dict((settings or {}).get(name, {})) for name in models}
         self.memory = memory or MemorySettings()
         self.yielded: set[str] = set()
         self.others_bytes = 0
+        self.look_seconds = 0.0
+        self.waiting: dict[str, float] = {}
+        self.used: dict[str, float] = {}
+        self.stalled: set[str] = set()
         self.engines = Engines()
         self.folder = Folder(folder)
         self.clock = asyncio.get_running_loop().time
@@ -135,10 +156,14 @@ class World:
         for model in there:
             if model.engine is not None:
                 host[model.id] = host.get(model.id, 0) + self._bytes(model, "process")
-        return MachineView(devices, self.host_bytes, host, 0, self.host_bytes, {})
+        return MachineView(
+            devices, self.host_bytes, host, 0, self.host_bytes, num_cores=self.num_cores
+        )
 
     async def _look(self) -> MachineView:
-        return self.look()
+        seen = self.look()
+        await asyncio.sleep(self.look_seconds)
+        return seen
 
     def _bytes(self, model: Model, what: str) -> int:
         return int(getattr(self.takes[model.id], what) * GIB)
@@ -146,22 +171,29 @@ class World:
     def _device(self, name: str, there: list[Model]) -> DeviceMemory:
         here = [model for model in there if name in model.devices and model.engine is not None]
         rows = []
-        for model in here:
+        for number, model in enumerate(here):
             weights = self._bytes(model, "weights")
             has = 0 if model.id in self.yielded else weights
             yields = model.settings.when_idle == "yield"
+            kv_bytes = self._bytes(model, "page") + int(self.used.get(model.id, 0) * GIB)
             rows.append(
                 row(
+                    row=RowKey(number, 1),
                     name=model.settings.instance_name,
-                    resident_bytes=has if yields else 0,
+                    page_bytes=self._bytes(model, "page"),
+                    resident_bytes=(has if yields else 0) + kv_bytes,
+                    used_bytes=kv_bytes,
+                    waiting_bytes=int(self.waiting.get(model.id, 0) * GIB),
                     weights_bytes=has if yields else 0,
                     weights_needed_bytes=weights if yields else 0,
-                    weights_offered_bytes=has if yields and not model.num_leases else 0,
-                    least_bytes=0,
+                    weights_offered_bytes=has if yields and self._offers(model) else 0,
+                    least_bytes=self._bytes(model, "least"),
                 )
             )
         used = sum(
             self._bytes(model, "residue")
+            + self._bytes(model, "page")
+            + int(self.used.get(model.id, 0) * GIB)
             + (0 if model.id in self.yielded else self._bytes(model, "weights"))
             for model in here
         )
@@ -169,11 +201,24 @@ class World:
             name, self.sizes[name], self.sizes[name] - used - self.others_bytes, tuple(rows)
         )
 
+    def _offers(self, model: Model) -> bool:
+        return not model.num_leases or model.id in self.stalled
+
     async def tick(self) -> None:
         """Let the controller decide once, and everybody do what it said."""
         await self.settle()
         self.controller.tick(self.look(), self.clock())
         await self.settle()
+
+    @asynccontextmanager
+    async def running(self, look_seconds: float) -> AsyncIterator[None]:
+        """Let the controller go on by itself, with looks that take a while."""
+        self.look_seconds = look_seconds
+        running = asyncio.ensure_future(self.controller.run())
+        try:
+            yield
+        finally:
+            running.cancel()
 
     async def settle(self) -> None:
         for _ in range(NUM_TURNS):

@@ -14,7 +14,7 @@ from aiohttp import web
 from kvcached_gateway.errors import RefusedError
 from kvcached_gateway.http.app import build_app, build_runner
 from kvcached_gateway.http.front import Front
-from kvcached_gateway.lease import Address, Ask, Ending, Lease, Woken
+from kvcached_gateway.lease import Address, Ask, Ending, HowToClose, Lease, Woken
 from kvcached_gateway.observe import Answer
 from kvcached_gateway.settings.config import ModelSettings, ServiceClass, Settings
 
@@ -71,10 +71,16 @@ class GivenLease:
     waited_seconds: float = 0.0
     endings: list[tuple[Ending, int]] = field(default_factory=list)
     num_first_bytes: int = 0
+    is_closed: bool = False
+    close: HowToClose | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def first_byte(self) -> None:
-        self.num_first_bytes += 1
+    def first_byte(self) -> bool:
+        self.num_first_bytes += not self.is_closed
+        return not self.is_closed
+
+    def held_by(self, close: HowToClose) -> None:
+        self.close = close
 
     def end(self, ending: Ending, *, status: int = 0) -> None:
         if not self.endings:

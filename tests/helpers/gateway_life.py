@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.nursery import READ_AT_IMPORT, WarmProcess, nursery, start_warm
+from helpers.waiting import PATIENCE_SECONDS
 from kvcached_core.units import MIB
 from kvcached_gateway.engines.process import Launch, launch
 from kvcached_gateway.engines.runner import WORDS, Runner
@@ -22,7 +23,6 @@ from kvcached_gateway.settings.config import Environment, ModelSettings
 POOL = 512 * MIB
 MAX_TOKENS = 2048
 HOST = ("host",)
-REPORT_SECONDS = 10.0
 VLLM_ARGS = (
     *("--dtype", "float32", "--block-size", "32", "--max-model-len", str(MAX_TOKENS)),
     *("--enforce-eager", "--max-num-seqs", "16"),
@@ -82,7 +82,7 @@ class WarmChild:
         self.pid = process.pid
 
     def poll(self) -> int | None:
-        return None if self._identity.is_running() else self._process.wait(REPORT_SECONDS)
+        return None if self._identity.is_running() else self._process.wait(PATIENCE_SECONDS)
 
 
 # The nursery reports the end of each process, so nobody may forget one before it has.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from kvcached_gateway.errors import RefusedError
-from kvcached_gateway.lease import Address, Ask, Ending, Lease, Woken
+from kvcached_gateway.lease import Address, Ask, Ending, HowToClose, Lease, Woken
 from kvcached_gateway.line.grantor import Readiness
 
 
@@ -22,8 +22,12 @@ class FakeLease:
     def model_id(self) -> str:
         return self.model.id
 
-    def first_byte(self) -> None:
+    def first_byte(self) -> bool:
         self.had_first_byte = True
+        return True
+
+    def held_by(self, close: HowToClose) -> None:
+        raise NotImplementedError
 
     def end(self, ending: Ending, *, status: int = 0) -> None:
         if self in self.model.leases:
@@ -41,6 +45,7 @@ class FakeGrantor:
     start_seconds: float = 0.0
     devices: tuple[str, ...] = ("gpu",)
     failure: str = ""
+    absent: str = ""  # an adapter that is not loaded
     leases: list[Lease] = field(default_factory=list)
     granted: list[Ask] = field(default_factory=list)
     endings: list[Ending] = field(default_factory=list)
@@ -48,10 +53,15 @@ class FakeGrantor:
     def grant(self, ask: Ask, waited_seconds: float) -> Lease | None:
         if self.readiness is not Readiness.UP or len(self.leases) >= self.max_concurrent:
             return None
+        if ask.model == self.absent:
+            return None
         lease = FakeLease(self, ask, waited_seconds)
         self.leases.append(lease)
         self.granted.append(ask)
         return lease
+
+    def may_go_past(self, ask: Ask) -> frozenset[str]:
+        return frozenset((self.id,) if ask.model == self.absent else ())
 
     def refusal(self) -> RefusedError | None:
         return RefusedError(503, "model_failed", self.failure) if self.failure else None

@@ -3,19 +3,21 @@
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+import signal
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from helpers.gateway_life import ENVIRON, QUICK, environments, launch_warm, short_folder, warm_up
+from helpers.gateway_life import ENVIRON, environments, launch_warm, short_folder, warm_up
+from helpers.waiting import PATIENCE_SECONDS
+from kvcached_gateway.engines.sessions import members
 from kvcached_gateway.models.model import Model
 from kvcached_gateway.serve import Serving, serving
 from kvcached_gateway.state import State
 
-SECONDS = 120.0
 GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
 Answer = tuple[int, dict[str, Any]]
 
@@ -35,7 +37,7 @@ def write_file(file: Path, models: Mapping[str, Mapping[str, Any]], **more: Any)
         "listen": "127.0.0.1:0",
         "devices": ["host"],
         "host_memory": "16GiB",
-        "memory": {"idle_before_eviction": "0s", "min_warm": "0s"},
+        "memory": dict.fromkeys(("idle_before_eviction", "min_warm", "starts_apart"), "0s"),
         "environments": known,
         "models": dict(models),
         **more,
@@ -59,7 +61,7 @@ class RealGateway:
 
     def run(self, main: Callable[[], Awaitable[None]]) -> None:
         async def limited() -> None:
-            async with asyncio.timeout(SECONDS):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 await main()
 
         self._runner.run(limited())
@@ -71,7 +73,6 @@ class RealGateway:
                 self.file,
                 self.directory,
                 environ=self._environ,
-                patience=QUICK,
                 launch=launch_warm,
             )
         )
@@ -131,14 +132,19 @@ class RealGateway:
         await self.here.gateway.steer(name, "stop")
         await self[name].settled()
 
-    @asynccontextmanager
-    async def streaming(self, name: str, num_tokens: int) -> AsyncIterator[aiohttp.StreamReader]:
-        """Read an answer inside the block, which has begun to come."""
-        body = {"model": name, "prompt": "page", **GREEDY, "max_tokens": num_tokens, "stream": True}
-        async with self.session.post("/v1/completions", json=body) as answer:
-            assert answer.status == 200
-            await answer.content.readuntil(b"\n\n")
-            yield answer.content
+    @contextmanager
+    def silent(self, name: str) -> Iterator[None]:
+        """Let a model's engine take requests inside the block, and answer none before its end."""
+        record = self[name].record()
+        assert record is not None
+        pids = members(record.identity)
+        try:
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from kvcached_gateway.policy.admission import Prompt, Waiting, has_room, order, stalls_at
 
 STEP_SECONDS = 0.01
-TOKENS_PER_SECOND = 20_000.0
+TOKENS_PER_SECOND = 20_000.0  # unless a test says something else
 
 
 @dataclass(eq=False)
@@ -31,15 +31,23 @@ class Asked:
         return self.answered_at is not None and self.answered_at <= self.arrival + self.ttft_seconds
 
 
+@dataclass(eq=False, slots=True, kw_only=True)
+class Turn(Waiting):
+    """One request that waits."""
+
+    asked: Asked
+
+
 @dataclass
 class Device:
     """Engines that share a device, each with the prompts that it has."""
 
+    tokens_per_second: float = TOKENS_PER_SECOND
     engines: dict[str, deque[Asked]] = field(default_factory=dict)
 
     def send(self, one: Asked, now: float) -> None:
         one.left_tokens = one.tokens
-        one.stalls_at = stalls_at(now, one.tokens / TOKENS_PER_SECOND)
+        one.stalls_at = stalls_at(now, one.tokens / self.tokens_per_second)
         self.engines.setdefault(one.model, deque()).append(one)
 
     def prompts(self) -> list[Prompt]:
@@ -53,7 +61,7 @@ class Device:
         """Let every engine that has a prompt read for one step."""
         busy = [engine for engine in self.engines.values() if engine]
         for engine in busy:
-            budget = STEP_SECONDS * TOKENS_PER_SECOND / len(busy)
+            budget = STEP_SECONDS * self.tokens_per_second / len(busy)
             while engine and budget > 0:
                 part = min(budget, engine[0].left_tokens)
                 engine[0].left_tokens -= part
@@ -62,9 +70,14 @@ class Device:
                     engine.popleft().answered_at = now + STEP_SECONDS
 
 
-def replay(schedule: Sequence[Asked], *, has_admission: bool) -> None:
+def replay(
+    schedule: Sequence[Asked],
+    *,
+    has_admission: bool,
+    tokens_per_second: float = TOKENS_PER_SECOND,
+) -> None:
     """Answer every request of a schedule; with admission, or at once as they come."""
-    device = Device()
+    device = Device(tokens_per_second)
     line: list[Asked] = []
     coming = deque(sorted(schedule, key=lambda one: one.arrival))
     step = 0
@@ -86,19 +99,19 @@ def take_turns(line: list[Asked], device: Device, now: float) -> None:
     prompts = device.prompts()
     if not any(has_room(name, prompts, now) for name in {one.model for one in line}):
         return
-    waiting = [
-        Waiting(
-            key=one,
+    turns = [
+        Turn(
+            model=one.model,
             arrival=one.arrival,
             deadline=one.arrival + one.ttft_seconds,
-            seconds=one.tokens / TOKENS_PER_SECOND,
-            model=one.model,
+            work=one.tokens / device.tokens_per_second,
             overdue_at=one.arrival + 150.0,
+            asked=one,
         )
         for one in line
     ]
-    found = order(waiting, now)
-    for one in (*found.kept, *found.late):
-        if isinstance(one, Asked) and has_room(one.model, device.prompts(), now):
+    found = order(turns, now)
+    for one in (turn.asked for turn in (*found.kept, *found.late)):
+        if has_room(one.model, device.prompts(), now):
             line.remove(one)
             device.send(one, now)

@@ -35,9 +35,11 @@ from kvcached_gateway.serve import Serving, serving
 from kvcached_gateway.state import State
 
 PAGE = 2 * MIB
-NUM_PAGES = 16  # the weights of one model are 6 pages, and a short request's KV cache is one
+# The weights of a model are 6 pages, and its longest request takes 5: two may start at a time. The
+# weights of four do not fit together.
+NUM_PAGES = 22
 NUM_TOKENS = 256
-UP_SECONDS = 120.0
+UP_SECONDS = 240.0
 LOOK_SECONDS = 0.02
 ENVIRON_OF_ALL = {
     **ENVIRON,
@@ -298,7 +300,9 @@ class House:
                     "devices": ["host"],
                     "host_memory": "16GiB",
                     "engines_on_exit": "keep",
-                    "memory": {"idle_before_eviction": "0s", "min_warm": "0s"},
+                    "memory": dict.fromkeys(
+                        ("idle_before_eviction", "min_warm", "starts_apart"), "0s"
+                    ),
                     "environments": environments,
                     "models": dict(self.models if models is None else models),
                     **more,
@@ -335,6 +339,17 @@ def see_busy_ones_go(gateway: Inside) -> list[str]:
     def see(model: Model, before: State, after: State, _why: str) -> None:
         if after is State.DRAINING and (before is State.BUSY or model.num_leases):
             seen.append(model.id)
+
+    gateway.call(lambda: gateway.here.fleet.on_change.append(see))
+    return seen
+
+
+def see_starts(gateway: Inside) -> list[set[str]]:
+    """Return a list that gets whose engines come up, after each transition."""
+    seen: list[set[str]] = []
+
+    def see(_model: Model, _before: State, _after: State, _why: str) -> None:
+        seen.append({one.id for one in gateway.here.fleet.all if one.state is State.STARTING})
 
     gateway.call(lambda: gateway.here.fleet.on_change.append(see))
     return seen

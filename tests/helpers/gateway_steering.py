@@ -9,6 +9,7 @@ from pathlib import Path
 
 from aiohttp import web
 
+from helpers.waiting import PATIENCE_SECONDS
 from kvcached_core.errors import ConfigError, KVCachedError
 from kvcached_gateway.admin.admin import admin_app, bind_admin
 from kvcached_gateway.admin.events import Events
@@ -48,7 +49,7 @@ class Written:
     def decisions(self) -> list[Decision]:
         return [Decision(1.5, "start", "one", "a request waits", {"needed_bytes": 7})]
 
-    def explain(self, model_id: str) -> str:
+    async def explain(self, model_id: str) -> str:
         return f"{model_id} is warm: a request came"
 
     async def steer(self, model_id: str, verb: str) -> str:
@@ -94,10 +95,10 @@ def admin_running(directory: Path, *rows: ModelRow) -> Iterator[tuple[Written, P
 
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
     thread.start()
-    assert is_up.wait(30)
+    assert is_up.wait(PATIENCE_SECONDS)
     try:
         yield started[0], path
     finally:
         loop.call_soon_threadsafe(stop.set)
-        thread.join(30)
+        thread.join(PATIENCE_SECONDS)
         loop.close()

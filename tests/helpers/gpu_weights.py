@@ -64,6 +64,7 @@ def come_and_go(core: Any, worker: Any, generate: Any) -> dict[str, Any]:
         "bound_bytes": weights.adopted.binding.bound_bytes,
         "static": weights.adopted.binding.static,
         "num_pages": weights.rank.status().num_pages,
+        "do_layers_wait": weights.walks is not None and weights.walks._is_trusted is True,
     }
 
     def hold(num_pages: int) -> None:

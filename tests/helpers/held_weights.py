@@ -3,7 +3,7 @@
 import torch
 
 from helpers.backends import LimitedBackend
-from helpers.served import PAGE_BYTES, PATIENCE_SECONDS
+from helpers.served import PAGE_BYTES
 from helpers.waiting import await_that
 from kvcached_core.config import Config
 from kvcached_core.memory.seats import Seat
@@ -45,7 +45,7 @@ class HeldWeights:
         )
         self.rank.join(seat)
         self.rank.begin_copy()
-        await_that(lambda: self.status.is_copied, PATIENCE_SECONDS)
+        await_that(lambda: self.status.is_copied)
 
     @property
     def num_available(self) -> int:

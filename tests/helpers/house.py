@@ -6,7 +6,8 @@ from pathlib import Path
 from threading import Event
 from unittest.mock import patch
 
-from helpers.served import ENGINE, NUM_PAGES, PAGE_BYTES, PATIENCE_SECONDS, Served, view_of
+from helpers.served import ENGINE, NUM_PAGES, PAGE_BYTES, Served, view_of
+from helpers.waiting import PATIENCE_SECONDS
 from kvcached_core.config import Config, read_config
 from kvcached_core.engine import activation, beside, page_book, ranks
 from kvcached_core.engine.beside import Turn

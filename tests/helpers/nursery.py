@@ -29,6 +29,14 @@ READ_AT_IMPORT = {
     "vllm": ("OMP_NUM_THREADS",),
     "sglang": ("OMP_NUM_THREADS", "SGLANG_USE_CPU_ENGINE", "TRITON_INTERPRET"),
 }
+# Processes of SGLang that a test starts with no server's variables have these of a server, so that
+# all share a parent.
+SGLANG_ENVIRON = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TRITON_INTERPRET": "1",
+}
 MODULES = {
     "vllm": (
         "vllm.entrypoints.cli.serve",

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 NUM_PROMPTS = 60
+MAX_TOKENS, MAX_SHORT_TOKENS = 900, 450
 VOCABULARY = 500
 ENGINE_OPTIONS: dict[str, Any] = {
     "enforce_eager": True,
@@ -20,13 +21,17 @@ ENGINE_OPTIONS: dict[str, Any] = {
 }
 
 
-def mixed_prompts() -> list[list[int]]:
+def mixed_prompts(max_tokens: int = MAX_TOKENS) -> list[list[int]]:
     """Return short prompts, long ones, and ones that share a prefix."""
     source = random.Random(0)
-    shared = [source.randrange(3, VOCABULARY) for _ in range(400)]
+    shared = [source.randrange(3, VOCABULARY) for _ in range(max_tokens * 4 // 9)]
     prompts = []
     for index in range(NUM_PROMPTS):
-        length = source.randrange(4, 40) if index % 3 == 0 else source.randrange(300, 900)
+        length = (
+            source.randrange(4, 40)
+            if index % 3 == 0
+            else source.randrange(max_tokens // 3, max_tokens)
+        )
         prompt = [source.randrange(3, VOCABULARY) for _ in range(length)]
         prompts.append(shared + prompt[:100] if index % 3 == 2 else prompt)
     return prompts
@@ -76,7 +81,7 @@ def main() -> None:
         if options.get("tamper"):
             lose_orders()
     sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-    prompts = [{"prompt_token_ids": prompt} for prompt in mixed_prompts()]
+    prompts = [{"prompt_token_ids": prompt} for prompt in mixed_prompts(MAX_SHORT_TOKENS)]
     report["tokens"] = [
         [list(output.outputs[0].token_ids) for output in llm.generate(prompts, sampling)]
         for _ in range(2)

@@ -2,7 +2,8 @@
 
 Arguments: a model folder, and a JSON object: with `vanilla` it answers once and reports that, with
 `tamper` it runs a step on weights that are not there, with `adapter`, a folder, it answers through
-it, too, and reports that alone.
+it, too, and reports that alone. With `buffers`, a size in bytes, buffers of that size and more go
+with the weights, and it reports what became of them alone.
 """
 
 import ctypes
@@ -12,8 +13,10 @@ import sys
 from typing import Any
 
 import torch
+from adapter import RANK
 
 from kvcached_core.engine.weights_kept import WeightsKept
+from kvcached_core.weights import scratch
 
 OPTIONS: dict[str, Any] = {
     "enforce_eager": True,
@@ -21,7 +24,6 @@ OPTIONS: dict[str, Any] = {
     "block_size": 32,
     "enable_prefix_caching": False,
 }
-RANK = 8  # of an adapter
 PROMPTS = [[5 + index] * (20 + 30 * index) for index in range(6)]
 
 
@@ -51,6 +53,7 @@ def main() -> None:
     adapter = options.get("adapter")
     if adapter:
         more = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 2}
+    scratch.LEAST_SCRATCH_BYTES = options.get("buffers", scratch.LEAST_SCRATCH_BYTES)
     llm = LLM(options.get("model", model), dtype="float32", **OPTIONS, **more)
     sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
@@ -61,6 +64,9 @@ def main() -> None:
 
     if adapter:
         print(json.dumps(through_adapter(llm, tokens, adapter)))
+        return
+    if options.get("buffers"):
+        print(json.dumps(with_buffers(llm, tokens)))
         return
     report: dict[str, Any] = {"tokens": tokens()}
     if options.get("tamper"):
@@ -93,6 +99,44 @@ def through_adapter(llm: Any, tokens: Any, folder: str) -> dict[str, Any]:
     report["is_added"] = llm.llm_engine.add_lora(second)
     report["same"] += [slept(second) == adapted, slept(first) == adapted]
     report["is_shared"] = weights.rank.copying.copy.is_shared  # no page of the weights was written
+    return report
+
+
+def with_buffers(llm: Any, tokens: Any) -> dict[str, Any]:
+    """Return what became of answers while buffers went and came, and when one was spoiled."""
+    core = llm.llm_engine.engine_core.engine_core
+    weights = core.model_executor.driver_worker.worker.kvcached_weights
+    annex, rank = weights.annex.annex, weights.rank
+    first = tokens()
+    rank.copying.join()
+    core.input_queue = queue.SimpleQueue()  # as if it had a loop: only such engines offer weights
+    report: dict[str, Any] = {"tokens": first, "num_bytes": annex.num_bytes, "same": []}
+
+    def note() -> None:
+        status = rank.status()
+        image = rank.image
+        row = core.model_executor.driver_worker.worker.kvcached.ledger.view().instances[0]
+        report.setdefault("held", []).append(
+            [
+                annex.resident_bytes,
+                image.num_pages - image.num_resident_pages,
+                status.num_pages - status.num_resident_pages,
+                (status.num_resident_pages * image.page_bytes) - row.weights_bytes,
+            ]
+        )
+
+    for num_pages in (1, 1 << 20):  # buffers go first, then weights
+        core.kvcached.rest()
+        core.kvcached.activation.give(num_pages * rank.image.page_bytes)
+        note()
+        report["same"].append(tokens() == first)
+        note()
+    core.kvcached.sleep()
+    kept = [(span, unit) for span in annex._spans.values() for unit, *_ in span.kept]
+    report["same"].append(tokens() == first)
+    for span, unit in kept:
+        annex._units(span)[unit] = 0
+    report["spoiled_differs"] = tokens() != first
     return report
 
 

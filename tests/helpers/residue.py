@@ -24,15 +24,33 @@ def write(path: Path) -> None:
         torch.cuda.synchronize()
         segments = torch.cuda.memory_snapshot()
         names = tensor_names()
+    spans, annex = annexes()
     report = {
         "pid": os.getpid(),
-        **by_pool(segments),
+        **by_pool(one for one in segments if one.get("address") not in spans),
+        **annex,
         "largest": largest(segments, names),
         "pinned": pinned(segments, names),
     }
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(report))
     partial.rename(path)
+
+
+def annexes() -> tuple[dict[int, int], dict[str, Any]]:
+    """Return the spans of this process's annexes, and what these are in bytes."""
+    from kvcached_core.weights.annex import Annex
+
+    found = [one for one in gc.get_objects() if issubclass(type(one), Annex)]
+    spans = [span for one in found for span in one._spans.values()]
+    kept = sum((last - first) for span in spans for first, last, _ in span.kept)
+    units = {one._unit_bytes for one in found}
+    return {span.address: span.num_bytes for span in spans}, {
+        "annex_bytes": sum(one.num_bytes for one in found),
+        "annex_resident_bytes": sum(one.resident_bytes for one in found),
+        "annex_kept_bytes": kept * max(units, default=0),
+        "annex_spans": [[span.num_bytes, type(span.tenant).__name__] for span in spans],
+    }
 
 
 def by_pool(segments: Iterable[Segment]) -> dict[str, int]:

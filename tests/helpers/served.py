@@ -24,7 +24,6 @@ from kvcached_core.weights.status import WeightStatus
 PAGE_BYTES = 2 * MIB
 NUM_PAGES = 16  # of the device, and so of the pool of the engine under test
 NUM_WEIGHT_PAGES = 4  # of an engine under test whose weights yield
-PATIENCE_SECONDS = 20.0
 ENGINE = "engine"
 WORDS = ("used", "cached", "idle", "weights", "static", "promised", "asked", "coming")
 
@@ -239,7 +238,7 @@ class Served(ABC):
         """Wait until the bell told a refused engine that there is memory now."""
         instance: Any = self.engine.ranks.instance
         refusals = instance._refusals
-        await_that(lambda: max(refusals._until, refusals._asked_until) == 0, 20)
+        await_that(lambda: max(refusals._until, refusals._asked_until) == 0)
 
     def _schedule_running(self) -> bool:
         """Let running requests have what they need; return whether one was stopped for it."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ Models = Callable[[Callable[[], Any]], Path]
 Vanilla = Callable[..., Answers]
 
 POOL = 512 * MIB
-POOL_TOKENS = POOL // KV_BYTES_PER_TOKEN
+PAGE_BYTES = 16 * MIB  # the default
 NUM_BURSTS = 10
 READY_SECONDS = 200.0
-NUM_SHORT_TOKENS = 80
-NUM_ANSWER_TOKENS = 8
+NUM_SHORT_PROMPTS = 4
+NUM_SHORT_TOKENS = 40
+NUM_ANSWER_TOKENS = 4
 
 
 def start_sglang(
@@ -37,18 +38,23 @@ def start_sglang(
     elastic: bool = True,
     num_ranks: int = 1,
     cold: bool = False,
+    page_bytes: int = PAGE_BYTES,
+    pool_bytes: int = POOL,
+    variables: Mapping[str, str] | None = None,
 ) -> EngineServer:
     """Start a server that believes to have the whole pool.
 
     It is forked from a parent that has imported SGLang, or started as users do if it is `cold`.
     """
     # 0.5.15 extends prompts in blocks of several tokens by a kernel.
-    environ = {"TRITON_INTERPRET": "1"} | cores_of(num_ranks)
+    environ = {"TRITON_INTERPRET": "1"} | cores_of(num_ranks) | dict(variables or {})
+    if page_bytes != PAGE_BYTES:
+        environ["KVCACHED_PAGE_BYTES"] = str(page_bytes)
     return servers.start(
         SGLANG,
         name,
         model,
-        *SGLANG.size(POOL, KV_BYTES_PER_TOKEN, is_elastic=elastic, is_host=True),
+        *SGLANG.size(pool_bytes, KV_BYTES_PER_TOKEN, is_elastic=elastic, is_host=True),
         *SGLANG.running(16),
         *("--tp-size", str(num_ranks)),
         *arguments,
@@ -67,11 +73,17 @@ def cores_of(num_ranks: int) -> dict[str, str]:
 
 @contextmanager
 def elastic_server(
-    model: Path, workspace: Path, *arguments: str, cold: bool = False
+    model: Path,
+    workspace: Path,
+    *arguments: str,
+    cold: bool = False,
+    page_bytes: int = PAGE_BYTES,
 ) -> Iterator[EngineServer]:
     """Run a server with kvcached; at the end its log has to say that it is, and of no leak."""
     with Servers(workspace, POOL) as servers:
-        server = start_sglang(servers, "elastic", model, *arguments, cold=cold)
+        server = start_sglang(
+            servers, "elastic", model, *arguments, cold=cold, page_bytes=page_bytes
+        )
         server.wait_ready(READY_SECONDS)
         yield server
         log = server.log.read_text()
@@ -119,14 +131,17 @@ def mixed_bursts() -> list[Burst]:
             (*shared[: source.randrange(0, 300) * (index % 2)], *_tokens(source))
             for index in range(6)
         ]
-        bursts.append(Burst(tuple(prompts), 4 + 2 * number))
+        bursts.append(Burst(tuple(prompts), 4 + number))
     return bursts
 
 
 def short_bursts() -> list[Burst]:
-    """Return the same prompts, cut for servers that interpret a kernel."""
+    """Return some of the same prompts, cut for servers that interpret a kernel."""
     return [
-        Burst(tuple(prompt[-NUM_SHORT_TOKENS:] for prompt in burst.prompts), NUM_ANSWER_TOKENS)
+        Burst(
+            tuple(prompt[-NUM_SHORT_TOKENS:] for prompt in burst.prompts[:NUM_SHORT_PROMPTS]),
+            NUM_ANSWER_TOKENS,
+        )
         for burst in mixed_bursts()
     ]
 
@@ -135,10 +150,10 @@ def _tokens(source: random.Random) -> tuple[int, ...]:
     return tuple(source.randrange(3, 500) for _ in range(source.randrange(1, 400)))
 
 
-def large_burst(seed: int) -> Burst:
-    """Return a burst that needs about 70 % of the pool."""
+def large_burst(seed: int, pool_bytes: int) -> Burst:
+    """Return a burst that needs about 70 % of a pool."""
     num_requests, num_output_tokens = 12, 64
-    num_tokens = int(POOL_TOKENS * 0.7 / num_requests)
+    num_tokens = int(pool_bytes // KV_BYTES_PER_TOKEN * 0.7 / num_requests)
     return make_burst(
         num_requests=num_requests,
         num_prompt_tokens=num_tokens - num_output_tokens,

@@ -21,6 +21,7 @@ from helpers.shapes import SHAPES
 from kvcached_demo.harness.model import make_model
 
 WINDOW_TOKENS = 64
+SHORT_WINDOW_TOKENS = 16
 
 LAYERS = ["sliding_attention"] * 5 + ["full_attention"]
 MIX: dict[str, Any] = {
@@ -34,6 +35,15 @@ MIX: dict[str, Any] = {
     "sliding_window": WINDOW_TOKENS,
     "layer_types": LAYERS,
     "max_position_embeddings": 4096,
+}
+# Served soon where kernels are interpreted: a step costs what it has of heads and blocks of tokens.
+SMALL_MIX = MIX | {
+    "num_hidden_layers": 2,
+    "layer_types": LAYERS[-2:],
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "sliding_window": SHORT_WINDOW_TOKENS,
 }
 # SGLang's kernels know latents of these sizes; on a CPU it asks for a scaled rotary embedding.
 LATENT: dict[str, Any] = SHAPES["mla"] | {
@@ -70,6 +80,14 @@ HYBRID: dict[str, Any] = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
+# The convolutions' kernel is interpreted, attention is not: the states are small, and blocks large.
+SMALL_HYBRID = HYBRID | {
+    "hidden_size": 256,
+    "num_hidden_layers": 10,
+    "layer_types": ["conv", *["full_attention"] * 4] * 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 
 
 def gemma() -> Any:
@@ -77,15 +95,15 @@ def gemma() -> Any:
     return Gemma3ForCausalLM(Gemma3TextConfig(**MIX, query_pre_attn_scalar=32))
 
 
-def laguna(layers: list[str] = LAYERS) -> Any:
+def laguna(mix: dict[str, Any] = MIX) -> Any:
     """Return a tiny Laguna without experts."""
-    mix = MIX | {"layer_types": layers, "num_hidden_layers": len(layers)}
-    return LagunaForCausalLM(LagunaConfig(**mix, mlp_layer_types=["dense"] * len(layers)))
+    layers = ["dense"] * mix["num_hidden_layers"]
+    return LagunaForCausalLM(LagunaConfig(**mix, mlp_layer_types=layers))
 
 
 def small_laguna() -> Any:
-    """Return one of two layers, which is served soon where kernels are interpreted."""
-    return laguna(LAYERS[-2:])
+    """Return one of two layers and a short window, which is served soon by interpreted kernels."""
+    return laguna(SMALL_MIX)
 
 
 def deepseek() -> Any:
@@ -96,6 +114,11 @@ def deepseek() -> Any:
 def lfm2() -> Any:
     """Return a tiny LFM2: attention and short convolutions by turns."""
     return Lfm2ForCausalLM(Lfm2Config(**HYBRID))
+
+
+def small_lfm2() -> Any:
+    """Return a narrow one, which is served soon by interpreted kernels."""
+    return Lfm2ForCausalLM(Lfm2Config(**SMALL_HYBRID))
 
 
 def save(make: Callable[[], Any], folder: Path) -> Path:

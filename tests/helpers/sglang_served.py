@@ -73,8 +73,8 @@ class SglangServed(Served):
         arguments = SimpleNamespace(
             served_model_name="m", model_path="m", max_prefill_tokens=1 << 20, load_format="auto"
         )
-        self.engine = SglangEngine(torch.device("cpu"), arguments, 4, config)
         num_tokens = host_device(config).total_bytes // (2 * NUM_LAYERS * BLOCK_BYTES) - 1
+        self.engine = SglangEngine(torch.device("cpu"), arguments, 4, config)
         self._allocator = make_allocator(
             self.engine, num_tokens, layer_num=NUM_LAYERS, head_num=NUM_HEADS, head_dim=HEAD_DIM
         )
@@ -93,7 +93,16 @@ class SglangServed(Served):
         if self.engine.may_yield:
             self.weights = FakeWeights(NUM_WEIGHTS, self.engine.ranks.seat, config)
             self.engine.port.weights = FakeRank(self.weights)  # type: ignore[assignment]
-            begin_to_yield(self.engine)
+            begin_to_yield(self.engine, SimpleNamespace())
+
+    def send(self, name: str, num_pages: int, *, is_cached: bool = False) -> None:
+        """See `Served.send`; the engine's longest request is the longest that a test sends.
+
+        An engine that stalls waits for that. One as long as the pool would refuse lower limits.
+        """
+        placing = self.engine.placing
+        placing.least_pages = max(placing.least_pages, num_pages)
+        super().send(name, num_pages, is_cached=is_cached)
 
     @property
     def may_admit(self) -> bool:

@@ -20,10 +20,10 @@ COPY_SECONDS = 60.0
 
 
 def start_yielding(
-    servers: Servers, name: str, model: Path, *arguments: str, num_ranks: int = 1
+    servers: Servers, name: str, model: Path, *arguments: str, num_ranks: int = 1, **settings: str
 ) -> EngineServer:
     """Start a server and wait until its weights may be given."""
-    server = begin_yielding(servers, name, model, *arguments, num_ranks=num_ranks)
+    server = begin_yielding(servers, name, model, *arguments, num_ranks=num_ranks, **settings)
     server.wait_ready(READY_SECONDS)
     await_that(
         lambda: server.log.read_text().count("may be given to neighbours") == num_ranks,
@@ -33,9 +33,9 @@ def start_yielding(
 
 
 def begin_yielding(
-    servers: Servers, name: str, model: Path, *arguments: str, num_ranks: int = 1
+    servers: Servers, name: str, model: Path, *arguments: str, num_ranks: int = 1, **settings: str
 ) -> EngineServer:
-    """Start a server whose weights yield."""
+    """Start a server whose weights yield, with more settings."""
     assert servers.pool_bytes is not None
     return servers.start(
         SGLANG,
@@ -49,9 +49,12 @@ def begin_yielding(
             "KVCACHED_PAGE_BYTES": str(PAGE),
             "KVCACHED_WEIGHTS": "yield",
             "KVCACHED_WEIGHTS_DIR": str(servers.workspace / "weights"),
+            "KVCACHED_WEIGHTS_DISK": str(servers.workspace / "disk"),
+            "KVCACHED_WEIGHTS_DISK_FREE": "0",
             "KVCACHED_WEIGHTS_KEPT_SECONDS": "0",
             "TRITON_INTERPRET": "1",
             **cores_of(num_ranks),
+            **settings,
         },
         launch=launch_warm,
     )

@@ -20,9 +20,9 @@ def main() -> None:
     from vllm.device_allocator import AllocationData
     from vllm.device_allocator.cumem import CuMemAllocator
 
-    from kvcached_vllm import sleeping
+    from kvcached_core.engine import ranks
 
-    sleeping.PATIENCE_SECONDS = 0.2
+    ranks.PATIENCE_SECONDS = 0.2
     llm = LLM(sys.argv[1], **ENGINE_OPTIONS)
     engine = llm.llm_engine
     core = engine.engine_core.engine_core

@@ -1,6 +1,6 @@
 """Run as a script: one vLLM engine with two ranks answers mixed prompts and reports.
 
-Arguments: a model folder and a JSON object: `gpu`, and there further arguments of `LLM`, such as
+Arguments: a model folder and a JSON object: `gpu`, and further arguments of `LLM`, such as
 `{"gpu": true, "pipeline_parallel_size": 2}`. The report is a JSON object in a line of its own.
 """
 
@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from helpers.offline import ENGINE_OPTIONS, mixed_prompts, resident_pages
+from helpers.offline import ENGINE_OPTIONS, MAX_SHORT_TOKENS, mixed_prompts, resident_pages
 
 CPU_ENGINE = ENGINE_OPTIONS | {"tensor_parallel_size": 2}
 GPU_ENGINE = {"load_format": "dummy", "dtype": "bfloat16", "max_model_len": 4096, "seed": 0}
@@ -40,14 +40,14 @@ def main() -> None:
         sizes = {"kv_cache_memory_bytes": 256 * MIB}
     elif not elastic:
         sizes = {"kv_cache_memory_bytes": 2048 * MIB, "gpu_memory_utilization": 0.05}
-    engine: dict[str, Any] = GPU_ENGINE | options if on_gpus else CPU_ENGINE
+    engine: dict[str, Any] = (GPU_ENGINE if on_gpus else CPU_ENGINE) | options
     llm = LLM(sys.argv[1], **engine, enable_prefix_caching=False, **sizes)
     core = llm.llm_engine.engine_core.engine_core
     if on_gpus:
         from helpers.gpu_offline import give_weights
 
         core.model_executor.collective_rpc(give_weights)
-    prompts = [{"prompt_token_ids": prompt} for prompt in mixed_prompts()]
+    prompts = [{"prompt_token_ids": prompt} for prompt in mixed_prompts(MAX_SHORT_TOKENS)]
     sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
     def tokens() -> list[list[int]]:

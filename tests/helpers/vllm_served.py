@@ -16,8 +16,10 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request as VllmRequest
 
+from helpers.configurations import configuration
 from helpers.held_weights import HeldWeights
-from helpers.served import NUM_WEIGHT_PAGES, PATIENCE_SECONDS, Request, Served
+from helpers.served import NUM_WEIGHT_PAGES, Request, Served
+from helpers.waiting import PATIENCE_SECONDS
 from kvcached_core.config import Config, WeightsMode
 from kvcached_core.memory.devices import host_device
 from kvcached_core.memory.rank import RankMemory
@@ -60,7 +62,7 @@ class VllmServed(Served):
         self.is_sleeping = False
         self._bytes_to_wake = 0
         model = SimpleNamespace(model="m", max_model_len=num_blocks * BLOCK_TOKENS)
-        self.engine = VllmEngine(SimpleNamespace(model_config=model), config, [device], self)
+        self.engine = VllmEngine(configuration(model_config=model), config, [device], self)
         self.kvcached: Any = self.engine  # where our hooks look for it
         tensors = [SimpleNamespace(size=BLOCK_BYTES * num_blocks) for _ in range(NUM_PLANES)]
         spec = SimpleNamespace(

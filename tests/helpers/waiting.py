@@ -3,8 +3,12 @@
 import time
 from collections.abc import Callable
 
+# How long a test waits for another process: one that passes takes none of it, on however loaded a
+# machine, and one that hangs ends.
+PATIENCE_SECONDS = 300.0
 
-def await_that(condition: Callable[[], bool], seconds: float) -> float:
+
+def await_that(condition: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> float:
     """Return after how long `condition` held; fail if it takes longer than `seconds`."""
     start = time.monotonic()
     while not condition():

@@ -9,8 +9,8 @@ import pytest
 from helpers.weight_pages import PagedLayout, Pages, Pins, bytes_at
 from kvcached_core.config import Config
 from kvcached_core.units import GIB
+from kvcached_core.weights.budgets import make_budget
 from kvcached_core.weights.copies_folder import read_holders
-from kvcached_core.weights.host_budget import HostBudget
 from kvcached_core.weights.host_copy import HostCopy, complete
 from kvcached_core.weights.key import CopyKey
 from kvcached_core.weights.open_copy import open_copy
@@ -39,7 +39,7 @@ def opened(config: Config) -> Iterator[Callable[..., HostCopy | None]]:
     copies = []
 
     def open_one(key: CopyKey = KEY, *, stop: Event | None = None) -> HostCopy | None:
-        copy = open_copy(config, key, LAYOUT, HostBudget(config, GIB), stop=stop)
+        copy = open_copy(config, key, LAYOUT, make_budget(config, GIB), stop=stop)
         if copy is not None:
             copies.append(copy)
         return copy

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -17,7 +18,7 @@ from kvcached_core.ledger.view import InstanceView
 from kvcached_core.memory.seats import Seat
 from kvcached_core.memory.vmm.backend import Backend
 from kvcached_core.units import GIB, KIB
-from kvcached_core.weights.host_budget import HostBudget
+from kvcached_core.weights.budgets import make_budget
 from kvcached_core.weights.host_copy import HostCopy
 from kvcached_core.weights.image import Image
 from kvcached_core.weights.key import CopyKey
@@ -60,6 +61,8 @@ class WeightedRank:
         folder: For the ledger and for host copies.
         num_budget_pages: Pages that fit into the host's memory.
         page_bytes: The size of a page.
+        key: Of the weights.
+        settings: More settings.
 
     Attributes:
         done: What was done, in turn: the backend's verbs and, as `settle`, reports to the ledger.
@@ -72,11 +75,12 @@ class WeightedRank:
         folder: Path,
         num_budget_pages: int = 4 * NUM_PAGES,
         page_bytes: int = PAGE,
+        key: CopyKey = KEY,
+        **settings: Any,
     ) -> None:
-        self._undo = ExitStack()
-        self.config = Config(
-            dir=folder, weights_dir=folder / "weights", host_budget=num_budget_pages * page_bytes
-        )
+        self._undo, self._key = ExitStack(), key
+        room = {"weights_dir": folder / "weights", "host_budget": num_budget_pages * page_bytes}
+        self.config = Config(dir=folder, **(room | settings))
         self.ledger = self._undo.enter_context(Ledger(folder / "gpu.ledger", GIB))
         self.row = self.ledger.register(name="ours", engine="test")
         recorder = Recorder(backend)
@@ -84,7 +88,7 @@ class WeightedRank:
         self.image = Image(recorder, layout(page_bytes))
         self.image.map_next(NUM_PAGES)
         most = 1 << 62
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(int(key.digest[0], 16))
         self.words().copy_(torch.randint(-most, most, self.words().shape, generator=generator))
         self.content = self.words().clone()
         self.weights = RankWeights(self.image, self.open_copy)
@@ -99,14 +103,14 @@ class WeightedRank:
 
     def open_copy(self, stop: Event) -> HostCopy | None:
         """Open the host copy, as an engine does."""
-        budget = HostBudget(self.config, GIB)
-        return open_copy(self.config, KEY, self.image.layout, budget, stop=stop)
+        budget = make_budget(self.config, GIB)
+        return open_copy(self.config, self._key, self.image.layout, budget, stop=stop)
 
     def start(self) -> "WeightedRank":
         """Join the ledger, and return when the weights are copied."""
         self.weights.join(self.seat)
         self.weights.begin_copy()
-        await_that(lambda: self.weights.status().is_copied, 30)
+        await_that(lambda: self.weights.status().is_copied)
         self.done.clear()
         return self
 

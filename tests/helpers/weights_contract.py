@@ -13,7 +13,6 @@ from helpers.served import (
     ENGINE,
     NUM_PAGES,
     PAGE_BYTES,
-    PATIENCE_SECONDS,
     Served,
 )
 from helpers.served import (
@@ -134,7 +133,7 @@ def test_a_limit_counts_no_weights_and_takes_none(house: House) -> None:
     limit = f"{2 * PAGE_BYTES}"
     control.set_limit(ENGINE, limit, directory=house.directory, wait_seconds=0)
     # The first limit has rung, too.
-    await_that(lambda: served.heed() or served.view().cached_bytes == PAGE_BYTES, PATIENCE_SECONDS)
+    await_that(lambda: served.heed() or served.view().cached_bytes == PAGE_BYTES)
     served.expect(used=1, cached=1, weights=NUM_WEIGHTS)
 
 
@@ -244,7 +243,7 @@ def test_two_engines_with_weights_and_no_room_beside_them_do_not_wait_for_each_o
     served.turn()
     served.expect(used=1, weights=NUM_WEIGHTS, is_waiting=True)
     take_what_is_free(neighbour, 2)
-    await_that(lambda: served.turn() or num_offered(served) == NUM_WEIGHTS, PATIENCE_SECONDS)
+    await_that(lambda: served.turn() or num_offered(served) == NUM_WEIGHTS)
     assert neighbour.take(3) == 0
     served.turn()
     served.expect(used=1, weights=1, is_waiting=None)
@@ -265,14 +264,14 @@ def test_a_wake_goes_on_when_its_request_is_gone_and_the_weights_are_offered(hou
     served.turn()
     served.expect(used=1, static=NUM_WEIGHTS, is_waiting=True)
     make_way(neighbour, NUM_WEIGHTS)
-    await_that(lambda: served.heed() or num_offered(served) == NUM_WEIGHTS, PATIENCE_SECONDS)
+    await_that(lambda: served.heed() or num_offered(served) == NUM_WEIGHTS)
     served.expect(used=1, weights=NUM_WEIGHTS)
 
 
 def test_a_waking_engine_whose_loop_is_paused_goes_on_when_it_is_rung(house: House) -> None:
     served, neighbour = asleep_beside_a_busy_neighbour(house)
     make_way(neighbour, NUM_WEIGHTS)
-    await_that(lambda: served.heed() or served.engine.activation.is_active, PATIENCE_SECONDS)
+    await_that(lambda: served.heed() or served.engine.activation.is_active)
     served.expect(used=1, weights=NUM_WEIGHTS, is_waiting=None)
 
 
@@ -364,7 +363,7 @@ def test_an_idle_engine_sleeps_when_its_time_has_come_though_nobody_rings(house:
     served.end("a")
     served.turn()
     served.expect(used=1, idle=2, weights=NUM_WEIGHTS)
-    await_that(lambda: served.heed() or not served.view().weights_bytes, PATIENCE_SECONDS)
+    await_that(lambda: served.heed() or not served.view().weights_bytes)
     served.expect(used=1)
 
 

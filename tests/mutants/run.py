@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.json"
 FOLDERS = (
-    *(".", "integrations/vllm", "integrations/sglang", "integrations/gateway"),
+    *(".", "integrations/vllm", "integrations/sglang", "integrations/gateway", "integrations/ray"),
     *("patches", "examples/demo"),
     *("tests", "benchmarks"),
 )

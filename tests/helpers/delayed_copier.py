@@ -1,0 +1,286 @@
+"""A copier for vLLM's OffloadingConnector that runs on a CPU: memmove in a thread, after a delay.
+
+The connector, its scheduler's half, its manager and its tiers are vLLM's own; it loads a spec of
+ours by `spec_name` and `spec_module_path`. vLLM's copier does the same on streams of a GPU. Here a
+copy of a page that was unmapped meanwhile ends the process, and one whose bytes changed fails.
+
+Where `extra_config` has it, `delay_ms` is the range of the delay of each job, `copier_seed` what
+it is drawn with, and `copier_report` a file with what was copied and the first fault.
+"""
+
+import json
+import random
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import memmove, string_at
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm.v1.kv_offload.base import OffloadingWorker, TransferResult
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+
+_may_copy = threading.Event()
+_may_copy.set()
+
+
+@contextmanager
+def copies_left_open() -> Iterator[None]:
+    """Let no copy end in the block until somebody waits for one; of this process's copiers."""
+    _may_copy.clear()
+    try:
+        yield
+    finally:
+        _may_copy.set()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One block of one layer, on the device and in the host tier."""
+
+    key: tuple[int, int, int]  # chunk of the host tier, block in it, tensor
+    device_address: int
+    host_address: int
+    num_bytes: int
+
+
+@dataclass
+class Job:
+    """What is copied in one direction, with the sum that each piece has to have."""
+
+    job_id: int
+    pieces: list[Piece]
+    sums: list[int | None]
+    delay_seconds: float
+    seconds: float = 0.0
+
+
+def sum_of(address: int, num_bytes: int) -> int:
+    """Return a sum of bytes in memory."""
+    return zlib.adler32(string_at(address, num_bytes))
+
+
+class Direction:
+    """Copies one job after the other, each a while after the one before or after it was given."""
+
+    def __init__(self, *, is_store: bool) -> None:
+        self._is_store = is_store
+        self._jobs: deque[Job] = deque()
+        self._done: list[Job] = []
+        self._open: set[int] = set()
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self.fault = ""
+        self.num_bytes = 0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        with self._changed:
+            self._jobs.append(job)
+            self._open.add(job.job_id)
+            self._changed.notify_all()
+
+    def take_done(self) -> list[Job]:
+        with self._changed:
+            done, self._done = self._done, []
+        return done
+
+    def wait(self, job_ids: set[int]) -> None:
+        with self._changed:
+            if not self._open.isdisjoint(job_ids):
+                _may_copy.set()
+            self._changed.wait_for(lambda: self._open.isdisjoint(job_ids))
+
+    def close(self) -> None:
+        _may_copy.set()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._open)
+            self._is_closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._is_closed)
+                if self._is_closed:
+                    return
+                job = self._jobs.popleft()
+            time.sleep(job.delay_seconds)  # a slow link: nothing is awaited
+            _may_copy.wait()
+            self._copy(job)
+            with self._changed:
+                self._open.discard(job.job_id)
+                self._done.append(job)
+                self._changed.notify_all()
+
+    def _copy(self, job: Job) -> None:
+        started = time.perf_counter()
+        for piece, expected in zip(job.pieces, job.sums, strict=True):
+            ends = piece.host_address, piece.device_address
+            target, source = ends if self._is_store else ends[::-1]
+            memmove(target, source, piece.num_bytes)
+            self.num_bytes += piece.num_bytes
+            if sum_of(target, piece.num_bytes) != expected:
+                word = "store" if self._is_store else "load"
+                self.fault = self.fault or f"{word} {job.job_id} copied other bytes: {piece}"
+        job.seconds = time.perf_counter() - started
+
+
+class DelayedWorker(OffloadingWorker):  # type: ignore[misc]  vLLM has no types here
+    """Stands in for vLLM's `CPUOffloadingWorker`; see the module.
+
+    Args:
+        spec: The spec that makes it.
+        caches: vLLM's canonical view of the KV caches.
+        region: The host tier.
+    """
+
+    def __init__(self, spec: Any, caches: Any, region: SharedOffloadRegion) -> None:
+        extra = spec.extra_config
+        self._region = region
+        self._blocks_per_chunk = spec.blocks_per_chunk
+        self._refs = caches.group_data_refs
+        self._device = [each.tensor for each in caches.tensors]
+        self._host = [
+            region.create_next_worker_view(each.page_size_bytes * self._blocks_per_chunk)
+            for each in caches.tensors
+        ]
+        self._delay_ms = extra.get("delay_ms", (0, 0))
+        self._random = random.Random(extra.get("copier_seed", 0))
+        self._report_path = extra.get("copier_report")
+        # A tier below writes to the host's chunks as well, and no sum is known of that.
+        self._has_tiers = isinstance(spec, TieringOffloadingSpec)
+        self._sums: dict[tuple[int, int, int], int] = {}
+        self._stores, self._loads = Direction(is_store=True), Direction(is_store=False)
+        self._num_jobs = {"stores": 0, "loads": 0}
+
+    def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        pieces = list(self._pieces(src_spec, dst_spec))
+        sums = [sum_of(piece.device_address, piece.num_bytes) for piece in pieces]
+        if not self._has_tiers:
+            self._sums.update((piece.key, each) for piece, each in zip(pieces, sums, strict=True))
+        self._submit(self._stores, "stores", Job(job_id, pieces, [*sums], self._delay()))
+        return True
+
+    def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        pieces = list(self._pieces(dst_spec, src_spec))
+        # What another process wrote, or the tier on disk, this copier has no sum of.
+        sums = [
+            self._sums.get(piece.key, sum_of(piece.host_address, piece.num_bytes))
+            for piece in pieces
+        ]
+        self._submit(self._loads, "loads", Job(job_id, pieces, [*sums], self._delay()))
+        return True
+
+    def get_finished(self) -> list[TransferResult]:
+        results = []
+        for direction in (self._stores, self._loads):
+            for job in direction.take_done():
+                num_bytes = sum(piece.num_bytes for piece in job.pieces)
+                results.append(
+                    TransferResult(
+                        job.job_id, success=True, transfer_size=num_bytes, transfer_time=job.seconds
+                    )
+                )
+                if direction is self._loads:
+                    self._check_loaded(job)
+        self._report()
+        if fault := self._stores.fault or self._loads.fault:
+            raise AssertionError(fault)
+        return results
+
+    def wait(self, job_ids: set[int]) -> None:
+        self._stores.wait(job_ids)
+        self._loads.wait(job_ids)
+
+    def shutdown(self) -> None:
+        self._stores.close()
+        self._loads.close()
+        self._report()
+        self._device, self._host = [], []
+        self._region.cleanup()
+
+    def _submit(self, direction: Direction, word: str, job: Job) -> None:
+        self._num_jobs[word] += 1
+        direction.submit(job)
+
+    def _check_loaded(self, job: Job) -> None:
+        """Look again when the load is reported: nothing may have written over it meanwhile."""
+        for piece, expected in zip(job.pieces, job.sums, strict=True):
+            if sum_of(piece.device_address, piece.num_bytes) != expected:
+                self._loads.fault = (
+                    self._loads.fault or f"load {job.job_id} was written over: {piece}"
+                )
+
+    def _delay(self) -> float:
+        return self._random.uniform(*self._delay_ms) / 1000
+
+    def _pieces(self, device_spec: Any, host_spec: Any) -> Iterator[Piece]:
+        device_ids, chunks = device_spec.block_ids.tolist(), deque(host_spec.block_ids.tolist())
+        per_chunk, at = self._blocks_per_chunk, 0
+        groups = zip(device_spec.group_sizes, device_spec.block_indices, self._refs, strict=True)
+        for group_size, first_index, refs in groups:
+            skipped = first_index % per_chunk
+            num_chunks = -(-(skipped + group_size) // per_chunk) if group_size else 0
+            of_group = [chunks.popleft() for _ in range(num_chunks)]
+            for number, block_id in enumerate(device_ids[at : at + group_size], skipped):
+                chunk, index = of_group[number // per_chunk], number % per_chunk
+                for ref in refs:
+                    yield self._piece(ref, block_id, chunk, index)
+            at += group_size
+        assert not chunks
+        assert at == len(device_ids)
+
+    def _piece(self, ref: Any, block_id: int, chunk: int, index: int) -> Piece:
+        device, host = self._device[ref.tensor_idx], self._host[ref.tensor_idx]
+        offset = index * (host.shape[1] // self._blocks_per_chunk)
+        return Piece(
+            (chunk, index, ref.tensor_idx),
+            device.data_ptr() + block_id * device.stride(0),
+            host.data_ptr() + chunk * host.stride(0) + offset,
+            ref.page_size_bytes,
+        )
+
+    def _report(self) -> None:
+        if self._report_path:
+            counts = {
+                **self._num_jobs,
+                "stored_bytes": self._stores.num_bytes,
+                "loaded_bytes": self._loads.num_bytes,
+            }
+            unfinished = Path(self._report_path).with_suffix(".new")
+            unfinished.write_text(json.dumps(counts))
+            unfinished.replace(self._report_path)
+
+
+class _Delayed:
+    """What both specs do in the place of vLLM's copier."""
+
+    def get_worker(self: Any, kv_caches: Any) -> OffloadingWorker:
+        if self._worker is None:
+            num_chunks = getattr(self, "num_chunks", None) or self.num_blocks  # up to 0.28
+            region = SharedOffloadRegion(
+                self.config.engine_id,
+                num_chunks,
+                self.config.parallel.rank,
+                self.kv_bytes_per_chunk,
+                self.cpu_page_size_per_worker,
+            )
+            self._worker = DelayedWorker(self, kv_caches, region)
+        return self._worker
+
+
+class DelayedSpec(_Delayed, CPUOffloadingSpec):  # type: ignore[misc]
+    """vLLM's CPU tier with the delayed copier."""
+
+
+class DelayedTiersSpec(_Delayed, TieringOffloadingSpec):  # type: ignore[misc]
+    """vLLM's CPU tier over others, with the delayed copier."""

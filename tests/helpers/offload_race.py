@@ -1,0 +1,172 @@
+"""Run as a script: requests come, end, are aborted and preempted while memory is asked for.
+
+Arguments: a model folder, and a JSON object: `copier` (see `Offloaded`), `seed`, `num_requests`,
+and `holds`, which is false where pages shall be given under open copies.
+
+The copier compares what it copied with what a step left, and debugging compares a step's blocks
+with the pages that are mapped; a copy of an unmapped page ends the process.
+"""
+
+import json
+import os
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from helpers.house import Neighbour
+from helpers.offline import VOCABULARY
+from helpers.offloaded import SAMPLING, Offloaded
+
+OPTIONS = {"max_model_len": 512, "max_num_seqs": 6}
+NUM_PREFIXES = 10
+MAX_TAKEN_PAGES = 10
+
+
+def switch_holds_off() -> None:
+    """Plant the defect that the race is for: no copy keeps a page."""
+    from kvcached_core.engine.pages import Pages
+    from kvcached_vllm.block_pool import ElasticBlockPool
+    from kvcached_vllm.offloaded_pool import OffloadedBlockPool
+
+    Pages.hold = lambda *_: None  # type: ignore[method-assign]
+    OffloadedBlockPool.free_blocks = ElasticBlockPool.free_blocks  # type: ignore[method-assign]
+
+
+class Race:
+    """Draws what happens next, and does it."""
+
+    def __init__(self, engine: Offloaded, seed: int) -> None:
+        from kvcached_core.config import read_config
+
+        self.engine, self.random = engine, random.Random(seed)
+        self._llm_engine = engine.llm.llm_engine
+        environ = {name: value for name, value in os.environ.items() if name.startswith("KVCACHED")}
+        self._neighbour = Neighbour(read_config(environ | {"KVCACHED_NAME": "neighbour"}))
+        self._num_taken = 0
+        source = random.Random(0)
+        self._prefixes = [
+            [source.randrange(3, VOCABULARY) for _ in range(source.randrange(100, 350))]
+            for _ in range(NUM_PREFIXES)
+        ]
+        self._live: set[str] = set()
+        self.counts = dict.fromkeys(
+            ("answered", "aborted", "taken", "trims", "resets", "sleeps", "preemptions"), 0
+        )
+
+    def run(self, num_requests: int) -> None:
+        """Have so many requests come, with all else in between, and end all that is left."""
+        for number in range(num_requests):
+            self._add(str(number))
+            for _ in range(self.random.randrange(1, 5)):
+                self._step()
+                self._happen()
+        self._give_back(self._num_taken)  # requests would wait for it for ever
+        while self._live:
+            self._step()
+        self.engine.finish()
+        self.counts["preemptions"] = self.engine.count("vllm:num_preemptions")
+
+    def close(self) -> None:
+        self._neighbour.close()
+
+    def _add(self, request_id: str) -> None:
+        from vllm import SamplingParams
+
+        prefix = self.random.choice(self._prefixes)
+        tail = [self.random.randrange(3, VOCABULARY) for _ in range(self.random.randrange(1, 60))]
+        sampling = SamplingParams(max_tokens=self.random.randrange(1, 24), **SAMPLING)
+        prompt: Any = {"prompt_token_ids": prefix + tail}
+        self._llm_engine.add_request(request_id, prompt, sampling)
+        self._live.add(request_id)
+
+    def _step(self) -> None:
+        for output in self._llm_engine.step():
+            if output.finished:
+                self._live.discard(output.request_id)
+                self.counts["answered"] += 1
+
+    def _happen(self) -> None:
+        chance = self.random.random()
+        for act, share in self._acts():
+            if chance < share:
+                act()
+                return
+            chance -= share
+
+    def _acts(self) -> Iterator[tuple[Any, float]]:
+        yield self._abort, 0.04
+        yield self._take, 0.15
+        yield lambda: self._give_back(self.random.randrange(1, MAX_TAKEN_PAGES)), 0.15
+        yield self._trim, 0.1
+        yield self._reset, 0.02
+        yield self._sleep, 0.005
+
+    def _abort(self) -> None:
+        if self._live:
+            request_id = self.random.choice(sorted(self._live))
+            self._llm_engine.abort_request([request_id])
+            self._live.discard(request_id)
+            self.counts["aborted"] += 1
+
+    def _take(self) -> None:
+        self._num_taken += self._neighbour.take(self.random.randrange(1, MAX_TAKEN_PAGES))
+        self.counts["taken"] += 1
+
+    def _give_back(self, num_pages: int) -> None:
+        num_pages = min(num_pages, self._num_taken)
+        self._neighbour.rest(num_pages)
+        self._neighbour.give(num_pages)
+        self._num_taken -= num_pages
+
+    def _trim(self) -> None:
+        self.engine.trim_known()
+        self.counts["trims"] += 1
+
+    def _reset(self) -> None:
+        is_connector = self.random.random() < 0.5
+        self.engine.core.reset_prefix_cache(
+            reset_running_requests=is_connector and self._can_stop_requests(),
+            reset_connector=is_connector,
+        )
+        self.counts["resets"] += 1
+
+    def _can_stop_requests(self) -> bool:
+        """Return whether vLLM bears a reset that stops requests: it does not while one loads.
+
+        Nor does it where the tier keeps what they have: it loads that for them in the step that
+        says that they were stopped, and asserts that such requests load nothing.
+        """
+        from vllm.v1.request import RequestStatus
+
+        requests = self.engine.core.scheduler.requests.values()
+        loading = RequestStatus.WAITING_FOR_REMOTE_KVS
+        return all(request.status is not loading for request in requests)
+
+    def _sleep(self) -> None:
+        if not self._live:
+            self.engine.llm.sleep(level=1)
+            self.engine.llm.wake_up()
+            self.counts["sleeps"] += 1
+
+
+def main() -> None:
+    """Start, race, report."""
+    options = json.loads(sys.argv[2])
+    engine = Offloaded(sys.argv[1], options["copier"], **OPTIONS)
+    if not options.get("holds", True):
+        switch_holds_off()
+    race = Race(engine, options["seed"])
+    race.run(options["num_requests"])
+    report: dict[str, Any] = {"counts": race.counts, "copied": engine.copied()}
+    report["num_held"] = engine.core.kvcached.holds.num_holders
+    report["hit_tokens"] = engine.hits()
+    engine.core.reset_prefix_cache()
+    engine.trim()
+    report["pages"] = engine.resident_pages()
+    race.close()
+    print("\n" + json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()
