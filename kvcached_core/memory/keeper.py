@@ -121,7 +121,8 @@ class PageKeeper:
             for page in pages:
                 is_kept = self._to_unmap.pop(page, None) is not None or self._want_stuck([page]) > 0
                 num_kept += is_kept
-                if not (is_kept and self.arena.is_resident(page)):
+                is_going = page in self._unmapping  # by an earlier order that was begun
+                if is_going or not (is_kept and self.arena.is_resident(page)):
                     self._to_map[page] = None
             self._changed.notify_all()
         if num_kept:

@@ -178,9 +178,10 @@ def test_a_page_given_back_while_it_is_mapped_ahead_goes_when_it_is_there(setup:
     assert (setup.mapped, setup.unmapped, setup.spared) == (1, 1, 0)
 
 
+@pytest.mark.parametrize("is_given_back_again", [False, True])
 @pytest.mark.parametrize("is_spare", [False, True])
 def test_a_page_wanted_while_it_is_unmapped_is_mapped_again_when_it_is_gone(
-    setup: Setup, *, is_spare: bool
+    setup: Setup, *, is_spare: bool, is_given_back_again: bool
 ) -> None:
     faulty = setup.backend.inner
     assert isinstance(faulty, FaultyBackend)
@@ -196,6 +197,9 @@ def test_a_page_wanted_while_it_is_unmapped_is_mapped_again_when_it_is_gone(
     faulty.fails = hold
     setup.keeper.unmap_behind([1], passed())
     assert begun.wait(30)
+    if is_given_back_again:
+        setup.keeper.map_soon([1])
+        setup.keeper.unmap_behind([1], passed())
     threading.Timer(0.05, go_on.set).start()
     if is_spare:
         setup.keeper.map_soon([1])
@@ -203,7 +207,7 @@ def test_a_page_wanted_while_it_is_unmapped_is_mapped_again_when_it_is_gone(
         setup.keeper.map_now([1])
     setup.keeper.wait()
     assert setup.arena.resident_pages == [1]
-    assert (setup.mapped, setup.unmapped, setup.spared) == (2, 1, 0)
+    assert (setup.mapped, setup.unmapped, setup.spared) == (2, 1, is_given_back_again)
 
 
 def test_an_order_to_map_that_is_taken_back_is_reported(setup: Setup) -> None:
