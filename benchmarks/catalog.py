@@ -123,6 +123,12 @@ BENCHMARKS = (
         "weights_many", "weights_many.py", GPU, "more models than fit, and their weights in turn"
     ),
     Benchmark(
+        "weights_ranks",
+        "weights_ranks.py",
+        GPU,
+        "a model over several GPUs that yields, and what their links share",
+    ),
+    Benchmark(
         "restart", "restart.py", GPU, "a start from the host copy beside one from cached files"
     ),
     Benchmark(

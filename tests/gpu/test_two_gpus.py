@@ -22,6 +22,7 @@ UNEVEN = {"VLLM_PP_LAYER_PARTITION": "5,3"}
 CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "tensor parallel, graphs": (TENSOR, {}),
     "tensor parallel, eager": (TENSOR | EAGER, {}),
+    "tensor parallel, weights yield": (TENSOR, {"KVCACHED_WEIGHTS": "yield"}),
     "pipeline parallel": (PIPELINE | EAGER, {}),
     "pipeline parallel, uneven": (PIPELINE | EAGER, UNEVEN),
 }
@@ -80,3 +81,9 @@ def test_ranks_on_two_gpus_map_the_same_pages_and_answer_as_vanilla(
     assert len(views) == 2
     assert [view["promised_bytes"] for view in views] == [0, 0]
     assert all(view["resident_bytes"] > 0 for view in views)
+    if "asleep_pages" in ours:
+        assert ours["asleep_pages"] == [0, 0]
+        assert ours["tokens_after_sleep"] == vanilla["tokens"]
+        first, second = ours["awake_pages"]
+        assert first == second > 0
+    assert ("asleep_pages" in ours) == ("KVCACHED_WEIGHTS" in CASES[name][1])

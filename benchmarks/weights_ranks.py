@@ -1,0 +1,167 @@
+"""Weights of a model over several GPUs that come and go, with a real vLLM server.
+
+    python benchmarks/weights_ranks.py --json benchmarks/results/gpu/weights_ranks_h200.json
+    python benchmarks/weights_ranks.py --json FILE --shape llama-8b --ranks 2
+
+One server of a 70B shape with dummy weights has a tensor-parallel rank on each GPU. The speed of
+each GPU's link is measured alone and with all at once; then the model yields, and one request waits
+for its weights on all ranks. `--tiny` rehearses with two ranks on a CPU, whose times say nothing.
+"""
+
+import argparse
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from machine import describe_gpu, describe_machine
+from vllm_servers import READY_SECONDS, Record
+from yielding import FIRST, Run
+
+from kvcached_core import control
+from kvcached_core.ledger.view import InstanceView
+from kvcached_core.units import GIB, MIB
+from kvcached_demo.harness.engines import VLLM
+
+COPY_BYTES = 4 * GIB
+NUM_COPIES = 5
+TINY_POOL_BYTES = 512 * MIB
+# Symmetric memory would use multicast, which stays off on shared hosts.
+ENVIRON = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0"}
+
+
+class Links:
+    """Pinned host memory beside memory of each GPU."""
+
+    def __init__(self, num_ranks: int) -> None:
+        import torch
+
+        self._torch, self.ranks = torch, range(num_ranks)
+        pinned = {"dtype": torch.uint8, "pin_memory": True}
+        self._hosts = [torch.empty(COPY_BYTES, **pinned) for _ in self.ranks]
+        self._devices = [host.to(f"cuda:{rank}") for rank, host in enumerate(self._hosts)]
+
+    def gigabytes_per_second(self, ranks: Sequence[int]) -> float:
+        """Copy to these GPUs at once, and return how fast each had all."""
+        seconds = []
+        for _ in range(NUM_COPIES):
+            start = time.perf_counter()
+            for rank in ranks:
+                self._devices[rank].copy_(self._hosts[rank], non_blocking=True)
+            for rank in ranks:
+                self._torch.cuda.synchronize(rank)
+            seconds.append(time.perf_counter() - start)
+        return COPY_BYTES / 1e9 / statistics.median(seconds)
+
+
+def links(num_ranks: int) -> dict[str, Any]:
+    """Measure how fast pinned host memory is copied to each GPU: alone, and to all at once."""
+    import torch
+
+    found = Links(num_ranks)
+    speeds = {
+        "alone_gigabytes_per_second": [found.gigabytes_per_second([rank]) for rank in found.ranks],
+        "at_once_gigabytes_per_second_each": found.gigabytes_per_second(found.ranks),
+    }
+    del found
+    torch.cuda.empty_cache()
+    return speeds
+
+
+class Ranks(Run):
+    """One server with a rank on each GPU; its row is in the ledger of each."""
+
+    def rows(self) -> list[InstanceView]:
+        """Return the server's row on each device."""
+        found = control.devices(self.servers.directory)
+        return [row for device in found for row in device.instances]
+
+    def wait_all_copied(self) -> float:
+        """Wait until every rank's weights are in host memory."""
+        begin = time.monotonic()
+        while any(
+            not row.weights_needed_bytes or row.weights_offered_bytes < row.weights_bytes
+            for row in self.rows()
+        ):
+            if time.monotonic() - begin > READY_SECONDS:
+                raise RuntimeError("the host copies are not complete")
+            time.sleep(0.05)
+        return time.monotonic() - begin
+
+
+def measure(run: Ranks, record: Record, options: argparse.Namespace) -> None:
+    """Start, and ask the model awake and after each yield."""
+    begin = time.monotonic()
+    ranks = ("--tensor-parallel-size", str(options.ranks))
+    if options.tiny:
+        more = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank) for rank in range(options.ranks))}
+    else:
+        more = ENVIRON
+        ranks += ("--enforce-eager", "--disable-custom-all-reduce")
+    run.start(FIRST, 1, *ranks, **more, KVCACHED_HOST_BUDGET=options.host_budget)
+    run.servers.wait_ready(seconds=READY_SECONDS)
+    record.add(ready_seconds=time.monotonic() - begin)
+    run.ask(FIRST)
+    record.add(copied_seconds=run.wait_all_copied())
+    record.add(weights_bytes=[row.weights_bytes for row in run.rows()])
+    awake = [run.first_token_seconds(FIRST) for _ in range(10)]
+    seconds: list[float] = []
+    for _ in range(options.number):
+        run.sleep(FIRST)
+        left = sum(row.weights_bytes for row in run.rows())
+        if left:
+            raise RuntimeError(f"{left} bytes of the weights stayed where they were")
+        seconds.append(run.first_token_seconds(FIRST))
+        record.add(awake_seconds=awake, seconds=seconds)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the figures as text."""
+    lines = [f"{name:36} {results[name]}" for name in ("ready_seconds", "copied_seconds", "links")]
+    lines.append(f"failed {results['failed']}, wrong tokens {results['wrong']}")
+    sizes = ", ".join(f"{size / GIB:.1f}" for size in results["weights_bytes"])
+    lines.append(f"weights of each device, GiB: {sizes}")
+    for name in ("awake_seconds", "seconds"):
+        row = sorted(results[name])
+        middle = statistics.median(row)
+        lines.append(f"{name:16} n {len(row)}  median {middle:.4f}  max {row[-1]:.4f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
+    parser.add_argument("--shape", default="llama-70b")
+    parser.add_argument("--ranks", type=int, default=2, help="GPUs, with a rank on each")
+    parser.add_argument("--number", type=int, default=20, help="how often it yields")
+    parser.add_argument("--host-budget", default="85%", help="KVCACHED_HOST_BUDGET")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    record = Record(options.json)
+    record.add(machine=describe_machine() if options.tiny else describe_gpu())
+    record.add(engine=f"{VLLM.title} {VLLM.release()}", ranks=options.ranks)
+    record.add(shape="tiny" if options.tiny else options.shape)
+    record.add(links={} if options.tiny else links(options.ranks))
+    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
+        run = Ranks(
+            Path(folder),
+            tiny=options.tiny,
+            runner=None,
+            pool_bytes=TINY_POOL_BYTES,
+            shape=options.shape,
+        )
+        try:
+            measure(run, record, options)
+        finally:
+            run.close(record)
+    print(table(record.results))
+
+
+if __name__ == "__main__":
+    main()
