@@ -118,6 +118,8 @@ def main() -> None:
             run.environ["LEAST_SCRATCH_BYTES"] = "32768"
         run.environ |= {"MEMORY_HISTORY": "1", "KVCACHED_BUFFERS": options.buffers}
         try:
+            if engine is not VLLM:
+                run.with_files(FIRST, 1)  # what this process takes for that is not the server's
             run.used_before_bytes = used_bytes(run)
             begin = time.monotonic()
             run.start(FIRST, 1)

@@ -6,6 +6,11 @@ Two 8B servers that yield their weights fill the device. Then `kvcached run` mak
 process that allocates 20 GiB with torch, twenty times; both servers are asked before, while it
 holds its memory, and after. A few rounds more need so much that weights have to go, too. `--tiny`
 rehearses it on a CPU: there the program allocates host memory.
+
+    python benchmarks/programs.py --json programs.json --by driver --held-gib 70 --large-need 40GiB
+
+Caches are filled again for each round, and torch takes seconds to import: these options make less
+of the device to be filled, and let the program allocate by the driver alone.
 """
 
 import argparse
@@ -41,7 +46,23 @@ torch.cuda.synchronize()
 print("all", flush=True)
 sys.exit(int(sys.stdin.readline() or 1))
 """
-WAIT_SECONDS, SEEN_SECONDS = 120, 10.0
+WITH_DRIVER = """
+import sys
+from cuda.bindings import driver
+def call(function, *arguments):
+    code, *found = function(*arguments)
+    if code: sys.exit(str(code))
+    return found[0] if found else None
+call(driver.cuInit, 0)
+call(driver.cuCtxSetCurrent, call(driver.cuDevicePrimaryCtxRetain, call(driver.cuDeviceGet, 0)))
+for _ in range(int(sys.argv[1]) >> 30):
+    call(driver.cuMemsetD8, call(driver.cuMemAlloc, 1 << 30), 1, 1 << 30)
+call(driver.cuCtxSynchronize)
+print("all", flush=True)
+sys.exit(int(sys.stdin.readline() or 1))
+"""
+PROGRAMS = {"torch": WITH_TORCH, "driver": WITH_DRIVER}
+WAIT_SECONDS, SEEN_SECONDS = 120, 5.0
 TINY_POOL, TINY_NEED, TINY_LARGE_NEED = 192 * MIB, "96MiB", "164MiB"
 
 
@@ -64,18 +85,18 @@ class Rounds:
     Args:
         run: The servers.
         need: What each program needs, and allocates.
+        script: What it is on a GPU.
     """
 
-    def __init__(self, run: Run, need: str) -> None:
-        self.run, self.need = run, need
+    def __init__(self, run: Run, need: str, script: str) -> None:
+        self.run, self.need, self.script = run, need, script
         self.size = TINY if run.tiny else GPU
         self._seed = 1000
         self.rows: list[dict[str, Any]] = []
 
-    def do(self, num: int) -> None:
-        """Do so many."""
-        for _ in range(num):
-            self.rows.append(self._one())
+    def do(self) -> None:
+        """Do one more."""
+        self.rows.append(self._one())
 
     def _one(self) -> dict[str, Any]:
         run, before_wrong, before_failed = self.run, self.run.num_wrong, self.run.num_failed
@@ -128,7 +149,7 @@ class Rounds:
 
     def _command(self) -> list[str]:
         num_bytes = str(parse_bytes(self.need, what="need"))
-        words = [ALLOCATING, num_bytes] if self.run.tiny else ["-c", WITH_TORCH, num_bytes]
+        words = [ALLOCATING, num_bytes] if self.run.tiny else ["-c", self.script, num_bytes]
         options = ["--need", self.need, "--wait", str(WAIT_SECONDS), "--name", PROGRAM]
         return [str(word) for word in (KVCACHED, "run", *options, "--", sys.executable, *words)]
 
@@ -194,6 +215,10 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=20, help="rounds with that")
     parser.add_argument("--large-need", help="so much that weights have to go, too")
     parser.add_argument("--large-number", type=int, default=3, help="rounds with that")
+    parser.add_argument("--by", choices=PROGRAMS, default="torch", help="what it allocates with")
+    parser.add_argument(
+        "--held-gib", type=int, default=0, help="of the device, kept by this process"
+    )
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     parts = [
@@ -203,6 +228,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
         record = Record(options.json)
         record.add(machine=describe_machine() if options.tiny else describe_gpu())
+        record.add(by=options.by, held_gib=options.held_gib)
+        held = hold(options.held_gib)
         run = Run(Path(folder), tiny=options.tiny, runner=options.runner, pool_bytes=TINY_POOL)
         if options.tiny:
             run.environ["KVCACHED_PAGE_BYTES"] = str(2 * MIB)
@@ -215,13 +242,24 @@ def main() -> None:
                 run.ask(name)
             done: list[dict[str, Any]] = []
             for need, num in parts:
-                rounds = Rounds(run, as_bytes(need, run))
+                rounds = Rounds(run, as_bytes(need, run), PROGRAMS[options.by])
                 done.append({"need": need, "rounds": rounds.rows})
-                rounds.do(num)
-                record.add(parts=done)
+                for _ in range(num):
+                    rounds.do()
+                    record.add(parts=done)
         finally:
             run.close(record)
+            held.clear()
             print(table(record.results))
+
+
+def hold(num_gib: int) -> list[Any]:
+    """Allocate so much of the device, as a stranger would; return what keeps it."""
+    if not num_gib:
+        return []
+    import torch
+
+    return [torch.zeros(GIB, dtype=torch.uint8, device="cuda") for _ in range(num_gib)]
 
 
 def as_bytes(need: str, run: Run) -> str:
