@@ -54,6 +54,7 @@ def disk(bench: Bench, folder: Path) -> dict[str, Any]:
                 "of_computed": again / computed,
             }
         )
+        bench.record.add(disk={"rounds": rounds})
         print(f"disk: {rounds[-1]}", flush=True)
     of_bar = [one["of_bar"] for one in rounds if one["of_bar"] is not None]
     result = {

@@ -40,11 +40,13 @@ class Sizes:
         tiny = options.tiny
         self.disk_folder = Path(options.disk or "").absolute()
         self.rounds = options.rounds
+        self.server_options: tuple[str, ...] = tuple(options.server_options)
         self.tier_bytes = 128 * MIB if tiny else options.tier_gib * GIB
         self.kv_bytes = 128 * MIB if tiny else options.kv_gib * GIB
-        self.disk_host_bytes = 40 * MIB if tiny else 5 * GIB
+        # One long prompt of the 8B shape, and a quarter more.
+        self.disk_host_bytes = 40 * MIB if tiny else options.long_tokens * 5 * GIB // 32_000
         self.given_bytes = 32 * MIB if tiny else 8 * GIB
-        self.long_tokens = 1000 if tiny else 32_000
+        self.long_tokens = 1000 if tiny else options.long_tokens
         self.short_tokens = 400 if tiny else 8_000
         if tiny:
             self.workloads = [("100/16 at saturation", 100, 16, AT_ONCE, options.num_prompts // 5)]
@@ -96,7 +98,7 @@ class VllmKind(Kind):
         size = VLLM.size(
             sizes.kv_bytes, self.kv_bytes_per_token, is_elastic=elastic, is_host=setting.tiny
         )
-        length = () if setting.tiny else VLLM.longest(sizes.long_tokens + 256)
+        length = () if setting.tiny else VLLM.longest(max(sizes.long_tokens, 8192) + 256)
         setting.servers.start(
             VLLM,
             name,
@@ -105,6 +107,7 @@ class VllmKind(Kind):
             *size,
             *length,
             *(self._disk(sizes) if name == DISK else self._tier(sizes) if has_tier else ()),
+            *sizes.server_options,
             is_elastic=elastic,
             limit_bytes=sizes.kv_bytes,
             options=setting.options,
@@ -239,6 +242,6 @@ def give_back(bench: Bench, name: str, num_bytes: int) -> float:
             bell.wake(ledger, [view.row])
         while unmapped() < target:
             if time.perf_counter() - started > PATIENCE_SECONDS:
-                sys.exit(f"{name} did not give {num_bytes} bytes in {PATIENCE_SECONDS} s")
+                raise TimeoutError(f"{name} did not give {num_bytes} B in {PATIENCE_SECONDS} s")
             time.sleep(LOOK_SECONDS)
         return (time.perf_counter() - started) * 1e3

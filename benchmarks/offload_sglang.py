@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +49,7 @@ class SglangKind(Kind):
             sizes.kv_bytes, self.kv_bytes_per_token, is_elastic=elastic, is_host=setting.tiny
         )
         options = SGLANG.host_options if setting.tiny else GPU_OPTIONS
-        length = () if setting.tiny else SGLANG.longest(sizes.long_tokens + 256)
+        length = () if setting.tiny else SGLANG.longest(max(sizes.long_tokens, 8192) + 256)
         setting.servers.start(
             SGLANG,
             name,
@@ -55,6 +57,7 @@ class SglangKind(Kind):
             *size,
             *length,
             *(self._tier(sizes) if has_tier else ()),
+            *sizes.server_options,
             is_elastic=elastic,
             limit_bytes=sizes.kv_bytes,
             options=options,
@@ -75,7 +78,7 @@ class SglangKind(Kind):
         config = read_config({"KVCACHED_DIR": str(self._setting.servers.directory)})
         for view in read_tiers(HostBudget(config).folder):
             if view.instance == server.name and view.counts:
-                (counts,) = view.counts
+                counts = view.counts[0]  # the host's
                 if word == "store":
                     return float(counts.stored_bytes), counts.store_seconds
                 return float(counts.loaded_bytes), counts.load_seconds
@@ -92,7 +95,8 @@ class SglangKind(Kind):
 
 @contextlib.contextmanager
 def sglang_run(options: argparse.Namespace) -> Iterator[tuple[Any, Record]]:
-    """Make a folder and a record; keep the ends of the servers' logs."""
+    """Make a folder and a record; keep the ends of the servers' logs, also when it is cut off."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
         record = Record(options.json)
         record.add(machine=describe_machine() if options.tiny else describe_gpu())
