@@ -283,9 +283,10 @@ class Ranks:
             self.instance.cancel(num_pages)
 
     def acknowledge(self, num_pages: int, *, is_last: bool = True) -> None:
-        """See `Instance.acknowledge`."""
+        """See `Instance.acknowledge`; no rank goes on to unmap before the first one has done it."""
         if self.instance is not None:
             self.instance.acknowledge(num_pages, is_last=is_last)
+        self._share([num_pages])
 
     def set_alarm(self, seconds: float) -> None:
         """See `Instance.set_alarm`."""

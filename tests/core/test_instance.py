@@ -8,6 +8,7 @@ import pytest
 
 from kvcached_core.config import CUDA, HOST, read_config
 from kvcached_core.engine.instance import Instance
+from kvcached_core.engine.ranks import Ranks
 from kvcached_core.errors import ConfigError, LedgerError, PolicyError
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.view import InstanceView
@@ -104,6 +105,40 @@ def test_ranks_that_share_a_device_are_promised_a_page_each(start: Callable[...,
     assert view(instance, HOUSE).promised_bytes == 8 * PAGE
     assert instance.seat(HOUSE).num_ranks == 2
     assert view(instance, HOUSE).promised_bytes == HOUSE.total_bytes
+
+
+@pytest.mark.parametrize("is_second_quick", [False, True])
+def test_nothing_is_on_its_way_any_more_when_all_ranks_have_unmapped(
+    start: Callable[..., Instance], *, is_second_quick: bool
+) -> None:
+    instance = start([HOUSE, HOUSE])
+    assert instance.reserve(3, is_urgent=False) == 3
+    told: list[list[int]] = []
+
+    def tell(values: list[int]) -> list[int]:
+        told.append(values)
+        return values
+
+    def hear(_values: list[int]) -> list[int]:
+        if not told:
+            first.acknowledge(2)  # the first rank gets there while the second one waits
+        return told.pop()
+
+    seat = instance.seat(HOUSE)
+    first = Ranks(instance, seat, 0, tell)
+    second = Ranks(None, seat, 0, hear)
+    with Ledger(Path(seat.ledger_path)) as ledger:
+        for _rank in (first, second):
+            ledger.settle(seat.row, mapped_bytes=3 * PAGE, used_bytes=0, cached_bytes=6 * PAGE)
+        if not is_second_quick:
+            first.acknowledge(2)
+        second.acknowledge(2)
+        ledger.settle(
+            seat.row, unmapped_bytes=2 * PAGE, used_bytes=0, cached_bytes=0
+        )  # the second rank's
+        assert view(instance, HOUSE).coming_bytes == 2 * PAGE
+        ledger.settle(seat.row, unmapped_bytes=2 * PAGE, used_bytes=0, cached_bytes=0)
+    assert view(instance, HOUSE).coming_bytes == 0
 
 
 def test_two_instances_that_want_all_devices_never_hold_half_of_it(
