@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.waiting import PATIENCE_SECONDS
 from multi_model import upstream
 from multi_model.errors import ModeError
 from multi_model.modes import Member, Site, members
@@ -117,7 +118,7 @@ def test_a_started_process_is_the_other_interpreters(tmp_path: Path) -> None:
     launch = upstream.launch_with("/bin/echo")
     (found,) = plans("static", POOL, "vllm")
     process = launch(found, ["/usr/bin/python", "-m", "vllm"], {}, log)
-    assert process.wait(20) == 0
+    assert process.wait(PATIENCE_SECONDS) == 0
     assert log.read_text() == "-m vllm\n"
 
 

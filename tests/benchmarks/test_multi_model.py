@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.waiting import PATIENCE_SECONDS
 from multi_model.client import read_records
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(420)]
@@ -131,5 +132,5 @@ def test_an_interrupted_run_takes_its_engines_along(tmp_path: Path) -> None:
         assert running.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.1)  # another process: nothing tells when it has started its own
     os.killpg(running.pid, signal.SIGINT)
-    assert running.wait(60) != 0
+    assert running.wait(PATIENCE_SECONDS) != 0
     assert engines() == []

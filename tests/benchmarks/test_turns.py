@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from helpers.shapes import SHAPES
+from helpers.waiting import PATIENCE_SECONDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from multi_model import upstream
@@ -38,7 +39,7 @@ async def settle() -> None:
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 20))
+    asyncio.run(asyncio.wait_for(test, PATIENCE_SECONDS))
 
 
 def test_the_running_model_serves_at_once_and_another_waits_until_it_is_idle() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.waiting import PATIENCE_SECONDS
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvcached_core.ledger.bell import Doorbell
@@ -206,7 +207,7 @@ def test_metrics_are_served_until_a_signal(ledger: Ledger) -> None:
         port = probe.getsockname()[1]
     command = [KVCACHED, "metrics", "--port", str(port), "--dir", str(ledger.path.parent)]
     with subprocess.Popen(command) as server:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.forked import exit_code_of_child
-from helpers.waiting import await_that
+from helpers.waiting import PATIENCE_SECONDS, await_that
 
 from kvcached_core.config import HOST, Config, read_config
 from kvcached_core.engine.arrival import Arrival
@@ -197,12 +197,12 @@ def test_a_fork_while_another_thread_has_the_lock_leaves_the_child_free_to_start
     def hold() -> None:
         ledger._enter_patiently()
         taken.set()
-        end.wait(30)
+        end.wait(PATIENCE_SECONDS)
         ledger._exit()
 
     holder = threading.Thread(target=hold)
     holder.start()
-    taken.wait(10)
+    taken.wait(PATIENCE_SECONDS)
 
     def look() -> None:
         instance.close()

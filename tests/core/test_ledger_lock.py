@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.waiting import await_that
+from helpers.waiting import PATIENCE_SECONDS, await_that
 
 from kvcached_core import control
 from kvcached_core.errors import LedgerBusyError, LedgerError
@@ -142,7 +142,7 @@ def test_waiting_for_a_thread_and_for_a_process_is_not_longer_than_for_one(
     monkeypatch.setattr("kvcached_core.ledger.lock.time", Time)
     other = threading.Thread(target=hold)
     other.start()
-    taken.wait(10)
+    taken.wait(PATIENCE_SECONDS)
     assert not lock.acquire(3.5)
     other.join()
     assert sum(waited) == pytest.approx(0.5)

@@ -94,7 +94,7 @@ def prometheus(tmp_path: Path) -> Iterator[str]:
                 subprocess.Popen(command, stdout=log, stderr=log, env=os.environ)
             )
             stack.callback(process.terminate)
-        await_that(lambda: bool(query(server, "kvcached_resident_bytes")), 30)
+        await_that(lambda: bool(query(server, "kvcached_resident_bytes")))
         yield server
 
 
@@ -121,7 +121,7 @@ def test_instances_keep_their_names_and_every_panel_has_data(prometheus: str) ->
     for expression in (each for each in expressions if "kvcached_gateway_" not in each):
         filled = re.sub(r"\$(device|engine_instance)", ".*", expression)
         if "limit" not in filled:  # nobody has one
-            await_that(lambda words=filled: bool(query(prometheus, words)), 10)
+            await_that(lambda words=filled: bool(query(prometheus, words)))
 
 
 @pytest.mark.parametrize(

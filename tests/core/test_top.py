@@ -15,6 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from helpers.waiting import PATIENCE_SECONDS
 from rich.console import Console
 
 from kvcached_core.cli.columns import (
@@ -235,7 +236,7 @@ def test_a_real_terminal_of_60_by_12_shows_it_and_is_left_as_it_was(ledger: Ledg
         while seen.count("· free") < 3:  # three pictures
             seen += os.read(master, 65536).decode()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE_SECONDS) == 0
     with open(master, "rb", buffering=0) as rest:  # noqa: PTH123  a descriptor
         seen += rest.read(65536).decode()
     first = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.split("· free")[0])

@@ -16,7 +16,7 @@ from helpers.hicache_copier_settings import DELAY_MS, GATE, REPORT, SEED, SPOILE
 from helpers.process_memory import resident_by_proc
 from helpers.sglang_engine import POOL, READY_SECONDS, start_sglang
 from helpers.sglang_plugin import add_plugin
-from helpers.waiting import await_that
+from helpers.waiting import PATIENCE_SECONDS, await_that
 from kvcached_core.config import Config, read_config
 from kvcached_core.control import Outcome, devices, trim
 from kvcached_core.ledger.view import InstanceView
@@ -32,7 +32,6 @@ TIER = (
     *("--hicache-mem-layout", "layer_first"),
 )
 PAGE = 16 * MIB
-PATIENCE_SECONDS = 120.0
 
 
 class HiCacheServer:

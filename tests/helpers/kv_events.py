@@ -15,14 +15,13 @@ from helpers.kv_mirror import Mirror
 from helpers.sglang_engine import READY_SECONDS, start_sglang
 from helpers.sglang_plugin import add_plugin
 from helpers.tree_reports import FOLDER, QUESTION, REPORT, write
-from helpers.waiting import await_that
+from helpers.waiting import PATIENCE_SECONDS, await_that
 from kvcached_core.control import Outcome, trim
 from kvcached_core.units import MIB
 from kvcached_demo.harness.server import EngineServer, free_port
 from kvcached_demo.harness.servers import Servers
 
 PAGE = 2 * MIB
-PATIENCE_SECONDS = 120.0
 NUM_REQUESTS = 20
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.process_memory import resident_by_proc
+from helpers.waiting import PATIENCE_SECONDS
 from helpers.warm_servers import launch_warm
 from kvcached_core.control import Outcome, trim
 from kvcached_core.units import MIB
@@ -24,7 +25,7 @@ Vanilla = Callable[..., Answers]
 POOL = 512 * MIB
 PAGE_BYTES = 16 * MIB  # the default
 NUM_BURSTS = 10
-READY_SECONDS = 200.0
+READY_SECONDS = PATIENCE_SECONDS
 NUM_SHORT_PROMPTS = 4
 NUM_SHORT_TOKENS = 40
 NUM_ANSWER_TOKENS = 4
@@ -107,7 +108,7 @@ def vanilla_answers(
 
 def trims_to(server: EngineServer, directory: Path, num_bytes: int) -> bool:
     """Return whether a trim leaves it so much at most; right behind an answer more is in use."""
-    (trimmed,) = trim([], directory=directory, wait_seconds=5)
+    (trimmed,) = trim([], directory=directory, wait_seconds=PATIENCE_SECONDS)
     assert trimmed.outcome is Outcome.APPLIED
     return resident_by_proc(server) == trimmed.after_bytes <= num_bytes
 

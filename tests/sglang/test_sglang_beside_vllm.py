@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers.sglang_engine import large_burst, start_sglang
-from helpers.waiting import await_that
+from helpers.waiting import PATIENCE_SECONDS, await_that
 
 from kvcached_core.control import Outcome, set_limit
 from kvcached_core.units import MIB
@@ -89,7 +89,7 @@ def test_a_limit_holds_on_an_idle_server_without_a_request(pair: Pair) -> None:
     pair.burst("sglang")
     await_that(lambda: pair.view("sglang").used_bytes <= PAGE)
     await_that(lambda: pair.view("sglang").cached_bytes > 6 * PAGE)
-    answer = set_limit("sglang", "25%", directory=pair.directory)
+    answer = set_limit("sglang", "25%", directory=pair.directory, wait_seconds=PATIENCE_SECONDS)
     assert answer.outcome is Outcome.APPLIED
     assert pair.view("sglang").resident_bytes <= POOL // 4
     assert set_limit("sglang", "none", directory=pair.directory).outcome is Outcome.APPLIED
@@ -104,7 +104,7 @@ def test_a_limit_lowered_under_load_is_held_and_nobody_is_lost(
             assert not load.done()
             await asyncio.sleep(0.01)
         answer = await asyncio.to_thread(
-            set_limit, "sglang", "25%", directory=pair.directory, wait_seconds=10.0
+            set_limit, "sglang", "25%", directory=pair.directory, wait_seconds=PATIENCE_SECONDS
         )
         assert answer.outcome is Outcome.APPLIED
         return await load
@@ -131,7 +131,6 @@ def test_killing_sglang_during_its_burst_leaves_vllm_alone(
             await asyncio.to_thread(
                 await_that,
                 lambda: all(row.name != "sglang" for row in ledger.view().instances),
-                60,
             )
         await lost
         return await kept

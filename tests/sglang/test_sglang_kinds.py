@@ -13,8 +13,6 @@ from kvcached_sglang.kinds import elastic_parts
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(400)]
 
-SETTLE_SECONDS = 10.0
-
 
 @pytest.mark.parametrize(
     ("is_generation", "is_multimodal", "said"),
@@ -38,7 +36,7 @@ def embed(model: Path, folder: Path, *, is_elastic: bool) -> list[list[float]]:
         answer = server.post("/v1/embeddings", {"model": "embedding", "input": prompts(1, 12, 300)})
         answer.raise_for_status()
         if is_elastic:
-            await_that(lambda: trims_to(server, folder / "kv", 2 * PAGE_BYTES), SETTLE_SECONDS)
+            await_that(lambda: trims_to(server, folder / "kv", 2 * PAGE_BYTES))
             assert server.log.read_text().count("this server embeds or scores prompts") == 1
         return [each["embedding"] for each in answer.json()["data"]]
 

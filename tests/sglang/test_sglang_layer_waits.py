@@ -8,7 +8,7 @@ import pytest
 from helpers.lazy_plugin import DEFECT, REPORT, add_plugin
 from helpers.sglang_engine import Vanilla, answers
 from helpers.sglang_weights import NUM_KV_PAGES, NUM_WEIGHTS, PAGE, start_yielding
-from helpers.waiting import await_that
+from helpers.waiting import PATIENCE_SECONDS, await_that
 
 from kvcached_core import control
 from kvcached_core.control import Outcome
@@ -26,7 +26,6 @@ pytestmark = [
 NAME = "arriving"
 BURST = Burst(((5, 6, 7, 8), (9,) * 40, tuple(range(11, 60))), 8)
 NUM_LAYERS = 4
-SECONDS = 20.0
 
 
 class Arriving:
@@ -47,10 +46,10 @@ class Arriving:
         """Take all of its weights, as soon as it has done with its requests."""
 
         def is_asleep() -> bool:
-            slept = control.sleep(NAME, directory=self._directory, wait_seconds=SECONDS)
+            slept = control.sleep(NAME, directory=self._directory, wait_seconds=PATIENCE_SECONDS)
             return slept.outcome is Outcome.APPLIED
 
-        await_that(is_asleep, SECONDS)
+        await_that(is_asleep)
 
     def begun(self) -> list[list[int]]:
         """Return each layer that began since it was asked last, and the copies open then."""

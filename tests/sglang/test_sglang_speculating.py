@@ -25,7 +25,6 @@ from helpers.waiting import await_that
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(600)]
 
-SETTLE_SECONDS = 2.0
 CHAIN = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1")
 TREE = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "2")
 NO_RADIX = ("--disable-radix-cache",)
@@ -111,7 +110,7 @@ def test_drafts_are_accepted_as_without_us_and_lose_nothing_to_a_neighbour(
         check_rates(expected)
     with speculating_server(target, tmp_path / "elastic", *drafting, *NO_RADIX) as server:
         assert asked(server) == expected
-        await_that(lambda: resident_by_proc(server.server) <= 2 * PAGE, SETTLE_SECONDS)
+        await_that(lambda: resident_by_proc(server.server) <= 2 * PAGE)
         stopped = take_and_give(server)
         assert [answer.tokens for answer in stopped] == tokens
         assert sum(answer.num_retractions for answer in stopped) > 0
@@ -123,4 +122,4 @@ def test_drafts_are_accepted_as_without_us_and_lose_nothing_to_a_neighbour(
                 spoiled = asked(server)
             assert [each.tokens for each in spoiled] == [each.tokens for each in expected]
             assert [each.accepted for each in spoiled] != [each.accepted for each in expected]
-        await_that(lambda: resident_by_proc(server.server) <= 2 * PAGE, SETTLE_SECONDS)
+        await_that(lambda: resident_by_proc(server.server) <= 2 * PAGE)

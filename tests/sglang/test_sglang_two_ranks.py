@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.process_memory import resident_of_ranks
 from helpers.sglang_engine import large_burst, mixed_bursts, start_sglang
-from helpers.waiting import await_that
+from helpers.waiting import PATIENCE_SECONDS, await_that
 
 from kvcached_core.control import Outcome, set_limit, trim
 from kvcached_core.ledger.ledger import Ledger
@@ -84,9 +84,12 @@ def test_tokens_are_vanillas_and_both_ranks_hold_the_same(pair: Pair) -> None:
 
 
 def test_a_trim_reaches_both_ranks(pair: Pair) -> None:
-    (answer,) = trim([], directory=pair.directory, wait_seconds=5)
-    assert answer.outcome is Outcome.APPLIED
-    assert resident_of_ranks(pair.server) == [PAGE, PAGE]
+    def is_trimmed() -> bool:  # right behind an answer more is in use
+        (answer,) = trim([], directory=pair.directory, wait_seconds=PATIENCE_SECONDS)
+        assert answer.outcome is Outcome.APPLIED
+        return resident_of_ranks(pair.server) == [PAGE, PAGE]
+
+    await_that(is_trimmed)
     assert pair.view().resident_bytes == 2 * PAGE
 
 
@@ -97,7 +100,7 @@ def test_a_limit_lowered_under_load_stops_the_same_requests_on_both(pair: Pair) 
             assert not load.done()
             await asyncio.sleep(0.01)
         answer = await asyncio.to_thread(
-            set_limit, "elastic", "30%", directory=pair.directory, wait_seconds=10.0
+            set_limit, "elastic", "30%", directory=pair.directory, wait_seconds=PATIENCE_SECONDS
         )
         assert answer.outcome is Outcome.APPLIED
         first, second = resident_of_ranks(pair.server)

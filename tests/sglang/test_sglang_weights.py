@@ -11,7 +11,7 @@ import pytest
 from helpers.house import Neighbour
 from helpers.sglang_engine import Answers, Vanilla, answers
 from helpers.sglang_weights import NUM_KV_PAGES, NUM_WEIGHTS, PAGE, num_weights, start_yielding
-from helpers.waiting import await_that
+from helpers.waiting import PATIENCE_SECONDS, await_that
 
 from kvcached_core import control
 from kvcached_core.config import read_config
@@ -26,7 +26,6 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(600)]
 NAME = "yielding"
 BURST = Burst(((5, 6, 7, 8), (9,) * 40, tuple(range(11, 60))), 8)
 NUM_PAGES = NUM_WEIGHTS + NUM_KV_PAGES + 3  # so many has the device
-SECONDS = 20.0
 
 
 @dataclass
@@ -45,7 +44,9 @@ class Served:
         """Take all of its weights, as soon as it has done with its requests."""
 
         def is_asleep() -> bool:
-            slept = control.sleep(NAME, directory=self.servers.directory, wait_seconds=SECONDS)
+            slept = control.sleep(
+                NAME, directory=self.servers.directory, wait_seconds=PATIENCE_SECONDS
+            )
             return slept.outcome is Outcome.APPLIED
 
         await_that(is_asleep)
@@ -117,7 +118,6 @@ def test_tokens_stay_the_same_when_some_of_the_weights_have_gone(
             neighbour.take(num_pages - num_taken(neighbour)) is not None
             and num_taken(neighbour) == num_pages
         ),
-        SECONDS,
     )
     assert served.num_weights == num_left
     with ThreadPoolExecutor() as pool:

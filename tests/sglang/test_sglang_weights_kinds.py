@@ -10,7 +10,7 @@ import pytest
 from helpers.sglang_engine import Models
 from helpers.sglang_models import deepseek
 from helpers.sglang_weights import PAGE, start_yielding
-from helpers.waiting import await_that
+from helpers.waiting import PATIENCE_SECONDS, await_that
 
 from kvcached_core import control
 from kvcached_core.control import Outcome
@@ -22,7 +22,6 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 
 NAME = "yielding"
 NUM_PAGES = 40
-SECONDS = 20.0
 PROMPTS = [[5, 6, 7, 8], [9] * 40, list(range(11, 60))]
 
 
@@ -46,7 +45,7 @@ def check_cycles(servers: Servers, ask_all: Callable[[], Any]) -> None:
     assert whole > 2 * PAGE
 
     def is_asleep() -> bool:
-        slept = control.sleep(NAME, directory=servers.directory, wait_seconds=SECONDS)
+        slept = control.sleep(NAME, directory=servers.directory, wait_seconds=PATIENCE_SECONDS)
         return slept.outcome is Outcome.APPLIED
 
     for _ in range(2):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.process_memory import resident_by_proc
-from helpers.waiting import await_that
+from helpers.waiting import PATIENCE_SECONDS, await_that
 from helpers.warm_servers import launch_warm
 
 from kvcached_core.control import Outcome, set_floor, set_limit, trim
@@ -33,7 +33,6 @@ NUM_ROUNDS = 4
 SHARE = 0.7
 NUM_REQUESTS = 12
 NUM_OUTPUT_TOKENS = 64
-SETTLE_SECONDS = 120.0
 
 
 class Pair(Servers):
@@ -101,7 +100,7 @@ def test_bursts_in_turn_peak_at_more_than_the_pool_together(
     def peaks() -> int:
         return sum(recorder.recording.peak_bytes(name) for name in "ab")
 
-    trim([], directory=pair.directory, wait_seconds=5)
+    trim([], directory=pair.directory, wait_seconds=PATIENCE_SECONDS)
     with Recorder(pair.open_ledger) as recorder:
         for _ in range(NUM_ROUNDS):  # on a slow machine requests end before all of them run
             check(pair.burst("a"), answers_alone)
@@ -138,7 +137,7 @@ def test_an_idle_servers_cache_makes_room_for_its_neighbour_and_answers_stay_rig
 def test_trim_empties_an_idle_servers_cache(pair: Pair) -> None:
     page_bytes = pair.view("b").page_bytes
     await_that(lambda: pair.view("b").cached_bytes > 0)
-    (result,) = trim(["b"], directory=pair.directory, wait_seconds=5)
+    (result,) = trim(["b"], directory=pair.directory, wait_seconds=PATIENCE_SECONDS)
     assert result.outcome is Outcome.APPLIED
     assert result.after_bytes <= 2 * page_bytes
     assert resident_by_proc(pair["b"]) == result.after_bytes
@@ -153,7 +152,7 @@ def test_a_limit_holds_on_an_idle_server_without_a_request(
     assert (refused.outcome, refused.after_bytes) == (Outcome.REFUSED, 0)
     assert "largest request" in refused.reason
     for _ in range(2):
-        answer = set_limit("b", "64MiB", directory=pair.directory)
+        answer = set_limit("b", "64MiB", directory=pair.directory, wait_seconds=PATIENCE_SECONDS)
         assert answer.outcome is Outcome.APPLIED
     assert resident_by_proc(pair["b"]) == answer.after_bytes <= 64 * MIB
     assert set_limit("b", "none", directory=pair.directory).outcome is Outcome.APPLIED
@@ -168,7 +167,7 @@ def test_a_limit_lowered_under_load_is_held_by_preemption_and_nobody_is_lost(
             assert not sent.done()
             await asyncio.sleep(0.02)
         answer = await asyncio.to_thread(
-            set_limit, "a", "80MiB", directory=pair.directory, wait_seconds=SETTLE_SECONDS
+            set_limit, "a", "80MiB", directory=pair.directory, wait_seconds=PATIENCE_SECONDS
         )
         assert answer.outcome is Outcome.APPLIED
         with Recorder(pair.open_ledger) as recorder:
@@ -185,7 +184,8 @@ def test_a_floor_is_freed_of_caches_and_requests_of_both_are_served_beside_it(
 ) -> None:
     check(pair.burst("b"), answers_alone)
     assert pair.view("b").resident_bytes > 0.4 * POOL
-    assert set_floor("a", "60%", directory=pair.directory).outcome is Outcome.APPLIED
+    answer = set_floor("a", "60%", directory=pair.directory, wait_seconds=PATIENCE_SECONDS)
+    assert answer.outcome is Outcome.APPLIED
     assert pair.view("b").resident_bytes <= 0.4 * POOL
     check(pair.burst("b"), answers_alone)  # some of them borrow what the floor's owner leaves
     check(pair.burst("a", "b"), answers_alone)
@@ -204,7 +204,7 @@ def test_a_dry_pool_means_waiting_not_failing(
 def test_killing_one_during_its_burst_frees_its_memory_and_leaves_the_other_alone(
     pair: Pair, answers_alone: dict[str, list[list[int]]]
 ) -> None:
-    trim([], directory=pair.directory, wait_seconds=5)
+    trim([], directory=pair.directory, wait_seconds=PATIENCE_SECONDS)
 
     def is_gone() -> bool:
         return all(view.name != "a" for view in pair.device().instances)

@@ -14,6 +14,7 @@ from helpers.fake_weights import FakeWeights
 from helpers.house import House
 from helpers.served import NUM_WEIGHT_PAGES, PAGE_BYTES
 from helpers.serving_engine import fill, serving
+from helpers.waiting import PATIENCE_SECONDS
 
 from kvcached_core import control
 from kvcached_core.config import Config
@@ -29,7 +30,6 @@ from kvcached_core.units import MIB
 NUM_PAGES = 40
 NEED = 18 * PAGE_BYTES  # what is left serves both engines, though the fake ones scatter blocks
 NUM_ROUNDS = 20
-WAIT_SECONDS = 20.0
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_it_has_all_of_it_each_time_and_both_engines_serve_before_during_and_aft
         for _ in range(NUM_ROUNDS):
             fill(house)
             with room_for(house) as room:
-                assert room.make(WAIT_SECONDS)
+                assert room.make(PATIENCE_SECONDS)
                 room.begin()
                 assert row_of(house).static_bytes == NEED
                 with program(NEED) as started:
@@ -101,7 +101,7 @@ def test_idle_engines_give_their_weights_and_have_them_back(house: House) -> Non
         for engine in engines:
             engine.is_paused = True
         with room_for(house, need) as room:
-            assert room.make(WAIT_SECONDS)
+            assert room.make(PATIENCE_SECONDS)
             room.begin()
             assert [row_of(house, name).weights_bytes for name in ("one", "two")] != [
                 NUM_WEIGHT_PAGES * PAGE_BYTES
@@ -185,7 +185,7 @@ def test_room_comes_when_requests_of_a_neighbour_end(house: House) -> None:
         return False
 
     with room_for(house) as room:
-        assert room.make(WAIT_SECONDS, answer)
+        assert room.make(PATIENCE_SECONDS, answer)
     assert looks[-1] == NEED
     assert set(announced) == {NEED}  # the neighbour's next request waits behind it
 
@@ -194,7 +194,7 @@ def test_who_is_told_to_stop_leaves_nothing_announced(house: House) -> None:
     neighbour = house.neighbour()
     neighbour.take(NUM_PAGES)
     with room_for(house) as room:
-        assert not room.make(WAIT_SECONDS, lambda: True)
+        assert not room.make(PATIENCE_SECONDS, lambda: True)
     assert [one.name for one in device_of(house).instances] == ["neighbour"]
 
 
@@ -202,7 +202,7 @@ def test_nobody_asks_a_program_for_what_it_holds(house: House) -> None:
     """Neither by rank, nor below a floor, nor for weights that come back."""
     with serving(house, "one", priority=10) as (engine,):
         with room_for(house, priority=-10) as room, program(NEED) as started:
-            assert room.make(WAIT_SECONDS)
+            assert room.make(PATIENCE_SECONDS)
             room.begin()
             room.look([started.pid])
             fill(house)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import allocating
-from helpers.waiting import await_that
+from helpers.waiting import PATIENCE_SECONDS, await_that
 
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import ledger_directory
@@ -20,7 +20,6 @@ from kvcached_core.units import MIB
 
 KVCACHED = Path(sys.executable).with_name("kvcached")
 POOL, NEED = 512 * MIB, 64 * MIB
-PATIENCE_SECONDS = 60.0
 Start = Callable[..., "subprocess.Popen[str]"]
 TELL = "import os, signal, sys, time\nsignal.signal({number}, lambda *_: sys.exit(9))\n"
 TELL += "print(os.getpid(), flush=True)\ntime.sleep({seconds})\n"
@@ -96,7 +95,6 @@ def test_its_room_shrinks_as_it_and_its_children_allocate_and_ends_with_it(
             (found := row(ledger)) is not None
             and found.resident_bytes > 3 * NEED // 4 - 4 * allocating.SLACK_BYTES
         ),
-        PATIENCE_SECONDS,
     )
     found = row(ledger)
     assert found is not None
