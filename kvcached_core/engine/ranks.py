@@ -216,7 +216,8 @@ class Ranks:
         return (str(shortage) if shortage is not None else ON_RANK_0) if is_short else None
 
     def announce(self, static_bytes: int) -> None:
-        """See `Beside.announce`."""
+        """See `Beside.announce`; all ranks come here first, with the rest of it allocated."""
+        self._gather([static_bytes])
         if self.instance is not None:
             self.instance.beside.announce(static_bytes)
 

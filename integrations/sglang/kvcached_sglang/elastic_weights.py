@@ -62,9 +62,9 @@ def take_over_weights(engine: "SglangEngine", runner: Any) -> None:
     weights = take_over(modules, device, engine.config, origin_of, annex, restart=engine.restart)
     if annex is not None and annex.graph_pool is not None:
         _use_graph_pool(annex.graph_pool)
+    if engine.device.kind == HOST:
+        ranks.announce(0 if weights is None else weights.num_bytes)
     if weights is not None:
-        if engine.device.kind == HOST:
-            ranks.announce(weights.num_bytes)
         weights.rank.join(ranks.seat)
         engine.own_weights, engine.port.weights = weights, weights.rank
     ranks.merge(engine.port.weight_status())  # what all ranks hold is counted now
