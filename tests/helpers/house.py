@@ -12,6 +12,7 @@ from kvcached_core.config import Config, read_config
 from kvcached_core.engine import activation, beside, page_book, ranks
 from kvcached_core.engine.beside import Turn
 from kvcached_core.engine.instance import Instance
+from kvcached_core.ledger import entry
 from kvcached_core.ledger.bell import wake
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.view import InstanceView
@@ -142,6 +143,8 @@ class House:
         self._undo.enter_context(patch.object(page_book, "REPORT_SECONDS", 0))
         self._undo.enter_context(patch.object(ranks, "LOOK_SECONDS", 0))
         self._undo.enter_context(patch.object(beside, "LOOK_SECONDS", 0))
+        # On a loaded machine who has the lock may be stopped for longer than a scheduler waits.
+        self._undo.enter_context(patch.object(entry, "SCHEDULER_SECONDS", PATIENCE_SECONDS))
         self._undo.enter_context(patch.object(activation, "STALL_SECONDS", STALL_SECONDS))
         self._undo.enter_context(patch.object(beside, "NUM_KEPT_ACTIVATIONS", 0))
 
