@@ -42,9 +42,10 @@ class SglangKind(Kind):
         more: dict[str, str] = {"PYTHONPATH": ""}
         if setting.tiny:  # SGLang's own copies need a GPU
             from helpers.hicache_copier_settings import DELAY_MS
-            from helpers.hicache_plugin import add_plugin
+            from helpers.sglang_plugin import add_plugin
 
-            more = add_plugin(setting.servers.workspace / "plugin") | {DELAY_MS: "0,5"}
+            plugin = add_plugin(setting.servers.workspace / "plugin", "helpers.hicache_plugin")
+            more = plugin | {DELAY_MS: "0,5"}
         size = SGLANG.size(
             sizes.kv_bytes, self.kv_bytes_per_token, is_elastic=elastic, is_host=setting.tiny
         )

@@ -1,7 +1,9 @@
 """The list of benchmarks and the command that runs them."""
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,28 @@ def test_a_multi_model_benchmarks_arguments_are_understood(benchmark: Benchmark)
     for words in options.workloads or []:
         for num_models in options.num_models or [3]:
             assert make_workload(words, num_models, lengths, options.seconds).requests
+
+
+def imported_of_tests() -> Iterator[tuple[str, str]]:
+    """Yield module and name of what benchmarks import of the tests' helpers, also in functions."""
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("helpers."):
+                yield from ((str(node.module), alias.name) for alias in node.names)
+
+
+def test_what_benchmarks_import_of_the_tests_is_there() -> None:
+    found = set(imported_of_tests())
+    assert found
+    for module, name in sorted(found):
+        text = (ROOT / "tests" / f"{module.replace('.', '/')}.py").read_text()
+        known = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+        known |= {
+            node.name
+            for node in ast.parse(text).body
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        }
+        assert name in known, f"{module} has no {name}"
 
 
 def test_list_names_all() -> None:
