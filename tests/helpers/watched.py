@@ -51,8 +51,8 @@ class Watched(Seeded):
         """Write zeros over one unit of what the annex kept the last time that it went."""
         for annex in (one for one in gc.get_objects() if issubclass(type(one), Annex)):
             for span in annex._spans.values():
-                for first, _, _ in span.kept if type(span.tenant) is Scratch else ():
-                    annex._units(span)[first] = 0
+                for first, last, _ in span.kept if type(span.tenant) is Scratch else ():
+                    annex._units((span, first, last))[0] = 0
 
     def lower_stack(self, path: str) -> None:
         """Set the limit of a thread's stack to what it is; write what that gives back of memory.
