@@ -150,6 +150,12 @@ BENCHMARKS = (
         GPU,
         "a long prompt to a model whose weights are gone, computed while they come",
     ),
+    Benchmark(
+        "replica_copy",
+        "replica_copy.py",
+        GPU,
+        "weights copied to a second GPU out of another process' memory",
+    ),
     Benchmark("held", "held.py", GPU, "what a server whose weights are gone still holds"),
     Benchmark(
         "programs",

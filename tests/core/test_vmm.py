@@ -20,11 +20,14 @@ from kvcached_core.errors import OutOfMemoryError
 from kvcached_core.memory.vmm.backend import Backend
 from kvcached_core.memory.vmm.cuda import CudaBackend
 from kvcached_core.memory.vmm.host import HostBackend
+from kvcached_core.memory.vmm.shared_host import SharedHostBackend
 from kvcached_core.units import MIB
 
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "host": HostBackend,
     "cuda": lambda: CudaBackend(api=cast("Any", FakeDriver())),
+    "shared host": SharedHostBackend,
+    "sharing cuda": lambda: CudaBackend(api=cast("Any", FakeDriver()), is_sharing=True),
     "layer": lambda: Layer(HostBackend()),
     "counting": lambda: CountingBackend(HostBackend()),
     "limited": lambda: LimitedBackend(HostBackend(), 64 * MIB),

@@ -4,11 +4,15 @@ It keeps what was measured on an H200: sizes are multiples of the granularity; a
 whole, without an offset; unmap takes whole handles; memory is inaccessible until access is set,
 then full of garbage; memory is short at a set capacity; every call needs a context in its thread.
 Copies from and to registered host memory are done only when somebody waits for them, in the order
-of their stream; others, and those that are in front of them, at once. Any call can be made to fail.
-Its enums and structs are the real module's.
+of their stream, and so are those between mapped ranges; others, and those that are in front of
+them, at once. Any call can be made to fail.
+What is created to be exported is a file in memory: it is there as long as one has it, also another
+driver, another process, or a descriptor of it. Its enums and structs are the real module's.
 """
 
 import ctypes
+import mmap
+import os
 import threading
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
 GARBAGE = 0xA5
 CONTEXT = 0xC0DE
 UUID = bytes(range(16))
+DESCRIPTOR = real.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+MAP_FIXED = 0x10  # asm-generic/mman-common.h; Python does not name it
 
 Result = real.CUresult
 
@@ -43,6 +49,7 @@ class FakeDriver:
     CUmemLocationType = real.CUmemLocationType
     CUmemAllocationProp = real.CUmemAllocationProp
     CUmemAllocationType = real.CUmemAllocationType
+    CUmemAllocationHandleType = real.CUmemAllocationHandleType
     CUmemAccessDesc = real.CUmemAccessDesc
     CUmemAccess_flags = real.CUmemAccess_flags
     CUmemAllocationGranularity_flags = real.CUmemAllocationGranularity_flags
@@ -53,12 +60,15 @@ class FakeDriver:
         self.calls: Counter[str] = Counter()
         self.threads: dict[str, set[str]] = {}
         self.fails: Callable[[str, int], Any] = lambda _name, _number: None
+        self.has_peer_access = True  # to memory that was imported
         self.idle = threading.Event()  # clear it, and the streams stay busy
         self.idle.set()
         self._contexts = threading.local()
         self._ranges: dict[int, tuple[int, int]] = {}
         self._handles: dict[int, int] = {}
         self._mapped: dict[int, int] = {}
+        self._files: dict[int, int] = {}  # of handles that can be exported, or were imported
+        self._imported: set[int] = set()
         self._events: dict[int, tuple[Any, int] | None] = {}  # a stream, and what it had to do
         self._copies: dict[int, deque[tuple[int, int, int]]] = {}  # to, from and bytes, by stream
         self._num_copied: Counter[int] = Counter()
@@ -67,13 +77,22 @@ class FakeDriver:
 
     @property
     def created_bytes(self) -> int:
-        """Bytes of all handles that are not released."""
-        return sum(self._handles.values())
+        """Bytes of all handles that are not released; those of other devices do not count."""
+        return sum(size for handle, size in self._handles.items() if handle not in self._imported)
+
+    @property
+    def num_imported(self) -> int:
+        """Handles that were imported, and not released."""
+        return len(self._imported)
 
     @property
     def mapped_bytes(self) -> int:
-        """Bytes of all handles that are mapped."""
-        return sum(self._handles[handle] for handle in self._mapped.values())
+        """Bytes of all handles of this device that are mapped."""
+        return sum(
+            self._handles[handle]
+            for handle in self._mapped.values()
+            if handle not in self._imported
+        )
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -137,7 +156,7 @@ class FakeDriver:
         if num_bytes <= 0 or num_bytes % self.granularity_bytes or address or flags:
             return (Result.CUDA_ERROR_INVALID_VALUE, None)
         whole_bytes = num_bytes + alignment
-        start = host._libc.mmap(None, whole_bytes, host.PROT_NONE, host.MAP_RESERVED, -1, 0)
+        start = host.libc.mmap(None, whole_bytes, host.PROT_NONE, host.MAP_RESERVED, -1, 0)
         if start == host.MAP_FAILED:
             return (Result.CUDA_ERROR_OUT_OF_MEMORY, None)
         aligned = -(-start // alignment) * alignment
@@ -147,23 +166,43 @@ class FakeDriver:
     def cuMemAddressFree(self, address: int, num_bytes: int) -> tuple[Any, ...]:
         if address not in self._ranges or self._mapped_in(address, num_bytes):
             return (Result.CUDA_ERROR_INVALID_VALUE,)
-        host._libc.munmap(*self._ranges.pop(address))
+        host.libc.munmap(*self._ranges.pop(address))
         return (Result.CUDA_SUCCESS,)
 
-    def cuMemCreate(self, num_bytes: int, _properties: Any, flags: int) -> tuple[Any, ...]:
+    def cuMemCreate(self, num_bytes: int, properties: Any, flags: int) -> tuple[Any, ...]:
         if num_bytes <= 0 or num_bytes % self.granularity_bytes or flags:
             return (Result.CUDA_ERROR_INVALID_VALUE, None)
         if self.created_bytes + num_bytes > self.capacity_bytes:
             return (Result.CUDA_ERROR_OUT_OF_MEMORY, None)
         self._numbers += 1
         self._handles[self._numbers] = num_bytes
+        if properties.requestedHandleTypes == DESCRIPTOR:
+            self._files[self._numbers] = fd = os.memfd_create("fake-device")
+            os.write(fd, bytes([GARBAGE]) * num_bytes)
         return (Result.CUDA_SUCCESS, self._numbers)
 
     def cuMemRelease(self, handle: int) -> tuple[Any, ...]:
         if handle not in self._handles or handle in self._mapped.values():
             return (Result.CUDA_ERROR_INVALID_VALUE,)
         del self._handles[handle]
+        self._imported.discard(handle)
+        if handle in self._files:
+            os.close(self._files.pop(handle))
         return (Result.CUDA_SUCCESS,)
+
+    def cuMemExportToShareableHandle(self, handle: int, kind: Any, flags: int) -> tuple[Any, ...]:
+        if handle not in self._files or kind != DESCRIPTOR or flags:
+            return (Result.CUDA_ERROR_INVALID_VALUE, None)
+        return (Result.CUDA_SUCCESS, os.dup(self._files[handle]))
+
+    def cuMemImportFromShareableHandle(self, fd: int, kind: Any) -> tuple[Any, ...]:
+        if kind != DESCRIPTOR:
+            return (Result.CUDA_ERROR_INVALID_VALUE, None)
+        self._numbers += 1
+        self._files[self._numbers] = os.dup(fd)
+        self._handles[self._numbers] = os.fstat(fd).st_size
+        self._imported.add(self._numbers)
+        return (Result.CUDA_SUCCESS, self._numbers)
 
     def cuMemMap(
         self, address: int, num_bytes: int, offset: int, handle: int, flags: int
@@ -183,8 +222,14 @@ class FakeDriver:
         mapped = self._mapped_in(address, num_bytes)
         if sum(self._handles[self._mapped[at]] for at in mapped) != num_bytes:
             return (Result.CUDA_ERROR_INVALID_VALUE,)
-        host._libc.mprotect(address, num_bytes, host.PROT_READ_WRITE)
-        ctypes.memset(address, GARBAGE, num_bytes)
+        handle = self._mapped[address]
+        if handle in self._imported and not self.has_peer_access:
+            return (Result.CUDA_ERROR_INVALID_DEVICE,)
+        if handle in self._files:
+            map_file(address, num_bytes, self._files[handle])
+        else:
+            host.libc.mprotect(address, num_bytes, host.PROT_READ_WRITE)
+            ctypes.memset(address, GARBAGE, num_bytes)
         return (Result.CUDA_SUCCESS,)
 
     def cuMemUnmap(self, address: int, num_bytes: int) -> tuple[Any, ...]:
@@ -193,9 +238,11 @@ class FakeDriver:
             return (Result.CUDA_ERROR_INVALID_VALUE,)
         assert not self.is_copied_under_way(address, num_bytes), "unmapped under a copy"
         for at in mapped:
-            del self._mapped[at]
-        host._libc.madvise(address, num_bytes, host.MADV_DONTNEED)
-        host._libc.mprotect(address, num_bytes, host.PROT_NONE)
+            if self._mapped.pop(at) in self._files:
+                reserved = host.MAP_RESERVED | MAP_FIXED
+                host.libc.mmap(address, num_bytes, host.PROT_NONE, reserved, -1, 0)
+        host.libc.madvise(address, num_bytes, host.MADV_DONTNEED)
+        host.libc.mprotect(address, num_bytes, host.PROT_NONE)
         return (Result.CUDA_SUCCESS,)
 
     def cuMemsetD8Async(
@@ -213,6 +260,14 @@ class FakeDriver:
         self, host_address: int, address: int, num_bytes: int, stream: int
     ) -> tuple[Any, ...]:
         return self._copy(address, host_address, num_bytes, stream, is_out=True)
+
+    def cuMemcpyAsync(
+        self, address: int, source: int, num_bytes: int, stream: int
+    ) -> tuple[Any, ...]:
+        if not self._is_mapped(address, num_bytes) or not self._is_mapped(source, num_bytes):
+            return (Result.CUDA_ERROR_INVALID_VALUE,)
+        self._copies.setdefault(stream, deque()).append((address, source, num_bytes))
+        return (Result.CUDA_SUCCESS,)
 
     def cuMemHostRegister(self, host_address: int, num_bytes: int, flags: int) -> tuple[Any, ...]:
         if num_bytes <= 0 or flags:
@@ -317,6 +372,13 @@ class FakeDriver:
 
     def _mapped_in(self, address: int, num_bytes: int) -> list[int]:
         return [at for at in self._mapped if address <= at < address + num_bytes]
+
+
+def map_file(address: int, num_bytes: int, fd: int) -> None:
+    """Put a file in memory under addresses that are reserved."""
+    flags = mmap.MAP_SHARED | MAP_FIXED
+    mapped = host.libc.mmap(address, num_bytes, host.PROT_READ_WRITE, flags, fd, 0)
+    assert mapped == address
 
 
 def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:

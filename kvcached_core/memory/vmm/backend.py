@@ -129,6 +129,38 @@ class Backend(Protocol):
         """Return an int8 tensor over the range, mapped or not, without touching it."""
 
 
+class SharingBackend(Backend, Protocol):
+    """A backend whose memory other processes of the host may map, on the same device or another.
+
+    What it creates is there as long as anybody has it: whoever exported it, a descriptor of it, or
+    somebody who imported it.
+    """
+
+    def export_handle(self, handle: Handle) -> int:
+        """Return a file descriptor of memory from `create`, which the caller closes.
+
+        Raises:
+            BackendError: If it cannot be exported.
+        """
+
+    def import_handle(self, fd: int, num_bytes: int) -> Handle:
+        """Return the `num_bytes` of memory that another process has exported; `fd` stays open.
+
+        It is mapped, unmapped and released like memory of one's own.
+
+        Raises:
+            BackendError: If this process cannot have it.
+        """
+
+    def copy_between(self, address: int, source_address: int, num_bytes: int) -> None:
+        """Begin to copy one mapped range to another, in the order of all copies.
+
+        Raises:
+            PageStateError: If a part of a range is not mapped; then nothing is copied.
+            BackendError: If the copy cannot be begun.
+        """
+
+
 class Mappings:
     """Which handle is mapped where; refuses what the contract forbids before anything is done."""
 

@@ -34,12 +34,15 @@ class CudaBackend:
     Args:
         ordinal: The device's index among those that this process sees: torch's index.
         api: Stands in for `cuda.bindings.driver`; for tests.
+        is_sharing: Whether other processes may map what it creates; that cannot be changed later.
 
     Raises:
         BackendError: If cuda-python, the driver or the device is missing.
     """
 
-    def __init__(self, ordinal: int = 0, api: ModuleType | None = None) -> None:
+    def __init__(
+        self, ordinal: int = 0, api: ModuleType | None = None, *, is_sharing: bool = False
+    ) -> None:
         self._driver = Driver(ordinal, api)
         self._ordinal = ordinal
         api_types = self._driver.api
@@ -49,6 +52,11 @@ class CudaBackend:
         self._properties = api_types.CUmemAllocationProp()
         self._properties.type = api_types.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._properties.location = location
+        self._descriptor = (
+            api_types.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        )
+        if is_sharing:
+            self._properties.requestedHandleTypes = self._descriptor
         access = api_types.CUmemAccessDesc()
         access.location = location
         access.flags = api_types.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
@@ -157,6 +165,32 @@ class CudaBackend:
         self._mappings.check_copy(address, num_bytes)
         self._driver.call(
             "cuMemcpyDtoHAsync", host_address, address, num_bytes, self._copies, num_bytes=num_bytes
+        )
+
+    def export_handle(self, handle: Handle) -> int:
+        """Return a descriptor of memory that was created to be shared."""
+        (fd,) = self._driver.call(
+            "cuMemExportToShareableHandle",
+            _cuda(handle).value,
+            self._descriptor,
+            0,
+            num_bytes=handle.num_bytes,
+        )
+        return int(fd)
+
+    def import_handle(self, fd: int, num_bytes: int) -> CudaHandle:
+        """Return another process' memory, which may be another device's."""
+        (value,) = self._driver.call(
+            "cuMemImportFromShareableHandle", fd, self._descriptor, num_bytes=num_bytes
+        )
+        return CudaHandle(num_bytes, value)
+
+    def copy_between(self, address: int, source_address: int, num_bytes: int) -> None:
+        """Begin to copy one mapped range to another, on the stream of all copies."""
+        self._mappings.check_copy(address, num_bytes)
+        self._mappings.check_copy(source_address, num_bytes)
+        self._driver.call(
+            "cuMemcpyAsync", address, source_address, num_bytes, self._copies, num_bytes=num_bytes
         )
 
     def join_copies(self, stream: int) -> None:

@@ -27,14 +27,14 @@ MADV_DONTNEED = mmap.MADV_DONTNEED
 MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14; Python does not name it yet
 MAP_FAILED = ctypes.c_void_p(-1).value
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [
     ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long
 ]  # fmt: skip
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ class HostBackend:
         """Return an aligned address of a new range without memory."""
         self._check_aligned("reserve", num_bytes)
         whole_bytes = num_bytes + self.granularity_bytes
-        start = _libc.mmap(None, whole_bytes, PROT_NONE, MAP_RESERVED, -1, 0)
+        start = libc.mmap(None, whole_bytes, PROT_NONE, MAP_RESERVED, -1, 0)
         if start == MAP_FAILED:
             raise _error("reserve", num_bytes)
         address: int = -(-start // self.granularity_bytes) * self.granularity_bytes
@@ -87,7 +87,7 @@ class HostBackend:
         """Give back a range from `reserve`."""
         self._mappings.check_free(address, num_bytes)
         start, whole_bytes = self._reservations.pop(address)
-        _check("free", whole_bytes, _libc.munmap(start, whole_bytes))
+        _check("free", whole_bytes, libc.munmap(start, whole_bytes))
 
     def create(self, num_bytes: int) -> HostHandle:
         """Return a handle of `num_bytes`."""
@@ -103,23 +103,21 @@ class HostBackend:
         self._check_aligned("map", address)
         self._mappings.check_map(address, handle)
         size = handle.num_bytes
-        _check("map", size, _libc.mprotect(address, size, PROT_READ_WRITE))
-        if _libc.madvise(address, size, MADV_POPULATE_WRITE) and ctypes.get_errno() not in (
-            errno.EINVAL,  # a kernel before 5.14: pages come with the first touch instead
-            0,
-        ):
-            error = _error("map", size)
-            _libc.madvise(address, size, MADV_DONTNEED)
-            _libc.mprotect(address, size, PROT_NONE)
-            raise error
+        _check("map", size, libc.mprotect(address, size, PROT_READ_WRITE))
+        try:
+            populate(address, size)
+        except BackendError:
+            libc.madvise(address, size, MADV_DONTNEED)
+            libc.mprotect(address, size, PROT_NONE)
+            raise
         self._mappings.add(address, handle)
 
     def unmap(self, address: int, handle: Handle) -> None:
         """Give the bytes back to Linux and make the addresses inaccessible again."""
         self._mappings.check_unmap(address, handle)
         size = handle.num_bytes
-        _check("unmap", size, _libc.madvise(address, size, MADV_DONTNEED))
-        _check("unmap", size, _libc.mprotect(address, size, PROT_NONE))
+        _check("unmap", size, libc.madvise(address, size, MADV_DONTNEED))
+        _check("unmap", size, libc.mprotect(address, size, PROT_NONE))
         self._mappings.remove(address, handle)
 
     def zero(self, address: int, num_bytes: int) -> None:
@@ -171,6 +169,20 @@ class HostBackend:
     def _check_aligned(self, call: str, value: int) -> None:
         if value <= 0 or value % self.granularity_bytes:
             raise BackendError(call, f"EINVAL (not a multiple of {self.granularity_bytes})", value)
+
+
+def populate(address: int, num_bytes: int) -> None:
+    """Have every byte of a mapped range in memory.
+
+    Raises:
+        OutOfMemoryError: If there is not enough.
+        BackendError: If Linux refuses it for another reason.
+    """
+    if libc.madvise(address, num_bytes, MADV_POPULATE_WRITE) and ctypes.get_errno() not in (
+        errno.EINVAL,  # a kernel before 5.14: pages come with the first touch instead
+        0,
+    ):
+        raise _error("map", num_bytes)
 
 
 def _check(call: str, num_bytes: int, result: int) -> None:
