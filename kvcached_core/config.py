@@ -136,6 +136,9 @@ class Config(BaseModel):
         description="whether a start has its weights from the host copy of an earlier one, if that "
         "is what would be read from the model's files",
     )
+    weights_replicas: bool = Field(
+        default=False, description="whether weights come from replicas on this host, and go to them"
+    )
     weights_disk: Path | None = Field(
         default=None,
         description="folder on a disk for images of weights that the host budget has no room for; "

@@ -59,6 +59,10 @@ class Arena:
         """Return whether `page` is mapped."""
         return page in self._handles
 
+    def handle(self, page: int) -> Handle:
+        """Return the memory of a mapped page."""
+        return self._handles[page]
+
     def map(self, pages: Iterable[int]) -> None:
         """Map `pages`, all of them or none, and begin to zero them (see `Backend.zero`) if told so.
 

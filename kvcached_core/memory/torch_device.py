@@ -2,14 +2,18 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import CUDA, Config
 from kvcached_core.memory.devices import Device, cuda_device, host_device
 from kvcached_core.memory.rank import RankMemory
 from kvcached_core.memory.seats import Placement
-from kvcached_core.memory.vmm.backend import Backend
+from kvcached_core.memory.vmm.backend import Backend, SharingBackend
 from kvcached_core.memory.vmm.host import HostBackend
+from kvcached_core.memory.vmm.shared_host import SharedHostBackend
+
+if TYPE_CHECKING:
+    from kvcached_core.memory.vmm.cuda import CudaBackend
 
 
 def find_device(device: Any, config: Config) -> Device:
@@ -48,12 +52,19 @@ def make_backend(device: Any) -> Backend:
     return _gpu_backend(with_index(device).index)
 
 
+def make_sharing_backend(device: Any) -> SharingBackend:
+    """Return what maps pages there that other processes may map, too."""
+    if device.type != CUDA:
+        return SharedHostBackend()
+    return _gpu_backend(with_index(device).index, is_sharing=True)
+
+
 @functools.cache
-def _gpu_backend(index: int) -> Backend:
-    """Return the one backend of a GPU: it holds a context and a stream."""
+def _gpu_backend(index: int, *, is_sharing: bool = False) -> "CudaBackend":
+    """Return the one backend of a GPU of its kind: it holds a context and streams."""
     from kvcached_core.memory.vmm.cuda import CudaBackend  # noqa: PLC0415  not on a host without a GPU
 
-    return CudaBackend(index)
+    return CudaBackend(index, is_sharing=is_sharing)
 
 
 def make_memory(placement: Placement, device: Any) -> RankMemory:

@@ -7,6 +7,7 @@ on the device. All of it takes seconds, so it runs in a thread behind the start 
 import logging
 import threading
 from collections.abc import Collection, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -70,6 +71,10 @@ class HostCopy:
     def digest(self) -> str:
         """That of the key of its weights."""
         return self._shape.key.digest
+
+    def known_sums(self, first: int, end: int) -> list[PageSums]:
+        """Return those of pages from `first` to `end`, up to the first of which none are known."""
+        return [sums for sums in takewhile(bool, self.sums[first:end]) if sums is not None]
 
     @property
     def is_complete(self) -> bool:

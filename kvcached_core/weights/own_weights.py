@@ -6,7 +6,12 @@ from contextlib import ExitStack
 from typing import Any
 
 from kvcached_core.config import Config
-from kvcached_core.memory.torch_device import current_stream, find_device, make_backend
+from kvcached_core.memory.torch_device import (
+    current_stream,
+    find_device,
+    make_backend,
+    make_sharing_backend,
+)
 from kvcached_core.weights.adopting import Adopted, adopt
 from kvcached_core.weights.binding import Modules
 from kvcached_core.weights.budgets import make_budget
@@ -15,6 +20,7 @@ from kvcached_core.weights.key import Origin, copy_key
 from kvcached_core.weights.open_copy import open_copy
 from kvcached_core.weights.own_annex import OwnAnnex
 from kvcached_core.weights.rank import RankWeights
+from kvcached_core.weights.replicas import Replicas
 from kvcached_core.weights.restart import Restart
 from kvcached_core.weights.stages import Points, Stages, find_stages
 from kvcached_core.weights.walks import Walks
@@ -123,7 +129,12 @@ def take_over(
     Raises:
         BackendError: If there is no memory for a page. Some weights have moved then.
     """
-    adopted = adopt(modules, make_backend(device))
+    replicas = None
+    backend = make_backend(device)
+    if config.weights_replicas:
+        backend = sharing = make_sharing_backend(device)
+        replicas = Replicas(sharing, config.copies_dir)
+    adopted = adopt(modules, backend)
     if adopted is None:
         if restart is not None:
             restart.close()
@@ -139,5 +150,5 @@ def take_over(
             return kept
         return open_copy(config, key, layout, budget, stop=stop, cpus=cpus, loaded=loaded)
 
-    rank = RankWeights(adopted.image, make_copy, current_stream(device))
+    rank = RankWeights(adopted.image, make_copy, current_stream(device), replicas)
     return OwnWeights(adopted, rank, annex, restart)

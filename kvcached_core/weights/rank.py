@@ -8,27 +8,30 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 from kvcached_core.errors import BackendError, HostCopyError, OutOfMemoryError
 from kvcached_core.memory.seats import Seat
 from kvcached_core.memory.torch_device import release_cached_blocks
+from kvcached_core.memory.vmm.backend import Handle
 from kvcached_core.weights.annex import Annex
 from kvcached_core.weights.arriving import Arriving
+from kvcached_core.weights.changes import Changes
 from kvcached_core.weights.copying import Copying
+from kvcached_core.weights.drop_batches import drop_batches
+from kvcached_core.weights.exporting import Wish
+from kvcached_core.weights.fetching import Fetching
 from kvcached_core.weights.host_bytes import MAX_COPY_BYTES
 from kvcached_core.weights.host_copy import HostCopy
 from kvcached_core.weights.image import Image
 from kvcached_core.weights.moving_out import MovingOut
+from kvcached_core.weights.rank_annex import RankAnnex
 from kvcached_core.weights.rank_row import WeightsRow
+from kvcached_core.weights.replicas import Replicas
 from kvcached_core.weights.status import WeightStatus
-from kvcached_core.weights.sums import Sums
 
 logger = logging.getLogger("kvcached")
 
-# Pages that are given first: whoever asked has them while the others still go. A further batch is
-# twice as large: each is told to the ledger, and waits for the device once.
-DROP_BATCH_PAGES, MAX_DROP_BATCH_PAGES = 8, 64
 MAP_BATCH_PAGES = 4  # that are brought at a time before the ledger is told
 
 
@@ -48,6 +51,7 @@ class RankWeights:
             one now. It is called in a thread of its own, again and again while there is none, and
             returns soon after its argument is set.
         current_stream: Returns the stream that the engine's steps are launched on.
+        replicas: Others with these weights; None if nothing comes from them, nor goes to them.
     """
 
     def __init__(
@@ -55,19 +59,21 @@ class RankWeights:
         image: Image,
         make_copy: Callable[[threading.Event], HostCopy | None],
         current_stream: Callable[[], int] = lambda: 0,
+        replicas: Replicas | None = None,
     ) -> None:
         self.image = image
         self._pid = os.getpid()
         self._row = WeightsRow(image.arena, lambda: self._num_resident_pages)
         self.copying = Copying(image, make_copy, self._row.expect)
         self._moving_out = MovingOut(self.copying, make_copy, image.backend)
-        self.copying.on_copied = self._moving_out.offer_unread
+        self.copying.on_copied = self._when_copied
         self.arriving, self.lets_arrive = Arriving(image.backend, current_stream), False
         self._current_stream = current_stream
-        self._dirty: set[int] = set()
+        self._changes = Changes(self._moving_out.back, self.copying.source)
+        self._replicas = replicas
         # A page whose content could not be brought is resident, and not there.
         self._num_there = image.num_resident_pages
-        self._annex: Annex | None = None
+        self._annex = RankAnnex(image.page_bytes, self._row, current_stream)
 
     def status(self) -> WeightStatus:
         """Return how much is there, and whether more may be dropped. Any thread may call it.
@@ -77,9 +83,9 @@ class RankWeights:
         is_copied = self.copying.copy is not None
         image, num_there = self.image, self._num_there
         if num_there == image.num_pages:
-            num_there += self._num_resident_annex_pages
+            num_there += self._annex.num_resident_pages
         return WeightStatus(
-            image.num_pages + self._num_annex_pages, num_there, image.page_bytes, is_copied
+            image.num_pages + self._annex.num_pages, num_there, image.page_bytes, is_copied
         )
 
     def add_annex(self, annex: Annex) -> None:
@@ -87,7 +93,7 @@ class RankWeights:
 
         It is there now. What it gets later goes with it, too.
         """
-        self._annex = annex
+        self._annex.annex = annex
         self._row.report()
 
     def join(self, seat: Seat) -> None:
@@ -108,7 +114,7 @@ class RankWeights:
 
     def mark_dirty(self) -> None:
         """Take every page for changed, because somebody has written weights on purpose."""
-        self._dirty.update(range(self.image.num_pages))
+        self._changes.mark(range(self.image.num_pages))
 
     def hold(self, num_pages: int) -> WeightStatus:
         """Have exactly the first `num_pages` there, or all if there are not so many.
@@ -130,16 +136,18 @@ class RankWeights:
             LedgerError: If the instance has left the ledger.
         """
         wanted = min(num_pages, self.image.num_pages)
-        wants_annex = num_pages >= self.image.num_pages + self._num_annex_pages
+        wants_annex = num_pages >= self.image.num_pages + self._annex.num_pages
         try:
             self._drop_unfinished()
             copy = self.copying.copy
             if copy is None:
                 return self.status()
-            if self._annex is not None and not wants_annex:
-                self._drop_annex(self._annex)
-                if self._annex.is_there and wanted == self.image.num_pages:
-                    wanted = max(num_pages - self._num_annex_pages, 0)  # weights go in its place
+            if not wants_annex:
+                self._annex.drop(self._wait_for_device)
+                if self._annex.num_resident_pages and wanted == self.image.num_pages:
+                    wanted = max(num_pages - self._annex.num_pages, 0)  # weights go in its place
+            if wanted > self._num_there and self._replicas is not None:
+                self._fetch(self._replicas, copy, wanted)
             if wanted > self._num_there:
                 copy = self._moving_out.back()
                 if copy is None:
@@ -147,8 +155,8 @@ class RankWeights:
                 self._bring(copy, wanted)
             elif wanted < self._num_there:
                 self._give(copy, wanted)
-            if self._annex is not None and wants_annex:
-                self._bring_annex(self._annex)
+            if wants_annex:
+                self._annex.bring()
         except OutOfMemoryError as error:
             # Others than engines took it. What came stays, and the rest is asked for again.
             logger.warning("kvcached: %s; requests wait for the rest of the weights", error)
@@ -165,6 +173,8 @@ class RankWeights:
         if os.getpid() != self._pid:
             return
         self.copying.stop()
+        if self._replicas is not None:
+            self._replicas.close()
         self._moving_out.close()
         copy, self.copying.copy = self.copying.copy, None
         with contextlib.ExitStack() as rest:
@@ -178,39 +188,29 @@ class RankWeights:
 
     @property
     def _num_resident_pages(self) -> int:
-        return self.image.num_resident_pages + self._num_resident_annex_pages
+        return self.image.num_resident_pages + self._annex.num_resident_pages
 
-    @property
-    def _num_resident_annex_pages(self) -> int:
-        return self._num_annex_pages if self._annex is not None and self._annex.is_there else 0
+    def _when_copied(self) -> None:
+        copy, replicas = self.copying.copy, self._replicas
+        if copy is not None and replicas is not None:
+            replicas.export(copy.digest, self._find_pages)
+        self._moving_out.offer_unread()
 
-    @property
-    def _num_annex_pages(self) -> int:
-        """Those that it would fill: it grows with what is captured later."""
-        annex_bytes = 0 if self._annex is None else self._annex.num_bytes
-        return -(-annex_bytes // self.image.page_bytes)
-
-    def _bring_annex(self, annex: Annex) -> None:
-        if annex.is_there:
-            return
-        self._row.with_patience(annex.bring, annex.num_bytes)
-        stream = self._current_stream()
-        annex.backend.join(stream)
-        annex.backend.join_copies(stream)
-
-    def _drop_annex(self, annex: Annex) -> None:
-        if not annex.is_there and not annex.resident_bytes:  # some is left where a backend failed
-            return
-        self._wait_for_device()
-        try:
-            annex.drop()
-        except (HostCopyError, OutOfMemoryError) as error:
-            logger.warning("kvcached: buffers and graphs stay on the device: %s", error)
-        release_cached_blocks()
+    def _find_pages(self, wish: Wish) -> list[Handle]:
+        """Return the memory of what a replica wants, see `Exporting`."""
+        copy, image = self.copying.copy, self.image
+        if copy is None or (copy.digest, image.page_bytes) != (wish.digest, wish.page_bytes):
+            return []
+        end = wish.first + self._changes.num_clean(copy, wish.first, wish.sums)
+        end = min(end, self._num_there)
+        image.backend.finish_copies()  # some may have come just now
+        return [image.arena.handle(page) for page in range(wish.first, end)]
 
     def _give(self, copy: HostCopy, num_pages: int) -> None:
+        unread = contextlib.nullcontext() if self._replicas is None else self._replicas.unread()
         try:
-            self._give_clean(copy, num_pages)
+            with unread:
+                self._give_clean(copy, num_pages)
         except HostCopyError as error:
             logger.warning("kvcached: changed weights stay on the device: %s", error)
         except OutOfMemoryError as error:
@@ -219,11 +219,10 @@ class RankWeights:
     def _give_clean(self, copy: HostCopy, num_pages: int) -> None:
         self._wait_for_device()
         source = self.copying.source
-        batches = list(_batches(self._num_there, num_pages))
+        batches = list(drop_batches(self._num_there, num_pages))
         look = source.begin_sums(*batches[0])
         for (first, _), following in zip(batches, [*batches[1:], None], strict=True):
-            if not self._write_back(copy, first, look()):
-                logger.warning("kvcached: weights change though nothing runs, so they stay")
+            if not self._changes.write_back(copy, first, look()):
                 return
             if following is not None:  # the device looks while the host drops
                 look = source.begin_sums(*following)
@@ -234,23 +233,25 @@ class RankWeights:
                 release_cached_blocks()
             self._row.report()
 
-    def _write_back(self, copy: HostCopy, first: int, sums: Sequence[Sums]) -> bool:
-        """Have the copy know what the pages of these sums are; return whether it does."""
-        changed = [
-            page
-            for page, found in enumerate(sums, first)
-            if page in self._dirty or found != copy.sums[page]
-        ]
-        if changed:
-            here = self._moving_out.back()
-            if here is None:
-                raise HostCopyError(
-                    "the copy of them is on the disk, and memory has no room for it"
-                )
-            if not here.write_back(changed, self.copying.source):
-                return False
-        self._dirty.difference_update(changed)
-        return True
+    def _fetch(self, replicas: Replicas, copy: HostCopy, num_pages: int) -> None:
+        """Have pages from replicas, as far as they have them; the rest comes from the copy."""
+        image, row = self.image, self._row
+
+        def map_next() -> None:
+            missing_bytes = (num_pages - image.num_resident_pages) * image.page_bytes
+            row.with_patience(lambda: image.map_next(1), missing_bytes)
+            if image.num_resident_pages % MAP_BATCH_PAGES == 0:
+                row.report()
+
+        def count(num_right: int) -> None:
+            self._num_there += num_right
+            self._drop_unfinished()
+
+        first, source = self._num_there, self.copying.source
+        wish = Wish(copy.digest, image.page_bytes, first, copy.known_sums(first, num_pages))
+        stream = self._current_stream()
+        fetching = Fetching(image, replicas.backend, source, stream, map_next, count)
+        replicas.fetch(wish, fetching.take)
 
     def _bring(self, copy: HostCopy, num_pages: int) -> None:
         image, num_before, is_marked = self.image, self._num_there, False
@@ -287,13 +288,3 @@ class RankWeights:
         self.image.backend.fence(self._current_stream()).wait()
         self.image.backend.finish_copies()
         self.arriving.forget()
-
-
-def _batches(num_there: int, num_pages: int) -> Iterator[tuple[int, int]]:
-    """Yield the first page of each batch that goes, and how many they are."""
-    batch_pages = DROP_BATCH_PAGES
-    while num_there > num_pages:
-        first = max(num_there - batch_pages, num_pages)
-        yield first, num_there - first
-        num_there = first
-        batch_pages = min(2 * batch_pages, MAX_DROP_BATCH_PAGES)

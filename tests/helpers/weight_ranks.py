@@ -25,6 +25,7 @@ from kvcached_core.weights.key import CopyKey
 from kvcached_core.weights.layout import Layout, lay_out
 from kvcached_core.weights.open_copy import open_copy
 from kvcached_core.weights.rank import RankWeights
+from kvcached_core.weights.replicas import Replicas
 
 PAGE = 64 * KIB
 NUM_PAGES = 19
@@ -62,6 +63,7 @@ class WeightedRank:
         num_budget_pages: Pages that fit into the host's memory.
         page_bytes: The size of a page.
         key: Of the weights.
+        replicas: What it has from others with these weights, if it does.
         settings: More settings.
 
     Attributes:
@@ -76,6 +78,8 @@ class WeightedRank:
         num_budget_pages: int = 4 * NUM_PAGES,
         page_bytes: int = PAGE,
         key: CopyKey = KEY,
+        *,
+        replicas: Replicas | None = None,
         **settings: Any,
     ) -> None:
         self._undo, self._key = ExitStack(), key
@@ -91,7 +95,7 @@ class WeightedRank:
         generator = torch.Generator().manual_seed(int(key.digest[0], 16))
         self.words().copy_(torch.randint(-most, most, self.words().shape, generator=generator))
         self.content = self.words().clone()
-        self.weights = RankWeights(self.image, self.open_copy)
+        self.weights = RankWeights(self.image, self.open_copy, replicas=replicas)
         self._undo.callback(self.weights.close)
         settle = Ledger.settle_weights
 

@@ -1,5 +1,6 @@
 """What was taken over is given and comes back, also when the engine has put other weights there."""
 
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.waiting import await_that
+from helpers.waiting import PATIENCE_SECONDS, await_that
 
 from kvcached_core.config import read_config
 from kvcached_core.errors import BackendError
+from kvcached_core.weights import importing
 from kvcached_core.weights.key import Origin
 from kvcached_core.weights.own_weights import OwnWeights, take_over
 
@@ -30,8 +32,9 @@ class Model(torch.nn.Module):
         return inputs
 
 
-def take(model: Any, folder: Path) -> OwnWeights | None:
-    config = read_config({"KVCACHED_DIR": str(folder), "KVCACHED_WEIGHTS_DIR": str(folder / "w")})
+def take(model: Any, folder: Path, **settings: str) -> OwnWeights | None:
+    folders = {"KVCACHED_DIR": str(folder), "KVCACHED_WEIGHTS_DIR": str(folder / "w")}
+    config = read_config(folders | settings)
     return take_over(
         {"model": model}, CPU, config, lambda digest: Origin("m", "float32", "test", "cpu", digest)
     )
@@ -112,3 +115,31 @@ def test_a_close_that_fails_gives_the_annex_back_all_the_same(
 
 def test_a_model_without_weights_is_left_alone(tmp_path: Path) -> None:
     assert take(torch.nn.Module(), tmp_path) is None
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_weights_come_from_a_replica_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_asked: bool
+) -> None:
+    monkeypatch.setattr(importing, "ANSWER_SECONDS", PATIENCE_SECONDS)
+    settings = {"KVCACHED_WEIGHTS_REPLICAS": "1"} if is_asked else {}
+    models = [Model(), Model()]
+    models[1].load_state_dict(models[0].state_dict())
+    before = answer(models[0])
+    owners = []
+    for model in models:
+        owned = take(model, tmp_path, **settings)
+        assert owned is not None
+        owners.append(owned)
+        owned.rank.begin_copy()
+        owned.rank.copying.join()
+    ours = owners[0].rank
+    ours.hold(0)
+    assert ours.copying.copy is not None
+    ctypes.memset(ours.copying.copy.page_address(0), 0, owners[0].num_bytes)
+    ours.hold(owners[0].adopted.image.num_pages)
+    assert torch.equal(answer(models[0]), before) is is_asked
+    for model, owned in zip(models, owners, strict=True):
+        for layer in model.layers:
+            layer.weight = None
+        owned.close()

@@ -27,8 +27,9 @@ from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import GIB
 from kvcached_core.weights import copying, rank, rank_row, source
 from kvcached_core.weights.copies_folder import read_holders
+from kvcached_core.weights.drop_batches import DROP_BATCH_PAGES
 from kvcached_core.weights.host_budget import HostBudget
-from kvcached_core.weights.rank import DROP_BATCH_PAGES, MAP_BATCH_PAGES
+from kvcached_core.weights.rank import MAP_BATCH_PAGES
 from kvcached_core.weights.rank_row import PATIENCE_SECONDS
 from kvcached_core.weights.sums import Sums
 
