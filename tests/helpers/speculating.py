@@ -8,11 +8,14 @@ import ctypes
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
 from typing import Any
 
 from helpers.house import Neighbour
 from helpers.offline import ENGINE_OPTIONS, mixed_prompts, resident
+
+Plane = tuple[int, int]  # its size class, and its number among those of that size
 
 IS_ELASTIC = os.environ.get("ENABLE_KVCACHED", "0") != "0"
 MAX_PROMPT_TOKENS = 450
@@ -91,17 +94,35 @@ class Speculating:
         metrics = self.llm.get_metrics()
         return sum(int(each.value) for each in metrics if each.name == PREEMPTIONS)
 
-    def draft_planes(self) -> list[int]:
+    def planes(self) -> list[Plane]:
+        """Return all planes of the KV cache."""
+        classes = self.worker.kvcached.arena.geometry.classes
+        return [
+            (size_class, plane)
+            for size_class, geometry in enumerate(classes)
+            for plane in range(geometry.num_planes)
+        ]
+
+    def draft_planes(self) -> list[Plane]:
         """Return the planes of layers that are not the target's, by where their tensors begin."""
-        runner, arena = self.worker.model_runner, self.worker.kvcached.arena
+        runner = self.worker.model_runner
         of_target = {id(module) for module in runner.get_model().modules()}
         layers = runner.vllm_config.compilation_config.static_forward_context.values()
-        starts = (
-            _tensor(layer.kv_cache).data_ptr() - arena.address
+        starts = {
+            _tensor(layer.kv_cache).data_ptr()
             for layer in layers
             if hasattr(layer, "kv_cache") and id(layer) not in of_target
-        )
-        return sorted(start // arena.geometry.run_bytes for start in starts)
+        }
+        return [plane for plane in self.planes() if self.run_address(plane, 0) in starts]
+
+    def run_address(self, plane: Plane, page: int) -> int:
+        """Return where a plane's blocks on a page begin."""
+        arena = self.worker.kvcached.arena
+        size_class, number = plane
+        geometry = arena.geometry.classes[size_class]
+        start = arena.address + arena.geometry.class_offset(size_class, arena.num_pages)
+        address: int = start + page * geometry.page_bytes + geometry.plane_offset(number)
+        return address
 
     def resident(self) -> int:
         """Return the bytes of the KV cache that are mapped; on a host the kernel says it."""
@@ -111,15 +132,13 @@ class Speculating:
         mapped: int = self.worker.kvcached.arena.resident_bytes
         return mapped
 
-    def spoil(self, planes: list[int]) -> None:
+    def spoil(self, planes: Iterable[Plane]) -> None:
         """Fill all blocks of these planes with wrong values, on all pages that are mapped."""
         self.worker.kvcached.keeper.wait()
         arena = self.worker.kvcached.arena
-        geometry = arena.geometry
-        for page in arena.resident_pages:
-            start = arena.address + page * geometry.page_bytes
-            for plane in planes:
-                ctypes.memset(start + plane * geometry.run_bytes, WRONG, geometry.run_bytes)
+        for page, plane in product(arena.resident_pages, planes):
+            run_bytes = arena.geometry.classes[plane[0]].run_bytes
+            ctypes.memset(self.run_address(plane, page), WRONG, run_bytes)
 
 
 def _tensor(kv_cache: Any) -> Any:
@@ -164,11 +183,11 @@ def spoil_the_draft(engine: Speculating, report: dict[str, Any]) -> None:
 
 def spoil_the_target(engine: Speculating, report: dict[str, Any]) -> None:
     """Write over one plane of the target's in the middle of answers."""
-    first, *_ = set(range(engine.core.kvcached.geometry.num_planes)) - set(engine.draft_planes())
+    first, *_ = sorted(set(engine.planes()) - set(engine.draft_planes()))
     _spoil(engine, report, "target", [first])
 
 
-def _spoil(engine: Speculating, report: dict[str, Any], whose: str, planes: list[int]) -> None:
+def _spoil(engine: Speculating, report: dict[str, Any], whose: str, planes: list[Plane]) -> None:
     def spoil(step: int) -> None:
         if step == NUM_STEPS_BEFORE:
             engine.spoil(planes)
@@ -228,9 +247,8 @@ def main() -> None:
     engine = Speculating(sys.argv[1], options["speculative"], **options.get("options", {}))
     report: dict[str, Any] = {"tokens": engine.answer(), "counts": engine.counts()}
     if IS_ELASTIC:
-        geometry = engine.core.kvcached.geometry
-        report["num_planes"] = geometry.num_planes
-        report["page_bytes"] = geometry.page_bytes
+        report["planes"] = engine.planes()
+        report["page_bytes"] = engine.core.kvcached.geometry.page_bytes
         report["after_last"] = engine.resident()
         report["draft_planes"] = engine.draft_planes()
     for name in options.get("acts", ()):

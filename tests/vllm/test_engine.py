@@ -112,10 +112,20 @@ def test_layers_that_cannot_lie_in_pages_are_refused_and_a_draft_is_named(
     config.speculative_config.draft_model_config = SimpleNamespace(model="draft")
     with pytest.raises(UnsupportedEngineError, match=r"an EAGLE or MTP head .* or method ngram"):
         engine.place(plans, 2 * MIB)
-    plans[0].kv_cache_tensors[5].block_stride = 0
-    plans[0].kv_cache_tensors[5].size *= 2
-    with pytest.raises(UnsupportedEngineError, match=r"differ in block size .*, or method ngram"):
-        engine.place(plans, 2 * MIB)
+
+
+def test_a_draft_with_blocks_of_another_size_lies_in_the_pages_of_its_target(
+    engine: VllmEngine,
+) -> None:
+    plans = [plan(6), plan(6)]
+    engine.vllm_config.speculative_config = SimpleNamespace(
+        draft_model_config=SimpleNamespace(model="draft")
+    )
+    for one in plans:
+        one.kv_cache_tensors[5].size *= 2
+    engine.place(plans, 2 * MIB)
+    classes = [(each.block_bytes, each.num_planes) for each in engine.geometry.classes]
+    assert classes == [(2 * BLOCK_BYTES, 1), (BLOCK_BYTES, 5)]
 
 
 def test_each_rank_reports_to_the_ledger_of_its_own_device(engine: VllmEngine) -> None:

@@ -19,7 +19,7 @@ from kvcached_vllm.layout import (
     refuse_windows,
     request_blocks,
 )
-from kvcached_vllm.obstacles import draft_obstacle, layer_obstacle
+from kvcached_vllm.obstacles import layer_obstacle
 from kvcached_vllm.open_copies import OpenCopies
 from kvcached_vllm.port import VllmPort
 from kvcached_vllm.startup import startup
@@ -80,8 +80,6 @@ class VllmEngine(CentralEngine):
         except UnsupportedEngineError as error:
             raise UnsupportedEngineError(layer_obstacle(error, self.vllm_config)) from error
         classes = common_classes(layouts)
-        for reason in draft_obstacle(classes, self.vllm_config):
-            raise UnsupportedEngineError(reason)
         if self.tier is not None:
             refuse_windows(kv_cache_configs[0])
             refuse_classes(classes)

@@ -1,10 +1,9 @@
 """What of vLLM cannot be served elastically yet, each with the setting to change."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from kvcached_core.memory.size_classes import SizeClass
 from kvcached_vllm.connectors import connector_obstacles
 
 # vLLM's own variable for how a KV cache lies in memory: L for layers, B for blocks.
@@ -62,14 +61,6 @@ def layer_obstacle(error: Exception | str, vllm_config: Any) -> str:
         "a draft with as many KV heads of the same size, or an EAGLE or MTP head that has them, or "
         "method ngram"
     )
-
-
-def draft_obstacle(classes: Sequence[SizeClass], vllm_config: Any) -> Iterator[str]:
-    """Yield why a draft cannot be served beside layers of several block sizes."""
-    if len(classes) > 1 and _has_draft(vllm_config):
-        sizes = [each.block_bytes for each in classes]
-        reason = f"the layers differ in block size ({sizes} bytes), which nobody has tried"
-        yield layer_obstacle(reason, vllm_config)
 
 
 def _has_draft(vllm_config: Any) -> bool:
