@@ -102,7 +102,10 @@ def choose_any(
     sizes = {"granularity_bytes": granularity_bytes, "target_page_bytes": target_page_bytes}
     if len(classes) == 1:
         (only,) = classes
-        return choose_geometry(block_bytes=only.block_bytes, num_planes=only.num_planes, **sizes)
+        chosen = choose_geometry(block_bytes=only.block_bytes, num_planes=only.num_planes, **sizes)
+        # A page of one plane is whole blocks and whole granules, which may have to be many.
+        if only.num_planes > 1 or chosen.page_bytes <= 2 * target_page_bytes:
+            return chosen
     if not classes or min(*sizes.values(), *(each.bytes_of_all for each in classes)) <= 0:
         raise GeometryError(f"{list(classes)}, {sizes}: every size and number must be positive")
     num_blocks = _choose_blocks(classes, granularity_bytes, target_page_bytes)

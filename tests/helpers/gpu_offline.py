@@ -13,7 +13,10 @@ import threading
 import time
 from typing import Any
 
+from helpers.offline import take_from_the_top
+
 MAX_TOKENS = 32
+NUM_TOP_PAGES = 512
 
 
 def mixed_prompts(num_prompts: int, max_prompt: int) -> list[list[int]]:
@@ -73,12 +76,6 @@ def resident(worker: Any) -> int:
     return arena.resident_bytes
 
 
-def take_from_the_top(pool: Any) -> None:
-    """Leave only the pages at the end of the reservation to be opened."""
-    pages = pool.pages
-    pages._unmapped = [page for page in pages._unmapped if page >= pages.num_pages - 512]
-
-
 def main() -> None:
     """Start, generate twice, report one JSON object on the last line."""
     model, options = sys.argv[1], json.loads(sys.argv[2])
@@ -122,7 +119,7 @@ def main() -> None:
         report["geometry"] = vars(geometry) | {"num_pages": worker.kvcached.arena.num_pages}
         report["after_start"] = resident(worker)
         if options.get("top"):
-            take_from_the_top(core.kvcached.pool)
+            take_from_the_top(core.kvcached.port.pool, NUM_TOP_PAGES)
     give_weights(worker)
     extra = {"lora_request": lora(options["lora"])} if "lora" in options else {}
     prompts = [
@@ -143,7 +140,7 @@ def main() -> None:
         report["top_page"] = max(worker.kvcached.arena.resident_pages)
         report["steady"] = steady_decode(llm, core, worker)
         if options["caching"]:
-            core.kvcached.pool.release_pages(1 << 30)
+            core.kvcached.port.evict(1 << 30)
             core.kvcached.flush()
             report["after_trim"] = resident(worker)
         view = worker.kvcached.ledger.view()

@@ -60,6 +60,14 @@ def resident_pages(worker: Any) -> list[int]:
     return sorted(memory.arena.resident_pages)
 
 
+def take_from_the_top(pool: Any, num_pages: int) -> list[int]:
+    """Leave only so many pages at the end of the reservation to be opened; return the others."""
+    book, first = pool.pages.book, pool.blocks.num_pages - num_pages
+    below = [page for page in book._unmapped if page < first]
+    book._unmapped = sorted(set(book._unmapped).difference(below))
+    return below
+
+
 def main() -> None:
     """Start, generate twice, report one JSON object on the last line."""
     model, options = sys.argv[1], json.loads(sys.argv[2])

@@ -102,12 +102,13 @@ def test_layers_that_cannot_lie_in_pages_are_refused_and_a_draft_is_named(
     engine: VllmEngine,
 ) -> None:
     plans = [plan(6)]
-    plans[0].kv_cache_tensors[5].block_stride = 1
+    for tensor in plans[0].kv_cache_tensors:
+        tensor.block_stride = 1
     config = engine.vllm_config
-    with pytest.raises(UnsupportedEngineError, match=r"layers side by side$"):
+    with pytest.raises(UnsupportedEngineError, match=r"spreads a block .*LBHNC\)$"):
         engine.place(plans, 2 * MIB)
     config.speculative_config = SimpleNamespace(draft_model_config=config.model_config)  # ngrams
-    with pytest.raises(UnsupportedEngineError, match=r"side by side$"):
+    with pytest.raises(UnsupportedEngineError, match=r"LBHNC\)$"):
         engine.place(plans, 2 * MIB)
     config.speculative_config.draft_model_config = SimpleNamespace(model="draft")
     with pytest.raises(UnsupportedEngineError, match=r"an EAGLE or MTP head .* or method ngram"):

@@ -136,7 +136,7 @@ def test_groups_that_overlay_each_other_share_planes() -> None:
         (Plan([]), "a rank of this model has no KV cache"),
         (
             Plan([SeparateTensor(BLOCK_BYTES * NUM_BLOCKS, [LAYERS[0]], block_stride=1)]),
-            "side by side",
+            "spreads a block over its layer",
         ),
     ],
 )
@@ -145,8 +145,8 @@ def test_plans_that_are_not_dense_planes_are_refused(plan: Plan, reason: str) ->
         plane_layout(plan)
 
 
-def test_a_block_outermost_layout_is_refused_with_the_setting_to_change() -> None:
-    plan = strided_plan(layer_stride=BLOCK_BYTES, block_stride=BLOCK_BYTES * NUM_LAYERS)
+def test_a_layout_that_spreads_a_block_is_refused_with_the_setting_to_change() -> None:
+    plan = strided_plan(block_stride=BLOCK_BYTES // 2)
     with pytest.raises(UnsupportedEngineError, match="VLLM_KV_CACHE_LAYOUT=LBNHC"):
         plane_layout(plan)
 

@@ -181,10 +181,10 @@ def test_a_connector_beside_several_block_sizes_is_refused() -> None:
         with pytest.raises(
             UnsupportedEngineError, match=r"\[73728, 8448\] bytes.*-offloading-size"
         ):
-            refuse_classes(common_classes(layouts))
+            refuse_classes(layouts)
     plan = separate_plan()
     plan.kv_cache_tensors = plan.kv_cache_tensors[::2]
-    refuse_classes(plane_layout(plan).classes)
+    refuse_classes([plane_layout(plan)])
 
 
 @pytest.fixture

@@ -178,6 +178,13 @@ def test_all_hooks_fit_the_installed_release(
         ({"parallel_config": parallel(nnodes=2)}, "2 nodes.*--nnodes 1"),
         ({"parallel_config": parallel(distributed_executor_backend="ray")}, "executor ray.*mp"),
         ({"attention_config": SimpleNamespace(hisparse_config=1)}, "HiSparse"),
+        *(
+            (
+                {"cache_config": SimpleNamespace(cache_dtype=f"{bits}_per_token_head")},
+                f"{bits}_per_token_head: .* set --kv-cache-dtype fp8",
+            )
+            for bits in ("int4", "int8", "fp8")
+        ),
         (
             {"speculative_config": SimpleNamespace(enable_adaptive_verification=True)},
             "adaptive verification.*--speculative-config",
@@ -192,7 +199,7 @@ def test_configurations_that_cannot_be_served_are_named(
         check(obstacles(configuration(**changes)))
 
 
-@pytest.mark.parametrize("layout", ["BLNHC", "BLHNC", "BHLNC", "LHBNC"])
+@pytest.mark.parametrize("layout", ["LHBNC"])
 def test_a_layout_that_is_set_is_refused_before_anything_is_sized(
     monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
@@ -202,8 +209,8 @@ def test_a_layout_that_is_set_is_refused_before_anything_is_sized(
         check(obstacles(configuration()))
 
 
-@pytest.mark.parametrize("layout", ["", "LBNHC", "LBHNC", "NHD", "HND"])
-def test_layouts_with_a_layers_blocks_together_are_served(
+@pytest.mark.parametrize("layout", ["", "LBNHC", "LBHNC", "NHD", "HND", "BLNHC", "BLHNC", "BHLNC"])
+def test_layouts_with_a_block_in_one_piece_are_served(
     monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)

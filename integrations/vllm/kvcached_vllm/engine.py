@@ -82,7 +82,7 @@ class VllmEngine(CentralEngine):
         classes = common_classes(layouts)
         if self.tier is not None:
             refuse_windows(kv_cache_configs[0])
-            refuse_classes(classes)
+            refuse_classes(layouts)
         plan = kv_cache_configs[0]
         first, *others = classes
         planes = Planes(

@@ -28,11 +28,13 @@ class PlaneLayout:
         places: For each of the config's tensors, the plane of its first layer among those of its
             block size, and that size in bytes.
         is_one_allocation: Whether vLLM allocates all planes at once (from 0.29 on).
+        is_side_by_side: Whether a block's layers lie side by side, in one plane for all of them.
     """
 
     classes: tuple[SizeClass, ...]
     places: tuple[tuple[int, int], ...]
     is_one_allocation: bool
+    is_side_by_side: bool = False
 
     @property
     def bytes_of_block(self) -> int:
@@ -44,9 +46,7 @@ class PlaneLayout:
         return sum(each.num_planes for each in self.classes if each.block_bytes == block_bytes)
 
 
-_SIDE_BY_SIDE = (
-    "the KV layout puts a block's layers side by side; set VLLM_KV_CACHE_LAYOUT=LBNHC (or LBHNC)"
-)
+_SPREAD = "the KV layout spreads a block over its layer; set VLLM_KV_CACHE_LAYOUT=LBNHC (or LBHNC)"
 PLACEMENT = "kvcached_placement"  # as what a worker's `Placement` travels with its `KVCacheConfig`
 
 
@@ -92,6 +92,10 @@ def sparse_config(kv_cache_config: Any, layout: PlaneLayout, placement: Placemen
     geometry, num_pages = placement.geometry, placement.num_pages
     config = copy.deepcopy(kv_cache_config)
     config.num_blocks = num_ids = geometry.num_ids(num_pages)
+    if layout.is_side_by_side:  # where a layer lies in a block is as it was
+        size = _bytes_of_all(layout, geometry, num_pages)
+        config.kv_cache_tensors = [replace(one, size=size) for one in config.kv_cache_tensors]
+        return config
     for index, (plane, size_class) in enumerate(tensor_planes(layout, geometry)):
         planes = geometry.classes[size_class]
         changes = {"size": num_ids * planes.block_bytes}
@@ -106,8 +110,18 @@ def sparse_config(kv_cache_config: Any, layout: PlaneLayout, placement: Placemen
     return config
 
 
+def _bytes_of_all(layout: PlaneLayout, geometry: Geometry, num_pages: int) -> int:
+    """Return the bytes of the allocation in which a block's layers lie side by side."""
+    if layout.is_one_allocation:
+        return geometry.reserved_bytes(num_pages)
+    return geometry.num_ids(num_pages) * geometry.block_bytes
+
+
 def tensor_planes(layout: PlaneLayout, geometry: Geometry) -> list[tuple[int, int]]:
-    """Return the plane of each tensor's first layer in its size class, and which class that is."""
+    """Return the plane of each tensor's first layer in its size class, and which class that is.
+
+    Where a block's layers lie side by side, vLLM allocates one tensor for all of them.
+    """
     numbers = {each.block_bytes: number for number, each in enumerate(geometry.classes)}
     return [(plane, numbers[block_bytes]) for plane, block_bytes in layout.places]
 
@@ -147,39 +161,47 @@ def refuse_windows(kv_cache_config: Any) -> None:
             )
 
 
-def refuse_classes(classes: Sequence[SizeClass]) -> None:
-    """Refuse layers of several block sizes beside a connector: nobody has tried it.
+def refuse_classes(layouts: Sequence[PlaneLayout]) -> None:
+    """Refuse layers beside a connector of which nobody has tried to copy the blocks.
 
     Raises:
-        UnsupportedEngineError: If there are such layers.
+        UnsupportedEngineError: If they have several block sizes, or lie side by side in a block.
     """
+    classes = common_classes(layouts)
     if len(classes) > 1:
         sizes = [each.block_bytes for each in classes]
         raise UnsupportedEngineError(
             f"KV offloading of layers that differ in block size ({sizes} bytes): nobody has tried "
             "it; remove --kv-offloading-size"
         )
+    if any(layout.is_side_by_side for layout in layouts):
+        raise UnsupportedEngineError(
+            "KV offloading of a block's layers side by side: nobody has tried it; set "
+            "VLLM_KV_CACHE_LAYOUT=LBNHC, or remove --kv-offloading-size"
+        )
 
 
 def _strided_layout(tensors: list[Any], num_blocks: int) -> PlaneLayout:
+    if any(_is_inside_a_block(tensor) for tensor in tensors):
+        return _side_by_side(tensors, num_blocks, is_one_allocation=True)
     for tensor in tensors:
         plane_bytes = tensor.block_stride * num_blocks
         is_dense = len(tensor.layers) == 1 or tensor.layer_stride == plane_bytes
         if not is_dense:
-            raise UnsupportedEngineError(_SIDE_BY_SIDE)
+            raise UnsupportedEngineError(_SPREAD)
     if len({tensor.block_stride for tensor in tensors}) > 1:
         ends = [one.offset + len(one.layers) * one.block_stride * num_blocks for one in tensors]
         if any(end > behind.offset for end, behind in zip(ends, tensors[1:], strict=False)):
             raise UnsupportedEngineError(
                 "groups of layers that share memory differ in block size: set "
-                "--disable-hybrid-kv-cache-manager"
+                "VLLM_KV_CACHE_LAYOUT=BLHNC, or --disable-hybrid-kv-cache-manager"
             )
         sizes = [(tensor.block_stride, len(tensor.layers)) for tensor in tensors]
         return _one_behind_the_other(sizes, is_one_allocation=True)
     block_bytes = tensors[0].block_stride
     plane_bytes = block_bytes * num_blocks
     if any(tensor.offset % plane_bytes for tensor in tensors):
-        raise UnsupportedEngineError(_SIDE_BY_SIDE)
+        raise UnsupportedEngineError(_SPREAD)
     first_planes = [tensor.offset // plane_bytes for tensor in tensors]
     ends = [plane + len(one.layers) for plane, one in zip(first_planes, tensors, strict=True)]
     places = tuple((plane, block_bytes) for plane in first_planes)
@@ -188,9 +210,25 @@ def _strided_layout(tensors: list[Any], num_blocks: int) -> PlaneLayout:
 
 def _separate_layout(tensors: list[Any], num_blocks: int) -> PlaneLayout:
     if any(getattr(tensor, "block_stride", 0) for tensor in tensors):
-        raise UnsupportedEngineError("the KV layout packs a block's layers side by side")
+        return _side_by_side(tensors, num_blocks, is_one_allocation=False)
     sizes = [(tensor.size // num_blocks, 1) for tensor in tensors]
     return _one_behind_the_other(sizes, is_one_allocation=False)
+
+
+def _is_inside_a_block(tensor: Any) -> bool:
+    """Return whether other layers of the same block lie before or behind one of these."""
+    is_followed = len(tensor.layers) > 1 and tensor.layer_stride < tensor.block_stride
+    return is_followed or 0 < tensor.offset < tensor.block_stride
+
+
+def _side_by_side(tensors: list[Any], num_blocks: int, *, is_one_allocation: bool) -> PlaneLayout:
+    """Return the layout of blocks that hold what all layers have of them."""
+    strides = {tensor.block_stride for tensor in tensors}
+    if {tensor.size for tensor in tensors} != {stride * num_blocks for stride in strides}:
+        raise UnsupportedEngineError(_SPREAD)
+    (block_bytes,) = strides
+    classes, places = (SizeClass(block_bytes, 1),), ((0, block_bytes),)
+    return PlaneLayout(classes, places, is_one_allocation, is_side_by_side=True)
 
 
 def _one_behind_the_other(sizes: list[tuple[int, int]], *, is_one_allocation: bool) -> PlaneLayout:
