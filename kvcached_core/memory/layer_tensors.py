@@ -112,11 +112,13 @@ class MakePlanes(TorchFunctionMode):
             return None
         if len(shape) > 1 and shape[0] * self._block_tokens == self._num_rows:
             return WantedPlanes(1, shape, dtype, row_tokens=self._block_tokens)
-        if self._num_rows not in shape[:2]:
-            return None
-        if shape[0] == self._num_rows and len(shape) > 1:
+        if len(shape) > 1 and shape[0] == self._num_rows:
             return WantedPlanes(1, shape, dtype)
-        return WantedPlanes(2, shape, dtype) if shape[0] == 2 else None  # noqa: PLR2004  K and V
+        if len(shape) > 2 and shape[0] == 2:  # noqa: PLR2004  K and V
+            for row_tokens in {1, self._block_tokens}:
+                if shape[1] * row_tokens == self._num_rows:
+                    return WantedPlanes(2, shape, dtype, row_tokens)
+        return None
 
 
 def measure(

@@ -34,12 +34,28 @@ def make_pool(**shape: int) -> Any:
     )
 
 
+def draft_runner(num_layers: int, head_dim: int) -> Any:
+    """Return what is known of a draft before the target's pool is made."""
+    return SimpleNamespace(
+        num_effective_layers=num_layers,
+        kv_cache_dtype=torch.float32,
+        server_args=SimpleNamespace(tp_size=1),
+        model_config=SimpleNamespace(
+            attention_arch=SimpleNamespace(name="MHA"),
+            head_dim=head_dim,
+            get_num_kv_heads=lambda _: TARGET["head_num"],
+        ),
+    )
+
+
 @contextmanager
-def target(folder: Path, *num_draft_layers: int) -> Iterator[tuple[SglangEngine, Any]]:
+def target(
+    folder: Path, *num_draft_layers: int, head_dim: int = TARGET["head_dim"]
+) -> Iterator[tuple[SglangEngine, Any]]:
     """Make a target's pool, and its allocator, where drafts of so many layers are known."""
     engine = make_engine(folder / "kv", host_pool=64 * MIB, page_bytes=PAGE_BYTES)
     for number in num_draft_layers:
-        engine.drafts.add(SimpleNamespace(num_effective_layers=number))
+        engine.drafts.add(draft_runner(number, head_dim))
     with hooked(
         engine,
         (MHATokenToKVPool, "_create_buffers", hooks.create_buffers),
@@ -84,10 +100,33 @@ def test_a_token_has_a_place_of_its_own_in_each_layer_of_target_and_drafts(tmp_p
         del plane
 
 
+def test_a_draft_of_other_bytes_a_token_has_planes_of_its_own_size_in_the_same_pages(
+    tmp_path: Path,
+) -> None:
+    with target(tmp_path, 1, 2, head_dim=512) as (engine, allocator):
+        pool = allocator.get_kvcache()
+        drafts = [make_pool(layer_num=number, head_dim=512) for number in (1, 2)]
+        geometry = pool.kvcached
+        sizes = [(each.block_bytes, each.num_planes) for each in geometry.classes]
+        assert sizes == [(8192, 4), (4096, 6)]
+        ids = allocator.alloc(2 * geometry.blocks_per_page)
+        tell(engine)
+        all_planes = planes(pool, *drafts)
+        for number, plane in enumerate(all_planes):
+            plane[ids] = float(number)  # what is not mapped would end the process
+        for number, plane in enumerate(all_planes):
+            assert bool((plane[ids] == number).all())
+        for each in (pool, *drafts):
+            each.k_buffer.clear()
+            each.v_buffer.clear()
+        all_planes.clear()
+        del plane
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ({"head_dim": 512}, "bytes of a token in one layer are 4096, the target's 8192"),
+        ({"head_dim": 512}, r"bytes of a token in one layer are 4096, expected one of \[8192\]"),
         ({"page_size": 4}, "tokens of a block are 4, the target's 1"),
         ({"layer_num": 3}, "the draft's pool has 6 planes, expected at most 4"),
     ],

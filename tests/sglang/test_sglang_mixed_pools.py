@@ -172,7 +172,8 @@ def test_a_host_tier_beside_planes_of_several_sizes_ends_the_start(ours: SglangE
 
 
 def test_drafts_beside_planes_of_several_sizes_end_the_start(ours: SglangEngine) -> None:
-    ours.drafts.add(SimpleNamespace(num_effective_layers=1))
+    kind = SimpleNamespace(attention_arch=SimpleNamespace(name="MLA"))
+    ours.drafts.add(SimpleNamespace(num_effective_layers=1, model_config=kind))
     for make, sizes in (
         (lambda: MHATokenToKVPool(size=65536, page_size=1, **KEYS_AND_VALUES), "256, 128"),
         (lambda: DSATokenToKVPool(size=64 * 255, **SPARSE), "73728, 8448"),
@@ -183,7 +184,8 @@ def test_drafts_beside_planes_of_several_sizes_end_the_start(ours: SglangEngine)
 
 
 def test_a_draft_of_another_kind_than_its_target_ends_the_start(ours: SglangEngine) -> None:
-    ours.drafts.add(SimpleNamespace(num_effective_layers=1))
+    kind = SimpleNamespace(attention_arch=SimpleNamespace(name="MLA"))
+    ours.drafts.add(SimpleNamespace(num_effective_layers=1, model_config=kind))
     alone = KEYS_AND_VALUES | {"v_head_dim": 64}
     pool = MHATokenToKVPool(size=65536, page_size=1, **alone)
     with pytest.raises(SystemExit, match="draft's planes differ"):

@@ -14,6 +14,8 @@ from kvcached_sglang.requests import answer_health_checks, is_asleep, skip_healt
 from kvcached_sglang.startup import startup
 
 Call = Callable[[], Any]
+# Heads inside tokens, and tokens inside heads, in a block of each.
+SERVED_LAYOUTS = ("nhd", "hnd")
 
 
 @around_engine
@@ -33,7 +35,7 @@ def create_buffers(call: Call, ours: SglangEngine, self: Any) -> None:
         call()
         return
     layout = getattr(self, "kv_cache_layout", "nhd")
-    if layout != "nhd":
+    if layout not in SERVED_LAYOUTS:
         startup.end(f"the KV layout {layout!r} cannot be served; unset it")
     num_rows = self.size + self.page_size
     with startup.one_message():
@@ -43,6 +45,7 @@ def create_buffers(call: Call, ours: SglangEngine, self: Any) -> None:
             return
         geometry, arena = ours.place_pool(shape, self.layer_num)
     self.size = layer_tensors.num_rows(shape, geometry, arena.num_pages) - self.page_size
+    pools.count_blocks(self)
     layer_tensors.lay_out(call, shape, geometry, arena)
     ours.drafts.follow(shape, geometry, arena)
     self.kvcached = geometry

@@ -1,5 +1,7 @@
 """Which of SGLang's KV pools can lie on our arena."""
 
+from typing import Any
+
 from kvcached_sglang.startup import startup
 
 SERVED_POOLS = frozenset(
@@ -27,3 +29,9 @@ def check_class(pool: type) -> None:
             f"be elastic; {', '.join(sorted(SERVED_POOLS))} can be. Start without "
             "--enable-kvcached and with ENABLE_KVCACHED=0"
         )
+
+
+def count_blocks(pool: Any) -> None:
+    """Tell a pool of another length how many blocks it has, if it keeps their number."""
+    if getattr(pool, "use_hnd", False):
+        pool.num_pages = pool.size // pool.page_size + 1
