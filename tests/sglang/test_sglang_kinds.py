@@ -1,7 +1,6 @@
 """Models that answer with something else than tokens are served, and said to be."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from helpers.sglang_engine import PAGE_BYTES, POOL, READY_SECONDS, start_sglang, trims_to
@@ -9,22 +8,8 @@ from helpers.speculating_server import prompts
 from helpers.waiting import await_that
 
 from kvcached_demo.harness.servers import Servers
-from kvcached_sglang.kinds import elastic_parts
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(400)]
-
-
-@pytest.mark.parametrize(
-    ("is_generation", "is_multimodal", "said"),
-    [(True, False, None), (False, True, "embeds or scores"), (True, True, "more than text")],
-)
-def test_what_is_elastic_is_said_in_one_line(
-    said: str | None, *, is_generation: bool, is_multimodal: bool
-) -> None:
-    config = SimpleNamespace(is_generation=is_generation, is_multimodal=is_multimodal)
-    line = elastic_parts(config)
-    assert (line is None) == (said is None)
-    assert line is None or (said in line and "\n" not in line)  # type: ignore[operator]
 
 
 def embed(model: Path, folder: Path, *, is_elastic: bool) -> list[list[float]]:

@@ -4,6 +4,7 @@ from itertools import chain
 from typing import Any
 
 from kvcached_core.config import HOST
+from kvcached_core.engine.kinds import elastic_parts
 from kvcached_core.engine.start import SAID, said_once
 from kvcached_core.engine.starting import Start
 from kvcached_core.memory.model_bytes import OTHER_BYTES
@@ -17,7 +18,6 @@ from kvcached_sglang.elastic_weights import (
     take_over_weights,
 )
 from kvcached_sglang.engine import engine, logger, start_engine
-from kvcached_sglang.kinds import elastic_parts
 from kvcached_sglang.layer_waits import let_layers_wait
 from kvcached_sglang.restart_hooks import restarting
 from kvcached_sglang.sleep_hooks import WEIGHTS
@@ -61,7 +61,10 @@ def scheduler_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         if ours is not None:
             begin_to_yield(ours, self.tp_worker.model_runner)
             let_layers_wait(ours, self.tp_worker.model_runner)
-            parts = elastic_parts(self.tp_worker.model_runner.model_config)
+            model = self.tp_worker.model_runner.model_config
+            parts = elastic_parts(
+                "SGLang", generates=model.is_generation, is_multimodal=model.is_multimodal
+            )
             if parts is not None:
                 logger.info("kvcached: %s", parts)
 

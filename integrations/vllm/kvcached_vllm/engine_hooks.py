@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from kvcached_core.config import read_config
+from kvcached_core.engine.kinds import elastic_parts
 from kvcached_patches.around import around, around_ours, setting
 from kvcached_vllm.engine import VllmEngine
 from kvcached_vllm.obstacles import obstacles
@@ -115,7 +116,15 @@ def executor_initialize_from_config(
         engine.close()
     elif engine is not None:
         engine.place(kv_cache_configs, self.collective_rpc(granularity_of)[0])
+        _say_what_is_elastic(engine.vllm_config.model_config)
     original(self, kv_cache_configs, *args, **kwargs)
+
+
+def _say_what_is_elastic(model: Any) -> None:
+    is_multimodal, generates = model.is_multimodal_model, model.runner_type != "pooling"
+    parts = elastic_parts("vLLM", generates=generates, is_multimodal=is_multimodal)
+    if parts is not None:
+        startup.logger.info("kvcached: %s", parts)
 
 
 @around_ours
