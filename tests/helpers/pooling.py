@@ -1,29 +1,48 @@
-"""Run as a script: a vLLM engine that embeds texts, and reports the vectors.
+"""Run as a script: a vLLM engine that embeds or classifies texts, and reports the numbers.
 
-Arguments: a model folder, and a JSON object: `options` of `LLM`.
+Arguments: a model folder, and a JSON object: `task` (a name in `TASKS`), and `options` of `LLM`.
 """
 
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 PROMPTS = [[5 + index] * (8 + 3 * index) for index in range(6)]
 
 
+def embed(llm: Any) -> list[list[float]]:
+    """Return a vector for each prompt."""
+    return [each.outputs.embedding for each in llm.embed(_requests())]
+
+
+def classify(llm: Any) -> list[list[float]]:
+    """Return the probability of each label, for each prompt."""
+    return [each.outputs.probs for each in llm.classify(_requests())]
+
+
+TASKS: dict[str, Callable[[Any], list[list[float]]]] = {"embed": embed, "classify": classify}
+
+
+def _requests() -> list[dict[str, list[int]]]:
+    return [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+
+
 def main() -> None:
-    """Start, embed twice, report one JSON object on the last line."""
-    options = json.loads(sys.argv[2]).get("options", {})
+    """Start, ask twice, report one JSON object on the last line."""
+    options = json.loads(sys.argv[2])
     elastic = os.environ.get("ENABLE_KVCACHED", "0") != "0"
     sizes = {} if elastic else {"kv_cache_memory_bytes": 64 << 20}
     from vllm import LLM
 
     settings: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256}
-    llm = LLM(sys.argv[1], runner="pooling", **settings, **sizes, **options)
-    prompts: Any = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    rounds = [[output.outputs.embedding for output in llm.embed(prompts)] for _ in range(2)]
+    settings |= sizes | options.get("options", {})
+    llm = LLM(sys.argv[1], runner="pooling", **settings)
+    task = TASKS[options.get("task", "embed")]
+    report: dict[str, Any] = {"vectors": [task(llm) for _ in range(2)]}
     core = llm.llm_engine.engine_core.engine_core
-    report: dict[str, Any] = {"vectors": rounds, "is_elastic": bool(getattr(core, "kvcached", 0))}
+    report["is_elastic"] = bool(getattr(core, "kvcached", 0))
     if report["is_elastic"]:
         from helpers.offline import resident
 

@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 from helpers.encoder_models import make_encoder
 from helpers.engines import Run, finish, offline_in
+from helpers.scoring_models import make_classifier
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.every_release]
 
+JUDGES = "kvcached: this server embeds or scores prompts"
+NOTHING = "kvcached: nothing of this model is elastic: it has no KV cache"
 VANILLA = {"ENABLE_KVCACHED": "0"}
 
 
@@ -23,10 +26,12 @@ def ours(folder: Path, **settings: str) -> dict[str, str]:
     }
 
 
-def runs(folder: Path, model: Path, **settings: str) -> tuple[Run, Run]:
-    """Return how an engine that embeds ended without us, and with us."""
+def runs(folder: Path, model: Path, task: str = "embed", **settings: str) -> tuple[Run, Run]:
+    """Return how an engine ended without us, and with us."""
     start = offline_in(folder, model)
-    started = [start(environ, "pooling") for environ in (VANILLA, ours(folder, **settings))]
+    started = [
+        start(environ, "pooling", task=task) for environ in (VANILLA, ours(folder, **settings))
+    ]
     vanilla, elastic = map(finish, started)
     for run in (vanilla, elastic):
         assert run.returncode == 0, run.errors[-4000:]
@@ -43,10 +48,19 @@ def test_an_encoder_without_a_kv_cache_says_that_nothing_of_it_is_elastic(tmp_pa
     check_vectors(vanilla.report, elastic.report)
     assert not elastic.report["is_elastic"]
     said = elastic.output + elastic.errors
-    assert said.count("kvcached: nothing of this model is elastic: it has no KV cache") == 1
+    assert said.count(NOTHING) == 1
 
 
 def test_a_model_that_embeds_with_a_kv_cache_shares_it(tmp_path: Path, model: Path) -> None:
     vanilla, elastic = runs(tmp_path, model)
     check_vectors(vanilla.report, elastic.report)
+    assert elastic.report["resident"] <= 2 * elastic.report["page_bytes"]
+
+
+def test_a_decoder_that_classifies_texts_shares_its_kv_cache(tmp_path: Path) -> None:
+    model = make_classifier(tmp_path / "judge", num_labels=3)
+    vanilla, elastic = runs(tmp_path, model, "classify")
+    assert (elastic.output + elastic.errors).count(JUDGES) == 1
+    check_vectors(vanilla.report, elastic.report)
+    assert elastic.report["is_elastic"]
     assert elastic.report["resident"] <= 2 * elastic.report["page_bytes"]
