@@ -35,7 +35,8 @@ from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN
 
 NAMES = (FIRST, SECOND)
 PROGRAM = "program"
-KVCACHED = Path(sys.executable).with_name("kvcached")
+# As the command `kvcached` does, which is not beside every interpreter that has the package.
+KVCACHED = (sys.executable, "-c", "from kvcached_core.cli.app import main; main()")
 ALLOCATING = TESTS / "helpers" / "allocating.py"
 # Whole gigabytes, so that nothing is lost to torch's own rounding.
 WITH_TORCH = """
@@ -151,7 +152,7 @@ class Rounds:
         num_bytes = str(parse_bytes(self.need, what="need"))
         words = [ALLOCATING, num_bytes] if self.run.tiny else ["-c", self.script, num_bytes]
         options = ["--need", self.need, "--wait", str(WAIT_SECONDS), "--name", PROGRAM]
-        return [str(word) for word in (KVCACHED, "run", *options, "--", sys.executable, *words)]
+        return [str(word) for word in (*KVCACHED, "run", *options, "--", sys.executable, *words)]
 
     def _environ(self) -> dict[str, str]:
         return os.environ | {"KVCACHED_DIR": str(self.run.servers.directory)}
