@@ -8,7 +8,7 @@ from kvcached_core.cli.added import Added
 from kvcached_core.cli.columns import short_bytes
 from kvcached_core.config import read_config
 from kvcached_core.errors import KVCachedError
-from kvcached_core.weights.host_tier import TierView, read_tiers
+from kvcached_core.weights.host_tier import DISK, TierCounts, TierView, read_tiers
 
 
 def tiers(directory: Path) -> list[TierView]:
@@ -41,9 +41,20 @@ def with_tiers(
 
 
 def _cells(view: TierView) -> dict[str, str]:
-    return {
+    host = [each for each in view.counts if each.tier != DISK]
+    disk = [each for each in view.counts if each.tier == DISK]
+    cells = {
         "offloaded": short_bytes(view.held_bytes),
-        "loaded": short_bytes(sum(each.loaded_bytes for each in view.counts)),
-        "in": f"{sum(each.load_seconds for each in view.counts):.1f} s",
-        "hits": str(sum(each.num_hits for each in view.counts)),
+        "loaded": _loaded(host),
+        "in": _seconds(host),
+        "hits": str(sum(each.num_hits for each in host)),
     }
+    return cells | ({"from disk": f"{_loaded(disk)} in {_seconds(disk)}"} if disk else {})
+
+
+def _loaded(counts: Sequence[TierCounts]) -> str:
+    return short_bytes(sum(each.loaded_bytes for each in counts))
+
+
+def _seconds(counts: Sequence[TierCounts]) -> str:
+    return f"{sum(each.load_seconds for each in counts):.1f} s"

@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from kvcached_core.config import Config
-from kvcached_core.weights.host_tier import HOST, DiskTier, HostTier, TierCounts
+from kvcached_core.weights.host_tier import DISK, HOST, DiskTier, HostTier, TierCounts
 from kvcached_core.weights.prompt_speed import PromptSpeed
 
 NOTE_SECONDS = 1.0
@@ -50,6 +51,7 @@ class CountedTier:
         self._stored_bytes = self._loaded_bytes = 0
         self._store_seconds = self._load_seconds = 0.0
         self._num_hits = self._hit_tokens = 0
+        self._disk: TierCounts | None = None  # where the engine says what its disks did
 
     @property
     def num_bytes(self) -> int:
@@ -75,6 +77,24 @@ class CountedTier:
         """Note a copy from the tier that has ended."""
         self._loaded_bytes += num_bytes
         self._load_seconds += seconds
+
+    def moved(self, more: TierCounts) -> None:
+        """Note what the tiers on disk did since the last time.
+
+        Args:
+            more: Bytes, seconds and chunks; the tokens of what was read are added here.
+        """
+        was = self._disk or TierCounts(DISK)
+        loaded_bytes = was.loaded_bytes + more.loaded_bytes
+        self._disk = replace(
+            was,
+            stored_bytes=was.stored_bytes + more.stored_bytes,
+            loaded_bytes=loaded_bytes,
+            store_seconds=was.store_seconds + more.store_seconds,
+            load_seconds=was.load_seconds + more.load_seconds,
+            num_chunk_hits=was.num_chunk_hits + more.num_chunk_hits,
+            hit_tokens=int(loaded_bytes / self.token_bytes) if self.token_bytes else 0,
+        )
 
     def tell(self, *, is_last: bool, held_bytes: int | None = None) -> None:
         """Tell others now and then what was done.
@@ -119,4 +139,4 @@ class CountedTier:
     def _note(self) -> None:
         bytes_per_second = self._speed.tokens_per_second * self.token_bytes
         disks = [DiskTier(folder, bytes_per_second) for folder in self.folders]
-        self._tier.note([self.counts], disks)
+        self._tier.note([self.counts, *([self._disk] if self._disk else [])], disks)

@@ -29,12 +29,14 @@ class TierCounts:
     Attributes:
         tier: `HOST` or `DISK`.
         held_bytes: What lies there now; 0 where nobody knows.
-        stored_bytes: What was copied to it.
-        loaded_bytes: What was copied from it to the device.
-        num_hits: Requests that found a prefix there.
-        hit_tokens: Tokens that they did not compute.
+        stored_bytes: What was copied to it: from the device, or to a disk from the host.
+        loaded_bytes: What was copied from it: to the device, or from a disk to the host.
+        num_hits: Requests that found a prefix there; 0 where the engine counts chunks.
+        hit_tokens: Tokens that were not computed for it.
         store_seconds: What the copies to it took, added up.
         load_seconds: What the copies from it took, added up.
+        num_chunk_hits: Chunks that the engine looked for and found there; 0 where it counts
+            requests.
     """
 
     tier: str
@@ -45,6 +47,7 @@ class TierCounts:
     hit_tokens: int = 0
     store_seconds: float = 0.0
     load_seconds: float = 0.0
+    num_chunk_hits: int = 0
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         config = Config(dir=directory, host_budget=10 * GIB)
         tier = HostTier.reserve(config, "llama", 4 * GIB, setting="--size")
         counts = TierCounts(HOST, 1536 * MIB, 9 * GIB, 3 * GIB, 12, 3456, 0.5, 0.25)
-        tier.note([counts, TierCounts(DISK, stored_bytes=GIB)])
+        on_disk = TierCounts(DISK, 0, 8 * GIB, 5 * GIB, 0, 768, 4.0, 2.5, 40)
+        tier.note([counts, on_disk])
         yield directory
         tier.close()
 
@@ -68,6 +69,7 @@ def test_top_has_columns_for_it_where_an_engine_offloads(
     assert "3 GiB" in line
     assert "0.2 s" in line  # that took a quarter of a second
     assert "12" in line.split()
+    assert "5 GiB in 2.5 s" in line  # from disk
     monkeypatch.setenv("KVCACHED_WEIGHTS_DIR", str(folder / "other"))
     assert "offloaded" not in said("top", "--once")
 
@@ -92,12 +94,18 @@ def test_metrics_name_the_engine_and_the_tier(folder: Path) -> None:
     assert found["kvcached_offload_reserved_bytes", None] == 4 * GIB
     assert found["kvcached_offload_held_bytes", HOST] == 1536 * MIB
     assert found["kvcached_offload_stored_bytes_total", HOST] == 9 * GIB
-    assert found["kvcached_offload_stored_bytes_total", DISK] == GIB
+    assert found["kvcached_offload_stored_bytes_total", DISK] == 8 * GIB
+    assert found["kvcached_offload_loaded_bytes_total", DISK] == 5 * GIB
+    assert found["kvcached_offload_load_seconds_total", DISK] == 2.5
+    assert found["kvcached_offload_hit_tokens_total", DISK] == 768
+    assert found["kvcached_offload_chunk_hits_total", DISK] == 40
     assert found["kvcached_offload_loaded_bytes_total", HOST] == 3 * GIB
     assert found["kvcached_offload_hits_total", HOST] == 12
     assert found["kvcached_offload_hit_tokens_total", HOST] == 3456
     assert found["kvcached_offload_store_seconds_total", HOST] == 0.5
     assert found["kvcached_offload_load_seconds_total", HOST] == 0.25
+    unknown = [("held_bytes", DISK), ("hits_total", DISK), ("chunk_hits_total", HOST)]
+    assert not [each for each in unknown if (f"kvcached_offload_{each[0]}", each[1]) in found]
 
 
 def test_with_settings_that_are_wrong_the_rest_is_shown(

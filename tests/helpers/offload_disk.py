@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from helpers.offloaded import IS_ELASTIC, Offloaded, full_chunk_tokens
 from helpers.waiting import await_that
 
 NUM_PROMPTS = 6
+CHUNK_BYTES = 1 << 20
 OPTIONS = {"max_model_len": 256}
 
 
@@ -87,6 +89,15 @@ def remove_files(engine: Offloaded, root: str, asked: Sequence[list[int]]) -> di
     }
 
 
+def disk_counts() -> dict[str, Any]:
+    """Return what the engine has told others of its tier on disk."""
+    from kvcached_core.config import read_config
+    from kvcached_core.weights.host_tier import DISK, read_tiers
+
+    (view,) = read_tiers(read_config().copies_dir)
+    return next((asdict(each) for each in view.counts if each.tier == DISK), {})
+
+
 def kill_core(engine: Offloaded) -> str:
     """Kill the engine's core; return the file in which it had the host tier."""
     from kvcached_vllm.host_tier import region_of
@@ -109,6 +120,9 @@ def main() -> None:
         report["num_files"] = num_files(root)
         report["hits"] = engine.hits()
         report["copied"] = engine.copied()
+        name = "loaded_bytes" if report["hits"] else "stored_bytes"  # it was all written before
+        await_that(lambda: disk_counts().get(name, 0) >= num_chunks * CHUNK_BYTES)
+        report["counted"] = disk_counts()
         if options.get("remove"):
             report["removed"] = remove_files(engine, root, asked)
     if IS_ELASTIC:

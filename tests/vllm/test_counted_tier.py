@@ -9,13 +9,23 @@ from uuid import uuid4
 
 import pytest
 from helpers.configurations import configuration
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
+    OffloadingConnectorStats,
+)
+from vllm.v1.kv_offload.tiering.base import TieringOffloadingMetrics
 
 from kvcached_core.config import Config, read_config
 from kvcached_core.errors import HostBudgetError
 from kvcached_core.units import MIB
 from kvcached_core.weights.host_budget import HostBudget
 from kvcached_core.weights.host_tier import TierCounts, read_tiers
-from kvcached_vllm.host_tier import CountedTier, disk_folders, region_of, tier_bytes
+from kvcached_vllm.host_tier import (
+    CountedTier,
+    disk_counts,
+    disk_folders,
+    region_of,
+    tier_bytes,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -151,3 +161,33 @@ def test_its_region_is_the_file_that_this_release_makes() -> None:
         assert Path(region.mmap_path).stat().st_size == mmap.PAGESIZE
     finally:
         region.cleanup()
+
+
+@pytest.mark.older_release
+def test_what_vllm_counts_of_disks_is_theirs_and_adds_up(config: Config, tier: CountedTier) -> None:
+    names = TieringOffloadingMetrics
+    stats = OffloadingConnectorStats()
+    for name, value in ((names.READ_BYTES, MIB), (names.WRITE_BYTES, 3 * MIB)):
+        stats.increase_counter(name, value, ("1:fs",))
+        stats.increase_counter(name, value, ("2:fs",))
+    stats.increase_counter(names.READ_TIME, 0.5, ("1:fs",))
+    stats.increase_counter(names.WRITE_TIME, 0.25, ("1:fs",))
+    chunk_hits = getattr(names, "CHUNK_HITS", None) or names.BLOCK_HITS  # 0.28's word
+    stats.increase_counter(chunk_hits, 7, ("0:cpu",))
+    stats.increase_counter(chunk_hits, 2, ("1:fs",))
+    found = disk_counts(stats.data)
+    assert found == TierCounts("disk", 0, 6 * MIB, 2 * MIB, 0, 0, 0.25, 0.5, 2)
+    tier.token_bytes = MIB / 16
+    tier.moved(found)
+    tier.moved(found)
+    tier.tell(is_last=True)
+    both = TierCounts("disk", 0, 12 * MIB, 4 * MIB, 0, 64, 0.5, 1.0, 4)
+    assert seen(config).counts == (TierCounts("host"), both)
+
+
+def test_statistics_that_say_nothing_of_disks_are_none() -> None:
+    stats = OffloadingConnectorStats()
+    assert disk_counts(stats.data) is None
+    stats.increase_counter("vllm:kv_offload_load_bytes", MIB)
+    stats.increase_counter("vllm:kv_offload_tiering_chunk_hits", 7, ("0:cpu",))
+    assert disk_counts(stats.data) is None

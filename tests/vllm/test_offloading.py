@@ -197,6 +197,16 @@ class TestDisk:
         for report in disk_reports:
             assert report["given"]["resident_bytes"] == report["given"]["page_bytes"]
 
+    def test_what_a_disk_did_is_told_with_bytes_tokens_and_seconds(self, disk_reports: Any) -> None:
+        first, again = (report["counted"] for report in disk_reports)
+        num_chunks = disk_reports[0]["num_files"]
+        assert first["stored_bytes"] == again["loaded_bytes"] == num_chunks * MIB
+        assert (first["loaded_bytes"], again["stored_bytes"]) == (0, 0)
+        assert again["hit_tokens"] == num_chunks * 32 == disk_reports[1]["hits"]
+        assert again["num_chunk_hits"] == num_chunks
+        assert first["store_seconds"] > 0
+        assert again["load_seconds"] > 0
+
     def test_what_was_removed_is_written_again_once_host_memory_has_it_no_more(
         self, disk_reports: Any
     ) -> None:

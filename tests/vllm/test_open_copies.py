@@ -104,3 +104,20 @@ def test_hits_are_counted_and_copies_told_when_none_is_open() -> None:
     tier.copied.assert_called_with(done.transfer_stats, is_last=False)
     open_copies.end(reports(_7=1))
     assert tier.copied.call_args.kwargs == {"is_last": True}
+
+
+@pytest.mark.parametrize(("folders", "num_told"), [(["/nvme/kv"], 1), ([], 0)])
+def test_what_disks_did_is_told_where_there_are_some(folders: list[str], num_told: int) -> None:
+    tier = Mock(folders=folders)
+    open_copies = OpenCopies(Mock(), Mock(), 1, tier, 16)
+    data = {"vllm:kv_offload_tiering_read_bytes": {("1:fs",): 5}}
+    nothing = SimpleNamespace(kv_connector_stats=None)
+    outputs = {
+        client: SimpleNamespace(scheduler_stats=stats)
+        for client, stats in enumerate(
+            [None, nothing, SimpleNamespace(kv_connector_stats={"data": data})]
+        )
+    }
+    open_copies.count(outputs)
+    assert [one.args[0].loaded_bytes for one in tier.moved.mock_calls] == [5] * num_told
+    assert tier.tell.mock_calls == [call(is_last=True)] * num_told

@@ -112,6 +112,7 @@ def test_reports_of_copies_come_with_a_steps_output(transfers: Any, num_ends: in
     assert update(scheduler, step_output, output) == "outputs"
     assert copies.end.call_count == num_ends
     copies.computed.assert_called_once_with(7)
+    copies.count.assert_called_once_with("outputs")
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ A request's blocks are free the moment it ends, and its last copies begin a step
 waits for a copy before it uses such a block again, and for nothing else; so the pages stay.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
+
+from kvcached_vllm.host_tier import disk_counts
 
 if TYPE_CHECKING:
     from kvcached_vllm.engine import VllmEngine
@@ -71,6 +73,19 @@ class OpenCopies:
                 self._engine.release(job_id)
                 self._pool.copied.end(job_id)
         self._tier.copied(worker_metadata.transfer_stats, is_last=not self._num_missing)
+
+    def count(self, outputs: Mapping[int, Any]) -> None:
+        """Note what a step's outputs, one for each client, say of the tiers on disk.
+
+        They say it unless vLLM's statistics are switched off, from 0.28 on.
+        """
+        if not self._tier.folders:
+            return
+        for output in outputs.values():
+            stats = output.scheduler_stats and output.scheduler_stats.kv_connector_stats
+            if stats and (moved := disk_counts(stats)):
+                self._tier.moved(moved)
+                self._tier.tell(is_last=not self._num_missing)
 
     def computed(self, num_tokens: int) -> None:
         """Note that a step has ended which computed so many tokens."""

@@ -70,6 +70,7 @@ def scheduler_update_from_output(original: Callable[..., Any]) -> Callable[..., 
             transfers = model_runner_output.kv_connector_output
             if transfers is not None and transfers.kv_connector_worker_meta is not None:
                 copies.end(transfers.kv_connector_worker_meta)
+            copies.count(result)
         return result
 
     return wrapper
