@@ -10,6 +10,7 @@ import httpx
 
 from helpers.hicache_server import body_of
 from helpers.house import Neighbour
+from helpers.waiting import PATIENCE_SECONDS
 from kvcached_core.config import read_config
 from kvcached_core.control import trim
 from kvcached_demo.harness.server import EngineServer
@@ -73,7 +74,7 @@ class Race:
 
     def client(self) -> httpx.AsyncClient:
         """Return what asks the server."""
-        return httpx.AsyncClient(base_url=self._server.server.url, timeout=120)
+        return httpx.AsyncClient(base_url=self._server.server.url, timeout=PATIENCE_SECONDS)
 
     async def round(self, client: httpx.AsyncClient, numbers: Iterable[int]) -> None:
         """Have requests of these numbers come, with all else in between; wait for all answers."""

@@ -127,7 +127,7 @@ class HiCacheServer:
         said: dict[str, Any] = {}
         body = body_of(prompt, num_tokens) | {"rid": "runner", "stream": True}
         with (
-            httpx.Client(base_url=self.server.url, timeout=60) as client,
+            httpx.Client(base_url=self.server.url, timeout=PATIENCE_SECONDS) as client,
             client.stream("POST", "/generate", json=body) as answer,
         ):
             lines = answer.iter_lines()
@@ -189,6 +189,6 @@ def hicache_server(
 
 async def ask_all(url: str, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Any]:
     """Return what all prompts at once are answered."""
-    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_SECONDS) as client:
         asked = [client.post("/generate", json=body_of(one, num_tokens)) for one in prompts]
         return [answer.json()["output_ids"] for answer in await asyncio.gather(*asked)]

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from helpers.process_memory import resident_by_proc
 from helpers.waiting import PATIENCE_SECONDS
 from helpers.warm_servers import launch_warm
@@ -111,6 +113,11 @@ def trims_to(server: EngineServer, directory: Path, num_bytes: int) -> bool:
     (trimmed,) = trim([], directory=directory, wait_seconds=PATIENCE_SECONDS)
     assert trimmed.outcome is Outcome.APPLIED
     return resident_by_proc(server) == trimmed.after_bytes <= num_bytes
+
+
+def post(url: str, words: dict[str, Any] | None = None) -> None:
+    """Call what a server has for its operators, and wait for its answer."""
+    httpx.post(url, json=words, timeout=PATIENCE_SECONDS).raise_for_status()
 
 
 def answers(server: EngineServer, bursts: Sequence[Burst]) -> Answers:

@@ -15,6 +15,7 @@ from helpers.house import Neighbour
 from helpers.sglang_engine import READY_SECONDS, start_sglang
 from helpers.sglang_plugin import add_plugin
 from helpers.spoiled_planes import VARIABLE
+from helpers.waiting import PATIENCE_SECONDS
 from kvcached_core.config import read_config
 from kvcached_core.units import MIB
 from kvcached_demo.harness.server import EngineServer
@@ -68,7 +69,7 @@ class SpeculatingServer:
         self, prompts: Sequence[Sequence[int]], num_tokens: int = NUM_ANSWER_TOKENS
     ) -> list[Answer]:
         """Ask all at once."""
-        async with httpx.AsyncClient(base_url=self.server.url, timeout=240) as client:
+        async with httpx.AsyncClient(base_url=self.server.url, timeout=PATIENCE_SECONDS) as client:
             asked = [client.post("/generate", json=body_of(one, num_tokens)) for one in prompts]
             return [_read(answer.json()) for answer in await asyncio.gather(*asked)]
 

@@ -6,10 +6,17 @@ kernels of the convolutions.
 
 from pathlib import Path
 
-import httpx
 import pytest
 from helpers.process_memory import resident_by_proc
-from helpers.sglang_engine import Models, Vanilla, answers, elastic_server, short_bursts, trims_to
+from helpers.sglang_engine import (
+    Models,
+    Vanilla,
+    answers,
+    elastic_server,
+    post,
+    short_bursts,
+    trims_to,
+)
 from helpers.sglang_models import small_lfm2
 from helpers.waiting import await_that
 
@@ -45,7 +52,7 @@ def test_tokens_of_a_hybrid_are_vanillas_and_its_memory_goes(
             await_that(lambda: trims_to(elastic, tmp_path / "kv", 2 * PAGE))
         await_that(lambda: resident_by_proc(elastic) <= 2 * PAGE)
         again = answers(elastic, [first])
-        httpx.post(f"{elastic.url}/flush_cache").raise_for_status()
+        post(f"{elastic.url}/flush_cache")
         assert "Mamba Cache is allocated" in elastic.log.read_text()
     assert again == expected[: len(again)]
     assert len({tuple(tokens) for _, tokens in expected}) == len(expected)

@@ -16,7 +16,7 @@ from helpers.hicache_copier_settings import DEFECT, UNMAPPED
 from helpers.hicache_race import Race
 from helpers.hicache_server import PAGE, HiCacheServer, ask_all, hicache_server
 from helpers.process_memory import resident_by_proc
-from helpers.sglang_engine import Vanilla, answers, mixed_bursts
+from helpers.sglang_engine import Vanilla, answers, mixed_bursts, post
 from helpers.waiting import await_that
 
 from kvcached_core.units import MIB
@@ -58,7 +58,7 @@ def test_tokens_are_vanillas_and_one_that_loads_other_blocks_is_found_out(
     served.lose_cache()
     with served.loads_spoiled():
         assert answers(served.server, bursts()) != expected
-    httpx.post(f"{served.server.url}/flush_cache").raise_for_status()
+    post(f"{served.server.url}/flush_cache")
 
 
 def test_a_whole_prompt_comes_back_after_its_memory_was_given_away(served: HiCacheServer) -> None:
@@ -108,7 +108,7 @@ def test_a_flush_waits_for_open_copies_and_forgets_the_tier(served: HiCacheServe
     (prompt,) = prompts(5, 1)
     with served.copies_left_open():
         expected = served.ask(prompt)
-        httpx.post(f"{served.server.url}/flush_cache").raise_for_status()
+        post(f"{served.server.url}/flush_cache")
     await_that(lambda: resident_by_proc(served.server) <= 2 * PAGE)
     found, said = served.answer(prompt)
     assert found == expected
@@ -120,9 +120,9 @@ def test_a_sleep_waits_for_open_copies_and_leaves_page_0(served: HiCacheServer) 
     url = served.server.url
     with served.copies_left_open():
         expected = served.ask(prompt)
-        httpx.post(f"{url}/release_memory_occupation", json={}).raise_for_status()
+        post(f"{url}/release_memory_occupation", {})
     assert resident_by_proc(served.server) == PAGE
-    httpx.post(f"{url}/resume_memory_occupation", json={}).raise_for_status()
+    post(f"{url}/resume_memory_occupation", {})
     assert served.ask(prompt) == expected
 
 
@@ -142,7 +142,7 @@ def race(model: Path, folder: Path, *, seed: int, num_requests: int, policy: str
         assert min(copied["num_stores"], copied["num_loads"]) > 0
         assert min(run.counts.values()) > 0, run.counts
         run.check_again()
-        httpx.post(f"{server.server.url}/flush_cache").raise_for_status()
+        post(f"{server.server.url}/flush_cache")
         await_that(lambda: resident_by_proc(server.server) <= 4 * MIB)
 
 

@@ -16,8 +16,9 @@ from helpers.sglang_engine import (
     answers,
     elastic_server,
     mixed_bursts,
+    post,
 )
-from helpers.waiting import await_that
+from helpers.waiting import PATIENCE_SECONDS, await_that
 
 from kvcached_core.units import MIB
 from kvcached_demo.harness.server import EngineServer
@@ -83,7 +84,7 @@ def test_greedy_tokens_are_vanillas(served: Served) -> None:
 def test_an_idle_server_holds_two_pages_and_its_cache(served: Served) -> None:
     if served.has_radix_cache:
         assert resident_by_proc(served.elastic) > 2 * PAGE
-        httpx.post(f"{served.elastic.url}/flush_cache").raise_for_status()
+        post(f"{served.elastic.url}/flush_cache")
     await_that(lambda: 0 < resident_by_proc(served.elastic) <= 2 * PAGE)
     served.check(1)
 
@@ -95,30 +96,32 @@ def test_an_aborted_request_gives_its_memory_back(served: Served) -> None:
             "rid": "leaver",
             "sampling_params": {"max_new_tokens": 1500, "ignore_eos": True},
         }
-        async with httpx.AsyncClient(base_url=served.elastic.url, timeout=60) as client:
+        async with httpx.AsyncClient(
+            base_url=served.elastic.url, timeout=PATIENCE_SECONDS
+        ) as client:
             asked = asyncio.create_task(client.post("/generate", json=body))
             await asyncio.sleep(0.5)
             (await client.post("/abort_request", json={"rid": "leaver"})).raise_for_status()
             await asked
 
     asyncio.run(ask_and_leave())
-    httpx.post(f"{served.elastic.url}/flush_cache").raise_for_status()
+    post(f"{served.elastic.url}/flush_cache")
     await_that(lambda: resident_by_proc(served.elastic) <= 2 * PAGE)
 
 
 def test_released_memory_is_mapped_again_by_the_next_request(served: Served) -> None:
     served.check(1)
-    httpx.post(f"{served.elastic.url}/release_memory_occupation", json={}).raise_for_status()
+    post(f"{served.elastic.url}/release_memory_occupation", {})
     assert resident_by_proc(served.elastic) == PAGE
-    httpx.post(f"{served.elastic.url}/resume_memory_occupation", json={}).raise_for_status()
+    post(f"{served.elastic.url}/resume_memory_occupation", {})
     served.check(1)
 
 
 def test_a_sleeping_server_is_healthy(served: Served) -> None:
     url = served.elastic.url
-    httpx.post(f"{url}/release_memory_occupation", json={}).raise_for_status()
-    codes = [httpx.get(f"{url}/health", timeout=60).status_code for _ in range(2)]
-    httpx.post(f"{url}/resume_memory_occupation", json={}).raise_for_status()
+    post(f"{url}/release_memory_occupation", {})
+    codes = [httpx.get(f"{url}/health", timeout=PATIENCE_SECONDS).status_code for _ in range(2)]
+    post(f"{url}/resume_memory_occupation", {})
     assert codes == [httpx.codes.OK, httpx.codes.OK]
     served.check(1)
 

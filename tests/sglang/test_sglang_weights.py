@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from helpers.house import Neighbour
-from helpers.sglang_engine import Answers, Vanilla, answers
+from helpers.sglang_engine import Answers, Vanilla, answers, post
 from helpers.sglang_weights import NUM_KV_PAGES, NUM_WEIGHTS, PAGE, num_weights, start_yielding
 from helpers.waiting import PATIENCE_SECONDS, await_that
 
@@ -57,7 +57,7 @@ class Served:
         return num_weights(self.servers, NAME)
 
     def ask(self, call: str, **words: Any) -> Any:
-        answer = httpx.post(f"{self.server.url}/{call}", json=words, timeout=60)
+        answer = httpx.post(f"{self.server.url}/{call}", json=words, timeout=PATIENCE_SECONDS)
         answer.raise_for_status()
         return answer
 
@@ -111,7 +111,7 @@ def test_tokens_stay_the_same_when_all_weights_have_gone_and_come(served: Served
 def test_tokens_stay_the_same_when_some_of_the_weights_have_gone(
     served: Served, neighbour: Neighbour, num_left: int
 ) -> None:
-    httpx.post(f"{served.server.url}/flush_cache").raise_for_status()
+    post(f"{served.server.url}/flush_cache")
     num_pages = NUM_PAGES - 1 - num_left
     await_that(
         lambda: (
@@ -126,7 +126,7 @@ def test_tokens_stay_the_same_when_some_of_the_weights_have_gone(
         assert served.num_weights == num_left
         neighbour.rest(num_pages)
         neighbour.give(num_pages)
-        asked.result(timeout=60)
+        asked.result(timeout=PATIENCE_SECONDS)
     assert served.num_weights == NUM_WEIGHTS
 
 
@@ -148,7 +148,10 @@ def test_a_paused_server_gives_its_weights(served: Served, neighbour: Neighbour)
 def test_health_checks_are_answered_and_wake_nothing(served: Served) -> None:
     served.sleep()
     for path in ("health", "health_generate"):
-        assert httpx.get(f"{served.server.url}/{path}", timeout=60).status_code == httpx.codes.OK
+        assert (
+            httpx.get(f"{served.server.url}/{path}", timeout=PATIENCE_SECONDS).status_code
+            == httpx.codes.OK
+        )
         assert served.num_weights == 0
     served.check()
 
@@ -200,5 +203,5 @@ def test_released_weights_are_gone_until_they_are_resumed(served: Served) -> Non
         asked = pool.submit(served.check)
         await_that(lambda: served.num_weights == 0 and not asked.done())
         served.ask("resume_memory_occupation", tags=["weights", "kv_cache"])
-        asked.result(timeout=60)
+        asked.result(timeout=PATIENCE_SECONDS)
     assert served.num_weights == NUM_WEIGHTS

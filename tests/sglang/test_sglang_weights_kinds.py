@@ -34,7 +34,7 @@ def tied(folder: Path) -> Path:
 def ask(server: EngineServer, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
     sampling = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
     body = {"input_ids": prompts, "sampling_params": sampling}
-    answer = httpx.post(f"{server.url}/generate", json=body, timeout=120)
+    answer = httpx.post(f"{server.url}/generate", json=body, timeout=PATIENCE_SECONDS)
     answer.raise_for_status()
     return [one["output_ids"] for one in answer.json()]
 
