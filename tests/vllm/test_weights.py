@@ -162,3 +162,25 @@ def test_engines_whose_weights_do_not_fit_together_answer_in_turn_and_outlive_a_
     assert report["right_in_the_end"] == [True] * 6
     if has_disk:  # each turn has brought one back
         assert read_moves(tmp_path / "disk").num_read >= NUM_REQUESTS // 2
+
+
+@pytest.mark.every_release
+def test_an_engine_wakes_out_of_a_replica_and_answers_as_before(
+    start_offline: Offline, tmp_path: Path
+) -> None:
+    environ = yielding(
+        tmp_path,
+        KVCACHED_WEIGHTS_REPLICAS="1",
+        KVCACHED_PAGE_BYTES="2MiB",
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",
+    )
+    run = finish(start_offline(environ, "two_replicas"))
+    assert run.returncode == 0, run.errors
+    report = run.report
+    assert report["same"]
+    assert report["awake_bytes"][0] > 0
+    assert report["asleep_bytes"] == [0, report["awake_bytes"][1]]
+    assert all(report["from_replica"])
+    assert all(report["replica"])
+    assert not all(report["from_spoiled_copy"])  # so the others came from the replica
