@@ -184,6 +184,12 @@ BENCHMARKS = (
         "vLLM's own offloading with us and without: speed, copies, what comes back",
     ),
     Benchmark(
+        "offload_soak",
+        "offload_soak.py",
+        GPU,
+        "half an hour of copies to the host, aborts, and a neighbour that asks every 200 ms",
+    ),
+    Benchmark(
         "offload_contexts",
         "offload_contexts.py",
         GPU,
@@ -239,6 +245,19 @@ BENCHMARKS = (
         ),
         output="--out",
         result="multi_model/many",
+    ),
+    Benchmark(
+        "multi_model_offload",
+        "multi_model/run.py",
+        GPU,
+        "eight 1B models whose conversations come back, with a host tier and without",
+        (
+            *("--profile", "gpu", "--shape", "llama-1b", "--pool-gib", "2", "--num-models", "8"),
+            *("--caching", "--tier-gib", "4", "--modes", "elastic", "offload"),
+            *("--workloads", "returning:16", "--seconds", "480", "--page-bytes", "2MiB"),
+        ),
+        output="--out",
+        result="multi_model/offload",
     ),
     Benchmark(
         "multi_model_twelve",

@@ -36,6 +36,7 @@ class Record:
         ttft_seconds: Until the first token, or None if none came.
         last_seconds: Until the last one, or None.
         error: Why it failed, or nothing.
+        turn: How many requests of its conversation came before it.
     """
 
     model: int
@@ -47,6 +48,7 @@ class Record:
     ttft_seconds: float | None = None
     last_seconds: float | None = None
     error: str = ""
+    turn: int = 0
 
     @property
     def tpot_seconds(self) -> float | None:
@@ -183,7 +185,8 @@ async def _one(  # noqa: PLR0917  what a request is made of
     gate: Gate | None,
     on_done: Callable[[Record], None],
 ) -> Record:
-    record = Record(request.model, request.at_seconds, request.num_in, request.num_out)
+    sizes = (request.num_in, request.num_out)
+    record = Record(request.model, request.at_seconds, *sizes, turn=request.turn)
     await asyncio.sleep(start + request.at_seconds - time.perf_counter())
     began = time.perf_counter()
     record.late_seconds = began - start - request.at_seconds
@@ -258,6 +261,7 @@ def read_records(path: Path) -> list[Record]:
                 ttft_seconds=number(row["ttft_seconds"]),
                 last_seconds=number(row["last_seconds"]),
                 error=row["error"],
+                turn=int(row.get("turn") or 0),  # earlier records have none
             )
             for row in csv.DictReader(file)
         ]

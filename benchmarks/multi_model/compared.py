@@ -6,7 +6,7 @@ windows of the schedule, the same ones of both replays.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from intervals import NUM_FOR_P99, Interval, around, choices
@@ -32,6 +32,7 @@ class Figure:
         percent: The percentile that is compared; None compares means.
         num_needed: How many values both replays have to have.
         is_less_better: Whether it is a time.
+        is_of_conversations: Whether other schedules have nothing of it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Figure:
     percent: float | None = None
     num_needed: int = 1
     is_less_better: bool = True
+    is_of_conversations: bool = False
 
     def of(self, records: Sequence[Record], levels: Sequence[Level] | None) -> list[float]:
         """Return the requests' values."""
@@ -56,6 +58,10 @@ class Figure:
 
 def _ttft(record: Record, _levels: Sequence[Level] | None) -> float | None:
     return None if record.ttft_seconds is None else record.ttft_seconds * 1e3
+
+
+def _ttft_again(record: Record, levels: Sequence[Level] | None) -> float | None:
+    return _ttft(record, levels) if record.turn else None
 
 
 def _tpot(record: Record, _levels: Sequence[Level] | None) -> float | None:
@@ -74,6 +80,13 @@ FIGURES = {
         Figure("mean_ttft", "mean TTFT", "ms", _ttft),
         Figure("p50_ttft", "median TTFT", "ms", _ttft, 50),
         Figure("p99_ttft", "p99 TTFT", "ms", _ttft, 99, NUM_FOR_P99),
+        *(
+            replace(figure, value=_ttft_again, is_of_conversations=True)
+            for figure in (
+                Figure("mean_ttft_again", "mean TTFT of later turns", "ms", _ttft),
+                Figure("p99_ttft_again", "p99 TTFT of later turns", "ms", _ttft, 99, NUM_FOR_P99),
+            )
+        ),
         Figure("mean_tpot", "mean TPOT", "ms", _tpot),
         Figure("p99_tpot", "p99 TPOT", "ms", _tpot, 99, NUM_FOR_P99),
         Figure("attained", f"within {GOODPUT_SCALE}x", "%", _attained, is_less_better=False),

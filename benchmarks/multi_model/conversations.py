@@ -39,14 +39,15 @@ def returning(
         for place in range(num_conversations):
             draws = random.Random(f"{seed} {model} {place}")
             at_seconds = draws.uniform(0, PAUSE_SECONDS)
-            turn = 0
+            step = 0
             while at_seconds < seconds:
-                name = f"{model} {place} {turn // MAX_TURNS}"
-                num_in = _tokens(FIRST_TOKENS + turn % MAX_TURNS * TURN_TOKENS, scale)
+                number, turn = divmod(step, MAX_TURNS)
+                name = f"{model} {place} {number}"
+                num_in = _tokens(FIRST_TOKENS + turn * TURN_TOKENS, scale)
                 num_out = _tokens(ANSWER_TOKENS, scale)
-                requests.append(Request(at_seconds, model, num_in, num_out, name))
+                requests.append(Request(at_seconds, model, num_in, num_out, name, turn))
                 at_seconds += draws.expovariate(1 / PAUSE_SECONDS)
-                turn += 1
+                step += 1
     return ordered(f"returning {num_conversations} each", num_models, requests)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 from multi_model import client
 from multi_model.ballast import Ballast
 from multi_model.gpu import Gpu
-from multi_model.modes import ELASTIC, SLEEP_SWAP, UPSTREAM, Member, Site
+from multi_model.modes import SHARED, SLEEP_SWAP, UPSTREAM, Member, Site
 from multi_model.turns import TakingTurns
 from multi_model.upstream import launch_with
 from vllm_servers import PREEMPTIONS, READY_SECONDS
@@ -88,7 +88,8 @@ class Fleet:
         self._stack.enter_context(self._running)
         try:
             self._start_all()
-            if self.mode == ELASTIC and self.site.pool_bytes is not None and not self.site.is_host:
+            has_pool = self.site.pool_bytes is not None and not self.site.is_host
+            if has_pool and self.mode in SHARED:
                 self._ballast = Ballast(self._running.open_ledger(), self.site.pool_bytes)
                 self._stack.callback(self._ballast.close)
         except BaseException:
@@ -205,7 +206,7 @@ class Fleet:
     def _resident_bytes(self) -> list[int]:
         if self.mode == UPSTREAM:  # it has no ledger of ours: what the device has in use says it
             return [0] * len(self.members)
-        if self.mode != ELASTIC:
+        if self.mode not in SHARED:
             return [member.kv_bytes or 0 for member in self.members]
         try:
             views = {row.name: row.resident_bytes for row in self._running.device().instances}

@@ -1,5 +1,7 @@
 """How a device is shared out: what each mode starts its servers with."""
 
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +14,17 @@ from kvcached_core.units import GIB, format_bytes
 from kvcached_demo.harness.engines import ENGINES, SGLANG, VLLM, Engine
 from kvcached_demo.harness.plan import Plan, plan
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+from helpers.offload_plugin import add_plugin, transfer
+
 STATIC, STATIC_TUNED, ELASTIC = "static", "static-tuned", "elastic"
 ALONE, SLEEP_SWAP, SWAP = "alone", "sleep-swap", "swap"
-GATEWAY, UPSTREAM = "gateway", "upstream"
+GATEWAY, UPSTREAM, OFFLOAD = "gateway", "upstream", "offload"
 MODES = {
     STATIC: "vanilla engines, the device split evenly",
     STATIC_TUNED: "vanilla engines, the device split by what each needs on average",
     ELASTIC: "ours: all engines share what is free, weights stand still",
+    OFFLOAD: "as elastic, and each engine keeps copies of its prefix cache in host memory",
     GATEWAY: "ours whole: one gateway, engines share what is free, weights yield",
     UPSTREAM: f"the kvcached of ovg-project, {upstream.VERSION}, in an environment of its own",
     ALONE: "each model with the device to itself: the ideal, and the base of service levels",
@@ -26,7 +32,9 @@ MODES = {
     SWAP: "vanilla engines, one running at a time, first come, first served, as llama-swap does",
 }
 # The modes that kvcached is in.
-OURS = (GATEWAY, ELASTIC)
+OURS = (GATEWAY, OFFLOAD, ELASTIC)
+# Those of them in which engines stand by themselves.
+SHARED = (ELASTIC, OFFLOAD)
 AGAIN = "-again"
 GPU_TOKENS = 4096  # of the longest request
 # What a sleeping engine still holds: its context, graphs and buffers. An operator leaves room.
@@ -53,6 +61,7 @@ class Site:
         options: More arguments of every server.
         page_bytes: The page size that elastic engines aim at; the default where it is empty.
         upstream_python: The interpreter that has the other kvcached.
+        tier_bytes: Host memory of each engine for copies of its prefix cache, in mode `offload`.
     """
 
     is_host: bool
@@ -64,6 +73,7 @@ class Site:
     options: tuple[str, ...] = ()
     page_bytes: str = ""
     upstream_python: str = ""
+    tier_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,10 +144,12 @@ def _refuse(mode: str, site: Site, kinds: Sequence[str]) -> None:
     Raises:
         ModeError: If it cannot be run.
     """
-    if mode in {SLEEP_SWAP, GATEWAY, UPSTREAM} and SGLANG.name in kinds:
+    if mode in {SLEEP_SWAP, GATEWAY, UPSTREAM, OFFLOAD} and SGLANG.name in kinds:
         raise ModeError(f"{mode} is made of vLLM's engines here; --engines vllm has them alone")
     if mode in {GATEWAY, UPSTREAM} and site.pool_bytes is not None and not site.is_host:
         raise ModeError(f"{mode} has no pool for KV caches alone; --cap-gib says what all may use")
+    if mode == OFFLOAD and not (site.caching and site.tier_bytes):
+        raise ModeError(f"{OFFLOAD} has nothing to copy, or no room: --caching and --tier-gib")
     if mode == UPSTREAM:
         if site.is_host:
             raise ModeError(f"{UPSTREAM} needs a GPU")
@@ -164,6 +176,9 @@ def _member(name: str, engine: Engine, mode: str, site: Site, part: float, folde
     if mode == SLEEP_SWAP:  # a CPU's engine refuses the flag; asked to sleep, it does nothing
         more = () if site.is_host else ("--enable-sleep-mode",)
         environ["VLLM_SERVER_DEV_MODE"] = "1"
+    if mode == OFFLOAD:
+        more, variables = _tier(site, folder)
+        environ |= variables
     if mode == UPSTREAM:
         options = options[:-2]  # its processes have nothing of ours
         environ |= upstream.environ(name, site.cap_bytes, site.device_bytes)
@@ -186,6 +201,14 @@ def _member(name: str, engine: Engine, mode: str, site: Site, part: float, folde
         kv_bytes=kv_bytes,
         python=site.upstream_python if mode == UPSTREAM else "",
     )
+
+
+def _tier(site: Site, folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the arguments and variables of a host tier; vLLM's own copier needs a GPU."""
+    if not site.is_host:
+        return ("--kv-offloading-size", f"{site.tier_bytes / GIB:g}"), {}
+    config = transfer(num_bytes=site.tier_bytes, delay_ms=(0, 1))
+    return ("--kv-transfer-config", json.dumps(config)), add_plugin(folder / "plugin")
 
 
 def _elastic_environ(site: Site) -> dict[str, str]:

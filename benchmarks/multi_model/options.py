@@ -38,6 +38,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     memory.add_argument("--cap-gib", type=float, help="how much of the GPU this run may use")
     made.add_argument("--page-bytes", default="", help="of elastic engines, such as 2MiB")
     made.add_argument("--caching", action="store_true", help="prefix caching on")
+    made.add_argument("--tier-gib", type=float, default=8.0, help="each engine's, mode offload")
     made.add_argument("--seconds", type=float, help="of workloads that may last as long as wanted")
     made.add_argument("--num-out", type=int, help="tokens of each answer, but for traces' own")
     made.add_argument(
@@ -83,6 +84,7 @@ def site_of(options: argparse.Namespace) -> Site:
             caching=options.caching,
             options=more,
             page_bytes=options.page_bytes,
+            tier_bytes=int(options.tier_gib * GIB),
         )
     device_bytes = Gpu().total_bytes
     cap_bytes = int(options.cap_gib * GIB) if options.cap_gib else device_bytes
@@ -96,6 +98,7 @@ def site_of(options: argparse.Namespace) -> Site:
         options=more,
         page_bytes=options.page_bytes,
         upstream_python=options.upstream_python,
+        tier_bytes=int(options.tier_gib * GIB),
     )
 
 

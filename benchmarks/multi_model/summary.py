@@ -117,7 +117,10 @@ def _compared(
     }
     made = []
     for (ours, other), figure in itertools.product(pairs, FIGURES.values()):
-        values = [figure.total(figure.of(found[mode], levels)) for mode in (ours, other)]
+        of_modes = [figure.of(found[mode], levels) for mode in (ours, other)]
+        if figure.is_of_conversations and not any(of_modes):
+            continue
+        values = [figure.total(each) for each in of_modes]
         between = ratio(figure, found[ours], found[other], levels)
         control = controls.get((other, figure.name)) or controls.get((ours, figure.name))
         made.append(

@@ -17,6 +17,7 @@ class Request:
         num_in: Tokens of its prompt.
         num_out: Tokens of its answer.
         conversation: Whose prompts begin alike, or nothing where this prompt is its own.
+        turn: How many requests of its conversation came before it.
     """
 
     at_seconds: float
@@ -24,6 +25,7 @@ class Request:
     num_in: int
     num_out: int
     conversation: str = ""
+    turn: int = 0
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,13 @@ def test_an_answer_that_is_cut_short_is_a_failure() -> None:
 
 def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
     whole = Record(1, 0.5, 8, 4, 0.001, 4, 0.25, 0.5)
-    failed = Record(0, 1.0, 8, 4, error='lost, and "quoted"')
-    write_records(tmp_path / "records.csv", [whole, failed])
-    assert read_records(tmp_path / "records.csv") == [whole, failed]
+    failed = Record(0, 1.0, 8, 4, error='lost, and "quoted"', turn=3)
+    path = tmp_path / "records.csv"
+    write_records(path, [whole, failed])
+    assert read_records(path) == [whole, failed]
+    earlier = [line.rpartition(",")[0] for line in path.read_text().splitlines()]
+    path.write_text("\n".join(earlier))  # without turns
+    assert [record.turn for record in read_records(path)] == [0, 0]
 
 
 def test_one_model_is_awake_at_a_time_and_all_get_their_turn() -> None:

@@ -99,6 +99,7 @@ def test_a_returning_conversation_grows_and_pauses() -> None:
     for of in by_name.values():
         assert all(later.num_in - before.num_in == 256 for before, later in pairwise(of))
         assert all(later.at_seconds > before.at_seconds for before, later in pairwise(of))
+        assert [request.turn for request in of] == list(range(len(of)))
 
 
 def test_agents_ask_three_models_in_turn_several_requests_at_once() -> None:

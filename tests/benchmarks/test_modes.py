@@ -1,5 +1,6 @@
 """What each mode starts its servers with."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,3 +140,23 @@ def test_a_mode_that_cannot_be_run_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(ModeError, match=message):
         plans(mode, site, *kinds)
+
+
+def test_offloading_is_elastic_with_a_tier_on_a_gpu_and_on_a_host(tmp_path: Path) -> None:
+    gpu = replace(GPU, caching=True, tier_bytes=3 * GIB // 2)
+    (found,) = plans("offload", gpu, "vllm")
+    assert value(found, "--kv-offloading-size") == "1.5"
+    assert found.environ["ENABLE_KVCACHED"] == "1"
+    (plain,) = plans("elastic", gpu, "vllm")
+    assert set(found.arguments) - set(plain.arguments) == {"--kv-offloading-size", "1.5"}
+    host = replace(POOL, caching=True, tier_bytes=GIB)
+    (found,) = members("offload", host, ["vllm"], [1.0], tmp_path)
+    config = json.loads(value(found, "--kv-transfer-config"))
+    assert config["kv_connector_extra_config"]["cpu_bytes_to_use"] == GIB
+    assert str(tmp_path / "plugin") in found.environ["PYTHONPATH"]
+
+
+@pytest.mark.parametrize("site", [replace(GPU, tier_bytes=GIB), replace(GPU, caching=True)])
+def test_offloading_needs_a_cache_and_room(site: Site) -> None:
+    with pytest.raises(ModeError, match="--caching and --tier-gib"):
+        plans("offload", site, "vllm")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,16 @@ def made(folder: Path, seconds: dict[str, float], bars: list[Any], num: int = NU
     (folder / "run.json").write_text(json.dumps({KEY: fact, "pool_bytes": 4 * GIB}))
     write_report(folder)
     return json.loads((folder / "summary.json").read_text())
+
+
+def with_turns(of: list[Record], slower: float) -> list[Record]:
+    """Return records of which every other one is a later turn that takes so many times as long."""
+    return [
+        replace(each, turn=1, ttft_seconds=(each.ttft_seconds or 0) * slower)
+        if number % 2
+        else each
+        for number, each in enumerate(of)
+    ]
 
 
 def bar(figure: str, relation: str, value: float) -> dict[str, Any]:
@@ -134,6 +145,27 @@ def test_a_schedule_of_few_windows_has_no_interval(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert compared(summary, "mean_ttft")["ratio"] is None
     assert compared(summary, "mean_ttft")["said"] == "not told apart"
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_turns_that_come_back_are_compared_by_themselves(tmp_path: Path) -> None:
+    for mode, slower in (("elastic", 3.0), ("offload", 1.5)):
+        (tmp_path / mode).mkdir()
+        write_records(tmp_path / mode / f"{KEY}.csv", with_turns(records(0.1, 2 * NUM), slower))
+    fact = {"num_requests": 2 * NUM, "num_models": 2, "name": "ramp P=2"}
+    (tmp_path / "run.json").write_text(json.dumps({KEY: fact}))
+    write_report(tmp_path)
+    lines = json.loads((tmp_path / "summary.json").read_text())["workloads"][KEY]["compared"]
+    found = {line["figure"]: line["ratio"] for line in lines if line["ours"] == "offload"}
+    assert found["mean_ttft_again"]["value"] == pytest.approx(0.5)
+    assert found["p99_ttft_again"]["value"] == pytest.approx(0.5)
+    assert 0.5 < found["mean_ttft"]["value"] < 0.7
+
+
+def test_without_turns_nothing_is_said_of_them(summary: Any) -> None:
+    figures = {line["figure"] for line in summary["workloads"][KEY]["compared"]}
+    assert "mean_ttft" in figures
+    assert not {name for name in figures if name.endswith("_again")}
 
 
 def test_the_most_models_are_told_for_each_scale(summary: Any) -> None:
