@@ -7,6 +7,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from kvcached_demo.harness.model import save_tokenizer
 
@@ -62,5 +63,6 @@ def make_encoder(folder: Path) -> Path:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     words = {f"w{index}": index for index in range(3, VOCABULARY)}
     tokenizer = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2} | words, unk_token="<unk>"))  # noqa: S106  a token
+    tokenizer.pre_tokenizer = WhitespaceSplit()
     save_tokenizer(tokenizer, folder, model_max_length=POSITIONS)
     return folder

@@ -1,4 +1,4 @@
-"""Run as a script: a vLLM engine that embeds or classifies texts, and reports the numbers.
+"""Run as a script: a vLLM engine that embeds or judges texts, and reports what it makes of them.
 
 Arguments: a model folder, and a JSON object: `task` (a name in `TASKS`), and `options` of `LLM`.
 """
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 PROMPTS = [[5 + index] * (8 + 3 * index) for index in range(6)]
+QUERY = "w9 w8 w7"
+DOCUMENTS = [" ".join(f"w{5 + index}" for _ in range(8 + 3 * index)) for index in range(6)]
 
 
 def embed(llm: Any) -> list[list[float]]:
@@ -22,7 +24,14 @@ def classify(llm: Any) -> list[list[float]]:
     return [each.outputs.probs for each in llm.classify(_requests())]
 
 
-TASKS: dict[str, Callable[[Any], list[list[float]]]] = {"embed": embed, "classify": classify}
+def score(llm: Any) -> list[list[float]]:
+    """Return how well each document answers the query."""
+    return [[each.outputs.score] for each in llm.score(QUERY, DOCUMENTS)]
+
+
+TASKS: dict[str, Callable[[Any], list[list[float]]]] = {
+    each.__name__: each for each in (embed, classify, score)
+}
 
 
 def _requests() -> list[dict[str, list[int]]]:

@@ -1,4 +1,4 @@
-"""A tiny model that judges texts instead of going on with them, made on the spot."""
+"""Tiny models that judge texts instead of going on with them, made on the spot."""
 
 import json
 from pathlib import Path
@@ -6,20 +6,34 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from helpers.encoder_models import HIDDEN, make_encoder
 from kvcached_demo.harness.model import CONFIG, make_model
 
 WEIGHTS = "model.safetensors"
-HIDDEN = 128
+DECODER_HIDDEN = 128
 
 
 def make_classifier(folder: Path, *, num_labels: int) -> Path:
-    """Write a Llama whose last hidden state is judged."""
+    """Write a Llama whose last hidden state is judged; with one label it is a reranker."""
     make_model(folder, seed=1)
     weights = load_file(folder / WEIGHTS)
     del weights["lm_head.weight"]
-    weights["score.weight"] = _matrix(num_labels, HIDDEN)
+    weights["score.weight"] = _matrix(num_labels, DECODER_HIDDEN)
     names = {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": 0}
     _rewrite(folder, weights, CONFIG | names | _labels(num_labels))
+    return folder
+
+
+def make_cross_encoder(folder: Path) -> Path:
+    """Write a BERT that reads two texts at once and gives a score: it has no KV cache."""
+    make_encoder(folder)
+    weights = {f"bert.{name}": one for name, one in load_file(folder / WEIGHTS).items()}
+    for name, rows in (("bert.pooler.dense", HIDDEN), ("classifier", 1)):
+        weights[f"{name}.weight"] = _matrix(rows, HIDDEN)
+        weights[f"{name}.bias"] = np.zeros(rows, np.float32)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"architectures": ["BertForSequenceClassification"]}
+    _rewrite(folder, weights, config | names | _labels(1))
     return folder
 
 

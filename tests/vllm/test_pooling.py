@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from helpers.encoder_models import make_encoder
 from helpers.engines import Run, finish, offline_in
-from helpers.scoring_models import make_classifier
+from helpers.scoring_models import make_classifier, make_cross_encoder
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.every_release]
 
@@ -57,9 +57,21 @@ def test_a_model_that_embeds_with_a_kv_cache_shares_it(tmp_path: Path, model: Pa
     assert elastic.report["resident"] <= 2 * elastic.report["page_bytes"]
 
 
-def test_a_decoder_that_classifies_texts_shares_its_kv_cache(tmp_path: Path) -> None:
-    model = make_classifier(tmp_path / "judge", num_labels=3)
-    vanilla, elastic = runs(tmp_path, model, "classify")
+def test_a_cross_encoder_scores_texts_and_says_that_nothing_of_it_is_elastic(
+    tmp_path: Path,
+) -> None:
+    vanilla, elastic = runs(tmp_path, make_cross_encoder(tmp_path / "reranker"), "score")
+    check_vectors(vanilla.report, elastic.report)
+    assert not elastic.report["is_elastic"]
+    assert NOTHING in elastic.output + elastic.errors
+
+
+@pytest.mark.parametrize(("task", "num_labels"), [("classify", 3), ("score", 1)])
+def test_a_decoder_that_judges_texts_shares_its_kv_cache(
+    tmp_path: Path, task: str, num_labels: int
+) -> None:
+    model = make_classifier(tmp_path / "judge", num_labels=num_labels)
+    vanilla, elastic = runs(tmp_path, model, task)
     assert (elastic.output + elastic.errors).count(JUDGES) == 1
     check_vectors(vanilla.report, elastic.report)
     assert elastic.report["is_elastic"]
