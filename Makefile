@@ -188,6 +188,7 @@ gpu-check:
 two-gpus-check:
 	[ -x "$$(command -v $(GPU_PYTHON))" ] || examples/gpu_engine/install.sh $(GPU_VENV)
 	PYTHONPATH=$${PYTHONPATH:-}:tests $(GPU_PYTHON) -m pytest -m gpu tests/gpu/test_two_gpus.py
+	$(GPU_PYTHON) -m benchmarks run all-two-gpus
 
 # Many models behind one URL on a GPU: MODELS=4 for fewer; CARDS=2 moves one between two GPUs.
 gpu-gateway:

@@ -11,9 +11,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # the scripts import each other as neighbours
 
-from catalog import BENCHMARKS, GPU, HOST, Benchmark  # noqa: E402  after the path
+from catalog import BENCHMARKS, GPU, HOST, TWO_GPUS, Benchmark  # noqa: E402  after the path
 
-GROUPS = {"all-host": HOST, "all-gpu": GPU}
+GROUPS = {"all-host": HOST, "all-gpu": GPU, "all-two-gpus": TWO_GPUS}
 
 
 def command(benchmark: Benchmark, results: Path, more: Sequence[str]) -> list[str]:

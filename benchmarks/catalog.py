@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-HOST, GPU = "host", "GPU"
+HOST, GPU, TWO_GPUS = "host", "GPU", "two GPUs"
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Benchmark:
     Attributes:
         name: What `run` is told.
         script: Its path in this folder.
-        where: `host` or `GPU`.
+        where: `host`, `GPU` or `two GPUs`.
         shows: What it measures.
         arguments: What it is started with, before what the caller adds.
         output: The argument that names where results go.
@@ -123,9 +123,15 @@ BENCHMARKS = (
         "weights_many", "weights_many.py", GPU, "more models than fit, and their weights in turn"
     ),
     Benchmark(
+        "replica_wake",
+        "replica_wake.py",
+        TWO_GPUS,
+        "a sleeping model whose replica is on the GPU beside",
+    ),
+    Benchmark(
         "weights_ranks",
         "weights_ranks.py",
-        GPU,
+        TWO_GPUS,
         "a model over several GPUs that yields, and what their links share",
     ),
     Benchmark(
@@ -153,7 +159,7 @@ BENCHMARKS = (
     Benchmark(
         "replica_copy",
         "replica_copy.py",
-        GPU,
+        TWO_GPUS,
         "weights copied to a second GPU out of another process' memory",
     ),
     Benchmark("held", "held.py", GPU, "what a server whose weights are gone still holds"),

@@ -73,10 +73,10 @@ def links(num_ranks: int) -> dict[str, Any]:
 
 
 class Ranks(Run):
-    """One server with a rank on each GPU; its row is in the ledger of each."""
+    """Servers on more than one GPU: a row is in the ledger of each."""
 
     def rows(self) -> list[InstanceView]:
-        """Return the server's row on each device."""
+        """Return the rows of all devices."""
         found = control.devices(self.servers.directory)
         return [row for device in found for row in device.instances]
 

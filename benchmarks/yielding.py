@@ -111,15 +111,20 @@ class Run:
         *arguments: str,
         is_elastic: bool = True,
         is_caching: bool = False,
+        model_name: str | None = None,
         **settings: str,
     ) -> None:
-        """Start a server of a model with weights of its own, with a prefix cache or without."""
+        """Start a server of a model with weights of its own, with a prefix cache or without.
+
+        Servers with the same `model_name` and seed are replicas; without one it is the server's.
+        """
         if is_caching:
             self.caching.add(name)
-        place, engine = self.folder / name, self.engine
+        model_name = model_name or name
+        place, engine = self.folder / model_name, self.engine
         options: tuple[str, ...]
         if self.tiny:
-            model = self.with_files(name, seed)
+            model = self.with_files(model_name, seed)
             size = (TINY_KV_BYTES, KV_BYTES_PER_TOKEN)
             options = (*engine.host_options, *engine.size(*size, is_elastic=True, is_host=True))
             environ = self.environ | engine.host_environ
@@ -130,10 +135,10 @@ class Run:
             environ = environ | {"DUMMY_SEED": str(seed), "PYTHONPATH": with_tests()}
             options = ("--load-format", "dummy", *engine.gpu_options(8192), *EXTENSION)
         elif engine is VLLM:
-            model, environ = self.with_files(name, seed), self.environ
+            model, environ = self.with_files(model_name, seed), self.environ
             options = engine.gpu_options(8192)
         else:  # its dummy weights are the same in every server
-            model = self.with_files(name, seed)
+            model = self.with_files(model_name, seed)
             options = (*engine.gpu_options(8192), "--skip-server-warmup")
             report, path = str(self.memory_path(name)), f"{ON_SIGNAL}:{with_tests()}"
             environ = self.environ | {"MEMORY_REPORT": report, "PYTHONPATH": path}

@@ -1,0 +1,91 @@
+"""A sleeping model whose replica is on the GPU beside: what a request to it waits for.
+
+    python benchmarks/replica_wake.py --json benchmarks/results/gpu/replica_wake_h200.json
+
+Two vLLM servers have the same weights, each on a GPU of its own; `KVCACHED_WEIGHTS_REPLICAS=1`. One
+sleeps and is asked, first while the other one is awake, then without it, out of host memory.
+`--tiny` rehearses with two servers on one CPU, whose times say nothing.
+"""
+
+import argparse
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from machine import describe_gpu, describe_machine
+from vllm_servers import READY_SECONDS, Record
+from weights_ranks import Ranks
+from yielding import FIRST, SECOND
+
+from kvcached_demo.harness.engines import VLLM
+
+BAR_SECONDS = 0.15
+MODEL, SEED = "model", 1
+# Behind its host copy, until a server is found by replicas.
+FOUND_SECONDS = 2.0
+
+
+def measure(run: Ranks, record: Record, options: argparse.Namespace) -> None:
+    """Start both, and ask the one that sleeps, beside its replica and alone."""
+    for card, name in enumerate((FIRST, SECOND)):
+        place = {} if options.tiny else {"CUDA_VISIBLE_DEVICES": str(card)}
+        eager = () if options.tiny else ("--enforce-eager",)
+        run.start(name, SEED, *eager, model_name=MODEL, KVCACHED_WEIGHTS_REPLICAS="1", **place)
+    record.add(ready_seconds=run.servers.wait_ready(seconds=READY_SECONDS))
+    answers = [run.ask(name).token_ids for name in (FIRST, SECOND)]
+    if answers[0] != answers[1]:
+        raise RuntimeError("the servers answer differently: they are no replicas")
+    record.add(copied_seconds=run.wait_all_copied())
+    time.sleep(FOUND_SECONDS)
+    record.add(awake_seconds=[run.first_token_seconds(FIRST) for _ in range(10)])
+    record.add(replica_seconds=wakes(run, options.number))
+    run.servers[SECOND].kill()
+    record.add(host_seconds=wakes(run, options.number))
+
+
+def wakes(run: Ranks, num: int) -> list[float]:
+    """Return the times to the first token of one that sleeps before each."""
+    seconds = []
+    for _ in range(num):
+        run.sleep(FIRST)
+        seconds.append(run.first_token_seconds(FIRST))
+    return seconds
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the figures as text."""
+    lines = [f"failed {results['failed']}, wrong tokens {results['wrong']}, bar {BAR_SECONDS} s"]
+    for name in ("awake_seconds", "replica_seconds", "host_seconds"):
+        row = sorted(results.get(name, []))
+        if row:
+            middle = statistics.median(row)
+            lines.append(f"{name:16} n {len(row)}  median {middle:.4f}  max {row[-1]:.4f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
+    parser.add_argument("--number", type=int, default=20, help="how often it sleeps, of each kind")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    record = Record(options.json)
+    record.add(machine=describe_machine() if options.tiny else describe_gpu())
+    record.add(engine=f"{VLLM.title} {VLLM.release()}", bar_seconds=BAR_SECONDS)
+    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
+        run = Ranks(Path(folder), tiny=options.tiny, runner=None)
+        try:
+            measure(run, record, options)
+        finally:
+            run.close(record)
+    print(table(record.results))
+
+
+if __name__ == "__main__":
+    main()
