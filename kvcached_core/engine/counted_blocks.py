@@ -21,6 +21,12 @@ class CountedBlocks(ABC):
 
     The scheduler's thread calls all of this.
 
+    Attributes:
+        is_nominal: While the engine adds up its blocks: those of closed pages count, too.
+        is_bound: While a schedule counts only on what is promised.
+        num_reserved: Free blocks that a batch takes when its outcome is looked at: nothing else
+            may count on them, and their pages stay.
+
     Args:
         make_pages: Returns the pages that the blocks are on.
         ranks: They say what would be promised.
@@ -35,8 +41,8 @@ class CountedBlocks(ABC):
         giving: Giving,
         count_cached: Callable[[], int],
     ) -> None:
-        self.is_nominal = False  # while the engine adds up its blocks: closed pages count, too
-        self.is_bound = False  # while a schedule counts only on what is promised
+        self.is_nominal = self.is_bound = False
+        self.num_reserved = 0
         self._ranks = ranks
         self._giving = giving
         self._count_cached = count_cached
@@ -82,7 +88,7 @@ class CountedBlocks(ABC):
             return largest
         if self._giving.owed_pages:
             return 0  # free blocks here and there do not pay whole pages
-        num_blocks = num_free + self.pages.num_ready_blocks
+        num_blocks = max(num_free + self.pages.num_ready_blocks - self.num_reserved, 0)
         if not self.is_bound:
             num_blocks += self._ranks.room_pages * self.pages.geometry.blocks_per_page
         return min(num_blocks, largest)
@@ -110,7 +116,8 @@ class CountedBlocks(ABC):
 
     def num_empty_pages(self, *, is_live: bool) -> int:  # noqa: ARG002  counting them is dear
         """See `Blocks.num_empty_pages`: as many as the free blocks would fill."""
-        return self.num_free_blocks // self.pages.geometry.blocks_per_page
+        num_blocks = max(self.num_free_blocks - self.num_reserved, 0)
+        return num_blocks // self.pages.geometry.blocks_per_page
 
     def add(self, page: int) -> None:
         """See `Blocks.add`; the blocks of all pages that a call opened are listed together."""
@@ -123,12 +130,16 @@ class CountedBlocks(ABC):
     def empty_pages(self) -> list[int]:
         """See `Blocks.empty_pages`: the highest first. The list is put in order, too.
 
-        The blocks on the fullest pages are taken next, so that pages empty out.
+        The blocks on the fullest pages are taken next, so that pages empty out. Pages that are left
+        out stay for blocks that are reserved.
         """
         self.gather()
         pages = self.pages
         self.free_ids, empty = fullest_first(self.free_ids, pages.geometry, pages.num_pages)
-        return empty[::-1]
+        per_page = pages.geometry.blocks_per_page
+        num_elsewhere = self.num_free_blocks - len(empty) * per_page
+        num_kept = max(-(-(self.num_reserved - num_elsewhere) // per_page), 0)
+        return empty[num_kept:][::-1]
 
     def count_pages(self) -> tuple[int, int]:
         """See `Blocks.count_pages`: how many pages' worth, by blocks, is used and is cached."""

@@ -87,7 +87,7 @@ class ElasticEngine:
             self.activation.note_refused(0 if is_live else self.stalled_bytes())
         for pages in self.pools:
             pages.end_schedule(is_live=is_live, is_last=is_last)
-        orders = pages.book.take_orders(self._count_pages, is_live=is_live or self.can_counts_wait)
+        orders = self._take_orders(is_live=is_live or self.can_counts_wait)
         if self.giving.has_paid:
             self._acknowledge(orders, is_last=False)
         return orders
@@ -296,5 +296,5 @@ class ElasticEngine:
 
     def _count_pages(self) -> tuple[int, int]:
         counts = [pages.count_pages() for pages in self.pools]
-        # Page 0 of several pools is none of theirs.
-        return sum(used for used, _ in counts) + (len(counts) > 1), sum(held for _, held in counts)
+        is_page_0_shared = not self.pools[0].has_page_0  # by several pools: it is none of theirs
+        return sum(used for used, _ in counts) + is_page_0_shared, sum(held for _, held in counts)

@@ -204,10 +204,10 @@ class Giving:
         return num_closed
 
     def _has_given_all(self) -> bool:
-        """Return whether page 0 alone is left, which never goes."""
+        """Return whether page 0 of each arena alone is left, which never goes."""
         num_pages = sum(pages.num_resident_pages for pages in self._pools)
         num_pages -= self._holds.num_awaited
-        return num_pages == (len(self._pools) == 1)  # of several pools it is none of theirs
+        return num_pages == sum(pages.has_page_0 for pages in self._pools)
 
     def _has_more(self) -> bool:
         """Return whether more blocks hold nothing live than when pages were looked for last."""

@@ -5,6 +5,7 @@ ends if there are fewer. So what a batch may take is promised before the schedul
 """
 
 import logging
+from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
@@ -14,8 +15,8 @@ from kvcached_core.engine.engine import ElasticEngine
 from kvcached_core.engine.instance import Instance
 from kvcached_core.engine.joining import Group, join_ranks
 from kvcached_core.engine.looping_port import Demand, LoopingPort
-from kvcached_core.engine.page_book import PageBook
-from kvcached_core.engine.pages import NUM_QUIET_PAGES, Pages
+from kvcached_core.engine.pages import Pages
+from kvcached_core.engine.places import Places
 from kvcached_core.engine.placing import Placing, Planes, virtual_bytes
 from kvcached_core.engine.ranks import NUM_IDLE_TURNS
 from kvcached_core.memory.arena import Arena
@@ -47,6 +48,7 @@ class LoopingEngine(ElasticEngine):
         request_tokens: The longest request.
         length_setting: The engine's setting for it.
         num_pools: 1, or 2 where some layers have a pool of their own.
+        num_arenas: See `Placing`.
         num_idle_turns: See `Ranks`.
 
     Raises:
@@ -69,6 +71,7 @@ class LoopingEngine(ElasticEngine):
         request_tokens: int,
         length_setting: str,
         num_pools: int = 1,
+        num_arenas: int = 1,
         num_idle_turns: int = NUM_IDLE_TURNS,
     ) -> None:
         self.config = config
@@ -81,11 +84,16 @@ class LoopingEngine(ElasticEngine):
         )
         super().__init__(ranks, port)
         self.placing = Placing(
-            ranks, config, self.device, logger, length_setting=length_setting, num_pools=num_pools
+            ranks,
+            config,
+            self.device,
+            logger,
+            length_setting=length_setting,
+            num_pools=num_pools,
+            num_arenas=num_arenas,
         )
         self._logger = logger
-        self._shared: PageBook | None = None  # that of two pools
-        self._backend = make_backend(device)
+        self._places = Places(self.placing, ranks, make_backend(device), port.stream)
         self._request_tokens = request_tokens
         self._held_since: float | None = None
         self._room_pages = 0  # at the last schedule
@@ -114,7 +122,8 @@ class LoopingEngine(ElasticEngine):
             KVCachedError: As `Placing.place`.
         """
         longest_blocks = ceil(self._request_tokens / shape.block_tokens)
-        geometry = self.placing.place(
+        self.port.block_tokens = shape.block_tokens
+        return self.place_planes(
             Planes(
                 shape.block_bytes,
                 shape.num_planes,
@@ -123,33 +132,28 @@ class LoopingEngine(ElasticEngine):
                 (shape.block_tokens,),
                 is_exact=True,
                 others=shape.others,
-            ),
-            self._backend.granularity_bytes,
-            self.ranks.seat.num_ranks,
-        )
-        port, num_pages = self.port, self.placing.num_pages
-        if port.memory is None:
-            port.block_tokens = shape.block_tokens
-            port.memory = RankMemory(
-                geometry, num_pages, self.ranks.seat, self._backend, port.stream
             )
-            self._logger.info("kvcached: %s", port.memory.addresses)
-            if self.placing.num_pools > 1:
-                self._shared = PageBook(num_pages, self.ranks.clock)
-        return geometry, port.memory.arena
+        )
+
+    def place_planes(self, planes: Planes) -> tuple[Geometry, Arena]:
+        """As `place`, for a pool whose blocks may be something else than tokens.
+
+        Raises:
+            KVCachedError: As `Placing.place`.
+        """
+        place = self._places.add(planes)
+        self.port.memory = memory = self._places.memory
+        if memory is not None and place.is_new:
+            self._logger.info("kvcached: %s", memory.addresses)
+        return place.geometry, place.arena
 
     def make_pages(self, geometry: Geometry, blocks: CountedBlocks) -> Pages:
         """Return the pages of the next pool, that of all layers first, which has these blocks."""
-        pages = Pages(
-            geometry,
-            self.placing.num_pages,
-            self.ranks,
-            blocks,
-            num_quiet_pages=0 if self.pools else NUM_QUIET_PAGES,
-            shared=self._shared,
-            clock=self.ranks.clock,
-            **self.placing.page_options,
-        )
+        place = self._places.find(geometry)
+        options = self.placing.page_options | self._places.page_options(place)
+        if self.pools:
+            options["num_quiet_pages"] = 0
+        pages = Pages(geometry, place.arena.num_pages, self.ranks, blocks, **options)
         self.free_lists.append(blocks)
         self.pools.append(pages)
         return pages
@@ -184,22 +188,23 @@ class LoopingEngine(ElasticEngine):
         after the schedule, and a neighbour that asked meanwhile would have stopped a request. Then
         others are only asked, and nothing is counted on but what is free.
         """
-        num_wanted = demand.num_running + demand.num_queued
-        if not demand.num_least or self._fits(demand):
-            self._promise_all(num_wanted)
+        demands = [self.port.demand_of(number, demand) for number in range(len(self.pools))]
+        if not demand.num_least or self._fits(demands):
+            self._promise_all([each.num_running + each.num_queued for each in demands])
         else:
-            self._ask_beyond(demand.num_running, num_wanted)
+            self._ask_beyond(demands)
 
     def stalled_bytes(self) -> int:
         """See `ElasticEngine`; all that are queued may need more than there ever is."""
         num_pages = min(self.ranks.refused_pages, self.placing.least_pages)
         return num_pages * self.pools[0].geometry.page_bytes
 
-    def _ask_beyond(self, num_running: int, num_wanted: int) -> None:
+    def _ask_beyond(self, demands: Sequence[Demand]) -> None:
         """Promise what runs its next blocks, and only ask others for the rest."""
-        self._promise_all(num_running)
+        self._promise_all([each.num_running for each in demands])
         num_lacking = 0
-        for free_list in self.free_lists:
+        for free_list, each in zip(self.free_lists, demands, strict=True):
+            num_wanted = each.num_running + each.num_queued
             num_lacking += free_list.pages.num_lacking(num_wanted - free_list.num_free_blocks)
             free_list.is_bound = True  # one with a cached prefix needs less, and may come in
         self.ranks.ask(num_lacking - self.ranks.room_pages)
@@ -224,7 +229,8 @@ class LoopingEngine(ElasticEngine):
         num_needed = port.num_blocks_to_go_on()
         if num_needed is None:
             return self.giving.is_debt_held or (self.giving.is_yielding() and port.is_running())
-        if min(map(self._num_evictable_too, range(len(self.pools)))) >= num_needed:
+        needed = [port.num_to_go_on(number, num_needed) for number in range(len(self.pools))]
+        if all(self._num_evictable_too(number) >= each for number, each in enumerate(needed)):
             self._held_since = None
             return False
         if self._held_since is None or port.is_running() or port.is_pending():
@@ -259,8 +265,11 @@ class LoopingEngine(ElasticEngine):
         if self.pools and self.pools[0].book.orders:
             self.port.begin_step(self._take_orders(is_live=True))
 
-    def _promise_all(self, num_blocks: int) -> None:
-        missing = [num_blocks - free_list.num_free_blocks for free_list in self.free_lists]
+    def _promise_all(self, num_blocks: Sequence[int]) -> None:
+        missing = [
+            number - free_list.num_free_blocks
+            for free_list, number in zip(self.free_lists, num_blocks, strict=True)
+        ]
         if max(missing) <= 0:
             return
         self.promise(missing)
@@ -268,12 +277,13 @@ class LoopingEngine(ElasticEngine):
             # What is not promised cannot be counted on: an allocation that fails ends the engine.
             free_list.is_bound = free_list.pages.num_ready_blocks < number
 
-    def _fits(self, demand: Demand) -> bool:
-        """Return whether one waiting request can be let in, by the pool of all layers.
-
-        What leaves a window comes back, so of the other pool a request never needs all its tokens.
-        """
-        return demand.num_running + demand.num_least <= self._num_evictable_too(0)
+    def _fits(self, demands: Sequence[Demand]) -> bool:
+        """Return whether one waiting request can be let in, by each pool of which it has to ask."""
+        return all(
+            each.num_running + each.num_least <= self._num_evictable_too(number)
+            for number, each in enumerate(demands)
+            if each.num_least
+        )
 
     def _num_evictable_too(self, number: int) -> int:
         """Return the blocks of a pool that are available, or only cached."""

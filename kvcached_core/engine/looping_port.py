@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvcached_core.memory.orders import PageOrders
@@ -16,17 +16,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Demand:
-    """What the next batch takes at most, in blocks of each pool.
+    """What the next batch takes at most, in blocks of a pool.
 
     Attributes:
         num_running: For what runs, and for the prompt that was begun.
         num_queued: For requests that wait, as many as a batch may take.
-        num_least: For the one of them that needs least; 0 if there is none.
+        num_least: For the one of them that needs least; 0 if there is none, or nobody has to ask.
+        num_requests: How many of those that wait these are.
     """
 
     num_running: int
     num_queued: int
     num_least: int
+    num_requests: int = 0
 
 
 class LoopingPort(ABC):
@@ -73,11 +75,26 @@ class LoopingPort(ABC):
 
     @abstractmethod
     def demand(self) -> Demand | None:
-        """Return what the next batch takes at most; None while the engine sleeps."""
+        """Return what the next batch takes of the pool of all layers; None while it sleeps."""
+
+    def demand_of(self, number: int, demand: Demand) -> Demand:
+        """Return what the next batch takes of the pool with this number, where that is `demand`.
+
+        Of a pool of windows as much; but what leaves a window comes back, so a request never needs
+        all of its tokens there.
+        """
+        return replace(demand, num_least=0) if number else demand
 
     @abstractmethod
     def num_blocks_to_go_on(self) -> int | None:
-        """Return what the next part of a prompt needs that was begun; None if there is none."""
+        """Return what the next part of a prompt needs that was begun; None if there is none.
+
+        It is told in blocks of the pool of all layers.
+        """
+
+    def num_to_go_on(self, number: int, num_blocks: int) -> int:  # noqa: ARG002  each the same here
+        """Return what it needs of the pool with this number, where that is `num_blocks`."""
+        return num_blocks
 
     @abstractmethod
     def give_up_part(self) -> None:

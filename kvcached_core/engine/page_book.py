@@ -23,10 +23,19 @@ class PageBook:
     Args:
         num_pages: Pages of the arena. Page 0 is mapped for good, and is none of these.
         clock: Returns seconds.
+        orders: Those about pages of a rank's other arenas, too, where it has several.
+        first_page: The number of this arena's page 0 in them.
     """
 
-    def __init__(self, num_pages: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.orders = PendingOrders()
+    def __init__(
+        self,
+        num_pages: int,
+        clock: Callable[[], float] = time.monotonic,
+        orders: PendingOrders | None = None,
+        first_page: int = 0,
+    ) -> None:
+        self.orders = PendingOrders() if orders is None else orders
+        self.first_page = first_page
         self.holds = Holds()
         self.num_promised = 0
         self._unmapped = list(range(1, num_pages))
@@ -46,6 +55,18 @@ class PageBook:
     def put_back(self, page: int) -> None:
         """Have a page that is unmapped again."""
         heappush(self._unmapped, page)
+
+    def need(self, page: int) -> None:
+        """See `PendingOrders.need`."""
+        self.orders.need(self.first_page + page)
+
+    def open(self, page: int, *, is_spare: bool) -> bool:
+        """See `PendingOrders.open`."""
+        return self.orders.open(self.first_page + page, is_spare=is_spare)
+
+    def close(self, page: int) -> bool:
+        """See `PendingOrders.close`."""
+        return self.orders.close(self.first_page + page)
 
     def take_orders(
         self, count_pages: Callable[[], tuple[int, int]], *, is_live: bool

@@ -33,6 +33,7 @@ class Pages:
 
     Attributes:
         freed_ids: Whoever copies blocks after they were freed adds their ids here.
+        has_page_0: Whether page 0 is this pool's, and open from the first.
 
     Args:
         geometry: What lies in a page.
@@ -47,6 +48,7 @@ class Pages:
             request may want them.
         shared: The book of an arena with several pools. Then page 0 is for the padding block of
             each of them, and for no other; otherwise it is open.
+        book: That of an arena for this pool alone; None for one that is made here.
         clock: Returns seconds.
     """
 
@@ -62,6 +64,7 @@ class Pages:
         num_quiet_pages: int = NUM_QUIET_PAGES,
         idle_seconds: float = 0.0,
         shared: PageBook | None = None,
+        book: PageBook | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.geometry = geometry
@@ -70,7 +73,8 @@ class Pages:
         self.max_spare_pages = max(max_spare_pages, min_spare_pages)
         self.num_quiet_pages = num_quiet_pages
         self._num_spare_promised = self.max_spare_pages if shared is None else 0
-        self.book = PageBook(num_pages, clock) if shared is None else shared
+        self.has_page_0 = shared is None
+        self.book = shared or book or PageBook(num_pages, clock)
         self.freed_ids = self.book.holds.freed_ids(geometry.ids_per_page)
         self.num_promised = 0
         self.num_open_blocks = 0  # on open pages
@@ -80,7 +84,7 @@ class Pages:
         self._lingering = Lingering(idle_seconds, clock)
         self._open: set[int] = set()
         self._spare: deque[int] = deque()
-        if shared is None:
+        if self.has_page_0:
             self._add(0)
 
     @property
@@ -150,7 +154,7 @@ class Pages:
         if self._spare:
             page = self._spare.popleft()
             self.num_ready_blocks -= self.geometry.blocks_per_page
-            self.book.orders.need(page)
+            self.book.need(page)
         elif self.num_promised:
             page = self._take_promised(is_spare=False)
         else:
@@ -268,7 +272,7 @@ class Pages:
     def _take_promised(self, *, is_spare: bool) -> int:
         self._count_promised(-1)
         page = self.book.take_unmapped()
-        if self.book.orders.open(page, is_spare=is_spare):
+        if self.book.open(page, is_spare=is_spare):
             self._source.cancel(1)  # it is mapped still
         return page
 
@@ -287,6 +291,6 @@ class Pages:
         num_unused = 0  # of which no worker knew
         for page in pages:
             book.put_back(page)
-            num_unused += book.orders.close(page)
+            num_unused += book.close(page)
         if num_unused:
             self._source.cancel(num_unused)

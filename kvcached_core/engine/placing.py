@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from kvcached_core.config import HOST, Config
 from kvcached_core.errors import ConfigError, UnsupportedEngineError
 from kvcached_core.memory.devices import Device
-from kvcached_core.memory.geometry import Geometry, fit_geometry
+from kvcached_core.memory.geometry import MAX_ID, Geometry, fit_geometry
 from kvcached_core.memory.seats import Placement, Seat
 from kvcached_core.memory.size_classes import SizeClass, choose_any
 from kvcached_core.units import format_bytes
@@ -27,6 +27,7 @@ class Planes:
         is_exact: Whether the engine hands out all of these blocks; otherwise it leaves out those
             that fill no whole page.
         others: The planes of other block sizes.
+        max_ids: The most ids that the engine's kernels can have of it.
     """
 
     block_bytes: int
@@ -36,6 +37,7 @@ class Planes:
     block_tokens: tuple[int, ...]
     is_exact: bool = False
     others: tuple[SizeClass, ...] = ()
+    max_ids: int = MAX_ID
 
     @property
     def classes(self) -> tuple[SizeClass, ...]:
@@ -73,7 +75,9 @@ class Rows(Protocol):
 
 
 class Placing:
-    """The pools of one engine, in one arena: each page is one pool's at a time.
+    """The pools of one engine: in one arena, a page one pool's at a time, or each in its own.
+
+    All pages have one size, so what one pool does not have, another may have.
 
     The scheduler's thread calls it, at the start.
 
@@ -83,10 +87,13 @@ class Placing:
         device: Where the pools lie; of several ranks, the first one's device.
         logger: The engine's: it shows no other.
         length_setting: The engine's setting for the longest request.
-        num_pools: How many there will be. Where there are several, page 0 is for the padding block
-            of each, and for no other.
+        num_pools: How many there will be. Where several share an arena, page 0 is for the padding
+            block of each, and for no other.
+        num_arenas: 1, or one for each pool.
 
     Attributes:
+        is_shared: Whether several pools share an arena.
+        num_pages: Pages of the virtual size.
         least_pages: What the longest request needs.
     """
 
@@ -99,8 +106,10 @@ class Placing:
         *,
         length_setting: str,
         num_pools: int = 1,
+        num_arenas: int = 1,
     ) -> None:
         self.num_pools = num_pools
+        self.is_shared = num_pools > num_arenas
         self.num_pages = 0
         self.geometries: list[Geometry] = []
         self._rows = rows
@@ -108,7 +117,7 @@ class Placing:
         self._device = device
         self._logger = logger
         self._length_setting = length_setting
-        self.least_pages = int(num_pools > 1)
+        self.least_pages = int(self.is_shared)
         self._token_bytes = 0
 
     @property
@@ -141,26 +150,32 @@ class Placing:
         """
         is_first = not self.geometries
         geometry = self._choose(planes, granularity_bytes)
-        if is_first and self.num_pools > 1:  # the other pools' pages as well, and page 0
+        if is_first and self.num_pools > 1:  # the other pools' pages as well, and a page 0 of all
             whole_bytes = virtual_bytes(self._config, self._rows.capacity_bytes, num_ranks)
-            self.num_pages = 1 + -(-whole_bytes // geometry.page_bytes)
+            self.num_pages = self.is_shared + -(-whole_bytes // geometry.page_bytes)
         elif is_first:
             last_blocks = geometry.blocks_per_page - 1 if planes.is_exact else 0
             self.num_pages = (planes.num_blocks + last_blocks) // geometry.blocks_per_page
-        geometry.check_ids(self.num_pages)
-        self._describe(planes, geometry)
-        if is_first:
+        num_pages = self.pages_of(planes, geometry)
+        geometry.check_ids(num_pages)
+        self._describe(planes, geometry, num_pages)
+        if is_first or not self.is_shared:
             self._promise_first_page()
         self.geometries.append(geometry)
         self._logger.info(
             "kvcached: %d pages of %s, %d blocks each, of %s that %s has for KV caches",
-            self.num_pages,
+            num_pages,
             format_bytes(geometry.page_bytes),
             geometry.blocks_per_page,
             format_bytes(self._rows.capacity_bytes),
             self._device.name,
         )
         return geometry
+
+    def pages_of(self, planes: Planes, geometry: Geometry) -> int:
+        """Return how many pages a pool may have: as many as there are, and as its ids allow."""
+        beyond_first = (planes.max_ids - geometry.blocks_per_page) // geometry.ids_per_page
+        return min(self.num_pages, 1 + beyond_first) if planes.max_ids < MAX_ID else self.num_pages
 
     def placement(self, seat: Seat, num_planes: int) -> Placement:
         """Return where the first pool lies on a rank, which has `num_planes` of its planes.
@@ -178,7 +193,7 @@ class Placing:
         )
 
     def _choose(self, planes: Planes, granularity_bytes: int) -> Geometry:
-        if self.num_pools > 1 and planes.others:
+        if planes.others and (self.is_shared or self.geometries):
             sizes = sorted(each.block_bytes for each in planes.classes)
             raise UnsupportedEngineError(
                 f"layers that differ in block size ({sizes} bytes) in one of {self.num_pools} "
@@ -196,9 +211,9 @@ class Placing:
             target_page_bytes=self._config.page_bytes,
         )
 
-    def _describe(self, planes: Planes, geometry: Geometry) -> None:
-        num_padding_blocks = int(self.num_pools == 1)
-        num_pages = self.num_pages - int(self.num_pools > 1)
+    def _describe(self, planes: Planes, geometry: Geometry, num_pages: int) -> None:
+        num_padding_blocks = int(not self.is_shared)
+        num_pages -= int(self.is_shared)
         available = num_pages * geometry.blocks_per_page - num_padding_blocks
         needed = planes.request_blocks
         if needed > available:

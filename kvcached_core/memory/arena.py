@@ -46,6 +46,11 @@ class Arena:
         self._loose: list[Handle] = []  # not mapped; there only while a release fails
 
     @property
+    def arenas(self) -> "tuple[Arena, ...]":
+        """Itself; see `JoinedArenas`."""
+        return (self,)
+
+    @property
     def resident_pages(self) -> list[int]:
         """The mapped pages, in the order they were mapped."""
         return list(self._handles)

@@ -19,6 +19,7 @@ from itertools import islice
 from kvcached_core.errors import BackendError, PageKeeperError
 from kvcached_core.ledger.forks import disown_in_children
 from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.joined_arenas import JoinedArenas
 from kvcached_core.memory.vmm.backend import Fence
 
 logger = logging.getLogger("kvcached")
@@ -63,7 +64,7 @@ class PageKeeper:
         PageKeeperError: From each method, when one of the keeper's threads has ended.
     """
 
-    def __init__(self, arena: Arena, report: Callable[[PageChanges], None]) -> None:
+    def __init__(self, arena: Arena | JoinedArenas, report: Callable[[PageChanges], None]) -> None:
         self.arena = arena
         self._report = report
         self._to_map: dict[int, None] = {}

@@ -19,7 +19,9 @@ from kvcached_core.ledger.bell import wake
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.shortage import PATIENCE_SECONDS as ROOM_SECONDS
 from kvcached_core.ledger.shortage import ask_peers
+from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import Geometry
+from kvcached_core.memory.joined_arenas import JoinedArenas
 from kvcached_core.memory.keeper import PageChanges, PageKeeper
 from kvcached_core.memory.mixed_arena import make_arena
 from kvcached_core.memory.orders import PageOrders
@@ -70,6 +72,7 @@ class RankMemory:
             self.ledger.join(seat.row)
             self.arena = make_arena(self.backend, geometry, num_pages)
             undo.callback(self.arena.close)
+            self._all: Arena | JoinedArenas = self.arena
             self.keeper = PageKeeper(self.arena, self._report)
             undo.callback(self.keeper.close)
             self.carry_out(PageOrders(map_pages=[0], num_used_pages=1))
@@ -77,9 +80,23 @@ class RankMemory:
 
     @property
     def addresses(self) -> str:
-        """Which addresses of which process these are, for an engine's log."""
-        end = self.arena.address + self.arena.num_bytes
-        return f"process {os.getpid()} has addresses {self.arena.address:#x} to {end:#x}"
+        """Which addresses of which process the last arena has, for an engine's log."""
+        arena = self._all.arenas[-1]
+        end = arena.address + arena.num_bytes
+        return f"process {os.getpid()} has addresses {arena.address:#x} to {end:#x}"
+
+    def add_arena(self, geometry: Geometry, num_pages: int) -> Arena:
+        """Make an arena for a second pool, at the start; its page 0 is promised, and mapped.
+
+        Its pages are as large as the first one's, and numbered behind them.
+
+        Raises:
+            KVCachedError: If the addresses or the page cannot be had.
+        """
+        arena = make_arena(self.backend, geometry, num_pages)
+        self._all = self.keeper.arena = JoinedArenas(self.arena, arena)
+        self.carry_out(PageOrders(map_pages=[self.arena.num_pages], num_used_pages=2))
+        return arena
 
     def map_for_warm_up(self, block_ids: Iterable[int]) -> None:
         """Map what a warm-up step touches: the engine made its block ids up.
@@ -119,12 +136,15 @@ class RankMemory:
                 ask_peers(self.ledger, self.seat.row, missing_bytes)
                 time.sleep(ASK_SECONDS)
 
-    def check_blocks(self, block_ids: Iterable[int], geometry: Geometry | None = None) -> None:
+    def check_blocks(
+        self, block_ids: Iterable[int], geometry: Geometry | None = None, first_page: int = 0
+    ) -> None:
         """Refuse a step that names a block which is not mapped.
 
         Args:
             block_ids: The blocks that it reads or writes.
             geometry: That of their pool; None if there is only one.
+            first_page: The number of their arena's page 0 among the pages of all arenas.
 
         Raises:
             UnmappedBlockError: With the block ids and their pages.
@@ -134,7 +154,7 @@ class RankMemory:
             block_id
             for block_id in block_ids
             if not geometry.exists(block_id)
-            or not self.arena.is_resident(geometry.page_of(block_id))
+            or not self._all.is_resident(first_page + geometry.page_of(block_id))
         ]
         if wrong:
             pages = sorted({geometry.page_of(block_id) for block_id in wrong})
@@ -150,7 +170,7 @@ class RankMemory:
     def zero(self) -> None:
         """Fill what is mapped with zeros when all orders are carried out: only between steps."""
         self.keeper.wait()
-        self.arena.zero()
+        self._all.zero()
 
     def apply(self, orders: PageOrders) -> None:
         """Carry out orders between two steps; only what the next one needs is waited for."""
@@ -187,10 +207,10 @@ class RankMemory:
             rest.callback(self.ledger.close)
             with contextlib.suppress(PageKeeperError):  # it was logged, and raised to each step
                 self.keeper.close()
-            num_resident = len(self.arena.resident_pages)
+            num_resident = len(self._all.resident_pages)
             with contextlib.suppress(BackendError):  # a device that failed has nothing to wait for
                 self.backend.fence(self._current_stream()).wait()
-            self.arena.close()
+            self._all.close()
             self._counts = (0, 0)
             with contextlib.suppress(LedgerError):  # the engine may have left, and with it the row
                 self._report(PageChanges(num_unmapped=num_resident))

@@ -131,6 +131,23 @@ HOOKS = (
         is_optional=True,
     ),
     Hook(
+        "sglang.srt.mem_cache.memory_pool:MambaPool.__init__",
+        "kvcached_sglang.state_hooks:mamba_pool_init",
+        "put states of mamba, linear attention and convolutions on our arena",
+        ("size", "cache_params", "mamba_layer_ids"),
+    ),
+    Hook(
+        "sglang.srt.mem_cache.allocator.mamba:MambaSlotAllocator.__init__",
+        "kvcached_sglang.state_hooks:slot_allocator_init",
+        "hand out states of open pages only",
+        is_optional=True,
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler:Scheduler.get_num_allocatable_reqs",
+        "kvcached_sglang.state_hooks:get_num_allocatable_reqs",
+        "let no more requests in than there are states for",
+    ),
+    Hook(
         "sglang.srt.mem_cache.allocator.token:TokenToKVPoolAllocator.__init__",
         "kvcached_sglang.hooks:allocator_init",
         "hand out tokens of open pages only",

@@ -32,7 +32,7 @@ ARGUMENTS = (
     ),
     *_arguments(
         "memory:Memory",
-        "disable_radix_cache enable_hierarchical_cache enable_lmcache enable_hisparse",
+        "enable_hierarchical_cache enable_lmcache enable_hisparse",
     ),
     *_arguments(
         "memory:Memory",
@@ -45,6 +45,11 @@ ARGUMENTS = (
         "hicache_io_backend hicache_mem_layout hicache_size hicache_storage_backend",
     ),
     *_arguments("exec_:ExecKernel", "enable_nvidia_megakernel", is_optional=True),
+    *_arguments(
+        "exec_:ExecMamba",
+        "enable_int8_mamba_checkpoint enable_linear_replayssm",
+        is_optional=True,
+    ),
     *_arguments("exec_:ExecMoe", "elastic_ep_backend enable_eplb"),
     *_arguments("exec_:ExecOffload", "cpu_offload_gb offload_group_size"),
     *_arguments("exec_:ExecOffload", "ple_offload_embedding", is_optional=True),
@@ -57,9 +62,7 @@ ARGUMENTS = (
     *_arguments("model:Model", "startup_weight_load_mode weight_cache_mode", is_optional=True),
     *_arguments("parallel:Parallel", "tp_size pp_size dp_size attn_cp_size nnodes"),
     *_arguments("parallel:Parallel", "dcp_size dwdp_size", is_optional=True),
-    *_arguments(
-        "schedule:Schedule", "max_mamba_cache_size max_prefill_tokens max_running_requests"
-    ),
+    *_arguments("schedule:Schedule", "max_mamba_cache_size max_prefill_tokens"),
     *_arguments("serving:Serving", "served_model_name"),
     *_arguments("spec:Spec", "speculative_algorithm"),
 )

@@ -10,6 +10,7 @@ from kvcached_patches.hook import OVERRIDE, USE, Hook, members, uses
 from kvcached_patches.sglang_arguments import ARGUMENTS
 from kvcached_patches.sglang_copies import COPIES
 from kvcached_patches.sglang_drafts import DRAFTS
+from kvcached_patches.sglang_states import STATES
 
 _SRT = "sglang.srt"
 _ALLOCATOR = f"{_SRT}.mem_cache.allocator"
@@ -275,4 +276,4 @@ _WEIGHTS = (
     ),
 )
 
-USES = (*ARGUMENTS, *_MEMORY, *_SCHEDULING, *COPIES, *DRAFTS, *_START, *_SLEEP, *_WEIGHTS)
+USES = (*ARGUMENTS, *_MEMORY, *_SCHEDULING, *COPIES, *DRAFTS, *STATES, *_START, *_SLEEP, *_WEIGHTS)

@@ -65,7 +65,11 @@ def take(demand: Demand, *, room: int, free: int, evictable: int = 0) -> tuple[S
     engine: Any = LoopingEngine.__new__(LoopingEngine)
     engine.ranks, engine.pools = source, [blocks]
     engine.placing = SimpleNamespace(least_pages=LEAST_PAGES)
-    engine.port = SimpleNamespace(free_lists=[blocks], num_cached_blocks=lambda _number: evictable)
+    engine.port = SimpleNamespace(
+        free_lists=[blocks],
+        num_cached_blocks=lambda _number: evictable,
+        demand_of=lambda _number, demand: demand,
+    )
     engine.promise_demand(demand)
     source.stalled_pages = engine.stalled_bytes() // PAGE_BYTES
     return source, blocks
@@ -217,6 +221,7 @@ class Loop:
         self.engine.port = SimpleNamespace(
             free_lists=[blocks],
             num_blocks_to_go_on=lambda: self.needed,
+            num_to_go_on=lambda _number, num_blocks: num_blocks,
             num_cached_blocks=lambda _number: self.cached,
             is_running=lambda: self.running,
             is_pending=lambda: self.running,

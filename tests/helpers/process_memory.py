@@ -24,11 +24,12 @@ def resident_bytes(address: int, num_bytes: int, pid: int | str = "self") -> int
 
 
 def resident_of_ranks(server: "EngineServer") -> list[int]:
-    """Return what the kernel says of each KV range that the server's log names, in turn."""
-    return [
-        resident_bytes(int(start, 16), int(end, 16) - int(start, 16), pid)
-        for pid, start, end in _ADDRESSES.findall(server.log.read_text())
-    ]
+    """Return what the kernel says of the KV ranges of each process that the log names, in turn."""
+    found: dict[str, int] = {}
+    for pid, start, end in _ADDRESSES.findall(server.log.read_text()):
+        num_bytes = resident_bytes(int(start, 16), int(end, 16) - int(start, 16), pid)
+        found[pid] = found.get(pid, 0) + num_bytes
+    return list(found.values())
 
 
 def resident_by_proc(server: "EngineServer") -> int:

@@ -19,7 +19,9 @@ from kvcached_sglang.engine import SglangEngine
 Hooked = tuple[type, str, Callable[[Any], Any]]
 
 
-def make_engine(directory: Path, num_pools: int = 1, **settings: int | str) -> SglangEngine:
+def make_engine(
+    directory: Path, num_pools: int = 1, *, has_states: bool = False, **settings: int | str
+) -> SglangEngine:
     """Return an engine of one rank on the host; `settings` are ours without their prefix."""
     variables = {f"KVCACHED_{name.upper()}": str(value) for name, value in settings.items()}
     return SglangEngine(
@@ -30,6 +32,7 @@ def make_engine(directory: Path, num_pools: int = 1, **settings: int | str) -> S
         64,
         read_config({"KVCACHED_DIR": str(directory)} | variables),
         num_pools=num_pools,
+        has_states=has_states,
     )
 
 

@@ -1,7 +1,7 @@
 """A hybrid, attention and short convolutions by turns, served with the flag and without.
 
-Its states lie in a pool of SGLang's own, beside elastic keys and values. Servers interpret the
-kernels of the convolutions.
+Its states lie in pages beside those of keys and values, or in a pool of SGLang's own. Servers
+interpret the kernels of the convolutions.
 """
 
 from pathlib import Path
@@ -25,29 +25,28 @@ from kvcached_core.units import MIB
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 
 PAGE = 2 * MIB
-NUM_STATES = "60"
+FIXED = ("--max-mamba-cache-size", "60")
 NO_RADIX = ("--disable-radix-cache",)
 
 
 @pytest.mark.parametrize(
-    "has_radix_cache",
+    "flags",
     [
-        pytest.param(True, marks=pytest.mark.older_release),
-        pytest.param(False, marks=pytest.mark.every_release),
+        pytest.param((), marks=pytest.mark.older_release, id="radix"),
+        pytest.param(NO_RADIX, marks=pytest.mark.every_release, id="none"),
+        pytest.param(FIXED, marks=pytest.mark.every_release, id="fixed-radix"),
+        pytest.param((*FIXED, *NO_RADIX), marks=pytest.mark.every_release, id="fixed-none"),
     ],
-    ids=["radix", "none"],
 )
 def test_tokens_of_a_hybrid_are_vanillas_and_its_memory_goes(
-    tmp_path: Path, models: Models, vanilla: Vanilla, *, has_radix_cache: bool
+    tmp_path: Path, models: Models, vanilla: Vanilla, flags: tuple[str, ...]
 ) -> None:
     model = models(small_lfm2)
-    flags = ("--max-mamba-cache-size", NUM_STATES)
     first, second = short_bursts()[:2]
-    expected = vanilla(model, (first, second), *flags, *NO_RADIX)
-    caching = () if has_radix_cache else NO_RADIX
-    with elastic_server(model, tmp_path, *flags, *caching, page_bytes=PAGE) as elastic:
+    expected = vanilla(model, (first, second), *FIXED, *NO_RADIX)
+    with elastic_server(model, tmp_path, *flags, page_bytes=PAGE) as elastic:
         assert answers(elastic, [first, second]) == expected
-        if has_radix_cache:
+        if "--disable-radix-cache" not in flags:
             assert resident_by_proc(elastic) > 2 * PAGE
             await_that(lambda: trims_to(elastic, tmp_path / "kv", 2 * PAGE))
         await_that(lambda: resident_by_proc(elastic) <= 2 * PAGE)

@@ -141,7 +141,7 @@ def test_other_releases_are_refused_with_those_that_are_served(release: str) -> 
 
 def runner(**changes: Any) -> Any:
     arguments = {name: allowed for name, (allowed, _) in obstacles.OBSTACLES.items()}
-    arguments |= {"disable_radix_cache": False, "max_running_requests": None}
+    arguments |= {"max_mamba_cache_size": None}
     return SimpleNamespace(
         server_args=SimpleNamespace(**{**arguments, **changes}),
         device="cpu",
@@ -160,6 +160,7 @@ def obstacles_of(runner: Any) -> list[str]:
 
 
 HYBRID = {"mambaish_config": object()}
+MIX = {"is_hybrid_swa": True, "attention_backend": "fa3"}
 
 
 @pytest.mark.parametrize(
@@ -168,11 +169,12 @@ HYBRID = {"mambaish_config": object()}
         {},
         {"is_hybrid_swa": True, "attention_backend": "fa3", "model": "MiMoV2FlashForCausalLM"},
         {"is_hybrid_swa": False, "model": "LagunaForCausalLM"},
+        HYBRID,
         HYBRID | {"max_mamba_cache_size": 20},
-        HYBRID | {"disable_radix_cache": True, "max_running_requests": 16},
+        HYBRID | MIX | {"max_mamba_cache_size": 20},
     ],
 )
-def test_plain_models_mixes_and_hybrids_of_fixed_states_are_served(
+def test_plain_models_mixes_and_hybrids_are_served(
     changes: dict[str, Any],
 ) -> None:
     check(obstacles_of(runner(**changes)))
@@ -209,8 +211,11 @@ def test_plain_models_mixes_and_hybrids_of_fixed_states_are_served(
             {"is_hybrid_swa": True, "attention_backend": "torch_native"},
             "set --attention-backend to one of fa3, fa4, flashinfer, triton, trtllm_mha",
         ),
-        (HYBRID, "set --max-mamba-cache-size"),
-        (HYBRID | {"disable_radix_cache": True}, "set --max-mamba-cache-size"),
+        (HYBRID | MIX, "set --max-mamba-cache-size"),
+        (
+            {"mambaish_config": SimpleNamespace(short_conv_layer_ids=[0])},
+            "found by the same numbers; set --max-mamba-cache-size",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_named_with_the_setting(

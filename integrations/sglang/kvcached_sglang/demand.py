@@ -33,7 +33,7 @@ def demand_of(scheduler: Any, block_tokens: int, prefill_tokens: int) -> Demand:
         num_blocks, length = _blocks_of(request, block_tokens)
         queued.append(num_blocks)
         prefill_tokens -= length
-    return Demand(num_running, sum(queued), min(queued, default=0))
+    return Demand(num_running, sum(queued), min(queued, default=0), len(queued))
 
 
 def _blocks_of_next_decode(batch: Any, block_tokens: int) -> int:

@@ -20,10 +20,11 @@ from kvcached_sglang.demand import named_blocks
 from kvcached_sglang.drafts import Drafts
 from kvcached_sglang.elastic_weights import may_yield
 from kvcached_sglang.host_tier import SETTING, is_offloading, tier_bytes
-from kvcached_sglang.obstacles import has_two_pools
+from kvcached_sglang.obstacles import has_elastic_states, has_two_pools
 from kvcached_sglang.open_copies import OpenCopies
 from kvcached_sglang.port import SglangPort
 from kvcached_sglang.startup import startup
+from kvcached_sglang.states import States
 
 if TYPE_CHECKING:
     from kvcached_core.weights.own_weights import OwnWeights
@@ -43,6 +44,7 @@ class SglangEngine(LoopingEngine):
         tier: Its host tier, where it has one, on the first rank.
         copies: Its copies between the device and that.
         drafts: Its draft models, where it decodes speculatively.
+        states: Those of its model's layers, where they lie in our pages.
 
     Args:
         device: Where the KV cache lies, as torch names it.
@@ -50,7 +52,8 @@ class SglangEngine(LoopingEngine):
         context_tokens: The longest request.
         config: Ours.
         group: The ranks that share the model.
-        num_pools: 1, or 2 where layers with a sliding window have a pool of their own.
+        num_pools: 1, or 2 where layers with a sliding window, or with states, have their own.
+        has_states: Whether it is states that do.
     """
 
     port: SglangPort
@@ -63,6 +66,8 @@ class SglangEngine(LoopingEngine):
         config: Config,
         group: Group = Group(),  # noqa: B008  it is frozen
         num_pools: int = 1,
+        *,
+        has_states: bool = False,
     ) -> None:
         self.tier: CountedTier | None = None
         self.copies: OpenCopies | None = None
@@ -79,12 +84,14 @@ class SglangEngine(LoopingEngine):
             request_tokens=context_tokens,
             length_setting="--context-length",
             num_pools=num_pools,
+            num_arenas=num_pools if has_states else 1,
             num_idle_turns=1 if does_loop_sleep else NUM_IDLE_TURNS,
         )
         self.saved = SavedMemory(reserved_bytes(device))
         self.may_yield = may_yield(server_args, config)
         self.own_weights: OwnWeights | None = None
         self.restart: Restart | None = None
+        self.port.states = self.states = States(self) if has_states else None
         if is_offloading(server_args):
             self._offload(server_args)
 
@@ -128,7 +135,10 @@ class SglangEngine(LoopingEngine):
     def check(self, scheduler: Any, batch: Any) -> None:
         """Refuse a batch that names a block which is not mapped: see `RankMemory.check_blocks`."""
         named = named_blocks(scheduler, batch, self.port.block_tokens).tolist()
-        self.memory.check_blocks(named, self.pools[0].geometry)  # type: ignore[union-attr]
+        pages = self.pools[0]
+        self.memory.check_blocks(named, pages.geometry, pages.book.first_page)  # type: ignore[union-attr]
+        if self.states is not None:
+            self.states.check(scheduler, batch)
 
     def check_copied(self, tokens: Any) -> None:
         """Refuse a copy of a token whose block is not mapped."""
@@ -180,7 +190,8 @@ def start_engine(runner: Any) -> SglangEngine:
             runner.model_config.context_len,
             read_config(),
             Group(group.rank_in_group, group.ranks, group.cpu_group),
-            num_pools=2 if has_two_pools(runner) else 1,
+            num_pools=2 if has_two_pools(runner) or has_elastic_states(runner) else 1,
+            has_states=has_elastic_states(runner),
         )
     return _engine
 

@@ -57,12 +57,14 @@ def allocator_init(call: Call, ours: SglangEngine, self: Any) -> None:
     call()
     pool = self.get_kvcache()
     pools.check_class(type(pool))
-    # A hybrid's pool has one of keys and values inside; its states lie elsewhere.
+    # A hybrid's pool has one of keys and values inside; its states have another allocator.
     geometry = getattr(getattr(pool, "full_kv_pool", pool), "kvcached", None)
     if geometry is not None and len(ours.pools) < ours.placing.num_pools:
         from kvcached_sglang.allocators import make_elastic
 
         make_elastic(self, functools.partial(ours.make_pages, geometry), ours, len(ours.pools))
+        if ours.states is not None:
+            ours.states.make_elastic(len(ours.pools))
 
 
 @around_engine
@@ -91,11 +93,16 @@ def get_next_batch_to_run(original: Callable[..., Any]) -> Callable[..., Any]:
         ours.port.scheduler = self
         if not ours.activation.is_active:
             skip_health_checks(self)
+        states = ours.states
+        if states is not None:
+            states.reserve((self.last_batch,), self.tree_cache)
         ours.before_schedule()
         plan = original(self, *args, **kwargs)
         if ours.copies is not None:
             ours.copies.settle()
         batch = getattr(plan, "batch_to_run", plan)
+        if states is not None:
+            states.reserve((self.last_batch, batch), self.tree_cache)
         if batch is None and self.last_batch is None:
             answer_health_checks(self)
         ours.after_schedule(has_batch=batch is not None)

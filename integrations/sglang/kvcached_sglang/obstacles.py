@@ -1,6 +1,7 @@
 """What of SGLang cannot be served elastically yet, each with the setting to change."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from inspect import signature
 from typing import Any
 
@@ -86,6 +87,9 @@ ONE_POOL_MODELS = frozenset(
     }
 )
 
+# What gives states a pool of SGLang's own.
+FIXED_STATES = "--max-mamba-cache-size to how many SGLang shall keep at once"
+
 # Attention that reads the window's pool at ids of that pool. SGLang's others read it at ids of the
 # other one: right as long as both hand out the same ones, which ours never do.
 TWO_POOL_BACKENDS = frozenset({"fa3", "fa4", "flashinfer", "triton", "trtllm_mha"})
@@ -153,11 +157,9 @@ def model_obstacles(runner: Any) -> Iterator[str]:
             "speculative decoding of a model with sliding windows or states: nobody has tried it; "
             + REMOVE
         )
-    if has_states(runner) and not _has_fixed_states(arguments):
-        yield (
-            "mamba or linear attention: SGLang would take a share of the device for the states at "
-            "once; set --max-mamba-cache-size to how many it shall keep"
-        )
+    if has_elastic_states(runner):
+        for reason in _state_obstacles(runner):
+            yield f"states of mamba or linear attention: {reason}; set {FIXED_STATES}"
 
 
 def has_two_pools(runner: Any) -> bool:
@@ -165,24 +167,41 @@ def has_two_pools(runner: Any) -> bool:
     return bool(getattr(runner, "is_hybrid_swa", False))
 
 
-def has_states(runner: Any) -> bool:
-    """Return whether layers keep a state for each request, beside keys and values of others."""
+def states_config(runner: Any) -> Any:
+    """Return what a model says of layers that keep a state for each request; None without any."""
     if hasattr(runner, "mambaish_config"):
-        return runner.mambaish_config is not None
+        return runner.mambaish_config
     from sglang.srt.configs.hybrid_arch import mambaish_config  # not the runner's from 0.5.16 on
 
-    return mambaish_config(runner.model_config) is not None
+    return mambaish_config(runner.model_config)
+
+
+def has_states(runner: Any) -> bool:
+    """Return whether layers keep a state for each request, beside keys and values of others."""
+    return states_config(runner) is not None
+
+
+def has_elastic_states(runner: Any) -> bool:
+    """Return whether these states are elastic; otherwise SGLang keeps a pool of a fixed size."""
+    return has_states(runner) and runner.server_args.max_mamba_cache_size is None
+
+
+def _state_obstacles(runner: Any) -> Iterator[str]:
+    if find_spec("sglang.srt.mem_cache.allocator.mamba") is None:
+        yield "this release of SGLang hands them out in another way"
+    if has_two_pools(runner):
+        yield "beside sliding windows in a pool of their own nobody has tried them"
+    if getattr(states_config(runner), "short_conv_layer_ids", None):
+        yield "what this model keeps beside them is found by the same numbers"
+    for name in ("enable_linear_replayssm", "enable_int8_mamba_checkpoint"):
+        if getattr(runner.server_args, name, False):
+            flag = "--" + name.replace("_", "-")
+            yield f"what SGLang keeps beside them is found by the same numbers (remove {flag})"
 
 
 def _attention_backends(arguments: Any) -> set[str]:
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     return {value for name in names if (value := getattr(arguments, name, None)) is not None}
-
-
-def _has_fixed_states(arguments: Any) -> bool:
-    if getattr(arguments, "max_mamba_cache_size", None) is not None:
-        return True
-    return arguments.disable_radix_cache and arguments.max_running_requests is not None
 
 
 def _fits_one_pool(model_config: Any) -> bool:

@@ -8,6 +8,7 @@ from kvcached_core.engine.looping_port import Demand, LoopingPort
 from kvcached_core.weights.status import WeightStatus
 from kvcached_sglang import demand, requests
 from kvcached_sglang.open_copies import OpenCopies
+from kvcached_sglang.states import States, drop_states, evictable_states
 
 GAUGE_SECONDS = 1.0
 
@@ -18,6 +19,7 @@ class SglangPort(LoopingPort):
     Attributes:
         scheduler: SGLang's, from its first schedule on.
         copies: Those that are open, where there is a host tier.
+        states: Those of layers that have some, where they lie in our pages: the second pool.
 
     Args:
         prefill_tokens: The most tokens of prompts that a batch computes.
@@ -25,6 +27,7 @@ class SglangPort(LoopingPort):
     """
 
     copies: OpenCopies | None = None
+    states: States | None = None
 
     def __init__(self, prefill_tokens: int, current_stream: Callable[[], int]) -> None:
         super().__init__()
@@ -72,11 +75,23 @@ class SglangPort(LoopingPort):
             return None
         return demand.demand_of(self.scheduler, self.block_tokens, self._prefill_tokens)
 
+    def demand_of(self, number: int, demand: Demand) -> Demand:
+        """See `LoopingPort.demand_of`."""
+        if number and self.states is not None:
+            loop = self.scheduler
+            num_rows = max(loop.max_running_requests - len(loop.running_batch.reqs), 0)
+            return self.states.demand(min(demand.num_requests, num_rows))
+        return super().demand_of(number, demand)
+
     def num_blocks_to_go_on(self) -> int | None:
         """See `LoopingPort.num_blocks_to_go_on`."""
         if self.scheduler.chunked_req is None:
             return None
         return -(-demand.tokens_to_go_on(self.scheduler, self.block_tokens) // self.block_tokens)
+
+    def num_to_go_on(self, number: int, num_blocks: int) -> int:
+        """See `LoopingPort.num_to_go_on`: a prompt has its state, and another one is cached."""
+        return 1 if number and self.states is not None else num_blocks
 
     def give_up_part(self) -> None:
         """See `LoopingPort.give_up_part`."""
@@ -95,6 +110,8 @@ class SglangPort(LoopingPort):
         """See `LoopingPort.num_cached_blocks`."""
         if self.scheduler is None:
             return 0
+        if number and self.states is not None:
+            return evictable_states(self.scheduler.tree_cache)
         num_tokens = requests.evictable_tokens(self.scheduler.tree_cache, number)
         return num_tokens // self.block_tokens
 
@@ -105,6 +122,17 @@ class SglangPort(LoopingPort):
         drop(self.scheduler.tree_cache, num_blocks * self.block_tokens)
         if self.copies is not None:
             self.copies.settle()
+
+    def evict(self, num_pages: int) -> bool:
+        """See `EnginePort.evict`: states go with the tokens that end in them, or alone."""
+        if super().evict(num_pages):
+            return True
+        if self.states is None or self.states.slots is None or not self.num_cached_blocks(1):
+            return False
+        before, slots = self._count_free(), self.states.slots
+        num_states = num_pages * slots.pages.geometry.blocks_per_page
+        drop_states(self.scheduler.tree_cache, num_states)
+        return self._count_free() != before
 
     def finish_copies(self) -> None:
         """See `EnginePort.finish_copies`."""

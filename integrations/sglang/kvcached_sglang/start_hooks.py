@@ -124,7 +124,9 @@ def profile_available_bytes(original: Any, self: Any, *args: Any, **kwargs: Any)
         with startup.one_message():
             take_over_weights(ours, self)
     virtual_bytes = ours.virtual_bytes
-    if obstacles.has_states(self):
+    if ours.states is not None:
+        ours.states.tell_size(self)
+    elif obstacles.has_states(self):
         # The states' pool stays SGLang's own, and the original is what would have sized it.
         size_states = getattr(self, "_handle_max_mamba_cache", None)
         size_states = size_states or self.handle_max_mamba_cache  # up to 0.5.15
