@@ -6,6 +6,7 @@ _SRT = "sglang.srt"
 _BATCH = f"{_SRT}.managers.schedule_batch"
 _RUNNER = f"{_SRT}.model_executor.model_runner:ModelRunner"
 _LAYERS = f"{_SRT}.model_executor.model_runner_components.layer_setup:ModelLayerInfo"
+_MODEL = f"{_SRT}.configs.model_config:ModelConfig"
 
 DRAFTS = (
     *uses(
@@ -30,6 +31,16 @@ DRAFTS = (
         f"{_RUNNER}.layer_info",
         f"{_RUNNER}.num_effective_layers",
         f"{_LAYERS}.num_effective_layers",
+        is_optional=True,
+    ),
+    *uses(
+        "what a draft's keys of a token take is computed (kvcached_sglang/drafts.py)",
+        *members(_MODEL, "attention_arch get_num_kv_heads head_dim"),
+        f"{_RUNNER}.kv_cache_dtype",
+    ),
+    *uses(
+        "a pool whose tokens lie inside heads is told its pages (kvcached_sglang/pools.py)",
+        f"{_SRT}.mem_cache.memory_pool:MHATokenToKVPool.use_hnd",
         is_optional=True,
     ),
 )
