@@ -93,7 +93,8 @@ def test_its_room_shrinks_as_it_and_its_children_allocate_and_ends_with_it(
     await_that(
         lambda: (
             (found := row(ledger)) is not None
-            and found.resident_bytes > 3 * NEED // 4 - 4 * allocating.SLACK_BYTES
+            # Two of the three have no more than half; what they share is counted once.
+            and found.resident_bytes > 5 * NEED // 8
         ),
     )
     found = row(ledger)
