@@ -189,9 +189,9 @@ def test_a_batch_that_names_a_block_which_is_not_mapped_is_refused() -> None:
         exists=lambda block: block < 8, page_of=lambda block: block // 4
     )
     memory = RankMemory.__new__(RankMemory)
-    memory.arena = SimpleNamespace(is_resident=lambda page: page == 0)  # type: ignore[assignment]
-    engine.pools = [SimpleNamespace(geometry=geometry)]
-    engine.port = SimpleNamespace(memory=memory, block_tokens=2)
+    memory.arena = memory._all = SimpleNamespace(is_resident=lambda page: page == 0)  # type: ignore[assignment]
+    engine.pools = [SimpleNamespace(geometry=geometry, book=SimpleNamespace(first_page=0))]
+    engine.port, engine.states = SimpleNamespace(memory=memory, block_tokens=2), None
     table = torch.tensor([[0, 0, 0], [2, 3, 4]])
     scheduler = SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token=table))
 
