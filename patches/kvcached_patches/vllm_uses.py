@@ -150,11 +150,12 @@ _START = (
         ),
         *members(
             f"{_CONFIG}.cache:CacheConfig",
-            "gpu_memory_utilization kv_cache_memory_bytes num_gpu_blocks",
+            "cache_dtype gpu_memory_utilization kv_cache_memory_bytes num_gpu_blocks",
         ),
         f"{_CONFIG}.device:DeviceConfig.device_type",
         f"{_CONFIG}.load:LoadConfig.download_dir",
-        *members(f"{_CONFIG}.model:ModelConfig", "dtype hf_config model revision"),
+        *members(f"{_CONFIG}.model:ModelConfig", "dtype hf_config is_multimodal_model model"),
+        *members(f"{_CONFIG}.model:ModelConfig", "revision runner_type"),
         *members(
             f"{_CONFIG}.parallel:ParallelConfig",
             "data_parallel_size decode_context_parallel_size distributed_executor_backend",
@@ -164,6 +165,11 @@ _START = (
             f"{_CONFIG}.speculative:SpeculativeConfig",
             "draft_model_config draft_tensor_parallel_size",
         ),
+    ),
+    *uses(
+        "what tiers on disk did (kvcached_vllm/open_copies.py)",
+        "vllm.v1.engine:EngineCoreOutputs.scheduler_stats",
+        "vllm.v1.metrics.stats:SchedulerStats.kv_connector_stats",
     ),
     *uses(
         "to measure a step vLLM reads blocks that nobody has",

@@ -32,7 +32,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: CURRENT)
-    monkeypatch.setattr(cuda, "CudaBackend", lambda index, is_sharing: f"backend of {index}")
+    monkeypatch.setattr(cuda, "CudaBackend", lambda index, **_: f"backend of {index}")
     torch_device._gpu_backend.cache_clear()
     yield
     torch_device._gpu_backend.cache_clear()

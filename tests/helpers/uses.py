@@ -41,6 +41,8 @@ LIBRARY_TYPES = (
     *(ArgumentParser, Namespace, ContextVar, logging.Logger, logging.LogRecord, threading.Thread),
     *(ExitStack, torch.Tensor, torch.Size, torch.dtype, torch.nn.Module, ast.AST),
 )
+# ... these of a logger and of a line of it, which their classes do not say ...
+LOGS = (logging.getLogger(), logging.makeLogRecord({}))
 # ... and these of CUDA streams and devices, of which there are no classes without a GPU, and of a
 # model's configuration, which is Hugging Face's. The last one SGLang sets by a computed name, so no
 # lock can have it; the method that reads it is in the table.
@@ -351,7 +353,7 @@ class Adapter:
                 yield ast.parse(path.read_text())
 
 
-_LIBRARY = LIBRARY_NAMES.union(*(dir(kind) for kind in LIBRARY_TYPES))
+_LIBRARY = LIBRARY_NAMES.union(*(dir(kind) for kind in LIBRARY_TYPES), *map(vars, LOGS))
 
 
 def _where(path: Path, node: ast.AST) -> str:

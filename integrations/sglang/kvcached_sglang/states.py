@@ -79,7 +79,7 @@ class States:
         temporal = params.shape.temporal
         if prod(temporal):
             kinds.append((temporal, params.dtype.temporal))
-            if find_spec(_WIDE_KERNELS) is None:
+            if not _has_wide_kernels():
                 max_ids = min(max_ids, MAX_ID // prod(temporal))
         numbers: Counter[int] = Counter()
         for shape, dtype in kinds:
@@ -175,3 +175,10 @@ def drop_states(tree_cache: Any, num_states: int) -> None:
 
     if tree_cache.supports_mamba():
         tree_cache.evict(EvictParams(num_tokens=0, mamba_num=num_states))
+
+
+def _has_wide_kernels() -> bool:
+    try:
+        return find_spec(_WIDE_KERNELS) is not None
+    except ModuleNotFoundError:  # the packages around it are younger, too
+        return False

@@ -5,6 +5,7 @@ The host copy is spoiled where a test has to know that a page came from a replic
 
 import ctypes
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from kvcached_core.weights.exporting import Wish, sockets_of
 from kvcached_core.weights.importing import Replica, connect
 from kvcached_core.weights.key import CopyKey
 
+TESTS = Path(__file__).parents[2]
 WORDS = PAGE // 8
 Make = Callable[..., ReplicaRank]
 
@@ -431,7 +433,9 @@ def test_what_was_imported_outlives_the_kill_of_its_owner(
     ours.weights.hold(0)
     ours.done.clear()
     words = [sys.executable, replica_ranks.__file__, str(tmp_path)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as theirs:
+    paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environ = os.environ | {"PYTHONPATH": paths}
+    with subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, text=True) as theirs:
         assert theirs.stdout is not None
         assert theirs.stdout.readline().strip() == replica_ranks.READY
         real, num_mapped = Replica._map, 0
