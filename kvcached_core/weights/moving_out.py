@@ -161,4 +161,5 @@ class _Offer:
             self._image = image
             self._copy.close()
             logger.info("kvcached: the host copy of %s went to the disk", self._copy.name)
-        self._bell.path.unlink(missing_ok=True)  # whoever rang sees that it is over
+        finally:
+            self._bell.path.unlink(missing_ok=True)  # whoever rang sees that it is over
