@@ -135,15 +135,17 @@ class SglangEngine(LoopingEngine):
     def check(self, scheduler: Any, batch: Any) -> None:
         """Refuse a batch that names a block which is not mapped: see `RankMemory.check_blocks`."""
         named = named_blocks(scheduler, batch, self.port.block_tokens).tolist()
-        pages = self.pools[0]
-        self.memory.check_blocks(named, pages.geometry, pages.book.first_page)  # type: ignore[union-attr]
+        self._check_blocks(named)
         if self.states is not None:
             self.states.check(scheduler, batch)
 
     def check_copied(self, tokens: Any) -> None:
         """Refuse a copy of a token whose block is not mapped."""
-        named = (tokens // self.port.block_tokens).tolist()
-        self.memory.check_blocks(named, self.pools[0].geometry)  # type: ignore[union-attr]
+        self._check_blocks((tokens // self.port.block_tokens).tolist())
+
+    def _check_blocks(self, named: list[int]) -> None:
+        pages = self.pools[0]
+        self.memory.check_blocks(named, pages.geometry, pages.book.first_page)  # type: ignore[union-attr]
 
     def hold(self, tokens: list[Any], number: int) -> None:
         """Keep the pages of tokens mapped, tensors of their ids, until that copy is released."""
