@@ -9,7 +9,6 @@ sleeps and is asked, first while the other one is awake, then without it, out of
 
 import argparse
 import signal
-import statistics
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 from machine import describe_gpu, describe_machine
 from vllm_servers import READY_SECONDS, Record
-from weights_ranks import Ranks
+from weights_ranks import Ranks, seconds_lines
 from yielding import FIRST, SECOND
 
 from kvcached_demo.harness.engines import VLLM
@@ -58,13 +57,9 @@ def wakes(run: Ranks, num: int) -> list[float]:
 
 def table(results: dict[str, Any]) -> str:
     """Return the figures as text."""
-    lines = [f"failed {results['failed']}, wrong tokens {results['wrong']}, bar {BAR_SECONDS} s"]
-    for name in ("awake_seconds", "replica_seconds", "host_seconds"):
-        row = sorted(results.get(name, []))
-        if row:
-            middle = statistics.median(row)
-            lines.append(f"{name:16} n {len(row)}  median {middle:.4f}  max {row[-1]:.4f}")
-    return "\n".join(lines)
+    first = f"failed {results['failed']}, wrong tokens {results['wrong']}, bar {BAR_SECONDS} s"
+    names = ("awake_seconds", "replica_seconds", "host_seconds")
+    return "\n".join([first, *seconds_lines(results, *names)])
 
 
 def main() -> None:

@@ -125,11 +125,16 @@ def table(results: dict[str, Any]) -> str:
     lines.append(f"failed {results['failed']}, wrong tokens {results['wrong']}")
     sizes = ", ".join(f"{size / GIB:.1f}" for size in results["weights_bytes"])
     lines.append(f"weights of each device, GiB: {sizes}")
-    for name in ("awake_seconds", "seconds"):
-        row = sorted(results[name])
-        middle = statistics.median(row)
-        lines.append(f"{name:16} n {len(row)}  median {middle:.4f}  max {row[-1]:.4f}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *seconds_lines(results, "awake_seconds", "seconds")])
+
+
+def seconds_lines(results: dict[str, Any], *names: str) -> list[str]:
+    """Return a line for each of these rows of seconds that there is."""
+    rows = {name: sorted(results[name]) for name in names if results.get(name)}
+    return [
+        f"{name:16} n {len(row)}  median {statistics.median(row):.4f}  max {row[-1]:.4f}"
+        for name, row in rows.items()
+    ]
 
 
 def main() -> None:
