@@ -279,6 +279,20 @@ BENCHMARKS = (
         result="multi_model/twelve",
     ),
     Benchmark(
+        "multi_model_serverless",
+        "multi_model/run.py",
+        GPU,
+        "sixteen models of 1B to 8B on 80 GB, each asked now and then",
+        (
+            *("--profile", "gpu", "--cap-gib", "74.5", "--num-models", "16"),
+            *("--shape", "llama-1b", "llama-3b", "llama-8b", "--modes", "gateway"),
+            *("--workloads", "serverless:1", "--seconds", "1000"),
+            *("--bars", "serverless:1/p99_ttft<=1500"),
+        ),
+        output="--out",
+        result="multi_model/serverless",
+    ),
+    Benchmark(
         "multi_model_upstream",
         "multi_model/run.py",
         GPU,

@@ -1,4 +1,4 @@
-"""What was aimed at before it was measured: bars for a ratio of ours to another mode's."""
+"""What was aimed at before it was measured: bars for a ratio of ours to another's, or for ours."""
 
 import re
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ from multi_model.compared import FIGURES
 from multi_model.errors import ModeError
 from multi_model.modes import MODES
 
-FORM = re.compile(r"([^/]+)/(\w+)/([\w-]+)(<=|>=)(\d+(?:\.\d+)?)")
+FORM = re.compile(r"([^/]+)/(\w+?)(?:/([\w-]+))?(<=|>=)(\d+(?:\.\d+)?)")
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar for our figure divided by another mode's.
+    """A bar for our figure, or for it divided by another mode's.
 
     Attributes:
         workload: The workload's words, as the command line names it.
         figure: One of `compared.FIGURES`.
-        other: The mode that ours is compared with.
+        other: The mode that ours is compared with; nothing where the figure itself has a bar.
         relation: `<=` or `>=`.
-        value: What the ratio has to be at most, or at least.
+        value: What it has to be at most, or at least; a figure in its own unit, ms or %.
     """
 
     workload: str
@@ -35,16 +35,19 @@ class Bar:
 def read_bar(words: str) -> Bar:
     """Return the bar that `WORKLOAD/FIGURE/MODE<=NUMBER` names; `>=` asks for at least that.
 
+    Without `/MODE` it is a bar for our figure itself.
+
     Raises:
         ModeError: If it is none; the message says what is allowed.
     """
     match = FORM.fullmatch(words)
     if not match:
         relations = f"{AT_MOST} or {AT_LEAST}"
-        raise ModeError(f"bar {words!r} is not of the form WORKLOAD/FIGURE/MODE{relations}NUMBER")
-    workload, figure, other, relation, value = match.groups()
+        form = f"WORKLOAD/FIGURE[/MODE]{relations}NUMBER"
+        raise ModeError(f"bar {words!r} is not of the form {form}")
+    workload, figure, other, relation, value = match.groups(default="")
     for kind, found, known in (("figure", figure, FIGURES), ("mode", other, MODES)):
-        if found not in known:
+        if found and found not in known:
             raise ModeError(f"bar {words!r}: {kind} {found!r} is not one of {', '.join(known)}")
     return Bar(workload, figure, other, relation, float(value))
 

@@ -1,4 +1,4 @@
-"""Two replays of one schedule beside each other: ratios with their intervals.
+"""Figures of replays, and two replays of one schedule beside each other, with their intervals.
 
 Requests that come close together share their luck, so what is drawn again is not requests but
 windows of the schedule, the same ones of both replays.
@@ -119,6 +119,17 @@ def ratio(
     if not usable.any():
         return None
     return around(totals[0] / totals[1], ours_again[usable] / others_again[usable])
+
+
+def interval(
+    figure: Figure, records: Sequence[Record], levels: Sequence[Level] | None = None
+) -> Interval | None:
+    """Return one replay's figure with its interval; None where values or windows are too few."""
+    total = figure.total(figure.of(records, levels))
+    windows = list(_by_window(figure, records, levels).values())
+    if total is None or len(windows) < MIN_WINDOWS:
+        return None
+    return around(total, _resampled(figure, windows, choices(len(windows))))
 
 
 def _by_window(

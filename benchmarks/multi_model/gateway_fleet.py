@@ -13,6 +13,7 @@ from multi_model.client import Target
 from multi_model.fleet import Fleet
 
 from kvcached_core.errors import LedgerError
+from kvcached_core.units import GIB
 from kvcached_demo.harness.engines import VLLM
 from kvcached_demo.harness.server import ENGINE_ENVIRON
 
@@ -47,6 +48,10 @@ class Served(Gateway):
         found = super().settings(classes, class_of)
         if self._fleet.site.is_host:
             del found["host_memory"]
+        else:
+            files = (file for model in self._fleet.models for file in model.glob("*.safetensors"))
+            copied_bytes = sum(file.stat().st_size for file in files)
+            found["host_memory"] = str(copied_bytes + ENGINE_BYTES * len(self.names))
         return found
 
     def _environment(self, number: int) -> dict[str, Any]:
@@ -56,6 +61,7 @@ class Served(Gateway):
         env |= ENGINE_ENVIRON | {
             "KVCACHED_HOST_BUDGET": "85%",
             "KVCACHED_WEIGHTS_KEPT_SECONDS": "0",
+            "KVCACHED_BUFFERS": "yield",
         }
         if site.is_host:
             env["KVCACHED_HOST_POOL"] = str(site.pool_bytes)
@@ -67,6 +73,8 @@ class Served(Gateway):
         return {"engine": "vllm", "python": VLLM.python, "env": env, "args": args}
 
 
+# Of the host's memory, beside its copy of the weights, an engine's processes take so much.
+ENGINE_BYTES = 7 * GIB
 # What of a member's variables is an engine's own; the gateway says the rest.
 KEPT = ("VLLM_LOGGING_LEVEL", "DUMMY_SEED", "PYTHONPATH", "KVCACHED_PAGE_BYTES")
 

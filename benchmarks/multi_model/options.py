@@ -32,7 +32,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--workloads", nargs="+", metavar="NAME:NUMBER")
     made.add_argument("--num-models", nargs="+", type=int, help="one run with each; 3 on a GPU")
     made.add_argument("--engines", nargs="+", choices=ENGINES, default=[VLLM.name])
-    made.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="of the GPU's models")
+    made.add_argument(
+        "--shape",
+        nargs="+",
+        choices=SHAPES,
+        default=SHAPES[:1],
+        help="of the GPU's models; several take turns through them",
+    )
     memory = made.add_mutually_exclusive_group()
     memory.add_argument("--pool-gib", type=float, help="what all KV caches may hold together")
     memory.add_argument("--cap-gib", type=float, help="how much of the GPU this run may use")
@@ -45,8 +51,9 @@ def parser(description: str) -> argparse.ArgumentParser:
         "--bars",
         nargs="+",
         default=[],
-        metavar="WORKLOAD/FIGURE/MODE<=NUMBER",
-        help="what our ratio to a mode has to be; the folder keeps it from before the run",
+        metavar="WORKLOAD/FIGURE[/MODE]<=NUMBER",
+        help="what our ratio to a mode has to be, or without /MODE our figure itself, in ms or %%;"
+        " the folder keeps it from before the run",
     )
     made.add_argument(
         "--cross-check",
@@ -90,7 +97,7 @@ def site_of(options: argparse.Namespace) -> Site:
     cap_bytes = int(options.cap_gib * GIB) if options.cap_gib else device_bytes
     return Site(
         is_host=False,
-        kv_bytes_per_token=kv_bytes_per_token(options.shape),
+        kv_bytes_per_token=kv_bytes_per_token(options.shape[0]),
         pool_bytes=pool_bytes,
         device_bytes=device_bytes,
         cap_bytes=min(cap_bytes, device_bytes),

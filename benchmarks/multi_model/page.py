@@ -80,7 +80,31 @@ def _opening(summary: dict[str, Any]) -> str:
     if not any(line["control"] for line in lines):
         words += "<p>No mode was run twice: what one run differs from the next is unknown.</p>"
     head = ("workload", "ours", "other", "figure", "ours", "other's", "ratio", "said", "bar")
-    return words + (_html_table(head, rows) if rows else "<p>One mode was run.</p>")
+    table = _html_table(head, rows) if rows else "<p>No two modes were compared.</p>"
+    return words + table + "".join(map(_own_bars, summary["workloads"].values()))
+
+
+def _own_bars(found: dict[str, Any]) -> str:
+    """Return what a workload's figures say that have a bar of their own, and what static needs."""
+    rows = [
+        [line["ours"], FIGURES[line["figure"]].title, *_own_cells(line)]
+        for line in found["held_to_bars"]
+    ]
+    cards = [
+        f"<p>{html.escape(found['name'])}: with what the models held in mode {mode}, an even split"
+        f" {'has a model that no card holds' if num is None else f'needs {num} such cards'}.</p>"
+        for mode, num in found["cards_of_static"].items()
+    ]
+    head = (found["name"], "figure", "value", "with 95 %", "bar", "said")
+    return (_html_table(head, rows) if rows else "") + "".join(cards)
+
+
+def _own_cells(line: dict[str, Any]) -> list[str]:
+    figure = FIGURES[line["figure"]]
+    value = number(line["value"], figure.unit) or f"needs {figure.num_needed:,}"
+    around = line["interval"]
+    ends = [number(around[end], figure.unit) for end in ("low", "high")] if around else []
+    return [value, " to ".join(ends), line["bar"]["words"], line["bar"]["said"]]
 
 
 def _cells(line: dict[str, Any]) -> list[str]:

@@ -9,7 +9,6 @@ be run at different times; the report is made of all that are there.
 
 import argparse
 import asyncio
-import contextlib
 import functools
 import itertools
 import json
@@ -17,10 +16,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from machine import describe_gpu, describe_machine
 from multi_model.bars import of_workload, read_bar
@@ -30,7 +28,7 @@ from multi_model.errors import ModeError
 from multi_model.fleet import Fleet
 from multi_model.gateway_fleet import GatewayFleet
 from multi_model.gpu import Gpu
-from multi_model.model_files import make_folder
+from multi_model.model_files import make_folder, shape_bytes
 from multi_model.modes import (
     ALONE,
     GATEWAY,
@@ -43,6 +41,7 @@ from multi_model.modes import (
     members,
 )
 from multi_model.options import lengths_of, parser, site_of
+from multi_model.replays import QUIET_SECONDS, bar, play_alone
 from multi_model.report import write_report
 from multi_model.settings import (
     GPU_WORKLOADS,
@@ -57,10 +56,8 @@ from multi_model.swapping import LIMIT, SwappingFleet
 from multi_model.workloads import Workload
 from rich.progress import Progress
 
-from kvcached_demo.harness.engines import VLLM
+from kvcached_demo.harness.engines import SGLANG, VLLM
 from kvcached_demo.harness.model import make_model
-
-QUIET_SECONDS = 2.0
 
 
 @dataclass
@@ -73,7 +70,7 @@ class Run:
     workloads: list[Workload]
     folder: Folder
     workspace: Path
-    shape: str
+    shapes: list[str]
     cross_check_rates: tuple[float, ...] = ()
     swap_limit: int = LIMIT
 
@@ -86,7 +83,9 @@ class Run:
                 for number in range(len(self.kinds))
             ]
         folders = [self.workspace / f"model{number}" for number in range(len(self.kinds))]
-        return [make_folder(folder, self.shape) for folder in folders]
+        return [
+            make_folder(folder, shape) for folder, shape in zip(folders, self.shapes, strict=True)
+        ]
 
     def members(self, mode: str) -> list[Member]:
         """Return how the servers of a mode are started."""
@@ -115,22 +114,24 @@ class Run:
     def _play_alone(self, label: str, progress: Progress) -> None:
         """Replay each model's own schedule on a server of its kind that has the device."""
         records: dict[str, list[Record]] = {slug(workload): [] for workload in self.workloads}
-        for kind in dict.fromkeys(self.kinds):
-            first = self.kinds.index(kind)
-            own = [model for model, other in enumerate(self.kinds) if other == kind]
-            with self._fleet(ALONE, self.members(ALONE)[first : first + 1]) as fleet:
+        sorts = list(zip(self.kinds, self.shapes, strict=True))
+        for kind, shape in dict.fromkeys(sorts):
+            own = [model for model, other in enumerate(sorts) if other == (kind, shape)]
+            first = own[0]
+            models = self.models[first : first + 1]
+            with self._fleet(ALONE, self.members(ALONE)[first : first + 1], models) as fleet:
                 for workload in self.workloads:
                     records[slug(workload)] += play_alone(fleet, workload, own, progress)
-                if kind == VLLM.name and self.cross_check_rates:
-                    lengths, model = LENGTHS[self.profile], self.models[0]
-                    found = cross_check(fleet, model, lengths, self.cross_check_rates)
+                if first == 0 and kind == VLLM.name and self.cross_check_rates:
+                    lengths = LENGTHS[self.profile]
+                    found = cross_check(fleet, models[0], lengths, self.cross_check_rates)
                     self.folder.add(cross_check=found)
         for workload in self.workloads:
             found = records[slug(workload)]
             write_records(Path(f"{self.folder.of(label, workload)}.csv"), found)
 
-    def _fleet(self, mode: str, chosen: list[Member]) -> Fleet:
-        words = (mode, chosen, self.site, self.models, self.workspace / mode)
+    def _fleet(self, mode: str, chosen: list[Member], models: list[Path] | None = None) -> Fleet:
+        words = (mode, chosen, self.site, models or self.models, self.workspace / mode)
         if mode == SWAP:
             return SwappingFleet(*words, limit=self.swap_limit)
         return GatewayFleet(*words) if mode == GATEWAY else Fleet(*words)
@@ -163,41 +164,6 @@ class Run:
         time.sleep(QUIET_SECONDS)
 
 
-@contextlib.contextmanager
-def bar(progress: Progress, mode: str, workload: Workload) -> Iterator[Callable[[Record], None]]:
-    """Show a replay; what is yielded is told of each request that ended."""
-    task = progress.add_task(f"{mode}: {workload.name}", total=len(workload.requests))
-    yield lambda _record: progress.advance(task)
-    progress.stop_task(task)
-
-
-def play_alone(
-    fleet: Fleet, workload: Workload, models: Sequence[int], progress: Progress
-) -> list[Record]:
-    """Replay the schedule of each of these models on the fleet's one server, one after the other.
-
-    Models of one kind have one shape, so one server stands for all; schedules that are the same but
-    for their beginning are replayed once.
-    """
-    records: list[Record] = []
-    known: dict[tuple[Any, ...], list[Record]] = {}
-    for model in models:
-        own = workload.of_model(model)
-        begin = own.requests[0].at_seconds if own.requests else 0.0
-        moved = tuple(
-            replace(request, at_seconds=round(request.at_seconds - begin, 6), model=0)
-            for request in own.requests
-        )
-        if moved and moved not in known:
-            with bar(progress, ALONE, own) as on_done:
-                known[moved] = asyncio.run(
-                    replay(replace(own, requests=moved), fleet.targets[:1], on_done=on_done)
-                )
-            time.sleep(QUIET_SECONDS)
-        records += [replace(record, model=model) for record in known.get(moved, [])]
-    return records
-
-
 def since(before: int | None, now: int | None) -> int | None:
     """Return how much a count has grown, or None where nobody counts."""
     return None if before is None or now is None else now - before
@@ -220,7 +186,7 @@ def main(words: Sequence[str] | None = None) -> None:
         machine = describe_machine() if options.profile == HOST else describe_gpu()
         folder.add(
             machine=machine,
-            model="tiny" if options.profile == HOST else options.shape,
+            model="tiny" if options.profile == HOST else ", ".join(options.shape),
             shared=describe(runs[0].site),
             pool_bytes=runs[0].site.pool_bytes,
             caching=options.caching,
@@ -257,9 +223,14 @@ def make_runs(options: argparse.Namespace, folder: Folder, workspace: Path) -> I
     """
     is_host = options.profile == HOST
     site = site_of(options)
+    if len(set(options.shape)) > 1 and SGLANG.name in options.engines:
+        raise ModeError("several shapes are vLLM's alone here: SGLang counts its cache in tokens")
     bars = [read_bar(words) for words in options.bars]
     for num_models in options.num_models or [2 if is_host else 3]:
-        kinds = list(itertools.islice(itertools.cycle(options.engines), num_models))
+        kinds, shapes = (
+            list(itertools.islice(itertools.cycle(each), num_models))
+            for each in (options.engines, options.shape)
+        )
         names = options.workloads or (HOST_WORKLOADS if is_host else GPU_WORKLOADS)
         lengths = lengths_of(options)
         workloads = [make_workload(name, num_models, lengths, options.seconds) for name in names]
@@ -270,7 +241,7 @@ def make_runs(options: argparse.Namespace, folder: Folder, workspace: Path) -> I
             workloads,
             folder,
             workspace / f"{num_models}-models",
-            options.shape,
+            shapes,
             tuple(options.cross_check),
             options.swap_limit,
         )
@@ -283,6 +254,9 @@ def make_runs(options: argparse.Namespace, folder: Folder, workspace: Path) -> I
                 "num_models": num_models,
                 "bars": of_workload(bars, words),
             }
+            if not is_host:
+                fact["weights_bytes"] = [shape_bytes(shape) for shape in shapes]
+                fact["card_bytes"] = site.cap_bytes
             if not options.dry_run:
                 folder.add(**{slug(workload): fact})
         yield run

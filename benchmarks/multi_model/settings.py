@@ -21,7 +21,7 @@ HOST_POOL_BYTES = 256 * MIB
 HOST_WORKLOADS = ("ramp:2", "constant:1")
 GPU_WORKLOADS = ("constant:4", "constant:8", "ramp:16", "ramp:24", "ramp:32", "ramp-together:6")
 # The models of the GPU's profile.
-SHAPES = ("llama-8b", "llama-1b")
+SHAPES = ("llama-8b", "llama-3b", "llama-1b")
 
 
 @dataclass(frozen=True)

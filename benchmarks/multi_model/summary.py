@@ -11,8 +11,9 @@ from typing import Any
 
 from intervals import NOT_TOLD_APART, Interval, against_bar, apart
 from multi_model import metrics, plots
+from multi_model.cards import num_cards, static_needs
 from multi_model.client import Record, read_records
-from multi_model.compared import FIGURES, Figure, ratio
+from multi_model.compared import FIGURES, Figure, interval, ratio
 from multi_model.fleet import Samples
 from multi_model.modes import ALONE, ELASTIC, MODES, OURS, STATIC, again
 
@@ -82,6 +83,12 @@ def _workload(
         "modes": modes,
         "ratios": _ratios(modes, found, levels),
         "compared": _compared(found, levels, fact.get("bars", [])),
+        "held_to_bars": _held_to_bars(found, levels, fact.get("bars", [])),
+        "cards_of_static": {
+            mode: _cards(fact, figures["peak_bytes_of_models"])
+            for mode, figures in modes.items()
+            if mode in OURS and "peak_bytes_of_models" in figures and "weights_bytes" in fact
+        },
     }
 
 
@@ -93,8 +100,39 @@ def _memory(folder: Path, key: str, title: str, pool_bytes: int | None) -> dict[
     if any(map(any, samples.resident_bytes)):
         held = [sum(row) for row in samples.resident_bytes]
         found |= {"peak_bytes": max(held), "mean_bytes": statistics.mean(held)}
+        found["peak_bytes_of_models"] = list(map(max, zip(*samples.resident_bytes, strict=True)))
         plots.memory(path.with_suffix(".png"), title, samples, pool_bytes)
     return found
+
+
+def _cards(fact: dict[str, Any], kv_bytes: Sequence[int]) -> int | None:
+    """Return how many cards a split would need for what the models held here."""
+    return num_cards(static_needs(fact["weights_bytes"], kv_bytes), fact["card_bytes"])
+
+
+def _held_to_bars(
+    found: dict[str, list[Record]],
+    levels: Sequence[metrics.Level] | None,
+    bars: Sequence[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Return our modes' figures that have a bar of their own, with what may be said of it."""
+    made = []
+    for mode, bar in itertools.product(OURS, bars):
+        if mode in found and not bar["other"]:
+            figure = FIGURES[bar["figure"]]
+            value = figure.total(figure.of(found[mode], levels))
+            around = interval(figure, found[mode], levels)
+            said = against_bar(around, bar["relation"], bar["value"]) if around else NOT_TOLD_APART
+            made.append(
+                {
+                    "figure": figure.name,
+                    "ours": mode,
+                    "value": value,
+                    "interval": asdict(around) if around else None,
+                    "bar": {"words": f"{bar['relation']} {bar['value']:g}", "said": said},
+                }
+            )
+    return made
 
 
 def _compared(

@@ -1,6 +1,7 @@
 """What each mode starts its servers with."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,6 +107,7 @@ def test_the_other_kvcached_is_started_as_its_documents_say(
     assert first.python == "/there/bin/python"
     assert (first.environ["ENABLE_KVCACHED"], first.environ["KVCACHED_AUTOPATCH"]) == ("true", "1")
     assert first.environ["KVCACHED_IPC_NAME"] != second.environ["KVCACHED_IPC_NAME"]
+    assert str(os.getpid()) in first.environ["KVCACHED_IPC_NAME"]  # another run has other names
     assert first.environ["KVCACHED_GPU_UTILIZATION"] == "0.760"  # 95 % of 80 of 100 GiB
     assert "--no-enable-prefix-caching" in first.arguments
     words = (*first.options, *first.arguments)

@@ -45,6 +45,7 @@ def made(folder: Path, seconds: dict[str, float], bars: list[Any], num: int = NU
     samples = Samples(["m0", "m1"], [0.0, 1.0], [[GIB, 0], [GIB, GIB]], [3 * GIB, 3 * GIB])
     samples.write(folder / "elastic" / f"{KEY}-memory.csv")
     fact = {"num_requests": num, "num_models": 2, "name": "ramp P=2", "bars": bars}
+    fact |= {"weights_bytes": [40 * GIB, 30 * GIB], "card_bytes": 72 * GIB}
     (folder / "run.json").write_text(json.dumps({KEY: fact, "pool_bytes": 4 * GIB}))
     write_report(folder)
     return json.loads((folder / "summary.json").read_text())
@@ -65,8 +66,13 @@ def bar(figure: str, relation: str, value: float) -> dict[str, Any]:
     return words | {"relation": relation, "value": value}
 
 
+def own_bar(figure: str, relation: str, value: float) -> dict[str, Any]:
+    return bar(figure, relation, value) | {"other": ""}
+
+
 SECONDS = {"alone": 0.2, "static": 1.05, "elastic": 0.4}
 BARS = [bar("mean_ttft", "<=", 0.5), bar("p99_ttft", "<=", 0.1)]
+BARS += [own_bar("p99_ttft", "<=", 500.0), own_bar("mean_ttft", "<=", 400.0)]
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +116,27 @@ def test_a_bar_is_met_or_missed_by_the_whole_interval(summary: Any) -> None:
     assert compared(summary, "mean_ttft")["bar"]["said"] == "met"
     assert compared(summary, "p99_ttft")["bar"]["said"] == "missed"
     assert compared(summary, "mean_tpot")["bar"] is None
+
+
+def test_a_figure_itself_may_have_a_bar(summary: Any, page: str) -> None:
+    high, mean = summary["workloads"][KEY]["held_to_bars"]
+    assert [high["bar"]["said"], mean["bar"]["said"]] == ["met", "missed"]
+    assert high["interval"]["low"] <= high["value"] <= high["interval"]["high"] <= 500.0
+    assert mean["value"] == pytest.approx(424, abs=1)
+    assert compared(summary, "p99_ttft")["bar"]["said"] == "missed"  # that of the ratio
+    assert "<td>&lt;= 500</td><td>met</td>" in page
+
+
+def test_the_cards_of_a_split_are_told_from_weights_and_memory(summary: Any, page: str) -> None:
+    assert summary["workloads"][KEY]["cards_of_static"] == {"elastic": 2}
+    assert "an even split needs 2 such cards" in page
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_bar_of_a_figure_that_has_too_few_requests_is_not_met(tmp_path: Path) -> None:
+    summary = made(tmp_path, SECONDS, [own_bar("p99_ttft", "<=", 1e6)], num=999)
+    (line,) = summary["workloads"][KEY]["held_to_bars"]
+    assert (line["value"], line["bar"]["said"]) == (None, "not told apart")
 
 
 def test_the_same_mode_twice_is_the_control_of_every_figure(summary: Any) -> None:

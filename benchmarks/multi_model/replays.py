@@ -1,0 +1,51 @@
+"""Replays that are shown while they run, and each model's own schedule on a device of its own."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from multi_model.client import Record, replay
+from multi_model.fleet import Fleet
+from multi_model.modes import ALONE
+from multi_model.workloads import Workload
+from rich.progress import Progress
+
+QUIET_SECONDS = 2.0
+
+
+@contextlib.contextmanager
+def bar(progress: Progress, mode: str, workload: Workload) -> Iterator[Callable[[Record], None]]:
+    """Show a replay; what is yielded is told of each request that ended."""
+    task = progress.add_task(f"{mode}: {workload.name}", total=len(workload.requests))
+    yield lambda _record: progress.advance(task)
+    progress.stop_task(task)
+
+
+def play_alone(
+    fleet: Fleet, workload: Workload, models: Sequence[int], progress: Progress
+) -> list[Record]:
+    """Replay the schedule of each of these models on the fleet's one server, one after the other.
+
+    They have one kind and one shape, so one server stands for all; schedules that are the same but
+    for their beginning are replayed once.
+    """
+    records: list[Record] = []
+    known: dict[tuple[Any, ...], list[Record]] = {}
+    for model in models:
+        own = workload.of_model(model)
+        begin = own.requests[0].at_seconds if own.requests else 0.0
+        moved = tuple(
+            replace(request, at_seconds=round(request.at_seconds - begin, 6), model=0)
+            for request in own.requests
+        )
+        if moved and moved not in known:
+            with bar(progress, ALONE, own) as on_done:
+                known[moved] = asyncio.run(
+                    replay(replace(own, requests=moved), fleet.targets[:1], on_done=on_done)
+                )
+            time.sleep(QUIET_SECONDS)
+        records += [replace(record, model=model) for record in known.get(moved, [])]
+    return records
