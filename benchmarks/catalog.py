@@ -215,6 +215,12 @@ BENCHMARKS = (
         "SGLang's HiCache with us and without: answers, speed, what comes back",
         ("--engine", "sglang"),
     ),
+    Benchmark(
+        "busy_neighbours",
+        "busy_neighbours.py",
+        GPU,
+        "two models that compute at the same time: how each slows the other, with MPS and without",
+    ),
     Benchmark("vllm_neighbours", "vllm_neighbours.py", GPU, "starts and bursts beside neighbours"),
     Benchmark(
         "pressure_gpu",
