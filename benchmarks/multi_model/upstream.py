@@ -4,6 +4,7 @@ Nothing of it is here. Its own README says to switch it on by two variables, to 
 share of the memory alone, and to name each server's segment where several run.
 """
 
+import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,14 +62,14 @@ def environ(name: str, cap_bytes: int, device_bytes: int) -> dict[str, str]:
     """Return the variables that switch it on for one server.
 
     Args:
-        name: The server's name; each has a segment of its own.
+        name: The server's name; each has a segment of its own, also beside another run's.
         cap_bytes: What all servers may use of the device.
         device_bytes: The device's memory.
     """
     found = {
         "ENABLE_KVCACHED": "true",
         "KVCACHED_AUTOPATCH": "1",
-        "KVCACHED_IPC_NAME": f"multi-model-{name}",
+        "KVCACHED_IPC_NAME": f"multi-model-{os.getpid()}-{name}",
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # the runner that it supports
         "PYTHONPATH": "",  # nothing of ours is in its processes
     }
