@@ -5,23 +5,46 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from multi_model.client import Record, replay
+from multi_model.client import Record, replay, write_records
 from multi_model.fleet import Fleet
 from multi_model.modes import ALONE
 from multi_model.workloads import Workload
 from rich.progress import Progress
 
 QUIET_SECONDS = 2.0
+OnDone = Callable[[Record], None]
 
 
 @contextlib.contextmanager
-def bar(progress: Progress, mode: str, workload: Workload) -> Iterator[Callable[[Record], None]]:
+def bar(progress: Progress, mode: str, workload: Workload) -> Iterator[OnDone]:
     """Show a replay; what is yielded is told of each request that ended."""
     task = progress.add_task(f"{mode}: {workload.name}", total=len(workload.requests))
     yield lambda _record: progress.advance(task)
     progress.stop_task(task)
+
+
+@contextlib.contextmanager
+def kept_if_cut_off(path: Path, on_done: OnDone) -> Iterator[OnDone]:
+    """Write the requests that have ended to a file if the block does not end well.
+
+    Args:
+        path: The file. No report reads it: what is missing in it are the slowest requests.
+        on_done: Told of each request, too.
+    """
+    ended: list[Record] = []
+
+    def note(record: Record) -> None:
+        ended.append(record)
+        on_done(record)
+
+    try:
+        yield note
+    except BaseException:
+        write_records(path, ended)
+        raise
 
 
 def play_alone(

@@ -41,7 +41,7 @@ from multi_model.modes import (
     members,
 )
 from multi_model.options import lengths_of, parser, site_of
-from multi_model.replays import QUIET_SECONDS, bar, play_alone
+from multi_model.replays import QUIET_SECONDS, bar, kept_if_cut_off, play_alone
 from multi_model.report import write_report
 from multi_model.settings import (
     GPU_WORKLOADS,
@@ -145,8 +145,13 @@ class Run:
         activations = fleet.activations()
         fleet.share_out()
         before = fleet.num_preemptions()
-        with fleet.sampling() as samples, bar(progress, label, workload) as on_done:
-            records = asyncio.run(replay(workload, fleet.targets, gate=gate, on_done=on_done))
+        ended = files.with_name(f"{files.name}-ended.csv")
+        with (
+            fleet.sampling() as samples,
+            bar(progress, label, workload) as on_done,
+            kept_if_cut_off(ended, on_done) as note,
+        ):
+            records = asyncio.run(replay(workload, fleet.targets, gate=gate, on_done=note))
         write_records(files.with_name(f"{files.name}.csv"), records)
         samples.write(files.with_name(f"{files.name}-memory.csv"))
         spent = gpu.joules() if gpu else None
@@ -245,7 +250,7 @@ def make_runs(options: argparse.Namespace, folder: Folder, workspace: Path) -> I
             tuple(options.cross_check),
             options.swap_limit,
         )
-        for mode in options.modes:
+        for mode in dict.fromkeys([*options.modes, *options.twice]):
             run.members(mode)
         for words, workload in zip(names, workloads, strict=True):
             fact = {

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from multi_model import options as command_line
 from multi_model import run as running
-from multi_model.client import Record
+from multi_model.client import Record, read_records
 from multi_model.errors import ModeError
 from multi_model.fleet import Fleet
 from multi_model.model_files import shape_bytes
+from multi_model.replays import kept_if_cut_off
 from multi_model.run import Run, make_runs
 from multi_model.settings import Folder
 from multi_model.workloads import Workload
@@ -102,3 +103,29 @@ def test_the_gateway_is_told_the_memory_of_its_models_copies(
     copies = 2 * shape_bytes("llama-1b") + shape_bytes("llama-8b")
     assert int(found["host_memory"]) == pytest.approx(copies + 3 * gateway_fleet.ENGINE_BYTES)
     assert {each["env"]["KVCACHED_BUFFERS"] for each in found["environments"].values()} == {"yield"}
+
+
+def test_a_replay_that_is_cut_off_keeps_the_requests_that_had_ended(tmp_path: Path) -> None:
+    seen: list[Record] = []
+    path = tmp_path / "ended.csv"
+
+    def play() -> None:
+        with kept_if_cut_off(path, seen.append) as note:
+            note(Record(1, 2.0, 3, 4))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        play()
+    assert read_records(path) == seen == [Record(1, 2.0, 3, 4)]
+
+
+def test_one_that_ends_well_leaves_no_such_file(tmp_path: Path) -> None:
+    path = tmp_path / "ended.csv"
+    with kept_if_cut_off(path, lambda _record: None) as note:
+        note(Record(1, 2.0, 3, 4))
+    assert not path.exists()
+
+
+def test_a_mode_that_is_run_twice_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ModeError, match="--upstream-python"):
+        made(tmp_path, *SHAPES, *SHORT, "--twice", "upstream")
