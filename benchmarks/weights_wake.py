@@ -29,7 +29,7 @@ from vllm_servers import READY_SECONDS, Record
 from yielding import FIRST, NUM_PROMPT_TOKENS, SECOND, Run, make_parser
 
 from kvcached_core.units import GIB, MIB
-from kvcached_core.weights.rank import MAX_COPY_BYTES
+from kvcached_core.weights.image import MAX_COPY_BYTES
 from kvcached_demo.harness.engines import ENGINES, VLLM
 
 VANILLA = "vanilla"

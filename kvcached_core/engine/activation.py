@@ -61,7 +61,7 @@ class Activation(WeightsKept):
         self._status = status
         self._sleep_after = config.sleep_after
         self._empty = empty
-        self._do_layers_wait = config.weights_wait == "layers"
+        self._do_layers_wait, self._is_arriving = config.weights_wait == "layers", False
         self._offered: Sequence[int] = ()  # bytes of each rank, if there are any
         self._is_kept = False  # only higher priorities get them for a while
         self._refused_at = self._stalled_since = 0.0
@@ -112,8 +112,7 @@ class Activation(WeightsKept):
                     f"kvcached: there is no room for the weights of this engine: {shortage}; it "
                     "stays asleep, and wakes when others need less"
                 )
-        if self._do_layers_wait:
-            self._port.finish_weights()
+        self._finish_arriving()
 
     def rest(self) -> float | None:
         """Nothing runs: offer what is there, go on with a wake, or sleep if it is time to.
@@ -126,6 +125,7 @@ class Activation(WeightsKept):
         self._stalled_bytes = 0
         if (self._waking_since_ns or self._wish is WeightsWish.WAKE) and not self.activate():
             return REFUSAL_SECONDS
+        self._finish_arriving()
         if self.is_active and not self._begin_to_offer():
             return self._look_seconds if self._port.can_be_woken else None
         if self._wish is WeightsWish.SLEEP:
@@ -182,6 +182,7 @@ class Activation(WeightsKept):
         Args:
             num_bytes: What each rank's KV cache lacks; 0 where something is live, and will end.
         """
+        self._finish_arriving()
         now = self._ranks.clock()
         if not num_bytes or now > self._refused_at + STALL_SECONDS:
             self._stalled_since = now
@@ -229,9 +230,16 @@ class Activation(WeightsKept):
         self._hold(self._status.num_pages)
         if self._status.num_missing_pages:
             return False
+        self._is_arriving = self._do_layers_wait
         now_ns = time.monotonic_ns()
         self._ranks.woke(now_ns - self._waking_since_ns, now_ns - started_ns)
         return True
+
+    def _finish_arriving(self) -> None:
+        """Have all weights come, also those that wait for a step which comes near them."""
+        if self._is_arriving:
+            self._is_arriving = False
+            self._port.finish_weights()
 
     def _stop_waking(self) -> None:
         self._stalled_bytes = self._waking_since_ns = 0

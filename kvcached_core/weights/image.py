@@ -1,11 +1,13 @@
 """The image: the arena of a rank's weights, of which the first so many pages are resident."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvcached_core.errors import PageStateError
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import Geometry
 from kvcached_core.memory.vmm.backend import Backend
+from kvcached_core.weights.host_bytes import MAX_COPY_BYTES
 from kvcached_core.weights.layout import Layout, Piece
 
 if TYPE_CHECKING:
@@ -89,6 +91,22 @@ class Image:
         if not 0 <= num_pages <= end:
             raise PageStateError(f"drop of {num_pages} pages of an image that has {end}")
         self.arena.unmap(range(end - 1, end - num_pages - 1, -1))
+
+    def copy_from(self, host_address_of: Callable[[int], int], page: int) -> None:
+        """Begin to copy host bytes to a page, in pieces that others' copies get in between.
+
+        Args:
+            host_address_of: Returns where the bytes of a page are.
+            page: Its number.
+
+        Raises:
+            BackendError: If the backend fails; some pieces may be on their way.
+        """
+        address, host_address = self.page_address(page), host_address_of(page)
+        page_bytes = self.page_bytes
+        for begin in range(0, page_bytes, MAX_COPY_BYTES):
+            num_bytes = min(MAX_COPY_BYTES, page_bytes - begin)
+            self.backend.copy_in(address + begin, host_address + begin, num_bytes)
 
     def page_address(self, page: int) -> int:
         """Return where `page` begins."""

@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from kvcached_core.errors import BackendError, HostCopyError, OutOfMemoryError
 from kvcached_core.memory.seats import Seat
@@ -21,7 +22,6 @@ from kvcached_core.weights.copying import Copying
 from kvcached_core.weights.drop_batches import drop_batches
 from kvcached_core.weights.exporting import Wish
 from kvcached_core.weights.fetching import Fetching
-from kvcached_core.weights.host_bytes import MAX_COPY_BYTES
 from kvcached_core.weights.host_copy import HostCopy
 from kvcached_core.weights.image import Image
 from kvcached_core.weights.moving_out import MovingOut
@@ -67,7 +67,9 @@ class RankWeights:
         self.copying = Copying(image, make_copy, self._row.expect)
         self._moving_out = MovingOut(self.copying, make_copy, image.backend)
         self.copying.on_copied = self._when_copied
-        self.arriving, self.lets_arrive = Arriving(image.backend, current_stream), False
+        self.arriving = Arriving(image.backend, current_stream, image.page_bytes)
+        self.arriving.on_lost, self.arriving.on_finished = self._lose, self._offer_read
+        self.lets_arrive = False
         self._current_stream = current_stream
         self._changes = Changes(self._moving_out.back, self.copying.source)
         self._replicas = replicas
@@ -123,9 +125,9 @@ class RankWeights:
         stay, as many pages go in its place.
 
         Pages go when all work of the engine's stream is done. Work that is launched on it later
-        finds the pages that came, or waits for them by `arriving`; the host does not wait. Nothing
-        is dropped that cannot be brought back: without a copy, or without room for what has
-        changed, pages stay.
+        finds the pages that came, or waits for them by `arriving`, which may begin to copy them as
+        late as that; the host does not wait. Nothing is dropped that cannot be brought back:
+        without a copy, or without room for what has changed, pages stay.
 
         Returns:
             What is there then: less than was wanted if others took the memory for it.
@@ -138,6 +140,7 @@ class RankWeights:
         wanted = min(num_pages, self.image.num_pages)
         wants_annex = num_pages >= self.image.num_pages + self._annex.num_pages
         try:
+            self.arriving.finish()
             self._drop_unfinished()
             copy = self.copying.copy
             if copy is None:
@@ -161,7 +164,7 @@ class RankWeights:
             # Others than engines took it. What came stays, and the rest is asked for again.
             logger.warning("kvcached: %s; requests wait for the rest of the weights", error)
         finally:
-            self._moving_out.offer()
+            self._offer_read()
             self._row.report()
         return self.status()
 
@@ -202,7 +205,7 @@ class RankWeights:
         if copy is None or (copy.digest, image.page_bytes) != (wish.digest, wish.page_bytes):
             return []
         end = wish.first + self._changes.num_clean(copy, wish.first, wish.sums)
-        end = min(end, self._num_there)
+        end = min(end, self._num_there - self.arriving.num_unbegun)
         image.backend.finish_copies()  # some may have come just now
         return [image.arena.handle(page) for page in range(wish.first, end)]
 
@@ -254,33 +257,38 @@ class RankWeights:
         replicas.fetch(wish, fetching.take)
 
     def _bring(self, copy: HostCopy, num_pages: int) -> None:
-        image, num_before, is_marked = self.image, self._num_there, False
+        image, has_all = self.image, False
+        begin = partial(image.copy_from, copy.page_address)
+        bring = partial(self.arriving.expect, begin=begin) if self.lets_arrive else begin
         try:
             while self._num_there < num_pages:
                 batch_end = min(self._num_there + MAP_BATCH_PAGES, num_pages)
                 while (page := self._num_there) < batch_end:
                     missing_bytes = (num_pages - page) * image.page_bytes
                     self._row.with_patience(lambda: image.map_next(1), missing_bytes)
-                    self._copy_in(copy, page)
+                    bring(page)
                     self._num_there += 1
-                if self.lets_arrive:
-                    self.arriving.add(num_before, self._num_there)
                 self._row.report()
-            is_marked = self.lets_arrive
+            has_all = True
         finally:
-            if not is_marked:
-                image.backend.join_copies(self._current_stream())
+            if not (has_all and self.lets_arrive):
+                with contextlib.ExitStack() as rest:
+                    rest.callback(self.arriving.forget)
+                    rest.callback(image.backend.join_copies, self._current_stream())
+                    self.arriving.begin_rest()
 
-    def _copy_in(self, copy: HostCopy, page: int) -> None:
-        image = self.image
-        address, host_address = image.page_address(page), copy.page_address(page)
-        for begin in range(0, image.page_bytes, MAX_COPY_BYTES):
-            num_bytes = min(MAX_COPY_BYTES, image.page_bytes - begin)
-            image.backend.copy_in(address + begin, host_address + begin, num_bytes)
+    def _offer_read(self) -> None:
+        if not self.arriving.is_pending:
+            self._moving_out.offer()
+
+    def _lose(self, num_pages: int) -> None:
+        """Count no more than the first pages as there: others could not be copied."""
+        self._num_there = min(self._num_there, num_pages)
 
     def _drop_unfinished(self) -> None:
         """Drop resident pages that do not count as there."""
         if surplus := self.image.num_resident_pages - self._num_there:
+            self.image.backend.finish_copies()  # a part of one that failed may be on its way
             self.image.drop_last(surplus)
 
     def _wait_for_device(self) -> None:

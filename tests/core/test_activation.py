@@ -306,6 +306,20 @@ def test_a_call_that_needs_the_weights_finds_all_of_them_where_each_layer_waits(
     assert engine.said.count(("finish",)) == num
 
 
+def test_weights_for_which_no_step_comes_are_brought_all_the_same() -> None:
+    engine = Engine(weights_wait="layers")
+    engine.activation.rest()
+    for num_wakes, goes_on in enumerate(
+        (engine.activation.rest, lambda: engine.activation.note_refused(PAGE)), 1
+    ):
+        engine.activation.sleep()
+        engine.activation.activate()
+        assert engine.said.count(("finish",)) == num_wakes - 1
+        for _ in range(2):
+            goes_on()
+            assert engine.said.count(("finish",)) == num_wakes
+
+
 def test_a_call_that_finds_no_room_leaves_the_wake_to_requests_that_wait(asleep: Engine) -> None:
     asleep.turn = Turn.NEXT
     asleep.is_busy_now = True

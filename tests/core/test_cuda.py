@@ -228,9 +228,17 @@ def test_a_mark_is_behind_the_copies_that_had_begun_and_in_front_of_later_ones(
     mark = backend.mark_copies()
     backend.copy_in(arena.address + PAGE, host.data_ptr() + PAGE, PAGE)
     assert driver.is_copied_under_way(arena.address, PAGE)
+    assert not mark.is_done()
     mark.join(0)
+    assert mark.is_done()
     assert not driver.is_copied_under_way(arena.address, PAGE)
     assert driver.is_copied_under_way(arena.address + PAGE, PAGE)
+    driver.fails = lambda name, _: (
+        Result.CUDA_ERROR_LAUNCH_FAILED if name == "cuEventQuery" else None
+    )
+    with pytest.raises(BackendError, match="cuEventQuery"):
+        mark.is_done()
+    driver.fails = lambda _name, _number: None
     for _ in range(2):
         mark.close()
     assert not driver._events

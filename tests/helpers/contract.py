@@ -169,6 +169,7 @@ def test_who_joins_a_mark_finds_what_was_copied_in_front_of_it(
         mark.join(0)
         found = backend.tensor(address, (index + 1) * PAGE).to(host.device, copy=True)
         assert found.equal(host[: (index + 1) * PAGE])
+        assert mark.is_done()
         mark.close()
     for index, handle in enumerate(handles):
         backend.unmap(address + index * PAGE, handle)

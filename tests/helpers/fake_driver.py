@@ -311,6 +311,13 @@ class FakeDriver:
         self.idle.wait()
         return (self._reach(event),)
 
+    def cuEventQuery(self, event: int) -> tuple[Any, ...]:
+        if event not in self._events:
+            return (Result.CUDA_ERROR_INVALID_HANDLE,)
+        stream, num_copies = self._events[event] or (0, 0)
+        is_done = self._num_copied[stream] >= num_copies
+        return (Result.CUDA_SUCCESS if is_done else Result.CUDA_ERROR_NOT_READY,)
+
     def cuEventDestroy(self, event: int) -> tuple[Any, ...]:
         known = event in self._events
         self._events.pop(event, None)

@@ -68,5 +68,8 @@ class LazyMark:
             raise BackendError("join", "planted", 0)
         self._backend.carry_out(self._num_copies)
 
+    def is_done(self) -> bool:
+        return self._backend._num_done >= self._num_copies
+
     def close(self) -> None:
         pass

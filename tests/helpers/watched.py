@@ -14,7 +14,7 @@ import torch
 
 from helpers.residue import write
 from helpers.seeded import Seeded
-from kvcached_core.weights import rank, scratch
+from kvcached_core.weights import arriving, image, scratch
 from kvcached_core.weights.annex import Annex
 from kvcached_core.weights.scratch import Scratch
 
@@ -71,4 +71,8 @@ class Watched(Seeded):
 
     def set_copy_bytes(self, num_bytes: str) -> None:
         """Let weights come back in copies of up to so many bytes."""
-        rank.MAX_COPY_BYTES = int(num_bytes)
+        image.MAX_COPY_BYTES = int(num_bytes)
+
+    def set_ahead_bytes(self, num_bytes: str) -> None:
+        """Let the device be told of so many bytes of weights ahead of what it has copied."""
+        arriving.AHEAD_BYTES = int(num_bytes)

@@ -28,13 +28,16 @@ class Copies:
     def __init__(self) -> None:
         self.num_begun = self.num_waited = 0
 
+    def begin(self, page: int) -> None:
+        self.num_begun = page + 1
+
     def mark_copies(self) -> Any:
         num_begun = self.num_begun
 
         def join(_stream: int) -> None:
             self.num_waited = num_begun
 
-        return SimpleNamespace(join=join, close=lambda: None)
+        return SimpleNamespace(join=join, close=lambda: None, is_done=lambda: False)
 
 
 class Model(nn.Module):
@@ -68,8 +71,7 @@ class Worker:
     def wake(self) -> None:
         self.copies.num_waited = self.copies.num_begun = 0
         for page in range(7):
-            self.copies.num_begun = page + 1
-            self.arriving.add(0, page + 1)
+            self.arriving.expect(page, self.copies.begin)
 
     def step(self, num_tokens: int = CAPTURED_TOKENS + 1) -> list[tuple[Any, int]]:
         """Run the model; return each layer that it looked up, and the pages there then."""

@@ -32,6 +32,13 @@ class Mark(Protocol):
     def join(self, stream: int) -> None:
         """Make later work on `stream` wait for these copies. Any number of streams may."""
 
+    def is_done(self) -> bool:
+        """Return whether these copies are done, without waiting for them.
+
+        Raises:
+            BackendError: If one of them failed.
+        """
+
     def close(self) -> None:
         """Forget the mark; streams that wait for it go on waiting."""
 

@@ -80,6 +80,16 @@ class CudaFence:
         """Let later work on `stream` wait for the work; the host does not."""
         self._driver.call("cuStreamWaitEvent", stream, self._event, 0)
 
+    def is_done(self) -> bool:
+        """Return whether the work is done; nobody waits for it."""
+        try:
+            self._driver.call("cuEventQuery", self._event)
+        except BackendError as error:
+            if error.code != "CUDA_ERROR_NOT_READY":
+                raise
+            return False
+        return True
+
     def close(self) -> None:
         """Give the event back; streams that wait for it go on waiting."""
         event, self._event = self._event, None

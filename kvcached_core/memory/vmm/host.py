@@ -53,6 +53,10 @@ class HostFence:
     def join(self, stream: int) -> None:
         """Do nothing: what it is behind is done."""
 
+    def is_done(self) -> bool:
+        """Return that it is."""
+        return True
+
     def close(self) -> None:
         """Do nothing: it holds nothing."""
 

@@ -25,7 +25,7 @@ from kvcached_core.memory.vmm.backend import Backend
 from kvcached_core.memory.vmm.cuda import CudaBackend
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import GIB
-from kvcached_core.weights import copying, rank, rank_row, source
+from kvcached_core.weights import copying, image, rank, rank_row, source
 from kvcached_core.weights.copies_folder import read_holders
 from kvcached_core.weights.drop_batches import DROP_BATCH_PAGES
 from kvcached_core.weights.host_budget import HostBudget
@@ -313,7 +313,7 @@ def test_a_page_is_copied_as_soon_as_it_is_mapped_and_a_step_waits_for_the_last(
 def test_a_page_comes_in_parts_that_others_copies_get_in_between(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rank, "MAX_COPY_BYTES", PAGE // 4 * 3)
+    monkeypatch.setattr(image, "MAX_COPY_BYTES", PAGE // 4 * 3)
     ours = make(HostBackend(PAGE)).start()
     ours.weights.hold(0)
     ours.done.clear()

@@ -1,6 +1,7 @@
 """Weights on their way: each part of a forward finds its own pages, and waits for no others."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -15,12 +16,14 @@ from hypothesis import strategies as st
 from kvcached_core.errors import BackendError, LayerOrderError
 from kvcached_core.memory.vmm.cuda import CudaBackend
 from kvcached_core.units import GIB
-from kvcached_core.weights.arriving import Arriving
-from kvcached_core.weights.rank import MAP_BATCH_PAGES
+from kvcached_core.weights import arriving
+from kvcached_core.weights.arriving import AHEAD_BYTES, Arriving
+from kvcached_core.weights.exporting import Wish
 from kvcached_core.weights.stages import Points, Stages
 from kvcached_core.weights.walks import Walks
 
 POINTS = Points(2, (9, NUM_PAGES))
+COPIES = 2  # the number of the second stream that the backend has made
 
 
 @pytest.fixture
@@ -34,9 +37,17 @@ def ours(driver: FakeDriver, tmp_path: Path) -> Iterator[WeightedRank]:
 
 
 def coming(ours: WeightedRank, driver: FakeDriver) -> list[int]:
-    """Return the pages whose copies are not done."""
+    """Return the pages whose copies have begun and are not done."""
     address = ours.image.page_address
     return [page for page in range(NUM_PAGES) if driver.is_copied_under_way(address(page), PAGE)]
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Let the device be told of so many pages ahead of what it has copied."""
+    num_pages = 3
+    monkeypatch.setattr(arriving, "AHEAD_BYTES", num_pages * PAGE)
+    return num_pages
 
 
 def test_a_hold_returns_while_pages_come_and_who_waits_has_those_in_front(
@@ -46,11 +57,9 @@ def test_a_hold_returns_while_pages_come_and_who_waits_has_those_in_front(
     assert ours.weights.hold(NUM_PAGES).num_missing_pages == 0
     arriving = ours.weights.arriving
     assert coming(ours, driver) == list(range(NUM_PAGES))
-    for num_pages in (1, MAP_BATCH_PAGES, MAP_BATCH_PAGES + 1, 10, NUM_PAGES - 1):
+    for num_pages in (1, 4, 5, 10, NUM_PAGES - 1):
         arriving.wait(num_pages)
-        left = coming(ours, driver)
-        assert not left or left[0] >= num_pages
-        assert len(left) > NUM_PAGES - num_pages - MAP_BATCH_PAGES
+        assert coming(ours, driver) == list(range(num_pages, NUM_PAGES))
     assert arriving.is_pending
     arriving.finish()
     assert not arriving.is_pending
@@ -82,7 +91,7 @@ def test_pages_that_had_stayed_are_waited_for_by_nobody(
     ours.weights.arriving.wait(10)
     assert coming(ours, driver) == list(range(10, NUM_PAGES))
     ours.weights.arriving.wait(11)
-    assert coming(ours, driver) == list(range(14, NUM_PAGES))
+    assert coming(ours, driver) == list(range(11, NUM_PAGES))
     ours.weights.arriving.finish()
     ours.check(NUM_PAGES)
 
@@ -123,21 +132,20 @@ def test_where_memory_ends_what_came_is_waited_for_as_ever_and_the_rest_arrives(
 
 
 @pytest.mark.parametrize("call", ["cuEventCreate", "cuEventRecord"])
-def test_pages_that_cannot_be_marked_are_waited_for_as_ever(
+def test_pages_that_cannot_be_marked_are_waited_for_by_the_host(
     ours: WeightedRank, driver: FakeDriver, call: str
 ) -> None:
     ours.weights.hold(0)
-    first = driver.calls[call] + 2  # the third batch
-    driver.fails = lambda name, number: (
-        Result.CUDA_ERROR_UNKNOWN if (name, number) == (call, first) else None
-    )
-    with pytest.raises(BackendError, match=call):
-        ours.weights.hold(NUM_PAGES)
-    assert coming(ours, driver) == []
-    ours.check(3 * MAP_BATCH_PAGES)
-    ours.weights.hold(NUM_PAGES)
+    number = driver.calls[call] + 2
+    driver.fails = lambda *called: Result.CUDA_ERROR_UNKNOWN if called == (call, number) else None
+    assert ours.weights.hold(NUM_PAGES).num_missing_pages == 0
+    assert coming(ours, driver) == list(range(3, NUM_PAGES))
+    for num_pages in (2, 3, 4, NUM_PAGES):
+        ours.weights.arriving.wait(num_pages)
+        assert coming(ours, driver) == list(range(max(num_pages, 3), NUM_PAGES))
     ours.weights.arriving.finish()
     ours.check(NUM_PAGES)
+    assert not driver._events
 
 
 def test_a_wait_that_the_driver_refuses_is_one_of_the_host(
@@ -156,6 +164,162 @@ def test_a_wait_that_the_driver_refuses_is_one_of_the_host(
     with pytest.raises(BackendError, match="cuEventSynchronize"):
         ours.weights.arriving.finish()
     driver.fails = lambda _name, _number: None
+
+
+# A few at a time
+
+
+def test_the_device_is_told_of_a_few_pages_ahead_of_what_it_has_copied(
+    ours: WeightedRank, driver: FakeDriver, ahead: int
+) -> None:
+    arriving, largest = ours.weights.arriving, 0
+    begin = ours.image.copy_from
+
+    def note(host_address_of: Any, page: int) -> None:
+        nonlocal largest
+        begin(host_address_of, page)
+        largest = max(largest, len(coming(ours, driver)))
+
+    ours.image.copy_from = note  # type: ignore[method-assign]
+    ours.weights.hold(0)
+    assert ours.weights.hold(NUM_PAGES).num_missing_pages == 0
+    assert coming(ours, driver) == list(range(ahead))
+    assert arriving.num_unbegun == NUM_PAGES - ahead
+    for num_pages in range(1, NUM_PAGES + 1):
+        arriving.wait(num_pages)
+        found = coming(ours, driver)
+        assert found == list(range(num_pages, num_pages + len(found)))  # in order, none left out
+    assert largest == ahead
+    assert arriving.num_unbegun == 0
+    arriving.finish()
+    ours.check(NUM_PAGES)
+    assert not driver._events
+
+
+def test_the_device_is_told_of_more_while_pages_are_mapped_and_done(
+    ours: WeightedRank, driver: FakeDriver, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    map_next, num_first = ours.image.map_next, 5
+
+    def map_while_copies_go_on(num_pages: int) -> None:
+        if ours.image.num_resident_pages >= num_first:
+            driver._carry_out(COPIES, driver._num_copied[COPIES] + 1)
+        map_next(num_pages)
+
+    ours.weights.hold(0)
+    monkeypatch.setattr(ours.image, "map_next", map_while_copies_go_on)
+    ours.weights.hold(NUM_PAGES)
+    num_done = NUM_PAGES - num_first
+    assert coming(ours, driver) == list(range(num_done, num_done + ahead))
+    ours.weights.arriving.finish()
+    ours.check(NUM_PAGES)
+
+
+def test_who_needs_more_than_a_few_has_all_of_it_begun(
+    ours: WeightedRank, driver: FakeDriver, ahead: int
+) -> None:
+    walks = Walks(ours.weights.arriving, POINTS)
+    assert walked(walks, (0, 1))
+    asleep_and_back(ours)
+    with walks.step(is_whole=True) as walk:
+        assert walk is not None
+        assert coming(ours, driver) == list(range(2, 2 + ahead))
+        walk.pass_point(0)
+        assert coming(ours, driver) == list(range(9, 9 + ahead))
+        walk.pass_point(1)
+    asleep_and_back(ours)
+    with walks.step(is_whole=False):
+        assert ours.weights.arriving.num_unbegun == 0
+    ours.check(NUM_PAGES)
+
+
+@pytest.mark.usefixtures("ahead")
+def test_a_copy_that_was_not_read_to_its_end_is_not_offered(
+    ours: WeightedRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered: list[int] = []
+    arriving, moving = ours.weights.arriving, ours.weights._moving_out
+    monkeypatch.setattr(moving, "offer", lambda: offered.append(arriving.num_unbegun))
+    arriving.on_finished = moving.offer
+    ours.weights.hold(0)
+    assert offered == [0]
+    ours.weights.hold(NUM_PAGES)
+    arriving.wait(5)
+    assert offered == [0]
+    arriving.finish()
+    assert offered == [0, 0]
+
+
+def test_a_replica_is_given_no_page_that_has_not_begun(ours: WeightedRank, ahead: int) -> None:
+    wish = Wish(ours.copy.digest, PAGE, 0, ours.copy.known_sums(0, NUM_PAGES))
+    assert len(ours.weights._find_pages(wish)) == NUM_PAGES
+    ours.weights.hold(0)
+    ours.weights.hold(NUM_PAGES)
+    assert len(ours.weights._find_pages(wish)) == ahead
+    ours.weights.arriving.finish()
+    assert len(ours.weights._find_pages(wish)) == NUM_PAGES
+
+
+def test_who_closes_copies_nothing_more(ours: WeightedRank, driver: FakeDriver, ahead: int) -> None:
+    ours.weights.hold(0)
+    copied = driver.calls["cuMemcpyHtoDAsync"]
+    ours.weights.hold(NUM_PAGES)
+    ours.weights.close()
+    assert driver.calls["cuMemcpyHtoDAsync"] == copied + ahead
+    assert not driver._events
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 5, 11])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "cuMemCreate",
+        "cuMemMap",
+        "cuMemcpyHtoDAsync",
+        "cuEventCreate",
+        "cuEventRecord",
+        "cuEventQuery",
+        "cuEventSynchronize",
+        "cuStreamWaitEvent",
+        "cuMemUnmap",
+    ],
+)
+@pytest.mark.usefixtures("ahead")
+@pytest.mark.parametrize("is_for_good", [False, True])
+def test_a_failure_at_any_call_leaves_the_first_pages_and_nothing_counts_that_was_not_copied(
+    ours: WeightedRank, driver: FakeDriver, call: str, number: int, *, is_for_good: bool
+) -> None:
+    ours.weights.hold(0)
+    first = driver.calls[call] + number
+
+    def fails(name: str, count: int) -> Any:
+        is_due = name == call and (count >= first if is_for_good else count == first)
+        return Result.CUDA_ERROR_UNKNOWN if is_due else None
+
+    driver.fails = fails
+    for num_pages in (NUM_PAGES, 7, NUM_PAGES):
+        with suppress(BackendError):
+            ours.weights.hold(num_pages)
+        for needed in (2, 9, NUM_PAGES):
+            with suppress(BackendError):
+                ours.weights.arriving.wait(needed)
+        with suppress(BackendError):
+            ours.weights.arriving.finish()
+        status = ours.weights.status()
+        assert status.num_resident_pages <= ours.image.num_resident_pages
+        assert driver.mapped_bytes == ours.image.num_resident_pages * PAGE
+        if not is_for_good and not ours.weights.arriving.is_pending:
+            driver._carry_out(COPIES)
+            num_there = status.num_resident_pages
+            assert ours.words(num_there).equal(ours.content[: num_there * PAGE // 8])
+    driver.fails = lambda _name, _number: None
+    ours.weights.hold(4)
+    ours.weights.arriving.finish()
+    ours.check(4)
+    ours.weights.hold(NUM_PAGES)
+    ours.weights.arriving.finish()
+    ours.check(NUM_PAGES)
+    assert not driver._events or call == "cuEventSynchronize"
 
 
 # Walks
@@ -189,10 +353,10 @@ def test_a_forward_is_watched_once_and_then_begins_while_weights_come(
     assert walks.is_due
     with walks.step(is_whole=True) as walk:
         assert walk is not None
-        assert coming(ours, driver) == list(range(4, NUM_PAGES))
+        assert coming(ours, driver) == list(range(2, NUM_PAGES))
         for _ in range(2):
             walk.pass_point(0)
-            assert coming(ours, driver) == list(range(12, NUM_PAGES))
+            assert coming(ours, driver) == list(range(9, NUM_PAGES))
         walk.pass_point(1)
         assert coming(ours, driver) == []
     assert not walks.is_due
@@ -261,6 +425,9 @@ class Copies:
     def __init__(self) -> None:
         self.num_begun = self.num_there = 0
 
+    def begin(self, page: int) -> None:
+        self.num_begun = page + 1
+
     def mark_copies(self) -> "Waits":
         return Waits(self, self.num_begun)
 
@@ -273,6 +440,9 @@ class Waits:
 
     def join(self, _stream: int) -> None:
         self.copies.num_there = max(self.copies.num_there, self.num_pages)
+
+    def is_done(self) -> bool:
+        return self.num_pages <= self.copies.num_there
 
     def close(self) -> None:
         pass
@@ -289,15 +459,14 @@ def stages(draw: st.DrawFn) -> Stages:
 
 
 def run(
-    model: Stages, points: Points, parts: list[tuple[int, ...]], stayed: int, batch: int
+    model: Stages, points: Points, parts: list[tuple[int, ...]], stayed: int, num_ahead: int
 ) -> list[int]:
     """Run a forward that reads some layers between two points; return what was there for each."""
     copies = Copies()
     copies.num_there = stayed = min(stayed, model.num_pages)
-    arriving = Arriving(cast("Any", copies), lambda: 0)
-    for end in range(stayed + batch, model.num_pages + batch, batch):
-        copies.num_begun = min(end, model.num_pages)
-        arriving.add(stayed, copies.num_begun)
+    arriving = Arriving(cast("Any", copies), lambda: 0, AHEAD_BYTES // num_ahead)
+    for page in range(stayed, model.num_pages):
+        arriving.expect(page, copies.begin)
     walks = Walks(arriving, points)
     walks._is_trusted = True
     there = []
@@ -316,22 +485,21 @@ def run(
 
 @given(stages(), st.integers(0, 30), st.integers(1, 5))
 def test_each_layer_finds_its_pages_where_a_forward_waits_in_front_of_it(
-    model: Stages, stayed: int, batch: int
+    model: Stages, stayed: int, num_ahead: int
 ) -> None:
     parts = [(), *((layer,) for layer in range(len(model.ends)))]
-    there = run(model, model.in_front_of_layers(), parts, stayed, batch)
+    there = run(model, model.in_front_of_layers(), parts, stayed, num_ahead)
     needed = accumulate(model.ends, max, initial=model.num_outside_pages)
-    # It has waited for no page of a later batch.
-    assert all(one <= max(stayed, end + batch - 1) for one, end in zip(there, needed, strict=True))
+    assert there == [max(min(stayed, model.num_pages), end) for end in needed]  # and for no more
 
 
 @given(stages(), st.integers(0, 30), st.integers(1, 5), st.data())
 def test_each_layer_finds_its_pages_where_a_forward_waits_only_inside_of_some(
-    model: Stages, stayed: int, batch: int, data: st.DataObject
+    model: Stages, stayed: int, num_ahead: int, data: st.DataObject
 ) -> None:
     last = len(model.ends) - 1
     hooked = sorted(data.draw(st.sets(st.integers(0, last), min_size=1)))
     # The first part ends inside of the first of them; each other begins there, ends in the next.
     parts = [tuple(range(hooked[0] + 1))]
     parts += [tuple(range(first, end + 1)) for first, end in pairwise([*hooked, last])]
-    run(model, model.inside_layers(hooked), parts, stayed, batch)
+    run(model, model.inside_layers(hooked), parts, stayed, num_ahead)
