@@ -1,6 +1,7 @@
 """Being asked for memory: each instance listens on a socket of its own, without polling."""
 
 import atexit
+import logging
 import os
 import socket
 import threading
@@ -15,6 +16,8 @@ from kvcached_core.ledger.forks import disown_in_children
 from kvcached_core.ledger.opening import MAX_ADDRESS_BYTES, doorbell_path
 from kvcached_core.ledger.store import LedgerStore
 
+logger = logging.getLogger("kvcached")
+
 _RING = b"r"
 _STOP = b"s"
 _ALARM = b"a"
@@ -28,7 +31,8 @@ class Doorbell:
 
     Args:
         path: Where the socket lies; an older one there is replaced.
-        on_ring: Called in the bell's thread at each ring or alarm; it may only pass the word on.
+        on_ring: Called in the bell's thread at each ring or alarm, the first time perhaps before
+            who makes the bell has it. What it raises is logged, and the bell listens on.
 
     Raises:
         LedgerError: If the socket cannot be made.
@@ -85,7 +89,10 @@ class Doorbell:
     def _listen(self) -> None:
         while (message := self._receive()) != _STOP:
             if message == _RING:
-                self._tell()
+                try:
+                    self._tell()
+                except Exception:
+                    logger.exception("kvcached: a ring at %s could not be answered", self.path)
 
     def _receive(self) -> bytes:
         deadline = self._deadline

@@ -30,6 +30,7 @@ MAX_MESSAGE_BYTES = 1 << 14
 # How long pages stay for one reader: some hundred GB over a link between GPUs. Who is slower reads
 # on, because what it has imported stays, but nobody keeps it for it any more.
 HOLD_SECONDS = 1.0
+PAUSE_SECONDS = 0.1
 _DIGITS = 12  # of a key, so that the address of a socket is short enough
 
 logger = logging.getLogger("kvcached")
@@ -159,8 +160,12 @@ class Exporting:
         while True:
             try:
                 reader, _ = self._socket.accept()
-            except OSError:
-                return  # it is shut down
+            except OSError as error:
+                if not self._is_ours:
+                    return  # it is shut down
+                logger.info("kvcached: a replica that came could not be heard: %s", error)
+                time.sleep(PAUSE_SECONDS)  # without a descriptor left it fails again at once
+                continue
             with reader:
                 self._reader = reader
                 if self._is_ours and not self._num_waiting:
@@ -179,6 +184,8 @@ class Exporting:
                 self._send(reader, self._find(Wish.of(message)))
         except (OSError, ValueError, BackendError) as error:  # a timeout, too
             logger.info("kvcached: weights are not read on: %s", error)
+        except Exception:  # the next one is answered all the same
+            logger.exception("kvcached: weights are not read on")
 
     def _send(self, reader: socket.socket, handles: list[Handle]) -> None:
         fds: list[int] = []

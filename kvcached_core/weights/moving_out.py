@@ -140,7 +140,8 @@ class _Offer:
         self._copy, self._backend = copy, backend
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._image: OnDisk | None = None
-        self._bell = Doorbell(bell_of(copy.path), self._go)
+        self._path = bell_of(copy.path)
+        self._bell = Doorbell(self._path, self._go)
 
     def end(self) -> OnDisk | None:
         """Stop it; return the image if the copy went."""
@@ -162,4 +163,4 @@ class _Offer:
             self._copy.close()
             logger.info("kvcached: the host copy of %s went to the disk", self._copy.name)
         finally:
-            self._bell.path.unlink(missing_ok=True)  # whoever rang sees that it is over
+            self._path.unlink(missing_ok=True)  # whoever rang sees that it is over

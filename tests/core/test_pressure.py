@@ -18,6 +18,25 @@ from kvcached_core.ledger.opening import doorbell_path
 from kvcached_core.memory.devices import Device, open_ledger
 
 
+def test_a_ring_that_fails_is_logged_and_the_next_one_is_heard(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard, failures = threading.Event(), [KeyError("planted"), None]
+
+    def on_ring() -> None:
+        if failure := failures.pop(0):
+            raise failure
+        heard.set()
+
+    bell = Doorbell(tmp_path / "a.sock", on_ring)
+    for _ in range(2):
+        assert ring(bell.path)
+    assert heard.wait(30)
+    bell.close()
+    assert f"a ring at {bell.path} could not be answered" in caplog.text
+    assert "planted" in caplog.text
+
+
 def test_a_ring_is_heard_and_the_socket_goes_with_the_bell(tmp_path: Path) -> None:
     heard = threading.Event()
     bell = Doorbell(tmp_path / "a.sock", heard.set)

@@ -15,6 +15,7 @@ from helpers.weight_pages import PagedLayout, Pages, Pins
 from helpers.weight_ranks import KEY, NUM_PAGES, PAGE, WeightedRank
 
 from kvcached_core.errors import HostBudgetError, HostCopyError
+from kvcached_core.ledger.bell import ring
 from kvcached_core.memory.vmm.backend import Backend
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import GIB
@@ -219,6 +220,35 @@ def test_an_image_that_a_sleeper_needs_is_not_removed_from_the_disk(
     other.check(NUM_PAGES)
     monkeypatch.undo()
     assert ours.weights.hold(NUM_PAGES).num_missing_pages == 0
+    ours.check(NUM_PAGES)
+
+
+def test_who_rings_before_the_bell_is_known_is_answered(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doorbell = moving_out.Doorbell
+
+    def ring_at_once(path: Path, on_ring: Callable[[], None]) -> Any:
+        answered = threading.Event()
+
+        def answer() -> None:
+            try:
+                on_ring()
+            finally:
+                answered.set()
+
+        bell = doorbell(path, answer)
+        assert ring(path)
+        assert answered.wait(30)
+        return bell
+
+    ours = make(HostBackend(PAGE)).start()
+    await_that(lambda: offers.is_offered(ours.copy.path))
+    monkeypatch.setattr(moving_out, "Doorbell", ring_at_once)
+    monkeypatch.setattr(disk_store, "room_bytes", lambda *_: 0)  # it fails at once, too
+    ours.weights.hold(NUM_PAGES - 1)
+    ours.weights.hold(NUM_PAGES)
+    assert list((tmp_path / "weights").glob("*.bell")) == []  # whoever rang waits for that
     ours.check(NUM_PAGES)
 
 

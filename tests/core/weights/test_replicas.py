@@ -298,6 +298,29 @@ def test_who_asks_for_something_else_gets_nothing_and_the_next_one_all(
     ours.check(NUM_PAGES)
 
 
+def test_who_cannot_be_answered_leaves_the_next_one_all(
+    pair: tuple[ReplicaRank, ReplicaRank], caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, theirs = pair
+    exporting = own(theirs)
+    find = exporting._find
+
+    def fail(_wish: Wish) -> Any:
+        raise KeyError("planted")
+
+    exporting._find = fail
+    line = connect(exporting.path)
+    assert line is not None
+    line.send(Wish(ours.copy.digest, PAGE, 0, ours.copy.known_sums(0, 1)).to_bytes())
+    assert line.recv(16) == b""  # it hangs up
+    line.close()
+    exporting._find = find
+    assert "weights are not read on" in caplog.text
+    ours.weights.hold(NUM_PAGES)
+    assert ours.num_from_host == 0
+    ours.check(NUM_PAGES)
+
+
 def test_nothing_stays_open(make: Make) -> None:
     ours, _ = make("ours"), make("theirs")
     before = num_descriptors()
