@@ -157,6 +157,12 @@ BENCHMARKS = (
         "a long prompt to a model whose weights are gone, computed while they come",
     ),
     Benchmark(
+        "small_copies",
+        "small_copies.py",
+        GPU,
+        "how long a few bytes wait for the device while weights are copied to it",
+    ),
+    Benchmark(
         "replica_copy",
         "replica_copy.py",
         TWO_GPUS,

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from link import gigabytes_per_second
 from machine import describe_gpu
 
 from kvcached_core.errors import BackendError
@@ -35,7 +36,6 @@ NUM_BYTES = 15 * GIB
 PAGE_MIB = (64, 256)
 BATCH_PAGES = 64  # descriptors that one message may carry
 MESSAGE_BYTES = 1 << 17
-LINK_BYTES = 4 * GIB  # of host memory, for the speed of the link beside it
 
 
 class Clock:
@@ -222,26 +222,11 @@ class Reader:
         }
         return result
 
-    def link(self) -> float:
-        """Return GB/s out of page-locked host memory, in one stream."""
-        host = torch.empty(LINK_BYTES, dtype=torch.int8, pin_memory=True).fill_(1)
-        device = torch.empty(LINK_BYTES, dtype=torch.int8, device="cuda")
-        spans = []
-        for _ in range(3):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            device.copy_(host, non_blocking=True)
-            torch.cuda.synchronize()
-            spans.append(time.perf_counter() - start)
-        del device
-        torch.cuda.empty_cache()
-        return LINK_BYTES / min(spans) / 1e9
-
     def run(self, *, is_whole: bool) -> dict[str, Any]:
         """Measure all, or one size of pages alone."""
         found: dict[str, Any] = {}
         if is_whole:
-            found["link_gb_per_second"] = self.link()
+            found["link_gb_per_second"] = gigabytes_per_second((torch.cuda.current_device(),))
         for page_mib in PAGE_MIB if is_whole else PAGE_MIB[:1]:
             page_bytes = page_mib * MIB
             found[f"{page_mib} MiB"] = row = {}

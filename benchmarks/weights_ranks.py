@@ -14,10 +14,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from link import gigabytes_per_second
 from machine import describe_gpu, describe_machine
 from vllm_servers import READY_SECONDS, Record
 from yielding import FIRST, Run
@@ -27,49 +27,18 @@ from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB, MIB
 from kvcached_demo.harness.engines import VLLM
 
-COPY_BYTES = 4 * GIB
-NUM_COPIES = 5
 TINY_POOL_BYTES = 512 * MIB
 # Symmetric memory would use multicast, which stays off on shared hosts.
 ENVIRON = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0"}
 
 
-class Links:
-    """Pinned host memory beside memory of each GPU."""
-
-    def __init__(self, num_ranks: int) -> None:
-        import torch
-
-        self._torch, self.ranks = torch, range(num_ranks)
-        pinned = {"dtype": torch.uint8, "pin_memory": True}
-        self._hosts = [torch.empty(COPY_BYTES, **pinned) for _ in self.ranks]
-        self._devices = [host.to(f"cuda:{rank}") for rank, host in enumerate(self._hosts)]
-
-    def gigabytes_per_second(self, ranks: Sequence[int]) -> float:
-        """Copy to these GPUs at once, and return how fast each had all."""
-        seconds = []
-        for _ in range(NUM_COPIES):
-            start = time.perf_counter()
-            for rank in ranks:
-                self._devices[rank].copy_(self._hosts[rank], non_blocking=True)
-            for rank in ranks:
-                self._torch.cuda.synchronize(rank)
-            seconds.append(time.perf_counter() - start)
-        return COPY_BYTES / 1e9 / statistics.median(seconds)
-
-
 def links(num_ranks: int) -> dict[str, Any]:
     """Measure how fast pinned host memory is copied to each GPU: alone, and to all at once."""
-    import torch
-
-    found = Links(num_ranks)
-    speeds = {
-        "alone_gigabytes_per_second": [found.gigabytes_per_second([rank]) for rank in found.ranks],
-        "at_once_gigabytes_per_second_each": found.gigabytes_per_second(found.ranks),
+    ranks = range(num_ranks)
+    return {
+        "alone_gigabytes_per_second": [gigabytes_per_second([rank]) for rank in ranks],
+        "at_once_gigabytes_per_second_each": gigabytes_per_second(ranks),
     }
-    del found
-    torch.cuda.empty_cache()
-    return speeds
 
 
 class Ranks(Run):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from link import gigabytes_per_second
 from machine import describe_gpu, describe_machine
 from making_room import cache, give, turns
 from residue import context_bytes, parts, used_bytes, yielded
@@ -35,7 +36,6 @@ from kvcached_demo.harness.engines import ENGINES, VLLM
 VANILLA = "vanilla"
 NUM_SLEEPS_OF_VANILLA = 5
 PARTS = ("copy", "held", "free", "half", "turns", "cache", "give", "beside", "vanilla")
-COPY_BYTES = 4 * GIB
 # How much of the weights is copied at a time in the part beside a busy neighbour: a whole page,
 # what a wake copies, and less.
 COPY_BYTES_TRIED = (64 * MIB, MAX_COPY_BYTES, 4 * MIB)
@@ -45,20 +45,7 @@ def copy(run: Run, _num: int) -> dict[str, Any]:
     """Measure how fast pinned host memory is copied to the device."""
     if run.tiny:
         return {}
-    import torch
-
-    host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
-    device = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
-    seconds = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        device.copy_(host, non_blocking=True)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    del host, device
-    torch.cuda.empty_cache()
-    return {"gigabytes_per_second": COPY_BYTES / 1e9 / statistics.median(seconds)}
+    return {"gigabytes_per_second": gigabytes_per_second()}
 
 
 def held(run: Run, _num: int) -> dict[str, Any]:

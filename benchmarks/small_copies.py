@@ -1,0 +1,173 @@
+"""How long a few bytes wait to be copied to a device while gigabytes are on their way to it.
+
+    python benchmarks/small_copies.py --json benchmarks/results/gpu/small_copies_h200.json
+
+A wake copies weights in pieces of 16 MiB, on a stream of their own. Another thread copies 4 KiB
+again and again, on a stream of its own, as a step does. The pieces are handed to the driver all at
+once, as a wake does, or so that no more than some bytes are ahead of what is copied
+(`KVCACHED_WEIGHTS_WAIT=layers`). `--tiny` rehearses it on the host backend, whose times say
+nothing.
+"""
+
+import argparse
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+from machine import describe_gpu, describe_machine
+from vllm_servers import Record
+
+from kvcached_core.memory.vmm.backend import Backend
+from kvcached_core.memory.vmm.host import HostBackend
+from kvcached_core.units import GIB, KIB, MIB, format_bytes
+from kvcached_core.weights.host_bytes import MAX_COPY_BYTES, HostBytes
+
+SMALL_BYTES = 4 * KIB
+AT_ONCE = "at once"
+BOUNDS = (32 * MIB, 128 * MIB, 512 * MIB, 2 * GIB)
+WINDOW_PAGES, TINY_WINDOW_PAGES = 64, 4  # that the copies go to and come from, again and again
+
+
+class Copies:
+    """Pages of a device and of the host, and copies between them.
+
+    Args:
+        backend: The device.
+        num_bytes: What is copied in all.
+        num_pages: The pages, of `MAX_COPY_BYTES` each.
+    """
+
+    def __init__(self, backend: Backend, num_bytes: int, num_pages: int) -> None:
+        self.backend, self._num = backend, num_bytes // MAX_COPY_BYTES
+        window_bytes = num_pages * MAX_COPY_BYTES
+        self._num_pages = num_pages
+        self._host = HostBytes(window_bytes, MAX_COPY_BYTES)
+        self._host.touch(threading.Event())
+        self._host.pin(backend, threading.Event())
+        self._address = backend.reserve(window_bytes)
+        for page in range(num_pages):
+            backend.map(self._address + page * MAX_COPY_BYTES, backend.create(MAX_COPY_BYTES))
+
+    def do(self, bound_bytes: int | None) -> float:
+        """Copy everything and return how many seconds that took.
+
+        Args:
+            bound_bytes: How far the driver is told of copies ahead of what is done; None: of all.
+        """
+        backend, begin, marks = self.backend, time.perf_counter(), deque[Any]()
+        for number in range(self._num):
+            place = number % self._num_pages * MAX_COPY_BYTES
+            backend.copy_in(self._address + place, self._host.address + place, MAX_COPY_BYTES)
+            if bound_bytes is None:
+                continue
+            marks.append(backend.mark_copies())
+            if len(marks) * MAX_COPY_BYTES >= bound_bytes:
+                marks.popleft().wait()
+        backend.finish_copies()
+        for mark in marks:
+            mark.close()
+        return time.perf_counter() - begin
+
+
+class Small:
+    """A thread that copies a few bytes again and again, and how long each copy took.
+
+    Args:
+        copy: Copies them, and returns when that is done.
+    """
+
+    def __init__(self, copy: Callable[[], None]) -> None:
+        self._copy, self._stop = copy, threading.Event()
+        self.seconds: list[float] = []
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            begin = time.perf_counter()
+            self._copy()
+            self.seconds.append(time.perf_counter() - begin)
+
+
+def on_gpu() -> tuple[Backend, Callable[[], None]]:
+    """Return the device's memory, and what copies a few bytes to it."""
+    import torch
+
+    from kvcached_core.memory.vmm.cuda import CudaBackend
+
+    host = torch.zeros(SMALL_BYTES, dtype=torch.uint8, pin_memory=True)
+    device = torch.zeros(SMALL_BYTES, dtype=torch.uint8, device="cuda")
+    stream = torch.cuda.Stream()
+
+    def copy() -> None:
+        with torch.cuda.stream(stream):
+            device.copy_(host, non_blocking=True)
+        stream.synchronize()
+
+    return CudaBackend(), copy
+
+
+def on_host() -> tuple[Backend, Callable[[], None]]:
+    """Return the host's memory, and something that takes a moment."""
+    return HostBackend(), lambda: time.sleep(0.001)
+
+
+def measure(copies: Copies, small: Callable[[], None], num: int) -> dict[str, Any]:
+    """Copy everything in each way, alone and beside small copies."""
+    found: dict[str, Any] = {}
+    for bound in (None, *BOUNDS):
+        row: dict[str, list[float]] = {"alone_seconds": [], "beside_seconds": [], "small": []}
+        for _ in range(num):
+            row["alone_seconds"].append(copies.do(bound))
+            with Small(small) as beside:
+                row["beside_seconds"].append(copies.do(bound))
+            row["small"] += beside.seconds
+        found[AT_ONCE if bound is None else format_bytes(bound)] = row
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the figures as text."""
+    lines = [f"{'ahead':10} {'alone, s':>9} {'beside, s':>9}  small: median and longest, ms"]
+    for way, row in results["ways"].items():
+        small = row["small"]
+        lines.append(
+            f"{way:10} {statistics.median(row['alone_seconds']):9.4f} "
+            f"{statistics.median(row['beside_seconds']):9.4f}  "
+            f"{1e3 * statistics.median(small):.3f} {1e3 * max(small):.3f} (n {len(small)})"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
+    parser.add_argument("--number", type=int, default=5, help="how often, of each way")
+    options = parser.parse_args()
+    record = Record(options.json)
+    record.add(machine=describe_machine() if options.tiny else describe_gpu())
+    backend, small = on_host() if options.tiny else on_gpu()
+    num_bytes = 256 * MIB if options.tiny else 15 * GIB
+    copies = Copies(backend, num_bytes, TINY_WINDOW_PAGES if options.tiny else WINDOW_PAGES)
+    record.add(num_bytes=num_bytes, small_bytes=SMALL_BYTES)
+    record.add(ways=measure(copies, small, options.number))
+    print(table(record.results))
+
+
+if __name__ == "__main__":
+    main()
