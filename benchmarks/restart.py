@@ -10,7 +10,6 @@ on the engine's CPU backend, where a start is imports and the weights are nothin
 """
 
 import argparse
-import json
 import signal
 import statistics
 import sys
@@ -26,17 +25,8 @@ from yielding import FIRST, Run
 from kvcached_demo.harness.engines import SGLANG, VLLM
 
 FILES, COPY = "files", "copy"
-RESTART, KEPT = "KVCACHED_WEIGHTS_RESTART", "KVCACHED_WEIGHTS_KEPT_SECONDS"
-KEPT_SECONDS = "3600"  # a copy waits for the next start
+RESTART = "KVCACHED_WEIGHTS_RESTART"
 NO_FILE = "no file was read"
-# vLLM shows what its own loggers say, and no others.
-SHOWN = {"handlers": ["out"], "level": "INFO", "propagate": False}
-LOGGING = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "handlers": {"out": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout"}},
-    "loggers": {"vllm": SHOWN, "kvcached": SHOWN},
-}
 BAR = 0.6
 
 
@@ -46,11 +36,7 @@ def start(run: Run, kind: str, arguments: tuple[str, ...], *, is_first: bool = F
     The first start has no copy. It notes what it has loaded, which only one does that may restart.
     """
     begin = time.monotonic()
-    logs = run.folder / "logging.json"
-    logs.write_text(json.dumps(LOGGING))
-    settings = {RESTART: str(int(kind == COPY)), KEPT: KEPT_SECONDS}
-    settings |= {"VLLM_LOGGING_CONFIG_PATH": str(logs)}
-    run.start(FIRST, 1, *arguments, **settings)
+    run.start(FIRST, 1, *arguments, **{RESTART: str(int(kind == COPY))})
     run.servers.wait_ready(FIRST, seconds=READY_SECONDS)
     seconds = time.monotonic() - begin
     log = run.servers[FIRST].log.read_text(errors="replace")
@@ -112,9 +98,10 @@ def main() -> None:
             for _ in range(options.rounds):
                 for kind, found in times.items():
                     found.append(start(run, kind, arguments))
+                    record.add(**times)
                     end(run)
                 ratios = [copy / files for files, copy in zip(*times.values(), strict=True)]
-                record.add(**times, ratios=ratios)
+                record.add(ratios=ratios)
         finally:
             run.close(record)
     print(table(record.results))
