@@ -8,6 +8,7 @@ spoiled on purpose: the answer has to differ. `--tiny` rehearses it on a CPU.
 """
 
 import json
+import shlex
 import signal
 import statistics
 import sys
@@ -105,15 +106,23 @@ def main() -> None:
     """Run the command line."""
     parser = make_parser(__doc__)
     parser.add_argument("--buffers", choices=("keep", "yield"), default="yield")
+    parser.add_argument("--server-options", default="", help="more arguments of the server")
     parser.add_argument("--number", type=int, default=30, help="how often it sleeps and wakes")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
-    engine = ENGINES[options.engine]
+    engine, more = ENGINES[options.engine], shlex.split(options.server_options)
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
         record = Record(options.json)
         record.add(machine=describe_machine() if options.tiny else describe_gpu())
         record.add(engine=f"{engine.title} {engine.release()}", buffers=options.buffers)
-        run = Run(Path(folder), tiny=options.tiny, runner=options.runner, engine=engine)
+        record.add(server_options=more)
+        run = Run(
+            Path(folder),
+            tiny=options.tiny,
+            runner=options.runner,
+            engine=engine,
+            server_options=more,
+        )
         if options.tiny:
             run.environ["LEAST_SCRATCH_BYTES"] = "32768"
         run.environ |= {"MEMORY_HISTORY": "1", "KVCACHED_BUFFERS": options.buffers}

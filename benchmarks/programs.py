@@ -9,8 +9,9 @@ rehearses it on a CPU: there the program allocates host memory.
 
     python benchmarks/programs.py --json programs.json --by driver --held-gib 70 --large-need 40GiB
 
-Caches are filled again for each round, and torch takes seconds to import: these options make less
-of the device to be filled, and let the program allocate by the driver alone.
+Caches are filled again for each round, torch takes seconds to import, and vLLM to compile: these
+options, and `--eager`, make less of the device to be filled and the start short, and let the
+program allocate by the driver alone.
 """
 
 import argparse
@@ -217,6 +218,7 @@ def main() -> None:
     parser.add_argument("--large-need", help="so much that weights have to go, too")
     parser.add_argument("--large-number", type=int, default=3, help="rounds with that")
     parser.add_argument("--by", choices=PROGRAMS, default="torch", help="what it allocates with")
+    parser.add_argument("--eager", action="store_true", help="vLLM: no compilation")
     parser.add_argument(
         "--held-gib", type=int, default=0, help="of the device, kept by this process"
     )
@@ -236,7 +238,8 @@ def main() -> None:
             run.environ["KVCACHED_PAGE_BYTES"] = str(2 * MIB)
         try:
             for number, name in enumerate(NAMES, 1):
-                run.start(name, number, is_caching=True)
+                eager = ("--enforce-eager",) if options.eager else ()
+                run.start(name, number, *eager, is_caching=True)
             run.servers.wait_ready(seconds=READY_SECONDS)
             run.wait_copied(*NAMES)
             for name in NAMES:

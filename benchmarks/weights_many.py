@@ -19,10 +19,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,17 @@ NUM_TOGETHER = 4  # models that load at the same time
 TINY_PAGE_BYTES, TINY_WEIGHTS_BYTES = 16 * MIB, 12 * MIB
 
 
-def ask_all(run: Run, names: Iterator[str], seconds: float) -> dict[str, Any]:
-    """Send a request to each of the names, a new one every so often, two at most at a time."""
+def ask_all(
+    run: Run, names: Iterator[str], seconds: float, tell: Callable[[dict[str, Any]], None]
+) -> None:
+    """Send a request to each of the names, a new one every so often, two at most at a time.
+
+    Args:
+        run: The servers.
+        names: Which are asked, in turn.
+        seconds: Between two requests.
+        tell: Told what was found so far, with each request.
+    """
     times: list[float | None] = []
     begin = time.monotonic()
 
@@ -52,7 +62,13 @@ def ask_all(run: Run, names: Iterator[str], seconds: float) -> dict[str, Any]:
         for name in names:
             pool.submit(ask, name)
             time.sleep(seconds)
-    return {"seconds": times, "took_seconds": time.monotonic() - begin}
+            tell({"seconds": times, "took_seconds": time.monotonic() - begin})
+    tell({"seconds": times, "took_seconds": time.monotonic() - begin})
+
+
+def add(record: Record, word: str, found: dict[str, Any]) -> None:
+    """Record what was found in one order, as far as it got."""
+    record.add(**{word: found})
 
 
 def table(results: dict[str, Any]) -> str:
@@ -141,12 +157,14 @@ def main() -> None:
             for name in names:
                 run.ask(name)
             record.add(copied_seconds=run.wait_copied(*names))
-            record.add(
-                **{"in turn": ask_all(run, islice(cycle(names), options.number), options.seconds)}
-            )
             source = random.Random(1)
-            order = iter([source.choice(names) for _ in range(options.number)])
-            record.add(**{"at random": ask_all(run, order, options.seconds)})
+            orders = {
+                "in turn": list(islice(cycle(names), options.number)),
+                "at random": [source.choice(names) for _ in range(options.number)],
+            }
+            for word, order in orders.items():
+                tell = partial(add, record, word)
+                ask_all(run, iter(order), options.seconds, tell)
             views = [run.view(name) for name in names]
             record.add(activations=sum(view.activations.num for view in views))
             if disk is not None:

@@ -88,7 +88,7 @@ class Run:
             "KVCACHED_WEIGHTS": "yield",
             "KVCACHED_WEIGHTS_KEPT_SECONDS": "0",
             "KVCACHED_WEIGHTS_DIR": str(self.copies),
-            "KVCACHED_HOST_BUDGET": "85%",
+            "KVCACHED_HOST_BUDGET": os.environ.get("KVCACHED_HOST_BUDGET", "85%"),
         }
         if runner is not None:
             self.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(runner - 1)
