@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import Geometry
+from kvcached_core.memory.plane_places import PlanePlaces
 from kvcached_core.memory.size_classes import SizeClass
 
 
@@ -168,27 +169,20 @@ def lay_out(
     Raises:
         UnsupportedEngineError: If it makes another number of planes.
     """
-    whole, placed = arena.tensor(), Counter({shape.block_bytes: first_plane})
-    numbers = {each.block_bytes: number for number, each in enumerate(geometry.classes)}
+    whole = arena.tensor()
+    places = PlanePlaces(geometry, arena, {shape.block_bytes: first_plane})
 
     def place(wanted: WantedPlanes) -> torch.Tensor:
         itemsize, block_bytes = wanted.dtype.itemsize, wanted.block_bytes(shape.block_tokens)
-        planes = geometry.classes[numbers[block_bytes]]
-        offset = geometry.class_offset(numbers[block_bytes], arena.num_pages)
-        offset = (offset + planes.plane_offset(placed[block_bytes])) // itemsize
-        placed[block_bytes] += wanted.num_planes
+        offset, planes = places.place(block_bytes, wanted.num_planes)
         rows = wanted.shape[wanted.num_planes - 1 :]
         strides = [prod(rows[index + 1 :]) for index in range(len(rows))]
         if wanted.num_planes > 1:
             strides.insert(0, planes.run_bytes // itemsize)
-        return whole.view(wanted.dtype).as_strided(wanted.shape, strides, offset)
+        return whole.view(wanted.dtype).as_strided(wanted.shape, strides, offset // itemsize)
 
     with MakePlanes(num_rows(shape, geometry, arena.num_pages), shape.block_tokens, place):
         create_buffers()
     expected = Counter({each.block_bytes: each.num_planes for each in shape.classes})
     expected[shape.block_bytes] += first_plane
-    if placed != expected:
-        raise UnsupportedEngineError(
-            f"planes up to {dict(placed)} were made, expected {dict(expected)}, by the bytes of a "
-            "block"
-        )
+    places.check(expected)

@@ -1,6 +1,5 @@
 """Tensors in which an engine has the planes of all layers, on our arena: [layers, blocks, ...]."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import Geometry
+from kvcached_core.memory.plane_places import PlanePlaces
 
 
 class MakeStacks(TorchFunctionMode):
@@ -58,29 +57,14 @@ def lay_out(create_buffers: Callable[[], None], geometry: Geometry, arena: Arena
     Raises:
         UnsupportedEngineError: If the planes that it makes are not those of the geometry.
     """
-    whole, placed = arena.tensor(), Counter[int]()
-    numbers = {each.block_bytes: number for number, each in enumerate(geometry.classes)}
+    whole, places = arena.tensor(), PlanePlaces(geometry, arena)
 
     def place(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        block_bytes = prod(shape[2:]) * dtype.itemsize
-        if block_bytes not in numbers:
-            raise UnsupportedEngineError(
-                f"a tensor of blocks of {block_bytes} bytes was made, expected one of "
-                f"{sorted(numbers)}"
-            )
-        planes = geometry.classes[numbers[block_bytes]]
-        offset = geometry.class_offset(numbers[block_bytes], arena.num_pages)
-        offset += planes.plane_offset(placed[block_bytes])
-        placed[block_bytes] += shape[0]
+        offset, planes = places.place(prod(shape[2:]) * dtype.itemsize, shape[0])
         strides = [prod(shape[index + 1 :]) for index in range(1, len(shape))]
         strides.insert(0, planes.run_bytes // dtype.itemsize)
         return whole.view(dtype).as_strided(shape, strides, offset // dtype.itemsize)
 
     with MakeStacks(geometry.num_ids(arena.num_pages), place):
         create_buffers()
-    expected = Counter({each.block_bytes: each.num_planes for each in geometry.classes})
-    if placed != expected:
-        raise UnsupportedEngineError(
-            f"planes up to {dict(placed)} were made, expected {dict(expected)}, by the bytes of a "
-            "block"
-        )
+    places.check({each.block_bytes: each.num_planes for each in geometry.classes})
