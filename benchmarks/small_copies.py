@@ -1,10 +1,11 @@
-"""How long a few bytes wait to be copied to a device while gigabytes are on their way to it.
+"""How long what a step does itself waits while gigabytes of weights are on their way to a device.
 
     python benchmarks/small_copies.py --json benchmarks/results/gpu/small_copies_h200.json
 
-A wake copies weights in pieces of 16 MiB, on a stream of their own. Another thread copies 4 KiB
-again and again, on a stream of its own, as a step does. The pieces are handed to the driver all at
-once, as a wake does, or so that no more than some bytes are ahead of what is copied
+A wake copies weights in pieces of 16 MiB, on a stream of their own. Every 5 ms another thread does
+what a step does, on a stream of its own: it copies 4 KiB and waits for them, launches a kernel,
+allocates memory of the device, or page-locks some of the host. The pieces are handed to the driver
+all at once, as a wake does, or so that no more than some bytes are ahead of what is copied
 (`KVCACHED_WEIGHTS_WAIT=layers`). `--tiny` rehearses it on the host backend, whose times say
 nothing.
 """
@@ -21,12 +22,14 @@ from typing import Any, Self
 from machine import describe_gpu, describe_machine
 from vllm_servers import Record
 
+from kvcached_core.memory.torch_device import release_cached_blocks
 from kvcached_core.memory.vmm.backend import Backend
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import GIB, KIB, MIB, format_bytes
 from kvcached_core.weights.host_bytes import MAX_COPY_BYTES, HostBytes
 
-SMALL_BYTES = 4 * KIB
+SMALL_BYTES, ALLOCATED_BYTES = 4 * KIB, 32 * MIB
+PAUSE_SECONDS = 0.005
 AT_ONCE = "at once"
 BOUNDS = (32 * MIB, 128 * MIB, 512 * MIB, 2 * GIB)
 WINDOW_PAGES, TINY_WINDOW_PAGES = 64, 4  # that the copies go to and come from, again and again
@@ -74,14 +77,14 @@ class Copies:
 
 
 class Small:
-    """A thread that copies a few bytes again and again, and how long each copy took.
+    """A thread that does something small again and again, and how long that took each time.
 
     Args:
-        copy: Copies them, and returns when that is done.
+        verb: Does it, and returns when that is done.
     """
 
-    def __init__(self, copy: Callable[[], None]) -> None:
-        self._copy, self._stop = copy, threading.Event()
+    def __init__(self, verb: Callable[[], None]) -> None:
+        self._verb, self._stop = verb, threading.Event()
         self.seconds: list[float] = []
         self._thread = threading.Thread(target=self._run)
 
@@ -96,59 +99,83 @@ class Small:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stop.is_set():
+        while not self._stop.wait(PAUSE_SECONDS):
             begin = time.perf_counter()
-            self._copy()
+            self._verb()
             self.seconds.append(time.perf_counter() - begin)
 
 
-def on_gpu() -> tuple[Backend, Callable[[], None]]:
-    """Return the device's memory, and what copies a few bytes to it."""
+Verbs = dict[str, Callable[[], None]]
+
+
+def on_gpu() -> tuple[Backend, Verbs, list[Any]]:
+    """Return the device's memory, what a step does there, and what keeps what that allocated."""
     import torch
 
     from kvcached_core.memory.vmm.cuda import CudaBackend
 
     host = torch.zeros(SMALL_BYTES, dtype=torch.uint8, pin_memory=True)
     device = torch.zeros(SMALL_BYTES, dtype=torch.uint8, device="cuda")
-    stream = torch.cuda.Stream()
+    stream, kept = torch.cuda.Stream(), list[Any]()
 
     def copy() -> None:
         with torch.cuda.stream(stream):
             device.copy_(host, non_blocking=True)
         stream.synchronize()
 
-    return CudaBackend(), copy
+    def launch() -> None:
+        with torch.cuda.stream(stream):
+            device.add_(1)
+        stream.synchronize()
+
+    def allocate() -> None:
+        kept.append(torch.empty(ALLOCATED_BYTES, dtype=torch.uint8, device="cuda"))
+
+    def pin() -> None:
+        kept.append(torch.empty(ALLOCATED_BYTES, dtype=torch.uint8, pin_memory=True))
+
+    verbs = {"copy": copy, "launch": launch, "allocate": allocate, "pin": pin}
+    return CudaBackend(), verbs, kept
 
 
-def on_host() -> tuple[Backend, Callable[[], None]]:
+def on_host() -> tuple[Backend, Verbs, list[Any]]:
     """Return the host's memory, and something that takes a moment."""
-    return HostBackend(), lambda: time.sleep(0.001)
+    return HostBackend(), {"copy": lambda: time.sleep(0.001)}, []
 
 
-def measure(copies: Copies, small: Callable[[], None], num: int) -> dict[str, Any]:
-    """Copy everything in each way, alone and beside small copies."""
+def measure(copies: Copies, verbs: Verbs, kept: list[Any], record: Record, num: int) -> None:
+    """Copy everything in each way, alone and beside each verb; record what was found so far."""
     found: dict[str, Any] = {}
     for bound in (None, *BOUNDS):
-        row: dict[str, list[float]] = {"alone_seconds": [], "beside_seconds": [], "small": []}
-        for _ in range(num):
-            row["alone_seconds"].append(copies.do(bound))
-            with Small(small) as beside:
-                row["beside_seconds"].append(copies.do(bound))
-            row["small"] += beside.seconds
-        found[AT_ONCE if bound is None else format_bytes(bound)] = row
-    return found
+        found[AT_ONCE if bound is None else format_bytes(bound)] = row = {
+            "alone_seconds": [copies.do(bound) for _ in range(num)]
+        }
+        for name, verb in verbs.items():
+            beside, small = list[float](), list[float]()
+            for _ in range(num):
+                with Small(verb) as thread:
+                    beside.append(copies.do(bound))
+                small += thread.seconds
+                kept.clear()
+                release_cached_blocks()
+            row |= {f"beside_{name}_seconds": beside, f"{name}_seconds": small}
+            record.add(ways=found)
 
 
 def table(results: dict[str, Any]) -> str:
     """Return the figures as text."""
-    lines = [f"{'ahead':10} {'alone, s':>9} {'beside, s':>9}  small: median and longest, ms"]
+    lines = []
     for way, row in results["ways"].items():
-        small = row["small"]
         lines.append(
-            f"{way:10} {statistics.median(row['alone_seconds']):9.4f} "
-            f"{statistics.median(row['beside_seconds']):9.4f}  "
-            f"{1e3 * statistics.median(small):.3f} {1e3 * max(small):.3f} (n {len(small)})"
+            f"{way}: all copied alone after {statistics.median(row['alone_seconds']):.4f} s"
         )
+        for name in results["verbs"]:
+            small = row[f"{name}_seconds"] or [float("nan")]
+            lines.append(
+                f"  beside {name:9} {statistics.median(row[f'beside_{name}_seconds']):.4f} s; "
+                f"{name} {1e3 * statistics.median(small):.3f} ms, up to {1e3 * max(small):.3f} "
+                f"(n {len(small)})"
+            )
     return "\n".join(lines)
 
 
@@ -161,11 +188,11 @@ def main() -> None:
     options = parser.parse_args()
     record = Record(options.json)
     record.add(machine=describe_machine() if options.tiny else describe_gpu())
-    backend, small = on_host() if options.tiny else on_gpu()
+    backend, verbs, kept = on_host() if options.tiny else on_gpu()
     num_bytes = 256 * MIB if options.tiny else 15 * GIB
     copies = Copies(backend, num_bytes, TINY_WINDOW_PAGES if options.tiny else WINDOW_PAGES)
-    record.add(num_bytes=num_bytes, small_bytes=SMALL_BYTES)
-    record.add(ways=measure(copies, small, options.number))
+    record.add(num_bytes=num_bytes, small_bytes=SMALL_BYTES, verbs=list(verbs))
+    measure(copies, verbs, kept, record, options.number)
     print(table(record.results))
 
 
