@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -229,10 +229,10 @@ def one_image(disk: Path, num_bytes: int, num_rounds: int) -> dict[str, Any]:
     }
 
 
-def many_images(
-    disk: Path, num_bytes: int, num_models: int, num_rooms: int, num_asks: int
-) -> dict[str, Any]:
-    """Start processes with an image each, and ask them at random."""
+def many_images(options: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Start processes with an image each, and ask them at random; tell what was found so far."""
+    disk, num_models, num_rooms = options.disk, options.models, options.rooms
+    num_bytes = parse_bytes(options.model_size, what="--model-size")
     with settings(disk, num_rooms * num_bytes) as config:
         words = [sys.executable, __file__, "--engine-bytes", str(num_bytes)]
         words += ["--settings", config.model_dump_json(), "--engine"]
@@ -249,27 +249,31 @@ def many_images(
         path = next(Path(str(config.weights_disk)).glob("*.image"))
         plain = [read_plainly(path) for _ in range(3)]
         asked: dict[str, Any] = {}
+        found: dict[str, Any] = {
+            "num_models": num_models,
+            "num_rooms": num_rooms,
+            "num_bytes": num_bytes,
+            "start_seconds": start_seconds,
+            "asked": asked,
+            "num_written_at_start": started.num_written,
+        }
         for at_once in AT_ONCE:
             chance = random.Random(at_once)
-            asks = [chance.randrange(num_models) for _ in range(num_asks)]
+            asks = [chance.randrange(num_models) for _ in range(options.asks)]
             asked[f"{at_once} at a time"] = told(ask_all(engines, asks, at_once))
             plain += [read_plainly(path) for _ in range(3)]
-        moves = read_moves(Path(str(config.weights_disk)))
+            speed = num_bytes / statistics.median(plain)
+            tell(
+                found
+                | {
+                    "num_written": read_moves(Path(str(config.weights_disk))).num_written,
+                    "plain_seconds": plain,
+                    "bytes_per_second": speed,
+                    "bar_seconds": bar(num_bytes, speed),
+                }
+            )
         for engine in engines:
             engine.communicate()
-    speed = num_bytes / statistics.median(plain)
-    return {
-        "num_models": num_models,
-        "num_rooms": num_rooms,
-        "num_bytes": num_bytes,
-        "start_seconds": start_seconds,
-        "asked": asked,
-        "num_written": moves.num_written,
-        "num_written_at_start": started.num_written,
-        "plain_seconds": plain,
-        "bytes_per_second": speed,
-        "bar_seconds": bar(num_bytes, speed),
-    }
 
 
 def told(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -351,9 +355,7 @@ def main() -> int:
     record.add(machine=describe_machine())
     size = parse_bytes(options.size, what="--size")
     record.add(one=one_image(options.disk, size, options.rounds))
-    model_bytes = parse_bytes(options.model_size, what="--model-size")
-    many = many_images(options.disk, model_bytes, options.models, options.rooms, options.asks)
-    record.add(many=many)
+    many_images(options, lambda found: record.add(many=found))
     print(table(record.results))
     return 0
 
