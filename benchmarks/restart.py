@@ -10,6 +10,7 @@ on the engine's CPU backend, where a start is imports and the weights are nothin
 """
 
 import argparse
+import shlex
 import signal
 import statistics
 import sys
@@ -76,13 +77,16 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-8b")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--eager", action="store_true", help="vLLM: no compilation")
+    parser.add_argument("--server-options", default="", help="more arguments of every start")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
-    arguments = ("--enforce-eager",) if options.eager else ()
+    more = shlex.split(options.server_options)
+    arguments = (*(("--enforce-eager",) if options.eager else ()), *more)
     engine = {each.name: each for each in (VLLM, SGLANG)}[options.engine]
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
         record = Record(options.json)
         record.add(machine=describe_machine() if options.tiny else describe_gpu(), bar=BAR)
+        record.add(engine=f"{engine.title} {engine.release()}", server_options=more)
         run = Run(
             Path(folder),
             tiny=options.tiny,
