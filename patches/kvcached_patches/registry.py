@@ -14,7 +14,9 @@ from pathlib import Path
 
 import requests
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
-from remotezip import RemoteZip
+from remotezip import RemoteZip, RemoteZipError
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 from kvcached_patches.locks import Lock, order
 from kvcached_patches.sources import Sources, Wheel
@@ -23,6 +25,7 @@ INDEX = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvcached" / "engines"
 PLATFORMS = ("x86_64.whl", "none-any.whl")
 TIMEOUT_SECONDS = 60
+AGAIN = Retry(total=4, backoff_factor=1.0, status_forcelist=(500, 502, 503, 504))
 NAMES = "names.json"
 
 
@@ -80,7 +83,10 @@ def whole_wheel(release: Release) -> Wheel:
 
 
 class RemoteSources(Sources):
-    """The files of a release on the index, each read when it is asked for, and kept."""
+    """The files of a release on the index, each read when it is asked for, and kept.
+
+    One thread may use it at a time: all files come by one connection.
+    """
 
     def __init__(self, release: Release, cache: Path = CACHE) -> None:
         super().__init__()
@@ -98,11 +104,8 @@ class RemoteSources(Sources):
         kept = self._folder / name
         if not kept.is_file():
             kept.parent.mkdir(parents=True, exist_ok=True)
-            url = (
-                self._release.url or releases(self._release.distribution)[self._release.version].url
-            )
-            with _index(), RemoteZip(url) as wheel:
-                _write(kept, wheel.read(name))
+            with _index():
+                _write(kept, self._wheel.read(name))
         return kept.read_bytes()
 
     def modules(self, package: str) -> Iterator[str]:
@@ -114,18 +117,26 @@ class RemoteSources(Sources):
             kept = self._folder / NAMES
             if not kept.is_file():
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                with _index(), RemoteZip(self._release.url) as wheel:
-                    names = [name for name in wheel.namelist() if name.endswith(".py")]
+                with _index():
+                    names = [name for name in self._wheel.namelist() if name.endswith(".py")]
                 _write(kept, json.dumps(names).encode())
             self._names = frozenset(json.loads(kept.read_text()))
         return self._names
+
+    @functools.cached_property
+    def _wheel(self) -> RemoteZip:
+        """The wheel, opened once: its list of thousands of files comes and is read each time."""
+        url = self._release.url or releases(self._release.distribution)[self._release.version].url
+        session = requests.Session()
+        session.mount("https://", HTTPAdapter(max_retries=AGAIN))
+        return RemoteZip(url, session=session, timeout=TIMEOUT_SECONDS)
 
 
 @contextlib.contextmanager
 def _index() -> Iterator[None]:
     try:
         yield
-    except requests.RequestException as error:
+    except (requests.RequestException, RemoteZipError) as error:
         raise SystemExit(f"the package index at {INDEX} cannot be read: {error}") from error
 
 

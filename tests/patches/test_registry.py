@@ -2,8 +2,10 @@
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from remotezip import RemoteIOError
 
 from kvcached_patches import registry
 from kvcached_patches.registry import Release, RemoteSources, releases
@@ -21,7 +23,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         made.writestr("engine/core.py", "core = 1\n")
         made.writestr("engine/kernel.so", "not Python")
 
-    def open_it(url: str) -> zipfile.ZipFile:
+    def open_it(url: str, **_: Any) -> zipfile.ZipFile:
         opened.append(url)
         return zipfile.ZipFile(wheel)
 
@@ -35,11 +37,22 @@ def test_a_file_is_read_once_and_kept(opened: list[str], tmp_path: Path) -> None
     assert sources.read("engine.core") == b"core = 1\n"
     assert sources.read("engine") == b"top = 1\n"
     assert sources.read("engine.gone") is None
-    assert opened == [RELEASE.url] * 3  # the names, and two files
+    assert opened == [RELEASE.url]  # once for the names and two files
     again = RemoteSources(RELEASE, cache)
     assert again.read("engine.core") == b"core = 1\n"
-    assert len(opened) == 3
+    assert len(opened) == 1
     assert not list(cache.rglob("*.so"))
+
+
+def test_a_wheel_that_cannot_be_read_is_the_indexs_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_it(url: str, **_: Any) -> zipfile.ZipFile:
+        raise RemoteIOError(f"{url} was reset")
+
+    monkeypatch.setattr(registry, "RemoteZip", open_it)
+    with pytest.raises(SystemExit, match=r"cannot be read: https://index/engine\.whl was reset"):
+        RemoteSources(RELEASE, tmp_path).read("engine.core")
 
 
 def test_an_index_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
