@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 BUDGET = ROOT / ".ci" / "budget.toml"
 NUM_AT_A_TIME = 3  # on two cores: tests of engines wait, for each other's processes and for time
 NUM_SLOWEST = 25
+NUM_BUDGETS = 3  # after so many times its budget a job hangs, where no test's own limit ends it
 # More threads of torch in each process of a test would spin for the cores of the other jobs.
 ENVIRON = {"OMP_NUM_THREADS": "1", **os.environ}
 DURATION = re.compile(r"^(\d+\.\d+)s (?:call|setup|teardown) +(\S.*)$", re.MULTILINE)
@@ -48,8 +49,11 @@ class Job:
     python: str
     arguments: tuple[str, ...]
 
-    def run(self) -> tuple[int, str]:
-        """Run it to its end and pass each line on; return the exit code and all lines."""
+    def run(self, limit_seconds: float) -> tuple[int, str]:
+        """Run it to its end and pass each line on; return the exit code and all lines.
+
+        After `limit_seconds` it is aborted, and writes the stacks of its threads.
+        """
         process = subprocess.Popen(
             [ROOT / self.python, "-m", "pytest", f"--durations={NUM_SLOWEST}", *self.arguments],
             cwd=ROOT,
@@ -59,11 +63,16 @@ class Job:
             text=True,
             errors="replace",
         )
+        limit = threading.Timer(limit_seconds, process.send_signal, [signal.SIGABRT])
+        limit.daemon = True
+        limit.start()
         lines = []
         for line in process.stdout or ():
             print(f"{self.name} | {line}", end="", flush=True)
             lines.append(line)
-        return process.wait(), "".join(lines)
+        returncode = process.wait()
+        limit.cancel()
+        return returncode, "".join(lines)
 
 
 def marked(expression: str) -> tuple[str, ...]:
@@ -109,7 +118,7 @@ JOBS = {
 }
 
 
-def run_all(jobs: list[Job]) -> Iterator[tuple[Job, int, str]]:
+def run_all(jobs: list[Job], limit_seconds: float) -> Iterator[tuple[Job, int, str]]:
     """Run the jobs; yield each with its exit code and its lines when it has ended."""
     waiting: Queue[Job] = Queue()
     ended: Queue[tuple[Job, int, str]] = Queue()
@@ -122,7 +131,7 @@ def run_all(jobs: list[Job]) -> Iterator[tuple[Job, int, str]]:
                 job = waiting.get_nowait()
             except Empty:
                 return
-            ended.put((job, *job.run()))
+            ended.put((job, *job.run(limit_seconds)))
 
     for _ in range(NUM_AT_A_TIME):
         threading.Thread(target=work, daemon=True).start()
@@ -142,12 +151,13 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     began = float(os.environ.get("STARTED", time.time()))
+    budget = tomllib.loads(BUDGET.read_text())[target] * 60
     counts: Counter[str] = Counter()
     slowest: list[tuple[float, str]] = []
     failed: list[str] = []
     ends: list[str] = []
     code = 0
-    for job, returncode, text in run_all(JOBS[target]):
+    for job, returncode, text in run_all(JOBS[target], NUM_BUDGETS * budget):
         code = code or returncode
         last = (LAST_LINE.findall(text) or ["no summary"])[-1]
         ends.append(f"{job.name}: {last}" + f" (exit code {returncode})" * bool(returncode))
@@ -158,7 +168,6 @@ def main() -> int:
     for seconds, test in sorted(slowest, reverse=True)[:NUM_SLOWEST]:
         print(f"{seconds:7.2f}s {test}")
     print("\n===== summary =====", *failed, *ends, sep="\n")
-    budget = tomllib.loads(BUDGET.read_text())[target] * 60
     seconds = time.time() - began
     verdict = "over" if seconds > budget else "within"
     said = ", ".join(f"{number} {what}" for what, number in sorted(counts.items()))
