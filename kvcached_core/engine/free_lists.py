@@ -6,7 +6,7 @@ only counted here. A live one is a request's. A page is used while it has a live
 it has only cached ones beside free ones, and empty while all its blocks are free.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from heapq import heappop, heappush, heapreplace
 from typing import Generic, Protocol, TypeVar
 
@@ -147,7 +147,10 @@ class FreeLists(Generic[Block]):
             mark_dirty(page)
 
     def cached_pages(
-        self, queue: Iterable[Block], is_copied: Callable[[Block], bool] | None = None
+        self,
+        queue: Iterable[Block],
+        is_copied: Callable[[Block], bool] | None = None,
+        left_out: Collection[int] = (),
     ) -> Iterator[list[Block]]:
         """Yield the blocks of each cached page, the page that was unused for longest first.
 
@@ -159,8 +162,11 @@ class FreeLists(Generic[Block]):
                 yielded may leave it: the ones that come next are on other pages.
             is_copied: Returns whether a block has a copy elsewhere. Pages on which one has none
                 come last; to find that out may take a walk through the whole queue.
+            left_out: Pages that do not come.
         """
         seen: dict[int, list[Block]] = {page: [] for page in self.pages_in(CACHED)}
+        for page in left_out:
+            seen.pop(page, None)
         last = []
         for block in queue:
             page = block.block_id // self._ids_per_page

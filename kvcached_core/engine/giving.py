@@ -64,8 +64,9 @@ class Giving:
         """Give what others or the limit want: empty pages, cached ones, weights, requests' own.
 
         Requests stop in the next schedule, for what is owed then. What is asked beyond that comes
-        of what is free next. For empty pages that only holds keep no request stops: they are on
-        their way, and what is wanted is looked at again when holds have ended.
+        of what is free next. Nobody waits for a copy where pages without one are enough. For pages
+        that only holds keep no request stops: they are on their way, and what is wanted is looked
+        at again when holds have ended.
         """
         num_left = wanted.asked_pages
         self._end_awaiting()
@@ -144,9 +145,7 @@ class Giving:
     def close(self, num_pages: int) -> int:
         """Close up to so many pages that no request needs; return how many it was."""
         num_closed = self._close_empty(num_pages)
-        while (num_left := num_pages - num_closed - self._num_held()) > 0:
-            if not self._port.evict(num_left):
-                break
+        while num_closed < num_pages and self._port.evict(num_pages - num_closed):
             num_closed += self._close_empty(num_pages - num_closed)
         return num_closed
 

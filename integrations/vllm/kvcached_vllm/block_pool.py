@@ -6,14 +6,14 @@ which cached block goes first, is what it is without us; only the ids differ, an
 touched while the ledger still grants pages.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 
-from kvcached_core.engine.free_lists import FreeLists
+from kvcached_core.engine.free_lists import CACHED, FreeLists
 from kvcached_core.engine.giving import Giving
 from kvcached_core.engine.pages import Pages
 from kvcached_core.engine.port import PageSource
@@ -166,14 +166,25 @@ class ElasticBlockPool(BlockPool):
         """Empty up to `num_pages` cached pages; return whether there was one.
 
         The page whose youngest block is oldest goes first, and pages of which a tier has copies go
-        before others.
+        before others. Those that a copy holds cannot be closed yet, so they come last, and only as
+        many as are wanted beside the empty ones that are held already.
         """
+        holds, held = self.pages.book.holds, set[int]()
+        if holds:
+            held = holds.held_of(self.free_lists.pages_in(CACHED))
+        num_evicted = self._evict(num_pages, held)
+        if held and num_evicted < num_pages:
+            num_more = num_pages - num_evicted - self.pages.num_held_empty()
+            num_evicted += self._evict(max(num_more, 0))
+        return num_evicted > 0
+
+    def _evict(self, num_pages: int, left_out: Collection[int] = ()) -> int:
         num_evicted = 0
-        pages = self.free_lists.cached_pages(self._queued_blocks(), self.is_copied)
+        pages = self.free_lists.cached_pages(self._queued_blocks(), self.is_copied, left_out)
         for blocks in islice(pages, num_pages):
             num_evicted += 1
             self._free_cached(blocks)
-        return num_evicted > 0
+        return num_evicted
 
     def _take(self, num_blocks: int) -> list[KVCacheBlock]:
         free_lists, queue = self.free_lists, self.free_block_queue
