@@ -3,9 +3,11 @@
     python benchmarks/offload_contexts.py --json benchmarks/results/gpu/offload_contexts.json
 
 One server after the other, elastic ones with a host tier (`tier`) and without (`plain`), answers
-the same conversations for as long. Each begins with a long text and asks again as soon as it has
-its answer; after some turns it begins anew. So all of them wait for memory most of the time. A turn
-counts as good if its first token came within `--goal-seconds` of being sent.
+the same conversations for as long. On two cards both modes run at once: `--modes plain` with a
+record of its own on one, `--modes tier --beside` that record on the other. Each begins with a long
+text and asks again as soon as it has its answer; after some turns it begins anew. So all of them
+wait for memory most of the time. A turn counts as good if its first token came within
+`--goal-seconds` of being sent.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import contextlib
 import itertools
 import json
 import random
+import shlex
 import statistics
 import sys
 import time
@@ -36,6 +39,7 @@ TIER, PLAIN = "tier", "plain"
 MODES = (TIER, PLAIN)
 TIMES_MEMORY = 4
 LOOK_SECONDS = 30.0
+BESIDE_SECONDS = 120.0  # how long a mode that runs at the same time is waited for
 HITS = "vllm:external_prefix_cache_hits_total"
 LOADED = "vllm:kv_offload_load_bytes_total"
 
@@ -58,6 +62,7 @@ class Sizes:
 
     def __init__(self, options: argparse.Namespace, kv_bytes_per_token: int) -> None:
         tiny = options.tiny
+        self.server_options: tuple[str, ...] = tuple(shlex.split(options.server_options))
         self.kv_bytes = 64 * MIB if tiny else options.kv_gib * GIB
         self.tier_bytes = 512 * MIB if tiny else options.tier_gib * GIB
         self.context_tokens = 320 if tiny else options.context_tokens
@@ -129,6 +134,7 @@ def server_of(mode: str, setting: Setting, sizes: Sizes) -> Iterator[EngineServe
         ),
         *VLLM.longest(512 if tiny else sizes.longest_tokens),
         *tier,
+        *sizes.server_options,
         is_elastic=True,
         limit_bytes=sizes.kv_bytes,
         options=setting.options,
@@ -206,16 +212,31 @@ def ratios(record: Record) -> None:
         print(f"{name}: {with_tier[name]:.3f} and {without[name]:.3f}, ratio {ratio}", flush=True)
 
 
+def found_beside(path: Path, modes: list[str], seconds: float) -> dict[str, Any]:
+    """Return modes of another record; one that runs at the same time is waited for."""
+    deadline = time.monotonic() + BESIDE_SECONDS
+    while True:
+        beside = json.loads(path.read_text())
+        found = {mode: beside[mode] for mode in modes if mode in beside}
+        is_done = len(found) == len(modes) and all(
+            one["seconds"] >= seconds for one in found.values()
+        )
+        if is_done or time.monotonic() > deadline:
+            return found
+        time.sleep(1.0)
+
+
 def main() -> None:
     """Measure, print, write JSON."""
     arguments = parser(__doc__)
     arguments.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    arguments.add_argument("--beside", type=Path, help="the record of the mode that ran before")
+    arguments.add_argument("--beside", type=Path, help="the record of the other mode")
     arguments.add_argument("--seconds", type=float, default=480.0, help="of each mode")
     arguments.add_argument("--kv-gib", type=int, default=12, help="KV memory")
     arguments.add_argument("--tier-gib", type=int, default=56, help="host tier")
     arguments.add_argument("--context-tokens", type=int, default=16_000)
     arguments.add_argument("--goal-seconds", type=float, default=10.0)
+    arguments.add_argument("--server-options", default="", help="words for the server")
     options = arguments.parse_args()
     with bench_run(options) as (setting, record):
         sizes = Sizes(options, setting.kv_bytes_per_token)
@@ -224,8 +245,8 @@ def main() -> None:
         for mode in options.modes:
             measure(mode, setting, record, sizes, options)
         if options.beside:
-            earlier = json.loads(options.beside.read_text())
-            record.add(**{mode: earlier[mode] for mode in MODES if mode not in options.modes})
+            others = [mode for mode in MODES if mode not in options.modes]
+            record.add(**found_beside(options.beside, others, options.seconds))
         if all(mode in record.results for mode in MODES):
             ratios(record)
 

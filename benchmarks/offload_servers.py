@@ -1,6 +1,7 @@
 """The servers of `offload.py`: with a host tier and without, and what is asked of them."""
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -15,6 +16,7 @@ from vllm_overhead import is_elastic
 from vllm_servers import READY_SECONDS, Record, Setting
 
 from kvcached_core.ledger import bell
+from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB, MIB
 from kvcached_demo.harness.engines import VLLM
 from kvcached_demo.harness.server import EngineServer
@@ -31,6 +33,7 @@ COPIED = {
 SETTLED_SECONDS = 0.5
 PATIENCE_SECONDS = 120.0
 LOOK_SECONDS = 0.001
+PARTS = (0.5, 0.9)  # of what is given: when they were there
 
 
 class Sizes:
@@ -227,21 +230,40 @@ class Bench:
             time.sleep(SETTLED_SECONDS)
 
 
-def give_back(bench: Bench, name: str, num_bytes: int) -> float:
-    """Ask a server for memory as a neighbour does; return after how many ms it was unmapped."""
+def give_back(bench: Bench, name: str, num_bytes: int) -> dict[str, Any]:
+    """Ask a server for memory as a neighbour does; return after how many ms it was unmapped.
+
+    Returns:
+        `ms`, and the parts of it: when the first page went, and half and nine tenths of them; the
+        longest time in which none did; what the calls that unmap took.
+    """
     with bench.setting.servers.open_ledger() as ledger:
 
-        def unmapped() -> int:
+        def look() -> InstanceView:
             (view,) = (one for one in ledger.view().instances if one.name == name)
-            return view.num_unmapped_bytes
+            return view
 
-        (view,) = (one for one in ledger.view().instances if one.name == name)
-        target = view.num_unmapped_bytes + num_bytes // view.page_bytes * view.page_bytes
+        view = before = look()
+        wanted = num_bytes // before.page_bytes * before.page_bytes
         started = time.perf_counter()
-        if ledger.ask(view.row, num_bytes):
-            bell.wake(ledger, [view.row])
-        while unmapped() < target:
-            if time.perf_counter() - started > PATIENCE_SECONDS:
+        if ledger.ask(before.row, num_bytes):
+            bell.wake(ledger, [before.row])
+        seen = [(0.0, 0)]  # when there was more, and how much
+        while seen[-1][1] < wanted:
+            view, ms = look(), (time.perf_counter() - started) * 1e3
+            given = view.num_unmapped_bytes - before.num_unmapped_bytes
+            if given > seen[-1][1]:
+                seen.append((ms, given))
+            if ms > PATIENCE_SECONDS * 1e3:
                 raise TimeoutError(f"{name} did not give {num_bytes} B in {PATIENCE_SECONDS} s")
             time.sleep(LOOK_SECONDS)
-        return (time.perf_counter() - started) * 1e3
+        at = {part: next(ms for ms, given in seen if given >= part * wanted) for part in PARTS}
+        moments = [ms for ms, _ in seen[1:]]
+        return {
+            "ms": seen[-1][0],
+            "first_ms": moments[0] if moments else 0.0,
+            "ms_by_part": at,
+            "longest_pause_ms": max((b - a for a, b in itertools.pairwise(moments)), default=0.0),
+            "num_unmaps": view.unmap_times.num_calls - before.unmap_times.num_calls,
+            "unmap_ms": (view.unmap_times.seconds - before.unmap_times.seconds) * 1e3,
+        }

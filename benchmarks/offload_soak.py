@@ -14,6 +14,7 @@ import contextlib
 import json
 import random
 import re
+import shlex
 import sys
 import time
 from collections import Counter
@@ -189,7 +190,7 @@ def main() -> None:
     arguments.add_argument("--kv-gib", type=int, default=12)
     arguments.add_argument("--server-options", default="", help="words for the server")
     options = arguments.parse_args()
-    options.server_options = options.server_options.split()
+    options.server_options = shlex.split(options.server_options)
     options.rounds, options.num_prompts, options.disk, options.long_tokens = 1, 0, None, 8_000
     with bench_run(options) as (setting, record):
         record.add(seed=options.seed, num_clients=options.num_clients)

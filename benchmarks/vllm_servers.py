@@ -164,7 +164,10 @@ def bench_serve(  # noqa: PLR0917  the workload is a tuple
 
 @dataclass
 class Record:
-    """The results of a run, written whenever something was added: a run may be cut off."""
+    """The results of a run, written whenever something was added: a run may be cut off.
+
+    Whoever reads the file meanwhile finds all of what was written before, or all of it now.
+    """
 
     path: Path
     results: dict[str, Any] = field(default_factory=dict)
@@ -173,7 +176,9 @@ class Record:
         """Add results and write all there are."""
         self.results |= results
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.results, indent=2) + "\n")
+        new = self.path.with_name(f"{self.path.name}.new")
+        new.write_text(json.dumps(self.results, indent=2) + "\n")
+        new.replace(self.path)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
