@@ -4,6 +4,7 @@ The file may have been removed, cut off or set aside; whoever had the lock befor
 the middle of what it wrote, or be stopped there.
 """
 
+import logging
 import os
 import threading
 import time
@@ -25,6 +26,8 @@ from kvcached_core.ledger.file import (
 from kvcached_core.ledger.opening import busy, open_ledger_file
 from kvcached_core.ledger.room import waiting_bytes, waiting_rows
 from kvcached_core.ledger.store import PATIENT_SECONDS, LedgerStore
+
+logger = logging.getLogger("kvcached")
 
 # A scheduler, or a step, waits this long for the lock, and not again until it has had it. With the
 # time that a busy machine takes to wake it, that is under 5 ms.
@@ -145,6 +148,12 @@ class LedgerEntry(LedgerStore):
                 self._enter()
             except LedgerError:  # closed, or its files are not there now
                 self._pending.drop_writer()
+                return
+            except Exception:
+                self._pending.drop_writer()
+                logger.exception(
+                    "kvcached: what %s lacks is written with the next change", self.path
+                )
                 return
             finally:
                 self._exit()

@@ -232,11 +232,12 @@ def test_what_is_put_off_behind_a_writer_that_found_nothing_left_is_written_too(
     await_that(lambda: only(ledger).asked_bytes == 0)
 
 
-def test_a_writer_that_a_missing_file_ended_is_followed_by_another(
-    ledger: Ledger, row: RowKey, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [LedgerError("its lifetimes were replaced"), OSError("planted")])
+def test_a_writer_that_an_error_ended_is_followed_by_another(
+    ledger: Ledger, row: RowKey, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail() -> bool:
-        raise LedgerError("its lifetimes were replaced")
+        raise error
 
     holder = StoppedHolder(ledger.path)
     with monkeypatch.context() as broken:
