@@ -13,6 +13,7 @@ import torch
 from lazy_copies import LazyHostBackend
 
 from kvcached_core.memory import torch_device
+from kvcached_core.weights import arriving
 from kvcached_core.weights.arriving import Arriving
 
 OPTIONS: dict[str, Any] = {
@@ -21,6 +22,7 @@ OPTIONS: dict[str, Any] = {
     "block_size": 32,
     "enable_prefix_caching": False,
 }
+NUM_AHEAD = 2  # pages
 PROMPTS = [[5 + index] * (20 + 30 * index) for index in range(6)]
 
 
@@ -99,6 +101,17 @@ def arrive(llm: Any, tokens: Callable[[], Any], first: Any) -> dict[str, Any]:
     before = llm.collective_rpc(weight_sum)
     report["is_read_whole"] = before == llm.collective_rpc(weight_sum)
     report["same_afterwards"] = tokens() == first
+
+    ahead_bytes, arriving.AHEAD_BYTES = arriving.AHEAD_BYTES, NUM_AHEAD * rank.image.page_bytes
+    report["from_a_few"] = woken()
+    engine.sleep()
+    engine.activation.activate()
+    report["open_of_a_few"] = backend.num_open
+    report["unbegun"] = rank.arriving.num_unbegun
+    engine.activation.rest()  # the request was taken back: no step comes
+    report["left_at_rest"] = [backend.num_open, rank.arriving.num_unbegun]
+    report["same_after_a_few"] = tokens() == first
+    arriving.AHEAD_BYTES = ahead_bytes
 
     LazyHostBackend.is_broken = True
     report["refused_waits"] = woken()

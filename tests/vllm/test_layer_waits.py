@@ -47,6 +47,15 @@ def test_a_prompt_begins_while_weights_come_and_its_answer_is_vanillas(
     assert report["open_after_a_sleep"] == [0, 0]
     assert report["is_read_whole"]
     assert report["same_afterwards"]
+
+    few = report["from_a_few"]
+    assert few["is_same"]
+    assert few["is_over"]
+    assert max(few["open"]) == report["open_of_a_few"] == 2
+    assert report["unbegun"] == num_pages - 2
+    assert report["left_at_rest"] == [0, 0]
+    assert report["same_after_a_few"]
+
     assert report["refused_waits"]["is_same"]
     assert report["refused_waits"]["open"][0] == 0
 
