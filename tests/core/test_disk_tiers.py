@@ -90,6 +90,17 @@ def test_an_engine_without_such_a_tier_has_no_finding(folder: Path, tier: HostTi
     assert list(examine_disks(folder)) == []
 
 
+def test_a_tier_of_more_folders_than_files_are_looked_at_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(16):
+        path = tmp_path / f"{number:03}" / "0_g0" / "chunk.bin"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(os.urandom(2 * MIB))
+    monkeypatch.setattr(disk_tiers, "MAX_FILES", 8)
+    assert read_speed(tmp_path)
+
+
 def test_reading_is_bounded_and_bears_files_that_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
