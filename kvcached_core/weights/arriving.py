@@ -1,7 +1,7 @@
 """Weights on their way: which pages are there behind which copy, and who has waited for them.
 
-A device carries copies out in the order in which it was told of them, whoever waits for which. So
-it is told of a few pages at a time: what a step copies itself does not come behind all weights.
+A device carries copies out in the order in which it was told of them. So it is told of what somebody
+waits for, and of a few pages ahead: what others hand to it does not come behind all weights.
 """
 
 from bisect import bisect_left, bisect_right
@@ -11,9 +11,9 @@ from kvcached_core.errors import BackendError
 from kvcached_core.memory.vmm.backend import Backend, Mark
 from kvcached_core.units import MIB
 
-# What the device is told of ahead of what it has copied, unless somebody waits for more: enough for
-# the time from a wake to the first layers of the step that it is for, at the speed of a fast link.
-AHEAD_BYTES = 512 * MIB
+# What the device is told of ahead of what it has copied, unless somebody waits for more. On an H200
+# more of it let less overlap.
+AHEAD_BYTES = 128 * MIB
 
 
 class Arriving:
