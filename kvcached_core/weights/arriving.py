@@ -1,7 +1,7 @@
 """Weights on their way: which pages are there behind which copy, and who has waited for them.
 
-A device carries copies out in the order in which it was told of them. So it is told of what somebody
-waits for, and of a few pages ahead: what others hand to it does not come behind all weights.
+A device carries copies out in the order in which it was told of them. So it is told of what
+somebody waits for, and of a few pages ahead: what others hand to it is not behind all weights.
 """
 
 from bisect import bisect_left, bisect_right
