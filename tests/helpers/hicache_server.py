@@ -57,7 +57,7 @@ class HiCacheServer:
 
     def answer(self, prompt: Sequence[int], num_tokens: int = 8) -> tuple[list[int], Any]:
         """Return the tokens of an answer, and what SGLang says of it."""
-        answer = self.server.post("/generate", body_of(prompt, num_tokens))
+        answer = self.server.post("/generate", body_of(prompt, num_tokens), PATIENCE_SECONDS)
         answer.raise_for_status()
         return answer.json()["output_ids"], answer.json()["meta_info"]
 

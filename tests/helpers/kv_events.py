@@ -50,7 +50,7 @@ class EventsServer:
 
     def ask(self, prompt: Sequence[int], num_tokens: int = 8) -> list[int]:
         """Return the tokens of an answer."""
-        answer = self.server.post("/generate", body_of(prompt, num_tokens))
+        answer = self.server.post("/generate", body_of(prompt, num_tokens), PATIENCE_SECONDS)
         answer.raise_for_status()
         found: list[int] = answer.json()["output_ids"]
         self.prompts.append([*prompt, *found])

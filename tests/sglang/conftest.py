@@ -1,7 +1,7 @@
 """Tiny models, and what SGLang answers without kvcached (make test runs these tests)."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,17 @@ from helpers.sglang_engine import Answers, Models, Vanilla, vanilla_answers
 
 from kvcached_demo.harness.load import Burst
 from kvcached_demo.harness.model import make_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Have servers compile what hashes their blocks into a folder of this run.
+
+    One that is ended meanwhile leaves a lock, for which up to 0.5.15 all others wait forever.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
+        yield
 
 
 @pytest.fixture(scope="session")
