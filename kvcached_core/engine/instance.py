@@ -144,12 +144,12 @@ class Instance:
             num_pages: Pages that are wanted.
             is_urgent: Whether a request has to wait without them.
             num_spare: Pages that are welcome beyond them; nobody is asked for these, and who waits
-                comes first.
+                comes first, its own requests too.
 
         Returns:
             How many pages were promised, the same on all devices.
         """
-        if is_urgent and self._refusals.is_refused(num_pages):
+        if self._refusals.is_refused(num_pages):
             return 0
         granted = self._promise(num_pages, num_spare, may_borrow=is_urgent)
         if is_urgent and num_pages:

@@ -40,8 +40,12 @@ class Refusals:
         self._asked_until = 0.0
 
     def is_refused(self, num_pages: int) -> bool:
-        """Return whether so many pages would be refused again: no fewer were, just now."""
-        return num_pages >= self._num_pages and time.monotonic() < self._until
+        """Return whether so many pages would be refused again: no fewer were, just now.
+
+        Without a page it is a wish for spare ones, which are nobody's while a request waits.
+        """
+        is_as_large = num_pages >= self._num_pages or not num_pages
+        return is_as_large and time.monotonic() < self._until
 
     def refuse(self, num_pages: int) -> None:
         """Note that so many pages were missing."""

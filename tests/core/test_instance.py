@@ -252,6 +252,23 @@ def test_a_smaller_wish_than_the_refused_one_is_granted_at_once(
     assert asker.reserve(1, is_urgent=True) == 1
 
 
+def test_who_was_refused_just_now_has_neither_as_much_nor_a_spare_page_until_it_is_rung(
+    start: Callable[..., Instance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start([HOUSE], name="holder").reserve(8, is_urgent=False)
+    asker = start([HOUSE], name="asker")
+    assert asker.reserve(2, is_urgent=True) == 0
+    promised: list[tuple[int, int]] = []
+    monkeypatch.setattr(asker, "_promise", lambda *num, **_how: promised.append(num) or 0)
+    assert asker.reserve(2, is_urgent=False) == 0
+    assert asker.reserve(0, is_urgent=False, num_spare=2) == 0
+    assert promised == []  # the ledger was not asked
+    asker._on_ring()
+    asker.reserve(2, is_urgent=False)
+    asker.reserve(0, is_urgent=False, num_spare=2)
+    assert promised == [(2, 0), (0, 2)]
+
+
 def hold(instance: Instance, num_pages: int) -> None:
     assert instance.reserve(num_pages, is_urgent=False) == num_pages
     seat = instance.seat(HOUSE)
