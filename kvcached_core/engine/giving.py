@@ -135,6 +135,16 @@ class Giving:
             self._yielded_pages -= self._await_holds(self._yielded_pages)
         return not self.owed_pages
 
+    def holds_back(self) -> bool:
+        """Give what came free of what is yielded; return whether a new request has to wait for it.
+
+        As long as something runs: that will end, and free something.
+        """
+        if not self.is_yielding() or not self._port.is_live():
+            return False
+        self.pay()
+        return self.is_yielding()
+
     def is_yielding(self) -> bool:
         """Return whether a neighbour comes before a new request, as long as something runs here.
 

@@ -2,7 +2,9 @@
 
 Memory that nobody needs goes first, whoever holds it. An instance that waits itself, with requests
 that run, needs what it has idle, and gives of it until both hold the same. Cached blocks come next,
-from the lowest priority, and among equals from the instance that was unused longest. Weights that
+from the lowest priority, and among equals from the instance that was unused longest. Of two equals
+that both wait, the one that holds more is asked for half of the difference, where that is enough:
+it gives as its requests end, and lets in no new one meanwhile. Weights that
 it offers go after its cached blocks, and before those of the next one. Just after an instance woke,
 only a higher priority gets its weights.
 
@@ -15,9 +17,9 @@ and floors are about KV, not weights.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from kvcached_core.errors import PolicyError
+from kvcached_core.ledger.standing import Standing, half_above, is_short, to_yield
 from kvcached_core.units import MAX_PRIORITY, MIN_PRIORITY, format_bytes
 
 
@@ -37,82 +39,6 @@ class Policy:
 
 
 NO_POLICY = Policy()
-
-
-class Standing(Protocol):
-    """What the rules look at of an instance, sizes in bytes; they change nothing of it."""
-
-    @property
-    def index(self) -> int:
-        """The number of its row."""
-
-    @property
-    def name(self) -> str:
-        """What it is called."""
-
-    @property
-    def priority(self) -> int:
-        """Instances with a lower value give first."""
-
-    @property
-    def last_used_ns(self) -> int:
-        """When its pages were for something else the last time."""
-
-    @property
-    def floor_bytes(self) -> int:
-        """What it can always get back."""
-
-    @property
-    def unmet_floor_bytes(self) -> int:
-        """What is missing to that."""
-
-    @property
-    def least_bytes(self) -> int:
-        """What its largest request needs."""
-
-    @property
-    def page_bytes(self) -> int:
-        """A page, on all its ranks."""
-
-    @property
-    def resident_bytes(self) -> int:
-        """What it has mapped."""
-
-    @property
-    def held_bytes(self) -> int:
-        """What it has mapped, or is about to, for KV."""
-
-    @property
-    def weights_bytes(self) -> int:
-        """What it has mapped for weights."""
-
-    @property
-    def weights_offered_bytes(self) -> int:
-        """What of these may be asked for."""
-
-    @property
-    def weights_kept_until_ns(self) -> int:
-        """Until when only a higher priority gets some."""
-
-    @property
-    def waking_since_ns(self) -> int:
-        """Since when its weights come back, or 0."""
-
-    @property
-    def used_bytes(self) -> int:
-        """What requests hold of it."""
-
-    @property
-    def cached_bytes(self) -> int:
-        """What only the prefix cache holds."""
-
-    @property
-    def coming_bytes(self) -> int:
-        """What it is about to unmap."""
-
-    @property
-    def waiting_bytes(self) -> int:
-        """What it lacks itself."""
 
 
 @dataclass
@@ -169,6 +95,12 @@ def shares(
                     give = min(_weights_to_give(order[number], asker, now_ns), num_bytes)
                     share.give_bytes += give
                     num_bytes -= give
+    if is_waiting and not is_static and not asker.unmet_floor_bytes:
+        yields = [
+            min(to_yield(peer, asker) - share.give_bytes, left)
+            for peer, share, left in zip(order, found, above_floor, strict=True)
+        ]
+        num_bytes -= _share_out(num_bytes, yields, found)
     if not is_static:
         num_bytes = min(num_bytes, asker.unmet_floor_bytes)
     for number, share in enumerate(found):
@@ -269,12 +201,25 @@ def _terms(floors: Mapping[str, int]) -> str:
 
 def _idle_to_give(row: Standing, asker: Standing) -> int:
     idle = _idle(row) - row.coming_bytes
-    is_short = row.waiting_bytes and row.used_bytes > row.page_bytes  # page 0 is always used
-    if is_short and row.priority >= asker.priority:
+    if is_short(row) and row.priority >= asker.priority:
         # It stopped a request for these pages, and would stop the next one if it gave them.
-        half = (row.held_bytes - asker.held_bytes) // 2
-        idle = min(idle, half - half % max(row.page_bytes, 1))
+        idle = min(idle, half_above(row, asker))
     return max(idle, 0)
+
+
+def _share_out(num_bytes: int, most: Sequence[int], found: Sequence[Share]) -> int:
+    """Ask each for as much as it may give, if that is enough; return how much was asked for.
+
+    With less of it nothing could be let in, and who gives would let in nothing meanwhile either.
+    """
+    if sum(max(each, 0) for each in most) < num_bytes:
+        return 0
+    num_left = num_bytes
+    for share, each in zip(found, most, strict=True):
+        give = min(max(each, 0), num_left)
+        share.give_bytes += give
+        num_left -= give
+    return num_bytes - num_left
 
 
 def _weights_to_give(row: Standing, asker: Standing, now_ns: int) -> int:

@@ -25,6 +25,7 @@ class Engine:
     def __init__(self, num_pools: int = 2) -> None:
         self.now = 0.0
         self.is_busy_now = True
+        self.is_live_now = True
         self.told: list[tuple[int, bool]] = []
         self.was_last: list[bool] = []
         self.num_published = 0
@@ -38,6 +39,7 @@ class Engine:
             self.lists[0].take_one()  # the padding block
         port: Any = SimpleNamespace(
             is_busy=lambda: self.is_busy_now,
+            is_live=lambda: self.is_live_now,
             evict=self.evict,
             publish=self.publish,
             num_idle_blocks=lambda: sum(each.num_free for each in self.lists) + len(self.cached),
@@ -194,6 +196,28 @@ def test_a_neighbour_comes_before_new_requests_for_a_while_and_gets_what_comes_f
     engine.giving.pay()
     assert engine.pools[0].num_open_pages == 3 + 1
     assert not engine.giving.is_yielding()
+
+
+def test_new_requests_are_held_back_until_a_neighbour_has_what_it_asked_for(
+    engine: Engine,
+) -> None:
+    assert not engine.giving.holds_back()
+    blocks = engine.use(3)
+    engine.giving.give(WantedPages(asked_pages=2, owed_pages=0))
+    assert engine.giving.holds_back()
+    engine.lists[0].give(blocks[:4])
+    assert engine.giving.holds_back()  # one page went, and one is to go
+    assert engine.pools[0].num_open_pages == 3 + 2
+    engine.lists[0].give(blocks[4:])
+    assert not engine.giving.holds_back()
+    assert engine.pools[0].num_open_pages == 3 + 1
+
+
+def test_nobody_is_held_back_where_nothing_runs_that_could_end(engine: Engine) -> None:
+    engine.use(3)
+    engine.giving.give(WantedPages(asked_pages=2, owed_pages=0))
+    engine.is_live_now = False
+    assert not engine.giving.holds_back()
 
 
 def test_a_neighbour_that_asks_no_more_gets_nothing(engine: Engine) -> None:

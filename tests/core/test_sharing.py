@@ -47,6 +47,54 @@ def test_who_waits_itself_gives_of_its_idle_memory_until_both_hold_the_same() ->
     assert asked(asker, [peer], 30) == {peer.index: (20, 0)}
 
 
+BUSY = {"page_bytes": 4, "waiting_bytes": 10}
+
+
+def test_of_two_equals_that_wait_the_one_that_holds_more_gives_half_of_the_difference() -> None:
+    asker, peer = rows(BUSY | {"used_bytes": 20}, BUSY | {"used_bytes": 62})
+    assert asked(asker, [peer], 12) == {peer.index: (12, 0)}
+    assert asked(asker, [peer], 20) == {peer.index: (20, 0)}
+    peer.used_bytes, peer.cached_bytes = 54, 8  # its cache goes first, and is a part of it
+    assert asked(asker, [peer], 20) == {peer.index: (20, 0)}
+    peer.coming_bytes = 16  # is as good as the asker's
+    assert asked(asker, [peer], 12) == {peer.index: (12, 0)}
+    assert asked(asker, [peer], 13) == {peer.index: (8, 0)}
+
+
+def test_half_of_the_difference_is_asked_for_only_where_it_is_enough() -> None:
+    asker, one, two = rows(*(BUSY | {"used_bytes": size} for size in (20, 60, 40)))
+    assert asked(asker, [one], 24) == {}
+    assert asked(asker, [one, two], 24) == {one.index: (20, 0), two.index: (4, 0)}
+    assert asked(asker, [one, two], 28) == {one.index: (20, 0), two.index: (8, 0)}
+    assert asked(asker, [one, two], 29) == {}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"waiting_bytes": 0},  # it needs what it has, and no more
+        {"used_bytes": 20},  # it holds as much
+        {"used_bytes": 4, "page_bytes": 4},  # nothing of it runs
+        {"priority": 1},
+        {"priority": -1},
+        {"floor_bytes": 56},
+    ],
+)
+def test_who_is_not_an_equal_that_waits_and_holds_more_is_not_asked_for_half(
+    other: dict[str, int],
+) -> None:
+    asker, peer = rows(BUSY | {"used_bytes": 20}, BUSY | {"used_bytes": 60} | other)
+    assert asked(asker, [peer], 8) == {}
+
+
+def test_half_is_for_requests_that_wait_and_not_for_an_asker_below_its_floor() -> None:
+    asker, peer = rows(BUSY | {"used_bytes": 20}, BUSY | {"used_bytes": 60})
+    assert shares(asker, [peer], 8, is_waiting=False) == []
+    assert shares(asker, [peer], 8, is_static=True) == []
+    asker.floor_bytes = 28  # requests stop for it
+    assert asked(asker, [peer], 8) == {peer.index: (0, 8)}
+
+
 def test_who_waits_with_nothing_running_gives_all_its_idle_memory() -> None:
     idle = {"used_bytes": 4, "resident_bytes": 20, "waiting_bytes": 10, "page_bytes": 4}
     asker, peer = rows({"used_bytes": 50}, idle)

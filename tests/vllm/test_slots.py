@@ -228,3 +228,18 @@ def test_nobody_gets_slots_while_pages_are_owed(engine: VllmEngine, manager: Any
     manager.free(one)  # vLLM preempts it
     assert manager.allocate_slots(two, two.num_tokens) is not None
     assert engine.giving.owed_pages == 0
+
+
+def test_a_new_request_waits_for_a_neighbour_and_one_that_runs_does_not(
+    engine: VllmEngine, manager: Any
+) -> None:
+    one, two = request(engine.pools[0].geometry.blocks_per_page * 2), request(1)
+    two.request_id = "two"
+    assert manager.allocate_slots(one, one.num_tokens) is not None
+    engine.giving._yielded_pages, engine.giving._yielded_until = 1, engine.ranks.clock() + 1
+    assert manager.allocate_slots(two, two.num_tokens) is None
+    one.num_computed_tokens = one.num_tokens
+    one.append_output_token_ids(7)
+    assert manager.allocate_slots(one, 1) is not None
+    manager.free(one)
+    assert manager.allocate_slots(two, two.num_tokens) is not None

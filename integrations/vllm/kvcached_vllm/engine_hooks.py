@@ -200,7 +200,7 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
             blocks = original(self, request, num_new_tokens, *args, **kwargs)
             if blocks is not None:
                 return blocks
-        if giving.is_debt_held and not request.num_computed_tokens:
+        if not request.num_computed_tokens and (giving.is_debt_held or giving.holds_back()):
             return None
         coordinator = self.coordinator
         coordinator.get_num_blocks_to_allocate = _promised(self, request, kwargs)
