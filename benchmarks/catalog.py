@@ -86,6 +86,12 @@ BENCHMARKS = (
         result="fair_pool_sglang.json",
     ),
     Benchmark(
+        "equal_schedulers",
+        "equal_schedulers.py",
+        HOST,
+        "two equally busy schedulers on one pool, beside halves of it, in virtual time",
+    ),
+    Benchmark(
         "offload_race",
         "offload_race.py",
         HOST,

@@ -1,0 +1,163 @@
+"""The part of vLLM's scheduler that matters where memory is short, in virtual time."""
+
+import functools
+from typing import Any
+
+from equal_asks import NUM_OUT, asks
+from virtual_time import clock
+
+BLOCK_TOKENS = 32
+MAX_TOKENS, MAX_BATCH, MAX_RUNNING = 2048, 2048, 16
+STEP_SECONDS, TOKEN_SECONDS = 0.010, 0.0002
+IDLE_SECONDS = 0.005  # until a scheduler looks again that could do nothing
+
+
+@functools.cache
+def hasher() -> Any:
+    """Return what hashes the blocks of a prompt."""
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+
+    init_none_hash(sha256)
+    return get_request_block_hasher(BLOCK_TOKENS, sha256)
+
+
+def make_manager(num_blocks: int, engine: Any = None) -> Any:
+    """Return vLLM's manager, over its own pool or over that of an elastic engine."""
+    import torch
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+
+    spec = FullAttentionSpec(
+        block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=8, dtype=torch.float32
+    )
+    plan: Any = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
+    if engine is not None:
+        plan.kvcached = engine
+    return KVCacheManager(
+        plan,
+        max_model_len=MAX_TOKENS,
+        scheduler_block_size=BLOCK_TOKENS,
+        hash_block_size=BLOCK_TOKENS,
+        enable_caching=True,
+    )
+
+
+class Scheduler:
+    """The part of vLLM's scheduler that matters here: first come, first served, in chunks.
+
+    Attributes:
+        at: When its next step begins.
+        counts: What came of it.
+    """
+
+    def __init__(self, side: str, num_clients: int) -> None:
+        self.side = side
+        self.at = clock.seconds
+        self.waiting: list[Any] = []
+        self.running: list[Any] = []
+        names = ("answers", "broken_off", "preemptions", "prompt_tokens", "found_in_the_cache")
+        self.counts = dict.fromkeys((*names, "mapped_pages", "unmapped_pages"), 0)
+        self._clients = [asks(side, client) for client in range(num_clients)]
+        self._num_sent = 0
+        self.kv_cache_manager: Any = None
+
+    def begin(self, manager: Any) -> None:
+        """Let every client send its first request."""
+        self.kv_cache_manager = manager
+        for client in range(len(self._clients)):
+            self._send(client)
+
+    def has_unfinished_requests(self) -> bool:
+        """Stand for vLLM's."""
+        return bool(self.waiting or self.running)
+
+    def get_request_counts(self) -> tuple[int, int]:
+        """Stand for vLLM's."""
+        return len(self.running), len(self.waiting)
+
+    def step(self) -> None:
+        """Make a step, and set when the next one begins."""
+        scheduled = self._schedule()
+        num_tokens = sum(num for _, num in scheduled)
+        seconds = STEP_SECONDS + TOKEN_SECONDS * num_tokens if scheduled else IDLE_SECONDS
+        self.at += seconds + self.end_schedule()
+        for request, num in scheduled:
+            request.num_computed_tokens += num
+            if request.num_computed_tokens >= request.num_tokens:
+                request.append_output_token_ids(7)
+            if request.num_output_tokens >= request.num_wanted:
+                self.running.remove(request)
+                self.kv_cache_manager.free(request)
+                is_whole = request.num_wanted == NUM_OUT
+                self.counts["answers" if is_whole else "broken_off"] += 1
+                self._send(request.client)
+        self.at += self.between_steps()
+
+    def end_schedule(self) -> float:
+        """Carry out what the schedule decided; return the seconds that it takes."""
+        return 0.0
+
+    def between_steps(self) -> float:
+        """Answer neighbours; return the seconds that it takes."""
+        return 0.0
+
+    def _send(self, client: int) -> None:
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        ask = next(self._clients[client])
+        self._num_sent += 1
+        sampling = SamplingParams(max_tokens=NUM_OUT, ignore_eos=True)
+        name = f"{self.side}-{self._num_sent}"
+        request: Any = Request(name, ask.prompt, sampling, None, block_hasher=hasher())
+        request.client, request.num_wanted = client, ask.num_wanted
+        self.waiting.append(request)
+
+    def _schedule(self) -> list[tuple[Any, int]]:
+        """Return what is computed in this step, and how many tokens of each."""
+        found: list[tuple[Any, int]] = []
+        budget, has_preempted = MAX_BATCH, False
+        for request in list(self.running):
+            if request not in self.running or not budget:
+                break
+            num = min(request.num_tokens - request.num_computed_tokens, budget)
+            while self.kv_cache_manager.allocate_slots(request, num) is None:
+                has_preempted = True
+                if self._preempt() is request:
+                    num = 0
+                    break
+            if num:
+                found.append((request, num))
+                budget -= num
+        found = [(request, num) for request, num in found if request in self.running]
+        return found if has_preempted else [*found, *self._let_in(budget)]
+
+    def _preempt(self) -> Any:
+        from vllm.v1.request import RequestStatus
+
+        last = self.running.pop()
+        self.kv_cache_manager.free(last)
+        last.status, last.num_computed_tokens = RequestStatus.PREEMPTED, 0
+        self.waiting.insert(0, last)
+        self.counts["preemptions"] += 1
+        return last
+
+    def _let_in(self, budget: int) -> list[tuple[Any, int]]:
+        from vllm.v1.request import RequestStatus
+
+        found = []
+        while self.waiting and budget and len(self.running) < MAX_RUNNING:
+            request, manager = self.waiting[0], self.kv_cache_manager
+            blocks, num_cached, *_ = manager.get_computed_blocks(request)
+            num = min(request.num_tokens - num_cached, budget)
+            words = {"full_sequence_must_fit": True, "has_scheduled_reqs": bool(self.running)}
+            if manager.allocate_slots(request, num, num_cached, blocks, **words) is None:
+                break
+            self.running.append(self.waiting.pop(0))
+            request.status, request.num_computed_tokens = RequestStatus.RUNNING, num_cached
+            self.counts["prompt_tokens"] += request.num_tokens
+            self.counts["found_in_the_cache"] += num_cached
+            found.append((request, num))
+            budget -= num
+        return found
