@@ -24,6 +24,7 @@ class CentralEngine(ElasticEngine):
         engine: The engine and its release.
         logger: The engine's: it shows no other.
         length_setting: The engine's setting for the longest request.
+        data_rank: See `Instance`.
 
     Raises:
         KVCachedError: As `Instance`.
@@ -39,11 +40,17 @@ class CentralEngine(ElasticEngine):
         engine: str,
         logger: logging.Logger,
         length_setting: str,
+        data_rank: int = 0,
     ) -> None:
         self.devices = devices
         self.pools = []  # from here on somebody may ring
         self.instance = Instance(
-            devices, config, default_name=name, engine=engine, on_ring=self.ring
+            devices,
+            config,
+            default_name=name,
+            engine=engine,
+            data_rank=data_rank,
+            on_ring=self.ring,
         )
         super().__init__(Ranks.alone(self.instance, devices[0]), port)
         self.placing = Placing(

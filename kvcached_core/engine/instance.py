@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvcached_core.config import Config
 from kvcached_core.engine.beside import Beside
-from kvcached_core.engine.names import numbered_names
+from kvcached_core.engine.names import numbered_names, rank_name
 from kvcached_core.engine.starting import Start, StartLog, make_room_to_start
 from kvcached_core.engine.waiting import Refusals, explain_waits
 from kvcached_core.ledger.bell import Doorbell, wake
@@ -47,6 +47,7 @@ class Instance:
         name: The instance's name, if it is not the one in the settings.
         default_name: What it is called without either, with a number behind it if need be.
         engine: The engine and its release.
+        data_rank: Its number among ranks of one server that share no requests, from 0 on.
         on_ring: Called in a thread of ours when somebody rings or an alarm goes off.
 
     Raises:
@@ -63,6 +64,7 @@ class Instance:
         name: str | None = None,
         default_name: str,
         engine: str,
+        data_rank: int = 0,
         on_ring: Callable[[], None] = lambda: None,
     ) -> None:
         self.page_bytes = 0
@@ -79,7 +81,8 @@ class Instance:
         try:
             self._ledgers = open_ledgers(self._num_ranks, config)
             name = name or config.name
-            names = [name] if name else numbered_names(default_name)
+            own_name = rank_name(name or default_name, data_rank)
+            names = [own_name] if name else numbered_names(own_name)
             self._rows = take_rows(self._ledgers, names, engine=engine, config=config)
             self.beside = Beside(
                 self._ledgers,

@@ -15,6 +15,16 @@ def safe_name(text: str, suffix: str = "") -> str:
     return name[: MAX_NAME_LENGTH - len(suffix)] + suffix
 
 
+def rank_name(name: str, data_rank: int) -> str:
+    """Return what a rank of data parallelism is called: the first one `name`, the others after it.
+
+    Args:
+        name: The server's name.
+        data_rank: The rank's number, from 0 on.
+    """
+    return safe_name(name, f"-dp{data_rank}") if data_rank else name
+
+
 def numbered_names(name: str) -> Iterator[str]:
     """Yield `name`, and then the same with a number behind it, as many as instances can be."""
     yield name

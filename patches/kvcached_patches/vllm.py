@@ -167,6 +167,11 @@ HOOKS = (
         ("scheduler_output",),
     ),
     Hook(
+        "vllm.v1.worker.gpu_worker:Worker.execute_dummy_batch",
+        "kvcached_vllm.worker_hooks:worker_execute_dummy_batch",
+        "let a rank without requests step on the null block alone",
+    ),
+    Hook(
         "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model",
         "kvcached_vllm.worker_hooks:worker_warm_up",
         "give back the pages that warm-up steps used",

@@ -158,13 +158,29 @@ _START = (
         *members(f"{_CONFIG}.model:ModelConfig", "revision runner_type"),
         *members(
             f"{_CONFIG}.parallel:ParallelConfig",
-            "data_parallel_size decode_context_parallel_size distributed_executor_backend",
+            "data_parallel_backend data_parallel_index data_parallel_size",
+            "decode_context_parallel_size distributed_executor_backend",
             "enable_dbo nnodes pipeline_parallel_size tensor_parallel_size world_size",
         ),
         *members(
             f"{_CONFIG}.speculative:SpeculativeConfig",
             "draft_model_config draft_tensor_parallel_size",
         ),
+    ),
+    *uses(
+        "ranks that come and go are refused",
+        f"{_CONFIG}.parallel:ParallelConfig.enable_elastic_ep",
+        is_optional=True,
+    ),
+    *uses(
+        "an idle rank's step reads the null block alone, in either model runner",
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.input_batch",
+        "vllm.v1.worker.gpu_input_batch:InputBatch.block_table",
+        "vllm.v1.worker.block_table:MultiGroupBlockTable.block_tables",
+        "vllm.v1.worker.block_table:BlockTable.block_table",
+        "vllm.v1.utils:CpuGpuBuffer.gpu",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.block_tables",
+        "vllm.v1.worker.gpu.block_table:BlockTables.input_block_tables",
     ),
     *uses(
         "what tiers on disk did (kvcached_vllm/open_copies.py)",

@@ -28,11 +28,22 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Instance]]:
     opened: list[Instance] = []
 
     def make(
-        devices: list[Device], *, name: str | None = None, page_bytes: int = PAGE, **settings: str
+        devices: list[Device],
+        *,
+        name: str | None = None,
+        page_bytes: int = PAGE,
+        data_rank: int = 0,
+        **settings: str,
     ) -> Instance:
         config = read_config({"KVCACHED_DIR": str(tmp_path / "kv"), **settings})
         instance = Instance(
-            devices, config, name=name, default_name="model", engine="test", on_ring=rung.set
+            devices,
+            config,
+            name=name,
+            default_name="model",
+            engine="test",
+            data_rank=data_rank,
+            on_ring=rung.set,
         )
         instance.describe(page_bytes=page_bytes, num_pages=4)
         opened.append(instance)
@@ -206,6 +217,15 @@ def test_a_taken_default_name_gets_a_number_and_a_given_one_is_refused(
     start([HOUSE], name="mine")
     with pytest.raises(LedgerError, match="'mine'"):
         start([HOUSE], name="mine")
+
+
+def test_ranks_of_one_server_have_names_of_their_own(start: Callable[..., Instance]) -> None:
+    names = [start([HOUSE], data_rank=rank, KVCACHED_NAME="mine").name for rank in range(3)]
+    assert names == ["mine", "mine-dp1", "mine-dp2"]
+    names = [start([HOUSE], data_rank=rank).name for rank in (0, 1, 0, 1)]
+    assert names == ["model", "model-dp1", "model-2", "model-dp1-2"]
+    with pytest.raises(LedgerError, match="'mine-dp1'"):
+        start([HOUSE], data_rank=1, KVCACHED_NAME="mine")
 
 
 def test_a_limit_above_the_device_is_refused_and_leaves_no_row(

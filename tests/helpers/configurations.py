@@ -5,7 +5,13 @@ from typing import Any
 
 
 def parallel(**changes: Any) -> Any:
-    values = {"data_parallel_size": 1, "world_size": 1, "distributed_executor_backend": None}
+    values = {
+        "data_parallel_size": 1,
+        "data_parallel_index": 0,
+        "enable_eplb": False,
+        "world_size": 1,
+        "distributed_executor_backend": None,
+    }
     return SimpleNamespace(**(values | changes))
 
 

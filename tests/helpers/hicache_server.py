@@ -12,10 +12,10 @@ from typing import Any
 
 import httpx
 
+from helpers.engine_plugin import add_plugin
 from helpers.hicache_copier_settings import DELAY_MS, GATE, REPORT, SEED, SPOILED
 from helpers.process_memory import resident_by_proc
 from helpers.sglang_engine import POOL, READY_SECONDS, start_sglang
-from helpers.sglang_plugin import add_plugin
 from helpers.waiting import PATIENCE_SECONDS, await_that
 from kvcached_core.config import Config, read_config
 from kvcached_core.control import Outcome, devices, trim

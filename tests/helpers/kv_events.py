@@ -9,11 +9,11 @@ from typing import Any
 
 import httpx
 
+from helpers.engine_plugin import add_plugin
 from helpers.hicache_race import Race
 from helpers.hicache_server import body_of
 from helpers.kv_mirror import Mirror
 from helpers.sglang_engine import READY_SECONDS, start_sglang
-from helpers.sglang_plugin import add_plugin
 from helpers.tree_reports import FOLDER, QUESTION, REPORT, write
 from helpers.waiting import PATIENCE_SECONDS, await_that
 from kvcached_core.control import Outcome, trim

@@ -10,10 +10,10 @@ from typing import Any
 
 import httpx
 
+from helpers.engine_plugin import add_plugin
 from helpers.hicache_server import body_of
 from helpers.house import Neighbour
 from helpers.sglang_engine import READY_SECONDS, start_sglang
-from helpers.sglang_plugin import add_plugin
 from helpers.spoiled_planes import VARIABLE
 from helpers.waiting import PATIENCE_SECONDS
 from kvcached_core.config import read_config

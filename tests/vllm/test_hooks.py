@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from helpers.configurations import configuration, parallel
 
 from kvcached_core.errors import UnsupportedEngineError
@@ -230,3 +231,23 @@ def test_a_draft_models_weights_count_as_well_and_a_models_own_only_once(tmp_pat
     assert static_bytes(config) == 500 + 100 + OTHER_BYTES
     speculative.draft_model_config = target  # ngrams: the target is its own draft
     assert static_bytes(config) == 500 + OTHER_BYTES
+
+
+def runners(table: torch.Tensor) -> list[Any]:
+    """Return both model runners, as far as a step without requests reads blocks through them."""
+    group = SimpleNamespace(block_table=SimpleNamespace(gpu=table))
+    first = SimpleNamespace(
+        input_batch=SimpleNamespace(block_table=SimpleNamespace(block_tables=[group]))
+    )
+    second = SimpleNamespace(block_tables=SimpleNamespace(input_block_tables=[table]))
+    return [first, second]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("memory", [None, object()])
+def test_a_step_without_requests_reads_no_block_of_past_ones(number: int, memory: Any) -> None:
+    table = torch.tensor([[65, 66], [67, 0]], dtype=torch.int32)
+    worker = SimpleNamespace(model_runner=runners(table)[number], kvcached=memory)
+    read = []
+    worker_hooks.worker_execute_dummy_batch(lambda _: read.append(table.clone()))(worker)
+    assert bool(read[0].any()) == (memory is None)

@@ -172,7 +172,8 @@ def test_all_hooks_fit_the_installed_release(
     ("changes", "reason"),
     [
         ({"device_config": SimpleNamespace(device_type="xpu")}, "device xpu: only NVIDIA"),
-        ({"parallel_config": parallel(data_parallel_size=2)}, "data parallel size 2.*one server"),
+        ({"parallel_config": parallel(data_parallel_backend="ray")}, "backend ray.*-backend mp"),
+        ({"parallel_config": parallel(enable_elastic_ep=True)}, "remove --enable-elastic-ep"),
         ({"parallel_config": parallel(decode_context_parallel_size=2)}, "context-parallel-size 1"),
         ({"parallel_config": parallel(enable_dbo=True)}, "remove --enable-dbo"),
         ({"parallel_config": parallel(nnodes=2)}, "2 nodes.*--nnodes 1"),
@@ -194,7 +195,7 @@ def test_all_hooks_fit_the_installed_release(
 def test_configurations_that_cannot_be_served_are_named(
     changes: dict[str, Any], reason: str
 ) -> None:
-    check(obstacles(configuration()))
+    check(obstacles(configuration(parallel_config=parallel(data_parallel_size=2))))
     with pytest.raises(UnsupportedEngineError, match=reason):
         check(obstacles(configuration(**changes)))
 

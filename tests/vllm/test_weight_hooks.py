@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.configurations import parallel
 
 from kvcached_core.weights.status import WeightStatus
 from kvcached_vllm import elastic_weights, weight_hooks
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.vllm
 
 def settings(**changes: Any) -> Any:
     values = {
-        "parallel_config": SimpleNamespace(enable_eplb=False),
+        "parallel_config": parallel(),
         "offload_config": offload(),
         "weight_transfer_config": None,
         "load_config": SimpleNamespace(load_format="auto"),
@@ -39,7 +40,8 @@ def offload(*, gib: float = 0, group_size: int = 0) -> Any:
 
 
 REASONS = {
-    "--enable-eplb": {"parallel_config": SimpleNamespace(enable_eplb=True)},
+    "--enable-eplb": {"parallel_config": parallel(enable_eplb=True)},
+    "one server for each rank": {"parallel_config": parallel(data_parallel_size=2)},
     "--cpu-offload-gb": {"offload_config": offload(gib=1.5)},
     "--offload-group-size": {"offload_config": offload(group_size=4)},
     "--weight-transfer-config": {"weight_transfer_config": object()},

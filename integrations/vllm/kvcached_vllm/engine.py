@@ -48,6 +48,7 @@ class VllmEngine(CentralEngine):
             engine=startup.engine,
             logger=startup.logger,
             length_setting="--max-model-len",
+            data_rank=vllm_config.parallel_config.data_parallel_index,
         )
         if offloads(vllm_config):
             try:

@@ -26,11 +26,11 @@ def obstacles(vllm_config: Any) -> Iterator[str]:
     parallel = vllm_config.parallel_config
     if device not in ("cpu", "cuda"):
         yield f"device {device}: only NVIDIA GPUs and CPUs are served"
-    if parallel.data_parallel_size != 1:
-        yield (
-            f"data parallel size {parallel.data_parallel_size}: an idle rank steps on blocks of "
-            "its last requests; start one server for each rank instead"
-        )
+    backend = getattr(parallel, "data_parallel_backend", "mp")
+    if backend != "mp":
+        yield f"data parallel backend {backend}: set --data-parallel-backend mp"
+    if getattr(parallel, "enable_elastic_ep", False):
+        yield "elastic expert parallelism: ranks come and go; remove --enable-elastic-ep"
     if getattr(parallel, "decode_context_parallel_size", 1) != 1:
         yield "decode context parallelism: not served yet; set --decode-context-parallel-size 1"
     if getattr(parallel, "enable_dbo", False):

@@ -15,6 +15,8 @@ def weight_obstacles(vllm_config: Any) -> Iterator[str]:
     offload = vllm_config.offload_config
     if vllm_config.parallel_config.enable_eplb:
         yield "experts are moved between ranks; remove --enable-eplb"
+    if vllm_config.parallel_config.data_parallel_size > 1:  # with experts; other ranks are alone
+        yield "an idle rank computes for others; start one server for each rank"
     if offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size:
         yield "vLLM offloads layers itself; remove --cpu-offload-gb and --offload-group-size"
     if vllm_config.weight_transfer_config is not None:

@@ -42,6 +42,16 @@ def name_existing_blocks(scheduler_output: Any, memory: RankMemory) -> None:
         ]
 
 
+def name_null_block(runner: Any) -> None:
+    """Have the block tables of a model runner's steps, on its device, name the null block alone."""
+    if hasattr(runner, "block_tables"):  # in the second of two model runners
+        for table in runner.block_tables.input_block_tables:
+            table.zero_()
+    else:
+        for group in runner.input_batch.block_table.block_tables:
+            group.block_table.gpu.zero_()
+
+
 def _id_lists(scheduler_output: Any) -> Iterator[list[int]]:
     """Yield the lists that a step adds to the workers' block tables, one for each group."""
     new = (request.block_ids for request in scheduler_output.scheduled_new_reqs)

@@ -31,7 +31,7 @@ from kvcached_vllm.sleeping import all_or_none, mapped_only
 from kvcached_vllm.startup import startup
 from kvcached_vllm.transfer_hooks import dense_plan
 from kvcached_vllm.weights import static_bytes
-from kvcached_vllm.worker import block_ids, inner_worker, name_existing_blocks
+from kvcached_vllm.worker import block_ids, inner_worker, name_existing_blocks, name_null_block
 
 # Bytes that vLLM is told while it asks whether its KV cache fits: ours is not there yet.
 TOKEN_KV_BYTES = 1
@@ -148,6 +148,17 @@ def worker_execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
         return output
 
     return wrapper
+
+
+@around_ours
+def worker_execute_dummy_batch(call: Any, _memory: RankMemory, self: Any) -> None:
+    """Wrap `Worker.execute_dummy_batch`: a step without requests reads the null block alone.
+
+    Some releases leave the blocks of past requests in what a graph reads then. The next step with
+    requests writes these tables anew.
+    """
+    name_null_block(self.model_runner)
+    call()
 
 
 @around_ours

@@ -1,0 +1,107 @@
+"""Two data-parallel ranks of one server: an instance each, vanilla's tokens, nothing left behind.
+
+A model with experts computes each step on both ranks: one without requests steps on made-up ones.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.engine_plugin import VLLM as VLLM_PLUGINS
+from helpers.engine_plugin import add_plugin
+from helpers.expert_models import make_expert_model
+from helpers.process_memory import resident_of_ranks
+from helpers.waiting import await_that
+from helpers.warm_servers import launch_warm
+
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.view import InstanceView
+from kvcached_core.units import MIB
+from kvcached_demo.harness.engines import VLLM
+from kvcached_demo.harness.load import Burst, make_burst
+from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
+from kvcached_demo.harness.server import EngineServer
+from kvcached_demo.harness.servers import Servers
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
+
+POOL = 256 * MIB
+PAGE = 8 * MIB
+MAKERS = {"experts": make_expert_model, "dense": make_model}
+NAMES = ("elastic", "elastic-dp1")
+MANY = make_burst(num_requests=8, num_prompt_tokens=200, num_output_tokens=16, seed=1)
+ONE = make_burst(num_requests=1, num_prompt_tokens=600, num_output_tokens=48, seed=2)
+BURSTS = (MANY, ONE, MANY)
+
+
+class Replicas(Servers):
+    """Servers of two data-parallel ranks each, with one process for requests."""
+
+    def begin(self, name: str, model: Path, *, is_elastic: bool = True) -> EngineServer:
+        server = self.start(
+            VLLM,
+            name,
+            model,
+            *("--data-parallel-size", "2", "--api-server-count", "1"),
+            *VLLM.caching(is_on=False),
+            *VLLM.running(16),
+            *VLLM.longest(1024),
+            *VLLM.size(POOL // 2, KV_BYTES_PER_TOKEN, is_elastic=is_elastic, is_host=True),
+            is_elastic=is_elastic,
+            environ={
+                "KVCACHED_DEBUG": "1",
+                "KVCACHED_PAGE_BYTES": str(PAGE),
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+                **add_plugin(self.workspace / "plugin", "helpers.expert_plugin", VLLM_PLUGINS),
+            },
+        )
+        server.wait_ready()
+        return server
+
+    def views(self) -> dict[str, InstanceView]:
+        with Ledger(self.directory / "host.ledger") as ledger:
+            return {view.name: view for view in ledger.view().instances}
+
+
+def ask(server: EngineServer, burst: Burst) -> list[list[int]]:
+    completions = asyncio.run(server.send(burst))
+    assert [completion.error for completion in completions] == [None] * len(completions)
+    return [completion.token_ids for completion in completions]
+
+
+@pytest.fixture(
+    scope="module", params=["experts", pytest.param("dense", marks=pytest.mark.every_release)]
+)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return MAKERS[request.param](tmp_path_factory.mktemp("models") / request.param, seed=3)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[list[int]]]:
+    """What two ranks of vLLM alone answer."""
+    with Replicas(tmp_path_factory.mktemp("vanilla"), POOL, launch_warm) as servers:
+        server = servers.begin("vanilla", model, is_elastic=False)
+        return [ask(server, burst) for burst in BURSTS]
+
+
+@pytest.fixture(scope="module")
+def elastic(
+    model: Path, expected: object, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Replicas]:
+    del expected  # one server at a time
+    with Replicas(tmp_path_factory.mktemp("elastic"), POOL, launch_warm) as servers:
+        servers.begin("elastic", model)
+        yield servers
+
+
+def test_ranks_answer_as_vanilla_and_keep_nothing(
+    elastic: Replicas, expected: list[list[list[int]]]
+) -> None:
+    server = elastic["elastic"]
+    assert [ask(server, burst) for burst in BURSTS] == expected
+    await_that(lambda: max(resident_of_ranks(server)) <= 2 * PAGE)
+    used = {name: view.used_bytes for name, view in elastic.views().items()}
+    assert used == dict.fromkeys(NAMES, PAGE)  # the null block's
+    assert "Traceback" not in server.log.read_text()
