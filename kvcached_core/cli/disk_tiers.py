@@ -18,6 +18,7 @@ from kvcached_core.weights.host_tier import DiskTier
 
 NUM_THREADS = 16  # as many as vLLM's tier reads with
 MAX_FILES, MAX_BYTES, MIN_BYTES = 4096, 256 * MIB, 16 * MIB
+MAX_FOLDERS = 65_536  # those whose files were removed stay: up to a million
 ALIGNMENT = mmap.PAGESIZE
 
 
@@ -84,7 +85,7 @@ def _files(folder: Path) -> list[tuple[Path, int]]:
 
 def _paths(folder: Path) -> Iterator[Path]:
     """Yield what is no folder: one folder after the other, for a tier has thousands of them."""
-    for root, _, names in os.walk(folder):
+    for root, _, names in islice(os.walk(folder), MAX_FOLDERS):
         yield from (Path(root, name) for name in names)
 
 

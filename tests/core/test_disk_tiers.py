@@ -101,6 +101,25 @@ def test_a_tier_of_more_folders_than_files_are_looked_at_is_read(
     assert read_speed(tmp_path)
 
 
+def test_a_tier_of_folders_whose_files_were_removed_is_not_gone_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walked: list[str] = []
+    walk = os.walk
+
+    def count(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+        for found in walk(folder):
+            walked.append(found[0])
+            yield found
+
+    monkeypatch.setattr(disk_tiers.os, "walk", count)
+    monkeypatch.setattr(disk_tiers, "MAX_FOLDERS", 8)
+    for number in range(16):
+        (tmp_path / f"{number:03}" / "0_g0").mkdir(parents=True)
+    assert read_speed(tmp_path) is None
+    assert len(walked) == 8
+
+
 def test_reading_is_bounded_and_bears_files_that_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
