@@ -169,6 +169,12 @@ BENCHMARKS = (
         "how long a few bytes wait for the device while weights are copied to it",
     ),
     Benchmark(
+        "map_beside_copies",
+        "map_beside_copies.py",
+        GPU,
+        "how long a driver takes to map memory, alone and beside copies of weights",
+    ),
+    Benchmark(
         "replica_copy",
         "replica_copy.py",
         TWO_GPUS,
