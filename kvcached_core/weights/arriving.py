@@ -11,9 +11,9 @@ from kvcached_core.errors import BackendError
 from kvcached_core.memory.vmm.backend import Backend, Mark
 from kvcached_core.units import MIB
 
-# What the device is told of ahead of what it has copied, unless somebody waits for more. On an H200
-# more of it let less overlap.
-AHEAD_BYTES = 128 * MIB
+# What the device is told of ahead of what it has copied, unless somebody waits for more: enough for
+# the time from a wake to the first layers of the step that it is for, at the speed of a fast link.
+AHEAD_BYTES = 512 * MIB
 
 
 class Arriving:

@@ -32,7 +32,7 @@ from kvcached_core.weights.status import WeightStatus
 
 logger = logging.getLogger("kvcached")
 
-MAP_BATCH_PAGES = 4  # that are brought at a time before the ledger is told
+MAP_BATCH_PAGES = 4  # that are mapped before the ledger is told of them
 
 
 class RankWeights:
@@ -82,8 +82,7 @@ class RankWeights:
 
         The annex counts as further pages behind the last one.
         """
-        is_copied = self.copying.copy is not None
-        image, num_there = self.image, self._num_there
+        image, num_there, is_copied = self.image, self._num_there, self.copying.copy is not None
         if num_there == image.num_pages:
             num_there += self._annex.num_resident_pages
         return WeightStatus(
@@ -238,44 +237,46 @@ class RankWeights:
 
     def _fetch(self, replicas: Replicas, copy: HostCopy, num_pages: int) -> None:
         """Have pages from replicas, as far as they have them; the rest comes from the copy."""
-        image, row = self.image, self._row
+        image, first, source = self.image, self._num_there, self.copying.source
 
         def map_next() -> None:
-            missing_bytes = (num_pages - image.num_resident_pages) * image.page_bytes
-            row.with_patience(lambda: image.map_next(1), missing_bytes)
+            self._map_next(num_pages)
             if image.num_resident_pages % MAP_BATCH_PAGES == 0:
-                row.report()
+                self._row.report()
 
         def count(num_right: int) -> None:
             self._num_there += num_right
             self._drop_unfinished()
 
-        first, source = self._num_there, self.copying.source
         wish = Wish(copy.digest, image.page_bytes, first, copy.known_sums(first, num_pages))
         stream = self._current_stream()
         fetching = Fetching(image, replicas.backend, source, stream, map_next, count)
         replicas.fetch(wish, fetching.take)
 
     def _bring(self, copy: HostCopy, num_pages: int) -> None:
-        image, has_all = self.image, False
-        begin = partial(image.copy_from, copy.page_address)
-        bring = partial(self.arriving.expect, begin=begin) if self.lets_arrive else begin
-        try:
-            while self._num_there < num_pages:
-                batch_end = min(self._num_there + MAP_BATCH_PAGES, num_pages)
-                while (page := self._num_there) < batch_end:
-                    missing_bytes = (num_pages - page) * image.page_bytes
-                    self._row.with_patience(lambda: image.map_next(1), missing_bytes)
-                    bring(page)
+        image, begin = self.image, partial(self.image.copy_from, copy.page_address)
+        with contextlib.ExitStack() as rest:
+            rest.callback(self.arriving.forget)
+            rest.callback(image.backend.join_copies, self._current_stream())
+            rest.callback(self.arriving.begin_rest)
+            try:
+                while (first := image.num_resident_pages) < num_pages:
+                    for _ in range(min(MAP_BATCH_PAGES, num_pages - first)):
+                        self._map_next(num_pages)
+                        if not self.lets_arrive:
+                            begin(self._num_there)
+                            self._num_there += 1
+                    self._row.report()
+            finally:  # Behind all maps, which go in step with copies that have begun; see ADR 23.
+                while self.lets_arrive and self._num_there < image.num_resident_pages:
+                    self.arriving.expect(self._num_there, begin)
                     self._num_there += 1
-                self._row.report()
-            has_all = True
-        finally:
-            if not (has_all and self.lets_arrive):
-                with contextlib.ExitStack() as rest:
-                    rest.callback(self.arriving.forget)
-                    rest.callback(image.backend.join_copies, self._current_stream())
-                    self.arriving.begin_rest()
+            if self.lets_arrive:
+                rest.pop_all()
+
+    def _map_next(self, num_pages: int) -> None:
+        missing_bytes = (num_pages - self.image.num_resident_pages) * self.image.page_bytes
+        self._row.with_patience(lambda: self.image.map_next(1), missing_bytes)
 
     def _offer_read(self) -> None:
         if not self.arriving.is_pending:

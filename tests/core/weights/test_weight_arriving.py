@@ -19,6 +19,7 @@ from kvcached_core.units import GIB
 from kvcached_core.weights import arriving
 from kvcached_core.weights.arriving import AHEAD_BYTES, Arriving
 from kvcached_core.weights.exporting import Wish
+from kvcached_core.weights.rank import MAP_BATCH_PAGES
 from kvcached_core.weights.stages import Points, Stages
 from kvcached_core.weights.walks import Walks
 
@@ -111,6 +112,75 @@ def test_weights_that_arrive_may_be_given_again_before_anybody_has_waited(
     assert not driver._events
 
 
+def test_no_copy_begins_before_the_last_page_is_mapped_and_neighbours_hear_of_maps_meanwhile(
+    ours: WeightedRank,
+) -> None:
+    ours.weights.hold(NUM_PAGES - 6)
+    ours.done.clear()
+    ours.weights.hold(NUM_PAGES)
+    page = ["create", "map"]
+    assert ours.done == [
+        *(page * MAP_BATCH_PAGES),
+        "settle",
+        *(page * (6 - MAP_BATCH_PAGES)),
+        "settle",
+        *(["copy_in", "mark_copies"] * 6),
+    ]
+    ours.weights.arriving.finish()
+    ours.check(NUM_PAGES)
+
+
+def test_pages_that_are_mapped_and_have_not_begun_count_as_resident_and_not_as_there(
+    ours: WeightedRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    map_next, seen = ours.image.map_next, list[tuple[int, int]]()
+
+    def map_and_look(num_pages: int) -> None:
+        map_next(num_pages)
+        seen.append((ours.view().weights_bytes, ours.weights.status().num_resident_pages))
+
+    ours.weights.hold(0)
+    monkeypatch.setattr(ours.image, "map_next", map_and_look)
+    ours.weights.hold(NUM_PAGES)
+    reported = [page // MAP_BATCH_PAGES * MAP_BATCH_PAGES * PAGE for page in range(NUM_PAGES)]
+    assert seen == [(num_bytes, 0) for num_bytes in reported]
+    ours.weights.arriving.finish()
+    ours.check(NUM_PAGES)
+
+
+@pytest.mark.parametrize("call", ["cuMemCreate", "cuMemMap", "cuMemSetAccess"])
+def test_a_map_that_fails_leaves_the_pages_in_front_of_it_which_come(
+    ours: WeightedRank, driver: FakeDriver, call: str
+) -> None:
+    ours.weights.hold(0)
+    number = driver.calls[call] + 7
+    driver.fails = lambda *called: Result.CUDA_ERROR_UNKNOWN if called == (call, number) else None
+    with pytest.raises(BackendError, match=call):
+        ours.weights.hold(NUM_PAGES)
+    assert not ours.weights.arriving.is_pending
+    assert coming(ours, driver) == []
+    ours.check(7)
+    ours.weights.hold(NUM_PAGES)
+    ours.weights.arriving.finish()
+    ours.check(NUM_PAGES)
+
+
+def test_a_copy_that_fails_behind_the_maps_leaves_the_pages_in_front_of_it(
+    ours: WeightedRank, driver: FakeDriver
+) -> None:
+    call = "cuMemcpyHtoDAsync"
+    ours.weights.hold(0)
+    number = driver.calls[call] + 7
+    driver.fails = lambda *called: Result.CUDA_ERROR_UNKNOWN if called == (call, number) else None
+    with pytest.raises(BackendError, match=call):
+        ours.weights.hold(NUM_PAGES)
+    assert not ours.weights.arriving.is_pending
+    assert ours.weights.status().num_resident_pages == 7
+    assert ours.view().weights_bytes == NUM_PAGES * PAGE  # mapped they are
+    ours.weights.hold(7)
+    ours.check(7)
+
+
 def test_where_memory_ends_what_came_is_waited_for_as_ever_and_the_rest_arrives(
     driver: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,20 +266,19 @@ def test_the_device_is_told_of_a_few_pages_ahead_of_what_it_has_copied(
     assert not driver._events
 
 
-def test_the_device_is_told_of_more_while_pages_are_mapped_and_done(
+def test_the_device_is_told_of_more_as_far_as_copies_are_done(
     ours: WeightedRank, driver: FakeDriver, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    map_next, num_first = ours.image.map_next, 5
+    begin, num_done = ours.image.copy_from, 6
 
-    def map_while_copies_go_on(num_pages: int) -> None:
-        if ours.image.num_resident_pages >= num_first:
+    def begin_while_copies_go_on(host_address_of: Any, page: int) -> None:
+        begin(host_address_of, page)
+        if page < num_done:
             driver._carry_out(COPIES, driver._num_copied[COPIES] + 1)
-        map_next(num_pages)
 
     ours.weights.hold(0)
-    monkeypatch.setattr(ours.image, "map_next", map_while_copies_go_on)
+    monkeypatch.setattr(ours.image, "copy_from", begin_while_copies_go_on)
     ours.weights.hold(NUM_PAGES)
-    num_done = NUM_PAGES - num_first
     assert coming(ours, driver) == list(range(num_done, num_done + ahead))
     ours.weights.arriving.finish()
     ours.check(NUM_PAGES)
