@@ -41,8 +41,8 @@ class SglangKind(Kind):
         setting = self._setting
         more: dict[str, str] = {"PYTHONPATH": ""}
         if setting.tiny:  # SGLang's own copies need a GPU
+            from helpers.engine_plugin import add_plugin
             from helpers.hicache_copier_settings import DELAY_MS
-            from helpers.sglang_plugin import add_plugin
 
             plugin = add_plugin(setting.servers.workspace / "plugin", "helpers.hicache_plugin")
             more = plugin | {DELAY_MS: "0,5"}
