@@ -167,6 +167,7 @@ MIX = {"is_hybrid_swa": True, "attention_backend": "fa3"}
     "changes",
     [
         {},
+        {"attn_dp_size": 1, "dwdp_size": 1, "enable_dp_attention": True},
         {"is_hybrid_swa": True, "attention_backend": "fa3", "model": "MiMoV2FlashForCausalLM"},
         {"is_hybrid_swa": False, "model": "LagunaForCausalLM"},
         HYBRID,
@@ -184,6 +185,9 @@ def test_plain_models_mixes_and_hybrids_are_served(
     ("changes", "reason"),
     [
         ({"pp_size": 2}, "set --pp-size 1"),
+        ({"attn_dp_size": 2}, "set --attn-dp-size 1"),
+        ({"dwdp_size": 2}, "set --dwdp-size 1"),
+        ({"dp_size": 2, "enable_dp_attention": True}, "remove --enable-dp-attention"),
         ({"enable_hierarchical_cache": True}, "remove --enable-hierarchical-cache"),
         ({"disaggregation_mode": "prefill"}, "--disaggregation-mode null"),
         ({"enable_pdmux": True}, "remove --enable-pdmux"),

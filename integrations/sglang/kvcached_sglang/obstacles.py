@@ -8,10 +8,14 @@ from typing import Any
 from kvcached_sglang.host_tier import is_offloading, tier_obstacles
 from kvcached_sglang.speculating import REMOVE, algorithm_of, draft_obstacles, has_draft_model
 
+ATTENTION_RANKS = "data-parallel attention: not served yet"
+
 # What a server of these settings would do with KV memory is not ours to lay out.
 OBSTACLES = {
     "pp_size": (1, "pipeline parallelism: not served yet; set --pp-size 1"),
     "dp_size": (1, "data parallelism: start one server for each rank instead"),
+    "attn_dp_size": (1, f"{ATTENTION_RANKS}; set --attn-dp-size 1"),
+    "dwdp_size": (1, f"{ATTENTION_RANKS}; set --dwdp-size 1"),
     "dcp_size": (1, "decode context parallelism: not served yet; set --dcp-size 1"),
     "attn_cp_size": (1, "context parallelism: not served yet; set --attn-cp-size 1"),
     "nnodes": (1, "several nodes: the ledger is one machine's; set --nnodes 1"),
@@ -49,7 +53,6 @@ WEIGHT_OBSTACLES = {
         None,
         "experts are moved between ranks; remove --elastic-ep-backend",
     ),
-    "dwdp_size": (1, "ranks read each other's experts; set --dwdp-size 1"),
     "cpu_offload_gb": (0, "SGLang offloads layers itself; remove --cpu-offload-gb"),
     "offload_group_size": (-1, "SGLang offloads layers itself; remove --offload-group-size"),
     "ple_offload_embedding": (
@@ -104,6 +107,8 @@ def argument_obstacles(arguments: Any) -> Iterator[str]:
     for name, (allowed, reason) in OBSTACLES.items():
         if getattr(arguments, name, allowed) != allowed:
             yield reason
+    if getattr(arguments, "enable_dp_attention", False) and arguments.dp_size > 1:
+        yield f"{ATTENTION_RANKS}; remove --enable-dp-attention"
     yield from tier_obstacles(arguments)
     yield from draft_obstacles(arguments)
     device = getattr(arguments, "device", None)
