@@ -50,6 +50,7 @@ class LoopingEngine(ElasticEngine):
         num_pools: 1, or 2 where some layers have a pool of their own.
         num_arenas: See `Placing`.
         num_idle_turns: See `Ranks`.
+        data_rank: See `Instance`.
 
     Raises:
         KVCachedError: As `join_ranks`.
@@ -73,13 +74,16 @@ class LoopingEngine(ElasticEngine):
         num_pools: int = 1,
         num_arenas: int = 1,
         num_idle_turns: int = NUM_IDLE_TURNS,
+        data_rank: int = 0,
     ) -> None:
         self.config = config
         self.device = find_device(device, config)
         ranks = join_ranks(
             self.device,
             group,
-            lambda devices: Instance(devices, config, default_name=name, engine=engine),
+            lambda devices: Instance(
+                devices, config, default_name=name, engine=engine, data_rank=data_rank
+            ),
             num_idle_turns=num_idle_turns,
         )
         super().__init__(ranks, port)

@@ -72,6 +72,7 @@ HOOKS = (
         "sglang.srt.managers.scheduler:Scheduler.__init__",
         "kvcached_sglang.start_hooks:scheduler_init",
         "let what of ours ends a start be one message",
+        ("server_args",),
     ),
     Hook(
         "sglang.srt.model_executor.model_runner:ModelRunner.load_model",

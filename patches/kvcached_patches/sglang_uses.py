@@ -161,6 +161,14 @@ _START = (
             "device is_hybrid_swa model model_config server_args",
         ),
     ),
+    *uses(
+        "a rank of data parallelism has a name of its own (kvcached_sglang/engine.py)",
+        *members(f"{_SRT}.model_executor.model_runner:ModelRunner", "dp_rank ps"),
+        f"{_SRT}.distributed.parallel_state_wrapper:ParallelState.dp_rank",
+        f"{_SRT}.runtime_context:get_parallel",
+        f"{_SRT}.runtime_context:SpawnRanks.dp_rank",
+        is_optional=True,
+    ),
     Hook(
         f"{_SRT}.configs.hybrid_arch:mambaish_config",
         "",

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from helpers.sglang_elastic import NoCache, hooked, let_schedule, make_allocator, make_engine
@@ -11,7 +12,7 @@ from helpers.sglang_elastic import NoCache, hooked, let_schedule, make_allocator
 from kvcached_core.memory.orders import PageOrders
 from kvcached_core.units import MIB
 from kvcached_sglang import hooks
-from kvcached_sglang.engine import SglangEngine
+from kvcached_sglang.engine import SglangEngine, data_rank_of
 
 pytestmark = pytest.mark.sglang
 
@@ -119,3 +120,14 @@ def test_a_turn_that_has_nothing_to_do_counts_no_pages(
         engine.before_schedule()
         engine.after_schedule(has_batch=False)
     assert len(counted) == 1
+
+
+@pytest.mark.parametrize(("rank", "number"), [(None, 0), (0, 0), (1, 1)])
+def test_a_data_parallel_rank_has_its_number_wherever_a_release_keeps_it(
+    rank: int | None, number: int
+) -> None:
+    kept = SimpleNamespace(dp_rank=rank)
+    assert data_rank_of(kept) == number
+    assert data_rank_of(SimpleNamespace(ps=kept)) == number
+    with patch("sglang.srt.runtime_context.get_parallel", lambda: kept):
+        assert data_rank_of(SimpleNamespace()) == number

@@ -1,5 +1,7 @@
 """How a start of SGLang ends where we cannot serve: decided early, and said once."""
 
+import os
+import signal
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -26,14 +28,14 @@ REST = f"announced {OTHER_BYTES}"
 class Scheduler:
     """One whose start ends with an error."""
 
-    def __init__(self, error: BaseException) -> None:
+    def __init__(self, _server_args: Any, error: BaseException) -> None:
         raise error
 
 
-def end_of(error: BaseException) -> Any:
+def end_of(error: BaseException, *, num_replicas: int = 1) -> Any:
     wrapped = start_hooks.scheduler_init(Scheduler.__init__)
     with pytest.raises(type(error) if type(error) is RuntimeError else SystemExit) as caught:
-        wrapped(SimpleNamespace(), error)
+        wrapped(SimpleNamespace(), SimpleNamespace(dp_size=num_replicas), error)
     return getattr(caught.value, "code", None)
 
 
@@ -57,8 +59,23 @@ def test_errors_of_sglangs_own_stay_what_they_are() -> None:
     assert end_of(RuntimeError("its own")) is None
 
 
+def test_a_data_parallel_rank_ends_who_would_wait_for_it_and_only_for_what_is_ours() -> None:
+    with patch.object(start_hooks.os, "kill") as kill:
+        end_of(RuntimeError("its own"), num_replicas=2)
+        end_of(LedgerError("no folder"))
+        kill.assert_not_called()
+        assert end_of(LedgerError("no folder"), num_replicas=2) == SAID
+    kill.assert_called_once_with(os.getppid(), signal.SIGTERM)
+
+
 @pytest.mark.parametrize(
-    ("exit_codes", "end"), [([None, SAID], SystemExit), ([1, None], RuntimeError)]
+    ("exit_codes", "end"),
+    [
+        ([None, SAID], SystemExit),
+        ([-signal.SIGTERM], SystemExit),
+        ([1, None], RuntimeError),
+        ([-signal.SIGQUIT], RuntimeError),
+    ],
 )
 def test_the_launching_process_adds_nothing_to_what_was_said(
     exit_codes: list[int | None], end: type[BaseException]

@@ -168,6 +168,7 @@ MIX = {"is_hybrid_swa": True, "attention_backend": "fa3"}
     [
         {},
         {"attn_dp_size": 1, "dwdp_size": 1, "enable_dp_attention": True},
+        {"dp_size": 2},
         {"is_hybrid_swa": True, "attention_backend": "fa3", "model": "MiMoV2FlashForCausalLM"},
         {"is_hybrid_swa": False, "model": "LagunaForCausalLM"},
         HYBRID,
@@ -185,6 +186,11 @@ def test_plain_models_mixes_and_hybrids_are_served(
     ("changes", "reason"),
     [
         ({"pp_size": 2}, "set --pp-size 1"),
+        (
+            {"dp_size": 2, "speculative_algorithm": "NGRAM"},
+            "with --speculative-algorithm: nobody has tried it; set --dp-size 1",
+        ),
+        (HYBRID | {"dp_size": 2}, "sliding windows or states: nobody has tried it; set --dp-size"),
         ({"attn_dp_size": 2}, "set --attn-dp-size 1"),
         ({"dwdp_size": 2}, "set --dwdp-size 1"),
         ({"dp_size": 2, "enable_dp_attention": True}, "remove --enable-dp-attention"),

@@ -48,12 +48,12 @@ class SglangEngine(LoopingEngine):
 
     Args:
         device: Where the KV cache lies, as torch names it.
-        server_args: SGLang's settings.
         context_tokens: The longest request.
         config: Ours.
         group: The ranks that share the model.
         num_pools: 1, or 2 where layers with a sliding window, or with states, have their own.
         has_states: Whether it is states that do.
+        data_rank: See `Instance`.
     """
 
     port: SglangPort
@@ -68,6 +68,7 @@ class SglangEngine(LoopingEngine):
         num_pools: int = 1,
         *,
         has_states: bool = False,
+        data_rank: int = 0,
     ) -> None:
         self.tier: CountedTier | None = None
         self.copies: OpenCopies | None = None
@@ -86,6 +87,7 @@ class SglangEngine(LoopingEngine):
             num_pools=num_pools,
             num_arenas=num_pools if has_states else 1,
             num_idle_turns=1 if does_loop_sleep else NUM_IDLE_TURNS,
+            data_rank=data_rank,
         )
         self.saved = SavedMemory(reserved_bytes(device))
         self.may_yield = may_yield(server_args, config)
@@ -171,6 +173,16 @@ class SglangEngine(LoopingEngine):
         self.port.copies = self.copies = OpenCopies(self, self.tier, self.ranks.seat.num_ranks)
 
 
+def data_rank_of(runner: Any) -> int:
+    """Return which of the ranks that share no requests has this runner, from 0 on."""
+    owner = getattr(runner, "ps", runner)  # the runner's up to 0.5.15, and again in 0.5.21
+    if not hasattr(owner, "dp_rank"):
+        from sglang.srt.runtime_context import get_parallel
+
+        owner = get_parallel()
+    return owner.dp_rank or 0
+
+
 _engine: SglangEngine | None = None
 
 
@@ -194,6 +206,7 @@ def start_engine(runner: Any) -> SglangEngine:
             Group(group.rank_in_group, group.ranks, group.cpu_group),
             num_pools=2 if has_two_pools(runner) or has_elastic_states(runner) else 1,
             has_states=has_elastic_states(runner),
+            data_rank=data_rank_of(runner),
         )
     return _engine
 

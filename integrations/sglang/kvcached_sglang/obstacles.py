@@ -12,8 +12,7 @@ ATTENTION_RANKS = "data-parallel attention: not served yet"
 
 # What a server of these settings would do with KV memory is not ours to lay out.
 OBSTACLES = {
-    "pp_size": (1, "pipeline parallelism: not served yet; set --pp-size 1"),
-    "dp_size": (1, "data parallelism: start one server for each rank instead"),
+    "pp_size": (1, "pipeline parallelism: stages would wait for each other; set --pp-size 1"),
     "attn_dp_size": (1, f"{ATTENTION_RANKS}; set --attn-dp-size 1"),
     "dwdp_size": (1, f"{ATTENTION_RANKS}; set --dwdp-size 1"),
     "dcp_size": (1, "decode context parallelism: not served yet; set --dcp-size 1"),
@@ -46,8 +45,16 @@ OBSTACLES = {
 }
 DEVICES = ("cpu", "cuda")
 
+# What nobody has tried with data-parallel ranks yet.
+WITHOUT_RANKS = {
+    "enable_hierarchical_cache": "--enable-hierarchical-cache",
+    "enable_memory_saver": "--enable-memory-saver",
+    "speculative_algorithm": "--speculative-algorithm",
+}
+
 # What keeps addresses of weights, or moves weights by itself: they stay, the KV cache is elastic.
 WEIGHT_OBSTACLES = {
+    "dp_size": (1, "nobody has tried it with data-parallel ranks; set --dp-size 1"),
     "enable_eplb": (False, "experts are moved between ranks; remove --enable-eplb"),
     "elastic_ep_backend": (
         None,
@@ -107,7 +114,11 @@ def argument_obstacles(arguments: Any) -> Iterator[str]:
     for name, (allowed, reason) in OBSTACLES.items():
         if getattr(arguments, name, allowed) != allowed:
             yield reason
-    if getattr(arguments, "enable_dp_attention", False) and arguments.dp_size > 1:
+    if has_ranks(arguments):
+        for name, flag in WITHOUT_RANKS.items():
+            if getattr(arguments, name, None):
+                yield f"data parallelism with {flag}: nobody has tried it; set --dp-size 1"
+    if getattr(arguments, "enable_dp_attention", False) and has_ranks(arguments):
         yield f"{ATTENTION_RANKS}; remove --enable-dp-attention"
     yield from tier_obstacles(arguments)
     yield from draft_obstacles(arguments)
@@ -162,9 +173,19 @@ def model_obstacles(runner: Any) -> Iterator[str]:
             "speculative decoding of a model with sliding windows or states: nobody has tried it; "
             + REMOVE
         )
+    if has_ranks(arguments) and (has_two_pools(runner) or has_states(runner)):
+        yield (
+            "data parallelism of a model with sliding windows or states: nobody has tried it; "
+            "set --dp-size 1"
+        )
     if has_elastic_states(runner):
         for reason in _state_obstacles(runner):
             yield f"states of mamba or linear attention: {reason}; set {FIXED_STATES}"
+
+
+def has_ranks(arguments: Any) -> bool:
+    """Return whether several ranks serve the model, each with requests of its own."""
+    return bool(getattr(arguments, "dp_size", 1) > 1)
 
 
 def has_two_pools(runner: Any) -> bool:

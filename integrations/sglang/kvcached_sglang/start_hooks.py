@@ -1,5 +1,9 @@
 """What takes the place of SGLang's methods at a start, up to its first pool."""
 
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -24,6 +28,9 @@ from kvcached_sglang.sleep_hooks import WEIGHTS
 from kvcached_sglang.startup import check_arguments, startup
 from kvcached_sglang.weights import loaded_bytes, weight_bytes
 
+# How a process ends that has said why, or that one which it launched has ended.
+ENDS = (SAID, -signal.SIGTERM)
+
 
 def launch_subprocesses(original: Any) -> Any:
     """Wrap `Engine._launch_subprocesses`, a class method: SGLang's API has no command line."""
@@ -44,19 +51,30 @@ def wait_for_scheduler_ready(
     try:
         return original(scheduler_pipe_readers, scheduler_procs)
     except Exception:
-        if any(process.exitcode == SAID for process in scheduler_procs):
+        if any(process.exitcode in ENDS for process in scheduler_procs):
             raise SystemExit(1) from None
         raise
 
 
+@contextmanager
+def _ending_who_waits(server_args: Any) -> Iterator[None]:
+    """End what launched a data-parallel rank together with it: it would wait for it for ever."""
+    try:
+        yield
+    except SystemExit:
+        if server_args.dp_size > 1:
+            os.kill(os.getppid(), signal.SIGTERM)
+        raise
+
+
 @around
-def scheduler_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+def scheduler_init(original: Any, self: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Wrap `Scheduler.__init__`: what of ours ends a start is one message, said by one rank.
 
     At its end the engine is ready, with all that it captures.
     """
-    with said_once():
-        original(self, *args, **kwargs)
+    with _ending_who_waits(server_args), said_once():
+        original(self, server_args, *args, **kwargs)
         ours = engine()
         if ours is not None:
             begin_to_yield(ours, self.tp_worker.model_runner)
