@@ -10,12 +10,15 @@ import pytest
 import torch
 from helpers.configurations import configuration
 from vllm import SamplingParams
+from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_coordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
 from kvcached_core.config import HOST, read_config
+from kvcached_core.engine.ranks import WantedPages
 from kvcached_core.memory.devices import Device
 from kvcached_core.units import MIB
 from kvcached_vllm import engine_hooks
@@ -35,7 +38,11 @@ def engine(tmp_path: Path) -> Iterator[VllmEngine]:
     config = read_config({"KVCACHED_DIR": str(tmp_path / "kv"), "KVCACHED_MIN_SPARE_PAGES": "0"})
     vllm_config = configuration(model_config=SimpleNamespace(model="m", max_model_len=2048))
     core = SimpleNamespace(
-        scheduler=SimpleNamespace(get_request_counts=lambda: (1, 0)),
+        scheduler=SimpleNamespace(
+            get_request_counts=lambda: (1, 0),
+            has_unfinished_requests=lambda: True,
+            kv_cache_manager=SimpleNamespace(take_events=list),
+        ),
         model_executor=SimpleNamespace(collective_rpc=lambda *_call, **_options: []),
     )
     made = VllmEngine(vllm_config, config, [DEVICE], core)
@@ -55,6 +62,7 @@ def manager(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> Any:
         (kv_cache_coordinator, "BlockPool", engine_hooks.block_pool_factory),
     ):
         monkeypatch.setattr(owner, name, hook(getattr(owner, name)))
+    init_none_hash(sha256)
     spec = FullAttentionSpec(
         block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32
     )
@@ -64,7 +72,7 @@ def manager(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> Any:
         "max_in_flight_tokens": NUM_BLOCKS * BLOCK_SIZE,
         "scheduler_block_size": BLOCK_SIZE,
         "hash_block_size": BLOCK_SIZE,
-        "enable_caching": False,
+        "enable_caching": True,
     }
     plan = KVCacheConfig(NUM_BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)])
     plan.kvcached = engine
@@ -77,9 +85,10 @@ def manager(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> Any:
     )
 
 
-def request(num_blocks: int) -> Request:
-    sampling = SamplingParams(max_tokens=1)
-    return Request("r", list(range(num_blocks * BLOCK_SIZE)), sampling, None)
+def request(num_blocks: int, name: str = "r") -> Request:
+    tokens = list(range(num_blocks * BLOCK_SIZE))
+    hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
+    return Request(name, tokens, SamplingParams(max_tokens=1), None, block_hasher=hasher)
 
 
 def wishes_of(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
@@ -226,6 +235,7 @@ def test_nobody_gets_slots_while_pages_are_owed(engine: VllmEngine, manager: Any
     engine.giving.owed_pages = 2
     assert manager.allocate_slots(two, two.num_tokens) is None
     manager.free(one)  # vLLM preempts it
+    assert manager.allocate_slots(two, two.num_tokens) is None  # it may have been found on these
     assert manager.allocate_slots(two, two.num_tokens) is not None
     assert engine.giving.owed_pages == 0
 
@@ -243,3 +253,28 @@ def test_a_new_request_waits_for_a_neighbour_and_one_that_runs_does_not(
     assert manager.allocate_slots(one, 1) is not None
     manager.free(one)
     assert manager.allocate_slots(two, two.num_tokens) is not None
+
+
+@pytest.mark.parametrize("num_owed", [0, 1])
+def test_a_request_does_not_begin_on_cached_blocks_that_went_meanwhile(
+    engine: VllmEngine, manager: Any, num_owed: int
+) -> None:
+    """A prompt is looked for first, and then asks for slots, where a page may be given."""
+    num_blocks = 2 * engine.pools[0].geometry.blocks_per_page
+    one, two = request(num_blocks), request(num_blocks + 1, "two")
+    running = request(1, "running")
+    for each in (running, one):
+        assert manager.allocate_slots(each, each.num_tokens) is not None
+    engine.giving.give(WantedPages(asked_pages=1, owed_pages=num_owed))
+    manager.free(one)
+
+    def begin() -> Any:
+        found, num_found, *_ = manager.get_computed_blocks(two)
+        num_new = two.num_tokens - num_found
+        return num_found, manager.allocate_slots(two, num_new, num_found, found)
+
+    num_first, slots = begin()
+    assert slots is None
+    num_second, slots = begin()
+    assert 0 < num_second < num_first
+    assert slots is not None

@@ -62,6 +62,7 @@ class ElasticBlockPool(BlockPool):
         self._give_one = self.free_lists.give_one
         self.null_block = self.free_lists.take_one()
         self.num_used_blocks = 0  # of live requests; the null block is not counted
+        self.num_evicted_pages = 0  # since the start
         self.num_groups = 1  # of layers, each of which takes blocks of its own
 
     @property
@@ -184,6 +185,7 @@ class ElasticBlockPool(BlockPool):
         for blocks in islice(pages, num_pages):
             num_evicted += 1
             self._free_cached(blocks)
+        self.num_evicted_pages += num_evicted
         return num_evicted
 
     def _take(self, num_blocks: int) -> list[KVCacheBlock]:

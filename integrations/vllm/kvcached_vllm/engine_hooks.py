@@ -180,7 +180,8 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
 
     While pages are owed, nobody gets slots: vLLM preempts one request after the other until they
     are paid. The same holds while weights are missing; then nothing runs. While what is owed waits
-    for copies to end, no request begins on it.
+    for copies to end, no request begins on it. None begins where cached pages have just gone, for
+    vLLM may have found its prompt on them: it looks again in the next schedule.
     """
 
     @functools.wraps(original)
@@ -190,7 +191,7 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
             giving = pool.giving
         except AttributeError:  # vLLM's own pool
             return original(self, request, num_new_tokens, *args, **kwargs)
-        weights = giving.weights
+        weights, num_evicted = giving.weights, pool.num_evicted_pages
         if not weights.is_active and not weights.activate():
             return None
         if giving.owed_pages and not giving.pay():
@@ -200,8 +201,10 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
             blocks = original(self, request, num_new_tokens, *args, **kwargs)
             if blocks is not None:
                 return blocks
-        if not request.num_computed_tokens and (giving.is_debt_held or giving.holds_back()):
-            return None
+        if not request.num_computed_tokens:
+            is_held_back = giving.is_debt_held or giving.holds_back()
+            if is_held_back or pool.num_evicted_pages != num_evicted:
+                return None
         coordinator = self.coordinator
         coordinator.get_num_blocks_to_allocate = _promised(self, request, kwargs)
         try:
