@@ -1,5 +1,6 @@
 """What is forked from a warm parent is as if it had been started."""
 
+import itertools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 from helpers.nursery import Nursery, NurseryError, WarmProcess
 from helpers.waiting import await_that
 
+NUMBERS = itertools.count()
 REPORT = """
 import json, os, sys
 print(json.dumps({
@@ -59,7 +61,8 @@ def start(
     nursery: Nursery, folder: Path, script: str, *arguments: str, **environ: str
 ) -> WarmProcess:
     """Run `script`; what it says is in the file `said`."""
-    file = folder / "script.py"
+    # A file of its own: a process that is slow reads it only when others have been started.
+    file = folder / f"script-{next(NUMBERS)}.py"
     file.write_text(script)
     with (folder / "said").open("w") as said:
         descriptor = said.fileno()
@@ -97,7 +100,8 @@ def test_a_process_has_what_was_asked_for_and_nothing_of_its_parents(
     assert process.wait(60) == 0
     report = json.loads(said(tmp_path))
     assert report["environ"] == {"WANTED": "1"}
-    assert report["words"] == [str(tmp_path / "script.py"), "word"]
+    (script,) = tmp_path.glob("script-*.py")
+    assert report["words"] == [str(script), "word"]
     assert report["name"] == "__main__"
     assert report["pid"] == report["session"] == process.pid
     assert report["directory"] == str(Path.cwd())

@@ -129,13 +129,13 @@ class Parent:
                     sys.exit()  # and the kernel ends the servers
                 *descriptors, status = descriptors
                 check_threads()
-                pid = os.fork()
+                parent, pid = os.getpid(), os.fork()
                 if pid == 0:
                     for each in (*self._status_of, *self._status_of.values(), status):
                         os.close(each)
                     self._channel.close()
                     os.setsid()
-                    end_with_parent()
+                    end_with_parent(parent)
                     return start(Request(**message), descriptors)
                 for each in descriptors:
                     os.close(each)
@@ -164,7 +164,7 @@ def start(request: Request, descriptors: list[int]) -> Program:
     original = os.getpid()
     if os.fork() == 0:
         ours.close()
-        end_with_parent()
+        end_with_parent(original)
         for each in descriptors:
             os.close(each)
         return twin(theirs, original)
@@ -217,15 +217,19 @@ def twin(channel: socket.socket, original: int) -> Program:
             os.close(each)
         os.read(gate, 1)
         os.close(gate)
-        if os.getppid() != original:
-            os._exit(1)  # it ended meanwhile
-        end_with_parent()
+        end_with_parent(original)
         return start(Request(**message), descriptors)
 
 
-def end_with_parent() -> None:
-    """Let the kernel end this process with its parent, so that a killed test run leaves nothing."""
+def end_with_parent(parent: int) -> None:
+    """Let the kernel end this process with its parent, so that a killed test run leaves nothing.
+
+    Args:
+        parent: Its process id; one that has ended already takes this process with it, too.
+    """
     _libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def check_threads() -> None:
