@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.configurations import configuration
+from helpers.configurations import configuration, parallel
 
 from kvcached_core.config import HOST, read_config
 from kvcached_core.errors import UnsupportedEngineError
@@ -195,9 +195,7 @@ def engine(tmp_path: Path) -> Iterator[VllmEngine]:
     vllm_config = configuration(
         model_config=model,
         scheduler_config=SimpleNamespace(max_num_batched_tokens=512),
-        parallel_config=SimpleNamespace(
-            decode_context_parallel_size=1, prefill_context_parallel_size=1
-        ),
+        parallel_config=parallel(decode_context_parallel_size=1, prefill_context_parallel_size=1),
     )
     made = VllmEngine(vllm_config, config, [POOL, POOL], core)
     yield made

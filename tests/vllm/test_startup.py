@@ -223,7 +223,7 @@ def test_a_pool_of_another_size_ends_the_start_with_both_sizes(tmp_path: Path) -
 
     directory = ledger_directory(tmp_path / "kv")
     config = read_config({"KVCACHED_DIR": str(directory), "KVCACHED_HOST_POOL": "2GiB"})
-    vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="second"))
+    vllm_config = configuration(model_config=SimpleNamespace(model="second"))
     with Ledger(directory / "host.ledger", GIB) as ledger:
         ledger.register(name="first", engine="test")
         with pytest.raises(LedgerError, match=r"2 GiB on host.*one of 1 GiB, in use by 'first'"):
