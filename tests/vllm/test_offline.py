@@ -36,7 +36,10 @@ def report_of(started: Started) -> Any:
 
 @pytest.mark.parametrize(
     "caching",
-    [False, pytest.param(True, marks=pytest.mark.older_release)],
+    [
+        pytest.param(False, marks=pytest.mark.every_release),
+        pytest.param(True, marks=pytest.mark.older_release),
+    ],
     ids=["prefix caching off", "prefix caching on"],
 )
 def test_tokens_memory_and_books(
