@@ -48,6 +48,7 @@ class SglangEngine(LoopingEngine):
 
     Args:
         device: Where the KV cache lies, as torch names it.
+        server_args: SGLang's settings.
         context_tokens: The longest request.
         config: Ours.
         group: The ranks that share the model.
