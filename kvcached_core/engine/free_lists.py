@@ -164,9 +164,8 @@ class FreeLists(Generic[Block]):
                 come last; to find that out may take a walk through the whole queue.
             left_out: Pages that do not come.
         """
-        seen: dict[int, list[Block]] = {page: [] for page in self.pages_in(CACHED)}
-        for page in left_out:
-            seen.pop(page, None)
+        pages = (page for page in self.pages_in(CACHED) if page not in left_out)
+        seen: dict[int, list[Block]] = {page: [] for page in pages}
         last = []
         for block in queue:
             page = block.block_id // self._ids_per_page
