@@ -97,7 +97,7 @@ def shares(
                     num_bytes -= give
     if is_waiting and not is_static and not asker.unmet_floor_bytes:
         yields = [
-            min(to_yield(peer, asker) - share.give_bytes, left)
+            max(min(to_yield(peer, asker) - share.give_bytes, left), 0)
             for peer, share, left in zip(order, found, above_floor, strict=True)
         ]
         num_bytes -= _share_out(num_bytes, yields, found)
@@ -212,11 +212,11 @@ def _share_out(num_bytes: int, most: Sequence[int], found: Sequence[Share]) -> i
 
     With less of it nothing could be let in, and who gives would let in nothing meanwhile either.
     """
-    if sum(max(each, 0) for each in most) < num_bytes:
+    if sum(most) < num_bytes:
         return 0
     num_left = num_bytes
     for share, each in zip(found, most, strict=True):
-        give = min(max(each, 0), num_left)
+        give = min(each, num_left)
         share.give_bytes += give
         num_left -= give
     return num_bytes - num_left
