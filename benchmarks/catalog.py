@@ -208,6 +208,13 @@ BENCHMARKS = (
         "vLLM's own offloading with us and without: speed, copies, what comes back",
     ),
     Benchmark(
+        "offload_two_ranks",
+        "offload.py",
+        TWO_GPUS,
+        "vLLM's own offloading with a model on two GPUs: vanilla's tokens, and after it came back",
+        ("--rows", "tokens", "--ranks", "2"),
+    ),
+    Benchmark(
         "offload_soak",
         "offload_soak.py",
         GPU,

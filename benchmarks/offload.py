@@ -48,9 +48,13 @@ def main() -> None:
     arguments.add_argument("--row-seconds", type=int, default=600, help="each row takes at most")
     arguments.add_argument("--server-options", default="", help="words for every server")
     arguments.add_argument("--disk", type=Path, help="a new folder, for `--rows disk`")
+    arguments.add_argument("--ranks", type=int, default=1, help="GPUs of each server, for `tokens`")
     arguments.add_argument("--control", action="store_true", help="a second vanilla server: noise")
     options = arguments.parse_args()
     options.server_options = shlex.split(options.server_options)
+    if options.ranks > 1:
+        options.server_options += ["--tensor-parallel-size", str(options.ranks)]
+        options.server_options += ["--disable-custom-all-reduce"]
     is_sglang = options.engine == "sglang"
     left_out = BY_NAME | (VLLM_ALONE if is_sglang else set())
     rows = options.rows or [row for row in ROWS if row not in left_out]

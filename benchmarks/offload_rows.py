@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from offload_disk import disk
-from offload_servers import DISK, PLAIN, Bench, give_back
+from offload_servers import DISK, PLAIN, Bench, give_back, lose_cache
 from vllm_overhead import CONTROL, ELASTIC, VANILLA, print_summary, summary
 from vllm_servers import QUIET_SECONDS
 
@@ -29,12 +29,12 @@ def tokens(bench: Bench) -> dict[str, Any]:
         first = [bench.answer(server, prompt, NUM_TOKENS) for prompt in prompts]
         bench.settle(server)
         loaded = bench.copied(server, "load")[0]
-        if name == ELASTIC:
-            give_back(bench, name, bench.setting.servers.view(name).cached_bytes)
+        left_bytes = lose_cache(bench, name) if name == ELASTIC else []
         again = [bench.answer(server, prompt, NUM_TOKENS) for prompt in prompts]
         bench.settle(server)
         loaded = bench.copied(server, "load")[0] - loaded
         found[name] = {"first": first, "again": again, "loaded_bytes": loaded}
+        found[name] |= {"left_bytes": left_bytes}
     vanilla, elastic = found[VANILLA], found[ELASTIC]
     results = {
         "num_answers": len(prompts),

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 from multi_model.client import OPENAI, Dialect
 from offload_client import AT_ONCE, bench, schedule
 from vllm_overhead import is_elastic
-from vllm_servers import READY_SECONDS, Record, Setting
+from vllm_servers import READY_SECONDS, WITHOUT_MULTICAST, Record, Setting
 
+from kvcached_core import control
 from kvcached_core.ledger import bell
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB, MIB
@@ -44,6 +45,10 @@ class Sizes:
         self.disk_folder = Path(options.disk or "").absolute()
         self.rounds = options.rounds
         self.server_options: tuple[str, ...] = tuple(options.server_options)
+        self.environ: dict[str, str] = {}
+        if options.ranks > 1:
+            cores = "|".join(str(rank) for rank in range(options.ranks))
+            self.environ = {"VLLM_CPU_OMP_THREADS_BIND": cores} if tiny else WITHOUT_MULTICAST
         self.tier_bytes = 128 * MIB if tiny else options.tier_gib * GIB
         self.kv_bytes = 128 * MIB if tiny else options.kv_gib * GIB
         # One long prompt of the 8B shape, and a quarter more.
@@ -114,7 +119,7 @@ class VllmKind(Kind):
             is_elastic=elastic,
             limit_bytes=sizes.kv_bytes,
             options=setting.options,
-            environ=setting.environ | {"VLLM_SERVER_DEV_MODE": "1"} | more,
+            environ=setting.environ | {"VLLM_SERVER_DEV_MODE": "1"} | sizes.environ | more,
         )
 
     def answer(self, server: EngineServer, prompt: list[int], num_tokens: int) -> list[int]:
@@ -228,6 +233,14 @@ class Bench:
         while (now := self.copied(server, "store")[0]) != was:
             was = now
             time.sleep(SETTLED_SECONDS)
+
+
+def lose_cache(bench: Bench, name: str) -> list[int]:
+    """Have a server give all that no request needs; return the bytes that each device has left."""
+    directory = bench.servers.directory
+    control.trim([name], directory=directory, wait_seconds=PATIENCE_SECONDS)
+    rows = (row for device in control.devices(directory) for row in device.instances)
+    return [row.resident_bytes for row in rows if row.name == name]
 
 
 def give_back(bench: Bench, name: str, num_bytes: int) -> dict[str, Any]:

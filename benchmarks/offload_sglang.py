@@ -62,7 +62,7 @@ class SglangKind(Kind):
             is_elastic=elastic,
             limit_bytes=sizes.kv_bytes,
             options=options,
-            environ=more,
+            environ=sizes.environ | more,
         )
 
     def answer(self, server: EngineServer, prompt: list[int], num_tokens: int) -> list[int]:

@@ -36,6 +36,8 @@ ABORTED_PART, KNOWN_PART = 0.15, 0.5  # of the requests
 MAX_KNOWN = 64  # prompts that may come again
 MAX_ERRORS = 9  # that are written down
 NUM_CHECKED, CHECKED_TOKENS = 4, 16
+# What they need at once, 9 GiB of 12, leaves cached memory to ask for, and now and then none.
+NUM_CLIENTS, TINY_CLIENTS = 16, 6
 # What no log may say.
 WRONG = re.compile(r"CUDA error|Xid|illegal memory|SIGSEGV|UnmappedBlockError|AssertionError")
 
@@ -184,14 +186,16 @@ def main() -> None:
     """Measure, print, write JSON."""
     arguments = parser(__doc__)
     arguments.add_argument("--seconds", type=float, default=1800.0)
-    arguments.add_argument("--num-clients", type=int, default=24)
+    arguments.add_argument("--num-clients", type=int, help=f"{NUM_CLIENTS}, or {TINY_CLIENTS}")
     arguments.add_argument("--seed", type=int, default=1)
     arguments.add_argument("--tier-gib", type=int, default=16)
     arguments.add_argument("--kv-gib", type=int, default=12)
     arguments.add_argument("--server-options", default="", help="words for the server")
     options = arguments.parse_args()
     options.server_options = shlex.split(options.server_options)
-    options.rounds, options.num_prompts, options.disk, options.long_tokens = 1, 0, None, 8_000
+    options.num_clients = options.num_clients or (TINY_CLIENTS if options.tiny else NUM_CLIENTS)
+    options.ranks = options.rounds = 1
+    options.num_prompts, options.disk, options.long_tokens = 0, None, 8_000
     with bench_run(options) as (setting, record):
         record.add(seed=options.seed, num_clients=options.num_clients)
         bench = Bench(setting, record, Sizes(options))

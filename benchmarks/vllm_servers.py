@@ -41,6 +41,8 @@ READY_SECONDS = 600.0  # a GPU's servers compile
 PREEMPTIONS = "vllm:num_preemptions_total"
 SHORT_FOLDER = "/tmp"  # noqa: S108  the sockets of several processes need a short path
 TINY_POOL_BYTES = 512 * MIB
+# Symmetric memory would use multicast, which stays off on shared hosts.
+WITHOUT_MULTICAST = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0"}
 
 
 class Setting:

@@ -19,7 +19,7 @@ from typing import Any
 
 from link import gigabytes_per_second
 from machine import describe_gpu, describe_machine
-from vllm_servers import READY_SECONDS, Record
+from vllm_servers import READY_SECONDS, WITHOUT_MULTICAST, Record
 from yielding import FIRST, Run
 
 from kvcached_core import control
@@ -28,8 +28,6 @@ from kvcached_core.units import GIB, MIB
 from kvcached_demo.harness.engines import VLLM
 
 TINY_POOL_BYTES = 512 * MIB
-# Symmetric memory would use multicast, which stays off on shared hosts.
-ENVIRON = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0"}
 
 
 def links(num_ranks: int) -> dict[str, Any]:
@@ -69,7 +67,7 @@ def measure(run: Ranks, record: Record, options: argparse.Namespace) -> None:
     if options.tiny:
         more = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank) for rank in range(options.ranks))}
     else:
-        more = ENVIRON
+        more = WITHOUT_MULTICAST
         ranks += ("--enforce-eager", "--disable-custom-all-reduce")
     run.start(FIRST, 1, *ranks, **more, KVCACHED_HOST_BUDGET=options.host_budget)
     run.servers.wait_ready(seconds=READY_SECONDS)
