@@ -5,7 +5,8 @@
 It maps 15 GiB in pages of 16 or 64 MiB: alone; in turn with the copy of each page, as a wake does;
 in front of all copies, as one does with `KVCACHED_WEIGHTS_WAIT=layers`; and while copies to other
 pages are under way. Copies go in pieces of 16 or 2 MiB. Access is set page by page, or for runs of
-mapped pages at once. `--tiny` rehearses it on the host backend, whose times say nothing.
+mapped pages at once, and they are unmapped in the same way. `--tiny` rehearses it on the host
+backend, whose times say nothing.
 """
 
 import argparse
@@ -27,8 +28,9 @@ from kvcached_core.weights.host_bytes import HostBytes
 
 ALONE, IN_TURN, FIRST, BESIDE = "alone", "in turn", "first", "beside"
 PAGES = (16 * MIB, 64 * MIB)
+SMALL_PAGE = 2 * MIB  # mapped alone
 PIECES = (16 * MIB, 2 * MIB)
-RUNS = (8, 64)  # mapped pages that get access at once; whoever maps for itself sets it page by page
+RUNS = (8, 64)  # pages that get access, and are unmapped, by one call
 WINDOW_PAGES = 4  # of the largest size, that copies come from, and go to beside
 
 
@@ -40,7 +42,7 @@ class Way:
         order: `ALONE`, `IN_TURN`, `FIRST` or `BESIDE`.
         page_bytes: The size of a page.
         piece_bytes: The size of a copy; 0 where nothing is copied.
-        run_pages: How many pages get access at once.
+        run_pages: How many pages get access, and are unmapped, at once.
     """
 
     order: str
@@ -57,7 +59,7 @@ class Way:
 
 def all_ways() -> list[Way]:
     """Return every way; copies into pages that are mapped need access page by page."""
-    ways = []
+    ways = [Way(ALONE, SMALL_PAGE), *(Way(ALONE, SMALL_PAGE, 0, run) for run in RUNS)]
     for page in PAGES:
         ways += [Way(ALONE, page), *(Way(ALONE, page, 0, run) for run in RUNS)]
         for piece in PIECES:
@@ -107,11 +109,23 @@ class Mapping:
             self._copy(way, 0, self._num_bytes)
         backend.finish_copies()
         copied = time.perf_counter() - begin
-        for address, handle in handles:
-            self._unmap(address, handle, way)
-            backend.release(handle)
-        found = {"map_seconds": map_seconds, "mapped_seconds": mapped}
+        found = {"map_seconds": map_seconds, "mapped_seconds": mapped, **self._drop(handles, way)}
         return found if way.order == ALONE else found | {"copied_seconds": copied}
+
+    def _drop(self, handles: list[tuple[int, Handle]], way: Way) -> dict[str, float]:
+        begin = time.perf_counter()
+        if way.run_pages == 1 or self._driver is None:
+            for address, handle in handles:
+                self.backend.unmap(address, handle)
+        else:
+            for start in range(0, len(handles), way.run_pages):
+                run = handles[start : start + way.run_pages]
+                self._driver.call("cuMemUnmap", run[0][0], len(run) * way.page_bytes)
+        unmapped = time.perf_counter()
+        for _, handle in handles:
+            self.backend.release(handle)
+        released = time.perf_counter()
+        return {"unmap_seconds": unmapped - begin, "release_seconds": released - unmapped}
 
     def _copy(self, way: Way, start: int, num_bytes: int) -> None:
         for offset in range(start, start + num_bytes, way.piece_bytes):
@@ -131,12 +145,6 @@ class Mapping:
         if is_last or num_open == way.run_pages:
             first = address - (num_open - 1) * page_bytes
             call("cuMemSetAccess", first, num_open * page_bytes, self._access, 1)
-
-    def _unmap(self, address: int, handle: Handle, way: Way) -> None:
-        if way.run_pages == 1 or self._driver is None:
-            self.backend.unmap(address, handle)
-        else:
-            self._driver.call("cuMemUnmap", address, way.page_bytes)
 
 
 def measure(mapping: Mapping, record: Record, num: int) -> None:

@@ -32,7 +32,7 @@ def measure(run: Ranks, record: Record, options: argparse.Namespace) -> None:
     """Start both, and ask the one that sleeps, beside its replica and alone."""
     for card, name in enumerate((FIRST, SECOND)):
         place = {} if options.tiny else {"CUDA_VISIBLE_DEVICES": str(card)}
-        eager = () if options.tiny else ("--enforce-eager",)
+        eager = ("--enforce-eager",) if options.eager else ()
         run.start(name, SEED, *eager, model_name=MODEL, KVCACHED_WEIGHTS_REPLICAS="1", **place)
     record.add(ready_seconds=run.servers.wait_ready(seconds=READY_SECONDS))
     answers = [run.ask(name).token_ids for name in (FIRST, SECOND)]
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
     parser.add_argument("--number", type=int, default=20, help="how often it sleeps, of each kind")
+    parser.add_argument("--eager", action="store_true", help="no compilation")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     record = Record(options.json)
