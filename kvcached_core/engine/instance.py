@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from kvcached_core.config import Config
 from kvcached_core.engine.beside import Beside
 from kvcached_core.engine.names import numbered_names, rank_name
-from kvcached_core.engine.starting import Start, StartLog, make_room_to_start
+from kvcached_core.engine.starting import Start, StartLog, make_room_to_start, open_with_room
 from kvcached_core.engine.waiting import Refusals, explain_waits
 from kvcached_core.ledger.bell import Doorbell, wake
 from kvcached_core.ledger.changes import NO_ASK
@@ -25,7 +25,7 @@ from kvcached_core.ledger.shortage import (
     short_of,
 )
 from kvcached_core.memory.devices import Device
-from kvcached_core.memory.seats import Seat, close_ledgers, leave_rows, open_ledgers, take_rows
+from kvcached_core.memory.seats import Seat, close_ledgers, leave_rows, take_rows
 
 if TYPE_CHECKING:
     from kvcached_core.ledger.file import RowKey
@@ -79,7 +79,7 @@ class Instance:
         self._pid = os.getpid()
         self._refusals = Refusals(lambda: explain_waits(self._ledgers, self._rows))
         try:
-            self._ledgers = open_ledgers(self._num_ranks, config)
+            self._ledgers = open_with_room(self._num_ranks, config)
             name = name or config.name
             own_name = rank_name(name or default_name, data_rank)
             names = [own_name] if name else numbered_names(own_name)

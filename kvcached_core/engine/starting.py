@@ -7,9 +7,10 @@ can come: who has to wait for others announces nothing, so that these get on.
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from kvcached_core.config import HOST, Config
 from kvcached_core.ledger.bell import wake
 from kvcached_core.ledger.expected import (
     START_SECONDS,
@@ -18,6 +19,7 @@ from kvcached_core.ledger.expected import (
     num_starting,
     own_of,
 )
+from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.policy import shares
 from kvcached_core.ledger.shortage import (
     LOOK_SECONDS,
@@ -27,7 +29,11 @@ from kvcached_core.ledger.shortage import (
     explain,
     short_of,
 )
+from kvcached_core.memory.devices import Device
+from kvcached_core.memory.host_memory import host_memory
+from kvcached_core.memory.seats import open_ledgers
 from kvcached_core.units import format_bytes
+from kvcached_core.weights.host_pool import check_pool
 
 logger = logging.getLogger("kvcached")
 
@@ -48,6 +54,18 @@ class Start:
 
     page_bytes: int
     may_yield: bool
+
+
+def open_with_room(devices: Collection[Device], config: Config) -> dict[Device, Ledger]:
+    """Open the ledgers of an engine's devices; see `open_ledgers`.
+
+    Raises:
+        HostBudgetError: If one is the host, and copies and tiers leave no room for its pool.
+    """
+    for device in devices:
+        if device.kind == HOST:
+            check_pool(config, device.capacity_bytes(config), host_memory().usable_bytes)
+    return open_ledgers(devices, config)
 
 
 class StartLine:

@@ -1,6 +1,7 @@
 """Who holds how much host memory, of all processes, against one budget.
 
-It counts copies of weights, and what engines have for their offloaded caches. Beside the copies
+It counts copies of weights, and what engines have for their offloaded caches; with the pool of
+engines on the host these are no more than the process may use. Beside the copies
 lies a file for each claim, locked as long as its process lives, so that nothing stays claimed when
 one is killed. A copy that is finished counts by its size. One that
 nobody uses is removed, the oldest first, when a claim needs the room.
@@ -37,6 +38,7 @@ from kvcached_core.weights.copies_folder import (
     write_words,
 )
 from kvcached_core.weights.folder_lock import locked
+from kvcached_core.weights.host_pool import POOL, pool_in_use
 from kvcached_core.weights.offers import ask_for, is_offered
 
 # How often who reads an image now and then is asked for it.
@@ -126,6 +128,8 @@ class HostBudget:
     ) -> None:
         usable = host_memory().usable_bytes if usable_bytes is None else usable_bytes
         self.folder = config.copies_dir
+        self._directory = config.dir
+        self._usable_bytes = usable
         self.budget_bytes = config.host_budget_bytes(usable)
         self.disk = disk
 
@@ -200,7 +204,7 @@ class HostBudget:
             stuck: What cannot go to the disk, and why.
         """
         holders = read_holders(self.folder)
-        left = self.budget_bytes - num_bytes - sum(held.num_bytes for held in holders)
+        left = self._room_bytes() - num_bytes - sum(held.num_bytes for held in holders)
         going = [held for held in holders if self._may_go(held, stuck)]
         if left + sum(held.num_bytes for held in going) < 0:
             staying = [held for held in holders if held not in going]
@@ -217,6 +221,12 @@ class HostBudget:
         if left < 0:  # somebody began to use one of them
             raise self._error(name, num_bytes, read_holders(self.folder))
         return None
+
+    def _room_bytes(self) -> int:
+        """Return the budget, or less where engines on the host have a pool beside it."""
+        pool_bytes = pool_in_use(self._directory)
+        most_bytes = self._usable_bytes - pool_bytes if pool_bytes else self.budget_bytes
+        return max(min(self.budget_bytes, most_bytes), 0)
 
     def _may_go(self, held: Holder, stuck: Mapping[Path, str]) -> bool:
         if held.path in stuck:
@@ -250,11 +260,17 @@ class HostBudget:
         self, name: str, num_bytes: int, holders: list[Holder], reasons: Iterable[str] = ()
     ) -> HostBudgetError:
         shares = [f"{held.name} {format_bytes(held.num_bytes)}" for held in holders]
+        beside = ""
+        if (room_bytes := self._room_bytes()) < self.budget_bytes:
+            beside = (
+                f"; {POOL} leaves {format_bytes(room_bytes)} of it, of "
+                f"{format_bytes(self._usable_bytes)} that may be used"
+            )
         return HostBudgetError(
             f"{name} needs {format_bytes(num_bytes)} of host memory; of the "
             f"{PREFIX}HOST_BUDGET of {format_bytes(self.budget_bytes)} "
             f"{', '.join(shares) if shares else 'nothing'} is in use"
-            f"{''.join(f'; {reason}' for reason in dict.fromkeys(reasons))}",
+            f"{beside}{''.join(f'; {reason}' for reason in dict.fromkeys(reasons))}",
             num_bytes,
-            self.budget_bytes,
+            room_bytes,
         )

@@ -4,12 +4,16 @@ import errno
 import json
 import os
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import pytest
 from helpers.forked import exit_code_of_child
 
 from kvcached_core.config import Config
+from kvcached_core.engine import starting
+from kvcached_core.engine.instance import Instance
 from kvcached_core.errors import HostBudgetError
+from kvcached_core.memory.devices import host_device
 from kvcached_core.units import GIB, MIB
 from kvcached_core.weights import host_tier
 from kvcached_core.weights.copies_folder import read_holders, remove_leftovers
@@ -49,6 +53,53 @@ def test_a_start_without_room_says_who_has_how_much_and_what_to_set(config: Conf
         "KVCACHED_HOST_BUDGET, or stop who has it"
     )
     assert (caught.value.needed_bytes, caught.value.budget_bytes) == (4 * GIB, 10 * GIB)
+    first.close()
+
+
+def start_on_host(config: Config, usable_bytes: int) -> Instance:
+    """Start an engine on the host, as if its process may use so much."""
+    with patch.object(starting, "host_memory", lambda: Mock(usable_bytes=usable_bytes)):
+        return Instance([host_device(config)], config, default_name="cpu", engine="test")
+
+
+def test_the_pool_of_engines_on_the_host_is_counted_beside_copies_and_tiers(
+    config: Config,
+) -> None:
+    config = config.model_copy(update={"host_pool": 12 * GIB})
+    budget = HostBudget(config, usable_bytes=16 * GIB)
+    engine = start_on_host(config, 16 * GIB)
+    weights = budget.claim("llama", 3 * GIB)
+    with pytest.raises(HostBudgetError) as caught:
+        budget.claim("the offloaded cache of qwen", 2 * GIB)
+    assert str(caught.value) == (
+        "the offloaded cache of qwen needs 2 GiB of host memory; of the KVCACHED_HOST_BUDGET of "
+        "10 GiB llama 3 GiB is in use; KVCACHED_HOST_POOL leaves 4 GiB of it, of 16 GiB that may "
+        "be used"
+    )
+    assert caught.value.budget_bytes == 4 * GIB
+    engine.close()
+    budget.claim("qwen", 7 * GIB).close()
+    weights.close()
+
+
+def test_a_first_engine_on_the_host_needs_room_for_its_pool_beside_what_is_in_use(
+    config: Config,
+) -> None:
+    config = config.model_copy(update={"host_pool": 12 * GIB})
+    budget = HostBudget(config, usable_bytes=32 * GIB)
+    tier = budget.claim("the offloaded cache of qwen", 5 * GIB)
+    with pytest.raises(HostBudgetError) as caught:
+        start_on_host(config, 16 * GIB)
+    assert str(caught.value) == (
+        "KVCACHED_HOST_POOL=12 GiB is more than is left of the 16 GiB of host memory that may be "
+        "used: the offloaded cache of qwen 5 GiB is in use; lower KVCACHED_HOST_POOL, or stop who "
+        "has it"
+    )
+    tier.close()
+    first = start_on_host(config, 16 * GIB)
+    tier = budget.claim("the offloaded cache of qwen", 5 * GIB)  # of a process that may use more
+    start_on_host(config, 16 * GIB).close()  # the pool is there already
+    tier.close()
     first.close()
 
 
