@@ -147,6 +147,12 @@ HOOKS = (
         ("kv_cache_config",),
     ),
     Hook(
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl._ensure_scale_caches",
+        "kvcached_vllm.inline_scales:ensure_scale_caches",
+        "fill no scales of blocks that are not mapped",
+        ("kv_cache",),
+    ),
+    Hook(
         "vllm.v1.worker.gpu_worker:ensure_kv_transfer_initialized",
         "kvcached_vllm.transfer_hooks:ensure_kv_transfer_initialized",
         "let a connector compute a block's bytes as it does from vLLM's own plan",

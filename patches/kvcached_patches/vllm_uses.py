@@ -97,6 +97,14 @@ _LAYOUT = (
     ),
 )
 
+_TRITON = "vllm.v1.attention.backends.triton_attn"
+
+_SCALES = uses(
+    "views of the scales beside each token's head (kvcached_vllm/inline_scales.py)",
+    *members(f"{_TRITON}:TritonAttentionImpl", "_k_scale_cache _v_scale_cache"),
+    "vllm.model_executor.layers.attention.attention:Attention.impl",
+)
+
 _SLEEP = (
     *uses(
         "what a wake allocates is read from it, and taken back (kvcached_vllm/sleeping.py)",
@@ -150,7 +158,7 @@ _START = (
         ),
         *members(
             f"{_CONFIG}.cache:CacheConfig",
-            "cache_dtype gpu_memory_utilization kv_cache_memory_bytes num_gpu_blocks",
+            "gpu_memory_utilization kv_cache_memory_bytes num_gpu_blocks",
         ),
         f"{_CONFIG}.device:DeviceConfig.device_type",
         f"{_CONFIG}.load:LoadConfig.download_dir",
@@ -330,4 +338,4 @@ _OFFLOADS = (
     ),
 )
 
-USES = (*_BLOCKS, *_SCHEDULING, *_LAYOUT, *_SLEEP, *_START, *_WEIGHTS, *_OFFLOADS)
+USES = (*_BLOCKS, *_SCHEDULING, *_LAYOUT, *_SCALES, *_SLEEP, *_START, *_WEIGHTS, *_OFFLOADS)

@@ -70,6 +70,14 @@ CASES |= {
     "linear": Case("linear", None, LONG | {"engine": EAGER | {"gdn_prefill_backend": "triton"}}),
     "mamba": Case("mamba", None, LONG),
     "fp8": Case("llama-small", None, SMALL | {"engine": EAGER | {"kv_cache_dtype": "fp8"}}),
+    **{
+        f"{bits} with scales": Case(
+            "llama-small",
+            None,
+            SMALL | {"engine": TRITON | {"kv_cache_dtype": f"{bits}_per_token_head"}},
+        )
+        for bits in ("int8", "fp8", "int4")
+    },
     "ngram": Case(
         "llama-small",
         None,

@@ -19,7 +19,6 @@ def configuration(**changes: Any) -> Any:
     values = {
         "device_config": SimpleNamespace(device_type="cpu"),
         "parallel_config": parallel(),
-        "cache_config": SimpleNamespace(cache_dtype="auto"),
         "kv_transfer_config": None,
         "speculative_config": None,
         "attention_config": SimpleNamespace(hisparse_config=None),

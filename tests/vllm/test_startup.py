@@ -179,13 +179,6 @@ def test_all_hooks_fit_the_installed_release(
         ({"parallel_config": parallel(nnodes=2)}, "2 nodes.*--nnodes 1"),
         ({"parallel_config": parallel(distributed_executor_backend="ray")}, "executor ray.*mp"),
         ({"attention_config": SimpleNamespace(hisparse_config=1)}, "HiSparse"),
-        *(
-            (
-                {"cache_config": SimpleNamespace(cache_dtype=f"{bits}_per_token_head")},
-                f"{bits}_per_token_head: .* set --kv-cache-dtype fp8",
-            )
-            for bits in ("int4", "int8", "fp8")
-        ),
         (
             {"speculative_config": SimpleNamespace(enable_adaptive_verification=True)},
             "adaptive verification.*--speculative-config",

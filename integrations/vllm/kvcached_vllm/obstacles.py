@@ -8,8 +8,6 @@ from kvcached_vllm.connectors import connector_obstacles
 
 # vLLM's own variable for how a KV cache lies in memory: L for layers, B for blocks.
 LAYOUT = "VLLM_KV_CACHE_LAYOUT"
-# How vLLM names cache types with a scale beside each token's head.
-SCALES_INSIDE = "per_token_head"
 
 
 def can_serve(vllm_config: Any) -> bool:
@@ -41,7 +39,7 @@ def obstacles(vllm_config: Any) -> Iterator[str]:
     if backend not in (None, "mp", "uni") and not isinstance(backend, type):
         yield f"executor {backend}: set --distributed-executor-backend mp"
     yield from connector_obstacles(vllm_config.kv_transfer_config)
-    yield from _cache_obstacles(vllm_config.cache_config)
+    yield from _layout_obstacles()
     attention = getattr(vllm_config, "attention_config", None)
     if getattr(attention, "hisparse_config", None) is not None:
         yield "HiSparse: it has block pools of its own; switch it off"
@@ -52,16 +50,10 @@ def obstacles(vllm_config: Any) -> Iterator[str]:
         )
 
 
-def _cache_obstacles(cache_config: Any) -> Iterator[str]:
+def _layout_obstacles() -> Iterator[str]:
     layout = os.environ.get(LAYOUT)
     if layout and len(layout) == len("LBNHC") and not layout.startswith(("LB", "B")):  # from 0.29
         yield f"{LAYOUT}={layout}: a block has to be in one piece; unset it, or set LBNHC"
-    cache_type = getattr(cache_config, "cache_dtype", None)
-    if str(cache_type).endswith(SCALES_INSIDE):
-        yield (
-            f"KV cache type {cache_type}: in its first step vLLM writes a scale into all blocks, "
-            "mapped or not; set --kv-cache-dtype fp8, or auto"
-        )
 
 
 def layer_obstacle(error: Exception | str, vllm_config: Any) -> str:

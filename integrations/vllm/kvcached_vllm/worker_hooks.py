@@ -23,6 +23,7 @@ from kvcached_vllm.elastic_weights import (
     own_bytes,
     yields_weights,
 )
+from kvcached_vllm.inline_scales import mark_layers
 from kvcached_vllm.layer_waits import WALKS, let_layers_wait, walking
 from kvcached_vllm.layout import PLACEMENT, plane_layout, sparse_config, tensor_planes
 from kvcached_vllm.obstacles import can_serve
@@ -112,6 +113,7 @@ def worker_initialize_from_config(
         original(self, sparse_config(kv_cache_config, layout, placement), *args, **kwargs)
     # One process may be worker and engine core: what vLLM reports stays the number of blocks.
     self.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
+    mark_layers(self, memory)
     self.kvcached = memory
 
 
