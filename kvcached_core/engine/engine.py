@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from kvcached_core.engine.activation import Activation
 from kvcached_core.engine.arrival import warn_of
 from kvcached_core.engine.giving import Giving
+from kvcached_core.engine.nap import seconds_until_due
 from kvcached_core.engine.port import EnginePort
 from kvcached_core.engine.ranks import Ranks, WantedPages
 from kvcached_core.engine.starting import Start
@@ -125,12 +126,7 @@ class ElasticEngine:
             self.port.publish()
         weights_seconds = self.activation.rest()
         self.flush(is_last=not self.port.can_be_woken)
-        # While pages are held, the step that hears of the end of a copy comes here again.
-        due = [] if self.holds else [pages.seconds_until_due() for pages in self.pools]
-        due_seconds = max((seconds for seconds in due if seconds is not None), default=None)
-        seconds = [each for each in (due_seconds, weights_seconds) if each is not None]
-        if seconds:
-            self.ranks.set_alarm(min(seconds))
+        self._set_alarm(weights_seconds)
 
     @property
     def holds(self) -> "Holds":
@@ -258,6 +254,10 @@ class ElasticEngine:
         """Leave the ledgers."""
         atexit.unregister(self.close)
         self.ranks.close()
+
+    def _set_alarm(self, weights_seconds: float | None) -> None:
+        if (seconds := seconds_until_due(self.pools, weights_seconds)) is not None:
+            self.ranks.set_alarm(seconds)
 
     def _share_room(self, num_blocks: Sequence[int]) -> None:
         needed = [pages.num_lacking(n) for pages, n in zip(self.pools, num_blocks, strict=True)]

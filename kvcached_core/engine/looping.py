@@ -1,11 +1,11 @@
-"""An engine that is its own worker, whose loop never sleeps, and which plans a batch by counting.
+"""An engine that is its own worker, whose loop looks by itself, and which plans by counting.
 
 It counts the blocks that are free before it lets requests in, takes them for all of a batch, and
 ends if there are fewer. So what a batch may take is promised before the schedule.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil
 from typing import Any
 
@@ -29,8 +29,8 @@ from kvcached_core.memory.torch_device import find_device, make_backend
 # part back, or two engines that hold a part each would wait for each other.
 HOLD_SECONDS = 2.0
 
-# The loop never sleeps. In a turn that runs nothing it leaves the interpreter's lock for so long to
-# the threads that map and unmap: they would have to wait for it twice a page.
+# A loop that does not sleep leaves the interpreter's lock for so long, in a turn that runs nothing,
+# to the threads that map and unmap: they would have to wait for it twice a page.
 STEP_ASIDE_SECONDS = 0.002
 
 
@@ -78,20 +78,18 @@ class LoopingEngine(ElasticEngine):
     ) -> None:
         self.config = config
         self.device = find_device(device, config)
+        ring = port.nap.ring
         ranks = join_ranks(
             self.device,
             group,
             lambda devices: Instance(
-                devices, config, default_name=name, engine=engine, data_rank=data_rank
+                devices, config, default_name=name, engine=engine, data_rank=data_rank, on_ring=ring
             ),
             num_idle_turns=num_idle_turns,
         )
         super().__init__(ranks, port)
         self.placing = Placing(
-            ranks,
-            config,
-            self.device,
-            logger,
+            *(ranks, config, self.device, logger),
             length_setting=length_setting,
             num_pools=num_pools,
             num_arenas=num_arenas,
@@ -100,6 +98,7 @@ class LoopingEngine(ElasticEngine):
         self._places = Places(self.placing, ranks, make_backend(device), port.stream)
         self._request_tokens = request_tokens
         self._held_since: float | None = None
+        self._due_seconds: float | None = None  # for its weights, as the last idle turn said
         self._room_pages = 0  # at the last schedule
 
     @property
@@ -129,9 +128,7 @@ class LoopingEngine(ElasticEngine):
         self.port.block_tokens = shape.block_tokens
         return self.place_planes(
             Planes(
-                shape.block_bytes,
-                shape.num_planes,
-                shape.num_blocks,
+                *(shape.block_bytes, shape.num_planes, shape.num_blocks),
                 min(longest_blocks, shape.num_blocks - 1),
                 (shape.block_tokens,),
                 is_exact=True,
@@ -260,9 +257,16 @@ class LoopingEngine(ElasticEngine):
         if port.is_pending():
             return
         if not port.is_busy():
-            self.activation.rest()
+            self._due_seconds = self.activation.rest()
         if port.memory is not None:
             port.memory.keeper.wait(STEP_ASIDE_SECONDS)
+
+    def sleep_until_rung(self, sleep: Callable[[], None]) -> None:
+        """Let an idle loop sleep in its own way, which polls `port.nap`, if no copy is awaited."""
+        if not self.giving.is_awaiting:
+            self._set_alarm(self._due_seconds)
+            sleep()
+            self.port.nap.end()
 
     def begin_batch(self) -> None:
         """Map what was opened since the schedule ended: no loop that is served opens anything."""

@@ -1,10 +1,11 @@
-"""What an adapter says of an engine whose loop never sleeps and which is its own worker."""
+"""What an adapter says of an engine whose loop looks by itself and which is its own worker."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from kvcached_core.engine.nap import Nap
 from kvcached_core.memory.orders import PageOrders
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class LoopingPort(ABC):
     """An `EnginePort`, and what `LoopingEngine` asks beside. The scheduler's thread calls it.
 
     Attributes:
-        can_be_woken: Its loop never sleeps, and looks by itself.
+        can_be_woken: Its loop looks by itself, and sleeps until somebody rings at most.
+        nap: What such a loop polls beside its own.
         has_batch: Whether the last schedule made a batch.
         memory: This rank's, from the engine's first pool on.
         weights: This rank's, where they yield.
@@ -46,6 +48,7 @@ class LoopingPort(ABC):
     can_be_woken = True
 
     def __init__(self) -> None:
+        self.nap = Nap()
         self.has_batch = False
         self.memory: RankMemory | None = None
         self.weights: RankWeights | None = None
@@ -193,7 +196,7 @@ class LoopingPort(ABC):
             self.weights.arriving.finish()
 
     def wake(self, answer: Callable[[], None]) -> None:  # noqa: B027  as above
-        """See `EnginePort.wake`: its loop is awake."""
+        """See `EnginePort.wake`: its loop is awake, or will be rung for."""
 
     def _count_free(self) -> Sequence[int]:
         return [free_list.num_free_blocks for free_list in self.free_lists]

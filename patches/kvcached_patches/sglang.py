@@ -185,6 +185,11 @@ HOOKS = (
         "answer neighbours while the loop is paused and schedules nothing",
     ),
     Hook(
+        "sglang.srt.managers.scheduler:Scheduler.maybe_sleep_on_idle",
+        "kvcached_sglang.hooks:maybe_sleep_on_idle",
+        "let neighbours end the sleep of an idle loop",
+    ),
+    Hook(
         "sglang.srt.managers.scheduler:Scheduler.run_batch",
         "kvcached_sglang.hooks:run_batch",
         "with KVCACHED_DEBUG, refuse a batch that names a block which is not mapped",

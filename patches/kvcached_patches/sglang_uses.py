@@ -141,6 +141,14 @@ _SCHEDULING = (
         "gauges show what waits (kvcached_sglang/port.py)",
         f"{_SRT}.observability.metrics_collector:SchedulerMetricsCollector.last_log_time",
     ),
+    *uses("an idle loop polls our bell, too", f"{_SCHEDULER}.idle_sleeper"),
+    Hook(
+        f"{_PARTS}.idle_sleeper:IdleSleeper.poller",
+        "",
+        "an idle loop polls our bell, too",
+        alternatives=(f"{_SRT}.managers.scheduler:IdleSleeper.poller",),
+        how=USE,
+    ),
 )
 
 _START = (

@@ -1,5 +1,6 @@
-"""A scheduler that has nothing to run leaves the interpreter to the threads that unmap."""
+"""A scheduler with nothing to run leaves the interpreter to threads that unmap, or sleeps."""
 
+import select
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,12 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.sglang_elastic import NoCache, make_allocator, make_engine, tell
+import zmq
+from helpers.sglang_elastic import NoCache, hooked, make_allocator, make_engine, tell
+from helpers.waiting import PATIENCE_SECONDS
 
+from kvcached_core import control
 from kvcached_core.engine import looping
 from kvcached_core.memory.keeper import PageKeeper
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import MIB
+from kvcached_sglang import hooks
 from kvcached_sglang.engine import SglangEngine
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(60)]
@@ -32,10 +37,11 @@ class Fence:
         assert self.passed.wait(30)
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[SglangEngine]:
-    """Return an engine whose prompt of half the pool has just ended."""
-    made = make_engine(tmp_path, host_pool=NUM_PAGES * 2 * MIB, page_bytes=2 * MIB, idle_seconds=0)
+@pytest.fixture(params=[0])
+def engine(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SglangEngine]:
+    """Return an engine whose prompt of half the pool has just ended; the parameter: it lingers."""
+    sizes = {"host_pool": NUM_PAGES * 2 * MIB, "page_bytes": 2 * MIB}
+    made = make_engine(tmp_path, idle_seconds=request.param, **sizes)
     allocator = make_allocator(made, NUM_PAGES * PAGE_TOKENS - 1)
     pool = allocator.get_kvcache()
     ids = allocator.alloc(NUM_PAGES // 2 * PAGE_TOKENS)
@@ -97,3 +103,71 @@ def test_a_turn_whose_last_batch_has_to_be_looked_at_goes_on(
 ) -> None:
     turn(engine, last_batch=SimpleNamespace(reqs=[]))
     assert not stepped_aside.is_set()
+
+
+class Sleeper:
+    """SGLang's idle sleeper, which sleeps until somebody rings."""
+
+    def __init__(self) -> None:
+        self.poller = zmq.Poller()
+        self.polled: list[Any] = []
+
+    def maybe_sleep(self) -> None:
+        self.polled.append(self.poller.poll(PATIENCE_SECONDS * 1000))
+
+
+class Loop:
+    """A scheduler's end of an idle turn."""
+
+    def __init__(self, idle_sleeper: Any) -> None:
+        self.idle_sleeper = idle_sleeper
+
+    def maybe_sleep_on_idle(self) -> None:
+        self.idle_sleeper.maybe_sleep()
+
+
+def sleep(engine: SglangEngine, sleeper: Any) -> None:
+    with hooked(engine, (Loop, "maybe_sleep_on_idle", hooks.maybe_sleep_on_idle)):
+        Loop(sleeper).maybe_sleep_on_idle()
+
+
+def test_who_wants_memory_ends_the_sleep_and_gets_it(engine: SglangEngine, tmp_path: Path) -> None:
+    sleeper = Sleeper()
+    turn(engine)
+    control.trim([], directory=tmp_path, wait_seconds=0)
+    sleep(engine, sleeper)
+    assert sleeper.polled == [[(engine.port.nap.descriptor, select.POLLIN)]]
+    turn(engine)
+    assert engine.memory is not None
+    engine.memory.keeper.wait()
+    assert num_resident(engine) == NUM_AT_REST - 1
+
+
+@pytest.mark.parametrize("engine", [0.05], indirect=True)
+def test_what_lingers_goes_although_nobody_wants_it(engine: SglangEngine) -> None:
+    sleeper = Sleeper()
+    turn(engine)
+    while num_resident(engine) > NUM_AT_REST:
+        sleep(engine, sleeper)
+        turn(engine)
+        assert engine.memory is not None
+        engine.memory.keeper.wait()
+    assert all(sleeper.polled)
+    assert sleeper.polled
+
+
+def test_nobody_sleeps_while_copies_keep_what_is_asked(engine: SglangEngine) -> None:
+    slept: list[bool] = []
+    sleeper = SimpleNamespace(poller=zmq.Poller(), maybe_sleep=lambda: slept.append(True))
+    turn(engine)
+    for is_awaiting in (True, False):
+        engine.giving.is_awaiting = is_awaiting
+        sleep(engine, sleeper)
+        assert bool(slept) is not is_awaiting
+
+
+def test_a_sleep_without_a_poller_stays_as_it_is(engine: SglangEngine) -> None:
+    slept: list[bool] = []
+    turn(engine)
+    sleep(engine, SimpleNamespace(maybe_sleep=lambda: slept.append(True)))
+    assert slept

@@ -1,6 +1,7 @@
 """What takes the place of SGLang's methods; each gets the original and returns a wrapper."""
 
 import functools
+import select
 from collections.abc import Callable
 from typing import Any
 
@@ -129,6 +130,22 @@ def process_input_requests(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return wrapper
+
+
+@around_engine
+def maybe_sleep_on_idle(call: Call, ours: SglangEngine, self: Any) -> None:
+    """Wrap `Scheduler.maybe_sleep_on_idle`: who wants something of an idle engine wakes it.
+
+    A server that polls no sockets, but a queue of its own, sleeps as it does.
+    """
+    poller = getattr(self.idle_sleeper, "poller", None)
+    if poller is None:
+        call()
+        return
+    descriptor = ours.port.nap.descriptor
+    if descriptor not in poller:
+        poller.register(descriptor, select.POLLIN)
+    ours.sleep_until_rung(call)
 
 
 def run_batch(original: Callable[..., Any]) -> Callable[..., Any]:
