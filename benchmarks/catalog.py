@@ -175,6 +175,12 @@ BENCHMARKS = (
         "how long a driver takes to map memory, alone and beside copies of weights",
     ),
     Benchmark(
+        "layers_while_copying",
+        "layers_while_copying.py",
+        GPU,
+        "layers that wait for their pages while these are copied, by the device's own clock",
+    ),
+    Benchmark(
         "replica_copy",
         "replica_copy.py",
         TWO_GPUS,

@@ -16,6 +16,7 @@ from vllm_overhead import is_elastic
 from vllm_servers import READY_SECONDS, WITHOUT_MULTICAST, Record, Setting
 
 from kvcached_core import control
+from kvcached_core.engine.waiting import REFUSAL_SECONDS
 from kvcached_core.ledger import bell
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB, MIB
@@ -246,9 +247,14 @@ def lose_cache(bench: Bench, name: str) -> list[int]:
 def give_back(bench: Bench, name: str, num_bytes: int) -> dict[str, Any]:
     """Ask a server for memory as a neighbour does; return after how many ms it was unmapped.
 
+    Where it gave less, it is asked for the rest again and again, as by a neighbour that waits.
+
     Returns:
         `ms`, and the parts of it: when the first page went, and half and nine tenths of them; the
-        longest time in which none did; what the calls that unmap took.
+        longest time in which none did; what the calls that unmap took; how often it was asked.
+
+    Raises:
+        TimeoutError: If it did not give that much in `PATIENCE_SECONDS`.
     """
     with bench.setting.servers.open_ledger() as ledger:
 
@@ -258,17 +264,23 @@ def give_back(bench: Bench, name: str, num_bytes: int) -> dict[str, Any]:
 
         view = before = look()
         wanted = num_bytes // before.page_bytes * before.page_bytes
-        started = time.perf_counter()
-        if ledger.ask(before.row, num_bytes):
-            bell.wake(ledger, [before.row])
+        started, given, num_asks = time.perf_counter(), 0, 0
         seen = [(0.0, 0)]  # when there was more, and how much
         while seen[-1][1] < wanted:
+            ms = (time.perf_counter() - started) * 1e3
+            if ms >= num_asks * REFUSAL_SECONDS * 1e3:
+                num_asks += 1
+                if ledger.ask(before.row, wanted - given):
+                    bell.wake(ledger, [before.row])
             view, ms = look(), (time.perf_counter() - started) * 1e3
             given = view.num_unmapped_bytes - before.num_unmapped_bytes
             if given > seen[-1][1]:
                 seen.append((ms, given))
             if ms > PATIENCE_SECONDS * 1e3:
-                raise TimeoutError(f"{name} did not give {num_bytes} B in {PATIENCE_SECONDS} s")
+                raise TimeoutError(
+                    f"{name} gave {given} of {wanted} B in {PATIENCE_SECONDS} s; it holds "
+                    f"{view.resident_bytes} B and uses {view.used_bytes} B"
+                )
             time.sleep(LOOK_SECONDS)
         at = {part: next(ms for ms, given in seen if given >= part * wanted) for part in PARTS}
         moments = [ms for ms, _ in seen[1:]]
@@ -277,6 +289,7 @@ def give_back(bench: Bench, name: str, num_bytes: int) -> dict[str, Any]:
             "first_ms": moments[0] if moments else 0.0,
             "ms_by_part": at,
             "longest_pause_ms": max((b - a for a, b in itertools.pairwise(moments)), default=0.0),
+            "num_asks": num_asks,
             "num_unmaps": view.unmap_times.num_calls - before.unmap_times.num_calls,
             "unmap_ms": (view.unmap_times.seconds - before.unmap_times.seconds) * 1e3,
         }

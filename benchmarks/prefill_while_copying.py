@@ -6,8 +6,9 @@
 Two servers of one shape take turns on a device. The steps of one wait for each layer
 (`KVCACHED_WEIGHTS_WAIT=layers`), those of the other for all weights. A round measures, of each: the
 prompt while all is there (the prefill), a prompt of few tokens with and without weights (the
-difference is the copy, with all around it), and the prompt without weights (together). The bar is
-about the quotient of the last and the longer of the first two. Beside it a round copies as many
+difference is the copy, with all around it), the prompt right behind that (what a sleep gave up
+beside weights is allocated again), and the prompt without weights (together). The bar is about the
+quotient of the last and the longer of prefill and copy. Beside it a round copies as many
 bytes from page-locked memory. `--ahead` says how many bytes of weights vLLM's driver is told of
 ahead of what it has copied; with several, the server whose layers wait has a round with each.
 `--engine sglang` needs prompts without captured graphs:
@@ -76,9 +77,15 @@ class LongPrompts:
             awake = run.first_token_seconds(name, NUM_SHORT_TOKENS)
             run.sleep(name)
             short = run.first_token_seconds(name, NUM_SHORT_TOKENS)
+            behind = run.first_token_seconds(name, self._num_tokens)
             run.sleep(name)
             together = run.first_token_seconds(name, self._num_tokens)
-            measured = {"prefill": prefill, "copy": short - awake, "together": together}
+            measured = {
+                "prefill": prefill,
+                "copy": short - awake,
+                "behind": behind,
+                "together": together,
+            }
             for what, value in measured.items():
                 seconds.setdefault(what, []).append(value)
         if not self._run.tiny:
