@@ -12,7 +12,7 @@ from helpers.hicache_server import body_of
 from helpers.house import Neighbour
 from helpers.waiting import PATIENCE_SECONDS
 from kvcached_core.config import read_config
-from kvcached_core.control import trim
+from kvcached_core.control import Outcome, set_limit, trim
 from kvcached_demo.harness.server import EngineServer
 
 NUM_PREFIXES = 8
@@ -44,6 +44,10 @@ class Race:
         server: The server.
         pool_bytes: The memory that it shares with a neighbour.
         seed: What is drawn with.
+
+    Attributes:
+        counts: What happened, and how often.
+        num_stopped: How often a request was stopped for memory, of those that were answered.
     """
 
     def __init__(self, server: Raced, pool_bytes: int, seed: int) -> None:
@@ -64,6 +68,7 @@ class Race:
             for _ in range(NUM_PREFIXES)
         ]
         self._answers: list[tuple[list[int], list[int]]] = []
+        self.num_stopped = 0
         self.counts = dict.fromkeys(("answered", "aborted", "taken", "trims", "flushes"), 0)
 
     async def run(self, num_requests: int) -> None:
@@ -113,6 +118,7 @@ class Race:
         answer = await client.post("/generate", json=body_of(prompt, num_tokens) | {"rid": name})
         answer.raise_for_status()
         found = answer.json()
+        self.num_stopped += found["meta_info"].get("num_retractions", 0)
         if found["meta_info"]["finish_reason"]["type"] == "length":
             self.counts["answered"] += 1
             self._answers.append((prompt, found["output_ids"]))
@@ -159,3 +165,34 @@ class Race:
     def _trim(self) -> None:
         trim([self._server.server.name], directory=self._server.directory, wait_seconds=0)
         self.counts["trims"] += 1
+
+
+class LimitedRace(Race):
+    """A race in which requests are stopped, too: for a limit below what they hold.
+
+    The server's longest request has to fit below `LIMIT`.
+    """
+
+    LIMIT = "20MiB"
+
+    def __init__(self, server: Raced, pool_bytes: int, seed: int) -> None:
+        super().__init__(server, pool_bytes, seed)
+        self.counts["limits"] = 0
+
+    def close(self) -> None:
+        """Leave the ledger, and no limit."""
+        self._set_limit("none")
+        super().close()
+
+    def _acts(
+        self, client: httpx.AsyncClient, number: int
+    ) -> Iterator[tuple[Callable[[], Any], float]]:
+        yield from super()._acts(client, number)
+        yield lambda: self._set_limit(self.LIMIT), 0.07
+        yield lambda: self._set_limit("none"), 0.07
+
+    def _set_limit(self, limit: str) -> None:
+        name, directory = self._server.server.name, self._server.directory
+        changed = set_limit(name, limit, directory=directory, wait_seconds=0)
+        assert changed.outcome is not Outcome.REFUSED, changed
+        self.counts["limits"] += 1

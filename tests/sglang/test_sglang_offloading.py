@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from helpers.hicache_copier_settings import DEFECT, UNMAPPED
-from helpers.hicache_race import Race
+from helpers.hicache_race import LimitedRace
 from helpers.hicache_server import PAGE, HiCacheServer, ask_all, hicache_server
 from helpers.process_memory import resident_by_proc
 from helpers.sglang_engine import Vanilla, answers, mixed_bursts, post
@@ -126,17 +126,17 @@ def test_a_sleep_waits_for_open_copies_and_leaves_page_0(served: HiCacheServer) 
     assert served.ask(prompt) == expected
 
 
-def race(model: Path, folder: Path, *, seed: int, num_requests: int, policy: str) -> None:
+def race(model: Path, folder: Path, *, seed: int, num_requests: int, policy: str) -> LimitedRace:
     with hicache_server(
         model,
         folder,
-        *("--hicache-write-policy", policy),
+        *("--hicache-write-policy", policy, "--context-length", "512"),
         pool_bytes=RACE_POOL,
         delay_ms=(0, 50),
         seed=seed,
         KVCACHED_PAGE_BYTES=str(2 * MIB),
     ) as server:
-        run = Race(server, RACE_POOL, seed)
+        run = LimitedRace(server, RACE_POOL, seed)
         asyncio.run(run.run(num_requests))
         copied = server.copied()
         assert min(copied["num_stores"], copied["num_loads"]) > 0
@@ -144,6 +144,7 @@ def race(model: Path, folder: Path, *, seed: int, num_requests: int, policy: str
         run.check_again()
         post(f"{server.server.url}/flush_cache")
         await_that(lambda: resident_by_proc(server.server) <= 4 * MIB)
+    return run
 
 
 def test_no_copy_meets_a_page_that_was_given_away(model: Path, tmp_path: Path) -> None:
@@ -155,7 +156,8 @@ def test_no_copy_meets_a_page_that_was_given_away(model: Path, tmp_path: Path) -
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_none_does_in_a_long_race(model: Path, tmp_path: Path, seed: int) -> None:
     policy = ("write_through", "write_back", "write_through_selective")[seed % 3]
-    race(model, tmp_path, seed=seed, num_requests=500, policy=policy)
+    run = race(model, tmp_path, seed=seed, num_requests=500, policy=policy)
+    assert run.num_stopped > 0
 
 
 @pytest.mark.every_release
