@@ -10,14 +10,8 @@ it is drawn with, and `copier_report` a file with what was copied and the first 
 
 import json
 import random
-import threading
-import time
-import zlib
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
-from ctypes import memmove, string_at
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,112 +20,7 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-_may_copy = threading.Event()
-_may_copy.set()
-
-
-@contextmanager
-def copies_left_open() -> Iterator[None]:
-    """Let no copy end in the block until somebody waits for one; of this process's copiers."""
-    _may_copy.clear()
-    try:
-        yield
-    finally:
-        _may_copy.set()
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One block of one layer, on the device and in the host tier."""
-
-    key: tuple[int, int, int]  # chunk of the host tier, block in it, tensor
-    device_address: int
-    host_address: int
-    num_bytes: int
-
-
-@dataclass
-class Job:
-    """What is copied in one direction, with the sum that each piece has to have."""
-
-    job_id: int
-    pieces: list[Piece]
-    sums: list[int | None]
-    delay_seconds: float
-    seconds: float = 0.0
-
-
-def sum_of(address: int, num_bytes: int) -> int:
-    """Return a sum of bytes in memory."""
-    return zlib.adler32(string_at(address, num_bytes))
-
-
-class Direction:
-    """Copies one job after the other, each a while after the one before or after it was given."""
-
-    def __init__(self, *, is_store: bool) -> None:
-        self._is_store = is_store
-        self._jobs: deque[Job] = deque()
-        self._done: list[Job] = []
-        self._open: set[int] = set()
-        self._changed = threading.Condition()
-        self._is_closed = False
-        self.fault = ""
-        self.num_bytes = 0
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def submit(self, job: Job) -> None:
-        with self._changed:
-            self._jobs.append(job)
-            self._open.add(job.job_id)
-            self._changed.notify_all()
-
-    def take_done(self) -> list[Job]:
-        with self._changed:
-            done, self._done = self._done, []
-        return done
-
-    def wait(self, job_ids: set[int]) -> None:
-        with self._changed:
-            if not self._open.isdisjoint(job_ids):
-                _may_copy.set()
-            self._changed.wait_for(lambda: self._open.isdisjoint(job_ids))
-
-    def close(self) -> None:
-        _may_copy.set()
-        with self._changed:
-            self._changed.wait_for(lambda: not self._open)
-            self._is_closed = True
-            self._changed.notify_all()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._jobs or self._is_closed)
-                if self._is_closed:
-                    return
-                job = self._jobs.popleft()
-            time.sleep(job.delay_seconds)  # a slow link: nothing is awaited
-            _may_copy.wait()
-            self._copy(job)
-            with self._changed:
-                self._open.discard(job.job_id)
-                self._done.append(job)
-                self._changed.notify_all()
-
-    def _copy(self, job: Job) -> None:
-        started = time.perf_counter()
-        for piece, expected in zip(job.pieces, job.sums, strict=True):
-            ends = piece.host_address, piece.device_address
-            target, source = ends if self._is_store else ends[::-1]
-            memmove(target, source, piece.num_bytes)
-            self.num_bytes += piece.num_bytes
-            if sum_of(target, piece.num_bytes) != expected:
-                word = "store" if self._is_store else "load"
-                self.fault = self.fault or f"{word} {job.job_id} copied other bytes: {piece}"
-        job.seconds = time.perf_counter() - started
+from helpers.delayed_copies import LOADS_SPOILED, Direction, Job, Piece, from_other_blocks, sum_of
 
 
 class DelayedWorker(OffloadingWorker):  # type: ignore[misc]  vLLM has no types here
@@ -172,6 +61,8 @@ class DelayedWorker(OffloadingWorker):  # type: ignore[misc]  vLLM has no types 
 
     def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
         pieces = list(self._pieces(dst_spec, src_spec))
+        if LOADS_SPOILED.is_set():
+            pieces = from_other_blocks(pieces)
         # What another process wrote, or the tier on disk, this copier has no sum of.
         sums = [
             self._sums.get(piece.key, sum_of(piece.host_address, piece.num_bytes))
