@@ -83,14 +83,9 @@ def marked(expression: str) -> tuple[str, ...]:
 WITHOUT_SERVERS = marked("not slow and not every_release")
 SERVERS = marked("slow and not every_release")
 OLDER_SGLANG_TESTS = marked("(not slow or older_release) and not vllm")
-FOLDERS = (
-    "tests/core",
-    "tests/patches",
-    "tests/vllm",
-    "tests/gateway",
-    "tests/demo",
-    "tests/benchmarks",
-)
+GATEWAY = "tests/gateway"
+BESIDE_IT = ("tests/core", "tests/patches", "tests/vllm", "tests/demo", "tests/benchmarks")
+FOLDERS = (*BESIDE_IT, GATEWAY)
 
 # The longest first: what is short fills the end.
 JOBS = {
@@ -99,8 +94,9 @@ JOBS = {
         Job("SGLang 0.5.23, without a server", SGLANG, (*WITHOUT_SERVERS, "tests/sglang")),
     ],
     "test": [
-        Job("vLLM 0.32.0, servers", VLLM, (*SERVERS, *FOLDERS)),
+        Job("vLLM 0.32.0, servers", VLLM, (*SERVERS, *BESIDE_IT)),
         Job("SGLang 0.5.23", SGLANG, (*marked("not every_release"), "tests/sglang")),
+        Job("servers behind the gateway", VLLM, (*SERVERS, GATEWAY)),
         Job("vLLM 0.32.0, without a server", VLLM, (*WITHOUT_SERVERS, *FOLDERS)),
         Job("SGLang 0.5.15", OLDER_SGLANG, (*OLDER_SGLANG_TESTS, "tests/sglang")),
         Job("vLLM 0.28.0", OLDER_VLLM, (*marked("older_release"), "tests/vllm")),
