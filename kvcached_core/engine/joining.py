@@ -6,6 +6,7 @@ from typing import Any
 
 from kvcached_core.engine.instance import Instance
 from kvcached_core.engine.ranks import NUM_IDLE_TURNS, Ranks
+from kvcached_core.engine.telling import tell_all, tell_at_once, tell_stages
 from kvcached_core.errors import FirstRankError, KVCachedError
 from kvcached_core.memory.devices import Device
 
@@ -18,11 +19,13 @@ class Group:
         rank: This one's number in the group.
         ranks: What torch calls each of them.
         channel: torch's group of them on the host; several ranks need one.
+        are_stages: Whether some run a step behind the first one, and wait for it.
     """
 
     rank: int = 0
     ranks: Sequence[int] = (0,)
     channel: Any = None
+    are_stages: bool = False
 
 
 def join_ranks(
@@ -52,8 +55,7 @@ def join_ranks(
 def _join_many(
     device: Device, group: Group, enter: Callable[[list[Device]], Instance], num_idle_turns: int
 ) -> Ranks:
-    import torch  # noqa: PLC0415  an engine of several ranks has it
-    from torch import distributed  # noqa: PLC0415  as above
+    from torch import distributed  # noqa: PLC0415  an engine of several ranks has it
 
     first, channel = group.ranks[0], group.channel
     devices: list[Any] = [None] * len(group.ranks)
@@ -72,17 +74,16 @@ def _join_many(
     if reason is not None:
         raise problem or FirstRankError(f"rank 0 could not start: {reason}")
 
-    def share(values: list[int]) -> list[int]:
-        numbers = torch.tensor(values, dtype=torch.int64)
-        distributed.broadcast(numbers, src=first, group=channel)
-        return [int(number) for number in numbers.tolist()]
-
-    def gather(values: list[int]) -> list[list[int]]:
-        numbers = torch.tensor(values, dtype=torch.int64)
-        found = [torch.empty_like(numbers) for _ in group.ranks]
-        distributed.all_gather(found, numbers, group=channel)
-        return [[int(number) for number in one.tolist()] for one in found]
-
+    ranks = group.ranks
+    if group.are_stages:
+        share = tell_stages(group.rank, ranks, channel)
+    else:
+        share = tell_at_once(ranks, channel)
     return Ranks(
-        instance, seats[group.rank], capacity_bytes, share, gather, num_idle_turns=num_idle_turns
+        instance,
+        seats[group.rank],
+        capacity_bytes,
+        share,
+        tell_all(ranks, channel),
+        num_idle_turns=num_idle_turns,
     )

@@ -1,13 +1,15 @@
 """The arenas of an engine that is its own worker: one for all of its pools, or one for each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvcached_core.engine.page_book import PageBook
 from kvcached_core.engine.pages import NUM_QUIET_PAGES
 from kvcached_core.engine.placing import Placing, Planes
 from kvcached_core.engine.ranks import Ranks
+from kvcached_core.engine.telling import Share
+from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import Geometry
 from kvcached_core.memory.orders import PendingOrders
@@ -30,6 +32,31 @@ class Place:
     arena: Arena
     first_page: int
     is_new: bool
+
+
+def planes_of_all(planes: Planes, most: Share) -> Planes:
+    """Return the planes of the rank that has most: ids and pages are the same on all of them.
+
+    One with fewer layers leaves a part of each page empty.
+
+    Args:
+        planes: This rank's.
+        most: Returns the largest of each number that a rank has.
+
+    Raises:
+        UnsupportedEngineError: If ranks differ in more than how many planes they have.
+    """
+    size, whole = planes.block_bytes, planes.whole_bytes
+    own = [planes.num_planes, whole, -whole, size, -size, int(bool(planes.others))]
+    num_planes, largest, least, largest_size, least_size, has_others = most(own)
+    if largest == -least:
+        return planes
+    if has_others or largest_size != -least_size:
+        raise UnsupportedEngineError(
+            "layers that differ in block size, and stages that differ in layers: nobody has tried "
+            "it; use one stage"
+        )
+    return replace(planes, num_planes=num_planes)
 
 
 class Places:
@@ -62,7 +89,9 @@ class Places:
 
         Raises:
             KVCachedError: As `Placing.place`.
+            UnsupportedEngineError: If ranks differ in more than how many planes they have.
         """
+        planes = planes_of_all(planes, self._ranks.most)
         seat, is_shared = self._ranks.seat, self._placing.is_shared
         geometry = self._placing.place(planes, self._backend.granularity_bytes, seat.num_ranks)
         num_pages = self._placing.pages_of(planes, geometry)

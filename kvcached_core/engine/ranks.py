@@ -6,12 +6,12 @@ clock, those of rank 0, and every rank maps on its own device what rank 0 was pr
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvcached_core.engine.beside import RankBytes, Turn
 from kvcached_core.engine.instance import Instance
 from kvcached_core.engine.starting import Start
+from kvcached_core.engine.telling import Gather, Share, alone, alone_of_all
 from kvcached_core.engine.waiting import WaitingLog
 from kvcached_core.ledger.shortage import PATIENCE_SECONDS
 from kvcached_core.ledger.weights import WeightsWish
@@ -26,20 +26,6 @@ LOOK_SECONDS = 0.001
 ON_RANK_0 = "see rank 0"  # which alone sees who holds what
 # Several ranks that have nothing to do tell each other what is new once in so many turns.
 NUM_IDLE_TURNS = 16
-
-
-Share = Callable[[list[int]], list[int]]
-Gather = Callable[[list[int]], list[list[int]]]
-
-
-def alone(values: list[int]) -> list[int]:
-    """Return the numbers as they are: what a single rank has nobody to tell."""
-    return values
-
-
-def alone_of_all(values: list[int]) -> list[list[int]]:
-    """Return the numbers of a single rank as those of all ranks."""
-    return [values]
 
 
 @dataclass(frozen=True)
@@ -60,7 +46,9 @@ class WantedPages:
 class Ranks:
     """The ledgers as every rank sees them. A `PageSource`.
 
-    All ranks call what returns something in the same order: one asks, and tells the others.
+    All ranks call what returns something in the same order: one asks, and tells the others. Where
+    they are stages of a pipeline, it does not wait until they heard it. They may only call what
+    waits for all ranks where no stage waits for another: at a start.
 
     Args:
         instance: The server in the ledgers; only rank 0 has it.
@@ -220,6 +208,10 @@ class Ranks:
         self._gather([static_bytes])
         if self.instance is not None:
             self.instance.beside.announce(static_bytes)
+
+    def most(self, values: list[int]) -> list[int]:
+        """Return the largest of each of these numbers that a rank has."""
+        return [max(each) for each in zip(*self._gather(values), strict=True)]
 
     def merge(self, status: WeightStatus | None) -> WeightStatus | None:
         """Return what holds for the weights of all ranks; None if one of them keeps its own."""

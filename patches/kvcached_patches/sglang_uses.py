@@ -111,6 +111,7 @@ _SCHEDULING = (
             "last_batch req_to_token_pool running_batch server_args token_to_kv_pool_allocator",
             "tree_cache waiting_queue",
         ),
+        *members(f"{_SRT}.managers.scheduler_pp_mixin:SchedulerPPMixin", "mbs running_mbs"),
     ),
     *uses(
         "what only some releases have, or have by another name",
@@ -160,6 +161,7 @@ _START = (
         ),
         f"{_SRT}.configs.model_config:is_hybrid_swa_model",
         f"{_SRT}.distributed.parallel_state:get_tp_group",
+        f"{_SRT}.distributed.parallel_state:get_world_group",
         *members(
             f"{_SRT}.distributed.parallel_state:GroupCoordinator",
             "cpu_group rank_in_group ranks",

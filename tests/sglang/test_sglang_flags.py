@@ -27,7 +27,7 @@ def parse(*arguments: str) -> argparse.Namespace:
     """Parse with a parser like SGLang's, our flags behind its own."""
 
     def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--pp-size", type=int, default=1)
+        parser.add_argument("--dcp-size", type=int, default=1)
         parser.add_argument("--device", default=None)
         parser.add_argument("--enable-hierarchical-cache", action="store_true")
 
@@ -62,7 +62,7 @@ def test_the_flag_switches_on_what_the_variable_left_off(before: str, after: str
         (("--kvcached-limit", "1GiB"), None, "--kvcached-limit would do nothing; add --enable-kv"),
         (("--kvcached-name", "a", "--kvcached-floor", "1GiB"), "0", "--kvcached-floor, --kvcached"),
         (("--enable-kvcached",), "maybe", "ENABLE_KVCACHED='maybe' is not allowed"),
-        (("--enable-kvcached", "--pp-size", "2"), None, "set --pp-size 1"),
+        (("--enable-kvcached", "--dcp-size", "2"), None, "set --dcp-size 1"),
         (("--enable-hierarchical-cache",), "1", "HiCache: --hicache-ratio"),
         (("--device", "xpu"), "1", "device xpu: only NVIDIA GPUs and CPUs"),
     ],
@@ -90,7 +90,7 @@ def test_under_auto_what_cannot_be_served_is_served_unpatched(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     os.environ["ENABLE_KVCACHED"] = "auto"
-    flags.take(parse("--pp-size", "2"))
+    flags.take(parse("--dcp-size", "2"))
     assert os.environ["ENABLE_KVCACHED"] == "0"
     assert "SGLang serves unpatched" in caplog.text
 
@@ -100,10 +100,10 @@ def test_arguments_are_judged_where_there_is_no_command_line() -> None:
     from kvcached_sglang import start_hooks
 
     def launch(cls: type, server_args: Any) -> str:
-        return f"{cls.__name__} {server_args.pp_size}"
+        return f"{cls.__name__} {server_args.dcp_size}"
 
     os.environ["ENABLE_KVCACHED"] = "1"
     wrapped = start_hooks.launch_subprocesses(classmethod(launch)).__func__
-    assert wrapped(int, argparse.Namespace(pp_size=1)) == "int 1"
-    with pytest.raises(SystemExit, match="set --pp-size 1"):
-        wrapped(int, argparse.Namespace(pp_size=2))
+    assert wrapped(int, argparse.Namespace(dcp_size=1)) == "int 1"
+    with pytest.raises(SystemExit, match="set --dcp-size 1"):
+        wrapped(int, argparse.Namespace(dcp_size=2))

@@ -43,6 +43,19 @@ def test_memory_is_wanted_soon_where_requests_are(facts: dict[str, Any], *, expe
     assert port(**facts).is_busy() is expected
 
 
+def test_batches_of_other_turns_run_and_are_pending_where_there_are_stages() -> None:
+    some, none = SimpleNamespace(reqs=["request"]), SimpleNamespace(reqs=[])
+    idle = {"last_batch": None, "mbs": [None, None], "running_mbs": [none, none]}
+    assert not port(**idle).is_running()
+    assert not port(**idle).is_pending()
+    assert port(**idle | {"running_mbs": [none, some]}).is_running()
+    prompt = port(**idle | {"mbs": [None, some]})  # on its way through the stages
+    assert prompt.is_running()
+    assert prompt.is_pending()
+    prompt.reopen(has_more=False)
+    assert not prompt.scheduler.running_batch.batch_is_full  # of its own turn none runs
+
+
 class Loop:
     """A scheduler's queue, and the answers to health checks."""
 

@@ -176,6 +176,7 @@ MIX = {"is_hybrid_swa": True, "attention_backend": "fa3"}
         {},
         {"attn_dp_size": 1, "dwdp_size": 1, "enable_dp_attention": True},
         {"dp_size": 2},
+        {"pp_size": 2},
         {"is_hybrid_swa": True, "attention_backend": "fa3", "model": "MiMoV2FlashForCausalLM"},
         {"is_hybrid_swa": False, "model": "LagunaForCausalLM"},
         HYBRID,
@@ -192,7 +193,13 @@ def test_plain_models_mixes_and_hybrids_are_served(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"pp_size": 2}, "set --pp-size 1"),
+        ({"dcp_size": 2}, "set --dcp-size 1"),
+        ({"pp_size": 2, "dp_size": 2}, "of stages: nobody has tried it; set --dp-size 1 or --pp"),
+        (
+            {"pp_size": 2, "enable_hierarchical_cache": True},
+            "parallelism with --enable-hierarchical-cache: nobody has tried it; set --pp-size 1",
+        ),
+        (HYBRID | {"pp_size": 2}, "sliding windows or states: nobody has tried it; set --pp-size"),
         (
             {"dp_size": 2, "speculative_algorithm": "NGRAM"},
             "with --speculative-algorithm: nobody has tried it; set --dp-size 1",

@@ -20,7 +20,7 @@ from kvcached_sglang.demand import named_blocks
 from kvcached_sglang.drafts import Drafts
 from kvcached_sglang.elastic_weights import may_yield
 from kvcached_sglang.host_tier import SETTING, is_offloading, tier_bytes
-from kvcached_sglang.obstacles import has_elastic_states, has_two_pools
+from kvcached_sglang.obstacles import has_elastic_states, has_stages, has_two_pools
 from kvcached_sglang.open_copies import OpenCopies
 from kvcached_sglang.port import SglangPort
 from kvcached_sglang.startup import startup
@@ -184,6 +184,15 @@ def data_rank_of(runner: Any) -> int:
     return owner.dp_rank or 0
 
 
+def group_of(arguments: Any) -> Group:
+    """Return the ranks that have the same requests: those of a stage, or of all stages."""
+    from sglang.srt.distributed.parallel_state import get_tp_group, get_world_group
+
+    are_stages = has_stages(arguments)
+    group = get_world_group() if are_stages else get_tp_group()
+    return Group(group.rank_in_group, group.ranks, group.cpu_group, are_stages)
+
+
 _engine: SglangEngine | None = None
 
 
@@ -196,15 +205,13 @@ def start_engine(runner: Any) -> SglangEngine:
     global _engine  # noqa: PLW0603  one scheduler, one engine in a process
     if _engine is None:
         import torch
-        from sglang.srt.distributed.parallel_state import get_tp_group
 
-        group = get_tp_group()
         _engine = SglangEngine(
             torch.device(runner.device),
             runner.server_args,
             runner.model_config.context_len,
             read_config(),
-            Group(group.rank_in_group, group.ranks, group.cpu_group),
+            group_of(runner.server_args),
             num_pools=2 if has_two_pools(runner) or has_elastic_states(runner) else 1,
             has_states=has_elastic_states(runner),
             data_rank=data_rank_of(runner),

@@ -12,7 +12,6 @@ ATTENTION_RANKS = "data-parallel attention: not served yet"
 
 # What a server of these settings would do with KV memory is not ours to lay out.
 OBSTACLES = {
-    "pp_size": (1, "pipeline parallelism: stages would wait for each other; set --pp-size 1"),
     "attn_dp_size": (1, f"{ATTENTION_RANKS}; set --attn-dp-size 1"),
     "dwdp_size": (1, f"{ATTENTION_RANKS}; set --dwdp-size 1"),
     "dcp_size": (1, "decode context parallelism: not served yet; set --dcp-size 1"),
@@ -45,7 +44,7 @@ OBSTACLES = {
 }
 DEVICES = ("cpu", "cuda")
 
-# What nobody has tried with data-parallel ranks yet.
+# What nobody has tried with data-parallel ranks, or with stages, yet.
 WITHOUT_RANKS = {
     "enable_hierarchical_cache": "--enable-hierarchical-cache",
     "enable_memory_saver": "--enable-memory-saver",
@@ -55,6 +54,7 @@ WITHOUT_RANKS = {
 # What keeps addresses of weights, or moves weights by itself: they stay, the KV cache is elastic.
 WEIGHT_OBSTACLES = {
     "dp_size": (1, "nobody has tried it with data-parallel ranks; set --dp-size 1"),
+    "pp_size": (1, "stages would wait for each other; set --pp-size 1"),
     "enable_eplb": (False, "experts are moved between ranks; remove --enable-eplb"),
     "elastic_ep_backend": (
         None,
@@ -114,12 +114,14 @@ def argument_obstacles(arguments: Any) -> Iterator[str]:
     for name, (allowed, reason) in OBSTACLES.items():
         if getattr(arguments, name, allowed) != allowed:
             yield reason
-    if has_ranks(arguments):
+    for setting, kind in _parallel(arguments):
         for name, flag in WITHOUT_RANKS.items():
             if getattr(arguments, name, None):
-                yield f"data parallelism with {flag}: nobody has tried it; set --dp-size 1"
+                yield f"{kind} with {flag}: nobody has tried it; set {setting} 1"
     if getattr(arguments, "enable_dp_attention", False) and has_ranks(arguments):
         yield f"{ATTENTION_RANKS}; remove --enable-dp-attention"
+    if has_ranks(arguments) and has_stages(arguments):
+        yield "data parallelism of stages: nobody has tried it; set --dp-size 1 or --pp-size 1"
     yield from tier_obstacles(arguments)
     yield from draft_obstacles(arguments)
     device = getattr(arguments, "device", None)
@@ -163,21 +165,9 @@ def model_obstacles(runner: Any) -> Iterator[str]:
                 f"attention backend {backend}: it reads the window's pool at ids of the other one; "
                 f"set --attention-backend to one of {served}, or --disable-hybrid-swa-memory"
             )
-    if is_offloading(arguments) and (has_two_pools(runner) or has_states(runner)):
-        yield (
-            "HiCache of a model with sliding windows or states: nobody has tried it; remove "
-            "--enable-hierarchical-cache"
-        )
-    if algorithm_of(arguments) is not None and (has_two_pools(runner) or has_states(runner)):
-        yield (
-            "speculative decoding of a model with sliding windows or states: nobody has tried it; "
-            + REMOVE
-        )
-    if has_ranks(arguments) and (has_two_pools(runner) or has_states(runner)):
-        yield (
-            "data parallelism of a model with sliding windows or states: nobody has tried it; "
-            "set --dp-size 1"
-        )
+    if has_two_pools(runner) or has_states(runner):
+        for what, remedy in _untried_beside(arguments):
+            yield f"{what} of a model with sliding windows or states: nobody has tried it; {remedy}"
     if has_elastic_states(runner):
         for reason in _state_obstacles(runner):
             yield f"states of mamba or linear attention: {reason}; set {FIXED_STATES}"
@@ -186,6 +176,29 @@ def model_obstacles(runner: Any) -> Iterator[str]:
 def has_ranks(arguments: Any) -> bool:
     """Return whether several ranks serve the model, each with requests of its own."""
     return bool(getattr(arguments, "dp_size", 1) > 1)
+
+
+def _parallel(arguments: Any) -> Iterator[tuple[str, str]]:
+    """Yield the settings of ranks that do not all share each step, and what each is called."""
+    if has_ranks(arguments):
+        yield "--dp-size", "data parallelism"
+    if has_stages(arguments):
+        yield "--pp-size", "pipeline parallelism"
+
+
+def _untried_beside(arguments: Any) -> Iterator[tuple[str, str]]:
+    """Yield what nobody has tried with a second pool, and what to change."""
+    if is_offloading(arguments):
+        yield "HiCache", "remove --enable-hierarchical-cache"
+    if algorithm_of(arguments) is not None:
+        yield "speculative decoding", REMOVE
+    for setting, kind in _parallel(arguments):
+        yield kind, f"set {setting} 1"
+
+
+def has_stages(arguments: Any) -> bool:
+    """Return whether each rank has some of the layers, and works behind the one before it."""
+    return bool(getattr(arguments, "pp_size", 1) > 1)
 
 
 def has_two_pools(runner: Any) -> bool:

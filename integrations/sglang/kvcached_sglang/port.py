@@ -59,11 +59,18 @@ class SglangPort(LoopingPort):
 
     def is_running(self) -> bool:
         """See `LoopingPort.is_running`."""
-        return bool(self.scheduler.running_batch.reqs)
+        return any(batch.reqs for batch in self._batches())
 
     def is_pending(self) -> bool:
         """See `LoopingPort.is_pending`."""
-        return self.scheduler.last_batch is not None
+        stages = getattr(self.scheduler, "mbs", ())
+        return self.scheduler.last_batch is not None or any(batch is not None for batch in stages)
+
+    def _batches(self) -> list[Any]:
+        """Return what runs; with stages several batches do, in turns, and some are on their way."""
+        loop = self.scheduler
+        turns = [batch for batch in getattr(loop, "mbs", ()) if batch is not None]
+        return [loop.running_batch, *getattr(loop, "running_mbs", ()), *turns]
 
     def num_waiting(self) -> int:
         """See `EnginePort.num_waiting`."""
@@ -103,7 +110,7 @@ class SglangPort(LoopingPort):
         Only a request that ends opens what that closed: an engine on a device of its own gets
         memory from nobody else, and with nothing running it is never short of it.
         """
-        if has_more or not self.is_running():
+        if has_more or not self.scheduler.running_batch.reqs:
             self.scheduler.running_batch.batch_is_full = False
 
     def num_cached_blocks(self, number: int) -> int:
