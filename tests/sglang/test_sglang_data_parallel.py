@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from helpers.process_memory import resident_of_ranks
 from helpers.sglang_engine import cores_of, large_burst, mixed_bursts, start_sglang
-from helpers.waiting import await_that
+from helpers.sglang_weights import NUM_WEIGHTS, num_weights, start_yielding
+from helpers.waiting import PATIENCE_SECONDS, await_that
 from helpers.wrong_block import wrong_block_variables, wrong_blocks
 
+from kvcached_core.control import Outcome, sleep
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
@@ -109,3 +111,22 @@ def test_both_ranks_answer_as_vanilla_and_keep_nothing(
 def test_a_wrong_block_changes_tokens(elastic: Servers, expected: list[list[list[int]]]) -> None:
     with wrong_blocks(elastic.workspace / "plugin"):
         assert ask(elastic["elastic"], BURSTS[-1]) != expected[-1]
+
+
+def test_weights_of_each_rank_go_and_come_without_the_others(
+    model: Path, expected: list[list[list[int]]], tmp_path: Path
+) -> None:
+    def is_asleep(name: str) -> bool:
+        slept = sleep(name, directory=servers.directory, wait_seconds=PATIENCE_SECONDS)
+        return slept.outcome is Outcome.APPLIED
+
+    with Servers(tmp_path, POOL) as servers:
+        arguments = ("--tp-size", "1", "--dp-size", "2", *SGLANG.longest(MAX_TOKENS))
+        server = start_yielding(servers, "elastic", model, *arguments, num_ranks=2)
+        for asleep in (NAMES, NAMES[1:], NAMES[:1]):
+            for name in asleep:
+                await_that(lambda name=name: is_asleep(name))
+            has_gone = {name: 0 if name in asleep else NUM_WEIGHTS for name in NAMES}
+            assert {name: num_weights(servers, name) for name in NAMES} == has_gone
+            assert ask(server, BURSTS[0]) == expected[0]
+            assert [num_weights(servers, name) for name in NAMES] == [NUM_WEIGHTS] * 2

@@ -30,7 +30,6 @@ YIELD = read_config({"KVCACHED_WEIGHTS": "yield"})
 # What is not its default, where it is not a switch.
 VALUES = {
     "cpu_offload_gb": 4,
-    "dp_size": 2,
     "pp_size": 2,
     "elastic_ep_backend": "nixl",
     "offload_group_size": 2,

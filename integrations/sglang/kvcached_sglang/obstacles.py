@@ -53,7 +53,6 @@ WITHOUT_RANKS = {
 
 # What keeps addresses of weights, or moves weights by itself: they stay, the KV cache is elastic.
 WEIGHT_OBSTACLES = {
-    "dp_size": (1, "nobody has tried it with data-parallel ranks; set --dp-size 1"),
     "pp_size": (1, "stages would wait for each other; set --pp-size 1"),
     "enable_eplb": (False, "experts are moved between ranks; remove --enable-eplb"),
     "elastic_ep_backend": (
