@@ -4,8 +4,9 @@ The connector, its scheduler's half, its manager and its tiers are vLLM's own; i
 ours by `spec_name` and `spec_module_path`. vLLM's copier does the same on streams of a GPU. Here a
 copy of a page that was unmapped meanwhile ends the process, and one whose bytes changed fails.
 
-Where `extra_config` has it, `delay_ms` is the range of the delay of each job, `copier_seed` what
-it is drawn with, and `copier_report` a file with what was copied and the first fault.
+Where `extra_config` has it, `delay_ms` is the range of the delay of each job, `rank_delay_ms` what
+each further rank takes longer, `copier_seed` what the delay is drawn with, and `copier_report` a
+file with what was copied and the first fault.
 """
 
 import json
@@ -43,6 +44,7 @@ class DelayedWorker(OffloadingWorker):  # type: ignore[misc]  vLLM has no types 
             for each in caches.tensors
         ]
         self._delay_ms = extra.get("delay_ms", (0, 0))
+        self._more_ms = extra.get("rank_delay_ms", 0) * spec.config.parallel.rank
         self._random = random.Random(extra.get("copier_seed", 0))
         self._report_path = extra.get("copier_report")
         # A tier below writes to the host's chunks as well, and no sum is known of that.
@@ -112,7 +114,7 @@ class DelayedWorker(OffloadingWorker):  # type: ignore[misc]  vLLM has no types 
                 )
 
     def _delay(self) -> float:
-        return self._random.uniform(*self._delay_ms) / 1000
+        return (self._random.uniform(*self._delay_ms) + self._more_ms) / 1000
 
     def _pieces(self, device_spec: Any, host_spec: Any) -> Iterator[Piece]:
         device_ids, chunks = device_spec.block_ids.tolist(), deque(host_spec.block_ids.tolist())

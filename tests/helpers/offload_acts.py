@@ -216,6 +216,30 @@ def load_other_blocks(engine: Offloaded, report: dict[str, Any]) -> None:
     assert engine.core.reset_prefix_cache(reset_connector=True)
 
 
+def hold_for_both_ranks(engine: Offloaded, report: dict[str, Any]) -> None:
+    """Ask for all of it while one rank has copied, and the other one not yet."""
+    from vllm import SamplingParams
+
+    lose_cache(engine, {})
+    core, found = engine.core.kvcached, []
+    copies, live = core.port.copies, set(map(str, range(6)))
+    for name in live:
+        asked: Any = {"prompt_token_ids": [400 + int(name), *mixed_prompts()[1 + 3 * int(name)]]}
+        sampling = SamplingParams(max_tokens=1, **SAMPLING)
+        engine.llm.llm_engine.add_request(name, asked, sampling)
+    while live or copies.job_ids:
+        live -= {one.request_id for one in engine.llm.llm_engine.step() if one.finished}
+        engine.trim_known()
+        half = [job for job, num_missing in copies._num_missing.items() if num_missing == 1]
+        held = set().union(*(core.holds._pages_of.get(job, ()) for job in half)) - {0}
+        if held:
+            found.append(all(held <= set(pages) for pages in engine.resident_pages()))
+    report["kept_by_one_rank"] = found
+    engine.finish()
+    engine.trim()
+    report["after_both_ranks"] = engine.resident_pages()
+
+
 def stop_and_keep_tier(engine: Offloaded, report: dict[str, Any]) -> None:
     """Stop a running request by a reset that keeps what the tier has of it; nothing comes after."""
     from vllm import SamplingParams
@@ -245,6 +269,7 @@ ACTS = {
         reset_with_open_jobs,
         sleep_with_open_jobs,
         load_other_blocks,
+        hold_for_both_ranks,
         stop_and_keep_tier,
     )
 }

@@ -252,12 +252,16 @@ def test_holds_of_two_ranks_end_when_both_have_reported(
     start_offline: Offline, tmp_path: Path
 ) -> None:
     options = {"tensor_parallel_size": 2}
-    of_copier = copier(tmp_path, copier_report=None)
+    # One rank's copies end later: what only that one reads stays on both.
+    of_copier = copier(tmp_path, copier_report=None, rank_delay_ms=300)
     started = [
-        start_offline(CORES | one, "offload_rounds", copier=of_copier, options=options)
-        for one in (VANILLA, ours(tmp_path))
+        start_offline(CORES | one, "offload_rounds", copier=of_copier, options=options, acts=acts)
+        for one, acts in ((VANILLA, []), (ours(tmp_path), ["hold_for_both_ranks"]))
     ]
     vanilla, elastic = map(ended, started)
     assert elastic["tokens"] == vanilla["tokens"]
     assert elastic["after_trim"] == [[[0], [0]]]
     assert elastic["num_hit_tokens"] > 0
+    assert elastic["kept_by_one_rank"]
+    assert all(elastic["kept_by_one_rank"])
+    assert elastic["after_both_ranks"] == [[0], [0]]
