@@ -134,6 +134,7 @@ class Race:
     def _can_stop_requests(self) -> bool:
         """Return whether vLLM bears a reset that stops requests: it does not while one loads.
 
+        One that was aborted while it loads keeps its blocks, and vLLM's record of it, until then.
         Nor does it where the tier keeps what they have: it loads that for them in the step that
         says that they were stopped, and asserts that such requests load nothing.
         """
@@ -141,7 +142,7 @@ class Race:
 
         requests = self.engine.core.scheduler.requests.values()
         loading = RequestStatus.WAITING_FOR_REMOTE_KVS
-        return all(request.status is not loading for request in requests)
+        return not any(one.status is loading or one.is_finished() for one in requests)
 
     def _sleep(self) -> None:
         if not self._live:
