@@ -23,6 +23,9 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from helpers.delayed_copies import LOADS_SPOILED, Direction, Job, Piece, from_other_blocks, sum_of
 
+# The copiers of this process.
+made: "list[DelayedWorker]" = []
+
 
 class DelayedWorker(OffloadingWorker):  # type: ignore[misc]  vLLM has no types here
     """Stands in for vLLM's `CPUOffloadingWorker`; see the module.
@@ -52,6 +55,18 @@ class DelayedWorker(OffloadingWorker):  # type: ignore[misc]  vLLM has no types 
         self._sums: dict[tuple[int, int, int], int] = {}
         self._stores, self._loads = Direction(is_store=True), Direction(is_store=False)
         self._num_jobs = {"stores": 0, "loads": 0}
+        made.append(self)
+
+    def sizes(self) -> list[int]:
+        """Return the bytes that a chunk has in the host tier, each size once."""
+        return sorted({host.shape[1] for host in self._host})
+
+    def spoil(self, chunk_bytes: int) -> None:
+        """Write over all that the host tier has of chunks of one size."""
+        self._sums.clear()
+        for host in self._host:
+            if host.shape[1] == chunk_bytes:
+                host.fill_(64)
 
     def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
         pieces = list(self._pieces(src_spec, dst_spec))

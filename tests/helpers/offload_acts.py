@@ -240,6 +240,23 @@ def hold_for_both_ranks(engine: Offloaded, report: dict[str, Any]) -> None:
     report["after_both_ranks"] = engine.resident_pages()
 
 
+def spoiled_sizes(engine: Offloaded, report: dict[str, Any]) -> None:
+    """Write over what the host tier has, of one size of chunks after the other, and ask again."""
+    from helpers.delayed_copier import made
+
+    (copier,) = made
+    report["spoiled"] = []
+    for seed, size in enumerate(copier.sizes(), 400):
+        prompt = [seed, *mixed_prompts()[1]]
+        answers = []
+        for is_spoiled in (False, False, True):
+            lose_cache(engine, {})
+            if is_spoiled:
+                copier.spoil(size)
+            answers.append(engine.generate([prompt]))
+        report["spoiled"].append([answers[1] == answers[0], answers[2] != answers[0]])
+
+
 def stop_and_keep_tier(engine: Offloaded, report: dict[str, Any]) -> None:
     """Stop a running request by a reset that keeps what the tier has of it; nothing comes after."""
     from vllm import SamplingParams
@@ -270,6 +287,7 @@ ACTS = {
         sleep_with_open_jobs,
         load_other_blocks,
         hold_for_both_ranks,
+        spoiled_sizes,
         stop_and_keep_tier,
     )
 }

@@ -1,7 +1,7 @@
 """Run as a script: an engine answers prompts, loses its cache, and answers them again; it reports.
 
 Arguments: a model folder, and a JSON object: `copier` (see `Offloaded`), `options` of the engine,
-and `acts` beside the two rounds.
+`acts` beside the two rounds, and `layout` (see `offline_ends`).
 """
 
 import json
@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from helpers.offline import mixed_prompts
+from helpers.offline_ends import offer
 from helpers.offload_acts import ACTS, NUM_PROMPTS, lose_cache
 from helpers.offloaded import Offloaded
 
@@ -32,6 +33,8 @@ def count(engine: Offloaded, options: dict[str, Any], report: dict[str, Any]) ->
 def main() -> None:
     """Start, run the acts, report."""
     options = json.loads(sys.argv[2])
+    if "layout" in options:
+        offer(options["layout"])
     engine = Offloaded(sys.argv[1], options.get("copier"), **options.get("options", {}))
     report: dict[str, Any] = {}
     two_rounds(engine, report)

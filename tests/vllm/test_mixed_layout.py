@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.configurations import configuration, parallel
+from helpers.registered import assert_same_copies
 
 from kvcached_core.config import HOST, read_config
 from kvcached_core.errors import UnsupportedEngineError
@@ -26,8 +27,9 @@ from kvcached_vllm.engine import VllmEngine
 from kvcached_vllm.layout import (
     PLACEMENT,
     common_classes,
+    connector_config,
     plane_layout,
-    refuse_classes,
+    refuse_untried_copies,
     sparse_config,
     tensor_planes,
 )
@@ -175,16 +177,42 @@ def test_groups_of_other_block_sizes_that_share_memory_are_refused() -> None:
         plane_layout(plan)
 
 
-def test_a_connector_beside_several_block_sizes_is_refused() -> None:
-    one, both = ([plane_layout(plan)] for plan in (separate_plan(), sparse_attention_plan()))
-    for layouts in (one, both):
-        with pytest.raises(
-            UnsupportedEngineError, match=r"\[73728, 8448\] bytes.*-offloading-size"
-        ):
-            refuse_classes(layouts)
+def test_a_connector_finds_the_bytes_of_a_block_in_all_sizes_together() -> None:
+    plan = sparse_attention_plan()
+    layout = plane_layout(plan)
+    sparse = connector_config(sparse_config(plan, layout, place(layout)), layout)
+    assert sparse.num_blocks > NUM_BLOCKS
+    for each in (plan, sparse):
+        (size,) = {tensor.size for tensor in each.kv_cache_tensors}
+        assert size == each.num_blocks * NUM_LAYERS * (LATENT_BYTES + INDEX_BYTES)
+
+
+def test_a_connector_beside_several_block_sizes_is_refused_where_nobody_has_tried_it() -> None:
+    refuse_untried_copies([plane_layout(sparse_attention_plan())])
     plan = separate_plan()
+    with pytest.raises(UnsupportedEngineError, match=r"differ in block size.*-offloading-size"):
+        refuse_untried_copies([plane_layout(plan)])
     plan.kv_cache_tensors = plan.kv_cache_tensors[::2]
-    refuse_classes([plane_layout(plan)])
+    refuse_untried_copies([plane_layout(plan)])
+
+
+def test_a_connector_copies_of_a_block_what_it_copies_in_vllms_own_memory() -> None:
+    from vllm.v1.worker.utils import allocate_kv_cache
+
+    plan = sparse_attention_plan()
+    layout = plane_layout(plan)
+    where = place(layout)
+    arena = make_arena(HostBackend(), where.geometry, where.num_pages)
+    arena.map([0, 2])
+    sparse = sparse_config(plan, layout, where)
+    with zeros_from(arena):
+        views = allocate_kv_cache(sparse, torch.device("cpu"), layout_of("LBNHC"))
+    dense = allocate_kv_cache(plan, torch.device("cpu"), layout_of("LBNHC"))
+    last = where.geometry.block_id(3 * where.geometry.blocks_per_page - 1)
+    ids = [1, where.geometry.block_id(2 * where.geometry.blocks_per_page), last]
+    assert_same_copies((connector_config(sparse, layout), views), (plan, dense), ids)
+    views.clear()
+    arena.close()
 
 
 @pytest.fixture

@@ -1,13 +1,14 @@
 """vLLM's layouts that put what layers have of a block side by side: one plane for all of them."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers.configurations import configuration
+from helpers.registered import assert_same_copies
 
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.mixed_arena import make_arena
@@ -17,8 +18,9 @@ from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.memory.zeros import zeros_from
 from kvcached_core.units import MIB
 from kvcached_vllm.layout import (
+    connector_config,
     plane_layout,
-    refuse_classes,
+    refuse_untried_copies,
     sparse_config,
     tensor_planes,
 )
@@ -174,11 +176,29 @@ def test_a_block_that_is_in_pieces_is_refused() -> None:
         plane_layout(plan)
 
 
-def test_a_connector_beside_it_is_refused() -> None:
-    apart, beside = (
-        plane_layout(plan_of(layout, [(NUM_LAYERS, spec("FullAttentionSpec", 4))]))
-        for layout in ("LBNHC", "BLNHC")
-    )
-    refuse_classes([apart])
-    with pytest.raises(UnsupportedEngineError, match="VLLM_KV_CACHE_LAYOUT=LBNHC, or remove"):
-        refuse_classes([beside])
+def test_a_connector_beside_it_is_refused_where_nobody_has_tried_it() -> None:
+    beside = plane_layout(plan_of("BLNHC", [(NUM_LAYERS, spec("FullAttentionSpec", 4))]))
+    refuse_untried_copies([beside])
+    older = replace(beside, is_one_allocation=False)
+    with pytest.raises(UnsupportedEngineError, match=r"side by side in one.*0\.29; remove"):
+        refuse_untried_copies([beside, older])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_connector_copies_of_a_block_what_it_copies_in_vllms_own_memory(layout: str) -> None:
+    from vllm.v1.worker.utils import allocate_kv_cache
+
+    plan = plan_of(layout, [(NUM_LAYERS, spec("FullAttentionSpec", 4))])
+    planes = plane_layout(plan)
+    where = place(planes)
+    arena = make_arena(HostBackend(), where.geometry, where.num_pages)
+    arena.map([0, NUM_PAGES - 1])
+    sparse = sparse_config(plan, planes, where)
+    with zeros_from(arena):
+        views = allocate_kv_cache(sparse, torch.device("cpu"), layout_of(layout))
+    dense = allocate_kv_cache(plan, torch.device("cpu"), layout_of(layout))
+    last = where.geometry.block_id(NUM_PAGES * where.geometry.blocks_per_page - 1)
+    first = where.geometry.block_id((NUM_PAGES - 1) * where.geometry.blocks_per_page)
+    assert_same_copies((connector_config(sparse, planes), views), (plan, dense), [1, first, last])
+    views.clear()
+    arena.close()

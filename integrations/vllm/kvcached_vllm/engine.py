@@ -15,7 +15,7 @@ from kvcached_vllm.layout import (
     PLACEMENT,
     common_classes,
     plane_layout,
-    refuse_classes,
+    refuse_untried_copies,
     refuse_windows,
     request_blocks,
 )
@@ -83,7 +83,7 @@ class VllmEngine(CentralEngine):
         classes = common_classes(layouts)
         if self.tier is not None:
             refuse_windows(kv_cache_configs[0])
-            refuse_classes(layouts)
+            refuse_untried_copies(layouts)
         plan = kv_cache_configs[0]
         first, *others = classes
         planes = Planes(

@@ -7,7 +7,7 @@ Two shapes of the plan exist and both are served here: up to 0.28 one tensor per
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
@@ -161,24 +161,21 @@ def refuse_windows(kv_cache_config: Any) -> None:
             )
 
 
-def refuse_classes(layouts: Sequence[PlaneLayout]) -> None:
+def refuse_untried_copies(layouts: Iterable[PlaneLayout]) -> None:
     """Refuse layers beside a connector of which nobody has tried to copy the blocks.
 
+    Where each layer has a tensor of its own, up to 0.28, these are layers that differ in block
+    size, and those that lie side by side in a block.
+
     Raises:
-        UnsupportedEngineError: If they have several block sizes, or lie side by side in a block.
+        UnsupportedEngineError: If there are such layers.
     """
-    classes = common_classes(layouts)
-    if len(classes) > 1:
-        sizes = [each.block_bytes for each in classes]
-        raise UnsupportedEngineError(
-            f"KV offloading of layers that differ in block size ({sizes} bytes): nobody has tried "
-            "it; remove --kv-offloading-size"
-        )
-    if any(layout.is_side_by_side for layout in layouts):
-        raise UnsupportedEngineError(
-            "KV offloading of a block's layers side by side: nobody has tried it; set "
-            "VLLM_KV_CACHE_LAYOUT=LBNHC, or remove --kv-offloading-size"
-        )
+    for layout in layouts:
+        if not layout.is_one_allocation and (layout.is_side_by_side or len(layout.classes) > 1):
+            raise UnsupportedEngineError(
+                "KV offloading of layers that differ in block size, or lie side by side in one: "
+                "nobody has tried it before vLLM 0.29; remove --kv-offloading-size"
+            )
 
 
 def _strided_layout(tensors: list[Any], num_blocks: int) -> PlaneLayout:
