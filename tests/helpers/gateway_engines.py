@@ -126,7 +126,6 @@ def start_sglang(model: Path, *, name: str = "tiny") -> RealEngine:
         *("-m", "sglang.launch_server", "--model-path", str(model), "--served-model-name", name),
         *("--host", "127.0.0.1", "--port", str(port), "--api-key", "of-the-engine", *options),
         *("--max-total-tokens", "4096", "--mem-fraction-static", "0.3", "--enable-metrics"),
-        "--sleep-on-idle",  # else it takes a core while others are asked
         *("--chat-template", str(template)),
     ]
     variables = {

@@ -154,6 +154,7 @@ class _SGLang(Engine):
         *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
         *("--disable-cuda-graph", "--skip-server-warmup", "--skip-tokenizer-init"),
         *("--grammar-backend", "none", "--log-level", "info"),
+        "--sleep-on-idle",  # else one that has nothing to do takes a core from those that have
     )
 
     def serving(self, model: Path, name: str, port: int) -> Words:
