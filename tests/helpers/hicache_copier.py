@@ -48,7 +48,7 @@ class Copier:
     Args:
         streams: What runs the copies.
         report: A file for the counts; None for none.
-        spoiled: While this file exists, rows that are loaded hold another token's bytes.
+        spoiled: While this file exists, rows that are loaded hold another token's keys.
     """
 
     def __init__(self, streams: HostStreams, report: Path | None, spoiled: Path | None) -> None:
@@ -98,8 +98,8 @@ class Copier:
                     for one, found in zip(known, sums_of(rows).tolist(), strict=True)
                 ):
                     self._fail(f"rows {sources.tolist()[:8]} are not what was stored")
-                if self._spoiled is not None and self._spoiled.exists():
-                    rows = rows.flip(0)
+                if self._spoiled is not None and self._spoiled.exists() and kind == 0:
+                    rows = rows.flip(0)  # with all of a token's planes nobody would see it
                 device_rows[targets] = rows
             if layer == host.layer_num - 1:
                 self._counts.loaded_rows += len(sources)

@@ -166,6 +166,7 @@ def obstacles_of(runner: Any) -> list[str]:
     return [*found[0], *found[1]]
 
 
+OFFLOADING = {"enable_hierarchical_cache": True, "hicache_size": 1}
 HYBRID = {"mambaish_config": object()}
 MIX = {"is_hybrid_swa": True, "attention_backend": "fa3"}
 
@@ -177,6 +178,7 @@ MIX = {"is_hybrid_swa": True, "attention_backend": "fa3"}
         {"attn_dp_size": 1, "dwdp_size": 1, "enable_dp_attention": True},
         {"dp_size": 2},
         {"pp_size": 2},
+        {"dp_size": 2, "speculative_algorithm": "NGRAM", **OFFLOADING},
         {"is_hybrid_swa": True, "attention_backend": "fa3", "model": "MiMoV2FlashForCausalLM"},
         {"is_hybrid_swa": False, "model": "LagunaForCausalLM"},
         HYBRID,
@@ -201,8 +203,20 @@ def test_plain_models_mixes_and_hybrids_are_served(
         ),
         (HYBRID | {"pp_size": 2}, "sliding windows or states: nobody has tried it; set --pp-size"),
         (
-            {"dp_size": 2, "speculative_algorithm": "NGRAM"},
-            "with --speculative-algorithm: nobody has tried it; set --dp-size 1",
+            {"dp_size": 2, "speculative_algorithm": "EAGLE"},
+            "with --speculative-algorithm and a draft model: nobody has tried it; set --dp-size 1",
+        ),
+        (
+            {"dp_size": 2, "enable_memory_saver": True},
+            "with --enable-memory-saver: nobody has tried it; set --dp-size 1",
+        ),
+        (
+            {"speculative_algorithm": "EAGLE", **OFFLOADING},
+            "HiCache with speculative decoding by a draft model: nobody has tried it",
+        ),
+        (
+            {"pp_size": 2, "speculative_algorithm": "NGRAM"},
+            "with --speculative-algorithm: nobody has tried it; set --pp-size 1",
         ),
         (HYBRID | {"dp_size": 2}, "sliding windows or states: nobody has tried it; set --dp-size"),
         ({"attn_dp_size": 2}, "set --attn-dp-size 1"),

@@ -43,13 +43,7 @@ OBSTACLES = {
     "dllm_algorithm": (None, "diffusion models: not served yet; remove --dllm-algorithm"),
 }
 DEVICES = ("cpu", "cuda")
-
-# What nobody has tried with data-parallel ranks, or with stages, yet.
-WITHOUT_RANKS = {
-    "enable_hierarchical_cache": "--enable-hierarchical-cache",
-    "enable_memory_saver": "--enable-memory-saver",
-    "speculative_algorithm": "--speculative-algorithm",
-}
+STAGES = "--pp-size"
 
 # What keeps addresses of weights, or moves weights by itself: they stay, the KV cache is elastic.
 WEIGHT_OBSTACLES = {
@@ -114,9 +108,8 @@ def argument_obstacles(arguments: Any) -> Iterator[str]:
         if getattr(arguments, name, allowed) != allowed:
             yield reason
     for setting, kind in _parallel(arguments):
-        for name, flag in WITHOUT_RANKS.items():
-            if getattr(arguments, name, None):
-                yield f"{kind} with {flag}: nobody has tried it; set {setting} 1"
+        for what in _untried_with(arguments, are_stages=setting == STAGES):
+            yield f"{kind} with {what}: nobody has tried it; set {setting} 1"
     if getattr(arguments, "enable_dp_attention", False) and has_ranks(arguments):
         yield f"{ATTENTION_RANKS}; remove --enable-dp-attention"
     if has_ranks(arguments) and has_stages(arguments):
@@ -182,7 +175,19 @@ def _parallel(arguments: Any) -> Iterator[tuple[str, str]]:
     if has_ranks(arguments):
         yield "--dp-size", "data parallelism"
     if has_stages(arguments):
-        yield "--pp-size", "pipeline parallelism"
+        yield STAGES, "pipeline parallelism"
+
+
+def _untried_with(arguments: Any, *, are_stages: bool) -> Iterator[str]:
+    """Yield what nobody has tried with ranks that do not all share each step."""
+    if getattr(arguments, "enable_memory_saver", False):
+        yield "--enable-memory-saver"
+    if are_stages and is_offloading(arguments):
+        yield "--enable-hierarchical-cache"
+    if has_draft_model(arguments):
+        yield "--speculative-algorithm and a draft model"
+    elif are_stages and algorithm_of(arguments) is not None:
+        yield "--speculative-algorithm"
 
 
 def _untried_beside(arguments: Any) -> Iterator[tuple[str, str]]:

@@ -46,9 +46,9 @@ def draft_obstacles(arguments: Any) -> Iterator[str]:
             "speculative decoding: this release of SGLang takes ids on trial, and forgets pages "
             f"that were opened meanwhile; install a newer one, or {REMOVE}"
         )
-    if is_offloading(arguments):
+    if is_offloading(arguments) and has_draft_model(arguments):
         yield (
-            "HiCache with speculative decoding: nobody has tried it; remove "
+            "HiCache with speculative decoding by a draft model: nobody has tried it; remove "
             f"--enable-hierarchical-cache, or {REMOVE}"
         )
 
