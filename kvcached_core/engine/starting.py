@@ -102,6 +102,8 @@ class StartLine:
             wake(need.ledger, announced)
             if not need.ledger.is_first_waker(need.row):
                 return False
+        # Who was first until now may have entered since the look above: it has the next pages.
+        wanted = [self._wanted(need) for need in self._needs]
         short = [(need, missing) for need in wanted if (missing := need.missing_bytes)]
         for need, missing in short:
             ask_peers(need.ledger, need.row, missing, is_static=True)
@@ -110,11 +112,14 @@ class StartLine:
         return not short
 
     def enter(self) -> None:
-        """Announce it as something that comes now, whether or not there is room."""
+        """Announce it as something that comes now, whether or not there is room.
+
+        Who is next in the line has to see it as one that starts as soon as it is not in front.
+        """
         for need in self._needs:
-            wake(need.ledger, need.ledger.announce(need.row, need.static_bytes))
             if self._start.may_yield:
                 need.ledger.expect_weights(need.row, START_SECONDS)
+            wake(need.ledger, need.ledger.announce(need.row, need.static_bytes))
 
     def _wanted(self, need: Need) -> Need:
         view = need.ledger.view()

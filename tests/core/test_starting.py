@@ -5,12 +5,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvcached_core.engine import starting
 from kvcached_core.engine.starting import Start, StartLine, make_room_to_start
-from kvcached_core.ledger.expected import Patience
+from kvcached_core.ledger.expected import Patience, num_starting
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.ledger.policy import Policy
@@ -229,6 +230,36 @@ def test_a_start_leaves_room_for_the_first_pages_of_those_that_load(make: Make) 
     assert second.line(NUM_PAGES - NUM_WEIGHTS - 2).look()
     assert first.ledger.reserve(first.row, PAGE, PAGE) == PAGE
     assert second.ledger.reserve(second.row, PAGE, PAGE) == PAGE
+
+
+def test_the_first_page_of_who_entered_since_a_look_is_left_out_of_the_room(make: Make) -> None:
+    first, second = make("first"), make("second")
+
+    def enter_first(_need: Need) -> bool:
+        assert first.view().static_bytes or first.line().look()
+        return True
+
+    needs = second.needs(NUM_PAGES - NUM_WEIGHTS - 1)
+    assert not StartLine(needs, START, enter_first).look()
+
+
+def test_who_leaves_the_line_with_room_is_seen_as_one_that_loads_at_once(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = make("first"), make("second")
+    announce, seen = Ledger.announce, list[int]()
+
+    def watched(ledger: Ledger, *args: Any, **kwargs: Any) -> Any:
+        result = announce(ledger, *args, **kwargs)
+        if not first.view().is_waking:
+            view = ledger.view()
+            own = next(one for one in view.instances if one.row == second.row)
+            seen.append(num_starting(view, own, time.time_ns()))
+        return result
+
+    monkeypatch.setattr(Ledger, "announce", watched)
+    assert first.line().look()
+    assert seen == [1]
 
 
 def test_a_start_on_two_devices_has_room_on_both_or_waits(make: Make) -> None:
