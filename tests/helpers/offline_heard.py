@@ -3,49 +3,22 @@
 Arguments: the folder of a Whisper, and a JSON object without words.
 """
 
-import itertools
 import json
 import os
 import sys
 from typing import Any
 
-import torch
-
+from helpers.negated_block import stepped
 from helpers.offline import resident
 from helpers.whisper_model import START_TOKEN, sound
 
-NUM_PROMPTS, NUM_TOKENS, STEPS_BEFORE = 12, 40, 5
-numbers = itertools.count()
+NUM_PROMPTS, NUM_TOKENS = 12, 40
 
 
 def prompt(words: int, heard: int) -> dict[str, Any]:
     """Return a few tokens to go on from, and a sound."""
     tokens = [START_TOKEN, *range(10 + words, 15 + words)]
     return {"prompt_token_ids": tokens, "multi_modal_data": {"audio": (sound(heard), 16_000)}}
-
-
-def stepped(llm: Any, asked: Any, sampling: Any, group: int | None) -> list[int]:
-    """Answer step by step; after a few, negate the first block that the request has in a group."""
-    engine, request_id = llm.llm_engine, f"stepped-{next(numbers)}"
-    engine.add_request(request_id, asked, sampling)
-    for number in itertools.count(1):
-        for output in engine.step():
-            if output.finished:
-                return list(output.outputs[0].token_ids)
-        if number == STEPS_BEFORE and group is not None:
-            negate_first_block(engine.engine_core.engine_core, group)
-    raise AssertionError
-
-
-def negate_first_block(core: Any, group: int) -> None:
-    """Write over the first block that the only request has in a group, in all planes."""
-    coordinator = core.scheduler.kv_cache_manager.coordinator
-    (blocks,) = coordinator.single_type_managers[group].req_to_blocks.values()
-    arena = core.model_executor.driver_worker.worker.kvcached.arena
-    block_bytes = arena.geometry.block_bytes
-    start = blocks[0].block_id * block_bytes
-    for plane in range(arena.geometry.num_planes):
-        arena.plane_tensor(plane)[start : start + block_bytes].view(torch.float32).neg_()
 
 
 def main() -> None:
