@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from kvcached_core.config import Config
 from kvcached_core.weights.host_tier import DISK, HOST, DiskTier, HostTier, TierCounts
@@ -42,7 +43,8 @@ class CountedTier:
     ) -> None:
         self.folders: Sequence[str] = ()
         self.token_bytes = 0.0
-        self._tier = HostTier.reserve(config, instance, num_bytes, setting=setting, region=region)
+        self._reserve = partial(HostTier.reserve, config, instance, setting=setting, region=region)
+        self._tier = self._reserve(num_bytes)
         self._speed = PromptSpeed()
         self._clock = clock
         self._noted_at = 0.0
@@ -57,6 +59,15 @@ class CountedTier:
     def num_bytes(self) -> int:
         """Its size."""
         return self._tier.num_bytes
+
+    def grow(self, num_bytes: int) -> None:
+        """Take so much more, before anything lies in it.
+
+        Raises:
+            HostBudgetError: If the host budget has no room for it.
+        """
+        self._tier.close()
+        self._tier = self._reserve(self._tier.num_bytes + num_bytes)
 
     def computed(self, num_tokens: int) -> None:
         """Note that a step has ended which computed so many tokens of prompts."""

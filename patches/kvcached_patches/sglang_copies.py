@@ -26,7 +26,13 @@ COPIES = (
         for new, name in (
             ("base:HostKVCache.size_per_token", "HostKVCache.size_per_token"),
             ("group:HostPoolGroup.anchor_entry", "HostPoolGroup.anchor_entry"),
+            ("group:HostPoolGroup.entries", "HostPoolGroup.entries"),
         )
+    ),
+    *uses(
+        "what drafts have in the host tier is counted, too (kvcached_sglang/host_tier.py)",
+        *members(f"{_CONTROLLER}:HiCacheController", "has_draft mem_pool_host_draft"),
+        is_optional=True,
     ),
     *uses(
         "what the tier on disk has to be faster than is told of it (kvcached_sglang/host_tier.py)",

@@ -48,7 +48,8 @@ class Copier:
     Args:
         streams: What runs the copies.
         report: A file for the counts; None for none.
-        spoiled: While this file exists, rows that are loaded hold another token's keys.
+        spoiled: While this file exists, rows that are loaded hold another token's keys: those of
+            all pools, or of the one that it names.
     """
 
     def __init__(self, streams: HostStreams, report: Path | None, spoiled: Path | None) -> None:
@@ -56,7 +57,7 @@ class Copier:
         self._report = report
         self._spoiled = spoiled
         self._counts = Counts()
-        self._sums: dict[tuple[int, int, int], int] = {}  # layer, key or value, host row
+        self._sums: dict[tuple[int, int, int, int], int] = {}  # pool, layer, key or value, host row
 
     def store(self, host: Any, device: Any, host_ids: Any, device_ids: Any, _backend: str) -> None:
         """Stand in for `backup_from_device_all_layer`."""
@@ -75,7 +76,7 @@ class Copier:
                     host_rows[targets] = device_rows[sources]
                     if not torch.equal(sums_of(host_rows[targets]), sum_rows):
                         self._fail(f"rows {sources.tolist()[:8]} changed under a store")
-                    keys = [(layer, kind, row) for row in targets.tolist()]
+                    keys = [(id(host), layer, kind, row) for row in targets.tolist()]
                     self._sums.update(zip(keys, sum_rows.tolist(), strict=True))
             self._counts.stored_rows += len(sources)
             self._counts.num_stores += 1
@@ -92,13 +93,13 @@ class Copier:
         def copy() -> None:
             for kind, (host_rows, device_rows) in enumerate(planes_of(host, device, layer)):
                 rows = host_rows[sources]
-                known = [self._sums.get((layer, kind, row)) for row in sources.tolist()]
+                known = [self._sums.get((id(host), layer, kind, row)) for row in sources.tolist()]
                 if any(
                     one is not None and one != found
                     for one, found in zip(known, sums_of(rows).tolist(), strict=True)
                 ):
                     self._fail(f"rows {sources.tolist()[:8]} are not what was stored")
-                if self._spoiled is not None and self._spoiled.exists() and kind == 0:
+                if kind == 0 and self._is_spoiled(host):
                     rows = rows.flip(0)  # with all of a token's planes nobody would see it
                 device_rows[targets] = rows
             if layer == host.layer_num - 1:
@@ -108,11 +109,16 @@ class Copier:
 
         self._streams.copy_later(copy)
 
-    def forget(self, host_ids: torch.Tensor) -> None:
+    def forget(self, host: Any, host_ids: torch.Tensor) -> None:
         """Forget rows that something else writes: the storage."""
         gone = set(host_ids.tolist())
-        for key in [key for key in self._sums if key[2] in gone]:
+        for key in [key for key in self._sums if key[0] == id(host) and key[-1] in gone]:
             del self._sums[key]
+
+    def _is_spoiled(self, host: Any) -> bool:
+        if self._spoiled is None or not self._spoiled.exists():
+            return False
+        return self._spoiled.read_text() in ("", getattr(host, "pool_label", ""))
 
     def _fail(self, fault: str) -> None:
         self._counts.fault = self._counts.fault or fault
@@ -171,7 +177,7 @@ def install() -> None:
 
     def set_page(self: Any, index: Any, data_page: Any) -> None:
         first = int(index)
-        copier.forget(torch.arange(first, first + self.page_size))
+        copier.forget(self, torch.arange(first, first + self.page_size))
         write(self, index, data_page)
 
     def store(self: Any, *args: Any, **kwargs: Any) -> None:

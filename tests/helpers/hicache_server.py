@@ -22,7 +22,7 @@ from kvcached_core.control import Outcome, devices, trim
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
 from kvcached_core.weights.host_budget import HostBudget
-from kvcached_core.weights.host_tier import TierCounts, read_tiers
+from kvcached_core.weights.host_tier import TierCounts, TierView, read_tiers
 from kvcached_demo.harness.server import EngineServer
 from kvcached_demo.harness.servers import Servers
 
@@ -69,8 +69,12 @@ class HiCacheServer:
 
     def counts(self) -> TierCounts:
         """Return what everybody sees of the tier."""
-        (view,) = read_tiers(HostBudget(self.config).folder)
+        (view,) = self.tiers()
         return view.counts[0]
+
+    def tiers(self) -> list[TierView]:
+        """Return what everybody sees of the tiers of all ranks."""
+        return read_tiers(HostBudget(self.config).folder)
 
     @property
     def config(self) -> Config:
@@ -113,9 +117,9 @@ class HiCacheServer:
             self.gate.unlink(missing_ok=True)
 
     @contextmanager
-    def loads_spoiled(self) -> Iterator[None]:
-        """Have what is loaded in the block hold other tokens' bytes."""
-        self.spoiled.touch()
+    def loads_spoiled(self, pool: str = "") -> Iterator[None]:
+        """Have what is loaded in the block, of one pool or of all, hold other tokens' bytes."""
+        self.spoiled.write_text(pool)
         try:
             yield
         finally:

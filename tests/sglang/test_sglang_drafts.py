@@ -190,11 +190,6 @@ def test_the_check_of_a_batch_looks_at_what_its_drafts_may_write(*, drafts: bool
         ({"speculative_algorithm": "NGRAM"}, []),
         ({"speculative_algorithm": "eagle3"}, []),
         ({"speculative_algorithm": "DFLASH"}, ["speculative decoding by DFLASH"]),
-        (
-            {"speculative_algorithm": "EAGLE", "enable_hierarchical_cache": True},
-            ["HiCache with speculative decoding by a draft model"],
-        ),
-        ({"speculative_algorithm": "NGRAM", "enable_hierarchical_cache": True}, []),
     ],
 )
 def test_what_nobody_has_tried_is_refused(arguments: dict[str, Any], messages: list[str]) -> None:

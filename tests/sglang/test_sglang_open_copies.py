@@ -58,6 +58,16 @@ class Controller:
             queue.clear()
 
 
+def with_draft(controller: Controller) -> int:
+    """Give a controller the host pools of SGLang with drafts; return a token's bytes in both."""
+    keys, draft = controller.mem_pool_host, SimpleNamespace(size_per_token=2, size=100)
+    other = SimpleNamespace(size_per_token=5, size=30)  # its rows have numbers of its own
+    pools = {"kv": keys, "draft": draft, "swa": other}
+    entries = [SimpleNamespace(name=name, host_pool=pool) for name, pool in pools.items()]
+    controller.mem_pool_host = SimpleNamespace(anchor_entry=entries[0], entries=entries)
+    return TOKEN_BYTES + draft.size_per_token
+
+
 class Tier:
     """Notes what it is told."""
 
@@ -65,6 +75,9 @@ class Tier:
         self.log: list[Any] = []
         self.token_bytes, self.folders = 0.0, ()
         self.num_computed: list[int] = []
+
+    def grow(self, num_bytes: int) -> None:
+        self.log.append(("grow", num_bytes))
 
     def computed(self, num_tokens: int) -> None:
         self.num_computed.append(num_tokens)
@@ -245,6 +258,28 @@ def test_copies_are_counted_when_they_have_ended_on_all_ranks(offloading: Offloa
         ("tell", True, 10 * each),
     ]
     assert not offloading.copies
+
+
+def test_what_drafts_have_on_the_host_takes_room_and_is_counted(offloading: Offloading) -> None:
+    tokens = offloading.alloc(1)
+    tell(offloading.engine)
+    controller = offloading.controller
+    offloading.copies.meet(controller)  # without any
+    assert not offloading.tier.log
+    each = with_draft(controller) * NUM_RANKS
+    offloading.copies.meet(controller)
+    offloading.store(tokens[:4])
+    controller.ack_write_queue.clear()
+    offloading.copies.settle()
+    assert offloading.tier.log == [
+        ("grow", 100 * 2 * NUM_RANKS),
+        ("stored", 4 * each, 0.0),
+        ("tell", True, 10 * each),
+    ]
+    older: Any = Controller()
+    older.has_draft, older.mem_pool_host_draft = True, SimpleNamespace(size_per_token=2, size=50)
+    offloading.copies.meet(older)
+    assert offloading.tier.log[-1] == ("grow", 50 * 2 * NUM_RANKS)
 
 
 def test_where_a_tier_is_on_disk_is_told_as_it_comes_and_goes(offloading: Offloading) -> None:

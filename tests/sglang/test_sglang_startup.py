@@ -179,6 +179,7 @@ MIX = {"is_hybrid_swa": True, "attention_backend": "fa3"}
         {"dp_size": 2},
         {"pp_size": 2},
         {"dp_size": 2, "speculative_algorithm": "NGRAM", **OFFLOADING},
+        {"speculative_algorithm": "EAGLE", **OFFLOADING},
         {"is_hybrid_swa": True, "attention_backend": "fa3", "model": "MiMoV2FlashForCausalLM"},
         {"is_hybrid_swa": False, "model": "LagunaForCausalLM"},
         HYBRID,
@@ -209,10 +210,6 @@ def test_plain_models_mixes_and_hybrids_are_served(
         (
             {"dp_size": 2, "enable_memory_saver": True},
             "with --enable-memory-saver: nobody has tried it; set --dp-size 1",
-        ),
-        (
-            {"speculative_algorithm": "EAGLE", **OFFLOADING},
-            "HiCache with speculative decoding by a draft model: nobody has tried it",
         ),
         (
             {"pp_size": 2, "speculative_algorithm": "NGRAM"},

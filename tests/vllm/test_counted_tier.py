@@ -79,6 +79,14 @@ def test_a_tier_that_the_budget_has_no_room_for_is_refused_with_who_has_it(
     CountedTier(config, "code", 32 * MIB).close()
 
 
+def test_a_tier_grows_as_far_as_there_is_room(config: Config, tier: CountedTier) -> None:
+    tier.grow(8 * MIB)
+    assert (seen(config).reserved_bytes, tier.num_bytes) == (56 * MIB, 56 * MIB)
+    with pytest.raises(HostBudgetError, match="the offloaded cache of chat needs 72 MiB"):
+        tier.grow(16 * MIB)
+    tier.close()
+
+
 def test_counts_add_up_and_are_told_now_and_then(
     config: Config, tier: CountedTier, clock: Clock
 ) -> None:

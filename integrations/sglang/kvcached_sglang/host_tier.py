@@ -13,6 +13,9 @@ SERVED_BACKENDS = ("direct", "kernel")
 # Where a block of a layer is, in the host's memory, as these back-ends copy it.
 SERVED_LAYOUTS = ("layer_first", "page_first", "page_first_direct")
 
+# What SGLang calls host pools of drafts whose rows have the numbers of the target's.
+DRAFTS = ("draft", "draft_indexer")
+
 # A module of the first release whose host tier may be smaller than the device's pool.
 _FIRST_MODULE = "sglang.srt.mem_cache.unified_memory_pool"
 
@@ -28,6 +31,23 @@ def tier_bytes(arguments: Any) -> int:
     """Return the host memory that all ranks of a server take for copies together, in bytes."""
     num_bytes: int = arguments.hicache_size * SETTING_BYTES * arguments.tp_size
     return num_bytes
+
+
+def host_pools(controller: Any) -> Iterator[Any]:
+    """Yield the host pools whose rows have the numbers of the keys: those, and the drafts'.
+
+    Args:
+        controller: SGLang's HiCache controller.
+    """
+    pool = controller.mem_pool_host
+    anchor = getattr(pool, "anchor_entry", None)  # a group of pools, of which one has the keys
+    if anchor is None:
+        yield pool
+        if getattr(controller, "has_draft", False):  # beside it up to 0.5.15
+            yield controller.mem_pool_host_draft
+        return
+    yield anchor.host_pool
+    yield from (each.host_pool for each in pool.entries if str(each.name) in DRAFTS)
 
 
 def disk_folders(controller: Any) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from kvcached_sglang.host_tier import disk_folders
+from kvcached_sglang.host_tier import disk_folders, host_pools
 
 if TYPE_CHECKING:
     from kvcached_core.weights.counted_tier import CountedTier
@@ -71,6 +71,17 @@ class OpenCopies:
         """
         copies = (*self._stores, *(copy for copy, _ in self._locked))
         return sum(copy.num_tokens for copy in copies)
+
+    def meet(self, controller: Any) -> None:
+        """Take room for what drafts have on the host: SGLang's setting is the target's alone.
+
+        Args:
+            controller: SGLang's, when all of its pools are there.
+        """
+        _, *drafts = host_pools(controller)
+        if drafts and self._tier is not None:
+            num_bytes = sum(int(pool.size) * int(pool.size_per_token) for pool in drafts)
+            self._tier.grow(num_bytes * self._num_ranks)
 
     def store(self, controller: Any, start: Callable[[], Any]) -> None:
         """Have SGLang begin to copy what it has queued to the host; hold what that reads."""
@@ -185,13 +196,9 @@ class OpenCopies:
                 self._engine.check_copied(operation.device_indices)
 
     def _token_bytes(self) -> int:
-        return int(self._host_pool().size_per_token) * self._num_ranks
+        sizes = (int(pool.size_per_token) for pool in host_pools(self._controller))
+        return sum(sizes) * self._num_ranks
 
     def _held_bytes(self) -> int:
-        pool = self._host_pool()
-        return int(pool.size - pool.available_size()) * self._token_bytes()
-
-    def _host_pool(self) -> Any:
-        pool = self._controller.mem_pool_host
-        anchor = getattr(pool, "anchor_entry", None)  # a group of pools, of which one has the keys
-        return pool if anchor is None else anchor.host_pool
+        keys = next(host_pools(self._controller))
+        return int(keys.size - keys.available_size()) * self._token_bytes()

@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from kvcached_sglang.host_tier import is_offloading
-
 # Drafts of these have layers like the target's, or none at all.
 SERVED_ALGORITHMS = ("EAGLE", "EAGLE3", "NEXTN", "NGRAM", "STANDALONE")
 WITHOUT_A_MODEL = "NGRAM"
@@ -45,11 +43,6 @@ def draft_obstacles(arguments: Any) -> Iterator[str]:
         yield (
             "speculative decoding: this release of SGLang takes ids on trial, and forgets pages "
             f"that were opened meanwhile; install a newer one, or {REMOVE}"
-        )
-    if is_offloading(arguments) and has_draft_model(arguments):
-        yield (
-            "HiCache with speculative decoding by a draft model: nobody has tried it; remove "
-            f"--enable-hierarchical-cache, or {REMOVE}"
         )
 
 

@@ -78,6 +78,10 @@ def scheduler_init(original: Any, self: Any, server_args: Any, *args: Any, **kwa
         ours = engine()
         if ours is not None:
             begin_to_yield(ours, self.tp_worker.model_runner)
+        controller = getattr(self.tree_cache, "cache_controller", None)
+        if ours is not None and ours.copies is not None and controller is not None:
+            with startup.one_message():
+                ours.copies.meet(controller)
             let_layers_wait(ours, self.tp_worker.model_runner)
             model = self.tp_worker.model_runner.model_config
             parts = elastic_parts(
