@@ -15,7 +15,7 @@ import pytest
 from helpers.waiting import PATIENCE_SECONDS
 from multi_model.client import read_records
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 MODES = ("alone", "static", "elastic")

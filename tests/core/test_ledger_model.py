@@ -235,7 +235,6 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "num_steps",
     [NUM_STEPS, pytest.param(NUM_STEPS_OF_A_RELEASE, marks=pytest.mark.every_release)],
@@ -252,7 +251,6 @@ def test_the_ledger_is_the_models_whatever_is_done_and_whoever_is_killed(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_storm_of_eight_never_promises_too_much(world: World) -> None:
     for process in world.processes:
         process.send("storm", NUM_STORM)

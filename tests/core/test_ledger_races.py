@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from helpers import forking_owner
-from helpers.waiting import await_that
+from helpers.waiting import PATIENCE_SECONDS, await_that
 
 from kvcached_core import control
 from kvcached_core.config import HOST, read_config
@@ -34,6 +34,7 @@ from kvcached_core.units import MIB
 NUM_RACES = int(os.environ.get("KVCACHED_RACES", "200"))
 PAGE = 16 * MIB
 CAPACITY = 64 * PAGE
+BROKEN = threading.BrokenBarrierError
 FORKING_OWNER = Path(forking_owner.__file__)
 
 pytestmark = [
@@ -60,7 +61,7 @@ class Pair:
         def run(action: Callable[[int], object]) -> None:
             try:
                 for number in range(NUM_RACES):
-                    self.start.wait(60)
+                    self.start.wait(PATIENCE_SECONDS)
                     action(number)
             except BaseException as error:  # noqa: BLE001  raised below
                 self.errors.append(error)
@@ -71,9 +72,9 @@ class Pair:
             thread.start()
         for thread in threads:
             thread.join()
-        for error in self.errors:
-            if not isinstance(error, threading.BrokenBarrierError):
-                raise error
+        # One that raises breaks the barrier for the other one, which says nothing of its own.
+        for error in sorted(self.errors, key=lambda error: isinstance(error, BROKEN)):
+            raise error
 
 
 def enter_and_leave(path: Path, name: str, promised: list[int], done: threading.Barrier) -> None:
@@ -81,7 +82,7 @@ def enter_and_leave(path: Path, name: str, promised: list[int], done: threading.
     with Ledger(path, CAPACITY) as ledger:
         row = ledger.register(name=name, engine="test")
         promised.append(ledger.reserve(row, CAPACITY, PAGE))
-        done.wait(60)
+        done.wait(PATIENCE_SECONDS)
         ledger.unregister(row)
 
 
@@ -163,12 +164,12 @@ def test_a_late_report_never_reaches_the_next_one_in_its_row(path: Path) -> None
 
         def change_hands(number: int) -> None:
             keys["old"] = ledger.register(name="old", engine="test")
-            ready.wait(60)
+            ready.wait(PATIENCE_SECONDS)
             ledger.unregister(keys["old"])
             new = ledger.register(name="new", engine="test")
             assert ledger.reserve(new, 4 * PAGE, PAGE) == 4 * PAGE
             ledger.settle(new, mapped_bytes=4 * PAGE, used_bytes=4 * PAGE, cached_bytes=0)
-            ready.wait(60)
+            ready.wait(PATIENCE_SECONDS)
             seen = next(view for view in ledger.view().instances if view.row == new)
             assert (seen.resident_bytes, seen.used_bytes, seen.promised_bytes) == (
                 *(4 * PAGE, 4 * PAGE, 0),
@@ -176,10 +177,10 @@ def test_a_late_report_never_reaches_the_next_one_in_its_row(path: Path) -> None
             ledger.unregister(new)
 
         def report(number: int) -> None:
-            ready.wait(60)
+            ready.wait(PATIENCE_SECONDS)
             with pytest.raises(LedgerError, match="has left"):
                 report_for_ever(worker, keys["old"])
-            ready.wait(60)
+            ready.wait(PATIENCE_SECONDS)
 
         Pair().race(change_hands, report)
 
@@ -207,7 +208,7 @@ def test_of_two_commands_at_once_both_hold(path: Path) -> None:
         def after(action: Callable[[int], None]) -> Callable[[int], None]:
             def both(number: int) -> None:
                 action(number)
-                done.wait(60)
+                done.wait(PATIENCE_SECONDS)
 
             return both
 
@@ -235,7 +236,7 @@ def test_engines_of_one_model_that_start_at_once_get_different_names(path: Path)
         instance.describe(page_bytes=PAGE, num_pages=64)
         instance.reserve(64, is_urgent=False)
         started.append(instance)
-        done.wait(60)
+        done.wait(PATIENCE_SECONDS)
         instance.close()
 
     Pair().race(start, start)
@@ -274,7 +275,7 @@ def test_a_writer_killed_at_any_point_leaves_a_ledger_that_is_right(path: Path) 
             reader, writer = os.pipe()
             pid = os.fork()
             if pid == 0:
-                signal.alarm(60)
+                signal.alarm(3000)
                 work_for_ever(path, writer)
             assert os.read(reader, 1) == b"x"
             for _ in range(source.randrange(200)):
@@ -365,7 +366,8 @@ def test_of_two_that_wake_at_once_beside_a_third_that_works_each_gets_its_turn(p
                 lambda number: number % 20 or wake_and_sleep(first, rows[first], 40),
                 lambda number: number % 20 or wake_and_sleep(second, rows[second], 40),
             )
-            assert {view.weights_bytes for view in first.view().instances} == {0}
+            # The last change may have been put off, as the third held the lock.
+            await_that(lambda: not any(view.weights_bytes for view in first.view().instances))
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

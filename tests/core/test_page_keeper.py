@@ -18,7 +18,6 @@ from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import MIB
 
 # A thread that is gone is waited for by nobody, or for ever.
-pytestmark = pytest.mark.timeout(60)
 
 GEOMETRY = choose_geometry(
     block_bytes=65536, num_planes=8, granularity_bytes=2 * MIB, target_page_bytes=2 * MIB

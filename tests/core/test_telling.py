@@ -4,7 +4,6 @@ import multiprocessing
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import distributed
 
@@ -33,7 +32,6 @@ def run_stage(rank: int, store: Path, has_told: Any, heard: Any) -> None:
     distributed.barrier()
 
 
-@pytest.mark.timeout(2 * PATIENCE_SECONDS)
 def test_the_first_stage_tells_without_waiting_and_the_next_hears_all_in_order(
     tmp_path: Path,
 ) -> None:

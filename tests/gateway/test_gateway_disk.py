@@ -24,7 +24,6 @@ from kvcached_core.weights.moves import read_moves
 
 pytestmark = [
     *(pytest.mark.slow, pytest.mark.vllm, pytest.mark.every_release),
-    pytest.mark.timeout(900),
 ]
 
 NAMES = "abcdef"

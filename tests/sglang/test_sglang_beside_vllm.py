@@ -16,7 +16,7 @@ from kvcached_demo.harness.load import Completion
 from kvcached_demo.harness.memory import Recorder
 from kvcached_demo.harness.servers import Servers
 
-pytestmark = [pytest.mark.sglang, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.sglang, pytest.mark.vllm, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 # Small, so that prompts which fill it are computed soon, and with as many pages as a large one.

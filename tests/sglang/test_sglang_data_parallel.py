@@ -24,7 +24,6 @@ pytestmark = [
     pytest.mark.sglang,
     pytest.mark.slow,
     pytest.mark.every_release,
-    pytest.mark.timeout(400),
 ]
 
 POOL = 256 * MIB

@@ -15,7 +15,7 @@ import pytest
 from helpers.hicache_copier_settings import UNMAPPED
 from helpers.nursery import SGLANG_ENVIRON
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.sglang]
 
 LONG = (pytest.mark.slow, pytest.mark.every_release)
 SCRIPT = Path(__file__).parents[1] / "helpers" / "hicache_tree.py"

@@ -34,7 +34,7 @@ from kvcached_core.units import MIB
 from kvcached_demo.harness.server import EngineServer
 from kvcached_demo.harness.servers import Servers
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 PAGE = 2 * MIB
 FIXED = ("--max-mamba-cache-size", "60")

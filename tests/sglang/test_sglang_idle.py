@@ -20,7 +20,7 @@ from kvcached_core.units import MIB
 from kvcached_sglang import hooks
 from kvcached_sglang.engine import SglangEngine
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.sglang]
 
 PAGE_TOKENS = 64
 NUM_PAGES = 16

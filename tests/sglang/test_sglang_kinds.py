@@ -9,7 +9,7 @@ from helpers.waiting import await_that
 
 from kvcached_demo.harness.servers import Servers
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.sglang]
 
 
 def embed(model: Path, folder: Path, *, is_elastic: bool) -> list[list[float]]:

@@ -15,7 +15,7 @@ from helpers.waiting import await_that
 
 from kvcached_core.units import MIB
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.sglang]
 
 POOL = 48 * MIB
 NUM_OPERATIONS = 1000
@@ -150,7 +150,6 @@ def race(model: Path, folder: Path, block_tokens: int, num_operations: int) -> N
 
 @pytest.mark.slow
 @pytest.mark.every_release
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("block_tokens", [1, 16])
 def test_a_mirror_of_a_server_is_its_cache_through_a_thousand_operations(
     model: Path, tmp_path: Path, block_tokens: int

@@ -20,7 +20,6 @@ pytestmark = [
     pytest.mark.sglang,
     pytest.mark.slow,
     pytest.mark.every_release,
-    pytest.mark.timeout(600),
 ]
 
 NAME = "arriving"

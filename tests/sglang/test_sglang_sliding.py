@@ -34,7 +34,7 @@ from kvcached_core.units import MIB
 from kvcached_demo.harness.load import Burst
 from kvcached_demo.harness.server import EngineServer
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 NUM_BURSTS = 2
 PAGE = 16 * MIB

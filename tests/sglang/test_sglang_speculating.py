@@ -23,7 +23,7 @@ from helpers.speculating_server import (
 from helpers.spoiled_planes import DRAFT, TARGET
 from helpers.waiting import await_that
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 CHAIN = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1")
 TREE = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "2")

@@ -10,7 +10,7 @@ from kvcached_demo.harness.load import Burst
 from kvcached_demo.harness.model import make_model
 from kvcached_demo.harness.servers import Servers
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 NAMES = ("one", "other")
 POOL = (NUM_WEIGHTS + NUM_KV_PAGES + 2) * PAGE  # one of them with its KV cache, the other's page 0

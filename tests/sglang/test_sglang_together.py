@@ -23,7 +23,6 @@ pytestmark = [
     pytest.mark.sglang,
     pytest.mark.slow,
     pytest.mark.every_release,
-    pytest.mark.timeout(600),
 ]
 
 PAGE = 2 * MIB

@@ -23,7 +23,7 @@ from helpers.waiting import PATIENCE_SECONDS, await_that
 from kvcached_core.units import MIB
 from kvcached_demo.harness.server import EngineServer
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 PAGE = 16 * MIB
 RADIX = ()

@@ -20,7 +20,7 @@ from kvcached_demo.harness.load import Burst, Completion
 from kvcached_demo.harness.server import EngineServer
 from kvcached_demo.harness.servers import Servers
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 
 @dataclass(frozen=True)

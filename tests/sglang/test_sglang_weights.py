@@ -21,7 +21,7 @@ from kvcached_demo.harness.model import make_model
 from kvcached_demo.harness.server import EngineServer
 from kvcached_demo.harness.servers import Servers
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 NAME = "yielding"
 BURST = Burst(((5, 6, 7, 8), (9,) * 40, tuple(range(11, 60))), 8)

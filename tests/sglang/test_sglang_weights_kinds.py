@@ -18,7 +18,7 @@ from kvcached_demo.harness.model import CONFIG, make_model
 from kvcached_demo.harness.server import EngineServer
 from kvcached_demo.harness.servers import Servers
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 NAME = "yielding"
 NUM_PAGES = 40

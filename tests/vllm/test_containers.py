@@ -27,7 +27,6 @@ from kvcached_demo.harness.servers import Servers
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
-    pytest.mark.timeout(400),
     pytest.mark.skipif(bool(why_not()), reason=f"no namespaces: {why_not()}"),
 ]
 

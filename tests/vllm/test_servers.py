@@ -23,7 +23,7 @@ from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
 from kvcached_demo.harness.server import EngineServer, start_cold
 from kvcached_demo.harness.servers import Servers
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 # Small, so that prompts which fill it are computed soon, and with as many pages as a large one.
 POOL = 256 * MIB

@@ -12,7 +12,7 @@ from kvcached_demo.harness.load import Burst
 from kvcached_demo.harness.model import make_model
 from kvcached_demo.harness.servers import Servers
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 NAMES = ("one", "two", "three")
 PAGE = 2 * MIB
