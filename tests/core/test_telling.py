@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.waiting import PATIENCE_SECONDS
 from torch import distributed
 
 from kvcached_core.engine.telling import MAX_UNREAD, tell_stages
 
 SAID = [[number, -number] for number in range(MAX_UNREAD + 10)]
 NUM_UNHEARD = MAX_UNREAD // 2
-PATIENCE_SECONDS = 60
 
 
 def run_stage(rank: int, store: Path, has_told: Any, heard: Any) -> None:

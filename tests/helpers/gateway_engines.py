@@ -20,7 +20,7 @@ from kvcached_demo.harness.engines import SGLANG, VLLM
 from kvcached_demo.harness.server import ENGINE_ENVIRON, free_port
 from kvcached_gateway.lease import Address
 
-READY_SECONDS = 240.0
+READY_SECONDS = PATIENCE_SECONDS
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 GREEDY = {"temperature": 0, "max_tokens": 8}
 # What differs between two answers to one request.

@@ -61,7 +61,7 @@ class RealGateway:
 
     def run(self, main: Callable[[], Awaitable[None]]) -> None:
         async def limited() -> None:
-            async with asyncio.timeout(PATIENCE_SECONDS):
+            async with asyncio.timeout(2 * PATIENCE_SECONDS):  # of many steps
                 await main()
 
         self._runner.run(limited())

@@ -23,6 +23,7 @@ import uvloop
 import yaml
 
 from helpers.gateway_life import ENVIRON, launch_warm
+from helpers.waiting import PATIENCE_SECONDS
 from kvcached_core.errors import KVCachedError
 from kvcached_core.units import MIB
 from kvcached_demo.harness.model import make_model
@@ -39,7 +40,7 @@ PAGE = 2 * MIB
 # weights of four do not fit together.
 NUM_PAGES = 22
 NUM_TOKENS = 256
-UP_SECONDS = 240.0
+UP_SECONDS = PATIENCE_SECONDS
 LOOK_SECONDS = 0.02
 ENVIRON_OF_ALL = {
     **ENVIRON,
