@@ -246,8 +246,7 @@ class LoopingEngine(ElasticEngine):
         for free_list in self.free_lists:
             free_list.is_bound = False
         port.has_batch = has_batch
-        orders = self.end_schedule()
-        if orders is not None:
+        if (orders := self.end_schedule()) is not None:
             port.begin_step(orders)
         if has_batch:
             return

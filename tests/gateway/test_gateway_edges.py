@@ -164,6 +164,7 @@ def test_a_stop_while_requests_wait_ends_the_engine_and_serves_them_by_the_next(
     gateway.run(main)
 
 
+@pytest.mark.every_release
 def test_a_stream_gets_comments_while_its_model_starts_and_then_its_answer(
     gateway: RealGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +189,7 @@ def test_a_stream_gets_comments_while_its_model_starts_and_then_its_answer(
     gateway.run(main)
 
 
+@pytest.mark.every_release
 def test_a_reload_takes_out_a_model_on_its_way_and_another_one_starts_anew(
     gateway: RealGateway,
 ) -> None:
@@ -221,6 +223,7 @@ def test_a_reload_takes_out_a_model_on_its_way_and_another_one_starts_anew(
     gateway.run(main)
 
 
+@pytest.mark.every_release
 def test_a_model_whose_files_changed_is_not_served_until_it_is_started_anew(
     gateway: RealGateway,
 ) -> None:
@@ -265,6 +268,7 @@ def test_where_the_ledgers_cannot_be_seen_those_that_are_up_serve_and_nothing_st
     gateway.run(main)
 
 
+@pytest.mark.every_release
 def test_a_state_that_cannot_be_written_ends_nothing_and_is_written_the_next_time(
     gateway: RealGateway, caplog: pytest.LogCaptureFixture
 ) -> None:

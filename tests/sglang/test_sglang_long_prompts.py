@@ -14,7 +14,7 @@ from kvcached_demo.harness.load import Burst, Completion
 from kvcached_demo.harness.server import EngineServer
 from kvcached_demo.harness.servers import Servers
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.every_release]
 
 PAGE = 8 * MIB
 BURST = Burst((tuple(range(3, 490)) * 2,), 8)  # four pages

@@ -11,7 +11,7 @@ from kvcached_demo.harness.load import Burst
 from kvcached_demo.harness.model import make_model
 from kvcached_demo.harness.servers import Servers
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.every_release]
 
 BURST = Burst(((5, 6, 7, 8), (9,) * 40, tuple(range(11, 60))), 8)
 NO_FILE = "are those of its host copy; no file was read"

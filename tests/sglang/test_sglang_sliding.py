@@ -51,14 +51,10 @@ def check(
     assert found == expected[: len(found)]
 
 
+@pytest.mark.every_release
 @pytest.mark.parametrize(
     ("make", "arguments"),
-    [
-        (gemma, ()),
-        pytest.param(
-            laguna, ("--disable-hybrid-swa-memory",), marks=pytest.mark.every_release
-        ),  # the same by a flag
-    ],
+    [(gemma, ()), (laguna, ("--disable-hybrid-swa-memory",))],  # the same by a flag
 )
 def test_tokens_of_a_mix_in_one_pool_are_vanillas(
     tmp_path: Path,

@@ -23,7 +23,7 @@ from helpers.speculating_server import (
 from helpers.spoiled_planes import DRAFT, TARGET
 from helpers.waiting import await_that
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.every_release]
 
 CHAIN = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1")
 TREE = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "2")
@@ -96,7 +96,7 @@ def take_and_give(server: SpeculatingServer) -> list[Answer]:
     "case",
     [
         pytest.param(Case("STANDALONE", noised_copy, CHAIN), id="standalone"),
-        pytest.param(Case("EAGLE", eagle_head, CHAIN), id="eagle", marks=pytest.mark.every_release),
+        pytest.param(Case("EAGLE", eagle_head, CHAIN), id="eagle"),
     ],
 )
 def test_drafts_are_accepted_as_without_us_and_lose_nothing_to_a_neighbour(

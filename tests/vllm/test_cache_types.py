@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from helpers.engines import Started, finish, offline_in
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.every_release]
 
 # Of addresses alone: the last ids lie behind 2^31 elements of a plane, too.
 POOL = "12GiB"
@@ -16,7 +16,6 @@ NUM_LAYERS = 4
 
 SIDE_BY_SIDE: dict[str, dict[str, Any]] = {"layers side by side": {"layout": "BLHNC"}}
 CASES: dict[str, dict[str, Any]] = {"blocks of 512 tokens": {"engine": {"block_size": 512}}}
-EVERY_RELEASE = set(CASES)
 if find_spec("vllm.v1.kv_cache_layout") is not None:
     CASES |= SIDE_BY_SIDE
 
@@ -36,13 +35,7 @@ def report_of(started: Started) -> Any:
     return run.report
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.every_release if name in EVERY_RELEASE else ())
-        for name in CASES
-    ],
-)
+@pytest.mark.parametrize("name", CASES)
 def test_tokens_from_both_ends_of_the_ids(model: Path, tmp_path: Path, name: str) -> None:
     start = offline_in(tmp_path, model)
     environs = ({"ENABLE_KVCACHED": "0"}, ours(tmp_path))

@@ -24,7 +24,7 @@ from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
 from kvcached_demo.harness.server import EngineServer
 from kvcached_demo.harness.servers import Servers
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.every_release]
 
 POOL = 256 * MIB
 PAGE = 8 * MIB
@@ -71,9 +71,7 @@ def ask(server: EngineServer, burst: Burst) -> list[list[int]]:
     return [completion.token_ids for completion in completions]
 
 
-@pytest.fixture(
-    scope="module", params=["experts", pytest.param("dense", marks=pytest.mark.every_release)]
-)
+@pytest.fixture(scope="module", params=["experts", "dense"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return MAKERS[request.param](tmp_path_factory.mktemp("models") / request.param, seed=3)
 

@@ -11,10 +11,12 @@ from helpers.engines import Offline, finish
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-NUM_OPERATIONS = 1000
+NUM_OPERATIONS = [300, pytest.param(1000, marks=pytest.mark.every_release)]
 
 
-def race(start: Offline, folder: Path, *, environ: Any = (), **options: Any) -> Any:
+def race(
+    start: Offline, folder: Path, num_operations: int = 1000, *, environ: Any = (), **options: Any
+) -> Any:
     settings = {
         "ENABLE_KVCACHED": "1",
         "KVCACHED_DIR": str(folder / "kv"),
@@ -23,14 +25,14 @@ def race(start: Offline, folder: Path, *, environ: Any = (), **options: Any) -> 
         "KVCACHED_DEBUG": "1",
         **dict(environ),
     }
-    run = finish(start(settings, "event_race", num_operations=NUM_OPERATIONS, **options))
+    run = finish(start(settings, "event_race", num_operations=num_operations, **options))
     assert run.returncode == 0, run.errors[-4000:]
     return run.report
 
 
-def check(report: Any) -> None:
+def check(report: Any, num_operations: int = 1000) -> None:
     assert report["differs_after"] == ""
-    assert report["num_compared"] == NUM_OPERATIONS + 1
+    assert report["num_compared"] == num_operations + 1
     assert min(report["events"].values()) > 0
     assert set(report["events"]) == {"BlockStored", "BlockRemoved", "AllBlocksCleared"}
     assert report["num_sleeps"] == report["done"]["sleep"]
@@ -39,11 +41,12 @@ def check(report: Any) -> None:
         assert report["done"][operation] > 0
 
 
-def test_a_mirror_of_events_is_what_the_pool_is_after_each_of_1000_operations(
-    start_offline: Offline, tmp_path: Path
+@pytest.mark.parametrize("num_operations", NUM_OPERATIONS)
+def test_a_mirror_of_events_is_what_the_pool_is_after_each_operation(
+    start_offline: Offline, tmp_path: Path, num_operations: int
 ) -> None:
-    report = race(start_offline, tmp_path, seed=0)
-    check(report)
+    report = race(start_offline, tmp_path, num_operations, seed=0)
+    check(report, num_operations)
     assert report["preemptions"] > 0
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from helpers.engines import Offline, finish
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.every_release]
 
 
 def test_a_prompt_begins_while_weights_come_and_its_answer_is_vanillas(

@@ -12,7 +12,7 @@ from kvcached_demo.harness.model import make_model
 
 NO_FILE = "are those of its host copy; no file was read"
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.every_release]
 
 
 def test_a_restart_reads_no_weights_and_answers_the_same_unless_its_copy_is_spoiled(
