@@ -20,9 +20,9 @@ pytestmark = [pytest.mark.sglang, pytest.mark.vllm, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 # Small, so that prompts which fill it are computed soon, and with as many pages as a large one.
-POOL = 256 * MIB
-PAGE = 8 * MIB
-MAX_TOKENS = 1024
+POOL = 128 * MIB
+PAGE = 4 * MIB
+MAX_TOKENS = 512
 NUM_ROUNDS = 4
 
 

@@ -26,9 +26,9 @@ from kvcached_demo.harness.servers import Servers
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 # Small, so that prompts which fill it are computed soon, and with as many pages as a large one.
-POOL = 256 * MIB
-PAGE = 8 * MIB
-MAX_TOKENS = 1024
+POOL = 128 * MIB
+PAGE = 4 * MIB
+MAX_TOKENS = 512
 NUM_ROUNDS = 4
 SHARE = 0.7
 NUM_REQUESTS = 12
