@@ -261,8 +261,10 @@ class LoopingEngine(ElasticEngine):
             port.memory.keeper.wait(STEP_ASIDE_SECONDS)
 
     def sleep_until_rung(self, sleep: Callable[[], None]) -> None:
-        """Let an idle loop sleep in its own way, which polls `port.nap`, if no copy is awaited."""
+        """Tell what pages are for; let a loop that polls `port.nap` sleep if no copy is awaited."""
         if not self.giving.is_awaiting:
+            if self.pools:
+                self._send(self._take_orders(is_live=False))
             self._set_alarm(self._due_seconds)
             sleep()
             self.port.nap.end()

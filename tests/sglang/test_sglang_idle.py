@@ -9,11 +9,18 @@ from typing import Any
 
 import pytest
 import zmq
-from helpers.sglang_elastic import NoCache, hooked, make_allocator, make_engine, tell
+from helpers.sglang_elastic import (
+    NoCache,
+    hooked,
+    let_schedule,
+    make_allocator,
+    make_engine,
+    tell,
+)
 from helpers.waiting import PATIENCE_SECONDS
 
 from kvcached_core import control
-from kvcached_core.engine import looping
+from kvcached_core.engine import looping, page_book
 from kvcached_core.memory.keeper import PageKeeper
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import MIB
@@ -154,6 +161,31 @@ def test_what_lingers_goes_although_nobody_wants_it(engine: SglangEngine) -> Non
         engine.memory.keeper.wait()
     assert all(sleeper.polled)
     assert sleeper.polled
+
+
+@pytest.mark.parametrize("engine", [PATIENCE_SECONDS], indirect=True)
+def test_others_see_before_a_sleep_what_is_not_used_any_more(
+    engine: SglangEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def used_pages() -> int:
+        (device,) = control.devices(tmp_path)
+        (view,) = device.instances
+        return view.used_bytes // view.page_bytes
+
+    monkeypatch.setattr(page_book, "REPORT_SECONDS", PATIENCE_SECONDS)
+    let_schedule(engine, NoCache())
+    engine.before_schedule()
+    allocator = engine.free_lists[0]._allocator
+    ids = allocator.alloc(4 * PAGE_TOKENS)
+    engine.after_schedule(has_batch=True)
+    tell(engine)
+    assert used_pages() > 4
+    allocator.free(ids)
+    turn(engine)
+    seen: list[int] = []
+    sleeper = SimpleNamespace(poller=zmq.Poller(), maybe_sleep=lambda: seen.append(used_pages()))
+    sleep(engine, sleeper)
+    assert seen == [1]
 
 
 def test_nobody_sleeps_while_copies_keep_what_is_asked(engine: SglangEngine) -> None:
