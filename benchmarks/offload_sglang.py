@@ -13,11 +13,10 @@ from machine import describe_gpu, describe_machine
 from multi_model.client import SGLANG as SGLANG_DIALECT
 from offload_servers import PATIENCE_SECONDS, Kind, Sizes
 from sglang_servers import GPU_OPTIONS, SGLangSetting
+from tier_counts import host_counts
 from vllm_servers import Record, kv_bytes_per_token
 
-from kvcached_core.config import read_config
-from kvcached_core.weights.host_budget import HostBudget
-from kvcached_core.weights.host_tier import read_tiers
+from kvcached_core.weights.host_tier import HOST, TierCounts
 from kvcached_demo.harness.engines import SGLANG
 from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN
 from kvcached_demo.harness.server import EngineServer
@@ -76,14 +75,10 @@ class SglangKind(Kind):
 
     def copied(self, server: EngineServer, word: str) -> tuple[float, float]:
         """See `Kind.copied`."""
-        config = read_config({"KVCACHED_DIR": str(self._setting.servers.directory)})
-        for view in read_tiers(HostBudget(config).folder):
-            if view.instance == server.name and view.counts:
-                counts = view.counts[0]  # the host's
-                if word == "store":
-                    return float(counts.stored_bytes), counts.store_seconds
-                return float(counts.loaded_bytes), counts.load_seconds
-        return 0.0, 0.0
+        counts = host_counts(self._setting.servers.directory).get(server.name, TierCounts(HOST))
+        if word == "store":
+            return float(counts.stored_bytes), counts.store_seconds
+        return float(counts.loaded_bytes), counts.load_seconds
 
     def reset(self, server: EngineServer) -> None:
         """See `Kind.reset`."""

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Self
 from multi_model import client
 from multi_model.ballast import Ballast
 from multi_model.gpu import Gpu
-from multi_model.modes import SHARED, SLEEP_SWAP, UPSTREAM, Member, Site
+from multi_model.modes import OFFLOAD, SHARED, SLEEP_SWAP, UPSTREAM, Member, Site
 from multi_model.turns import TakingTurns
 from multi_model.upstream import launch_with
+from tier_counts import host_counts
 from vllm_servers import PREEMPTIONS, READY_SECONDS
 
 from kvcached_core.errors import LedgerError
@@ -178,6 +179,12 @@ class Fleet:
             None if member.engine is SGLANG else int(server.metric(PREEMPTIONS))
             for server, member in zip(self.servers, self.members, strict=True)
         ]
+
+    def loaded_bytes(self) -> int | None:
+        """Return what all host tiers gave back so far; None where there are none."""
+        if self.mode != OFFLOAD:
+            return None
+        return sum(each.loaded_bytes for each in host_counts(self._running.directory).values())
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[Samples]:

@@ -144,7 +144,7 @@ class Run:
         idle_bytes = gpu.used_bytes() if gpu else None
         activations = fleet.activations()
         fleet.share_out()
-        before = fleet.num_preemptions()
+        before, loaded = fleet.num_preemptions(), fleet.loaded_bytes()
         ended = files.with_name(f"{files.name}-ended.csv")
         with (
             fleet.sampling() as samples,
@@ -159,6 +159,7 @@ class Run:
             "joules": None if spent is None or joules is None else spent - joules,
             "num_turns": gate.num_turns if gate else None,
             "num_activations": since(activations, fleet.activations()),
+            "loaded_bytes": since(loaded, fleet.loaded_bytes()),
             "idle_device_bytes": idle_bytes,
             "after_device_bytes": gpu.used_bytes() if gpu else None,
             "num_preemptions": [
