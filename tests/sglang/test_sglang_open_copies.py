@@ -9,9 +9,10 @@ import pytest
 import torch
 from helpers.sglang_elastic import NoCache, hooked, let_schedule, make_allocator, make_engine, tell
 
+from kvcached_core import control
 from kvcached_core.errors import UnmappedBlockError
 from kvcached_core.units import MIB
-from kvcached_sglang.hooks import get_new_batch_prefill
+from kvcached_sglang.hooks import get_new_batch_prefill, process_input_requests
 from kvcached_sglang.open_copies import OpenCopies
 from kvcached_sglang.transfer_hooks import process_batch_result
 
@@ -217,6 +218,27 @@ def test_copies_are_acknowledged_while_no_request_may_come_in(
         offloading.store(offloading.alloc(1))
         assert wrapped(scheduler) is None
     assert checks == ["stores", "loads"]
+
+
+def test_what_a_copy_kept_goes_when_it_has_ended_though_the_loop_is_paused(
+    offloading: Offloading, tmp_path: Path
+) -> None:
+    engine, controller = offloading.engine, offloading.controller
+    tokens = offloading.alloc(3)
+    tell(engine)
+    offloading.store(tokens)
+    scheduler = engine.port.scheduler
+    scheduler.tree_cache.writing_check = controller.ack_write_queue.clear
+    scheduler.tree_cache.loading_check = lambda: None
+    scheduler._engine_paused, scheduler.waiting_queue = True, ["a request that was retracted"]
+    offloading.allocator.free(tokens)  # of a request that ended before
+    tell(engine)
+    control.trim([], directory=tmp_path, wait_seconds=0)
+    engine.between_steps()
+    assert offloading.num_open_pages == 3 + 1
+    with hooked(engine):
+        process_input_requests(lambda *_: None)(scheduler, [])
+    assert offloading.num_open_pages == 1
 
 
 def test_what_is_loaded_into_is_mapped_before_the_copy_begins(offloading: Offloading) -> None:

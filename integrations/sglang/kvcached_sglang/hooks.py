@@ -116,7 +116,7 @@ def process_input_requests(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `Scheduler.process_input_requests`: a paused loop answers neighbours here.
 
     It schedules nothing, and one that was about to wake would hold up who wakes after it. What was
-    released stays away until it is resumed.
+    released stays away until it is resumed. Copies end meanwhile, and what they kept may go.
     """
 
     @functools.wraps(original)
@@ -126,6 +126,9 @@ def process_input_requests(original: Callable[..., Any]) -> Callable[..., Any]:
             ours = engine()
             if ours is not None and self.last_batch is None and not is_asleep(self):
                 ours.port.scheduler = self
+                if ours.copies is not None:
+                    ours.copies.look(self.tree_cache)
+                    ours.copies.settle()
                 ours.answer_ring()
         return result
 
