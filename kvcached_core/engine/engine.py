@@ -151,7 +151,7 @@ class ElasticEngine:
         It comes before all is unmapped at once: by a reset of the cache, a sleep or the end.
         """
         if self.pools:
-            if self.holds:
+            if self.holds or self.ranks.is_one_of_many:  # ranks wait together, whoever has some
                 self.port.finish_copies()
                 self.holds.drop()
             if self.holds.is_due:

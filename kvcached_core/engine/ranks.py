@@ -75,7 +75,7 @@ class Ranks:
         self.room_pages = 0
         self._share = share
         self._gather = gather
-        self._is_one_of_many = share is not alone
+        self.is_one_of_many = share is not alone  # of ranks that schedule alike
         self._turns_per_look = num_idle_turns
         self._microseconds = 0
         self._looked_at = 0.0
@@ -114,7 +114,7 @@ class Ranks:
         """
         if is_busy or is_again:
             self._num_idle_turns = 0
-        elif self._is_one_of_many:
+        elif self.is_one_of_many:
             self._num_idle_turns += 1
             if self._num_idle_turns % self._turns_per_look:
                 return None
@@ -215,7 +215,7 @@ class Ranks:
 
     def merge(self, status: WeightStatus | None) -> WeightStatus | None:
         """Return what holds for the weights of all ranks; None if one of them keeps its own."""
-        if not self._is_one_of_many:
+        if not self.is_one_of_many:
             return status
         found = status or WeightStatus(0, 0, 0, is_copied=False)
         told = self._gather(

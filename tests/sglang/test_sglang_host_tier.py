@@ -10,6 +10,9 @@ import torch
 from helpers.sglang_elastic import make_engine
 
 from kvcached_core.config import read_config
+from kvcached_core.engine import looping
+from kvcached_core.engine.joining import Group
+from kvcached_core.engine.ranks import Ranks
 from kvcached_core.errors import HostBudgetError
 from kvcached_core.units import MIB
 from kvcached_core.weights.host_budget import HostBudget
@@ -127,3 +130,31 @@ def test_a_start_takes_room_in_the_host_budget_and_gives_it_back(tmp_path: Path)
     assert plain.tier is None
     assert plain.copies is None
     plain.close()
+
+
+def test_a_token_is_counted_on_all_ranks_wherever_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def join(device: Any, _group: Group, enter: Any, **_: Any) -> Ranks:
+        return Ranks.alone(enter([device]), device)  # the other one has a device of its own
+
+    monkeypatch.setattr(looping, "join_ranks", join)
+    asked = arguments(
+        hicache_size=1,
+        tp_size=2,
+        served_model_name="m",
+        model_path="m",
+        max_prefill_tokens=1024,
+        load_format="auto",
+    )
+    config = read_config({"KVCACHED_DIR": str(tmp_path / "kv"), "KVCACHED_HOST_POOL": "64MiB"})
+    engine = SglangEngine(torch.device("cpu"), asked, 64, config, Group(0, (0, 1)))
+    pool = SimpleNamespace(size_per_token=7)
+    controller = SimpleNamespace(
+        write_queue=[], ack_write_queue=[], storage_backend=None, mem_pool_host=pool
+    )
+    assert engine.copies is not None
+    assert engine.tier is not None
+    engine.copies.store(controller, lambda: None)
+    assert (engine.tier.token_bytes, engine.tier.num_bytes) == (2 * 7, 2 * 10**9)
+    engine.close()

@@ -105,14 +105,14 @@ class Tier:
 class Offloading:
     """SGLang's allocator over our pages, and a controller that copies what a test says."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, num_ranks: int) -> None:
         self.engine = make_engine(
             directory, host_pool=32 * MIB, page_bytes=2 * MIB, max_spare_pages=0
         )
         self.allocator = make_allocator(self.engine, 1000)
         self.controller, self.tier, self.now = Controller(), Tier(), 5.0
         tier: Any = self.tier
-        self.copies = OpenCopies(self.engine, tier, NUM_RANKS, lambda: self.now)
+        self.copies = OpenCopies(self.engine, tier, num_ranks, lambda: self.now)
         self.engine.port.copies = self.engine.copies = self.copies
         let_schedule(self.engine, NoCache())
 
@@ -135,9 +135,9 @@ class Offloading:
         return self.copies.load(self.controller, start or self.controller.start_loading)
 
 
-@pytest.fixture
-def offloading(tmp_path: Path) -> Iterator[Offloading]:
-    made = Offloading(tmp_path)
+@pytest.fixture(params=[NUM_RANKS])
+def offloading(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Offloading]:
+    made = Offloading(tmp_path, request.param)
     yield made
     made.allocator.get_kvcache().k_buffer.clear()
     made.allocator.get_kvcache().v_buffer.clear()
@@ -202,9 +202,11 @@ def test_a_prompt_counts_as_locked_while_the_copy_of_its_answer_is_open(
     assert offloading.copies.num_tokens == 0
 
 
+@pytest.mark.parametrize("offloading", [1, NUM_RANKS], indirect=True)
 def test_copies_are_acknowledged_while_no_request_may_come_in(
-    offloading: Offloading, monkeypatch: pytest.MonkeyPatch
+    offloading: Offloading, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
+    is_alone = request.node.callspec.params["offloading"] == 1
     checks = []
     tree = SimpleNamespace(
         writing_check=lambda: checks.append("stores"), loading_check=lambda: checks.append("loads")
@@ -214,7 +216,9 @@ def test_copies_are_acknowledged_while_no_request_may_come_in(
     with hooked(offloading.engine):
         wrapped = get_new_batch_prefill(lambda _self: pytest.fail("a request came in"))
         assert wrapped(scheduler) is None
-        assert not checks  # nothing is open
+        # Where all ranks count together what has ended, one that has nothing open comes, too.
+        assert checks == ([] if is_alone else ["stores", "loads"])
+        checks.clear()
         offloading.store(offloading.alloc(1))
         assert wrapped(scheduler) is None
     assert checks == ["stores", "loads"]
@@ -334,9 +338,11 @@ def test_prompts_that_were_computed_are_told_and_answers_are_none(offloading: Of
     offloading.engine.tier = None
 
 
+@pytest.mark.parametrize("offloading", [1, NUM_RANKS], indirect=True)
 def test_who_waits_for_copies_begins_those_that_are_queued_and_has_all_acknowledged(
-    offloading: Offloading,
+    offloading: Offloading, request: pytest.FixtureRequest
 ) -> None:
+    is_alone = request.node.callspec.params["offloading"] == 1
     controller = offloading.controller
     events = []
 
@@ -353,7 +359,7 @@ def test_who_waits_for_copies_begins_those_that_are_queued_and_has_all_acknowled
     tree.writing_check = check(controller.ack_write_queue)
     tree.loading_check = check(controller.ack_load_queue)
     offloading.engine.port.scheduler.tree_cache = tree
-    assert not offloading.engine.port.end_copies()
+    assert offloading.engine.port.end_copies() is not is_alone  # another rank may have some
     tokens = offloading.alloc(2)
     tell(offloading.engine)
     offloading.store(tokens[:4])
@@ -379,7 +385,7 @@ def test_a_reset_waits_for_copies_and_forgets_them(offloading: Offloading) -> No
 
 
 def test_a_copy_of_what_is_not_mapped_is_refused_where_debugging_is_on(tmp_path: Path) -> None:
-    made = Offloading(tmp_path)
+    made = Offloading(tmp_path, NUM_RANKS)
     object.__setattr__(made.engine.config, "debug", True)  # it is frozen
     tokens = made.alloc(1)
     with pytest.raises(UnmappedBlockError):

@@ -138,17 +138,21 @@ class OpenCopies:
         """Have SGLang acknowledge the copies that have ended.
 
         Older releases do so only where they let requests in, and none may come in while a neighbour
-        waits for what copies lock.
+        waits for what copies lock. Several ranks count together what has ended on all of them, so
+        one that has begun no copy comes, too.
         """
-        if self:
+        if self or self._num_ranks > 1:
             tree_cache.writing_check()
             tree_cache.loading_check()
 
     def finish(self, tree_cache: Any) -> bool:
-        """Wait for all copies, and have SGLang acknowledge them; return whether there were any."""
+        """Wait for all copies, and have SGLang acknowledge them; return whether there were any.
+
+        Several ranks do so as in `look`, and there may have been some on another one.
+        """
         controller = tree_cache.cache_controller
         controller.start_writing()
-        if not self._wait(controller):
+        if not self._wait(controller) and self._num_ranks == 1:
             return False
         tree_cache.writing_check()
         tree_cache.loading_check()
