@@ -33,6 +33,7 @@ SGLANG_ARGS = (
     *("--disable-cuda-graph", "--skip-server-warmup", "--grammar-backend", "none"),
     *("--mem-fraction-static", "0.3", "--max-total-tokens", "4096"),
     *("--max-running-requests", "16"),
+    "--sleep-on-idle",  # else one that has nothing to do takes a core from those that have
 )
 # What every engine of a test has, as a gateway passes its own variables on.
 ENVIRON = {

@@ -58,6 +58,7 @@ SGLANG = (
     *("--disable-cuda-graph", "--skip-server-warmup", "--grammar-backend", "none"),
     *("--mem-fraction-static", "0.3", "--max-total-tokens", "1024"),
     *("--max-running-requests", "4"),
+    "--sleep-on-idle",
 )
 # What `kvcached serve` runs, also where the package's entry points are not installed.
 SERVE = """
