@@ -1,7 +1,8 @@
 """Run as a script: one vLLM engine with a draft answers prompts, and reports what was accepted.
 
 Arguments: a model folder, and a JSON object: `speculative` (vLLM's own), further `options` of
-`LLM`, and `acts`, by name, beside the first answers. `NEIGHBOUR_FLOOR` is what a neighbour can get.
+`LLM`, `num_tokens` of each answer, and `acts`, by name, beside the first answers. `NEIGHBOUR_FLOOR`
+is what a neighbour can get.
 """
 
 import ctypes
@@ -38,10 +39,18 @@ class Speculating:
     Args:
         model: The target's folder.
         speculative: What vLLM takes as `speculative_config`.
+        num_tokens: Of each answer.
         options: Further arguments of `LLM`.
     """
 
-    def __init__(self, model: str, speculative: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        speculative: Any,
+        *,
+        num_tokens: int = NUM_ANSWER_TOKENS,
+        **options: Any,
+    ) -> None:
         from vllm import LLM
 
         sizes = {} if IS_ELASTIC else {"kv_cache_memory_bytes": 512 << 20}
@@ -49,7 +58,7 @@ class Speculating:
         settings = ENGINE_OPTIONS | fixed | sizes | options
         self.llm = LLM(model, speculative_config=speculative, **settings)
         self.core: Any = self.llm.llm_engine.engine_core.engine_core
-        self._num_asked = 0
+        self._num_asked, self._num_tokens = 0, num_tokens
 
     @property
     def worker(self) -> Any:
@@ -60,7 +69,7 @@ class Speculating:
         from vllm import SamplingParams
 
         engine = self.llm.llm_engine
-        sampling = SamplingParams(temperature=0, max_tokens=NUM_ANSWER_TOKENS, ignore_eos=True)
+        sampling = SamplingParams(temperature=0, max_tokens=self._num_tokens, ignore_eos=True)
         prompts = mixed_prompts(MAX_PROMPT_TOKENS)[:NUM_PROMPTS]
         names = [str(self._num_asked + index) for index in range(len(prompts))]
         self._num_asked += len(prompts)
@@ -244,7 +253,10 @@ ACTS = {
 def main() -> None:
     """Start, answer, do what is asked, and report one JSON object on the last line."""
     options = json.loads(sys.argv[2])
-    engine = Speculating(sys.argv[1], options["speculative"], **options.get("options", {}))
+    words = options.get("options", {})
+    if "num_tokens" in options:
+        words["num_tokens"] = options["num_tokens"]
+    engine = Speculating(sys.argv[1], options["speculative"], **words)
     report: dict[str, Any] = {"tokens": engine.answer(), "counts": engine.counts()}
     if IS_ELASTIC:
         report["planes"] = engine.planes()

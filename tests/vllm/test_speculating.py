@@ -152,6 +152,32 @@ def test_a_draft_gives_its_weights_with_those_of_its_target(reports: Any) -> Non
 
 
 @pytest.mark.every_release
+def test_tokens_of_ngrams_are_accepted_as_by_vanilla_and_nothing_stays(tmp_path: Path) -> None:
+    model = make_target(tmp_path / TARGET, EAGLE)
+    start = offline_in(tmp_path, model)
+    ngrams = {"method": "ngram", "num_speculative_tokens": NUM_DRAFTED, "prompt_lookup_min": 1}
+    # Answers that are long enough to come back to what they said.
+    asked = {"speculative": {**ngrams, "prompt_lookup_max": 3}, "num_tokens": 96}
+    acts = ["lose_to_a_neighbour", "spoil_the_target"]
+    environ = ours(tmp_path, NEIGHBOUR_FLOOR="256MiB")
+    started = [
+        start(VANILLA, "speculating", **asked),
+        start(environ, "speculating", **asked, acts=acts),
+    ]
+    vanilla, elastic = map(report_of, started)
+    assert elastic["tokens"] == vanilla["tokens"]
+    assert elastic["counts"] == vanilla["counts"]
+    counts = vanilla["counts"]
+    assert 0.2 <= counts["accepted"] / counts["drafted"] <= 0.8
+    assert elastic["draft_planes"] == []
+    assert min(elastic["num_with_draft"], elastic["num_preempted"]) > 0
+    assert elastic["tokens_beside_neighbour"] == vanilla["tokens"]
+    assert elastic["tokens_of_wrong_target"] != vanilla["tokens"]
+    assert elastic["after_last"] <= 2 * elastic["page_bytes"]
+    assert elastic["at_the_end"] <= 2 * elastic["page_bytes"]
+
+
+@pytest.mark.every_release
 def test_a_draft_comes_through_a_sleep_of_vllms(start_offline: Offline, tmp_path: Path) -> None:
     made = speculation(tmp_path, EAGLE)
     start = offline_in(tmp_path, made.target)
