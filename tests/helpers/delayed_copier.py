@@ -5,8 +5,8 @@ ours by `spec_name` and `spec_module_path`. vLLM's copier does the same on strea
 copy of a page that was unmapped meanwhile ends the process, and one whose bytes changed fails.
 
 Where `extra_config` has it, `delay_ms` is the range of the delay of each job, `rank_delay_ms` what
-each further rank takes longer, `copier_seed` what the delay is drawn with, and `copier_report` a
-file with what was copied and the first fault.
+each further rank takes longer, `copier_seed` what the delay is drawn with, `copier_report` a file
+with what was copied and the first fault, and `spoils_loads` whether other layers' bytes are loaded.
 """
 
 import json
@@ -21,7 +21,7 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from helpers.delayed_copies import LOADS_SPOILED, Direction, Job, Piece, from_other_blocks, sum_of
+from helpers.delayed_copies import LOADS_SPOILED, Direction, Job, Piece, from_other_layers, sum_of
 
 # The copiers of this process.
 made: "list[DelayedWorker]" = []
@@ -50,6 +50,8 @@ class DelayedWorker(OffloadingWorker):  # type: ignore[misc]  vLLM has no types 
         self._more_ms = extra.get("rank_delay_ms", 0) * spec.config.parallel.rank
         self._random = random.Random(extra.get("copier_seed", 0))
         self._report_path = extra.get("copier_report")
+        if extra.get("spoils_loads"):
+            LOADS_SPOILED.set()
         # A tier below writes to the host's chunks as well, and no sum is known of that.
         self._has_tiers = isinstance(spec, TieringOffloadingSpec)
         self._sums: dict[tuple[int, int, int], int] = {}
@@ -79,7 +81,7 @@ class DelayedWorker(OffloadingWorker):  # type: ignore[misc]  vLLM has no types 
     def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
         pieces = list(self._pieces(dst_spec, src_spec))
         if LOADS_SPOILED.is_set():
-            pieces = from_other_blocks(pieces)
+            pieces = from_other_layers(pieces)
         # What another process wrote, or the tier on disk, this copier has no sum of.
         sums = [
             self._sums.get(piece.key, sum_of(piece.host_address, piece.num_bytes))

@@ -48,7 +48,7 @@ def copies_left_open() -> Iterator[Gate]:
 
 @contextmanager
 def loads_spoiled() -> Iterator[None]:
-    """Load another block's bytes in the block, which no sum tells; by this process's copiers."""
+    """Load another layer's bytes in the block, which no sum tells; by this process's copiers."""
     LOADS_SPOILED.set()
     try:
         yield
@@ -82,15 +82,19 @@ def sum_of(address: int, num_bytes: int) -> int:
     return zlib.adler32(string_at(address, num_bytes))
 
 
-def from_other_blocks(pieces: list[Piece]) -> list[Piece]:
-    """Return the pieces of a load, each with the host's side of the next block of its layer."""
-    by_tensor: dict[int, list[Piece]] = {}
+def from_other_layers(pieces: list[Piece]) -> list[Piece]:
+    """Return the pieces of a load, each with the host's side of the next one of its size.
+
+    That is another layer's where all have one size: attention reads the blocks of one layer in any
+    order, so to swap those would change nothing.
+    """
+    by_size: dict[int, list[Piece]] = {}
     for piece in pieces:
-        by_tensor.setdefault(piece.key[2], []).append(piece)
+        by_size.setdefault(piece.num_bytes, []).append(piece)
     return [
         replace(piece, key=other.key, host_address=other.host_address)
-        for of_tensor in by_tensor.values()
-        for piece, other in zip(of_tensor, [*of_tensor[1:], of_tensor[0]], strict=True)
+        for of_size in by_size.values()
+        for piece, other in zip(of_size, [*of_size[1:], of_size[0]], strict=True)
     ]
 
 

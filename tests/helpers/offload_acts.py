@@ -203,7 +203,7 @@ def sleep_with_open_jobs(engine: Offloaded, report: dict[str, Any]) -> None:
 
 
 def load_other_blocks(engine: Offloaded, report: dict[str, Any]) -> None:
-    """Answer the prompts of the two rounds from what other blocks hold; then forget all of it."""
+    """Answer the prompts of the two rounds from what other layers hold; then forget all of it."""
     from helpers.delayed_copies import loads_spoiled
 
     prompts = mixed_prompts()[:NUM_PROMPTS]

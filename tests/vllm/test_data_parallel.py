@@ -4,17 +4,22 @@ A model with experts computes each step on both ranks: one without requests step
 """
 
 import asyncio
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.engine_plugin import VLLM as VLLM_PLUGINS
 from helpers.engine_plugin import add_plugin
 from helpers.expert_models import make_expert_model
+from helpers.offload_plugin import transfer
 from helpers.process_memory import resident_of_ranks
 from helpers.waiting import await_that
 from helpers.warm_servers import launch_warm
 
+from kvcached_core.control import trim
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
@@ -30,6 +35,8 @@ POOL = 256 * MIB
 PAGE = 8 * MIB
 MAKERS = {"experts": make_expert_model, "dense": make_model}
 NAMES = ("elastic", "elastic-dp1")
+PLUGINS = {"experts": "helpers.expert_plugin", "copier": "helpers.offload_plugin"}
+HITS = 'vllm:external_prefix_cache_hits_total{{engine="{}"'
 MANY = make_burst(num_requests=8, num_prompt_tokens=200, num_output_tokens=16, seed=1)
 ONE = make_burst(num_requests=1, num_prompt_tokens=600, num_output_tokens=48, seed=2)
 BURSTS = (MANY, ONE, MANY)
@@ -38,13 +45,21 @@ BURSTS = (MANY, ONE, MANY)
 class Replicas(Servers):
     """Servers of two data-parallel ranks each, with one process for requests."""
 
-    def begin(self, name: str, model: Path, *, is_elastic: bool = True) -> EngineServer:
+    def begin(
+        self, name: str, model: Path, *, is_elastic: bool = True, copier: Any = None
+    ) -> EngineServer:
+        tier = () if copier is None else ("--kv-transfer-config", json.dumps(transfer(**copier)))
+        plugins = [
+            add_plugin(self.workspace / folder, module, VLLM_PLUGINS)["PYTHONPATH"]
+            for folder, module in PLUGINS.items()
+        ]
         server = self.start(
             VLLM,
             name,
             model,
             *("--data-parallel-size", "2", "--api-server-count", "1"),
-            *VLLM.caching(is_on=False),
+            *tier,
+            *VLLM.caching(is_on=bool(tier)),
             *VLLM.running(16),
             *VLLM.longest(1024),
             *VLLM.size(POOL // 2, KV_BYTES_PER_TOKEN, is_elastic=is_elastic, is_host=True),
@@ -54,7 +69,7 @@ class Replicas(Servers):
                 "KVCACHED_PAGE_BYTES": str(PAGE),
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
                 "VLLM_CPU_OMP_THREADS_BIND": "0|1",
-                **add_plugin(self.workspace / "plugin", "helpers.expert_plugin", VLLM_PLUGINS),
+                "PYTHONPATH": os.pathsep.join(plugins),
             },
         )
         server.wait_ready()
@@ -69,6 +84,10 @@ def ask(server: EngineServer, burst: Burst) -> list[list[int]]:
     completions = asyncio.run(server.send(burst))
     assert [completion.error for completion in completions] == [None] * len(completions)
     return [completion.token_ids for completion in completions]
+
+
+def hits(server: EngineServer) -> list[float]:
+    return [server.metric(HITS.format(rank)) for rank in range(len(NAMES))]
 
 
 @pytest.fixture(scope="module", params=["experts", "dense"])
@@ -103,3 +122,21 @@ def test_ranks_answer_as_vanilla_and_keep_nothing(
     used = {name: view.used_bytes for name, view in elastic.views().items()}
     assert used == dict.fromkeys(NAMES, PAGE)  # the null block's
     assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("spoils_loads", [False, True], ids=["right", "spoiled"])
+def test_each_rank_answers_from_what_comes_back_of_a_host_tier_of_its_own(
+    model: Path, expected: list[list[list[int]]], tmp_path: Path, *, spoils_loads: bool
+) -> None:
+    copier = {"num_bytes": 64 * MIB, "delay_ms": (0, 20), "spoils_loads": spoils_loads}
+    with Replicas(tmp_path, POOL, launch_warm) as servers:
+        server = servers.begin("elastic", model, copier=copier)
+        first = [ask(server, burst) for burst in BURSTS]
+        trim(NAMES, directory=servers.directory)
+        await_that(lambda: max(resident_of_ranks(server)) <= 2 * PAGE)
+        before = hits(server)
+        again = [ask(server, burst) for burst in BURSTS]
+        assert all(now > then for now, then in zip(hits(server), before, strict=True))
+        assert "Traceback" not in server.log.read_text()
+    assert first == expected
+    assert (again == expected) is not spoils_loads
