@@ -33,6 +33,7 @@ class Pages:
 
     Attributes:
         freed_ids: Whoever copies blocks after they were freed adds their ids here.
+        on_close: Is called with pages that have just been closed.
         has_page_0: Whether page 0 is this pool's, and open from the first.
 
     Args:
@@ -76,6 +77,7 @@ class Pages:
         self.has_page_0 = shared is None
         self.book = shared or book or PageBook(num_pages, clock)
         self.freed_ids = self.book.holds.freed_ids(geometry.ids_per_page)
+        self.on_close: Callable[[Sequence[int]], None] = lambda _pages: None
         self.num_promised = 0
         self.num_open_blocks = 0  # on open pages
         self.num_ready_blocks = 0  # on spare and promised pages
@@ -209,6 +211,7 @@ class Pages:
             self._open.difference_update(pages)
             self.num_open_blocks -= len(pages) * self.geometry.blocks_per_page
             self._put_back(pages)
+            self.on_close(pages)
 
     def end_schedule(self, *, is_live: bool, is_last: bool = False) -> None:
         """Close surplus pages that are due, have spare ones, and give back what was not used.

@@ -289,6 +289,7 @@ _WEIGHTS = (
 
 _TRANSFER = "vllm.distributed.kv_transfer"
 _OFFLOADING = f"{_TRANSFER}.kv_connector.v1.offloading"
+_CONNECTOR = f"{_TRANSFER}.kv_connector.v1.offloading_connector:OffloadingConnector"
 
 _OFFLOADS = (
     *uses(
@@ -334,6 +335,20 @@ _OFFLOADS = (
         f"{_OFFLOADING}.config:build_offloading_config",
         "vllm.v1.kv_offload.config:OffloadingConfig.worker_kv_bytes_per_block",
         "vllm.v1.kv_offload.base:BlockIDsLoadStoreSpec.block_ids",
+        is_optional=True,
+    ),
+    *uses(
+        "blocks that a window has left, which it shall forget with their pages",
+        f"{_PLAN}:ChunkedLocalAttentionSpec",
+        f"{_PLAN}:SlidingWindowSpec",
+    ),
+    *uses(
+        "the same; it names blocks by request and group",
+        f"{_CONNECTOR}.connector_scheduler",
+        *members(f"{_OFFLOADING}.scheduler:OffloadingConnectorScheduler", "_req_status config"),
+        f"{_OFFLOADING}.scheduler:SchedulerOffloadConfig.blocks_per_chunk",
+        f"{_OFFLOADING}.scheduler:RequestOffloadState.group_states",
+        f"{_OFFLOADING}.scheduler:RequestGroupState.block_ids",
         is_optional=True,
     ),
 )

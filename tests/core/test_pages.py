@@ -240,6 +240,14 @@ def test_spare_pages_are_opened_up_to_the_high_watermark_when_they_fall_below_th
     assert num_spare == [4, 0, 0, 3, 0, 0]
 
 
+def test_who_wants_to_know_hears_of_open_pages_that_were_closed() -> None:
+    pool, heard = Pool(), list[int]()
+    pool.pages.on_close = heard.extend
+    pool.give(pool.grow(9))
+    pool.pages.close_empty(NUM_PAGES)
+    assert sorted(heard) == [1, 2]
+
+
 def test_a_spare_page_that_was_closed_and_opened_again_is_made_sure_of() -> None:
     pool = Pool(min_spare_pages=1)
     pool.grow(7)

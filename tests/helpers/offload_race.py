@@ -1,7 +1,8 @@
 """Run as a script: requests come, end, are aborted and preempted while memory is asked for.
 
 Arguments: a model folder, and a JSON object: `copier` (see `Offloaded`), `seed`, `num_requests`,
-and `holds`, which is false where pages shall be given under open copies.
+`prefix_tokens` (how long what prompts share may be), and `holds`, which is false where pages shall
+be given under open copies.
 
 The copier compares what it copied with what a step left, and debugging compares a step's blocks
 with the pages that are mapped; a copy of an unmapped page ends the process.
@@ -19,7 +20,7 @@ from helpers.offline import VOCABULARY
 from helpers.offloaded import SAMPLING, Offloaded
 
 OPTIONS = {"max_model_len": 512, "max_num_seqs": 6}
-NUM_PREFIXES = 10
+NUM_PREFIXES, PREFIX_TOKENS = 10, (100, 350)
 MAX_TAKEN_PAGES = 10
 
 
@@ -36,7 +37,9 @@ def switch_holds_off() -> None:
 class Race:
     """Draws what happens next, and does it."""
 
-    def __init__(self, engine: Offloaded, seed: int) -> None:
+    def __init__(
+        self, engine: Offloaded, seed: int, prefix_tokens: tuple[int, int] = PREFIX_TOKENS
+    ) -> None:
         from kvcached_core.config import read_config
 
         self.engine, self.random = engine, random.Random(seed)
@@ -46,7 +49,7 @@ class Race:
         self._num_taken = 0
         source = random.Random(0)
         self._prefixes = [
-            [source.randrange(3, VOCABULARY) for _ in range(source.randrange(100, 350))]
+            [source.randrange(3, VOCABULARY) for _ in range(source.randrange(*prefix_tokens))]
             for _ in range(NUM_PREFIXES)
         ]
         self._live: set[str] = set()
@@ -157,7 +160,7 @@ def main() -> None:
     engine = Offloaded(sys.argv[1], options["copier"], **OPTIONS)
     if not options.get("holds", True):
         switch_holds_off()
-    race = Race(engine, options["seed"])
+    race = Race(engine, options["seed"], options.get("prefix_tokens", PREFIX_TOKENS))
     race.run(options["num_requests"])
     report: dict[str, Any] = {"counts": race.counts, "copied": engine.copied()}
     report["num_held"] = engine.core.kvcached.holds.num_holders

@@ -36,12 +36,26 @@ def copier(folder: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def race(start: Offline, folder: Path, *, seed: int, num_requests: int, holds: bool = True) -> Run:
+def race(start: Offline, folder: Path, *, seed: int, num_requests: int, **options: Any) -> Run:
     """Let an engine race to its end; see `offload_race`."""
     environ = ours(folder, KVCACHED_HOST_POOL="48MiB", KVCACHED_PAGE_BYTES="2MiB")
     of_copier = copier(folder, num_bytes=32 * MIB, delay_ms=(0, 50), copier_seed=seed)
-    options = {"seed": seed, "num_requests": num_requests, "holds": holds}
-    return finish(start(environ, "offload_race", copier=of_copier, **options))
+    numbers = {"seed": seed, "num_requests": num_requests}
+    return finish(start(environ, "offload_race", copier=of_copier, **numbers, **options))
+
+
+def check_race(run: Run, *, min_preemptions: int = 0) -> None:
+    """Assert that a race ended well, that all happened in it, and that nothing is kept."""
+    assert run.returncode == 0, run.errors[-4000:]
+    report = run.report
+    counts = report["counts"]
+    happened = ("answered", "aborted", "taken", "trims", "resets")
+    assert all(counts[word] > 0 for word in happened)
+    assert counts["preemptions"] >= min_preemptions
+    assert min(report["copied"]["stores"], report["copied"]["loads"]) > 0
+    assert report["hit_tokens"] > 0
+    assert report["num_held"] == 0
+    assert len(report["pages"][0]) <= 2
 
 
 def end_of(run: Run) -> str:

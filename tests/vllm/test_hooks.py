@@ -29,7 +29,7 @@ class Recorder:
         return self.result
 
 
-ELASTIC_POOL = SimpleNamespace(engine=object())
+ELASTIC_POOL = SimpleNamespace(frees_late=True)
 
 
 @pytest.mark.parametrize(
@@ -37,9 +37,10 @@ ELASTIC_POOL = SimpleNamespace(engine=object())
     [
         (ELASTIC_POOL, 1000, 1000 - MAX_TILE_TOKENS),
         (ELASTIC_POOL, 100, 0),
+        (SimpleNamespace(frees_late=False), 1000, 1000),
         (SimpleNamespace(), 1000, 1000),
     ],
-    ids=["elastic", "elastic, just moved", "vanilla"],
+    ids=["elastic", "elastic, just moved", "elastic, of a load", "vanilla"],
 )
 def test_blocks_in_front_of_a_window_are_kept_for_a_tile(
     pool: Any, num_skipped: int, expected: int

@@ -1,7 +1,6 @@
 """Both shapes of vLLM's KV cache plan lead to the same geometry and the same bytes."""
 
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from kvcached_core.memory.size_classes import SizeClass
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.memory.zeros import ZerosFromArena
 from kvcached_core.units import MIB
-from kvcached_vllm.layout import connector_config, plane_layout, refuse_windows, sparse_config
+from kvcached_vllm.layout import connector_config, plane_layout, sparse_config
 
 pytestmark = pytest.mark.vllm
 
@@ -200,22 +199,3 @@ def test_a_connectors_plan_leaves_that_of_the_memory_alone() -> None:
     (tensor,) = connector_config(sparse, layout).kv_cache_tensors
     assert sparse.kv_cache_tensors[0].size == where.num_pages * where.geometry.page_bytes
     assert tensor.block_stride == sparse.kv_cache_tensors[0].block_stride
-
-
-def test_layers_with_a_window_are_refused_beside_a_connector() -> None:
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
-
-    sizes: dict[str, Any] = {
-        "block_size": 16,
-        "num_kv_heads": 1,
-        "head_size": 64,
-        "dtype": torch.float32,
-    }
-    full = SimpleNamespace(kv_cache_spec=FullAttentionSpec(**sizes))
-    window = SimpleNamespace(kv_cache_spec=SlidingWindowSpec(**sizes, sliding_window=64))
-    refuse_windows(SimpleNamespace(kv_cache_groups=[full, full]))
-    with pytest.raises(UnsupportedEngineError, match="--disable-hybrid-kv-cache-manager"):
-        refuse_windows(SimpleNamespace(kv_cache_groups=[full, window]))
-    mixed = SimpleNamespace(kv_cache_specs={"a": full.kv_cache_spec, "b": window.kv_cache_spec})
-    with pytest.raises(UnsupportedEngineError, match="keep only the last tokens"):
-        refuse_windows(SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=mixed)]))

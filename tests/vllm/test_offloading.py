@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.engines import Offline, Run, Started, finish, offline_in
+from helpers.engines import Offline, Started, finish, offline_in
 from helpers.offload_plugin import TIERS_SPEC
-from helpers.offload_runs import GONE, MIB, copier, end_of, ours, race
+from helpers.offload_runs import GONE, MIB, check_race, copier, end_of, ours, race
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -153,19 +153,6 @@ def test_contexts_of_four_times_the_memory_are_answered_as_by_vanilla_from_the_t
     # What the device kept of the first round is a quarter of it.
     assert report["context_hits"][1] >= report["context_tokens"] / 2
     assert report["context_pages"] <= 5
-
-
-def check_race(run: Run, *, min_preemptions: int = 0) -> None:
-    assert run.returncode == 0, run.errors[-4000:]
-    report = run.report
-    counts = report["counts"]
-    happened = ("answered", "aborted", "taken", "trims", "resets")
-    assert all(counts[word] > 0 for word in happened)
-    assert counts["preemptions"] >= min_preemptions
-    assert min(report["copied"]["stores"], report["copied"]["loads"]) > 0
-    assert report["hit_tokens"] > 0
-    assert report["num_held"] == 0
-    assert len(report["pages"][0]) <= 2
 
 
 def test_no_copy_meets_a_page_that_was_given_away(start_offline: Offline, tmp_path: Path) -> None:

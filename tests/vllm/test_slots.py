@@ -14,7 +14,13 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_coordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.request import Request, RequestStatus
 
 from kvcached_core.config import HOST, read_config
@@ -30,6 +36,12 @@ BLOCK_SIZE = 16
 BLOCK_BYTES = 65536
 NUM_BLOCKS = 256
 NUM_PLANES = 8
+SIZES: dict[str, Any] = {
+    "block_size": BLOCK_SIZE,
+    "num_kv_heads": 1,
+    "head_size": 8,
+    "dtype": torch.float32,
+}
 DEVICE = Device(HOST, "host", 256 * MIB)
 
 
@@ -55,17 +67,19 @@ def engine(tmp_path: Path) -> Iterator[VllmEngine]:
 
 @pytest.fixture
 def manager(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> Any:
+    return manager_of(FullAttentionSpec(**SIZES), engine, monkeypatch)
+
+
+def manager_of(spec: Any, engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return vLLM's own manager over our block pool, hooked as an engine hooks it."""
     for owner, name, hook in (
+        (SlidingWindowManager, "get_num_skipped_tokens", engine_hooks.get_num_skipped_tokens),
         (KVCacheManager, "__init__", engine_hooks.kv_cache_manager_init),
         (KVCacheManager, "allocate_slots", engine_hooks.kv_cache_manager_allocate_slots),
         (kv_cache_coordinator, "BlockPool", engine_hooks.block_pool_factory),
     ):
         monkeypatch.setattr(owner, name, hook(getattr(owner, name)))
     init_none_hash(sha256)
-    spec = FullAttentionSpec(
-        block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32
-    )
     sizes = {
         "max_model_len": NUM_BLOCKS * BLOCK_SIZE,
         "max_num_batched_tokens": NUM_BLOCKS * BLOCK_SIZE,
@@ -278,3 +292,16 @@ def test_a_request_does_not_begin_on_cached_blocks_that_went_meanwhile(
     num_second, slots = begin()
     assert 0 < num_second < num_first
     assert slots is not None
+
+
+def test_a_request_that_loads_gets_the_blocks_of_its_window_alone(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = SlidingWindowSpec(**SIZES, sliding_window=4 * BLOCK_SIZE)
+    manager = manager_of(window, engine, monkeypatch)
+    one = request(40)
+    loaded = one.num_tokens - BLOCK_SIZE
+    blocks = manager.allocate_slots(one, BLOCK_SIZE, num_external_computed_tokens=loaded)
+    assert blocks is not None
+    assert manager.block_pool.num_used_blocks == 4 + 1
+    assert manager.block_pool.frees_late

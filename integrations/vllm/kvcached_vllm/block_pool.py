@@ -37,6 +37,7 @@ class ElasticBlockPool(BlockPool):
     engine: Any  # the `VllmEngine` that built it, and what it gives
     giving: Giving
     is_copied: Callable[[KVCacheBlock], bool] | None = None  # whether a tier has a block, too
+    frees_late = True  # blocks in front of a sliding window: docs/adr/0007
 
     def __init__(
         self,

@@ -16,13 +16,13 @@ from kvcached_vllm.layout import (
     common_classes,
     plane_layout,
     refuse_untried_copies,
-    refuse_windows,
     request_blocks,
 )
 from kvcached_vllm.obstacles import layer_obstacle
 from kvcached_vllm.open_copies import OpenCopies
 from kvcached_vllm.port import VllmPort
 from kvcached_vllm.startup import startup
+from kvcached_vllm.windows import forget_closed, has_windows, refuse_states
 
 
 class VllmEngine(CentralEngine):
@@ -81,10 +81,10 @@ class VllmEngine(CentralEngine):
         except UnsupportedEngineError as error:
             raise UnsupportedEngineError(layer_obstacle(error, self.vllm_config)) from error
         classes = common_classes(layouts)
-        if self.tier is not None:
-            refuse_windows(kv_cache_configs[0])
-            refuse_untried_copies(layouts)
         plan = kv_cache_configs[0]
+        if self.tier is not None:
+            refuse_states(plan)
+            refuse_untried_copies(layouts)
         first, *others = classes
         planes = Planes(
             first.block_bytes,
@@ -98,6 +98,7 @@ class VllmEngine(CentralEngine):
         placements = self.place_ranks(planes, depths, granularity_bytes)
         for config, placement in zip(kv_cache_configs, placements, strict=True):
             setattr(config, PLACEMENT, placement)
+        self.has_windows = has_windows(plan)
         self.num_groups = max(len(plan.kv_cache_groups), 1)
         self.block_tokens = max(planes.block_tokens, default=1)
         self.block_bytes = sum(layout.bytes_of_block for layout in layouts)  # on all ranks
@@ -119,6 +120,8 @@ class VllmEngine(CentralEngine):
         if self.tier is not None:
             block_tokens = self.block_tokens / self.num_groups
             self.tier.token_bytes = self.block_bytes / block_tokens
+            if self.has_windows:
+                pool.pages.on_close = forget_closed(self.port.core, self.geometry)
             self.port.copies = OpenCopies(self, pool, len(self.devices), self.tier, block_tokens)
         if self.yield_weights(self.config):
             self.ranks.set_alarm(FIRST_LOOK_SECONDS)  # no step may come that would look

@@ -207,9 +207,12 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
                 return None
         coordinator = self.coordinator
         coordinator.get_num_blocks_to_allocate = _promised(self, request, kwargs)
+        # A connector loads what lies in a window, and has looked for nothing in front of it.
+        pool.frees_late = not kwargs.get("num_external_computed_tokens")
         try:
             return original(self, request, num_new_tokens, *args, **kwargs)
         finally:
+            pool.frees_late = True
             del coordinator.get_num_blocks_to_allocate
 
     return wrapper
@@ -270,7 +273,7 @@ def get_num_skipped_tokens(original: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(original)
     def wrapper(self: Any, num_computed_tokens: int) -> int:
         num_skipped = original(self, num_computed_tokens)
-        if not num_skipped or not hasattr(self.block_pool, "engine"):
+        if not num_skipped or not getattr(self.block_pool, "frees_late", False):
             return num_skipped
         return num_skipped - MAX_TILE_TOKENS if num_skipped > MAX_TILE_TOKENS else 0
 

@@ -141,26 +141,6 @@ def connector_config(sparse: Any, layout: PlaneLayout) -> Any:
     return config
 
 
-def refuse_windows(kv_cache_config: Any) -> None:
-    """Refuse layers whose blocks are freed while their request runs, beside a connector.
-
-    vLLM may store such a block long after it was freed.
-
-    Raises:
-        UnsupportedEngineError: If there are such layers.
-    """
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-    for group in kv_cache_config.kv_cache_groups:
-        spec = group.kv_cache_spec
-        kinds = getattr(spec, "kv_cache_specs", {"": spec}).values()
-        if not all(isinstance(kind, FullAttentionSpec) for kind in kinds):
-            raise UnsupportedEngineError(
-                "KV offloading of layers that keep only the last tokens: set "
-                "--disable-hybrid-kv-cache-manager, or remove --kv-offloading-size"
-            )
-
-
 def refuse_untried_copies(layouts: Iterable[PlaneLayout]) -> None:
     """Refuse layers beside a connector of which nobody has tried to copy the blocks.
 
