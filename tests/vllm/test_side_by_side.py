@@ -134,6 +134,13 @@ def test_groups_of_layers_that_differ_in_size_share_the_bytes_of_a_block(layout:
     arena.close()
 
 
+@pytest.mark.parametrize("layout", ["LBNHC", "LBHNC", "LHBNC"])
+def test_vllm_plans_no_groups_of_two_sizes_with_layers_outside_of_blocks(layout: str) -> None:
+    groups = [(2, spec("FullAttentionSpec", 4)), (9, spec("SlidingWindowSpec", 1))]
+    with pytest.raises(ValueError, match="mixed page sizes"):
+        plan_of(layout, groups)
+
+
 def test_a_page_is_not_as_large_as_whole_blocks_and_whole_granules_would_make_it() -> None:
     block_bytes = 9 * NARROW_BYTES
     geometry = choose_any(

@@ -30,9 +30,12 @@ def obstacles(vllm_config: Any) -> Iterator[str]:
     if getattr(parallel, "enable_elastic_ep", False):
         yield "elastic expert parallelism: ranks come and go; remove --enable-elastic-ep"
     if getattr(parallel, "decode_context_parallel_size", 1) != 1:
-        yield "decode context parallelism: not served yet; set --decode-context-parallel-size 1"
+        yield (
+            "decode context parallelism: vLLM makes up blocks that it reads while it captures "
+            "graphs; set --decode-context-parallel-size 1"
+        )
     if getattr(parallel, "enable_dbo", False):
-        yield "dual batch overlap: its second stream is not fenced; remove --enable-dbo"
+        yield "dual batch overlap: nobody has tried its two threads; remove --enable-dbo"
     if getattr(parallel, "nnodes", 1) != 1:
         yield f"{parallel.nnodes} nodes: the ledger is one machine's; set --nnodes 1"
     backend = parallel.distributed_executor_backend
@@ -53,7 +56,7 @@ def obstacles(vllm_config: Any) -> Iterator[str]:
 def _layout_obstacles() -> Iterator[str]:
     layout = os.environ.get(LAYOUT)
     if layout and len(layout) == len("LBNHC") and not layout.startswith(("LB", "B")):  # from 0.29
-        yield f"{LAYOUT}={layout}: a block has to be in one piece; unset it, or set LBNHC"
+        yield f"{LAYOUT}={layout}: a layer's block has to be in one piece; unset it, or set LBNHC"
 
 
 def layer_obstacle(error: Exception | str, vllm_config: Any) -> str:
