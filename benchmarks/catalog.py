@@ -181,6 +181,12 @@ BENCHMARKS = (
         "layers that wait for their pages while these are copied, by the device's own clock",
     ),
     Benchmark(
+        "watched_prefill",
+        "watched_prefill.py",
+        GPU,
+        "what each layer of an engine waits for while its weights come, by the device's own clock",
+    ),
+    Benchmark(
         "replica_copy",
         "replica_copy.py",
         TWO_GPUS,
