@@ -188,6 +188,24 @@ def test_others_see_before_a_sleep_what_is_not_used_any_more(
     assert seen == [1]
 
 
+@pytest.mark.parametrize("engine", [PATIENCE_SECONDS], indirect=True)
+@pytest.mark.parametrize("last_batch", [None, SimpleNamespace(reqs=["launched before"])])
+def test_a_paused_loop_gives_memory_whether_a_batch_is_in_flight_or_not(
+    engine: SglangEngine, tmp_path: Path, last_batch: Any
+) -> None:
+    let_schedule(engine, NoCache())
+    tell(engine)
+    scheduler = engine.port.scheduler
+    scheduler._engine_paused, scheduler.last_batch = True, last_batch
+    control.trim([], directory=tmp_path, wait_seconds=0)
+    assert num_resident(engine) > NUM_PAGES // 2
+    with hooked(engine):
+        hooks.process_input_requests(lambda *_: None)(scheduler, [])
+    assert engine.memory is not None
+    engine.memory.keeper.wait()
+    assert num_resident(engine) == 1
+
+
 def test_nobody_sleeps_while_copies_keep_what_is_asked(engine: SglangEngine) -> None:
     slept: list[bool] = []
     sleeper = SimpleNamespace(poller=zmq.Poller(), maybe_sleep=lambda: slept.append(True))

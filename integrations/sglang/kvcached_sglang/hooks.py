@@ -116,7 +116,8 @@ def process_input_requests(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `Scheduler.process_input_requests`: a paused loop answers neighbours here.
 
     It schedules nothing, and one that was about to wake would hold up who wakes after it. What was
-    released stays away until it is resumed. Copies end meanwhile, and what they kept may go.
+    released stays away until it is resumed. Copies end meanwhile, and what they kept may go. Where
+    a batch was launched before the pause, weights stay for it.
     """
 
     @functools.wraps(original)
@@ -124,12 +125,12 @@ def process_input_requests(original: Callable[..., Any]) -> Callable[..., Any]:
         result = original(self, *args, **kwargs)
         if self._engine_paused:
             ours = engine()
-            if ours is not None and self.last_batch is None and not is_asleep(self):
+            if ours is not None and not is_asleep(self):
                 ours.port.scheduler = self
                 if ours.copies is not None:
                     ours.copies.look(self.tree_cache)
                     ours.copies.settle()
-                ours.answer_ring()
+                ours.answer_ring() if self.last_batch is None else ours.between_steps()
         return result
 
     return wrapper
