@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Hashable
 
 
 class Holds:
-    """Which pages of an arena are held, and by whom. The scheduler's thread calls it.
+    """Which pages of a rank's arenas are held, and by whom. The scheduler's thread calls it.
 
     Who holds is a copy, by whatever name its engine has for it. What was freed since the engine
     last made copies is held as well: some of it may be copied with the next ones.
@@ -25,12 +25,13 @@ class Holds:
         self._num_holders: dict[int, int] = {}  # of a page
         self._pages_of: dict[Hashable, set[int]] = {}
         self._later: dict[Hashable, Callable[[], Collection[int]]] = {}
-        self._freed: list[tuple[list[int], int]] = []  # a pool's freed ids, and its ids per page
+        # A pool's freed ids, its ids per page, and the number of its page 0.
+        self._freed: list[tuple[list[int], int, int]] = []
         self._freed_pages: set[int] = set()
 
     def __bool__(self) -> bool:
         is_held = self._num_holders or self._later or self._freed_pages
-        return bool(is_held or any(ids for ids, _ in self._freed))
+        return bool(is_held or any(ids for ids, _, _ in self._freed))
 
     @property
     def is_due(self) -> bool:
@@ -42,13 +43,13 @@ class Holds:
         """Copies that are open."""
         return len(self._pages_of) + len(self._later)
 
-    def freed_ids(self, ids_per_page: int) -> list[int]:
+    def freed_ids(self, ids_per_page: int, first_page: int = 0) -> list[int]:
         """Return the list to which a pool adds the ids of blocks that are freed.
 
         It is emptied, and never replaced.
         """
         ids: list[int] = []
-        self._freed.append((ids, ids_per_page))
+        self._freed.append((ids, ids_per_page, first_page))
         return ids
 
     def hold(self, pages: Collection[int], holder: Hashable) -> None:
@@ -77,7 +78,7 @@ class Holds:
 
     def settle(self) -> None:
         """Let go of what was freed: who copies some of it holds it by now."""
-        for ids, _ in self._freed:
+        for ids, _, _ in self._freed:
             if ids:
                 self.has_ended = True
                 ids.clear()
@@ -94,7 +95,7 @@ class Holds:
         """Return which of these pages are held."""
         for holder in list(self._later) if pages else ():
             self.hold(self._later.pop(holder)(), holder)
-        for ids, ids_per_page in self._freed:
-            self._freed_pages.update(block_id // ids_per_page for block_id in ids)
+        for ids, ids_per_page, first_page in self._freed:
+            self._freed_pages.update(first_page + block_id // ids_per_page for block_id in ids)
             ids.clear()
         return {page for page in pages if page in self._num_holders or page in self._freed_pages}

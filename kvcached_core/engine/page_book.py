@@ -1,7 +1,7 @@
 """The pages of an arena that no pool has, and the orders about all of its pages."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Hashable
 from heapq import heappop, heappush
 
 from kvcached_core.engine.holds import Holds
@@ -18,13 +18,14 @@ class PageBook:
     The pools of one arena share it, so a page has one order, whichever pool closes or opens it.
 
     Attributes:
-        holds: Which of these pages stay mapped for a copy.
+        holds: Which pages stay mapped for a copy, of the rank's other arenas, too.
 
     Args:
         num_pages: Pages of the arena. Page 0 is mapped for good, and is none of these.
         clock: Returns seconds.
         orders: Those about pages of a rank's other arenas, too, where it has several.
         first_page: The number of this arena's page 0 in them.
+        holds: Those of pages of the other arenas, too.
     """
 
     def __init__(
@@ -33,10 +34,11 @@ class PageBook:
         clock: Callable[[], float] = time.monotonic,
         orders: PendingOrders | None = None,
         first_page: int = 0,
+        holds: Holds | None = None,
     ) -> None:
         self.orders = PendingOrders() if orders is None else orders
         self.first_page = first_page
-        self.holds = Holds()
+        self.holds = Holds() if holds is None else holds
         self.num_promised = 0
         self._unmapped = list(range(1, num_pages))
         self._clock = clock
@@ -55,6 +57,18 @@ class PageBook:
     def put_back(self, page: int) -> None:
         """Have a page that is unmapped again."""
         heappush(self._unmapped, page)
+
+    def hold_later(self, find_pages: Callable[[], Collection[int]], holder: Hashable) -> None:
+        """See `Holds.hold_later`."""
+        first_page = self.first_page
+        self.holds.hold_later(lambda: {first_page + page for page in find_pages()}, holder)
+
+    def held_of(self, pages: Collection[int]) -> set[int]:
+        """See `Holds.held_of`."""
+        first_page = self.first_page
+        if not first_page:
+            return self.holds.held_of(pages)
+        return {page - first_page for page in self.holds.held_of([first_page + p for p in pages])}
 
     def need(self, page: int) -> None:
         """See `PendingOrders.need`."""

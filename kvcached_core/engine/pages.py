@@ -76,7 +76,7 @@ class Pages:
         self._num_spare_promised = self.max_spare_pages if shared is None else 0
         self.has_page_0 = shared is None
         self.book = shared or book or PageBook(num_pages, clock)
-        self.freed_ids = self.book.holds.freed_ids(geometry.ids_per_page)
+        self.freed_ids = self.book.holds.freed_ids(geometry.ids_per_page, self.book.first_page)
         self.on_close: Callable[[Sequence[int]], None] = lambda _pages: None
         self.num_promised = 0
         self.num_open_blocks = 0  # on open pages
@@ -169,17 +169,18 @@ class Pages:
 
         Their free blocks may be taken meanwhile.
         """
-        ids_per_page = self.geometry.ids_per_page
-        self.book.holds.hold({int(block_id) // ids_per_page for block_id in block_ids}, holder)
+        ids_per_page, first_page = self.geometry.ids_per_page, self.book.first_page
+        pages = {first_page + int(block_id) // ids_per_page for block_id in block_ids}
+        self.book.holds.hold(pages, holder)
 
     def hold_later(self, find_pages: Callable[[], Collection[int]], holder: Hashable) -> None:
         """As `hold`, where to find the pages waits for the device: they are when one is closed."""
-        self.book.holds.hold_later(find_pages, holder)
+        self.book.hold_later(find_pages, holder)
 
     def num_held_empty(self) -> int:
         """Return how many empty pages only a hold keeps mapped."""
-        holds = self.book.holds
-        return len(holds.held_of(self._blocks.empty_pages())) if holds else 0
+        book = self.book
+        return len(book.held_of(self._blocks.empty_pages())) if book.holds else 0
 
     def close_empty(self, max_pages: int, *, keep: int = 0) -> int:
         """Close up to `max_pages` spare and empty pages, all but `keep`; return how many it was.
@@ -188,8 +189,8 @@ class Pages:
         """
         empty, spare = self._blocks.empty_pages(), self._spare
         most_pages = len(empty) + len(spare) - keep
-        if holds := self.book.holds:
-            held = holds.held_of(empty)
+        if self.book.holds:
+            held = self.book.held_of(empty)
             empty = [page for page in empty if page not in held]
         num_pages = max(min(most_pages, len(empty) + len(spare), max_pages), 0)
         closed = [spare.pop() for _ in range(min(num_pages, len(spare)))]
@@ -205,7 +206,7 @@ class Pages:
             PageStateError: If one is not empty, or is held.
         """
         if pages:
-            if (holds := self.book.holds) and (held := holds.held_of(pages)):
+            if self.book.holds and (held := self.book.held_of(pages)):
                 raise PageStateError(f"pages {sorted(held)} cannot be closed: copies are open")
             self._blocks.remove(pages)
             self._open.difference_update(pages)

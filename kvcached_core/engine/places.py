@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kvcached_core.engine.holds import Holds
 from kvcached_core.engine.page_book import PageBook
 from kvcached_core.engine.pages import NUM_QUIET_PAGES
 from kvcached_core.engine.placing import Placing, Planes
@@ -81,7 +82,7 @@ class Places:
         self._backend = backend
         self._stream = stream
         self._places: list[Place] = []
-        self._orders = PendingOrders()  # of all arenas
+        self._orders, self._holds = PendingOrders(), Holds()  # of all arenas
         self._shared: PageBook | None = None  # that of two pools in one arena
 
     def add(self, planes: Planes) -> Place:
@@ -125,6 +126,6 @@ class Places:
         return {
             "num_quiet_pages": NUM_QUIET_PAGES if has_page_0_alone else 0,
             "shared": self._shared,
-            "book": PageBook(num_pages, clock, self._orders, place.first_page),
+            "book": PageBook(num_pages, clock, self._orders, place.first_page, self._holds),
             "clock": clock,
         }

@@ -30,6 +30,16 @@ COPIES = (
         )
     ),
     *uses(
+        "what is copied of sliding windows and states is read of it (kvcached_sglang/host_tier.py)",
+        *members(f"{_CONTROLLER}:CacheOperation", "pool_transfers"),
+        *members(f"{_CONTROLLER}:HiCacheAck", "num_bytes"),
+        *members(
+            f"{_SRT}.mem_cache.hicache_storage:PoolTransfer",
+            "device_indices indices_from_pool name",
+        ),
+        is_optional=True,
+    ),
+    *uses(
         "what drafts have in the host tier is counted, too (kvcached_sglang/host_tier.py)",
         *members(f"{_CONTROLLER}:HiCacheController", "has_draft mem_pool_host_draft"),
         is_optional=True,

@@ -1,6 +1,7 @@
 """Which pages copies hold, until when, and what is heard of the end."""
 
 from kvcached_core.engine.holds import Holds
+from kvcached_core.engine.page_book import PageBook
 
 PAGES = range(8)
 
@@ -95,3 +96,15 @@ def test_pages_that_are_dear_to_find_are_found_when_somebody_looks() -> None:
     holds.drop()
     assert not holds
     assert holds.held_of(PAGES) == set()
+
+
+def test_pages_of_two_arenas_are_held_apart() -> None:
+    holds = Holds()
+    first, second = PageBook(10, holds=holds), PageBook(10, first_page=10, holds=holds)
+    second.hold_later(lambda: {3}, "copy")
+    holds.freed_ids(4, second.first_page).append(9)
+    assert first.held_of([2, 3]) == set()
+    assert second.held_of([2, 3, 4]) == {2, 3}
+    holds.release("copy")
+    holds.settle()
+    assert second.held_of([2, 3, 4]) == set()

@@ -62,7 +62,7 @@ class Controller:
 def with_draft(controller: Controller) -> int:
     """Give a controller the host pools of SGLang with drafts; return a token's bytes in both."""
     keys, draft = controller.mem_pool_host, SimpleNamespace(size_per_token=2, size=100)
-    other = SimpleNamespace(size_per_token=5, size=30)  # its rows have numbers of its own
+    other = SimpleNamespace(size_per_token=5, size=30, available_size=lambda: 28)  # rows of its own
     pools = {"kv": keys, "draft": draft, "swa": other}
     entries = [SimpleNamespace(name=name, host_pool=pool) for name, pool in pools.items()]
     controller.mem_pool_host = SimpleNamespace(anchor_entry=entries[0], entries=entries)
@@ -300,7 +300,7 @@ def test_what_drafts_have_on_the_host_takes_room_and_is_counted(offloading: Offl
     assert offloading.tier.log == [
         ("grow", 100 * 2 * NUM_RANKS),
         ("stored", 4 * each, 0.0),
-        ("tell", True, 10 * each),
+        ("tell", True, 10 * each + 2 * 5 * NUM_RANKS),
     ]
     older: Any = Controller()
     older.has_draft, older.mem_pool_host_draft = True, SimpleNamespace(size_per_token=2, size=50)

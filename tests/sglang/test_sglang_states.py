@@ -282,3 +282,18 @@ def test_what_lies_beside_states_is_refused_by_name(name: str) -> None:
     assert obstacles.has_elastic_states(runner)
     arguments.max_mamba_cache_size = 60
     assert not obstacles.has_elastic_states(runner)
+
+
+def test_a_page_of_states_that_are_copied_stays_until_the_copy_has_ended(ours: Hybrid) -> None:
+    engine, pages = ours.engine, ours.slots.pages
+    slots = ours.take(1 + pages.geometry.blocks_per_page)
+    assert [engine.pool_of(name) for name in ("kv", "mamba", "swa")] == [0, 1, None]
+    engine.check_copied(slots, 1)
+    engine.hold([slots[-1:]], 7, 1)
+    held = int(slots[-1]) // pages.geometry.ids_per_page
+    ours.allocator.free(slots)
+    engine.giving.give(WantedPages(NUM_PAGES, 0))
+    assert [*pages.open_pages] == [0, held]  # page 0 has the padding state
+    engine.release(7)
+    assert engine.giving.close(NUM_PAGES) == 1
+    assert [*pages.open_pages] == [0]

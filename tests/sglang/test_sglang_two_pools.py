@@ -33,6 +33,7 @@ from kvcached_core.engine.ranks import WantedPages
 from kvcached_core.units import MIB
 from kvcached_sglang import hooks
 from kvcached_sglang.engine import SglangEngine
+from kvcached_sglang.open_copies import OpenCopies
 
 pytestmark = pytest.mark.sglang
 
@@ -217,4 +218,40 @@ def test_more_than_there_is_is_promised_to_both_pools_alike(tmp_path: Path) -> N
     engine.before_schedule()
     assert allocator.full_available_size() >= 2 * NUM_WINDOW_TOKENS - 100
     assert allocator.swa_available_size() == NUM_WINDOW_TOKENS
+    close(engine, allocator)
+
+
+def test_pages_of_a_window_go_only_when_the_copy_of_their_tokens_has_ended(tmp_path: Path) -> None:
+    engine, allocator = build_elastic(tmp_path / "kv")
+    let_schedule(engine, NO_CACHE)
+    engine.memory.keeper.wait()
+    engine.ranks.look()
+    tokens = allocator.alloc(90)
+    tell(engine)
+    in_window = allocator.translate_loc_from_full_to_swa(tokens)
+    pools = [
+        SimpleNamespace(name="swa", device_indices=in_window[-1:], indices_from_pool=None),
+        SimpleNamespace(name="draft", device_indices=tokens, indices_from_pool="kv"),
+    ]
+    operation = SimpleNamespace(device_indices=tokens[:0], pool_transfers=pools)
+    host = SimpleNamespace(size_per_token=1, size=9, available_size=lambda: 9)
+    controller = SimpleNamespace(
+        write_queue=[operation],
+        ack_write_queue=[],
+        ack_load_queue=[],
+        storage_backend=None,
+        mem_pool_host=host,
+    )
+    copies = OpenCopies(engine, None, 1)
+    copies.store(controller, lambda: controller.ack_write_queue.append(SimpleNamespace()))
+    full, window = (one.pages for one in engine.free_lists)
+    assert (copies.num_tokens, window.num_open_pages > 1) == (0, True)
+    allocator.free(tokens)
+    engine.giving.give(WantedPages(NUM_PAGES, 0))
+    assert [*window.open_pages] == [int(in_window[-1]) // window.geometry.ids_per_page]
+    assert not full.num_open_pages
+    controller.ack_write_queue.clear()
+    copies.settle()
+    engine.giving.give(WantedPages(NUM_PAGES, 0))
+    assert not window.num_open_pages
     close(engine, allocator)

@@ -1,6 +1,7 @@
 """One SGLang scheduler's memory: what SGLang's settings say of it, and the one of this process."""
 
 import logging
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import Config, read_config
@@ -19,7 +20,7 @@ from kvcached_patches.around import around_found
 from kvcached_sglang.demand import named_blocks
 from kvcached_sglang.drafts import Drafts
 from kvcached_sglang.elastic_weights import may_yield
-from kvcached_sglang.host_tier import SETTING, is_offloading, tier_bytes
+from kvcached_sglang.host_tier import KEYS, SETTING, STATES, WINDOW, is_offloading, tier_bytes
 from kvcached_sglang.obstacles import has_elastic_states, has_stages, has_two_pools
 from kvcached_sglang.open_copies import OpenCopies
 from kvcached_sglang.port import SglangPort
@@ -142,20 +143,42 @@ class SglangEngine(LoopingEngine):
         if self.states is not None:
             self.states.check(scheduler, batch)
 
-    def check_copied(self, tokens: Any) -> None:
-        """Refuse a copy of a token whose block is not mapped."""
-        self._check_blocks((tokens // self.port.block_tokens).tolist())
+    def pool_of(self, name: str) -> int | None:
+        """Return which of our pools SGLang's HiCache calls so; None where none of ours is meant."""
+        if name == KEYS:
+            return 0
+        second = STATES if self.states is not None else WINDOW
+        return 1 if name == second and len(self.free_lists) > 1 else None
 
-    def _check_blocks(self, named: list[int]) -> None:
-        pages = self.pools[0]
+    def check_copied(self, ids: Any, pool: int) -> None:
+        """Refuse a copy of what is not mapped."""
+        self._check_blocks((ids // self._block_ids(pool)).tolist(), pool)
+
+    def _check_blocks(self, named: list[int], pool: int = 0) -> None:
+        pages = self.pools[pool]
         self.memory.check_blocks(named, pages.geometry, pages.book.first_page)  # type: ignore[union-attr]
 
-    def hold(self, tokens: list[Any], number: int) -> None:
-        """Keep the pages of tokens mapped, tensors of their ids, until that copy is released."""
+    def hold(self, ids: list[Any], number: int, pool: int = 0) -> None:
+        """Keep the pages of tokens or states mapped until that copy is released.
+
+        Args:
+            ids: Tensors of their ids.
+            number: The copy's.
+            pool: Which of the pools has them.
+        """
         import torch
 
-        block_tokens = self.port.block_tokens
-        self.free_lists[0].hold(lambda: torch.cat(tokens) // block_tokens, number)
+        block_ids = self._block_ids(pool)
+        self.free_lists[pool].hold(lambda: torch.cat(ids) // block_ids, (number, pool))
+
+    def release(self, holder: Hashable) -> None:
+        """Let go of what a copy held, in all pools; see `ElasticEngine.release`."""
+        for pool in range(len(self.pools)):
+            super().release((holder, pool))
+
+    def _block_ids(self, pool: int) -> int:
+        """Return how many of SGLang's ids are a block of a pool: a state is one."""
+        return 1 if pool and self.states is not None else self.port.block_tokens
 
     def map_for_copies(self) -> None:
         """Have all mapped, and zeroed, that was opened since the schedule began."""

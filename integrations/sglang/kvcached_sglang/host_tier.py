@@ -13,11 +13,16 @@ SERVED_BACKENDS = ("direct", "kernel")
 # Where a block of a layer is, in the host's memory, as these back-ends copy it.
 SERVED_LAYOUTS = ("layer_first", "page_first", "page_first_direct")
 
-# What SGLang calls host pools of drafts whose rows have the numbers of the target's.
+# What SGLang calls its host pools: those with rows of their own, and those of drafts, whose rows
+# have the numbers of the target's.
+KEYS, WINDOW, STATES = "kv", "swa", "mamba"
 DRAFTS = ("draft", "draft_indexer")
 
 # A module of the first release whose host tier may be smaller than the device's pool.
 _FIRST_MODULE = "sglang.srt.mem_cache.unified_memory_pool"
+
+# One of releases that copy the pools of sliding windows and states by the same transfers as keys.
+_TRANSFERS_MODULE = "sglang.srt.mem_cache.l2_transfer"
 
 _REMOVE = "or remove --enable-hierarchical-cache"
 
@@ -27,9 +32,15 @@ def is_offloading(arguments: Any) -> bool:
     return bool(getattr(arguments, "enable_hierarchical_cache", False))
 
 
+def has_tier_of_pools() -> bool:
+    """Return whether this release's host tier has sliding windows and states as one that ran."""
+    return find_spec(_TRANSFERS_MODULE) is not None
+
+
 def tier_bytes(arguments: Any) -> int:
     """Return the host memory that all ranks of a server take for copies together, in bytes."""
-    num_bytes: int = arguments.hicache_size * SETTING_BYTES * arguments.tp_size
+    num_ranks = arguments.tp_size * getattr(arguments, "pp_size", 1)
+    num_bytes: int = arguments.hicache_size * SETTING_BYTES * num_ranks
     return num_bytes
 
 
@@ -48,6 +59,26 @@ def host_pools(controller: Any) -> Iterator[Any]:
         return
     yield anchor.host_pool
     yield from (each.host_pool for each in pool.entries if str(each.name) in DRAFTS)
+
+
+def other_host_pools(controller: Any) -> list[Any]:
+    """Return the host pools of sliding windows and states, which have rows of their own."""
+    entries = getattr(controller.mem_pool_host, "entries", ())
+    return [each.host_pool for each in entries if str(each.name) in (WINDOW, STATES)]
+
+
+def copied_ids(operations: list[Any]) -> dict[str, list[Any]]:
+    """Return the ids of the device that copies name, tensors of them by the name of a pool.
+
+    Args:
+        operations: Those of SGLang's controller that wait for their start.
+    """
+    found = {KEYS: [each.device_indices for each in operations if len(each.device_indices)]}
+    for operation in operations:
+        for transfer in getattr(operation, "pool_transfers", None) or ():
+            if transfer.indices_from_pool is None:  # the others have the ids of that pool
+                found.setdefault(str(transfer.name), []).append(transfer.device_indices)
+    return {name: ids for name, ids in found.items() if ids}
 
 
 def disk_folders(controller: Any) -> tuple[str, ...]:

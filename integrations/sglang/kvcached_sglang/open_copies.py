@@ -5,12 +5,17 @@ pages not empty. It forgets both at a reset, where a copy would go on. The pages
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from kvcached_sglang.host_tier import disk_folders, host_pools
+from kvcached_sglang.host_tier import (
+    copied_ids,
+    disk_folders,
+    host_pools,
+    other_host_pools,
+)
 
 if TYPE_CHECKING:
     from kvcached_core.weights.counted_tier import CountedTier
@@ -24,11 +29,13 @@ class Copy:
     Attributes:
         number: Its holder.
         num_tokens: Tokens of it.
+        num_bytes: What it copies, on all ranks.
         began_at: When it was begun, in seconds.
     """
 
     number: int
     num_tokens: int
+    num_bytes: int
     began_at: float
 
 
@@ -90,7 +97,7 @@ class OpenCopies:
         self._check(operations)
         start()
         if len(controller.ack_write_queue) > num_before:
-            self._stores.append(self._begin(operations))
+            self._stores.append(self._begin(operations, controller.ack_write_queue[-1]))
 
     def load(self, controller: Any, start: Callable[[], Any]) -> Any:
         """Have SGLang begin to copy what it has queued to the device; hold what that writes.
@@ -104,7 +111,7 @@ class OpenCopies:
         self._check(operations)
         answer = start()
         if len(controller.ack_load_queue) > num_before:
-            self._loads.append(self._begin(operations))
+            self._loads.append(self._begin(operations, controller.ack_load_queue[-1]))
             if self._tier is not None:
                 for operation in operations:
                     self._tier.hit(len(operation.host_indices))
@@ -129,8 +136,7 @@ class OpenCopies:
                 self._engine.release(copy.number)
                 if tier is not None:
                     note = tier.stored if copies is self._stores else tier.loaded
-                    num_bytes = copy.num_tokens * self._token_bytes()
-                    note(num_bytes, self._clock() - copy.began_at)
+                    note(copy.num_bytes, self._clock() - copy.began_at)
         if has_ended and tier is not None:
             tier.tell(is_last=not self, held_bytes=self._held_bytes())
 
@@ -188,16 +194,27 @@ class OpenCopies:
             each.finish_event.synchronize()
         return bool(acknowledgements)
 
-    def _begin(self, operations: list[Any]) -> Copy:
-        tokens = [operation.device_indices for operation in operations]
-        number = next(self._numbers)
-        self._engine.hold(tokens, number)
-        return Copy(number, sum(map(len, tokens)), self._clock())
+    def _begin(self, operations: list[Any], acknowledgement: Any) -> Copy:
+        number, num_tokens = next(self._numbers), 0
+        for pool, ids in self._named(operations):
+            self._engine.hold(ids, number, pool)
+            num_tokens += 0 if pool else sum(map(len, ids))
+        num_bytes = getattr(acknowledgement, "num_bytes", 0) * self._num_ranks
+        num_bytes = num_bytes or num_tokens * self._token_bytes()  # older ones do not say it
+        return Copy(number, num_tokens, num_bytes, self._clock())
 
     def _check(self, operations: list[Any]) -> None:
         if self._engine.config.debug:
-            for operation in operations:
-                self._engine.check_copied(operation.device_indices)
+            for pool, ids in self._named(operations):
+                for each in ids:
+                    self._engine.check_copied(each, pool)
+
+    def _named(self, operations: list[Any]) -> Iterator[tuple[int, list[Any]]]:
+        """Yield what copies name of each of our pools."""
+        for name, ids in copied_ids(operations).items():
+            pool = self._engine.pool_of(name)
+            if pool is not None:
+                yield pool, ids
 
     def _token_bytes(self) -> int:
         sizes = (int(pool.size_per_token) for pool in host_pools(self._controller))
@@ -205,4 +222,8 @@ class OpenCopies:
 
     def _held_bytes(self) -> int:
         keys = next(host_pools(self._controller))
-        return int(keys.size - keys.available_size()) * self._token_bytes()
+        others = sum(
+            int(pool.size - pool.available_size()) * int(pool.size_per_token) * self._num_ranks
+            for pool in other_host_pools(self._controller)
+        )
+        return int(keys.size - keys.available_size()) * self._token_bytes() + others
