@@ -7,6 +7,7 @@ unmapped meanwhile ends the process, and rows that are loaded as others than wer
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,8 @@ class Copier:
         """Stand in for `backup_from_device_all_layer`."""
         targets, sources = host_ids.clone(), device_ids.clone()
         expected = [
-            [sums_of(plane[sources]) for plane in (device.k_buffer[layer], device.v_buffer[layer])]
-            for layer in range(host.layer_num)
+            [sums_of(plane[sources]) for _, plane in planes_of(host, device, layer)]
+            for layer in range(num_layers(host))
         ]
 
         def copy() -> None:
@@ -100,9 +101,10 @@ class Copier:
                 ):
                     self._fail(f"rows {sources.tolist()[:8]} are not what was stored")
                 if kind == 0 and self._is_spoiled(host):
-                    rows = rows.flip(0)  # with all of a token's planes nobody would see it
+                    # With all of a token's planes nobody would see it.
+                    rows = rows.flip(0) if len(rows) > 1 else -rows
                 device_rows[targets] = rows
-            if layer == host.layer_num - 1:
+            if layer == num_layers(host) - 1:
                 self._counts.loaded_rows += len(sources)
                 self._counts.num_loads += 1
                 self._tell()
@@ -118,7 +120,8 @@ class Copier:
     def _is_spoiled(self, host: Any) -> bool:
         if self._spoiled is None or not self._spoiled.exists():
             return False
-        return self._spoiled.read_text() in ("", getattr(host, "pool_label", ""))
+        label = "mamba" if is_of_states(host) else getattr(host, "pool_label", "")
+        return self._spoiled.read_text() in ("", label)
 
     def _fail(self, fault: str) -> None:
         self._counts.fault = self._counts.fault or fault
@@ -126,13 +129,28 @@ class Copier:
 
     def _tell(self) -> None:
         if self._report is not None:
-            unfinished = self._report.with_suffix(".new")
+            unfinished = self._report.with_suffix(f".{os.getpid()}")  # each rank has its own
             unfinished.write_text(json.dumps(asdict(self._counts)))
             unfinished.replace(self._report)
 
 
+def is_of_states(host: Any) -> bool:
+    """Return whether a host pool has states, and no keys and values."""
+    return hasattr(host, "conv_buffer")
+
+
+def num_layers(host: Any) -> int:
+    """Return how many layers a host pool has rows of."""
+    return int(host.num_mamba_layers if is_of_states(host) else host.layer_num)
+
+
 def planes_of(host: Any, device: Any, layer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the host's and the device's rows of a layer, of keys and of values."""
+    """Return the host's and the device's rows of a layer: keys and values, or parts of a state."""
+    if is_of_states(host):  # whose layouts have the rows outside
+        parts = [*zip(host.conv_buffer, host.buffer_info.conv, strict=True)]
+        if host.temporal_state_elem_size:
+            parts.append((host.temporal_buffer, host.buffer_info.temporal))
+        return [(rows[:, layer, 0], states[layer]) for rows, states in parts]
     return [
         (host.k_data_refs[layer], device.k_buffer[layer]),
         (host.v_data_refs[layer], device.v_buffer[layer]),
@@ -188,8 +206,13 @@ def install() -> None:
 
     pool.get_dummy_flat_data_page = page_of
     pool.set_from_flat_data_page = set_page
-    pool.backup_from_device_all_layer = store
-    pool.load_to_device_per_layer = load
+    classes = [pool]
+    with suppress(ModuleNotFoundError):  # of newer releases alone
+        states = importlib.import_module("sglang.srt.mem_cache.pool_host.mamba")
+        classes.append(states.MambaPoolHost)
+    for each in classes:
+        each.backup_from_device_all_layer = store
+        each.load_to_device_per_layer = load
     if os.environ.get(DEFECT) == UNMAPPED:
         from kvcached_sglang.engine import SglangEngine
 

@@ -42,5 +42,7 @@ def spoil(runner: Any, batch: Any) -> None:
     """Let the target, or the draft, have nothing as the keys of all tokens of a batch."""
     table = batch.req_to_token_pool.req_to_token
     for row, length in zip(batch.req_pool_indices.tolist(), batch.seq_lens.tolist(), strict=True):
-        for plane in runner.token_to_kv_pool.k_buffer:
+        pool = runner.token_to_kv_pool
+        pool = getattr(pool, "full_kv_pool", pool)  # of all layers, or of some
+        for plane in pool.k_buffer:
             plane[table[row, :length].long()] = 0

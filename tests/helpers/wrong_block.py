@@ -46,6 +46,7 @@ def _with_wrong_blocks(original: Any) -> Any:
             for row in forward_batch.req_pool_indices.tolist():
                 first, other = table[row, :2].tolist()
                 pool = self.token_to_kv_pool
+                pool = getattr(pool, "full_kv_pool", pool)  # of all layers, or of some
                 for plane in (*pool.k_buffer, *pool.v_buffer):
                     plane[first] = plane[other]
         return original(self, forward_batch, *args, **kwargs)

@@ -79,7 +79,12 @@ def test_a_release_that_needs_a_larger_tier_than_its_pool_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["window", "states"])
-def test_layers_that_differ_are_refused_with_a_tier(kind: str) -> None:
+@pytest.mark.parametrize("is_older", [False, True])
+def test_layers_that_differ_are_refused_with_a_tier_of_older_releases(
+    monkeypatch: pytest.MonkeyPatch, kind: str, *, is_older: bool
+) -> None:
+    module = "kvcached_sglang.no_such_module" if is_older else "kvcached_sglang.host_tier"
+    monkeypatch.setattr("kvcached_sglang.host_tier._TRANSFERS_MODULE", module)
     runner: Any = SimpleNamespace(
         device="cpu",
         is_hybrid_swa=kind == "window",
@@ -89,11 +94,12 @@ def test_layers_that_differ_are_refused_with_a_tier(kind: str) -> None:
     )
     with patch("kvcached_sglang.obstacles._fits_one_pool", lambda _config: True):
         reasons = list(model_obstacles(runner))
-    assert [reason for reason in reasons if "HiCache" in reason]
+    assert is_older == any("HiCache" in reason for reason in reasons)
 
 
 def test_its_size_is_what_all_ranks_take() -> None:
     assert tier_bytes(arguments()) == 8 * 10**9
+    assert tier_bytes(arguments(pp_size=2)) == 16 * 10**9
     assert is_offloading(arguments())
     assert not is_offloading(SimpleNamespace())
 

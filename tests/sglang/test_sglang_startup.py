@@ -103,12 +103,12 @@ def test_flags_in_sglangs_configuration_file_do_the_same(model: Any, tmp_path: P
 
 
 def test_a_refused_flag_of_sglangs_ends_the_start_with_one_message(model: Any) -> None:
-    refused = ("--enable-kvcached", "--enable-hierarchical-cache", "--pp-size", "2")
+    refused = ("--enable-kvcached", "--enable-hierarchical-cache", "--dcp-size", "2")
     done = run(PARSE_ONLY, "--model-path", str(model), "--device", "cpu", *refused)
     assert done.returncode == 1
     assert done.stderr.count("kvcached: ") == 1
     assert "HiCache: --hicache-ratio is a part" in done.stderr
-    assert "set --pp-size 1" in done.stderr
+    assert "set --dcp-size 1" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -178,6 +178,12 @@ MIX = {"is_hybrid_swa": True, "attention_backend": "fa3"}
         {"attn_dp_size": 1, "dwdp_size": 1, "enable_dp_attention": True},
         {"dp_size": 2},
         {"pp_size": 2},
+        {"pp_size": 2, "dp_size": 2, **OFFLOADING},
+        {"pp_size": 2, "speculative_algorithm": "EAGLE"},
+        {"dp_size": 2, "speculative_algorithm": "STANDALONE", **OFFLOADING},
+        {"speculative_algorithm": "NGRAM", **HYBRID},
+        {"dp_size": 2, **HYBRID},
+        {"dp_size": 2, **MIX},
         {"dp_size": 2, "speculative_algorithm": "NGRAM", **OFFLOADING},
         {"speculative_algorithm": "EAGLE", **OFFLOADING},
         {"is_hybrid_swa": True, "attention_backend": "fa3", "model": "MiMoV2FlashForCausalLM"},
@@ -197,25 +203,20 @@ def test_plain_models_mixes_and_hybrids_are_served(
     ("changes", "reason"),
     [
         ({"dcp_size": 2}, "set --dcp-size 1"),
-        ({"pp_size": 2, "dp_size": 2}, "of stages: nobody has tried it; set --dp-size 1 or --pp"),
-        (
-            {"pp_size": 2, "enable_hierarchical_cache": True},
-            "parallelism with --enable-hierarchical-cache: nobody has tried it; set --pp-size 1",
-        ),
-        (HYBRID | {"pp_size": 2}, "sliding windows or states: nobody has tried it; set --pp-size"),
-        (
-            {"dp_size": 2, "speculative_algorithm": "EAGLE"},
-            "with --speculative-algorithm and a draft model: nobody has tried it; set --dp-size 1",
-        ),
         (
             {"dp_size": 2, "enable_memory_saver": True},
             "with --enable-memory-saver: nobody has tried it; set --dp-size 1",
         ),
         (
-            {"pp_size": 2, "speculative_algorithm": "NGRAM"},
-            "with --speculative-algorithm: nobody has tried it; set --pp-size 1",
+            {"pp_size": 2, "enable_memory_saver": True},
+            "with --enable-memory-saver: nobody has tried it; set --pp-size 1",
         ),
-        (HYBRID | {"dp_size": 2}, "sliding windows or states: nobody has tried it; set --dp-size"),
+        (MIX | {"pp_size": 2}, "sliding windows or states: nobody has tried it; set --pp-size"),
+        (HYBRID | {"pp_size": 2}, "sliding windows or states: nobody has tried it; set --pp-size"),
+        (
+            {"pp_size": 2, "speculative_algorithm": "NGRAM"},
+            "pipeline parallelism with --speculative-algorithm: SGLang itself serves EAGLE alone",
+        ),
         ({"attn_dp_size": 2}, "set --attn-dp-size 1"),
         ({"dwdp_size": 2}, "set --dwdp-size 1"),
         ({"dp_size": 2, "enable_dp_attention": True}, "remove --enable-dp-attention"),
@@ -235,8 +236,8 @@ def test_plain_models_mixes_and_hybrids_are_served(
             "speculative decoding of a model with sliding windows or states",
         ),
         (
-            HYBRID | {"speculative_algorithm": "NGRAM", "max_mamba_cache_size": 8},
-            "speculative decoding of a model with sliding windows or states",
+            HYBRID | {"speculative_algorithm": "EAGLE"},
+            "by a draft model of a model with sliding windows or states",
         ),
         (
             {"is_hybrid_swa": False, "model": "MiMoV2FlashForCausalLM"},

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from inspect import signature
 from typing import Any
 
-from kvcached_sglang.host_tier import is_offloading, tier_obstacles
+from kvcached_sglang.host_tier import has_tier_of_pools, is_offloading, tier_obstacles
 from kvcached_sglang.speculating import REMOVE, algorithm_of, draft_obstacles, has_draft_model
 
 ATTENTION_RANKS = "data-parallel attention: not served yet"
@@ -43,7 +43,9 @@ OBSTACLES = {
     "dllm_algorithm": (None, "diffusion models: not served yet; remove --dllm-algorithm"),
 }
 DEVICES = ("cpu", "cuda")
-STAGES = "--pp-size"
+
+# What SGLang drafts by on its last stage, if SGLANG_ENABLE_PP_SPEC says so: one method, two names.
+DRAFTS_OF_STAGES = ("EAGLE", "NEXTN")
 
 # What keeps addresses of weights, or moves weights by itself: they stay, the KV cache is elastic.
 WEIGHT_OBSTACLES = {
@@ -107,13 +109,16 @@ def argument_obstacles(arguments: Any) -> Iterator[str]:
     for name, (allowed, reason) in OBSTACLES.items():
         if getattr(arguments, name, allowed) != allowed:
             yield reason
-    for setting, kind in _parallel(arguments):
-        for what in _untried_with(arguments, are_stages=setting == STAGES):
-            yield f"{kind} with {what}: nobody has tried it; set {setting} 1"
+    if getattr(arguments, "enable_memory_saver", False):
+        for setting, kind in _parallel(arguments):
+            yield f"{kind} with --enable-memory-saver: nobody has tried it; set {setting} 1"
+    if has_stages(arguments) and algorithm_of(arguments) not in (None, *DRAFTS_OF_STAGES):
+        yield (
+            "pipeline parallelism with --speculative-algorithm: SGLang itself serves EAGLE alone "
+            f"there; set --speculative-algorithm EAGLE, {REMOVE}, or set --pp-size 1"
+        )
     if getattr(arguments, "enable_dp_attention", False) and has_ranks(arguments):
         yield f"{ATTENTION_RANKS}; remove --enable-dp-attention"
-    if has_ranks(arguments) and has_stages(arguments):
-        yield "data parallelism of stages: nobody has tried it; set --dp-size 1 or --pp-size 1"
     yield from tier_obstacles(arguments)
     yield from draft_obstacles(arguments)
     device = getattr(arguments, "device", None)
@@ -157,9 +162,8 @@ def model_obstacles(runner: Any) -> Iterator[str]:
                 f"attention backend {backend}: it reads the window's pool at ids of the other one; "
                 f"set --attention-backend to one of {served}, or --disable-hybrid-swa-memory"
             )
-    if has_two_pools(runner) or has_states(runner):
-        for what, remedy in _untried_beside(arguments):
-            yield f"{what} of a model with sliding windows or states: nobody has tried it; {remedy}"
+    for what, remedy in _untried_beside(runner):
+        yield f"{what} of a model with sliding windows or states: nobody has tried it; {remedy}"
     if has_elastic_states(runner):
         for reason in _state_obstacles(runner):
             yield f"states of mamba or linear attention: {reason}; set {FIXED_STATES}"
@@ -175,29 +179,22 @@ def _parallel(arguments: Any) -> Iterator[tuple[str, str]]:
     if has_ranks(arguments):
         yield "--dp-size", "data parallelism"
     if has_stages(arguments):
-        yield STAGES, "pipeline parallelism"
+        yield "--pp-size", "pipeline parallelism"
 
 
-def _untried_with(arguments: Any, *, are_stages: bool) -> Iterator[str]:
-    """Yield what nobody has tried with ranks that do not all share each step."""
-    if getattr(arguments, "enable_memory_saver", False):
-        yield "--enable-memory-saver"
-    if are_stages and is_offloading(arguments):
-        yield "--enable-hierarchical-cache"
-    if has_draft_model(arguments):
-        yield "--speculative-algorithm and a draft model"
-    elif are_stages and algorithm_of(arguments) is not None:
-        yield "--speculative-algorithm"
-
-
-def _untried_beside(arguments: Any) -> Iterator[tuple[str, str]]:
+def _untried_beside(runner: Any) -> Iterator[tuple[str, str]]:
     """Yield what nobody has tried with a second pool, and what to change."""
-    if is_offloading(arguments):
-        yield "HiCache", "remove --enable-hierarchical-cache"
-    if algorithm_of(arguments) is not None:
+    arguments = runner.server_args
+    if not (has_two_pools(runner) or has_states(runner)):
+        return
+    if is_offloading(arguments) and not has_tier_of_pools():
+        yield "HiCache", "remove --enable-hierarchical-cache, or install a newer SGLang"
+    if has_stages(arguments):
+        yield "pipeline parallelism", "set --pp-size 1"
+    if has_two_pools(runner) and algorithm_of(arguments) is not None:
         yield "speculative decoding", REMOVE
-    for setting, kind in _parallel(arguments):
-        yield kind, f"set {setting} 1"
+    elif has_draft_model(arguments):
+        yield "speculative decoding by a draft model", REMOVE
 
 
 def has_stages(arguments: Any) -> bool:
