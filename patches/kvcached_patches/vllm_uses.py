@@ -340,6 +340,7 @@ _OFFLOADS = (
     *uses(
         "blocks that a window has left, which it shall forget with their pages",
         f"{_PLAN}:ChunkedLocalAttentionSpec",
+        f"{_PLAN}:MambaSpec",
         f"{_PLAN}:SlidingWindowSpec",
     ),
     *uses(

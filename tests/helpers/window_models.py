@@ -1,10 +1,18 @@
-"""A tiny model, some of whose layers keep only the last tokens, with weights."""
+"""Tiny models, some of whose layers keep only the last tokens, or a state, with weights."""
 
 import json
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
 from kvcached_demo.harness.model import CONFIG, make_model
 
+# What vLLM reads of an LFM2's settings beside what Transformers writes.
+WIDTHS = ("conv_dim", "conv_dim_out", "block_dim")
+WEIGHTS = "model.safetensors"
+# Attention that looks at few tokens, and words that count less than what layers make of them.
+SCALES = {"embed_tokens": 0.02, "q_layernorm": 4.0}
 WINDOW_TOKENS = 64
 LAYERS = ["full_attention", "sliding_attention"] * 2
 
@@ -14,4 +22,23 @@ def make_window_model(folder: Path, *, seed: int) -> Path:
     make_model(folder, seed=seed)
     config = CONFIG | {"layer_types": LAYERS, "sliding_window": WINDOW_TOKENS}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return folder
+
+
+def make_state_model(folder: Path) -> Path:
+    """Write an LFM2: attention and short convolutions, of which each request has a state.
+
+    vLLM reads words as it writes them: were they large, each answer would be the last word again.
+    """
+    from helpers.sglang_models import lfm2, save
+
+    file = save(lfm2, folder) / "config.json"
+    config = json.loads(file.read_text())
+    widths = dict.fromkeys(WIDTHS, config["hidden_size"])
+    file.write_text(json.dumps(config | widths | {"block_ff_dim": config["intermediate_size"]}))
+    scaled = {
+        name: weight * np.float32(SCALES.get(name.split(".")[-2], 1.0))
+        for name, weight in load_file(folder / WEIGHTS).items()
+    }
+    save_file(scaled, folder / WEIGHTS, metadata={"format": "pt"})
     return folder

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from helpers.engines import Run, finish, offline_in
 from helpers.offload_runs import GONE, MIB, check_race, copier, end_of, ours, race
-from helpers.window_models import make_window_model
+from helpers.window_models import make_state_model, make_window_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.every_release]
 
@@ -77,3 +77,17 @@ def test_it_is_read_without_memory_where_vllm_goes_on_to_name_it(
 def test_no_copy_of_a_window_meets_a_page_that_was_given_away(model: Path, tmp_path: Path) -> None:
     start = offline_in(tmp_path, model)
     check_race(race(start, tmp_path, seed=0, num_requests=150, prefix_tokens=(250, 420)))
+
+
+def test_vllm_alone_gives_other_answers_from_states_that_come_back(tmp_path: Path) -> None:
+    start = offline_in(tmp_path, make_state_model(tmp_path / "states"))
+    started = [
+        start(VANILLA, "offload_rounds"),
+        start(VANILLA, "offload_rounds", copier=copier(tmp_path)),
+    ]
+    plain, offloaded = map(finish, started)
+    assert (plain.returncode, offloaded.returncode) == (0, 0), offloaded.errors[-4000:]
+    first, again = plain.report["tokens"]
+    assert first == again == offloaded.report["tokens"][0]
+    assert offloaded.report["num_hit_tokens"] > 0
+    assert offloaded.report["tokens"][1] != again  # else they may be served

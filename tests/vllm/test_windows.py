@@ -8,7 +8,7 @@ import torch
 
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.geometry import Geometry
-from kvcached_vllm.windows import forget_closed, has_windows, refuse_states
+from kvcached_vllm.windows import forget_closed, has_windows, refuse_unknown
 
 pytestmark = [pytest.mark.vllm, pytest.mark.older_release]
 
@@ -20,30 +20,31 @@ def plan(*kinds: str) -> Any:
     """Return a plan with a group of layers of each kind."""
     from vllm.v1 import kv_cache_interface
 
-    more: dict[str, dict[str, Any]] = {
-        "SlidingWindowSpec": {"sliding_window": 64},
-        "ChunkedLocalAttentionSpec": {"attention_chunk_size": 64},
+    attention = SIZES | {"dtype": torch.float32}
+    options: dict[str, dict[str, Any]] = {
+        "FullAttentionSpec": attention,
+        "CrossAttentionSpec": attention,
+        "SlidingWindowSpec": attention | {"sliding_window": 64},
+        "ChunkedLocalAttentionSpec": attention | {"attention_chunk_size": 64},
+        "MambaSpec": {"block_size": 16, "shapes": ((2, 2),), "dtypes": (torch.float32,)},
     }
-    specs = [
-        kv_cache_interface.MambaSpec(block_size=16, shapes=((2, 2),), dtypes=(torch.float32,))
-        if kind == "MambaSpec"
-        else getattr(kv_cache_interface, kind)(**SIZES, dtype=torch.float32, **more.get(kind, {}))
-        for kind in kinds
-    ]
+    specs = [getattr(kv_cache_interface, kind)(**options[kind]) for kind in kinds]
     return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=one) for one in specs])
 
 
-@pytest.mark.parametrize("window", ["SlidingWindowSpec", "ChunkedLocalAttentionSpec"])
-def test_windows_are_served_beside_a_connector(window: str) -> None:
-    full, mixed = plan("FullAttentionSpec"), plan("FullAttentionSpec", window)
+@pytest.mark.parametrize("kind", ["SlidingWindowSpec", "ChunkedLocalAttentionSpec"])
+def test_windows_are_served_beside_a_connector(kind: str) -> None:
+    full, mixed = plan("FullAttentionSpec"), plan("FullAttentionSpec", kind)
     assert (has_windows(full), has_windows(mixed)) == (False, True)
-    refuse_states(mixed)
+    refuse_unknown(mixed)
 
 
-def test_states_are_refused_beside_a_connector() -> None:
-    mixed = plan("FullAttentionSpec", "MambaSpec")
-    with pytest.raises(UnsupportedEngineError, match=r"states .*remove --kv-offloading-size"):
-        refuse_states(mixed)
+@pytest.mark.parametrize(
+    ("kind", "named"), [("CrossAttentionSpec", "a CrossAttentionSpec"), ("MambaSpec", "states")]
+)
+def test_other_layers_are_refused_by_name_beside_a_connector(kind: str, named: str) -> None:
+    with pytest.raises(UnsupportedEngineError, match=rf"{named}.*remove --kv-offloading-size"):
+        refuse_unknown(plan("FullAttentionSpec", kind))
 
 
 @pytest.mark.parametrize(

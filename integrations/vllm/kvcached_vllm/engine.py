@@ -22,7 +22,7 @@ from kvcached_vllm.obstacles import layer_obstacle
 from kvcached_vllm.open_copies import OpenCopies
 from kvcached_vllm.port import VllmPort
 from kvcached_vllm.startup import startup
-from kvcached_vllm.windows import forget_closed, has_windows, refuse_states
+from kvcached_vllm.windows import forget_closed, has_windows, refuse_unknown
 
 
 class VllmEngine(CentralEngine):
@@ -83,7 +83,7 @@ class VllmEngine(CentralEngine):
         classes = common_classes(layouts)
         plan = kv_cache_configs[0]
         if self.tier is not None:
-            refuse_states(plan)
+            refuse_unknown(plan)
             refuse_untried_copies(layouts)
         first, *others = classes
         planes = Planes(

@@ -22,8 +22,8 @@ def has_windows(kv_cache_config: Any) -> bool:
     return not all(isinstance(kind, FullAttentionSpec) for kind in _kinds(kv_cache_config))
 
 
-def refuse_states(kv_cache_config: Any) -> None:
-    """Refuse layers beside a connector that are neither full attention nor windows of it.
+def refuse_unknown(kv_cache_config: Any) -> None:
+    """Refuse layers beside a connector that keep neither tokens nor the last of them.
 
     Raises:
         UnsupportedEngineError: If there are such layers.
@@ -31,15 +31,22 @@ def refuse_states(kv_cache_config: Any) -> None:
     from vllm.v1.kv_cache_interface import (
         ChunkedLocalAttentionSpec,
         FullAttentionSpec,
+        MambaSpec,
         SlidingWindowSpec,
     )
 
     served: tuple[type, ...] = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
-    if not all(isinstance(kind, served) for kind in _kinds(kv_cache_config)):
-        raise UnsupportedEngineError(
-            "KV offloading of states (Mamba, linear attention): nobody has tried it; remove "
-            "--kv-offloading-size"
-        )
+    for kind in _kinds(kv_cache_config):
+        if isinstance(kind, MambaSpec):
+            raise UnsupportedEngineError(
+                "KV offloading of states (Mamba, linear attention): vLLM alone gave other answers "
+                "from states that came back; remove --kv-offloading-size"
+            )
+        if not isinstance(kind, served):
+            raise UnsupportedEngineError(
+                f"KV offloading of layers with a {type(kind).__name__}: vLLM's connector has no "
+                "rule for these; remove --kv-offloading-size"
+            )
 
 
 def forget_closed(core: Any, geometry: Geometry) -> Callable[[Sequence[int]], None]:
