@@ -151,6 +151,10 @@ def planes_of(host: Any, device: Any, layer: int) -> list[tuple[torch.Tensor, to
         if host.temporal_state_elem_size:
             parts.append((host.temporal_buffer, host.buffer_info.temporal))
         return [(rows[:, layer, 0], states[layer]) for rows, states in parts]
+    if host.layout == "page_head":
+        assert host.page_size == 1  # else a token's heads are not beside each other in a page
+        keys, values = (each[:, :, 0, layer] for each in (host.k_buffer, host.v_buffer))
+        return [(keys, device.k_buffer[layer]), (values, device.v_buffer[layer])]
     return [
         (host.k_data_refs[layer], device.k_buffer[layer]),
         (host.v_data_refs[layer], device.v_buffer[layer]),

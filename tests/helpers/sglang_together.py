@@ -22,6 +22,7 @@ from kvcached_core.units import MIB
 from kvcached_demo.harness.servers import Servers
 
 NUM_ANSWER_TOKENS = 16
+DISK = "disk"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,14 @@ class Together(HiCacheServer):
             return max(self.resident()) <= num_pages * self.page_bytes
 
         await_that(has_lost)
+
+    def flush(self) -> None:
+        """Have nothing cached; SGLang refuses it as long as blocks are on their way to the disk."""
+        await_that(lambda: self.server.post("/flush_cache").is_success)
+
+    def settle_on_disk(self, num_blocks: int) -> None:
+        """Wait until so many blocks are in files of the storage backend `file`."""
+        await_that(lambda: len([*(self.folder / DISK).rglob("*.bin")]) >= num_blocks)
 
     def hits(self) -> list[int]:
         """Return how many tokens each instance has had back from the host."""
@@ -116,6 +125,7 @@ def together(
         "SGLANG_ENABLE_PP_SPEC": "1",  # stages that draft, where there are any
         DELAY_MS: "5,20",
         GATE: str(folder / "gate"),
+        "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(folder / DISK),
         REPORT: str(folder / "copied.json"),
         SPOILED: str(folder / "spoiled"),
         VARIABLE: str(folder / "planes"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers.hicache_server import TIER
 from helpers.sglang_drafts import eagle_head, noised_copy, quiet_target
-from helpers.sglang_engine import Models, post
+from helpers.sglang_engine import Models
 from helpers.sglang_models import small_laguna, small_lfm2
 from helpers.sglang_together import Answer, Together, together
 from helpers.speculating_server import ATTENTION
@@ -35,6 +35,12 @@ NGRAM = (
     *("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "4"),
     *ATTENTION,
 )
+# What comes back is read from disk: the host's memory keeps nothing.
+THROUGH_DISK = (
+    *("--page-size", "16", "--hicache-storage-backend", "file"),
+    *("--hicache-storage-prefetch-policy", "wait_complete"),
+    *("--hicache-host-memory-mode", "buffer_only"),
+)
 COPIER, KERNELS = "helpers.hicache_plugin", "helpers.spoiled_planes"
 DRAFTS = {"STANDALONE": noised_copy, "EAGLE": eagle_head}
 
@@ -53,6 +59,7 @@ class Combination:
         num_first_pages: Those that a rank never gives: that of states is one of its own.
         num_more: Tokens that are put behind a prompt; without any the answer repeats what was said.
         pools: What SGLang calls those that are copied to the host.
+        num_blocks: Those of the prompts that are stored on disk.
     """
 
     arguments: tuple[str, ...]
@@ -64,6 +71,7 @@ class Combination:
     num_first_pages: int = 1
     num_more: int = 8
     pools: tuple[str, ...] = ()
+    num_blocks: int = 0
 
     @property
     def has_ngrams(self) -> bool:
@@ -106,6 +114,12 @@ COMBINATIONS = {
     "states-tier": STATES(
         (*TIER, "--hicache-mem-layout", "page_first"), num_processes=1, pools=("kv", "mamba")
     ),
+    "layout-tier": Combination(
+        (*TIER, "--hicache-mem-layout", "page_head"), num_processes=1, pools=("kv",)
+    ),
+    "disk-tier": Combination(
+        (*TIER, *THROUGH_DISK), num_processes=1, num_tokens=400, pools=("kv",), num_blocks=75
+    ),
     "states-ngrams": STATES(NGRAM, num_processes=1, num_more=0),
 }
 
@@ -120,7 +134,8 @@ class Served:
     more: list[Answer]
 
     def lose_caches(self) -> None:
-        """Have the device's memory given away."""
+        """Have the device's memory given away, when what is stored on disk is there."""
+        self.server.settle_on_disk(self.combination.num_blocks)
         self.server.lose_caches(self.combination.num_first_pages)
 
     def ask(self) -> list[Answer]:
@@ -192,7 +207,7 @@ def test_wrong_blocks_change_answers_and_nothing_stays(served: Served) -> None:
         served.lose_caches()
         with spoil():
             assert tokens(served.ask_more()) != tokens(served.more)
-        post(f"{served.server.server.url}/flush_cache")
+        served.server.flush()
         assert tokens(served.ask()) == tokens(served.first)
-    post(f"{served.server.server.url}/flush_cache")
+    served.server.flush()
     await_that(lambda: max(served.server.resident()) <= 2 * served.server.page_bytes)

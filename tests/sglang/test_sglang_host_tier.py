@@ -44,6 +44,8 @@ def arguments(**changes: Any) -> Any:
         {},
         {"hicache_storage_backend": "file"},
         {"hicache_mem_layout": "page_first"},
+        {"hicache_mem_layout": "page_head"},
+        {"hicache_storage_backend": "file", "hicache_host_memory_mode": "buffer_only"},
         {"hicache_io_backend": "direct", "hicache_mem_layout": "page_first_direct"},
         {"enable_hierarchical_cache": False, "hicache_size": 0, "hicache_io_backend": "no"},
     ],
@@ -59,8 +61,12 @@ def test_what_was_tried_is_served(changes: dict[str, Any]) -> None:
         ({"hicache_size": 0}, "--hicache-ratio is a part", "set --hicache-size"),
         ({"hicache_storage_backend": "mooncake"}, "storage backend mooncake", "set --hicache-s"),
         ({"hicache_io_backend": "kernel_ascend"}, "kernel_ascend", "--hicache-io-backend to dir"),
-        ({"hicache_mem_layout": "page_head"}, "layout page_head", "--hicache-mem-layout to layer"),
-        ({"hicache_host_memory_mode": "buffer_only"}, "buffer_only", "memory-mode to cache"),
+        (
+            {"hicache_mem_layout": "page_first_kv_split"},
+            "kv_split",
+            "--hicache-mem-layout to layer",
+        ),
+        ({"hicache_host_memory_mode": "other"}, "mode other", "memory-mode to cache"),
     ],
 )
 def test_the_rest_is_refused_by_name_with_what_to_set(

@@ -11,7 +11,9 @@ SETTING_BYTES = 10**9  # SGLang counts it so, for each rank
 SERVED_STORAGE = ("file",)
 SERVED_BACKENDS = ("direct", "kernel")
 # Where a block of a layer is, in the host's memory, as these back-ends copy it.
-SERVED_LAYOUTS = ("layer_first", "page_first", "page_first_direct")
+SERVED_LAYOUTS = ("layer_first", "page_first", "page_first_direct", "page_head")
+# Whether blocks stay in the host's memory, or only pass through it on their way to the storage.
+SERVED_MODES = ("cache", "buffer_only")
 
 # What SGLang calls its host pools: those with rows of their own, and those of drafts, whose rows
 # have the numbers of the target's.
@@ -110,7 +112,7 @@ def tier_obstacles(arguments: Any) -> Iterator[str]:
         ("hicache_storage_backend", SERVED_STORAGE, "storage backend"),
         ("hicache_io_backend", SERVED_BACKENDS, "IO backend"),
         ("hicache_mem_layout", SERVED_LAYOUTS, "memory layout"),
-        ("hicache_host_memory_mode", ("cache",), "host memory mode"),
+        ("hicache_host_memory_mode", SERVED_MODES, "host memory mode"),
     ):
         value = getattr(arguments, name, None)
         if value is not None and value not in served:
