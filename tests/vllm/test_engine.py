@@ -20,6 +20,7 @@ from kvcached_core.memory.seats import Placement
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import MIB
 from kvcached_vllm.engine import VllmEngine
+from kvcached_vllm.engine_hooks import engine_core_post_step
 from kvcached_vllm.layout import PLACEMENT
 
 pytestmark = pytest.mark.vllm
@@ -44,6 +45,7 @@ class Core:
         self.published: list[Any] = []
         self.pool: Any = SimpleNamespace(take_events=list)
         self.scheduler = SimpleNamespace(
+            get_request_counts=lambda: (int(self.is_busy), 0),
             has_unfinished_requests=lambda: self.is_busy,
             kv_cache_manager=SimpleNamespace(take_events=self.take_events),
             kv_event_publisher=SimpleNamespace(publish=self.published.append),
@@ -446,3 +448,20 @@ def test_four_ranks_on_one_device_share_a_row_and_each_maps_every_page(config: C
         (view,) = ledger.view().instances
         assert view.resident_bytes == 0
     engine.close()
+
+
+@pytest.mark.parametrize(("counts", "rests"), [((1, 0), False), ((0, 1), True)])
+def test_an_engine_does_not_rest_while_a_pause_keeps_what_it_computed(
+    engine: VllmEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    counts: tuple[int, int],
+    *,
+    rests: bool,
+) -> None:
+    rested: list[bool] = []
+    monkeypatch.setattr(engine, "rest", lambda: rested.append(True))
+    core = engine.port.core
+    core.kvcached = engine
+    core.scheduler.get_request_counts = lambda: counts  # vLLM says that nothing is unfinished
+    engine_core_post_step(lambda *_: None)(core)
+    assert bool(rested) is rests

@@ -76,6 +76,7 @@ class Core(EngineCoreProc):
         self.step_fn = self.count_step
         self.scheduler = SimpleNamespace(
             has_requests=lambda: self.num_steps_left > 0,
+            get_request_counts=lambda: (self.num_steps_left, 0),
             has_unfinished_requests=lambda: self.num_steps_left > 0,
             kv_cache_manager=SimpleNamespace(take_events=list),
         )

@@ -42,6 +42,8 @@ class VllmPort(EnginePort):
         return hasattr(self.core, "input_queue")
 
     def is_busy(self) -> bool:
+        if self.core.scheduler.get_request_counts()[0]:  # vLLM calls none unfinished in a pause
+            return True
         if self.copies is not None and self.can_be_woken:
             return self.has_copies_to_end()
         return bool(self.core.scheduler.has_unfinished_requests())
