@@ -213,6 +213,10 @@ class Ranks:
         """Return the largest of each of these numbers that a rank has."""
         return [max(each) for each in zip(*self._gather(values), strict=True)]
 
+    def add_up(self, values: list[int]) -> list[int]:
+        """Return the sum of each of these numbers over all ranks."""
+        return [sum(each) for each in zip(*self._gather(values), strict=True)]
+
     def merge(self, status: WeightStatus | None) -> WeightStatus | None:
         """Return what holds for the weights of all ranks; None if one of them keeps its own."""
         if not self.is_one_of_many:

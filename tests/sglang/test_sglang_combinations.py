@@ -108,7 +108,7 @@ COMBINATIONS = {
     "ranks-window": WINDOW((*RANKS, *TWO_POOLS), num_instances=2),
     "ranks-states": STATES(RANKS, num_instances=2),
     "stages-tier": Combination((*STAGES, *TIER), pools=("kv",)),
-    "stages-draft": Combination(STAGES, draft="EAGLE"),
+    "stages-draft-tier": Combination((*STAGES, *TIER), draft="EAGLE", pools=("kv",)),
     "stages-ranks": Combination((*STAGES, *RANKS), num_processes=4, num_instances=2),
     "window-tier": WINDOW((*TIER, *TWO_POOLS), num_processes=1, pools=("full", "swa")),
     "states-tier": STATES(

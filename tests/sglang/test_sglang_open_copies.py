@@ -286,26 +286,33 @@ def test_copies_are_counted_when_they_have_ended_on_all_ranks(offloading: Offloa
     assert not offloading.copies
 
 
-def test_what_drafts_have_on_the_host_takes_room_and_is_counted(offloading: Offloading) -> None:
+def test_what_drafts_have_on_the_host_takes_room_and_is_counted(
+    offloading: Offloading, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokens = offloading.alloc(1)
     tell(offloading.engine)
     controller = offloading.controller
     offloading.copies.meet(controller)  # without any
     assert not offloading.tier.log
-    each = with_draft(controller) * NUM_RANKS
+    own = with_draft(controller)
+    more = [2 * own, 300]  # what another rank has of a token, and for its drafts
+    monkeypatch.setattr(
+        offloading.engine.ranks, "_gather", lambda values: [values, more[: len(values)]]
+    )
     offloading.copies.meet(controller)
     offloading.store(tokens[:4])
     controller.ack_write_queue.clear()
     offloading.copies.settle()
     assert offloading.tier.log == [
-        ("grow", 100 * 2 * NUM_RANKS),
-        ("stored", 4 * each, 0.0),
-        ("tell", True, 10 * each + 2 * 5 * NUM_RANKS),
+        ("grow", 100 * 2 + 300),
+        ("stored", 4 * 3 * own, 0.0),
+        ("tell", True, 10 * 3 * own + 3 * 2 * 5),
     ]
+    monkeypatch.undo()
     older: Any = Controller()
     older.has_draft, older.mem_pool_host_draft = True, SimpleNamespace(size_per_token=2, size=50)
     offloading.copies.meet(older)
-    assert offloading.tier.log[-1] == ("grow", 50 * 2 * NUM_RANKS)
+    assert offloading.tier.log[-1] == ("grow", 50 * 2)
 
 
 def test_where_a_tier_is_on_disk_is_told_as_it_comes_and_goes(offloading: Offloading) -> None:

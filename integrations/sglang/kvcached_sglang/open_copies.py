@@ -59,6 +59,7 @@ class OpenCopies:
         self._engine = engine
         self._tier = tier
         self._num_ranks = num_ranks
+        self._num_parts = float(num_ranks)  # of this rank's size that all have together
         self._clock = clock
         self._numbers = count()
         self._controller: Any = None
@@ -82,13 +83,18 @@ class OpenCopies:
     def meet(self, controller: Any) -> None:
         """Take room for what drafts have on the host: SGLang's setting is the target's alone.
 
+        All ranks call it at the start: stages differ in what they have.
+
         Args:
             controller: SGLang's, when all of its pools are there.
         """
-        _, *drafts = host_pools(controller)
-        if drafts and self._tier is not None:
-            num_bytes = sum(int(pool.size) * int(pool.size_per_token) for pool in drafts)
-            self._tier.grow(num_bytes * self._num_ranks)
+        pools = list(host_pools(controller))
+        own_bytes = sum(int(pool.size_per_token) for pool in pools)
+        draft_bytes = sum(int(pool.size) * int(pool.size_per_token) for pool in pools[1:])
+        all_bytes, draft_bytes = self._engine.ranks.add_up([own_bytes, draft_bytes])
+        self._num_parts = all_bytes / own_bytes
+        if draft_bytes and self._tier is not None:
+            self._tier.grow(draft_bytes)
 
     def store(self, controller: Any, start: Callable[[], Any]) -> None:
         """Have SGLang begin to copy what it has queued to the host; hold what that reads."""
@@ -199,7 +205,7 @@ class OpenCopies:
         for pool, ids in self._named(operations):
             self._engine.hold(ids, number, pool)
             num_tokens += 0 if pool else sum(map(len, ids))
-        num_bytes = getattr(acknowledgement, "num_bytes", 0) * self._num_ranks
+        num_bytes = int(getattr(acknowledgement, "num_bytes", 0) * self._num_parts)
         num_bytes = num_bytes or num_tokens * self._token_bytes()  # older ones do not say it
         return Copy(number, num_tokens, num_bytes, self._clock())
 
@@ -217,13 +223,14 @@ class OpenCopies:
                 yield pool, ids
 
     def _token_bytes(self) -> int:
-        sizes = (int(pool.size_per_token) for pool in host_pools(self._controller))
-        return sum(sizes) * self._num_ranks
+        own_bytes = sum(int(pool.size_per_token) for pool in host_pools(self._controller))
+        return round(own_bytes * self._num_parts)
 
     def _held_bytes(self) -> int:
         keys = next(host_pools(self._controller))
         others = sum(
-            int(pool.size - pool.available_size()) * int(pool.size_per_token) * self._num_ranks
+            int(pool.size - pool.available_size()) * int(pool.size_per_token)
             for pool in other_host_pools(self._controller)
         )
-        return int(keys.size - keys.available_size()) * self._token_bytes() + others
+        num_held = int(keys.size - keys.available_size())
+        return num_held * self._token_bytes() + int(others * self._num_parts)
