@@ -24,7 +24,7 @@ class Holds:
         self.num_awaited = 0
         self._num_holders: dict[int, int] = {}  # of a page
         self._pages_of: dict[Hashable, set[int]] = {}
-        self._later: dict[Hashable, Callable[[], Collection[int]]] = {}
+        self._later: dict[Hashable, list[Callable[[], Collection[int]]]] = {}
         # A pool's freed ids, its ids per page, and the number of its page 0.
         self._freed: list[tuple[list[int], int, int]] = []
         self._freed_pages: set[int] = set()
@@ -41,7 +41,7 @@ class Holds:
     @property
     def num_holders(self) -> int:
         """Copies that are open."""
-        return len(self._pages_of) + len(self._later)
+        return len(self._pages_of.keys() | self._later.keys())
 
     def freed_ids(self, ids_per_page: int, first_page: int = 0) -> list[int]:
         """Return the list to which a pool adds the ids of blocks that are freed.
@@ -60,11 +60,11 @@ class Holds:
             held.add(page)
 
     def hold_later(self, find_pages: Callable[[], Collection[int]], holder: Hashable) -> None:
-        """Let `holder`, which has none, have the pages that are found when somebody looks.
+        """As `hold`, with pages that are found when somebody looks.
 
         That is for an engine which would have to wait for its device to find them.
         """
-        self._later[holder] = find_pages
+        self._later.setdefault(holder, []).append(find_pages)
 
     def release(self, holder: Hashable) -> None:
         """Let go of all pages of `holder`; of who has none, of none."""
@@ -94,7 +94,8 @@ class Holds:
     def held_of(self, pages: Collection[int]) -> set[int]:
         """Return which of these pages are held."""
         for holder in list(self._later) if pages else ():
-            self.hold(self._later.pop(holder)(), holder)
+            for find_pages in self._later.pop(holder):
+                self.hold(find_pages(), holder)
         for ids, ids_per_page, first_page in self._freed:
             self._freed_pages.update(first_page + block_id // ids_per_page for block_id in ids)
             ids.clear()

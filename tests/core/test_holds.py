@@ -22,6 +22,19 @@ def test_a_page_is_held_until_all_who_hold_it_have_let_go() -> None:
     assert holds.held_of(PAGES) == set()
 
 
+def test_pages_of_one_copy_may_be_found_now_and_later_and_in_parts() -> None:
+    holds = Holds()
+    holds.hold_later(lambda: [1, 2], "a")
+    holds.hold_later(lambda: [2, 3], "a")
+    holds.hold([4], "a")
+    assert holds.num_holders == 1
+    assert holds.held_of(PAGES) == {1, 2, 3, 4}
+    holds.hold_later(lambda: [5], "a")
+    holds.release("a")
+    assert not holds
+    assert holds.held_of(PAGES) == set()
+
+
 def test_what_was_freed_is_held_until_copies_of_it_are_made() -> None:
     holds = Holds()
     first, second = holds.freed_ids(16), holds.freed_ids(4)

@@ -1,7 +1,6 @@
 """One SGLang scheduler's memory: what SGLang's settings say of it, and the one of this process."""
 
 import logging
-from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import Config, read_config
@@ -169,12 +168,7 @@ class SglangEngine(LoopingEngine):
         import torch
 
         block_ids = self._block_ids(pool)
-        self.free_lists[pool].hold(lambda: torch.cat(ids) // block_ids, (number, pool))
-
-    def release(self, holder: Hashable) -> None:
-        """Let go of what a copy held, in all pools; see `ElasticEngine.release`."""
-        for pool in range(len(self.pools)):
-            super().release((holder, pool))
+        self.free_lists[pool].hold(lambda: torch.cat(ids) // block_ids, number)
 
     def _block_ids(self, pool: int) -> int:
         """Return how many of SGLang's ids are a block of a pool: a state is one."""
