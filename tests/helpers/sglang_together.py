@@ -122,7 +122,6 @@ def together(
     variables = {
         "KVCACHED_DEBUG": "1",
         "TORCHDYNAMO_DISABLE": "1",  # to compile small functions takes a minute
-        "SGLANG_ENABLE_PP_SPEC": "1",  # stages that draft, where there are any
         DELAY_MS: "5,20",
         GATE: str(folder / "gate"),
         "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(folder / DISK),
@@ -132,6 +131,8 @@ def together(
         **cores_of(num_processes),
         **wrong_block_variables(folder / "plugin"),
     }
+    if "--pp-size" in arguments:
+        variables["SGLANG_ENABLE_PP_SPEC"] = "1"  # stages may draft
     for plugin in plugins:
         variables |= add_plugin(folder / "plugin", plugin)
     with Servers(folder, pool_bytes) as servers:
