@@ -92,6 +92,12 @@ BENCHMARKS = (
         "two equally busy schedulers on one pool, beside halves of it, in virtual time",
     ),
     Benchmark(
+        "equal_servers",
+        "equal_servers.py",
+        HOST,
+        "two equally busy vLLM servers on one pool, beside halves of it",
+    ),
+    Benchmark(
         "offload_race",
         "offload_race.py",
         HOST,

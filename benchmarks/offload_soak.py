@@ -11,7 +11,6 @@ to be without errors, and prompts of the beginning are answered as then.
 import argparse
 import asyncio
 import contextlib
-import json
 import random
 import re
 import shlex
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from hanging_up import ask
 from offload_servers import Bench, Sizes
 from vllm_overhead import ELASTIC
 from vllm_servers import PREEMPTIONS, Record, bench_run, parser
@@ -80,32 +80,11 @@ class Soak:
             stays = self.source.random() >= ABORTED_PART
             read = num_out if stays else self.source.randrange(num_out)
             try:
-                found = await self._ask(session, prompt, num_out, read)
+                found = await ask(session, self.server.name, prompt, num_out, read)
             except (httpx.HTTPError, ValueError) as error:
                 found = "failed"
                 self.errors = [*self.errors, f"{type(error).__name__}: {error}"][:MAX_ERRORS]
             self.counts[found] += 1
-
-    async def _ask(
-        self, session: httpx.AsyncClient, prompt: list[int], num_out: int, num_read: int
-    ) -> str:
-        body = {"model": self.server.name, "prompt": prompt, "max_tokens": num_out, "stream": True}
-        body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
-        num_tokens = 0
-        async with session.stream("POST", "/v1/completions", json=body) as response:
-            if response.status_code != httpx.codes.OK:
-                raise ValueError(f"status {response.status_code}")
-            async for line in response.aiter_lines():
-                data = line.removeprefix("data: ")
-                if data in {line, "[DONE]"}:
-                    continue
-                for choice in json.loads(data).get("choices", []):
-                    num_tokens += len(choice.get("token_ids") or ())
-                if num_tokens >= num_read < num_out:
-                    return "aborted"
-        if num_tokens != num_out:
-            raise ValueError(f"{num_tokens} of {num_out} tokens came")
-        return "answered"
 
     async def asks(self, ledger: Ledger, end: float) -> None:
         """Ask for a random part of the cache, now and then, as a neighbour does."""
