@@ -130,7 +130,10 @@ def process_input_requests(original: Callable[..., Any]) -> Callable[..., Any]:
                 if ours.copies is not None:
                     ours.copies.look(self.tree_cache)
                     ours.copies.settle()
-                ours.answer_ring() if self.last_batch is None else ours.between_steps()
+                if self.last_batch is None:
+                    ours.answer_ring()
+                else:
+                    ours.between_steps()
         return result
 
     return wrapper
