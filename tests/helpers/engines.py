@@ -87,6 +87,22 @@ def offline_in(folder: Path, model: Path) -> Offline:
     return start
 
 
+def run_beside_vanilla(folder: Path, model: Path, script_name: str) -> tuple[Run, Run]:
+    """Return how a script ended with vanilla vLLM, and with ours, which says what it does."""
+    start = offline_in(folder, model)
+    ours = {
+        "ENABLE_KVCACHED": "1",
+        "KVCACHED_DIR": str(folder / "kv"),
+        "KVCACHED_HOST_POOL": "1GiB",
+        "KVCACHED_DEBUG": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+    }
+    started = [start(environ, script_name) for environ in ({"ENABLE_KVCACHED": "0"}, ours)]
+    vanilla, elastic = map(finish, started)
+    assert (vanilla.returncode, elastic.returncode) == (0, 0), elastic.errors[-4000:]
+    return vanilla, elastic
+
+
 def finish(started: Started) -> Run:
     """Wait for the script's end."""
     code = started.process.wait()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from helpers.engines import finish, offline_in
+from helpers.engines import run_beside_vanilla
 from helpers.vision_model import make_vision_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.every_release]
@@ -12,17 +12,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.every_release]
 def test_what_is_seen_is_answered_as_by_vanilla_and_a_wrong_block_of_an_image_changes_it(
     tmp_path: Path,
 ) -> None:
-    start = offline_in(tmp_path, make_vision_model(tmp_path / "blip"))
-    ours = {
-        "ENABLE_KVCACHED": "1",
-        "KVCACHED_DIR": str(tmp_path / "kv"),
-        "KVCACHED_HOST_POOL": "1GiB",
-        "KVCACHED_DEBUG": "1",
-        "VLLM_LOGGING_LEVEL": "INFO",
-    }
-    started = [start(environ, "offline_seen") for environ in ({"ENABLE_KVCACHED": "0"}, ours)]
-    vanilla, elastic = map(finish, started)
-    assert (vanilla.returncode, elastic.returncode) == (0, 0), elastic.errors[-4000:]
+    model = make_vision_model(tmp_path / "blip")
+    vanilla, elastic = run_beside_vanilla(tmp_path, model, "offline_seen")
     report = elastic.report
     assert report["tokens"] == vanilla.report["tokens"]
     first = report["tokens"][0]
