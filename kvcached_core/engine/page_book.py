@@ -58,6 +58,14 @@ class PageBook:
         """Have a page that is unmapped again."""
         heappush(self._unmapped, page)
 
+    def freed_ids(self, ids_per_page: int) -> list[int]:
+        """See `Holds.freed_ids`."""
+        return self.holds.freed_ids(ids_per_page, self.first_page)
+
+    def hold(self, pages: Collection[int], holder: Hashable) -> None:
+        """See `Holds.hold`."""
+        self.holds.hold({self.first_page + page for page in pages}, holder)
+
     def hold_later(self, find_pages: Callable[[], Collection[int]], holder: Hashable) -> None:
         """See `Holds.hold_later`."""
         first_page = self.first_page

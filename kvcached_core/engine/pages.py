@@ -76,7 +76,7 @@ class Pages:
         self._num_spare_promised = self.max_spare_pages if shared is None else 0
         self.has_page_0 = shared is None
         self.book = shared or book or PageBook(num_pages, clock)
-        self.freed_ids = self.book.holds.freed_ids(geometry.ids_per_page, self.book.first_page)
+        self.freed_ids = self.book.freed_ids(geometry.ids_per_page)
         self.on_close: Callable[[Sequence[int]], None] = lambda _pages: None
         self.num_promised = 0
         self.num_open_blocks = 0  # on open pages
@@ -169,9 +169,8 @@ class Pages:
 
         Their free blocks may be taken meanwhile.
         """
-        ids_per_page, first_page = self.geometry.ids_per_page, self.book.first_page
-        pages = {first_page + int(block_id) // ids_per_page for block_id in block_ids}
-        self.book.holds.hold(pages, holder)
+        ids_per_page = self.geometry.ids_per_page
+        self.book.hold({int(block_id) // ids_per_page for block_id in block_ids}, holder)
 
     def hold_later(self, find_pages: Callable[[], Collection[int]], holder: Hashable) -> None:
         """As `hold`, where to find the pages waits for the device: they are when one is closed."""
