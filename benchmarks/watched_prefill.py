@@ -6,8 +6,9 @@ One vLLM engine of the 8B shape in this process, whose layers wait for their own
 (`KVCACHED_WEIGHTS_WAIT=layers`). A round answers a prompt of 8,000 tokens with all weights there,
 sleeps, and answers it while they come. Wherever a forward passes a point, the host's clock says
 when it did, and an event on the step's stream when the device came there; an event on the stream of
-copies says when each page was there. `--tiny` rehearses it on a CPU, which has one clock, and whose
-times say nothing.
+copies says when each page was there. `--trace FILE` keeps what torch's profiler saw of one more
+round, before the others: each kernel and each copy. `--tiny` rehearses it on a CPU, which has one
+clock, and whose times say nothing.
 """
 
 import argparse
@@ -157,6 +158,11 @@ def measure(record: Record, options: argparse.Namespace) -> None:
     answer()  # kernels are loaded, and a forward is watched
     answer()
     weights.rank.copying.join()
+    if options.trace:
+        core.kvcached.sleep()
+        with torch.profiler.profile() as profiler:
+            answer()
+        profiler.export_chrome_trace(str(options.trace))
     rounds: list[dict[str, Any]] = []
     for _ in range(options.number):
         there = answer()
@@ -211,6 +217,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
     parser.add_argument("--number", type=int, default=8, help="rounds")
+    parser.add_argument("--trace", type=Path, help="where a trace of one more round goes")
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.model is None:

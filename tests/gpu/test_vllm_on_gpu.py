@@ -36,12 +36,14 @@ class Case:
         runner: vLLM's model runner, 1 or 2; None leaves it to vLLM.
         options: What `gpu_offline.py` gets.
         environ: Settings of the elastic engine.
+        shared_environ: Settings of both.
     """
 
     shape: str
     runner: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
     environ: dict[str, str] = field(default_factory=dict)
+    shared_environ: dict[str, str] = field(default_factory=dict)
 
 
 def llama(runner: int, *, eager: bool, caching: bool) -> Case:
@@ -78,6 +80,18 @@ CASES |= {
         )
         for bits in ("int8", "fp8", "int4")
     },
+    "blocks of 512": Case("llama-small", None, LONG | {"engine": EAGER | {"block_size": 512}}),
+    "heads first": Case("llama-small", None, SMALL, shared_environ={"VLLM_KV_CACHE_LAYOUT": "HND"}),
+    "cascade": Case(
+        "llama-small",
+        1,  # the second runner has no cascade attention
+        LONG
+        | {
+            "caching": True,
+            "cascade": True,
+            "engine": EAGER | {"disable_cascade_attn": False},
+        },
+    ),
     "ngram": Case(
         "llama-small",
         None,
@@ -159,7 +173,7 @@ class Runs:
             self.folder / label,
             case.shape,
             case.options | {"top": "KVCACHED_LIMIT" not in case.environ},
-            {"KVCACHED_DEBUG": "1"} | case.environ if elastic else {},
+            case.shared_environ | ({"KVCACHED_DEBUG": "1"} | case.environ if elastic else {}),
             elastic=elastic,
             runner=case.runner,
         )
@@ -198,6 +212,8 @@ def test_tokens_are_vanillas_and_memory_follows_the_load(runs: Runs, name: str) 
     ]
     if not is_short_of_memory:  # batches differ then, and with them bf16 sums
         assert differing == []
+    if "cascade" in CASES[name].options:
+        assert ours["num_cascades"] == vanilla["num_cascades"] > 0
     assert {len(tokens) for tokens in ours["tokens"][1]} == {32}
     assert len({tuple(tokens) for tokens in ours["tokens"][0]}) > len(ours["tokens"][0]) // 4
     page_bytes = ours["page_bytes"]

@@ -2,7 +2,8 @@
 
 Arguments: a model folder, and a JSON object: `caching`, `engine` (further arguments of `LLM`),
 `num_prompts`, `max_prompt`, `vanilla_kv_gib`, `top` (hand out the pages at the top of the
-reservation) and `sleep`.
+reservation), `cascade` (all prompts begin alike, and calls of cascade attention are counted) and
+`sleep`.
 """
 
 import json
@@ -30,6 +31,35 @@ def mixed_prompts(num_prompts: int, max_prompt: int) -> list[list[int]]:
         prompt = [source.randrange(3, 1000) for _ in range(length)]
         prompts.append(shared + prompt[: max_prompt // 2] if index % 3 == 2 else prompt)
     return prompts
+
+
+def alike_prompts(num_prompts: int, num_alike: int) -> list[list[int]]:
+    """Return prompts that all begin with the same tokens, and end with a few of their own."""
+    source = random.Random(0)
+    shared = [source.randrange(3, 1000) for _ in range(num_alike)]
+    return [shared + [source.randrange(3, 1000) for _ in range(20)] for _ in range(num_prompts)]
+
+
+def prompts_of(options: dict[str, Any]) -> list[Any]:
+    """Return the prompts that the options ask for."""
+    make = alike_prompts if options.get("cascade") else mixed_prompts
+    prompts = make(options.get("num_prompts", 200), options.get("max_prompt", 900))
+    return [{"prompt_token_ids": prompt} for prompt in prompts]
+
+
+def count_cascades() -> list[int]:
+    """Return a list that grows with each call of cascade attention."""
+    from vllm.v1.attention.backends import flash_attn
+
+    calls: list[int] = []
+    original = flash_attn.cascade_attention
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    flash_attn.cascade_attention = counted
+    return calls
 
 
 def give_weights(worker: Any) -> None:
@@ -85,14 +115,10 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     imported = time.perf_counter()
-    sizes = (
-        {}
-        if elastic
-        else {
-            "kv_cache_memory_bytes": options.get("vanilla_kv_gib", 3) << 30,
-            "gpu_memory_utilization": 0.05,  # vLLM refuses to start beside others otherwise
-        }
-    )
+    seized = {
+        "kv_cache_memory_bytes": options.get("vanilla_kv_gib", 3) << 30,
+        "gpu_memory_utilization": 0.05,  # vLLM refuses to start beside others otherwise
+    }
     llm = LLM(
         model,
         load_format="dummy",
@@ -100,7 +126,7 @@ def main() -> None:
         max_model_len=4096,
         seed=0,
         enable_prefix_caching=options["caching"],
-        **sizes,
+        **({} if elastic else seized),
         **options.get("engine", {}),
     )
     report: dict[str, Any] = {"ready_seconds": time.perf_counter() - imported}
@@ -122,10 +148,8 @@ def main() -> None:
             take_from_the_top(core.kvcached.port.pool, NUM_TOP_PAGES)
     give_weights(worker)
     extra = {"lora_request": lora(options["lora"])} if "lora" in options else {}
-    prompts = [
-        {"prompt_token_ids": prompt}
-        for prompt in mixed_prompts(options.get("num_prompts", 200), options.get("max_prompt", 900))
-    ]
+    cascades = count_cascades()
+    prompts = prompts_of(options)
     sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
 
     def generate() -> list[list[int]]:
@@ -135,6 +159,7 @@ def main() -> None:
     start = time.perf_counter()
     report["tokens"] = [generate(), generate()]
     report["generate_seconds"] = time.perf_counter() - start
+    report["num_cascades"] = len(cascades)
     if elastic:
         report["after_last"] = resident(worker)
         report["top_page"] = max(worker.kvcached.arena.resident_pages)
