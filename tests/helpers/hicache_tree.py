@@ -80,7 +80,7 @@ class Tree:
         )
         self.allocator = make_allocator(self.engine, 3000)
         self.pool = self.allocator.get_kvcache()
-        self.engine.copies = self.engine.port.copies = OpenCopies(self.engine, None, 1)
+        self.engine.copies = self.engine.port.copies = OpenCopies(self.engine, None)
         names = ("start_writing", "start_loading")
         hooks = [(HiCacheController, name, getattr(transfer_hooks, name)) for name in names]
         hooks.append((HiCacheController, "reset", transfer_hooks.controller_reset))

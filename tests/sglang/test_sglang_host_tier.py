@@ -148,7 +148,9 @@ def test_a_token_is_counted_on_all_ranks_wherever_they_lie(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def join(device: Any, _group: Group, enter: Any, **_: Any) -> Ranks:
-        return Ranks.alone(enter([device]), device)  # the other one has a device of its own
+        instance = enter([device])  # the other one has a device of its own
+        seat, capacity_bytes = instance.seat(device), instance.capacity_bytes
+        return Ranks(instance, seat, capacity_bytes, gather=lambda values: [values, values])
 
     monkeypatch.setattr(looping, "join_ranks", join)
     asked = arguments(
@@ -167,6 +169,7 @@ def test_a_token_is_counted_on_all_ranks_wherever_they_lie(
     )
     assert engine.copies is not None
     assert engine.tier is not None
+    engine.copies.meet(controller)
     engine.copies.store(controller, lambda: None)
     assert (engine.tier.token_bytes, engine.tier.num_bytes) == (2 * 7, 2 * 10**9)
     engine.close()

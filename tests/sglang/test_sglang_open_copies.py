@@ -112,7 +112,11 @@ class Offloading:
         self.allocator = make_allocator(self.engine, 1000)
         self.controller, self.tier, self.now = Controller(), Tier(), 5.0
         tier: Any = self.tier
-        self.copies = OpenCopies(self.engine, tier, num_ranks, lambda: self.now)
+        ranks = self.engine.ranks
+        ranks.is_one_of_many = num_ranks > 1
+        ranks._gather = lambda values: [values] * num_ranks
+        self.copies = OpenCopies(self.engine, tier, lambda: self.now)
+        self.copies.meet(self.controller)
         self.engine.port.copies = self.engine.copies = self.copies
         let_schedule(self.engine, NoCache())
 
@@ -224,6 +228,7 @@ def test_copies_are_acknowledged_while_no_request_may_come_in(
     assert checks == ["stores", "loads"]
 
 
+@pytest.mark.parametrize("offloading", [1], indirect=True)  # several look now and then
 def test_what_a_copy_kept_goes_when_it_has_ended_though_the_loop_is_paused(
     offloading: Offloading, tmp_path: Path
 ) -> None:
@@ -292,7 +297,6 @@ def test_what_drafts_have_on_the_host_takes_room_and_is_counted(
     tokens = offloading.alloc(1)
     tell(offloading.engine)
     controller = offloading.controller
-    offloading.copies.meet(controller)  # without any
     assert not offloading.tier.log
     own = with_draft(controller)
     more = [2 * own, 300]  # what another rank has of a token, and for its drafts
@@ -312,7 +316,7 @@ def test_what_drafts_have_on_the_host_takes_room_and_is_counted(
     older: Any = Controller()
     older.has_draft, older.mem_pool_host_draft = True, SimpleNamespace(size_per_token=2, size=50)
     offloading.copies.meet(older)
-    assert offloading.tier.log[-1] == ("grow", 50 * 2)
+    assert offloading.tier.log[-1] == ("grow", 50 * 2 * NUM_RANKS)
 
 
 def test_where_a_tier_is_on_disk_is_told_as_it_comes_and_goes(offloading: Offloading) -> None:

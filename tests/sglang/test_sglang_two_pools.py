@@ -242,7 +242,7 @@ def test_pages_of_a_window_go_only_when_the_copy_of_their_tokens_has_ended(tmp_p
         storage_backend=None,
         mem_pool_host=host,
     )
-    copies = OpenCopies(engine, None, 1)
+    copies = OpenCopies(engine, None)
     copies.store(controller, lambda: controller.ack_write_queue.append(SimpleNamespace()))
     full, window = (one.pages for one in engine.free_lists)
     assert (copies.num_tokens, window.num_open_pages > 1) == (0, True)

@@ -96,7 +96,7 @@ class SglangEngine(LoopingEngine):
         self.restart: Restart | None = None
         self.port.states = self.states = States(self) if has_states else None
         if is_offloading(server_args):
-            self._offload(server_args, len(group.ranks))
+            self._offload(server_args)
 
     def close(self) -> None:
         """Leave the ledgers, and the host budget."""
@@ -179,7 +179,7 @@ class SglangEngine(LoopingEngine):
         self.begin_batch()
         self.memory.backend.synchronize()  # type: ignore[union-attr]
 
-    def _offload(self, server_args: Any, num_ranks: int) -> None:
+    def _offload(self, server_args: Any) -> None:
         instance = self.ranks.instance
         try:
             if instance is not None:
@@ -188,7 +188,7 @@ class SglangEngine(LoopingEngine):
         except KVCachedError:
             self.close()
             raise
-        self.port.copies = self.copies = OpenCopies(self, self.tier, num_ranks)
+        self.port.copies = self.copies = OpenCopies(self, self.tier)
 
 
 def data_rank_of(runner: Any) -> int:

@@ -45,7 +45,6 @@ class OpenCopies:
     Args:
         engine: The engine.
         tier: What counts the copies, on the rank that has it.
-        num_ranks: How many ranks copy the same tokens.
         clock: Returns seconds.
     """
 
@@ -53,13 +52,11 @@ class OpenCopies:
         self,
         engine: "SglangEngine",
         tier: "CountedTier | None",
-        num_ranks: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._tier = tier
-        self._num_ranks = num_ranks
-        self._num_parts = float(num_ranks)  # of this rank's size that all have together
+        self._num_parts = 1.0  # of this rank's size that all have together, from `meet` on
         self._clock = clock
         self._numbers = count()
         self._controller: Any = None
@@ -81,9 +78,10 @@ class OpenCopies:
         return sum(copy.num_tokens for copy in copies)
 
     def meet(self, controller: Any) -> None:
-        """Take room for what drafts have on the host: SGLang's setting is the target's alone.
+        """Learn what all ranks have of a token on the host, and take room for that of drafts.
 
-        All ranks call it at the start: stages differ in what they have.
+        All ranks call it at the start: stages differ in what they have, and SGLang's setting is the
+        size of the target alone.
 
         Args:
             controller: SGLang's, when all of its pools are there.
@@ -98,7 +96,7 @@ class OpenCopies:
 
     def store(self, controller: Any, start: Callable[[], Any]) -> None:
         """Have SGLang begin to copy what it has queued to the host; hold what that reads."""
-        self._meet(controller)
+        self._see(controller)
         operations, num_before = list(controller.write_queue), len(controller.ack_write_queue)
         self._check(operations)
         start()
@@ -111,7 +109,7 @@ class OpenCopies:
         The pages are mapped now, and no zero comes behind what is loaded: the copy waits for no
         stream of ours.
         """
-        self._meet(controller)
+        self._see(controller)
         operations, num_before = list(controller.load_queue), len(controller.ack_load_queue)
         self._engine.map_for_copies()
         self._check(operations)
@@ -153,7 +151,7 @@ class OpenCopies:
         waits for what copies lock. Several ranks count together what has ended on all of them, so
         one that has begun no copy comes, too.
         """
-        if self or self._num_ranks > 1:
+        if self or self._engine.ranks.is_one_of_many:
             tree_cache.writing_check()
             tree_cache.loading_check()
 
@@ -164,7 +162,7 @@ class OpenCopies:
         """
         controller = tree_cache.cache_controller
         controller.start_writing()
-        if not self._wait(controller) and self._num_ranks == 1:
+        if not self._wait(controller) and not self._engine.ranks.is_one_of_many:
             return False
         tree_cache.writing_check()
         tree_cache.loading_check()
@@ -188,7 +186,7 @@ class OpenCopies:
         else:
             self._locked = []
 
-    def _meet(self, controller: Any) -> None:
+    def _see(self, controller: Any) -> None:
         self._controller = controller
         if self._tier is not None:
             self._tier.token_bytes = self._token_bytes()
