@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from helpers.nursery import start_warm
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from helpers.nursery import WarmProcess
 
 TESTS = Path(__file__).parents[1]
+VANILLA = {"ENABLE_KVCACHED": "0"}
 SCRIPT_ENVIRON = {
     **ENGINE_ENVIRON,
     **VLLM.host_environ,
@@ -50,6 +52,22 @@ class Started:
 
 
 Offline = Callable[..., Started]
+
+
+def ours(folder: Path, **settings: str) -> dict[str, str]:
+    """Return the variables of an elastic engine whose ledger is in a folder."""
+    return {
+        "ENABLE_KVCACHED": "1",
+        "KVCACHED_DIR": str(folder / "kv"),
+        "KVCACHED_HOST_POOL": "512MiB",
+        **settings,
+    }
+
+
+def yielding(folder: Path, **settings: str) -> dict[str, str]:
+    """Return the variables of one whose weights go at once where others need their memory."""
+    weights = {"KVCACHED_WEIGHTS": "yield", "KVCACHED_WEIGHTS_KEPT_SECONDS": "0"}
+    return ours(folder, **{"KVCACHED_HOST_POOL": "128MiB", **weights} | settings)
 
 
 def offline_in(folder: Path, model: Path) -> Offline:
@@ -87,23 +105,35 @@ def offline_in(folder: Path, model: Path) -> Offline:
     return start
 
 
-def run_beside_vanilla(folder: Path, model: Path, script_name: str) -> tuple[Run, Run]:
+def run_beside_vanilla(
+    folder: Path,
+    model: Path,
+    script_name: str,
+    settings: Mapping[str, str] = MappingProxyType({}),
+    **options: Any,
+) -> tuple[Run, Run]:
     """Return how a script ended with vanilla vLLM, and with ours, which says what it does."""
     start = offline_in(folder, model)
-    ours = {
-        "ENABLE_KVCACHED": "1",
-        "KVCACHED_DIR": str(folder / "kv"),
-        "KVCACHED_HOST_POOL": "1GiB",
-        "KVCACHED_DEBUG": "1",
-        "VLLM_LOGGING_LEVEL": "INFO",
-    }
-    started = [start(environ, script_name) for environ in ({"ENABLE_KVCACHED": "0"}, ours)]
-    vanilla, elastic = map(finish, started)
-    assert (vanilla.returncode, elastic.returncode) == (0, 0), elastic.errors[-4000:]
-    return vanilla, elastic
+    elastic = {"KVCACHED_HOST_POOL": "1GiB", "KVCACHED_DEBUG": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    environs = (VANILLA, ours(folder, **elastic, **settings))
+    started = [start(environ, script_name, **options) for environ in environs]
+    theirs, our_own = map(end_well, started)
+    return theirs, our_own
 
 
 def finish(started: Started) -> Run:
     """Wait for the script's end."""
     code = started.process.wait()
     return Run(code, *(file.read_text() for file in (started.output, started.errors)))
+
+
+def end_well(started: Started) -> Run:
+    """Wait for the script's end, which has to be a good one."""
+    run = finish(started)
+    assert run.returncode == 0, run.errors[-4000:]
+    return run
+
+
+def report_of(started: Started) -> Any:
+    """Return what a script reports that ends well."""
+    return end_well(started).report

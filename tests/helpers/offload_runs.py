@@ -1,10 +1,11 @@
 """Engines that copy to the host, as tests and benchmarks start them, and how they end."""
 
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from helpers.engines import Offline, Run, finish
+from helpers.engines import VANILLA, Offline, Run, finish, offline_in, ours, report_of
 from helpers.offload_plugin import add_plugin
 
 MIB = 1 << 20
@@ -14,16 +15,9 @@ ANSWERED = "all answered"
 GONE = ("SIGSEGV", "UnmappedBlockError", "copied other bytes", "was written over")
 
 
-def ours(folder: Path, **settings: str) -> dict[str, str]:
+def offloading(folder: Path, **settings: str) -> dict[str, str]:
     """Return the variables of an elastic engine that finds the delayed copier."""
-    return {
-        "ENABLE_KVCACHED": "1",
-        "KVCACHED_DIR": str(folder / "kv"),
-        "KVCACHED_HOST_POOL": "512MiB",
-        "KVCACHED_DEBUG": "1",
-        **add_plugin(folder / "plugin"),
-        **settings,
-    }
+    return ours(folder, KVCACHED_DEBUG="1", **add_plugin(folder / "plugin"), **settings)
 
 
 def copier(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -36,9 +30,42 @@ def copier(folder: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
+def rounds_like_vanilla(
+    folder: Path,
+    model: Path,
+    acts: Sequence[str],
+    *,
+    delay_ms: tuple[int, int] = DELAY_MS,
+    **options: Any,
+) -> dict[str, Any]:
+    """Return what an elastic engine reports of `offload_rounds`, and see that it does well.
+
+    It answers as vanilla does, the device keeps nothing between the rounds, and all comes back.
+
+    Args:
+        folder: Where both run.
+        model: What both serve.
+        acts: What the elastic one does beside, `one_by_one` among it.
+        delay_ms: How long its copies take.
+        options: What both are given.
+    """
+    start, of_copier = offline_in(folder, model), copier(folder, delay_ms=delay_ms)
+    started = [
+        start(VANILLA, "offload_rounds", **options),
+        start(offloading(folder), "offload_rounds", copier=of_copier, acts=acts, **options),
+    ]
+    vanilla, report = map(report_of, started)
+    assert report["tokens"] == vanilla["tokens"]
+    assert len({tuple(tokens) for tokens in report["tokens"][0]}) > 10
+    assert all(pages == [[0]] for pages in report["after_trim"])
+    assert all(found == full > 0 for found, full in report["hits"])
+    assert report["copied"]["loads"] > 0
+    return report
+
+
 def race(start: Offline, folder: Path, *, seed: int, num_requests: int, **options: Any) -> Run:
     """Let an engine race to its end; see `offload_race`."""
-    environ = ours(folder, KVCACHED_HOST_POOL="48MiB", KVCACHED_PAGE_BYTES="2MiB")
+    environ = offloading(folder, KVCACHED_HOST_POOL="48MiB", KVCACHED_PAGE_BYTES="2MiB")
     of_copier = copier(folder, num_bytes=32 * MIB, delay_ms=(0, 50), copier_seed=seed)
     numbers = {"seed": seed, "num_requests": num_requests}
     return finish(start(environ, "offload_race", copier=of_copier, **numbers, **options))

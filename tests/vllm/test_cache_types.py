@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.engines import Started, finish, offline_in
+from helpers.engines import VANILLA, offline_in, ours, report_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.every_release]
 
@@ -20,25 +20,10 @@ if find_spec("vllm.v1.kv_cache_layout") is not None:
     CASES |= SIDE_BY_SIDE
 
 
-def ours(folder: Path) -> dict[str, str]:
-    return {
-        "ENABLE_KVCACHED": "1",
-        "KVCACHED_DIR": str(folder / "kv"),
-        "KVCACHED_HOST_POOL": POOL,
-        "KVCACHED_DEBUG": "1",
-    }
-
-
-def report_of(started: Started) -> Any:
-    run = finish(started)
-    assert run.returncode == 0, run.errors
-    return run.report
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_tokens_from_both_ends_of_the_ids(model: Path, tmp_path: Path, name: str) -> None:
     start = offline_in(tmp_path, model)
-    environs = ({"ENABLE_KVCACHED": "0"}, ours(tmp_path))
+    environs = (VANILLA, ours(tmp_path, KVCACHED_HOST_POOL=POOL, KVCACHED_DEBUG="1"))
     started = [start(environ, "offline_ends", **CASES[name]) for environ in environs]
     vanilla, elastic = map(report_of, started)
     assert elastic["tokens"] == vanilla["tokens"]

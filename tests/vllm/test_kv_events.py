@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.engines import Offline, finish
+from helpers.engines import Offline, ours, report_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -18,16 +18,13 @@ def race(
     start: Offline, folder: Path, num_operations: int = 1000, *, environ: Any = (), **options: Any
 ) -> Any:
     settings = {
-        "ENABLE_KVCACHED": "1",
-        "KVCACHED_DIR": str(folder / "kv"),
         "KVCACHED_HOST_POOL": "48MiB",
         "KVCACHED_PAGE_BYTES": "2MiB",
         "KVCACHED_DEBUG": "1",
         **dict(environ),
     }
-    run = finish(start(settings, "event_race", num_operations=num_operations, **options))
-    assert run.returncode == 0, run.errors[-4000:]
-    return run.report
+    variables = ours(folder, **settings)
+    return report_of(start(variables, "event_race", num_operations=num_operations, **options))
 
 
 def check(report: Any, num_operations: int = 1000) -> None:

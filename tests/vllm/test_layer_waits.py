@@ -1,10 +1,9 @@
 """A real vLLM engine computes on its first layers while its last ones are still on their way."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from helpers.engines import Offline, finish
+from helpers.engines import VANILLA, Offline, report_of, yielding
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.every_release]
 
@@ -12,20 +11,13 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.every_release]
 def test_a_prompt_begins_while_weights_come_and_its_answer_is_vanillas(
     start_offline: Offline, tmp_path: Path
 ) -> None:
-    environ = {
-        "ENABLE_KVCACHED": "1",
-        "KVCACHED_DIR": str(tmp_path / "kv"),
-        "KVCACHED_HOST_POOL": "128MiB",
-        "KVCACHED_WEIGHTS": "yield",
-        "KVCACHED_WEIGHTS_WAIT": "layers",
-        "KVCACHED_WEIGHTS_KEPT_SECONDS": "0",
-    }
-    vanilla = start_offline({"ENABLE_KVCACHED": "0"}, "offline_arriving", vanilla=True)
-    ours = start_offline(environ, "offline_arriving")
-    for run in (ended := [finish(vanilla), finish(ours)]):
-        assert run.returncode == 0, run.errors
-    report: dict[str, Any] = ended[1].report
-    assert report["tokens"] == ended[0].report["tokens"]
+    environ = yielding(tmp_path, KVCACHED_WEIGHTS_WAIT="layers")
+    started = [
+        start_offline(VANILLA, "offline_arriving", vanilla=True),
+        start_offline(environ, "offline_arriving"),
+    ]
+    vanilla, report = map(report_of, started)
+    assert report["tokens"] == vanilla["tokens"]
     assert report["is_trusted"]
     num_pages = report["num_pages"]
     assert num_pages > 16

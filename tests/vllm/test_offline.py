@@ -2,36 +2,18 @@
 
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
-from helpers.engines import Offline, Started, finish, offline_in
+from helpers.engines import VANILLA, Offline, Started, finish, offline_in, ours, report_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-
-POOL = "512MiB"
-
-
-def elastic(tmp_path: Path, **settings: str) -> dict[str, str]:
-    return {
-        "ENABLE_KVCACHED": "1",
-        "KVCACHED_DIR": str(tmp_path / "kv"),
-        "KVCACHED_HOST_POOL": POOL,
-        **settings,
-    }
 
 
 @pytest.fixture(scope="module")
 def vanilla(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Started:
     """Start vanilla vLLM, beside the first elastic one; its cache may not change a token."""
     start = offline_in(tmp_path_factory.mktemp("vanilla"), model)
-    return start({"ENABLE_KVCACHED": "0"}, caching=False)
-
-
-def report_of(started: Started) -> Any:
-    run = finish(started)
-    assert run.returncode == 0, run.errors
-    return run.report
+    return start(VANILLA, caching=False)
 
 
 @pytest.mark.parametrize(
@@ -45,36 +27,36 @@ def report_of(started: Started) -> Any:
 def test_tokens_memory_and_books(
     vanilla: Started, start_offline: Offline, tmp_path: Path, *, caching: bool
 ) -> None:
-    elastic_run = start_offline(elastic(tmp_path, KVCACHED_DEBUG="1"), caching=caching)
-    theirs, ours = report_of(vanilla), report_of(elastic_run)
-    page_bytes = ours["page_bytes"]
-    (seen,) = ours["view"]["instances"]
+    started = start_offline(ours(tmp_path, KVCACHED_DEBUG="1"), caching=caching)
+    theirs, elastic = report_of(vanilla), report_of(started)
+    page_bytes = elastic["page_bytes"]
+    (seen,) = elastic["view"]["instances"]
 
-    assert ours["tokens"] == theirs["tokens"]
-    assert len({tuple(tokens) for tokens in ours["tokens"][0]}) > 50  # the answers differ at all
+    assert elastic["tokens"] == theirs["tokens"]
+    assert len({tuple(tokens) for tokens in elastic["tokens"][0]}) > 50  # the answers differ at all
 
-    assert ours["after_start"] == page_bytes
-    assert ours["after_last"] == seen["resident_bytes"]
+    assert elastic["after_start"] == page_bytes
+    assert elastic["after_last"] == seen["resident_bytes"]
     assert seen["resident_bytes"] == (
         seen["used_bytes"] + seen["cached_bytes"] + seen["idle_bytes"]
     )
     if caching:
         assert seen["cached_bytes"] > 2 * page_bytes
     else:
-        assert ours["after_last"] <= 2 * page_bytes
-    assert ours["usage"] == 0.0
+        assert elastic["after_last"] <= 2 * page_bytes
+    assert elastic["usage"] == 0.0
 
-    assert ours["reset"]
-    assert ours["after_reset"] <= 2 * page_bytes
-    assert ours["after_trim"] == page_bytes
-    assert ours["mapped_calls"] > 4
+    assert elastic["reset"]
+    assert elastic["after_reset"] <= 2 * page_bytes
+    assert elastic["after_trim"] == page_bytes
+    assert elastic["mapped_calls"] > 4
     assert list((tmp_path / "kv").iterdir()) == []
 
 
 def test_the_debug_setting_finds_a_step_on_unmapped_blocks(
     start_offline: Offline, tmp_path: Path
 ) -> None:
-    run = finish(start_offline(elastic(tmp_path, KVCACHED_DEBUG="1"), caching=False, tamper=True))
+    run = finish(start_offline(ours(tmp_path, KVCACHED_DEBUG="1"), caching=False, tamper=True))
     assert run.returncode != 0
     assert "UnmappedBlockError: a step uses unmapped blocks" in run.errors
 
@@ -82,7 +64,7 @@ def test_the_debug_setting_finds_a_step_on_unmapped_blocks(
 def test_without_the_debug_setting_such_a_step_faults(
     start_offline: Offline, tmp_path: Path
 ) -> None:
-    run = finish(start_offline(elastic(tmp_path), caching=False, tamper=True))
+    run = finish(start_offline(ours(tmp_path), caching=False, tamper=True))
     assert run.returncode == -signal.SIGSEGV
 
 
@@ -104,6 +86,6 @@ def test_without_the_debug_setting_such_a_step_faults(
 def test_a_pool_smaller_than_one_request_ends_the_start_with_the_numbers(
     start_offline: Offline, tmp_path: Path, settings: dict[str, str], message: str
 ) -> None:
-    run = finish(start_offline(elastic(tmp_path, **settings), caching=False))
+    run = finish(start_offline(ours(tmp_path, **settings), caching=False))
     assert run.returncode != 0
     assert message in run.errors

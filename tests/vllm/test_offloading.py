@@ -8,24 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.engines import Offline, Started, finish, offline_in
+from helpers.engines import VANILLA, Offline, offline_in, report_of
 from helpers.offload_plugin import TIERS_SPEC
-from helpers.offload_runs import GONE, MIB, check_race, copier, end_of, ours, race
+from helpers.offload_runs import GONE, MIB, check_race, copier, end_of, offloading, race
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-VANILLA = {"ENABLE_KVCACHED": "0"}
 OWN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 # Keys of blocks are hashes, which two processes find alike if they are told the seed.
 SAME_HASHES = {"PYTHONHASHSEED": "0"}
 PAGE_MIB = 16
 CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}  # a core for each of two ranks
-
-
-def ended(started: Started) -> Any:
-    run = finish(started)
-    assert run.returncode == 0, run.errors[-4000:]
-    return run.report
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +37,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, 
     ]
     started = {
         "plain": start(VANILLA, "offload_rounds"),
-        "ours": start(ours(folder), "offload_rounds", copier=copier(folder), acts=acts),
+        "ours": start(offloading(folder), "offload_rounds", copier=copier(folder), acts=acts),
         "vanilla": start(
             VANILLA,
             "offload_rounds",
@@ -52,7 +45,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, 
             acts=["stop_and_keep_tier"],
         ),
     }
-    return {name: ended(one) for name, one in started.items()}
+    return {name: report_of(one) for name, one in started.items()}
 
 
 class TestOneEngine:
@@ -144,9 +137,9 @@ def test_contexts_of_four_times_the_memory_are_answered_as_by_vanilla_from_the_t
     acts = ["contexts_beyond_memory"]
     started = [
         start_offline(VANILLA, "offload_rounds", acts=acts),
-        start_offline(ours(tmp_path), "offload_rounds", copier=copier(tmp_path), acts=acts),
+        start_offline(offloading(tmp_path), "offload_rounds", copier=copier(tmp_path), acts=acts),
     ]
-    vanilla, report = map(ended, started)
+    vanilla, report = map(report_of, started)
     assert report["context_tokens"] >= 4 * report["limit_tokens"]
     assert report["context_answers"] == vanilla["context_answers"]
     assert report["context_preemptions"] > 0
@@ -188,10 +181,10 @@ def disk_reports(tmp_path_factory: pytest.TempPathFactory, model: Path) -> list[
         "num_bytes": 4 * MIB,  # chunks of 1 MiB
         "secondary_tiers": [{"type": "fs", "root_dir": root}],
     }
-    environ = ours(folder) | SAME_HASHES | OWN_PROCESS
+    environ = offloading(folder) | SAME_HASHES | OWN_PROCESS
     start, options = offline_in(folder, model), {"copier": copier(folder, **tiers), "root": root}
     return [
-        ended(start(environ, "offload_disk", **options, **more))
+        report_of(start(environ, "offload_disk", **options, **more))
         for more in ({}, {"remove": True, "kill": True})
     ]
 
@@ -243,9 +236,9 @@ def test_holds_of_two_ranks_end_when_both_have_reported(
     of_copier = copier(tmp_path, copier_report=None, rank_delay_ms=300)
     started = [
         start_offline(CORES | one, "offload_rounds", copier=of_copier, options=options, acts=acts)
-        for one, acts in ((VANILLA, []), (ours(tmp_path), ["hold_for_both_ranks"]))
+        for one, acts in ((VANILLA, []), (offloading(tmp_path), ["hold_for_both_ranks"]))
     ]
-    vanilla, elastic = map(ended, started)
+    vanilla, elastic = map(report_of, started)
     assert elastic["tokens"] == vanilla["tokens"]
     assert elastic["after_trim"] == [[[0], [0]]]
     assert elastic["num_hit_tokens"] > 0

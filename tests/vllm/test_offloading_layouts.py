@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.engines import finish, offline_in
 from helpers.mixed_models import make_mixed_model
-from helpers.offload_runs import copier, ours
+from helpers.offload_runs import rounds_like_vanilla
 
 pytestmark = [
     *(pytest.mark.vllm, pytest.mark.slow, pytest.mark.every_release),
@@ -30,23 +29,6 @@ def test_all_chunks_come_back_of_each_size_and_are_read(
     options, num_sizes = CASES[name]
     if num_sizes > 1:
         model = make_mixed_model(tmp_path / "model", seed=1)
-    start = offline_in(tmp_path, model)
-    started = [
-        start({"ENABLE_KVCACHED": "0"}, "offload_rounds", **options),
-        start(
-            ours(tmp_path),
-            "offload_rounds",
-            copier=copier(tmp_path, delay_ms=(0, 5)),
-            acts=["one_by_one", "spoiled_sizes"],
-            **options,
-        ),
-    ]
-    vanilla, elastic = map(finish, started)
-    assert (vanilla.returncode, elastic.returncode) == (0, 0), elastic.errors[-4000:]
-    report = elastic.report
-    assert report["tokens"] == vanilla.report["tokens"]
-    assert len({tuple(tokens) for tokens in report["tokens"][0]}) > 10
-    assert all(pages == [[0]] for pages in report["after_trim"])  # the device kept nothing
-    assert all(found == full > 0 for found, full in report["hits"])
-    assert report["copied"]["loads"] > 0
+    acts = ["one_by_one", "spoiled_sizes"]
+    report = rounds_like_vanilla(tmp_path, model, acts, delay_ms=(0, 5), **options)
     assert report["spoiled"] == [[True, True]] * num_sizes  # what comes back is what is read

@@ -7,13 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.engines import Run, finish, offline_in
-from helpers.offload_runs import GONE, MIB, check_race, copier, end_of, ours, race
+from helpers.engines import VANILLA, Started, finish, offline_in, report_of
+from helpers.offload_runs import (
+    GONE,
+    MIB,
+    check_race,
+    copier,
+    end_of,
+    offloading,
+    race,
+    rounds_like_vanilla,
+)
 from helpers.window_models import make_state_model, make_window_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.every_release]
-
-VANILLA = {"ENABLE_KVCACHED": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -24,40 +31,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_a_window_needs_comes_back_after_the_memory_was_given(
     model: Path, tmp_path: Path
 ) -> None:
-    start = offline_in(tmp_path, model)
     acts = ["one_by_one", "last_request", "load_other_blocks"]
-    started = [
-        start(VANILLA, "offload_rounds"),
-        start(ours(tmp_path), "offload_rounds", copier=copier(tmp_path), acts=acts),
-    ]
-    vanilla, elastic = map(finish, started)
-    assert (vanilla.returncode, elastic.returncode) == (0, 0), elastic.errors[-4000:]
-    report = elastic.report
-    assert report["tokens"] == vanilla.report["tokens"]
-    assert len({tuple(tokens) for tokens in report["tokens"][0]}) > 10
-    assert all(pages == [[0]] for pages in report["after_trim"])  # the device kept nothing
-    assert all(found == full > 0 for found, full in report["hits"])
-    assert report["copied"]["loads"] > 0
+    report = rounds_like_vanilla(tmp_path, model, acts)
     assert report["spoiled_hits"] > 0
     assert report["spoiled_tokens"] != report["tokens"][0]  # what comes back is what is read
     assert len(report["pages_after_last"][0]) <= 2
 
 
-def without_room(folder: Path, model: Path, **options: Any) -> Run:
-    """Return how an engine ended whose tier has no room until pages of freed blocks went."""
-    environ = ours(folder, KVCACHED_PAGE_BYTES="2MiB")
+def without_room(folder: Path, model: Path, **options: Any) -> Started:
+    """Start an engine whose tier has no room until pages of freed blocks went."""
+    environ = offloading(folder, KVCACHED_PAGE_BYTES="2MiB")
     of_copier = copier(folder, num_bytes=20 * MIB, delay_ms=(0, 5))
-    return finish(
-        offline_in(folder, model)(environ, "offload_windows", copier=of_copier, **options)
-    )
+    return offline_in(folder, model)(environ, "offload_windows", copier=of_copier, **options)
 
 
 def test_a_block_whose_page_went_is_not_stored_when_the_tier_has_room(
     model: Path, tmp_path: Path
 ) -> None:
-    run = without_room(tmp_path, model)
-    assert run.returncode == 0, run.errors[-4000:]
-    report = run.report
+    report = report_of(without_room(tmp_path, model))
     assert report["num_jobs_without_room"] == 0
     assert report["num_pages_gone"] == 0
     full, window = report["num_named"]
@@ -69,7 +60,7 @@ def test_a_block_whose_page_went_is_not_stored_when_the_tier_has_room(
 def test_it_is_read_without_memory_where_vllm_goes_on_to_name_it(
     model: Path, tmp_path: Path
 ) -> None:
-    run = without_room(tmp_path, model, forgets=False)
+    run = finish(without_room(tmp_path, model, forgets=False))
     assert run.returncode != 0
     assert any(word in end_of(run) + run.errors for word in GONE), run.errors[-4000:]
 
@@ -85,9 +76,8 @@ def test_vllm_alone_gives_other_answers_from_states_that_come_back(tmp_path: Pat
         start(VANILLA, "offload_rounds"),
         start(VANILLA, "offload_rounds", copier=copier(tmp_path)),
     ]
-    plain, offloaded = map(finish, started)
-    assert (plain.returncode, offloaded.returncode) == (0, 0), offloaded.errors[-4000:]
-    first, again = plain.report["tokens"]
-    assert first == again == offloaded.report["tokens"][0]
-    assert offloaded.report["num_hit_tokens"] > 0
-    assert offloaded.report["tokens"][1] != again  # else they may be served
+    plain, offloaded = map(report_of, started)
+    first, again = plain["tokens"]
+    assert first == again == offloaded["tokens"][0]
+    assert offloaded["num_hit_tokens"] > 0
+    assert offloaded["tokens"][1] != again  # else they may be served

@@ -5,37 +5,18 @@ from typing import Any
 
 import pytest
 from helpers.encoder_models import make_encoder
-from helpers.engines import Run, finish, offline_in
+from helpers.engines import Run, run_beside_vanilla
 from helpers.scoring_models import make_classifier, make_cross_encoder
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.every_release]
 
 JUDGES = "kvcached: this server embeds or scores prompts"
 NOTHING = "kvcached: nothing of this model is elastic: it has no KV cache"
-VANILLA = {"ENABLE_KVCACHED": "0"}
-
-
-def ours(folder: Path, **settings: str) -> dict[str, str]:
-    return {
-        "ENABLE_KVCACHED": "1",
-        "KVCACHED_DIR": str(folder / "kv"),
-        "KVCACHED_HOST_POOL": "256MiB",
-        "KVCACHED_DEBUG": "1",
-        "VLLM_LOGGING_LEVEL": "INFO",
-        **settings,
-    }
 
 
 def runs(folder: Path, model: Path, task: str = "embed", **settings: str) -> tuple[Run, Run]:
     """Return how an engine ended without us, and with us."""
-    start = offline_in(folder, model)
-    started = [
-        start(environ, "pooling", task=task) for environ in (VANILLA, ours(folder, **settings))
-    ]
-    vanilla, elastic = map(finish, started)
-    for run in (vanilla, elastic):
-        assert run.returncode == 0, run.errors[-4000:]
-    return vanilla, elastic
+    return run_beside_vanilla(folder, model, "pooling", settings, task=task)
 
 
 def check_vectors(vanilla: Any, elastic: Any) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.engines import Offline, finish
+from helpers.engines import Offline, end_well, ours
 from helpers.other_weights import move_to_disk, put_other_weights, spoil_copy
 
 from kvcached_core.weights.moves import read_moves
@@ -19,19 +19,17 @@ def test_a_restart_reads_no_weights_and_answers_the_same_unless_its_copy_is_spoi
     start_offline: Offline, tmp_path: Path
 ) -> None:
     model = make_model(tmp_path / "llama", seed=1)
-    environ = {
-        "ENABLE_KVCACHED": "1",
-        "KVCACHED_DIR": str(tmp_path / "kv"),
-        "KVCACHED_HOST_POOL": "128MiB",
-        "KVCACHED_WEIGHTS": "yield",
-        "KVCACHED_WEIGHTS_DISK": str(tmp_path / "disk"),
-        "KVCACHED_WEIGHTS_DISK_FREE": "0",
-        "VLLM_LOGGING_LEVEL": "INFO",  # as users have it: our lines are among vLLM's
-    }
+    environ = ours(
+        tmp_path,
+        KVCACHED_HOST_POOL="128MiB",
+        KVCACHED_WEIGHTS="yield",
+        KVCACHED_WEIGHTS_DISK=str(tmp_path / "disk"),
+        KVCACHED_WEIGHTS_DISK_FREE="0",
+        VLLM_LOGGING_LEVEL="INFO",  # as users have it: our lines are among vLLM's
+    )
 
     def run() -> Any:
-        run = finish(start_offline(environ, "offline_restart", model=str(model)))
-        assert run.returncode == 0, run.errors
+        run = end_well(start_offline(environ, "offline_restart", model=str(model)))
         return run.report["tokens"], run.output
 
     expected, said = run()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.engines import Offline, finish
+from helpers.engines import Offline, finish, ours, report_of
 from vllm.device_allocator import AllocationData
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.abstract import Executor
@@ -290,14 +290,7 @@ def test_a_quantised_cache_is_zeroed_at_a_wake_only_where_it_is_mapped(
 def test_a_request_to_a_sleeping_engine_waits_and_a_refused_wake_does_it_no_harm(
     start_offline: Offline, tmp_path: Path
 ) -> None:
-    environ = {
-        "ENABLE_KVCACHED": "1",
-        "KVCACHED_DIR": str(tmp_path / "kv"),
-        "KVCACHED_HOST_POOL": "512MiB",
-    }
-    ended = finish(start_offline(environ, script_name="sleeping"))
-    assert ended.returncode == 0, ended.errors
-    report = ended.report
+    report = report_of(start_offline(ours(tmp_path), script_name="sleeping"))
     for round_ in report["rounds"]:
         assert "are missing on host" in round_["refusal"]
         assert "neighbour (" in round_["refusal"]

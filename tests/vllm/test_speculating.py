@@ -19,9 +19,8 @@ from helpers.draft_models import (
     make_draft,
     make_target,
 )
-from helpers.engines import Offline, finish, offline_in
-from helpers.offload_runs import copier
-from helpers.offload_runs import ours as offloading
+from helpers.engines import VANILLA, Offline, offline_in, ours, report_of
+from helpers.offload_runs import copier, offloading
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -30,7 +29,6 @@ NARROW = "narrow"  # a draft model with half the heads: its blocks are smaller t
 ACTS = ("lose_to_a_neighbour", "spoil_the_draft", "spoil_the_target", "give_weights")
 # Each rank's threads get a core; the engine reads the bars as "and on the next rank".
 CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-VANILLA = {"ENABLE_KVCACHED": "0"}
 # The pool, and what a neighbour can get of it, so that not all requests find room beside it.
 MEMORY = {
     EAGLE: ("384MiB", "256MiB"),
@@ -68,20 +66,8 @@ def speculation(folder: Path, method: str) -> Speculation:
     return Speculation(target, {"method": method, "model": draft, **tokens})
 
 
-def ours(folder: Path, **settings: str) -> dict[str, str]:
-    return {
-        "ENABLE_KVCACHED": "1",
-        "KVCACHED_DIR": str(folder / "kv"),
-        "KVCACHED_HOST_POOL": "384MiB",
-        "KVCACHED_DEBUG": "1",
-        **settings,
-    }
-
-
-def report_of(started: Any) -> Any:
-    run = finish(started)
-    assert run.returncode == 0, run.errors[-4000:]
-    return run.report
+def drafting(folder: Path, **settings: str) -> dict[str, str]:
+    return ours(folder, **{"KVCACHED_HOST_POOL": "384MiB", "KVCACHED_DEBUG": "1"} | settings)
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -99,7 +85,7 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     } | ({"KVCACHED_PAGE_BYTES": "2MiB"} if request.param == MTP else {})
     started = [
         start(VANILLA, "speculating", speculative=made.config),
-        start(ours(folder, **settings), "speculating", speculative=made.config, acts=ACTS),
+        start(drafting(folder, **settings), "speculating", speculative=made.config, acts=ACTS),
     ]
     vanilla, elastic = map(report_of, started)
     return vanilla, elastic
@@ -159,7 +145,7 @@ def test_tokens_of_ngrams_are_accepted_as_by_vanilla_and_nothing_stays(tmp_path:
     # Answers that are long enough to come back to what they said.
     asked = {"speculative": {**ngrams, "prompt_lookup_max": 3}, "num_tokens": 96}
     acts = ["lose_to_a_neighbour", "spoil_the_target"]
-    environ = ours(tmp_path, NEIGHBOUR_FLOOR="256MiB")
+    environ = drafting(tmp_path, NEIGHBOUR_FLOOR="256MiB")
     started = [
         start(VANILLA, "speculating", **asked),
         start(environ, "speculating", **asked, acts=acts),
@@ -182,7 +168,7 @@ def test_a_draft_comes_through_a_sleep_of_vllms(start_offline: Offline, tmp_path
     made = speculation(tmp_path, EAGLE)
     start = offline_in(tmp_path, made.target)
     acts = ["sleep_and_wake"]
-    report = report_of(start(ours(tmp_path), "speculating", speculative=made.config, acts=acts))
+    report = report_of(start(drafting(tmp_path), "speculating", speculative=made.config, acts=acts))
     assert report["asleep_bytes"] == report["page_bytes"]
     assert report["tokens_after_wake"] == report["tokens"]
     assert report["accepted_after_wake"] == report["counts"]["by_position"]
@@ -192,7 +178,7 @@ def test_a_draft_comes_through_a_sleep_of_vllms(start_offline: Offline, tmp_path
 def test_two_ranks_with_a_draft_answer_as_vanilla(tmp_path: Path) -> None:
     made = speculation(tmp_path, EAGLE)
     start = offline_in(tmp_path, made.target)
-    environ = ours(tmp_path, KVCACHED_HOST_POOL="512MiB", KVCACHED_WEIGHTS="yield")
+    environ = drafting(tmp_path, KVCACHED_HOST_POOL="512MiB", KVCACHED_WEIGHTS="yield")
     started = [
         start(CORES | one, "two_ranks", speculative_config=made.config)
         for one in (VANILLA, environ)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.engines import Offline, finish, offline_in
+from helpers.engines import VANILLA, Offline, end_well, offline_in, ours, report_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -12,25 +12,14 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
-def ours(folder: Path, **settings: str) -> dict[str, str]:
-    return {
-        "ENABLE_KVCACHED": "1",
-        "KVCACHED_DIR": str(folder / "kv"),
-        "KVCACHED_HOST_POOL": "512MiB",
-        "KVCACHED_DEBUG": "1",
-        **settings,
-    }
-
-
 @pytest.fixture(scope="module")
 def reports(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """What vanilla reports, and an elastic engine whose weights yield, run side by side."""
     folder = tmp_path_factory.mktemp("ranks")
     start = offline_in(folder, model)
-    environ = ours(folder, KVCACHED_WEIGHTS="yield")
-    started = [start(CORES | one, "two_ranks") for one in ({"ENABLE_KVCACHED": "0"}, environ)]
-    vanilla, elastic = map(finish, started)
-    assert (vanilla.returncode, elastic.returncode) == (0, 0), elastic.errors[-4000:]
+    environ = ours(folder, KVCACHED_DEBUG="1", KVCACHED_WEIGHTS="yield")
+    started = [start(CORES | one, "two_ranks") for one in (VANILLA, environ)]
+    vanilla, elastic = map(end_well, started)
     assert "Traceback" not in elastic.errors
     return vanilla.report, elastic.report
 
@@ -69,6 +58,5 @@ def test_tensor_parallel_ranks_give_their_weights_and_have_them_back_alike(
 def test_ranks_that_keep_their_weights_do_the_same(
     start_offline: Offline, tmp_path: Path, reports: tuple[Any, Any]
 ) -> None:
-    run = finish(start_offline(CORES | ours(tmp_path), "two_ranks"))
-    assert run.returncode == 0, run.errors[-4000:]
-    check(run.report, reports[0])
+    started = start_offline(CORES | ours(tmp_path, KVCACHED_DEBUG="1"), "two_ranks")
+    check(report_of(started), reports[0])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from helpers.adapter import make_adapter
-from helpers.engines import Offline, finish
+from helpers.engines import VANILLA, Offline, finish, report_of, yielding
 
 from kvcached_core.weights.moves import read_moves
 from kvcached_demo.harness.model import make_model
@@ -31,12 +31,12 @@ def reports(
     if request.param:
         tie(model, tmp_path / "tied")
     options = {"model": str(tmp_path / "tied")} if request.param else {}
-    vanilla = start_offline({"ENABLE_KVCACHED": "0"}, "offline_weights", vanilla=True, **options)
-    ours = start_offline(yielding(tmp_path), "offline_weights", **options)
-    ended = finish(vanilla), finish(ours)
-    for run in ended:
-        assert run.returncode == 0, run.errors
-    return ended[0].report, ended[1].report
+    started = [
+        start_offline(VANILLA, "offline_weights", vanilla=True, **options),
+        start_offline(yielding(tmp_path), "offline_weights", **options),
+    ]
+    vanilla, ours = map(report_of, started)
+    return vanilla, ours
 
 
 def tie(model: Path, folder: Path) -> None:
@@ -44,17 +44,6 @@ def tie(model: Path, folder: Path) -> None:
     shutil.copytree(model, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-
-
-def yielding(tmp_path: Path, **settings: str) -> dict[str, str]:
-    return {
-        "ENABLE_KVCACHED": "1",
-        "KVCACHED_DIR": str(tmp_path / "kv"),
-        "KVCACHED_HOST_POOL": "128MiB",
-        "KVCACHED_WEIGHTS": "yield",
-        "KVCACHED_WEIGHTS_KEPT_SECONDS": "0",
-        **settings,
-    }
 
 
 def test_answers_are_those_of_vanilla_whatever_became_of_the_weights(reports: Any) -> None:
@@ -88,9 +77,7 @@ def test_buffers_go_first_and_come_back_with_the_weights(
     start_offline: Offline, tmp_path: Path
 ) -> None:
     settings = yielding(tmp_path, KVCACHED_BUFFERS="yield")
-    run = finish(start_offline(settings, "offline_weights", buffers=32 << 10))
-    assert run.returncode == 0, run.errors
-    report = run.report
+    report = report_of(start_offline(settings, "offline_weights", buffers=32 << 10))
     assert report["num_bytes"] > 0
     assert report["same"] == [True, True, True]
     (buffers, woken, all_given, again) = report["held"]
@@ -108,10 +95,9 @@ def test_an_adapter_answers_as_before_and_stays_where_it_is(
     start_offline: Offline, tmp_path: Path, model: Path
 ) -> None:
     adapter = make_adapter(tmp_path / "adapter", model)
-    run = finish(start_offline(yielding(tmp_path), "offline_weights", adapter=str(adapter)))
-    assert run.returncode == 0, run.errors
+    report = report_of(start_offline(yielding(tmp_path), "offline_weights", adapter=str(adapter)))
     expected = {"differ": True, "same": [True] * 5, "is_added": True, "is_shared": True}
-    assert run.report == expected
+    assert report == expected
 
 
 def test_a_step_on_weights_that_are_not_there_ends_the_process(
@@ -146,9 +132,9 @@ def test_engines_whose_weights_do_not_fit_together_answer_in_turn_and_outlive_a_
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",
         **(disk if has_disk else {}),
     )
-    run = finish(start_offline(environ, "two_weights", other=str(other), num_requests=NUM_REQUESTS))
-    assert run.returncode == 0, run.errors
-    report = run.report
+    report = report_of(
+        start_offline(environ, "two_weights", other=str(other), num_requests=NUM_REQUESTS)
+    )
     assert sum(report["weights_needed_bytes"]) > report["pool_bytes"]
     assert report["resident_bytes"] <= report["pool_bytes"]
     assert report["differ"]
@@ -175,9 +161,7 @@ def test_an_engine_wakes_out_of_a_replica_and_answers_as_before(
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",
     )
-    run = finish(start_offline(environ, "two_replicas"))
-    assert run.returncode == 0, run.errors
-    report = run.report
+    report = report_of(start_offline(environ, "two_replicas"))
     assert report["same"]
     assert report["awake_bytes"][0] > 0
     assert report["asleep_bytes"] == [0, report["awake_bytes"][1]]
