@@ -23,18 +23,6 @@ from kvcached_gateway.settings.config import Environment, ModelSettings
 POOL = 512 * MIB
 MAX_TOKENS = 2048
 HOST = ("host",)
-VLLM_ARGS = (
-    *("--dtype", "float32", "--block-size", "32", "--max-model-len", str(MAX_TOKENS)),
-    *("--enforce-eager", "--max-num-seqs", "16"),
-)
-SGLANG_ARGS = (
-    *("--dtype", "float32", "--context-length", str(MAX_TOKENS)),
-    *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
-    *("--disable-cuda-graph", "--skip-server-warmup", "--grammar-backend", "none"),
-    *("--mem-fraction-static", "0.3", "--max-total-tokens", "4096"),
-    *("--max-running-requests", "16"),
-    "--sleep-on-idle",  # else one that has nothing to do takes a core from those that have
-)
 # What every engine of a test has, as a gateway passes its own variables on.
 ENVIRON = {
     "HF_HUB_OFFLINE": "1",
@@ -51,6 +39,29 @@ QUICK = Patience(
     abort_seconds=0.5,
     retry_seconds=(0.2, 300.0),
 )
+
+
+def vllm_args(max_tokens: int, max_running: int) -> tuple[str, ...]:
+    """Return what a file gives vLLM that serves a tiny model on a CPU."""
+    return (
+        *("--dtype", "float32", "--block-size", "32", "--max-model-len", str(max_tokens)),
+        *("--enforce-eager", "--max-num-seqs", str(max_running)),
+    )
+
+
+def sglang_args(max_tokens: int, max_running: int, pool_tokens: int) -> tuple[str, ...]:
+    """Return what a file gives SGLang that serves one."""
+    return (
+        *("--dtype", "float32", "--context-length", str(max_tokens)),
+        *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+        *("--disable-cuda-graph", "--skip-server-warmup", "--grammar-backend", "none"),
+        *("--mem-fraction-static", "0.3", "--max-total-tokens", str(pool_tokens)),
+        *("--max-running-requests", str(max_running)),
+        "--sleep-on-idle",  # else one that has nothing to do takes a core from those that have
+    )
+
+
+VLLM_ARGS, SGLANG_ARGS = vllm_args(MAX_TOKENS, 16), sglang_args(MAX_TOKENS, 16, 2 * MAX_TOKENS)
 
 
 def environments() -> dict[str, Environment]:

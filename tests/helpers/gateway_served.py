@@ -22,7 +22,7 @@ import aiohttp
 import uvloop
 import yaml
 
-from helpers.gateway_life import ENVIRON, launch_warm
+from helpers.gateway_life import ENVIRON, launch_warm, sglang_args, vllm_args
 from helpers.waiting import PATIENCE_SECONDS
 from kvcached_core.errors import KVCachedError
 from kvcached_core.units import MIB
@@ -48,18 +48,9 @@ ENVIRON_OF_ALL = {
     "KVCACHED_PAGE_BYTES": str(PAGE),
     "KVCACHED_WEIGHTS_KEPT_SECONDS": "0",
 }
-VLLM = (
-    *("--dtype", "float32", "--block-size", "32", "--max-model-len", str(NUM_TOKENS)),
-    *("--enforce-eager", "--max-num-seqs", "4"),
-)
-SGLANG = (
-    *("--dtype", "float32", "--context-length", str(NUM_TOKENS)),
-    *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
-    *("--disable-cuda-graph", "--skip-server-warmup", "--grammar-backend", "none"),
-    *("--mem-fraction-static", "0.3", "--max-total-tokens", "1024"),
-    *("--max-running-requests", "4"),
-    "--sleep-on-idle",
-)
+MAX_RUNNING = 4
+VLLM = vllm_args(NUM_TOKENS, MAX_RUNNING)
+SGLANG = sglang_args(NUM_TOKENS, MAX_RUNNING, MAX_RUNNING * NUM_TOKENS)
 # What `kvcached serve` runs, also where the package's entry points are not installed.
 SERVE = """
 import sys
