@@ -132,10 +132,10 @@ def with_buffers(llm: Any, tokens: Any) -> dict[str, Any]:
         report["same"].append(tokens() == first)
         note()
     core.kvcached.sleep()
-    kept = [(span, unit) for span in annex._spans.values() for unit, *_ in span.kept]
+    kept = [(span, first, last) for span in annex._spans.values() for first, last, _ in span.kept]
     report["same"].append(tokens() == first)
-    for span, unit in kept:
-        annex._units(span)[unit] = 0
+    for run in kept:
+        annex._units(run)[0] = 0
     report["spoiled_differs"] = tokens() != first
     return report
 
