@@ -25,6 +25,7 @@ from kvcached_core.ledger.shortage import (
     LOOK_SECONDS,
     Need,
     Shortage,
+    ask_for_missing,
     ask_peers,
     explain,
     short_of,
@@ -92,24 +93,14 @@ class StartLine:
         Where several start, the first pages of all have to fit beside the weights that come now.
         Otherwise each could have its weights and wait for a page that no other gives.
         """
-        wanted = [self._wanted(need) for need in self._needs]
-        if not all(self._may_come(need) for need in wanted):
+        if not all(self._may_come(need) for need in self._wanted()):
             self._retract()
             return False
-        self._is_announced = True
-        for need in self._needs:
-            announced = need.ledger.announce(need.row, need.static_bytes, is_waking=True)
-            wake(need.ledger, announced)
-            if not need.ledger.is_first_waker(need.row):
-                return False
-        # Who was first until now may have entered since the look above: it has the next pages.
-        wanted = [self._wanted(need) for need in self._needs]
-        short = [(need, missing) for need in wanted if (missing := need.missing_bytes)]
-        for need, missing in short:
-            ask_peers(need.ledger, need.row, missing, is_static=True)
-        if not short:
-            self.enter()
-        return not short
+        # Who was first until now may have entered since that look: it has the next pages.
+        if not self._is_first() or ask_for_missing(self._wanted()):
+            return False
+        self.enter()
+        return True
 
     def enter(self) -> None:
         """Announce it as something that comes now, whether or not there is room.
@@ -121,11 +112,25 @@ class StartLine:
                 need.ledger.expect_weights(need.row, START_SECONDS)
             wake(need.ledger, need.ledger.announce(need.row, need.static_bytes))
 
-    def _wanted(self, need: Need) -> Need:
-        view = need.ledger.view()
-        num_others = num_starting(view, own_of(view, need.row), time.time_ns())
-        more_bytes = (1 + num_others) * self._start.page_bytes if num_others else 0
-        return Need(need.ledger, need.row, need.static_bytes + more_bytes)
+    def _is_first(self) -> bool:
+        """Announce the needs in their order, up to the first one that others stand in front of."""
+        self._is_announced = True
+        for need in self._needs:
+            announced = need.ledger.announce(need.row, need.static_bytes, is_waking=True)
+            wake(need.ledger, announced)
+            if not need.ledger.is_first_waker(need.row):
+                return False
+        return True
+
+    def _wanted(self) -> list[Need]:
+        """Return the needs as of now, with the first pages of all that start."""
+        wanted = []
+        for need in self._needs:
+            view = need.ledger.view()
+            num_others = num_starting(view, own_of(view, need.row), time.time_ns())
+            more_bytes = (1 + num_others) * self._start.page_bytes if num_others else 0
+            wanted.append(Need(need.ledger, need.row, need.static_bytes + more_bytes))
+        return wanted
 
     def _retract(self) -> None:
         for need in self._needs:

@@ -87,6 +87,14 @@ def ask_peers(ledger: Ledger, row: RowKey, num_bytes: int, *, is_static: bool = 
     wake(ledger, ledger.ask_peers(row, num_bytes, is_static=is_static))
 
 
+def ask_for_missing(needs: Sequence[Need]) -> bool:
+    """Ask the other instances for what is missing of each need; return whether anything is."""
+    short = [(need, missing) for need in needs if (missing := need.missing_bytes)]
+    for need, missing in short:
+        ask_peers(need.ledger, need.row, missing, is_static=True)
+    return bool(short)
+
+
 def make_room(
     needs: Sequence[Need], rang: threading.Event, patience_seconds: float
 ) -> Shortage | None:
