@@ -203,12 +203,12 @@ class HostBudget:
             num_bytes: How many there have to be.
             stuck: What cannot go to the disk, and why.
         """
-        holders = read_holders(self.folder)
-        left = self._room_bytes() - num_bytes - sum(held.num_bytes for held in holders)
+        holders, room_bytes = read_holders(self.folder), self._room_bytes()
+        left = room_bytes - num_bytes - sum(held.num_bytes for held in holders)
         going = [held for held in holders if self._may_go(held, stuck)]
         if left + sum(held.num_bytes for held in going) < 0:
             staying = [held for held in holders if held not in going]
-            raise self._error(name, num_bytes, staying, stuck.values())
+            raise self._error(name, num_bytes, room_bytes, staying, stuck.values())
         going.sort(key=lambda held: (held.is_used, held.last_used_ns))
         if self.disk is not None:
             return going[0] if left < 0 else None
@@ -219,7 +219,7 @@ class HostBudget:
                 logger.info("kvcached: removed the host copy of %s, unused", held.name)
                 left += held.num_bytes
         if left < 0:  # somebody began to use one of them
-            raise self._error(name, num_bytes, read_holders(self.folder))
+            raise self._error(name, num_bytes, room_bytes, read_holders(self.folder))
         return None
 
     def _room_bytes(self) -> int:
@@ -257,11 +257,16 @@ class HostBudget:
             os.close(fd)
 
     def _error(
-        self, name: str, num_bytes: int, holders: list[Holder], reasons: Iterable[str] = ()
+        self,
+        name: str,
+        num_bytes: int,
+        room_bytes: int,
+        holders: list[Holder],
+        reasons: Iterable[str] = (),
     ) -> HostBudgetError:
         shares = [f"{held.name} {format_bytes(held.num_bytes)}" for held in holders]
         beside = ""
-        if (room_bytes := self._room_bytes()) < self.budget_bytes:
+        if room_bytes < self.budget_bytes:
             beside = (
                 f"; {POOL} leaves {format_bytes(room_bytes)} of it, of "
                 f"{format_bytes(self._usable_bytes)} that may be used"
