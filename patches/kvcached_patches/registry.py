@@ -8,15 +8,16 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import requests
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 from remotezip import RemoteZip, RemoteZipError
-from requests.adapters import HTTPAdapter
-from urllib3.util import Retry
 
 from kvcached_patches.locks import Lock, order
 from kvcached_patches.sources import Sources, Wheel
@@ -25,8 +26,11 @@ INDEX = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvcached" / "engines"
 PLATFORMS = ("x86_64.whl", "none-any.whl")
 TIMEOUT_SECONDS = 60
-AGAIN = Retry(total=4, backoff_factor=1.0, status_forcelist=(500, 502, 503, 504))
+# How long it is waited before the index is asked again that answered badly.
+PAUSES_SECONDS = (1.0, 3.0, 9.0)
 NAMES = "names.json"
+BAD_ANSWERS = (requests.RequestException, RemoteZipError, zipfile.BadZipFile)
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,19 @@ class Release:
 @functools.cache
 def releases(distribution: str) -> dict[str, Release]:
     """Return a wheel of each release on the index, by version, the oldest first."""
-    with _index():
+
+    def list_files() -> list[dict[str, Any]]:
         answer = requests.get(
             f"{INDEX}/{distribution}/",
             headers={"Accept": "application/vnd.pypi.simple.v1+json"},
             timeout=TIMEOUT_SECONDS,
         )
         answer.raise_for_status()
+        files: list[dict[str, Any]] = answer.json()["files"]
+        return files
+
     found = {}
-    for file in answer.json()["files"]:
+    for file in _ask(list_files):
         name, version = file["filename"], _version(file["filename"])
         if version and name.endswith(PLATFORMS) and not file.get("yanked"):
             found[version] = Release(distribution, version, name, file["url"])
@@ -73,13 +81,17 @@ def url_of(lock: Lock) -> str:
 
 def whole_wheel(release: Release) -> Wheel:
     """Return a release's wheel, downloaded to a file that is gone when nobody has it open."""
-    with tempfile.NamedTemporaryFile(suffix=".whl") as file:
-        with _index(), requests.get(release.url, stream=True, timeout=TIMEOUT_SECONDS) as answer:
-            answer.raise_for_status()
-            for block in answer.iter_content(1 << 20):
-                file.write(block)
-        file.flush()
-        return Wheel(Path(file.name))
+
+    def download() -> Wheel:
+        with tempfile.NamedTemporaryFile(suffix=".whl") as file:
+            with requests.get(release.url, stream=True, timeout=TIMEOUT_SECONDS) as answer:
+                answer.raise_for_status()
+                for block in answer.iter_content(1 << 20):
+                    file.write(block)
+            file.flush()
+            return Wheel(Path(file.name))
+
+    return _ask(download)
 
 
 class RemoteSources(Sources):
@@ -93,6 +105,7 @@ class RemoteSources(Sources):
         self._release = release
         self._folder = cache / release.file
         self._names: frozenset[str] | None = None
+        self._wheel: RemoteZip | None = None
 
     def read(self, module: str) -> bytes | None:
         """See `Sources`."""
@@ -104,8 +117,7 @@ class RemoteSources(Sources):
         kept = self._folder / name
         if not kept.is_file():
             kept.parent.mkdir(parents=True, exist_ok=True)
-            with _index():
-                _write(kept, self._wheel.read(name))
+            _write(kept, self._from_wheel(lambda wheel: wheel.read(name)))
         return kept.read_bytes()
 
     def modules(self, package: str) -> Iterator[str]:
@@ -117,26 +129,39 @@ class RemoteSources(Sources):
             kept = self._folder / NAMES
             if not kept.is_file():
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                with _index():
-                    names = [name for name in self._wheel.namelist() if name.endswith(".py")]
-                _write(kept, json.dumps(names).encode())
+                names = self._from_wheel(zipfile.ZipFile.namelist)
+                files = [name for name in names if name.endswith(".py")]
+                _write(kept, json.dumps(files).encode())
             self._names = frozenset(json.loads(kept.read_text()))
         return self._names
 
-    @functools.cached_property
-    def _wheel(self) -> RemoteZip:
-        """The wheel, opened once: its list of thousands of files comes and is read each time."""
-        url = self._release.url or releases(self._release.distribution)[self._release.version].url
-        session = requests.Session()
-        session.mount("https://", HTTPAdapter(max_retries=AGAIN))
-        return RemoteZip(url, session=session, timeout=TIMEOUT_SECONDS)
+    def _from_wheel(self, read: Callable[[RemoteZip], Found]) -> Found:
+        """Return what is read from the wheel, which is opened once unless the index answers badly.
+
+        Its list of thousands of files comes and is read each time that it is opened.
+        """
+        release = self._release
+        url = release.url or releases(release.distribution)[release.version].url
+
+        def read_it() -> Found:
+            wheel, self._wheel = self._wheel, None
+            wheel = wheel or RemoteZip(url, session=requests.Session(), timeout=TIMEOUT_SECONDS)
+            found = read(wheel)
+            self._wheel = wheel
+            return found
+
+        return _ask(read_it)
 
 
-@contextlib.contextmanager
-def _index() -> Iterator[None]:
+def _ask(read: Callable[[], Found]) -> Found:
+    """Return what is read from the index; it is asked again if it answers badly."""
+    for pause_seconds in PAUSES_SECONDS:
+        with contextlib.suppress(*BAD_ANSWERS):
+            return read()
+        time.sleep(pause_seconds)
     try:
-        yield
-    except (requests.RequestException, RemoteZipError) as error:
+        return read()
+    except BAD_ANSWERS as error:
         raise SystemExit(f"the package index at {INDEX} cannot be read: {error}") from error
 
 
