@@ -1,12 +1,14 @@
 """The list of planted faults and what runs it: a stale entry is an error, and so is a lazy one."""
 
+import json
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mutants import run
-from mutants.run import KILLED, SURVIVED, Mutant, MutantError, Warm, read_mutants
+from mutants.run import KILLED, SURVIVED, Mutant, MutantError, Result, Warm, read_mutants
 
 ROOT = Path(__file__).parents[2]
 MUTANT = Mutant("m", "house.py", "roof = 1", "roof = 0", "It rains in.", ("test_house.py",))
@@ -84,3 +86,21 @@ LISTED = read_mutants(sorted((ROOT / "tests/mutants").glob("*.toml")))
 def test_the_text_of_each_planted_fault_is_in_its_file_once(mutant: Mutant) -> None:
     assert (ROOT / mutant.file).read_text().count(mutant.old) == 1
     assert [test for test in mutant.tests if not (ROOT / test.partition("::")[0]).is_file()] == []
+
+
+def test_what_was_found_of_a_mutant_stays_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results.json")
+    then, now = {"date": "then", "commit": "a"}, {"date": "now", "commit": "b"}
+    known = replace(MUTANT, name="known")
+    changed = replace(MUTANT, name="changed", new="roof = 2")
+    gone = replace(MUTANT, name="gone")
+    old = [MUTANT, known, replace(changed, new="roof = 3"), gone]
+    run.write_results([Result(one.name, SURVIVED, 1.0) for one in old], old, then)
+    run.write_results([Result(MUTANT.name, KILLED, 2.0)], [MUTANT, known, changed], now)
+    found = json.loads(run.RESULTS.read_text())
+    assert [(one["name"], one["outcome"], one["date"]) for one in found] == [
+        ("m", KILLED, "now"),
+        ("known", SURVIVED, "then"),
+    ]

@@ -5,6 +5,7 @@ looks at. What a mutant replaces has to be in its file exactly once, so that the
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -85,6 +86,12 @@ class Mutant:
     breaks: str
     tests: tuple[str, ...] = ()
     equivalent: str = ""
+
+    @property
+    def digest(self) -> str:
+        """What tells it from another fault of the same name."""
+        text = "\0".join((self.file, self.old, self.new, *self.tests, self.equivalent))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def plant(self, tree: Path) -> None:
         """Write the fault into a copy of the tree.
@@ -253,15 +260,19 @@ def now() -> dict[str, str]:
 
 
 def write_results(results: list[Result], mutants: list[Mutant], when: dict[str, str]) -> None:
-    """Write what became of `results`, and when; what is known of others of the list stays."""
+    """Write what became of `results`, and when; what is known of others of the list stays.
+
+    What was found of a mutant that has changed since is left out.
+    """
     before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    found = {entry["name"]: entry for entry in before}
-    found |= {result.name: {**asdict(result), **when} for result in results}
-    report = [
-        {**found[mutant.name], "file": mutant.file, "breaks": mutant.breaks}
-        for mutant in mutants
-        if mutant.name in found
-    ]
+    found = {(entry["name"], entry["digest"]): entry for entry in before}
+    new = {result.name: {**asdict(result), **when} for result in results}
+    report = []
+    for mutant in mutants:
+        known = new.get(mutant.name) or found.get((mutant.name, mutant.digest))
+        if known is not None:
+            about = {"digest": mutant.digest, "file": mutant.file, "breaks": mutant.breaks}
+            report.append({**known, **about})
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
 
 
