@@ -6,13 +6,15 @@ One vLLM engine of the 8B shape in this process, whose layers wait for their own
 (`KVCACHED_WEIGHTS_WAIT=layers`). A round answers a prompt of 8,000 tokens with all weights there,
 sleeps, and answers it while they come. Wherever a forward passes a point, the host's clock says
 when it did, and an event on the step's stream when the device came there; an event on the stream of
-copies says when each page was there. `--trace FILE` keeps what torch's profiler saw of one more
-round, before the others: each kernel and each copy. `--tiny` rehearses it on a CPU, which has one
-clock, and whose times say nothing.
+copies says when each page was there. `--ways` does it in several ways, in turn: `WAY=COPY/AHEAD`
+names one in which copies have so many bytes, and so many are handed over ahead. `--trace FOLDER`
+keeps what torch's profiler saw of one more round of each: every kernel and every copy. `--tiny`
+rehearses it on a CPU, which has one clock, and whose times say nothing.
 """
 
 import argparse
 import functools
+import itertools
 import os
 import statistics
 import subprocess
@@ -22,13 +24,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from machine import describe_gpu, describe_machine
 from vllm_servers import SHORT_FOLDER, Record, make_model, make_shape
 
-from kvcached_core.weights.arriving import Arriving
+from kvcached_core.units import parse_bytes
+from kvcached_core.weights import arriving, host_bytes, image
 from kvcached_core.weights.walks import Walk
 from kvcached_vllm.elastic_weights import weights_of
 from kvcached_vllm.worker import inner_worker
@@ -41,6 +44,7 @@ ENVIRON = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "HF_HUB_OFFLINE": "1",
 }
+MEMORY_FOLDER = "/dev/shm"  # noqa: S108  what lies on a disk cannot be page-locked
 TINY_ENVIRON = {"KVCACHED_HOST_POOL": "1GiB"}
 ENGINE = {"enforce_eager": True, "enable_prefix_caching": False}
 GPU_ENGINE = ENGINE | {
@@ -50,6 +54,32 @@ GPU_ENGINE = ENGINE | {
     "max_num_batched_tokens": 8192,  # the prompt has to fit into one step
 }
 TINY_ENGINE = ENGINE | {"dtype": "float32", "max_model_len": 2048, "block_size": 32}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How weights are copied.
+
+    Attributes:
+        name: What the record calls it.
+        copy_bytes: Of one copy, at most.
+        ahead_bytes: What the device is told of ahead of what it has copied.
+    """
+
+    name: str = "as it is"
+    copy_bytes: int = host_bytes.MAX_COPY_BYTES
+    ahead_bytes: int = arriving.AHEAD_BYTES
+
+    def use(self) -> None:
+        """Have later copies go this way."""
+        image.MAX_COPY_BYTES, arriving.AHEAD_BYTES = self.copy_bytes, self.ahead_bytes
+
+    @classmethod
+    def read(cls, words: str) -> Self:
+        """Return the way that `NAME=COPY/AHEAD` says."""
+        name, _, sizes = words.partition("=")
+        copy, _, ahead = sizes.partition("/")
+        return cls(name, parse_bytes(copy, what="copy"), parse_bytes(ahead, what="ahead"))
 
 
 @dataclass
@@ -76,7 +106,9 @@ class Watch:
         model.register_forward_pre_hook(lambda *_: self._see("begun"))
         model.register_forward_hook(lambda *_: self._see("ended"))
         self._behind(Walk, "pass_point", functools.partial(self._see, "points"))
-        self._behind(Arriving, "_mark", functools.partial(self._see, "pages", self._copies))
+        self._behind(
+            arriving.Arriving, "_mark", functools.partial(self._see, "pages", self._copies)
+        )
         self.begin()
 
     def begin(self) -> None:
@@ -130,6 +162,7 @@ def measure(record: Record, options: argparse.Namespace) -> None:
     from vllm import LLM, SamplingParams
 
     engine: dict[str, Any] = TINY_ENGINE if options.tiny else GPU_ENGINE
+    engine = engine | {"enforce_eager": not options.compiled}
     llm = LLM(str(options.model), **engine)
     core = llm.llm_engine.engine_core.engine_core
     worker = inner_worker(core.model_executor.driver_worker)
@@ -158,26 +191,36 @@ def measure(record: Record, options: argparse.Namespace) -> None:
     answer()  # kernels are loaded, and a forward is watched
     answer()
     weights.rank.copying.join()
-    if options.trace:
+    record.add(num_pages=weights.rank.image.num_pages)
+    for way in (options.trace and options.ways) or []:
+        way.use()
         core.kvcached.sleep()
         with torch.profiler.profile() as profiler:
             answer()
-        profiler.export_chrome_trace(str(options.trace))
-    rounds: list[dict[str, Any]] = []
-    for _ in range(options.number):
+        profiler.export_chrome_trace(str(options.trace / f"{way.name}.json.gz"))
+    ways: dict[str, list[dict[str, Any]]] = {way.name: [] for way in options.ways}
+    for _, way in itertools.product(range(options.number), options.ways):
+        way.use()
         there = answer()
         core.kvcached.sleep()
         together = answer()
-        rounds.append({"there": there, "together": together, "behind": answer()})
-        record.add(num_pages=weights.rank.image.num_pages, rounds=rounds)
+        ways[way.name].append({"there": there, "together": together, "behind": answer()})
+        record.add(ways=ways)
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the figures as text: medians, in milliseconds since the prompt."""
+    """Return the figures of each way as text."""
+    return "\n\n".join(
+        f"{name}\n{rows(rounds)}" for name, rounds in results.get("ways", {}).items()
+    )
+
+
+def rows(rounds: list[dict[str, Any]]) -> str:
+    """Return the figures of rounds as text: medians, in milliseconds since the prompt."""
 
     def median(how: str, *path: Any) -> float:
         values = []
-        for one in results["rounds"]:
+        for one in rounds:
             found = one[how]
             for part in path:
                 found = found[part]
@@ -191,22 +234,25 @@ def table(results: dict[str, Any]) -> str:
     for what in ("begun", "ended"):
         host, device = (median("together", what, clock, -1) for clock in ("host", "device"))
         lines.append(f"forward {what}: host {host:.1f}, device {device:.1f}")
-    for number in range(len(results["rounds"][0]["together"]["points"]["host"])):
+    for number in range(0, len(rounds[0]["together"]["points"]["host"]), 4):
         host, device = (median("together", "points", each, number) for each in ("host", "device"))
         lines.append(f"point {number:2}: host {host:7.1f}, device {device:7.1f}")
-    allocations = [one["together"]["num_allocations"] for one in results["rounds"]]
-    tokens = {tuple(each["tokens"]) for one in results["rounds"] for each in one.values()}
+    allocations = [one["together"]["num_allocations"] for one in rounds]
+    tokens = {tuple(each["tokens"]) for one in rounds for each in one.values()}
     lines.append(f"allocations {allocations}, {len(tokens)} different answers")
     return "\n".join(lines)
 
 
 def start_child(options: argparse.Namespace) -> int:
     """Run this script where the engine is elastic; return its exit code."""
-    with tempfile.TemporaryDirectory(prefix="kv-", dir=SHORT_FOLDER) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="kv-", dir=SHORT_FOLDER) as folder,
+        tempfile.TemporaryDirectory(prefix="kv-", dir=MEMORY_FOLDER) as ours,
+    ):
         place = Path(folder) / "model"
         model = make_model(place, seed=1) if options.tiny else make_shape(place, "llama-8b")
         environ = {**os.environ, **ENVIRON, **(TINY_ENVIRON if options.tiny else {})}
-        environ["KVCACHED_DIR"] = str(Path(folder) / "kv")
+        environ["KVCACHED_DIR"] = ours
         command = [sys.executable, __file__, *sys.argv[1:], "--model", str(model)]
         return subprocess.run(command, env=environ, check=False).returncode
 
@@ -217,7 +263,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
     parser.add_argument("--number", type=int, default=8, help="rounds")
-    parser.add_argument("--trace", type=Path, help="where a trace of one more round goes")
+    parser.add_argument("--compiled", action="store_true", help="no eager engine")
+    parser.add_argument("--ways", nargs="+", type=Way.read, default=[Way()], metavar="WAY")
+    parser.add_argument("--trace", type=Path, help="where traces of one more round go")
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.model is None:

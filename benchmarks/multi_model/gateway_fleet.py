@@ -59,7 +59,7 @@ class Served(Gateway):
         member, site = self._fleet.members[number], self._fleet.site
         env = {name: value for name, value in member.environ.items() if name in KEPT}
         env |= ENGINE_ENVIRON | {
-            "KVCACHED_HOST_BUDGET": "85%",
+            "KVCACHED_HOST_BUDGET": os.environ.get("KVCACHED_HOST_BUDGET", "85%"),
             "KVCACHED_WEIGHTS_KEPT_SECONDS": "0",
             "KVCACHED_BUFFERS": "yield",
         }
