@@ -15,13 +15,18 @@ def test_a_rehearsal_sees_when_each_layer_began_and_each_page_came(
 ) -> None:
     path = tmp_path / "watched.json"
     arguments = ["watched_prefill.py", "--tiny", "--number", "2", "--json", str(path)]
+    arguments += ["--ways", "large=16MiB/512MiB", "small=1MiB/2MiB", "--trace", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as ended:
         watched_prefill.main()
     assert ended.value.code == 0
     results = json.loads(path.read_text())
-    assert len(results["rounds"]) == 2
-    for found in results["rounds"]:
+    assert {name: len(rounds) for name, rounds in results["ways"].items()} == {
+        "large": 2,
+        "small": 2,
+    }
+    assert {file.name for file in tmp_path.glob("*.gz")} == {"large.json.gz", "small.json.gz"}
+    for found in (one for rounds in results["ways"].values() for one in rounds):
         together = found["together"]
         assert len(together["pages"]["device"]) == results["num_pages"]
         (begun,), (ended_at,) = (together[what]["device"] for what in ("begun", "ended"))
