@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, call, patch
 
 import pytest
 import torch
@@ -66,6 +66,30 @@ def test_a_data_parallel_rank_ends_who_would_wait_for_it_and_only_for_what_is_ou
         kill.assert_not_called()
         assert end_of(LedgerError("no folder"), num_replicas=2) == SAID
     kill.assert_called_once_with(os.getppid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("has_copies", [False, True])
+def test_an_engine_that_is_ready_gives_its_weights_layer_by_layer_and_says_what_is_elastic(
+    caplog: pytest.LogCaptureFixture, has_copies: bool
+) -> None:
+    copies, controller = Mock(), object()
+    ours = SimpleNamespace(copies=copies if has_copies else None)
+    runner = SimpleNamespace(model_config=SimpleNamespace(is_generation=False, is_multimodal=False))
+    scheduler = SimpleNamespace(
+        tp_worker=SimpleNamespace(model_runner=runner),
+        tree_cache=SimpleNamespace(cache_controller=controller),
+    )
+    with (
+        patch.object(engines, "_engine", ours),
+        patch.object(start_hooks, "begin_to_yield") as yields,
+        patch.object(start_hooks, "let_layers_wait") as waits,
+        caplog.at_level("INFO"),
+    ):
+        start_hooks.scheduler_init(lambda *_: None)(scheduler, SimpleNamespace(dp_size=1))
+    yields.assert_called_once_with(ours, runner)
+    waits.assert_called_once_with(ours, runner)
+    assert copies.meet.call_args_list == ([call(controller)] if has_copies else [])
+    assert "keys and values are elastic" in caplog.text
 
 
 @pytest.mark.parametrize(

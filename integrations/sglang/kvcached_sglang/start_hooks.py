@@ -76,19 +76,21 @@ def scheduler_init(original: Any, self: Any, server_args: Any, *args: Any, **kwa
     with _ending_who_waits(server_args), said_once():
         original(self, server_args, *args, **kwargs)
         ours = engine()
-        if ours is not None:
-            begin_to_yield(ours, self.tp_worker.model_runner)
+        if ours is None:
+            return
+        runner = self.tp_worker.model_runner
+        begin_to_yield(ours, runner)
+        let_layers_wait(ours, runner)
         controller = getattr(self.tree_cache, "cache_controller", None)
-        if ours is not None and ours.copies is not None and controller is not None:
+        if ours.copies is not None and controller is not None:
             with startup.one_message():
                 ours.copies.meet(controller)
-            let_layers_wait(ours, self.tp_worker.model_runner)
-            model = self.tp_worker.model_runner.model_config
-            parts = elastic_parts(
-                "SGLang", generates=model.is_generation, is_multimodal=model.is_multimodal
-            )
-            if parts is not None:
-                logger.info("kvcached: %s", parts)
+        model = runner.model_config
+        parts = elastic_parts(
+            "SGLang", generates=model.is_generation, is_multimodal=model.is_multimodal
+        )
+        if parts is not None:
+            logger.info("kvcached: %s", parts)
 
 
 @around
