@@ -79,6 +79,17 @@ def find_layers(modules: Modules) -> list[torch.nn.Module]:
     return found
 
 
+def find_outside(modules: Modules) -> list[torch.nn.Module]:
+    """Return all modules that are no layer, and in none; one of them runs before the first layer.
+
+    Args:
+        modules: The model, then what belongs to it, each with its name.
+    """
+    inside = _inside(modules)
+    parts = (part for module in modules.values() for part in module.modules())
+    return [part for part in parts if id(part) not in inside]
+
+
 def in_image_order(modules: Modules) -> list[Group]:
     """Return the storages of a model's weights, first those that something outside of layers uses.
 
@@ -106,8 +117,11 @@ def find_stages(modules: Modules, image: Image) -> Stages:
 
 
 def _outside(modules: Modules) -> list[Group]:
-    inside = {id(part) for layer in find_layers(modules) for part in layer.modules()}
-    return collect(modules, left_out=inside)
+    return collect(modules, left_out=_inside(modules))
+
+
+def _inside(modules: Modules) -> set[int]:
+    return {id(part) for layer in find_layers(modules) for part in layer.modules()}
 
 
 def _end(groups: Collection[Group], image: Image) -> int:

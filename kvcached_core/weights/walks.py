@@ -22,14 +22,28 @@ class Walk:
     def __init__(self, arriving: Arriving, points: Points) -> None:
         self._arriving = arriving
         self._points = points.num_pages
+        self._num_first_pages = points.num_first_pages
         self._num_passed = 0
+        self._has_begun = False
         self._is_in_order = True
-        arriving.wait(points.num_first_pages)
 
     @property
     def is_complete(self) -> bool:
         """Whether it has passed all points in their order."""
         return self._is_in_order and self._num_passed == len(self._points)
+
+    def begin(self) -> None:
+        """Have what follows wait for the first pages; it may be called again.
+
+        What a step copies to the device for its forward has to come before: a copy behind a wait
+        is put off until the device has no others to do.
+
+        Raises:
+            BackendError: If the device is of no use any more.
+        """
+        if not self._has_begun:
+            self._has_begun = True
+            self._arriving.wait(self._num_first_pages)
 
     def pass_point(self, number: int) -> None:
         """Have what follows a point wait for the pages that it needs; a point may come again.
@@ -37,7 +51,7 @@ class Walk:
         Raises:
             BackendError: If the device is of no use any more.
         """
-        if number > self._num_passed:
+        if number > self._num_passed or not self._has_begun:
             self._is_in_order = False
         elif number == self._num_passed:
             self._num_passed += 1
@@ -74,7 +88,8 @@ class Walks:
                 graph that was captured, for example.
 
         Yields:
-            The walk that the block has to tell of each point; None if it runs as usual.
+            The walk that the block has to begin in front of the first use of weights, and to tell
+            of each point; None if it runs as usual.
 
         Raises:
             LayerOrderError: If a forward that was trusted did not pass all points in their order.

@@ -66,7 +66,10 @@ class Worker:
         self.model_runner = SimpleNamespace(get_model=lambda: self.model)
         self.kvcached_points = {name: point for point, name in enumerate(NAMES)}
         compilation = SimpleNamespace(max_cudagraph_capture_size=CAPTURED_TOKENS)
-        self.vllm_config = SimpleNamespace(compilation_config=compilation)
+        self.model_config = SimpleNamespace(is_multimodal_model=False, enable_prompt_embeds=False)
+        self.vllm_config = SimpleNamespace(
+            compilation_config=compilation, model_config=self.model_config
+        )
 
     def wake(self) -> None:
         self.copies.num_waited = self.copies.num_begun = 0
@@ -82,6 +85,7 @@ class Worker:
             walking(self, self.walks, output),
             forward_context.override_forward_context(context),  # type: ignore[arg-type]
         ):
+            self.num_waited_before = self.copies.num_waited
             self.model()
         assert not self.model._forward_pre_hooks
         return self.model.seen
@@ -106,6 +110,22 @@ def test_what_lies_between_two_attentions_is_waited_for_at_the_first(worker: Wor
     worker.wake()
     assert worker.step() == [(FIRST, 5), (FIRST, 5), (SECOND, 7), (SECOND, 7)]
     assert not worker.walks.is_due
+
+
+def test_what_a_step_copies_for_its_forward_does_not_stand_behind_a_wait(worker: Worker) -> None:
+    worker.wake()
+    worker.step()
+    assert worker.num_waited_before == 0
+
+
+@pytest.mark.parametrize("setting", ["is_multimodal_model", "enable_prompt_embeds"])
+def test_embeddings_that_are_looked_up_before_the_forward_are_there(
+    worker: Worker, setting: str
+) -> None:
+    setattr(worker.model_config, setting, True)
+    worker.wake()
+    worker.step()
+    assert worker.num_waited_before == 3
 
 
 def test_a_step_that_may_be_a_graph_waits_for_all_at_its_beginning(worker: Worker) -> None:

@@ -1,10 +1,10 @@
 """Batches that begin while weights are on their way: each layer waits for its own, where it can.
 
 SGLang computes prompts layer by layer unless it captured graphs for them, so each layer waits in
-front of itself.
+front of itself. What is in no layer is waited for in front of the first module that is called.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -40,20 +40,23 @@ def let_layers_wait(engine: "SglangEngine", runner: Any) -> None:
 @contextmanager
 def walking(weights: "OwnWeights", runner: Any, batch: Any) -> Iterator[None]:
     """Run a batch in the block, while weights arrive or it is not known yet how batches run."""
-    from kvcached_core.weights.stages import find_layers  # it imports torch
+    from kvcached_core.weights.stages import find_layers, find_outside  # they import torch
 
     assert weights.walks is not None  # noqa: S101  who calls it has looked
     is_whole = batch.forward_mode.is_extend() and _is_eager(runner)
     with weights.walks.step(is_whole=is_whole) as walk, ExitStack() as hooks:
         if walk is not None:
-            for number, layer in enumerate(find_layers(weights.adopted.modules)):
-                hook = partial(_pass, walk.pass_point, number)
-                hooks.callback(layer.register_forward_pre_hook(hook).remove)
+            modules = weights.adopted.modules
+            told = [(module, walk.begin) for module in find_outside(modules)]
+            for number, layer in enumerate(find_layers(modules)):
+                told.append((layer, partial(walk.pass_point, number)))
+            for module, tell in told:
+                hooks.callback(module.register_forward_pre_hook(partial(_tell, tell)).remove)
         yield
 
 
-def _pass(pass_point: Any, number: int, *_: Any) -> None:
-    pass_point(number)
+def _tell(tell: Callable[[], None], *_: Any) -> None:
+    tell()
 
 
 def _is_eager(runner: Any) -> bool:

@@ -75,6 +75,8 @@ def walking(worker: Any, walks: "Walks", scheduler_output: Any) -> Iterator[None
         if walk is None:
             yield
             return
+        if _embeds_before(worker.vllm_config.model_config):
+            walk.begin()
         hook = partial(_enter, worker.kvcached_points, walk)
         handle = worker.model_runner.get_model().register_forward_pre_hook(hook)
         try:
@@ -86,6 +88,7 @@ def walking(worker: Any, walks: "Walks", scheduler_output: Any) -> Iterator[None
 def _enter(points: Mapping[str, int], walk: "Walk", *_: Any) -> None:
     from vllm.forward_context import get_forward_context
 
+    walk.begin()
     context = get_forward_context()
     context.no_compile_layers = PassedLayers(context.no_compile_layers, points, walk)
 
@@ -101,6 +104,11 @@ def _numbers(vllm_config: Any, layers: "list[torch.nn.Module]") -> dict[str, int
         for name, one in named.items()
         if isinstance(one, AttentionLayerBase) and id(one) in places
     }
+
+
+def _embeds_before(model_config: Any) -> bool:
+    """Return whether vLLM may look embeddings up, or encode, in front of the model's forward."""
+    return bool(model_config.is_multimodal_model or model_config.enable_prompt_embeds)
 
 
 def _captured_tokens(vllm_config: Any) -> int:

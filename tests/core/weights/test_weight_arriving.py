@@ -292,6 +292,7 @@ def test_who_needs_more_than_a_few_has_all_of_it_begun(
     asleep_and_back(ours)
     with walks.step(is_whole=True) as walk:
         assert walk is not None
+        walk.begin()
         assert coming(ours, driver) == list(range(2, 2 + ahead))
         walk.pass_point(0)
         assert coming(ours, driver) == list(range(9, 9 + ahead))
@@ -397,8 +398,10 @@ def test_a_failure_at_any_call_leaves_the_first_pages_and_nothing_counts_that_wa
 def walked(walks: Walks, passed: tuple[int, ...], *, is_whole: bool = True) -> bool:
     """Run a step that passes some points; return whether it had a walk."""
     with walks.step(is_whole=is_whole) as walk:
-        for point in passed if walk is not None else ():
-            walk.pass_point(point)
+        if walk is not None:
+            walk.begin()
+            for point in passed:
+                walk.pass_point(point)
     return walk is not None
 
 
@@ -415,6 +418,7 @@ def test_a_forward_is_watched_once_and_then_begins_while_weights_come(
     with walks.step(is_whole=True) as walk:
         assert coming(ours, driver) == []  # it is not trusted yet
         assert walk is not None
+        walk.begin()
         walk.pass_point(0)
         walk.pass_point(1)
     assert not walks.is_due
@@ -422,6 +426,8 @@ def test_a_forward_is_watched_once_and_then_begins_while_weights_come(
     assert walks.is_due
     with walks.step(is_whole=True) as walk:
         assert walk is not None
+        assert coming(ours, driver) == list(range(NUM_PAGES))  # what prepares it waits for none
+        walk.begin()
         assert coming(ours, driver) == list(range(2, NUM_PAGES))
         for _ in range(2):
             walk.pass_point(0)
@@ -443,6 +449,21 @@ def test_a_step_that_passes_no_points_waits_for_all_and_is_nothing_to_learn_from
         assert coming(ours, driver) == []
     asleep_and_back(ours)
     assert walked(walks, (0, 1))
+
+
+def test_a_forward_that_reaches_a_point_before_its_beginning_is_never_let_begin(
+    ours: WeightedRank, driver: FakeDriver
+) -> None:
+    walks = Walks(ours.weights.arriving, POINTS)
+    with walks.step(is_whole=True) as walk:
+        assert walk is not None
+        walk.pass_point(0)
+        walk.begin()
+        walk.pass_point(1)
+    asleep_and_back(ours)
+    with walks.step(is_whole=True) as walk:
+        assert walk is None
+        assert coming(ours, driver) == []
 
 
 @pytest.mark.parametrize("passed", [(), (0,), (1, 0), (1,)])
@@ -541,6 +562,7 @@ def run(
     there = []
     with walks.step(is_whole=True) as walk:
         assert walk is not None
+        walk.begin()
         for number, layers in enumerate(parts):
             if number:
                 walk.pass_point(number - 1)
