@@ -104,8 +104,16 @@ HOOKS = (
     Hook(
         "vllm.v1.core.sched.scheduler:Scheduler._connector_finished",
         "kvcached_vllm.transfer_hooks:scheduler_connector_finished",
-        "let 0.26 copy no blocks that a preempted request had",
+        "let a connector copy no blocks that a request had, and has lost",
         ("request",),
+    ),
+    Hook(
+        "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler:"
+        "OffloadingConnectorScheduler._build_store_jobs",
+        "kvcached_vllm.transfer_hooks:connector_build_store_jobs",
+        "store of a window what its request still has, and no chunk without a block that hits load",
+        ("scheduler_output",),
+        is_optional=True,
     ),
     Hook(
         "vllm.v1.worker.gpu_worker:request_memory",

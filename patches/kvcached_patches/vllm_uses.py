@@ -304,6 +304,7 @@ _OFFLOADS = (
         *members(
             f"{_CORE}.sched.output:SchedulerOutput",
             "kv_connector_metadata total_num_scheduled_tokens",
+            "finished_req_ids num_scheduled_tokens",
         ),
         "vllm.v1.outputs:ModelRunnerOutput.kv_connector_output",
         "vllm.v1.outputs:KVConnectorOutput.kv_connector_worker_meta",
@@ -319,7 +320,8 @@ _OFFLOADS = (
             "get_num_new_matched_tokens handle_preemptions",
         ),
         f"{_CORE}.sched.scheduler:Scheduler.connector",
-        "vllm.v1.request:Request.num_preemptions",
+        f"{_CORE}.kv_cache_manager:KVCacheManager.get_block_ids",
+        *members("vllm.v1.request:Request", "num_preemptions request_id"),
     ),
     *uses(
         "the same; those releases offload whose modules are all there",
@@ -338,18 +340,29 @@ _OFFLOADS = (
         is_optional=True,
     ),
     *uses(
-        "blocks that a window has left, which it shall forget with their pages",
-        f"{_PLAN}:ChunkedLocalAttentionSpec",
+        "blocks that a window has left, which a connector shall forget",
+        f"{_PLAN}:ChunkedLocalAttentionSpec.attention_chunk_size",
         f"{_PLAN}:MambaSpec",
-        f"{_PLAN}:SlidingWindowSpec",
+        f"{_PLAN}:SlidingWindowSpec.sliding_window",
+    ),
+    *uses(
+        "how much more than its window a layer keeps, in some releases",
+        f"{_PLAN}:SlidingWindowSpec.extra_retained_tokens",
+        is_optional=True,
     ),
     *uses(
         "the same; it names blocks by request and group",
         f"{_CONNECTOR}.connector_scheduler",
-        *members(f"{_OFFLOADING}.scheduler:OffloadingConnectorScheduler", "_req_status config"),
-        f"{_OFFLOADING}.scheduler:SchedulerOffloadConfig.blocks_per_chunk",
+        *members(
+            f"{_OFFLOADING}.scheduler:OffloadingConnectorScheduler",
+            "_current_batch_allocated_block_ids _req_status config",
+        ),
+        *members(
+            f"{_OFFLOADING}.scheduler:SchedulerOffloadConfig", "blocks_per_chunk kv_group_configs"
+        ),
+        f"{_OFFLOADING}.scheduler:GroupOffloadConfig.group_idx",
         f"{_OFFLOADING}.scheduler:RequestOffloadState.group_states",
-        f"{_OFFLOADING}.scheduler:RequestGroupState.block_ids",
+        *members(f"{_OFFLOADING}.scheduler:RequestGroupState", "block_ids next_stored_chunk_idx"),
         is_optional=True,
     ),
 )

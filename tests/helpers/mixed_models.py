@@ -1,6 +1,7 @@
 """Tiny models whose layers differ in their blocks' size, with weights."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ class DeciLMConfig(LlamaConfig):
 """
 
 
-def make_mixed_model(folder: Path, *, seed: int) -> Path:
+def make_mixed_model(
+    folder: Path, *, seed: int, kv_heads: Sequence[int] = KV_HEADS, **settings: Any
+) -> Path:
     """Write a model like Nemotron-NAS: layers of a Llama with different numbers of heads."""
     make_model(folder, seed=seed)
     num_heads = int(str(CONFIG["num_attention_heads"]))
@@ -47,18 +50,19 @@ def make_mixed_model(folder: Path, *, seed: int) -> Path:
             "attention": {"no_op": False, "n_heads_in_group": num_heads // heads},
             "ffn": {"no_op": False, "intermediate_size": CONFIG["intermediate_size"]},
         }
-        for heads in KV_HEADS
+        for heads in kv_heads
     ]
     config = CONFIG | {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
         "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
         "block_configs": blocks,
+        **settings,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "configuration_decilm.py").write_text(CONFIGURATION)
     weights = load_file(folder / "model.safetensors")
-    for layer, heads in enumerate(KV_HEADS):
+    for layer, heads in enumerate(kv_heads):
         for part in ("k_proj", "v_proj"):
             name = f"model.layers.{layer}.self_attn.{part}.weight"
             weights[name] = weights[name][: heads * HEAD_DIM].copy()

@@ -6,7 +6,7 @@ import traceback
 from typing import Any
 
 from helpers.offline import VOCABULARY, mixed_prompts
-from helpers.offloaded import BLOCK_TOKENS, IS_ELASTIC, SAMPLING, Offloaded, full_chunk_tokens
+from helpers.offloaded import BLOCK_TOKENS, IS_ELASTIC, SAMPLING, Offloaded
 
 NUM_PROMPTS = 18
 MAX_STEPS = 20
@@ -31,7 +31,7 @@ def one_by_one(engine: Offloaded, report: dict[str, Any]) -> None:
         lose_cache(engine, report)
         before = engine.hits()
         engine.generate([prompt])
-        report["hits"].append([engine.hits() - before, full_chunk_tokens(prompt)])
+        report["hits"].append([engine.hits() - before, engine.full_chunk_tokens(prompt)])
 
 
 def last_request(engine: Offloaded, report: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.offline import VOCABULARY
-from helpers.offloaded import IS_ELASTIC, Offloaded, full_chunk_tokens
+from helpers.offloaded import IS_ELASTIC, Offloaded
 from helpers.waiting import await_that
 
 NUM_PROMPTS = 6
@@ -64,7 +64,7 @@ def remove_files(engine: Offloaded, root: str, asked: Sequence[list[int]]) -> di
     It has room for four chunks, and so has those of the last prompt that was asked.
     """
     *others, last = asked
-    of_others, of_all = (sum(map(full_chunk_tokens, each)) // 32 for each in (others, asked))
+    of_others, of_all = (sum(map(engine.full_chunk_tokens, each)) // 32 for each in (others, asked))
     for path in Path(root).rglob("*.bin"):
         path.unlink()
 
@@ -115,7 +115,7 @@ def main() -> None:
     asked = prompts()
     report: dict[str, Any] = {"tokens": [engine.generate([prompt])[0] for prompt in asked]}
     if root := options.get("root"):
-        num_chunks = sum(map(full_chunk_tokens, asked)) // 32
+        num_chunks = sum(map(engine.full_chunk_tokens, asked)) // 32
         await_that(lambda: num_files(root) >= num_chunks)
         report["num_files"] = num_files(root)
         report["hits"] = engine.hits()

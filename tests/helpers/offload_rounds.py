@@ -11,7 +11,7 @@ from typing import Any
 from helpers.offline import mixed_prompts
 from helpers.offline_ends import offer
 from helpers.offload_acts import ACTS, NUM_PROMPTS, lose_cache
-from helpers.offloaded import Offloaded
+from helpers.offloaded import IS_ELASTIC, Offloaded
 
 
 def two_rounds(engine: Offloaded, report: dict[str, Any]) -> None:
@@ -28,6 +28,8 @@ def count(engine: Offloaded, options: dict[str, Any], report: dict[str, Any]) ->
         engine.finish()
         report["copied"] = engine.copied() if of_copier.get("copier_report") else None
         report["num_hit_tokens"] = engine.hits()
+        if IS_ELASTIC and engine.core is not None:
+            report["num_told_tokens"] = engine.core.kvcached.tier.counts.hit_tokens
 
 
 def main() -> None:

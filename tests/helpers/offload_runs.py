@@ -10,6 +10,7 @@ from helpers.offload_plugin import add_plugin
 
 MIB = 1 << 20
 DELAY_MS = (20, 60)
+CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}  # a core for each of two ranks
 ANSWERED = "all answered"
 # How the delayed copier, and our debugging, say that a copy met memory that was gone.
 GONE = ("SIGSEGV", "UnmappedBlockError", "copied other bytes", "was written over")
@@ -36,6 +37,7 @@ def rounds_like_vanilla(
     acts: Sequence[str],
     *,
     delay_ms: tuple[int, int] = DELAY_MS,
+    chunk_blocks: int = 1,
     **options: Any,
 ) -> dict[str, Any]:
     """Return what an elastic engine reports of `offload_rounds`, and see that it does well.
@@ -47,9 +49,11 @@ def rounds_like_vanilla(
         model: What both serve.
         acts: What the elastic one does beside, `one_by_one` among it.
         delay_ms: How long its copies take.
+        chunk_blocks: The blocks of a chunk of its tier.
         options: What both are given.
     """
-    start, of_copier = offline_in(folder, model), copier(folder, delay_ms=delay_ms)
+    changes = {"delay_ms": delay_ms, "blocks_per_chunk": chunk_blocks}
+    start, of_copier = offline_in(folder, model), copier(folder, **changes)
     started = [
         start(VANILLA, "offload_rounds", **options),
         start(offloading(folder), "offload_rounds", copier=of_copier, acts=acts, **options),
@@ -60,13 +64,38 @@ def rounds_like_vanilla(
     assert all(pages == [[0]] for pages in report["after_trim"])
     assert all(found == full > 0 for found, full in report["hits"])
     assert report["copied"]["loads"] > 0
+    assert report["num_told_tokens"] == report["num_hit_tokens"]  # as `kvcached top` says it
     return report
 
 
-def race(start: Offline, folder: Path, *, seed: int, num_requests: int, **options: Any) -> Run:
+def two_ranks(start: Offline, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what an engine of two ranks reports, and one without us.
+
+    One rank's copies end later: what only that one reads stays on both.
+    """
+    of_copier = copier(folder, copier_report=None, rank_delay_ms=300)
+    options = {"tensor_parallel_size": 2}
+    started = [
+        start(CORES | one, "offload_rounds", copier=of_copier, options=options, acts=acts)
+        for one, acts in ((offloading(folder), ["hold_for_both_ranks"]), (VANILLA, []))
+    ]
+    elastic, vanilla = map(report_of, started)
+    return elastic, vanilla
+
+
+def race(
+    start: Offline,
+    folder: Path,
+    *,
+    seed: int,
+    num_requests: int,
+    chunk_blocks: int = 1,
+    **options: Any,
+) -> Run:
     """Let an engine race to its end; see `offload_race`."""
     environ = offloading(folder, KVCACHED_HOST_POOL="48MiB", KVCACHED_PAGE_BYTES="2MiB")
-    of_copier = copier(folder, num_bytes=32 * MIB, delay_ms=(0, 50), copier_seed=seed)
+    changes = {"delay_ms": (0, 50), "copier_seed": seed, "blocks_per_chunk": chunk_blocks}
+    of_copier = copier(folder, num_bytes=32 * MIB, **changes)
     numbers = {"seed": seed, "num_requests": num_requests}
     return finish(start(environ, "offload_race", copier=of_copier, **numbers, **options))
 

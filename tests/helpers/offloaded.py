@@ -15,7 +15,7 @@ from helpers.offload_plugin import transfer
 
 MIB = 1 << 20
 IS_ELASTIC = os.environ.get("ENABLE_KVCACHED", "0") != "0"
-BLOCK_TOKENS = 32  # a chunk of the host tier is a block
+BLOCK_TOKENS = 32  # a chunk of the host tier is a block, or `blocks_per_chunk` of the copier
 SAMPLING: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 
 
@@ -36,6 +36,8 @@ class Offloaded:
         settings = ENGINE_OPTIONS | {"disable_log_stats": False} | sizes | connector | options
         self.llm = LLM(model, **settings, enable_prefix_caching=True)
         self._numbers = itertools.count()
+        chunk_blocks: int = (copier or {}).get("blocks_per_chunk", 1)
+        self._chunk_tokens = BLOCK_TOKENS * chunk_blocks
         self._report = None if copier is None else copier.get("copier_report")
         self.core: Any = getattr(self.llm.llm_engine.engine_core, "engine_core", None)
 
@@ -131,7 +133,6 @@ class Offloaded:
         report: dict[str, int] = json.loads(Path(self._report).read_text())
         return report
 
-
-def full_chunk_tokens(prompt: Sequence[int]) -> int:
-    """Return what of a prompt a tier of whole chunks can have; the last token is computed."""
-    return (len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    def full_chunk_tokens(self, prompt: Sequence[int]) -> int:
+        """Return what of a prompt a tier of whole chunks can have; the last token is computed."""
+        return (len(prompt) - 1) // self._chunk_tokens * self._chunk_tokens

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from helpers.mixed_models import make_mixed_model
 from kvcached_demo.harness.model import CONFIG, make_model
 
 # What vLLM reads of an LFM2's settings beside what Transformers writes.
@@ -23,6 +24,12 @@ def make_window_model(folder: Path, *, seed: int) -> Path:
     config = CONFIG | {"layer_types": LAYERS, "sliding_window": WINDOW_TOKENS}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder
+
+
+def make_small_window_model(folder: Path, *, seed: int) -> Path:
+    """Write one whose other layers have a quarter of its heads: vLLM gives these larger blocks."""
+    settings = {"layer_types": LAYERS, "sliding_window": WINDOW_TOKENS}
+    return make_mixed_model(folder, seed=seed, kv_heads=(2, 8, 2, 8), **settings)
 
 
 def make_state_model(folder: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers.engines import VANILLA, Offline, offline_in, report_of
 from helpers.offload_plugin import TIERS_SPEC
-from helpers.offload_runs import GONE, MIB, check_race, copier, end_of, offloading, race
+from helpers.offload_runs import GONE, MIB, check_race, copier, end_of, offloading, race, two_ranks
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -18,7 +18,6 @@ OWN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 # Keys of blocks are hashes, which two processes find alike if they are told the seed.
 SAME_HASHES = {"PYTHONHASHSEED": "0"}
 PAGE_MIB = 16
-CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}  # a core for each of two ranks
 
 
 @pytest.fixture(scope="module")
@@ -231,14 +230,7 @@ class TestDisk:
 def test_holds_of_two_ranks_end_when_both_have_reported(
     start_offline: Offline, tmp_path: Path
 ) -> None:
-    options = {"tensor_parallel_size": 2}
-    # One rank's copies end later: what only that one reads stays on both.
-    of_copier = copier(tmp_path, copier_report=None, rank_delay_ms=300)
-    started = [
-        start_offline(CORES | one, "offload_rounds", copier=of_copier, options=options, acts=acts)
-        for one, acts in ((VANILLA, []), (offloading(tmp_path), ["hold_for_both_ranks"]))
-    ]
-    vanilla, elastic = map(report_of, started)
+    elastic, vanilla = two_ranks(start_offline, tmp_path)
     assert elastic["tokens"] == vanilla["tokens"]
     assert elastic["after_trim"] == [[[0], [0]]]
     assert elastic["num_hit_tokens"] > 0

@@ -38,12 +38,12 @@ def reports(**num: int) -> OffloadingWorkerMetadata:
 
 def copies(num_ranks: int) -> tuple[OpenCopies, Mock, Mock]:
     engine, pool = Mock(), Mock()
-    return OpenCopies(engine, pool, num_ranks, Mock(), 16), engine, pool
+    return OpenCopies(engine, pool, num_ranks, Mock()), engine, pool
 
 
 def test_stores_hold_what_they_read_before_freed_blocks_are_let_go() -> None:
     log = Mock()
-    open_copies = OpenCopies(log.engine, log.pool, 1, Mock(), 16)
+    open_copies = OpenCopies(log.engine, log.pool, 1, Mock())
     open_copies.begin(step({7: (3, 4), 8: (9,)}, {5: (1,)}))
     *held, settled = log.mock_calls
     assert [list(map(int, one.args[0])) for one in held] == [[3, 4], [9]]
@@ -94,11 +94,10 @@ def test_a_rank_begins_what_it_put_off_and_waits_for_all_jobs() -> None:
     assert flush == OffloadingConnectorMetadata({}, {}, {7, 8})
 
 
-def test_hits_are_counted_and_copies_told_when_none_is_open() -> None:
+def test_copies_are_told_when_none_is_open() -> None:
     tier = Mock()
-    open_copies = OpenCopies(Mock(), Mock(), 1, tier, 16)
+    open_copies = OpenCopies(Mock(), Mock(), 1, tier)
     open_copies.begin(step({7: (3,)}, {5: (1, 2), 6: (4,)}))
-    assert tier.hit.mock_calls == [call(32), call(16)]
     done = reports(_5=1, _6=1)
     open_copies.end(done)
     tier.copied.assert_called_with(done.transfer_stats, is_last=False)
@@ -106,10 +105,18 @@ def test_hits_are_counted_and_copies_told_when_none_is_open() -> None:
     assert tier.copied.call_args.kwargs == {"is_last": True}
 
 
+def test_a_request_counts_by_the_tokens_that_it_loads_and_not_by_blocks() -> None:
+    tier = Mock()
+    open_copies = OpenCopies(Mock(), Mock(), 1, tier)
+    open_copies.loads(96)
+    open_copies.begin(step({}, {5: (1, 2)}))
+    tier.hit.assert_called_once_with(96)
+
+
 @pytest.mark.parametrize(("folders", "num_told"), [(["/nvme/kv"], 1), ([], 0)])
 def test_what_disks_did_is_told_where_there_are_some(folders: list[str], num_told: int) -> None:
     tier = Mock(folders=folders)
-    open_copies = OpenCopies(Mock(), Mock(), 1, tier, 16)
+    open_copies = OpenCopies(Mock(), Mock(), 1, tier)
     data = {"vllm:kv_offload_tiering_read_bytes": {("1:fs",): 5}}
     nothing = SimpleNamespace(kv_connector_stats=None)
     outputs = {

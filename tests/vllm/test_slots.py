@@ -5,6 +5,7 @@ from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -301,7 +302,9 @@ def test_a_request_that_loads_gets_the_blocks_of_its_window_alone(
     manager = manager_of(window, engine, monkeypatch)
     one = request(40)
     loaded = one.num_tokens - BLOCK_SIZE
+    engine.port.copies = copies = Mock()
     blocks = manager.allocate_slots(one, BLOCK_SIZE, num_external_computed_tokens=loaded)
     assert blocks is not None
     assert manager.block_pool.num_used_blocks == 4 + 1
     assert manager.block_pool.frees_late
+    copies.loads.assert_called_once_with(loaded)

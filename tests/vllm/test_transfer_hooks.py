@@ -143,31 +143,62 @@ def test_a_reset_waits_for_copies_only_where_the_connector_forgets_them(
     assert names == [*expected, "flush", "port.publish"]
 
 
+def ending(num_preemptions: int = 0, num_computed: int = 8) -> tuple[Any, Any, Mock]:
+    """Return a scheduler, a request of its that ends, and what our engine has to do with copies."""
+    port = Mock()
+    manager = SimpleNamespace(
+        block_pool=SimpleNamespace(engine=SimpleNamespace(port=port)),
+        get_block_ids=lambda name: f"blocks of {name}",
+    )
+    scheduler = SimpleNamespace(connector=Mock(), kv_cache_manager=manager)
+    request = SimpleNamespace(
+        request_id="it", num_preemptions=num_preemptions, num_computed_tokens=num_computed
+    )
+    return scheduler, request, port
+
+
 @pytest.mark.parametrize(
     ("num_preemptions", "num_computed", "num_forgotten"), [(1, 0, 1), (1, 8, 0), (0, 0, 0)]
 )
+@pytest.mark.parametrize("is_later", [True, False])
 def test_blocks_that_a_preempted_request_had_are_not_copied_when_it_is_aborted(
-    monkeypatch: pytest.MonkeyPatch, num_preemptions: int, num_computed: int, num_forgotten: int
+    monkeypatch: pytest.MonkeyPatch,
+    num_preemptions: int,
+    num_computed: int,
+    num_forgotten: int,
+    *,
+    is_later: bool,
 ) -> None:
-    monkeypatch.setattr(transfer_hooks, "find_spec", lambda _name: None)  # as in 0.26
+    monkeypatch.setattr(transfer_hooks, "find_spec", lambda _name: is_later or None)  # or 0.26
     finished = transfer_hooks.scheduler_connector_finished(lambda *_: "done")
-    connector, pool = Mock(), SimpleNamespace(engine=object())
-    scheduler = SimpleNamespace(
-        connector=connector, kv_cache_manager=SimpleNamespace(block_pool=pool)
-    )
-    request = SimpleNamespace(num_preemptions=num_preemptions, num_computed_tokens=num_computed)
+    scheduler, request, _ = ending(num_preemptions, num_computed)
     assert finished(scheduler, request) == "done"
-    assert connector.get_num_new_matched_tokens.call_count == num_forgotten
-    del pool.engine
-    finished(scheduler, request)
-    assert connector.get_num_new_matched_tokens.call_count == num_forgotten
+    asked = scheduler.connector.get_num_new_matched_tokens
+    assert asked.call_count == (0 if is_later else num_forgotten)
 
 
-def test_later_releases_need_no_such_wrapper() -> None:
-    def original() -> None:
-        pass
+def test_a_connector_forgets_what_a_window_left_while_its_request_still_has_the_rest() -> None:
+    scheduler, request, port = ending()
+    finished = transfer_hooks.scheduler_connector_finished(lambda *_: "done")
+    assert finished(scheduler, request) == "done"
+    port.left.forget_left.assert_called_once_with("it", "blocks of it")
+    port.left = None
+    assert finished(scheduler, request) == "done"
 
-    assert transfer_hooks.scheduler_connector_finished(original) is original
+
+@pytest.mark.parametrize("has_engine", [True, False])
+def test_the_end_of_a_request_is_vllms_own_without_copies_of_ours(
+    monkeypatch: pytest.MonkeyPatch, *, has_engine: bool
+) -> None:
+    monkeypatch.setattr(transfer_hooks, "find_spec", lambda _name: None)
+    scheduler, request, port = ending(num_preemptions=1, num_computed=0)
+    scheduler.connector = None
+    port.copies = None
+    if not has_engine:
+        del scheduler.kv_cache_manager.block_pool.engine
+    finished = transfer_hooks.scheduler_connector_finished(lambda *_: "done")
+    assert finished(scheduler, request) == "done"
+    port.left.forget_left.assert_not_called()
 
 
 @pytest.mark.parametrize("is_unfinished", [True, False])

@@ -1,5 +1,7 @@
-"""Which layers may stand beside vLLM's connector, and what it forgets with a page."""
+"""Which layers may stand beside vLLM's connector, and how much of a window a hit loads."""
 
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,12 +9,10 @@ import pytest
 import torch
 
 from kvcached_core.errors import UnsupportedEngineError
-from kvcached_core.memory.geometry import Geometry
-from kvcached_vllm.windows import forget_closed, has_windows, refuse_unknown
+from kvcached_vllm.windows import hit_blocks, refuse_unknown
 
 pytestmark = [pytest.mark.vllm, pytest.mark.older_release]
 
-GEOMETRY = Geometry(block_bytes=1024, num_planes=4, ids_per_page=16, blocks_per_page=4)
 SIZES: dict[str, Any] = {"block_size": 16, "num_kv_heads": 1, "head_size": 64}
 
 
@@ -34,9 +34,20 @@ def plan(*kinds: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["SlidingWindowSpec", "ChunkedLocalAttentionSpec"])
 def test_windows_are_served_beside_a_connector(kind: str) -> None:
-    full, mixed = plan("FullAttentionSpec"), plan("FullAttentionSpec", kind)
-    assert (has_windows(full), has_windows(mixed)) == (False, True)
-    refuse_unknown(mixed)
+    refuse_unknown(plan("FullAttentionSpec", kind))
+
+
+@pytest.mark.parametrize("kind", ["SlidingWindowSpec", "ChunkedLocalAttentionSpec"])
+def test_a_hit_loads_the_blocks_of_a_window(kind: str) -> None:
+    assert hit_blocks(plan("FullAttentionSpec")) == {}
+    assert hit_blocks(plan("FullAttentionSpec", kind)) == {1: 4}  # 64 tokens of 16 a block
+
+
+def test_it_may_load_more_where_hits_end_inside_a_chunk_of_another_group() -> None:
+    mixed = plan("SlidingWindowSpec", "FullAttentionSpec")
+    larger = replace(mixed.kv_cache_groups[1].kv_cache_spec, block_size=64)
+    mixed.kv_cache_groups[1].kv_cache_spec = larger
+    assert hit_blocks(mixed) == {0: sys.maxsize}
 
 
 @pytest.mark.parametrize(
@@ -45,23 +56,3 @@ def test_windows_are_served_beside_a_connector(kind: str) -> None:
 def test_other_layers_are_refused_by_name_beside_a_connector(kind: str, named: str) -> None:
     with pytest.raises(UnsupportedEngineError, match=rf"{named}.*remove --kv-offloading-size"):
         refuse_unknown(plan("FullAttentionSpec", kind))
-
-
-@pytest.mark.parametrize(
-    ("blocks_per_chunk", "expected"),
-    [(1, [3, 0, 0, 48, 0, 50]), (2, [0, 0, 0, 0, 0, 0])],
-    ids=["a block is a chunk", "two blocks are"],
-)
-def test_blocks_of_a_closed_page_are_named_no_more_nor_their_chunks(
-    blocks_per_chunk: int, expected: list[int]
-) -> None:
-    group = SimpleNamespace(block_ids=[3, 16, 19, 48, 33, 50])
-    other = SimpleNamespace(block_ids=[0, 51])
-    connector = SimpleNamespace(
-        config=SimpleNamespace(blocks_per_chunk=blocks_per_chunk),
-        _req_status={"request": SimpleNamespace(group_states=(group, other))},
-    )
-    scheduler = SimpleNamespace(connector=SimpleNamespace(connector_scheduler=connector))
-    forget_closed(SimpleNamespace(scheduler=scheduler), GEOMETRY)([1, 2])
-    assert group.block_ids == expected
-    assert other.block_ids == [0, 51]

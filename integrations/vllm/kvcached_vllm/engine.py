@@ -18,11 +18,12 @@ from kvcached_vllm.layout import (
     refuse_untried_copies,
     request_blocks,
 )
+from kvcached_vllm.left_behind import LeftBehind
 from kvcached_vllm.obstacles import layer_obstacle
 from kvcached_vllm.open_copies import OpenCopies
 from kvcached_vllm.port import VllmPort
 from kvcached_vllm.startup import startup
-from kvcached_vllm.windows import forget_closed, has_windows, refuse_unknown
+from kvcached_vllm.windows import hit_blocks, refuse_unknown
 
 
 class VllmEngine(CentralEngine):
@@ -85,6 +86,7 @@ class VllmEngine(CentralEngine):
         if self.tier is not None:
             refuse_unknown(plan)
             refuse_untried_copies(layouts)
+            self.hit_blocks = hit_blocks(plan)
         first, *others = classes
         planes = Planes(
             first.block_bytes,
@@ -98,7 +100,6 @@ class VllmEngine(CentralEngine):
         placements = self.place_ranks(planes, depths, granularity_bytes)
         for config, placement in zip(kv_cache_configs, placements, strict=True):
             setattr(config, PLACEMENT, placement)
-        self.has_windows = has_windows(plan)
         self.num_groups = max(len(plan.kv_cache_groups), 1)
         self.block_tokens = max(planes.block_tokens, default=1)
         self.block_bytes = sum(layout.bytes_of_block for layout in layouts)  # on all ranks
@@ -120,9 +121,10 @@ class VllmEngine(CentralEngine):
         if self.tier is not None:
             block_tokens = self.block_tokens / self.num_groups
             self.tier.token_bytes = self.block_bytes / block_tokens
-            if self.has_windows:
-                pool.pages.on_close = forget_closed(self.port.core, self.geometry)
-            self.port.copies = OpenCopies(self, pool, len(self.devices), self.tier, block_tokens)
+            if self.hit_blocks:
+                self.port.left = LeftBehind(self.port.core, self.geometry, self.hit_blocks)
+                pool.pages.on_close = self.port.left.forget_pages
+            self.port.copies = OpenCopies(self, pool, len(self.devices), self.tier)
         if self.yield_weights(self.config):
             self.ranks.set_alarm(FIRST_LOOK_SECONDS)  # no step may come that would look
         return pool

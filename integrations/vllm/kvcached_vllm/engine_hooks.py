@@ -9,6 +9,7 @@ from kvcached_core.config import read_config
 from kvcached_core.engine.kinds import elastic_parts
 from kvcached_patches.around import around, around_ours, setting
 from kvcached_vllm.engine import VllmEngine
+from kvcached_vllm.left_behind import left_behind
 from kvcached_vllm.obstacles import obstacles
 from kvcached_vllm.sleeping import asleep_bytes
 from kvcached_vllm.startup import startup
@@ -208,12 +209,16 @@ def kv_cache_manager_allocate_slots(original: Callable[..., Any]) -> Callable[..
         coordinator = self.coordinator
         coordinator.get_num_blocks_to_allocate = _promised(self, request, kwargs)
         # A connector loads what lies in a window, and has looked for nothing in front of it.
-        pool.frees_late = not kwargs.get("num_external_computed_tokens")
+        num_loaded_tokens = kwargs.get("num_external_computed_tokens", 0)
+        pool.frees_late = not num_loaded_tokens
         try:
-            return original(self, request, num_new_tokens, *args, **kwargs)
+            blocks = original(self, request, num_new_tokens, *args, **kwargs)
         finally:
             pool.frees_late = True
             del coordinator.get_num_blocks_to_allocate
+        if num_loaded_tokens and blocks is not None and (copies := pool.engine.port.copies):
+            copies.loads(num_loaded_tokens)
+        return blocks
 
     return wrapper
 
@@ -248,14 +253,19 @@ def scheduler_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = original(self, *args, **kwargs)
         pool = self.kv_cache_manager.block_pool
         try:
             engine: VllmEngine = pool.engine
         except AttributeError:  # vLLM's own pool
-            return output
-        if (copies := engine.port.copies) is not None:
-            copies.begin(output.kv_connector_metadata)
+            return original(self, *args, **kwargs)
+        port = engine.port
+        if port.left is None:
+            output = original(self, *args, **kwargs)
+        else:
+            with setting(left_behind, port.left):
+                output = original(self, *args, **kwargs)
+        if port.copies is not None:
+            port.copies.begin(output.kv_connector_metadata)
         if (orders := engine.end_schedule()) is not None:
             setattr(output, ORDERS, orders)
         return output

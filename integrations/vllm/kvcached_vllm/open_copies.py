@@ -27,7 +27,6 @@ class OpenCopies:
         pool: Whose pages are held.
         num_ranks: How many workers report each job.
         tier: What counts the copies.
-        block_tokens: Tokens of a loaded block, or less where layers have blocks of their own.
     """
 
     def __init__(
@@ -36,13 +35,11 @@ class OpenCopies:
         pool: "OffloadedBlockPool",
         num_ranks: int,
         tier: "CountedTier",
-        block_tokens: float,
     ) -> None:
         self._engine = engine
         self._pool = pool
         self._num_ranks = num_ranks
         self._tier = tier
-        self._block_tokens = block_tokens
         self._num_missing: dict[int, int] = {}  # reports, by job
 
     @property
@@ -58,10 +55,13 @@ class OpenCopies:
         for job_id, job in metadata.store_jobs.items():
             self._num_missing[job_id] = self._num_ranks
             self._pool.hold(job.src_spec.block_ids, job_id)
-        for job_id, job in metadata.load_jobs.items():
+        for job_id in metadata.load_jobs:
             self._num_missing[job_id] = self._num_ranks
-            self._tier.hit(int(len(job.dst_spec.block_ids) * self._block_tokens))
         self._engine.settled()
+
+    def loads(self, num_tokens: int) -> None:
+        """Note a request that loads so many tokens: of a window it loads fewer blocks than that."""
+        self._tier.hit(num_tokens)
 
     def end(self, worker_metadata: Any) -> None:
         """Let go of the jobs that the last rank has reported with a step's output."""

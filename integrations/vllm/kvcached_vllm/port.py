@@ -14,6 +14,7 @@ from kvcached_vllm.elastic_weights import (
     merged,
     weight_status,
 )
+from kvcached_vllm.left_behind import LeftBehind
 from kvcached_vllm.open_copies import OpenCopies, finish_copies
 from kvcached_vllm.worker import carry_out
 
@@ -33,6 +34,7 @@ class VllmPort(EnginePort):
 
     pool: "ElasticBlockPool"  # once vLLM has built it
     copies: OpenCopies | None = None  # with a connector, once the pool is built
+    left: LeftBehind | None = None  # the same, with layers that keep only the last tokens
 
     def __init__(self, core: Any) -> None:
         self.core = core

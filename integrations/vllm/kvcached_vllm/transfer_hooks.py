@@ -9,6 +9,7 @@ from typing import Any
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_patches.around import OURS, around
 from kvcached_vllm.layout import PlaneLayout, connector_config
+from kvcached_vllm.left_behind import left_behind
 
 # While a worker allocates: vLLM's own plan, and how it lies.
 dense_plan: ContextVar[tuple[Any, PlaneLayout] | None] = ContextVar(
@@ -97,19 +98,34 @@ def llm_engine_has_unfinished_requests(original: Callable[..., Any]) -> Callable
 
 
 def scheduler_connector_finished(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `Scheduler._connector_finished`: a request that was preempted has no blocks to copy.
+    """Wrap `Scheduler._connector_finished`: a connector copies no blocks that a request has lost.
 
-    0.26 remembers those that it had before, until it is scheduled again. If it is aborted first,
-    they would be copied, though they were freed long ago.
+    0.26 remembers those that a preempted request had, until it is scheduled again. If it is aborted
+    first, they would be copied, though they were freed long ago.
     """
-    if find_spec(_LATER_MODULE) is not None:
-        return original
+    forgets = find_spec(_LATER_MODULE) is not None
 
     @functools.wraps(original)
     def wrapper(self: Any, request: Any) -> Any:
+        manager = self.kv_cache_manager
+        engine = getattr(manager.block_pool, "engine", None)
+        if engine is None or engine.port.copies is None:
+            return original(self, request)
         is_preempted = request.num_preemptions and not request.num_computed_tokens
-        if is_preempted and hasattr(self.kv_cache_manager.block_pool, "engine"):
+        if is_preempted and not forgets:
             self.connector.get_num_new_matched_tokens(request, 0)  # it begins with forgetting them
-        return original(self, request)
+        result = original(self, request)
+        if engine.port.left is not None:
+            name = request.request_id
+            engine.port.left.forget_left(name, manager.get_block_ids(name))
+        return result
 
     return wrapper
+
+
+@around
+def connector_build_store_jobs(original: Any, self: Any, scheduler_output: Any) -> Any:
+    """Wrap `OffloadingConnectorScheduler._build_store_jobs`: store what a request still has."""
+    if (left := left_behind.get()) is not None:
+        left.before_stores(self, scheduler_output)
+    return original(self, scheduler_output)

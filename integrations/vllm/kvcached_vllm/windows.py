@@ -1,25 +1,10 @@
-"""Layers that keep only the last tokens, beside vLLM's connector.
+"""Layers that keep only the last tokens, beside vLLM's connector: which there are, and may be."""
 
-Such a layer gives blocks back while their request runs. vLLM most often stores a block with the
-step that fills it. It does so later where its tier had no room then, and where the end of a request
-makes a block worth storing. By then the block is free, and vLLM forgets it only when a request gets
-it. Here its page may go before that, so vLLM is made to forget it with the page.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 from kvcached_core.errors import UnsupportedEngineError
-from kvcached_core.memory.geometry import Geometry
-
-NULL_BLOCK = 0  # what vLLM's connector takes for a block that is not to be stored
-
-
-def has_windows(kv_cache_config: Any) -> bool:
-    """Return whether there are layers that give blocks back while their request runs."""
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-    return not all(isinstance(kind, FullAttentionSpec) for kind in _kinds(kv_cache_config))
 
 
 def refuse_unknown(kv_cache_config: Any) -> None:
@@ -49,31 +34,36 @@ def refuse_unknown(kv_cache_config: Any) -> None:
             )
 
 
-def forget_closed(core: Any, geometry: Geometry) -> Callable[[Sequence[int]], None]:
-    """Return what makes the connector of an engine core forget the blocks of closed pages.
+def hit_blocks(kv_cache_config: Any) -> dict[int, int]:
+    """Return how many blocks a hit may load of each group with such layers, by the group's number.
 
-    The other blocks of a chunk of the host tier are worth nothing without one of them.
+    It ends with a chunk of the host tier, or with the last token but one of its request: there
+    blocks of the window are enough. Where groups differ in the tokens of a block, it may end inside
+    another group's chunk; then it may load all in front of that.
     """
-    ids_per_page, page_blocks = geometry.ids_per_page, geometry.blocks_per_page
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    def forget(pages: Sequence[int]) -> None:
-        connector = core.scheduler.connector.connector_scheduler
-        chunk_blocks: int = connector.config.blocks_per_chunk
-        gone = {page * ids_per_page + number for page in pages for number in range(page_blocks)}
-        for request in connector._req_status.values():
-            for group in request.group_states:
-                block_ids: list[int] = group.block_ids
-                if gone.isdisjoint(block_ids):
-                    continue
-                for number in [at for at, each in enumerate(block_ids) if each in gone]:
-                    first = number - number % chunk_blocks
-                    chunk = slice(first, first + chunk_blocks)
-                    block_ids[chunk] = [NULL_BLOCK] * len(block_ids[chunk])
+    groups = kv_cache_config.kv_cache_groups
+    is_uniform = len({group.kv_cache_spec.block_size for group in groups}) == 1
+    found = {}
+    for number, group in enumerate(groups):
+        windows = [kind for kind in _kinds_of(group) if not isinstance(kind, FullAttentionSpec)]
+        if windows:
+            found[number] = max(map(_window_blocks, windows)) if is_uniform else sys.maxsize
+    return found
 
-    return forget
+
+def _window_blocks(kind: Any) -> int:
+    num_tokens = getattr(kind, "attention_chunk_size", 0) or kind.sliding_window
+    num_tokens += getattr(kind, "extra_retained_tokens", 0)
+    return -(-num_tokens // kind.block_size)
 
 
 def _kinds(kv_cache_config: Any) -> Iterator[Any]:
     for group in kv_cache_config.kv_cache_groups:
-        spec = group.kv_cache_spec
-        yield from getattr(spec, "kv_cache_specs", {"": spec}).values()
+        yield from _kinds_of(group)
+
+
+def _kinds_of(group: Any) -> Iterator[Any]:
+    spec = group.kv_cache_spec
+    yield from getattr(spec, "kv_cache_specs", {"": spec}).values()
