@@ -160,11 +160,12 @@ _START = (
             "context_len dtype hf_config hf_text_config is_generation is_multimodal model_path",
         ),
         f"{_SRT}.configs.model_config:is_hybrid_swa_model",
+        f"{_SRT}.distributed.parallel_state:get_attn_tp_group",
         f"{_SRT}.distributed.parallel_state:get_tp_group",
         f"{_SRT}.distributed.parallel_state:get_world_group",
         *members(
             f"{_SRT}.distributed.parallel_state:GroupCoordinator",
-            "cpu_group rank_in_group ranks",
+            "cpu_group rank_in_group ranks world_size",
         ),
         *members(
             f"{_SRT}.model_executor.model_runner:ModelRunner",

@@ -68,7 +68,7 @@ def make_draft(folder: Path, target: Path, method: str, *, num_heads: int = NUM_
     elif method == EAGLE:
         made, changes = _eagle(weights), {"num_hidden_layers": 1}
     else:
-        made, changes = _eagle3(weights), EAGLE3_CONFIG
+        made, changes = eagle3(weights), EAGLE3_CONFIG
     rewrite(folder, noisy(made, NOISE), changes)
     return folder
 
@@ -129,7 +129,7 @@ def _eagle(weights: Weights) -> dict[str, np.ndarray]:
     return made | {"fc.weight": np.hstack([identity, nothing])}
 
 
-def _eagle3(weights: Weights) -> dict[str, np.ndarray]:
+def eagle3(weights: Weights) -> dict[str, np.ndarray]:
     """Have attention carry the embedding of the last token over to what is nearly nothing."""
     made = layer_of(weights, 0, "midlayer.")
     both = {name: made[f"midlayer.self_attn.{name}_proj.weight"] for name in "qkv"}

@@ -15,6 +15,10 @@ from transformers import (
     LagunaForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from helpers.shapes import SHAPES
@@ -89,6 +93,19 @@ SMALL_HYBRID = HYBRID | {
     "num_key_value_heads": 2,
 }
 
+# Ranks that have nothing to compute come to each step, too: SGLang's Llama cannot.
+QWEN: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,  # as many bytes a token as a tiny Llama
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+
 
 def gemma() -> Any:
     """Return a tiny Gemma 3."""
@@ -119,6 +136,17 @@ def lfm2() -> Any:
 def small_lfm2() -> Any:
     """Return a narrow one, which is served soon by interpreted kernels."""
     return Lfm2ForCausalLM(Lfm2Config(**SMALL_HYBRID))
+
+
+def qwen3(**changes: Any) -> Any:
+    """Return a tiny Qwen3."""
+    return Qwen3ForCausalLM(Qwen3Config(**QWEN | changes))
+
+
+def qwen3_moe() -> Any:
+    """Return a tiny Qwen3 with experts."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**QWEN, **experts))
 
 
 def save(make: Callable[[], Any], folder: Path) -> Path:

@@ -9,9 +9,16 @@ from typing import Any
 
 import pytest
 from helpers.hicache_server import TIER
-from helpers.sglang_drafts import eagle_head, noised_copy, quiet_target
+from helpers.sglang_drafts import (
+    eagle3_head,
+    eagle_head,
+    embedding_draft,
+    noised_copy,
+    quiet_copy,
+    quiet_target,
+)
 from helpers.sglang_engine import Models
-from helpers.sglang_models import small_laguna, small_lfm2
+from helpers.sglang_models import qwen3_moe, small_laguna, small_lfm2
 from helpers.sglang_together import Answer, Together, together
 from helpers.speculating_server import ATTENTION
 from helpers.spoiled_planes import TARGET
@@ -24,6 +31,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
+ATTENTION_RANKS = ("--tp-size", "2", "--attn-dp-size", "2", *ATTENTION)
 RANKS, STAGES = ("--dp-size", "2"), ("--pp-size", "2")
 TWO_POOLS = ("--attention-backend", "triton", "--triton-attention-num-kv-splits", "1")
 CHAIN = (
@@ -42,7 +50,7 @@ THROUGH_DISK = (
     *("--hicache-host-memory-mode", "buffer_only"),
 )
 COPIER, KERNELS = "helpers.hicache_plugin", "helpers.spoiled_planes"
-DRAFTS = {"STANDALONE": noised_copy, "EAGLE": eagle_head}
+DRAFTS = {"STANDALONE": noised_copy, "EAGLE": eagle_head, "EAGLE3": eagle3_head}
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class Combination:
         draft: What SGLang calls the draft that goes with it; empty without one.
         num_processes: Its ranks.
         num_instances: Those that share nothing.
+        num_prompts: What each of those is asked.
         num_tokens: Tokens of a prompt.
         num_first_pages: Those that a rank never gives: that of states is one of its own.
         num_more: Tokens that are put behind a prompt; without any the answer repeats what was said.
@@ -67,6 +76,7 @@ class Combination:
     draft: str = ""
     num_processes: int = 2
     num_instances: int = 1
+    num_prompts: int = 3
     num_tokens: int = 200
     num_first_pages: int = 1
     num_more: int = 8
@@ -89,9 +99,9 @@ class Combination:
         return bool(self.pools)
 
     def prompts(self, num_more: int = 0) -> list[list[int]]:
-        """Return prompts, of which each rank gets three; the same ones with so much more behind."""
+        """Return prompts for all ranks; the same ones with so much more behind."""
         source = random.Random(1)
-        number = 3 * self.num_instances
+        number = self.num_prompts * self.num_instances
         prompts = [self._tokens(source, self.num_tokens) for _ in range(number)]
         return [prompt + self._tokens(source, num_more) for prompt in prompts]
 
@@ -101,6 +111,7 @@ class Combination:
 
 WINDOW = partial(Combination, make=small_laguna, num_tokens=40)
 STATES = partial(Combination, make=small_lfm2, num_tokens=40, num_first_pages=2)
+TOGETHER = partial(Combination, make=qwen3_moe, num_instances=2)
 COMBINATIONS = {
     "ranks-draft-tier": Combination(
         (*RANKS, *TIER), draft="STANDALONE", num_instances=2, pools=("kv",)
@@ -121,6 +132,19 @@ COMBINATIONS = {
         (*TIER, *THROUGH_DISK), num_processes=1, num_tokens=400, pools=("kv",), num_blocks=75
     ),
     "states-ngrams": STATES(NGRAM, num_processes=1, num_more=0),
+    "states-draft": STATES((), draft="STANDALONE", num_processes=1, num_prompts=8),
+    "states-draft-tier": STATES(
+        (*TIER, "--hicache-mem-layout", "page_first"),
+        draft="STANDALONE",
+        num_processes=1,
+        num_prompts=8,
+        num_more=1,
+        pools=("kv", "mamba"),
+    ),
+    "attention": TOGETHER(ATTENTION_RANKS),
+    "attention-parts": TOGETHER(("--tp-size", "4", *ATTENTION_RANKS[2:]), num_processes=4),
+    "attention-tier": TOGETHER((*ATTENTION_RANKS, *TIER), pools=("kv",)),
+    "attention-draft-tier": TOGETHER((*ATTENTION_RANKS, *TIER), draft="EAGLE3", pools=("kv",)),
 }
 
 
@@ -158,11 +182,17 @@ def served(
     arguments, plugins = combination.arguments, [COPIER] if combination.has_tier else []
     folder = model if combination.make is None else models(combination.make)
     if combination.draft:
-        folder = quiet_target(tmp_path_factory.mktemp("target"))
-        draft = DRAFTS[combination.draft](tmp_path_factory.mktemp("draft"), folder)
+        target, make_draft = tmp_path_factory.mktemp("target"), DRAFTS[combination.draft]
+        if combination.make is None:
+            folder = quiet_target(target)
+        else:
+            folder = quiet_copy(target, folder)
+            if combination.draft == "STANDALONE":
+                make_draft = embedding_draft
+        draft = make_draft(tmp_path_factory.mktemp("draft"), folder)
         arguments += ("--speculative-algorithm", combination.draft, *CHAIN)
         arguments += ("--speculative-draft-model-path", str(draft))
-    if "--speculative-algorithm" in arguments:
+    if ATTENTION[0] in arguments:
         plugins.append(KERNELS)
     start = partial(together, folder, num_processes=combination.num_processes, plugins=plugins)
     with start(tmp_path_factory.mktemp("vanilla"), *arguments, elastic=False) as server:

@@ -1,17 +1,25 @@
-"""Two data-parallel ranks of one server: an instance each, and vanilla's tokens; nothing stays."""
+"""Two data-parallel ranks of one server: an instance each, and vanilla's tokens; nothing stays.
+
+Ranks of data-parallel attention compute each step together: one with nothing to do comes, too.
+"""
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers.engine_plugin import add_plugin
 from helpers.process_memory import resident_of_ranks
-from helpers.sglang_engine import cores_of, large_burst, mixed_bursts, start_sglang
+from helpers.sglang_engine import Models, cores_of, large_burst, mixed_bursts, start_sglang
+from helpers.sglang_models import qwen3_moe
 from helpers.sglang_weights import NUM_WEIGHTS, num_weights, start_yielding
+from helpers.speculating_server import ATTENTION
+from helpers.spoiled_planes import VARIABLE
 from helpers.waiting import PATIENCE_SECONDS, await_that
 from helpers.wrong_block import wrong_block_variables, wrong_blocks
 
-from kvcached_core.control import Outcome, sleep
+from kvcached_core.control import Outcome, set_limit, sleep
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
@@ -24,6 +32,7 @@ pytestmark = [
     pytest.mark.sglang,
     pytest.mark.slow,
     pytest.mark.every_release,
+    pytest.mark.timeout(600),
 ]
 
 POOL = 256 * MIB
@@ -33,22 +42,32 @@ NAMES = ("elastic", "elastic-dp1")
 BURSTS = [*mixed_bursts()[:2], large_burst(1, POOL)]
 
 
-def start(servers: Servers, name: str, model: Path, *, elastic: bool = True) -> EngineServer:
+@dataclass(frozen=True)
+class Form:
+    """How two ranks share a model that is in a folder."""
+
+    model: Path
+    arguments: tuple[str, ...]
+    plugins: tuple[str, ...] = ()
+
+
+def start(servers: Servers, name: str, form: Form, *, elastic: bool = True) -> EngineServer:
+    folder = servers.workspace / "plugin"
+    variables = {VARIABLE: str(servers.workspace / "spoiled")}
+    for plugin in form.plugins:
+        variables |= add_plugin(folder, plugin)
     server = start_sglang(
         servers,
         name,
-        model,
-        *("--dp-size", "2"),
+        form.model,
+        *form.arguments,
         *SGLANG.caching(is_on=False),
         *SGLANG.longest(MAX_TOKENS),
         elastic=elastic,
         page_bytes=PAGE,
         pool_bytes=POOL,
-        variables={
-            "KVCACHED_DEBUG": "1",
-            **cores_of(2),
-            **wrong_block_variables(servers.workspace / "plugin"),
-        },
+        variables={"KVCACHED_DEBUG": "1", **cores_of(2), **wrong_block_variables(folder)}
+        | variables,
     )
     server.wait_ready()
     return server
@@ -68,21 +87,29 @@ def views(servers: Servers) -> dict[str, InstanceView]:
         return {view.name: view for view in ledger.view().instances}
 
 
+@pytest.fixture(scope="module", params=["ranks", "attention"])
+def form(model: Path, models: Models, request: pytest.FixtureRequest) -> Form:
+    if request.param == "ranks":
+        return Form(model, ("--dp-size", "2"))
+    arguments = ("--tp-size", "2", "--attn-dp-size", "2", *ATTENTION)
+    return Form(models(qwen3_moe), arguments, ("helpers.spoiled_planes",))
+
+
 @pytest.fixture(scope="module")
-def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[list[int]]]:
+def expected(form: Form, tmp_path_factory: pytest.TempPathFactory) -> list[list[list[int]]]:
     """What two ranks of SGLang alone answer."""
     with Servers(tmp_path_factory.mktemp("sg"), POOL) as servers:
-        server = start(servers, "vanilla", model, elastic=False)
+        server = start(servers, "vanilla", form, elastic=False)
         return [ask(server, burst) for burst in BURSTS]
 
 
 @pytest.fixture(scope="module")
 def elastic(
-    model: Path, expected: object, tmp_path_factory: pytest.TempPathFactory
+    form: Form, expected: object, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Servers]:
     del expected  # one server at a time
     with Servers(tmp_path_factory.mktemp("sg"), POOL) as servers:
-        start(servers, "elastic", model)
+        start(servers, "elastic", form)
         yield servers
 
 
@@ -107,21 +134,42 @@ def test_both_ranks_answer_as_vanilla_and_keep_nothing(
     assert used == dict.fromkeys(NAMES, PAGE)  # the padding slot's
 
 
+def test_a_limit_lowered_under_load_stops_requests_of_one_rank_alone(
+    elastic: Servers, expected: list[list[list[int]]]
+) -> None:
+    async def lower_midway() -> list[Completion]:
+        load = asyncio.create_task(elastic["elastic"].send(BURSTS[-1]))
+        while min(view.used_bytes for view in views(elastic).values()) < POOL * 0.25:
+            assert not load.done()
+            await asyncio.sleep(0.01)
+        options = {"directory": elastic.directory, "wait_seconds": PATIENCE_SECONDS}
+        answer = await asyncio.to_thread(set_limit, NAMES[0], "20%", **options)
+        assert answer.outcome is Outcome.APPLIED
+        assert resident_of_ranks(elastic["elastic"])[0] <= 0.2 * POOL
+        return await load
+
+    assert tokens(asyncio.run(lower_midway())) == expected[-1]
+    assert set_limit(NAMES[0], "none", directory=elastic.directory).outcome is Outcome.APPLIED
+
+
 def test_a_wrong_block_changes_tokens(elastic: Servers, expected: list[list[list[int]]]) -> None:
     with wrong_blocks(elastic.workspace / "plugin"):
         assert ask(elastic["elastic"], BURSTS[-1]) != expected[-1]
 
 
 def test_weights_of_each_rank_go_and_come_without_the_others(
-    model: Path, expected: list[list[list[int]]], tmp_path: Path
+    form: Form, expected: list[list[list[int]]], tmp_path: Path
 ) -> None:
+    if form.plugins:
+        pytest.skip("their weights stay: they compute each step together")
+
     def is_asleep(name: str) -> bool:
         slept = sleep(name, directory=servers.directory, wait_seconds=PATIENCE_SECONDS)
         return slept.outcome is Outcome.APPLIED
 
     with Servers(tmp_path, POOL) as servers:
         arguments = ("--tp-size", "1", "--dp-size", "2", *SGLANG.longest(MAX_TOKENS))
-        server = start_yielding(servers, "elastic", model, *arguments, num_ranks=2)
+        server = start_yielding(servers, "elastic", form.model, *arguments, num_ranks=2)
         for asleep in (NAMES, NAMES[1:], NAMES[:1]):
             for name in asleep:
                 await_that(lambda name=name: is_asleep(name))

@@ -103,9 +103,10 @@ def test_layers_that_differ_are_refused_with_a_tier_of_older_releases(
     assert is_older == any("HiCache" in reason for reason in reasons)
 
 
-def test_its_size_is_what_all_ranks_take() -> None:
+def test_its_size_is_what_all_ranks_of_an_instance_take() -> None:
     assert tier_bytes(arguments()) == 8 * 10**9
     assert tier_bytes(arguments(pp_size=2)) == 16 * 10**9
+    assert tier_bytes(arguments(attn_dp_size=2)) == 4 * 10**9  # each instance has one
     assert is_offloading(arguments())
     assert not is_offloading(SimpleNamespace())
 

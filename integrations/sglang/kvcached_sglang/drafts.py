@@ -15,6 +15,7 @@ from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import Geometry
 from kvcached_core.memory.layer_tensors import PoolShape
 from kvcached_core.memory.size_classes import SizeClass
+from kvcached_sglang.parallel import num_attention_parts
 from kvcached_sglang.pools import count_blocks
 from kvcached_sglang.speculating import REMOVE
 
@@ -139,5 +140,5 @@ def _row_bytes(runner: Any) -> int | None:
     model, cache_type = runner.model_config, getattr(runner, "kv_cache_dtype", None)
     if cache_type is None or model.attention_arch.name != "MHA":
         return None
-    num_heads: int = model.get_num_kv_heads(runner.server_args.tp_size)
+    num_heads: int = model.get_num_kv_heads(num_attention_parts(runner.server_args))
     return num_heads * model.head_dim * cache_type.itemsize

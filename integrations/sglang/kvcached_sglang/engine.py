@@ -20,8 +20,9 @@ from kvcached_sglang.demand import named_blocks
 from kvcached_sglang.drafts import Drafts
 from kvcached_sglang.elastic_weights import may_yield
 from kvcached_sglang.host_tier import KEYS, SETTING, STATES, WINDOW, is_offloading, tier_bytes
-from kvcached_sglang.obstacles import has_elastic_states, has_stages, has_two_pools
+from kvcached_sglang.obstacles import has_elastic_states, has_two_pools
 from kvcached_sglang.open_copies import OpenCopies
+from kvcached_sglang.parallel import data_rank_of, group_of
 from kvcached_sglang.port import SglangPort
 from kvcached_sglang.startup import startup
 from kvcached_sglang.states import States
@@ -189,25 +190,6 @@ class SglangEngine(LoopingEngine):
             self.close()
             raise
         self.port.copies = self.copies = OpenCopies(self, self.tier)
-
-
-def data_rank_of(runner: Any) -> int:
-    """Return which of the ranks that share no requests has this runner, from 0 on."""
-    owner = getattr(runner, "ps", runner)  # the runner's up to 0.5.15, and again in 0.5.21
-    if not hasattr(owner, "dp_rank"):
-        from sglang.srt.runtime_context import get_parallel
-
-        owner = get_parallel()
-    return owner.dp_rank or 0
-
-
-def group_of(arguments: Any) -> Group:
-    """Return the ranks that have the same requests: those of a stage, or of all stages."""
-    from sglang.srt.distributed.parallel_state import get_tp_group, get_world_group
-
-    are_stages = has_stages(arguments)
-    group = get_world_group() if are_stages else get_tp_group()
-    return Group(group.rank_in_group, group.ranks, group.cpu_group, are_stages)
 
 
 _engine: SglangEngine | None = None

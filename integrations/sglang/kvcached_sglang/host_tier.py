@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
+from kvcached_sglang.parallel import num_alike
+
 SETTING = "--hicache-size"
 SETTING_BYTES = 10**9  # SGLang counts it so, for each rank
 
@@ -40,9 +42,8 @@ def has_tier_of_pools() -> bool:
 
 
 def tier_bytes(arguments: Any) -> int:
-    """Return the host memory that all ranks of a server take for copies together, in bytes."""
-    num_ranks = arguments.tp_size * getattr(arguments, "pp_size", 1)
-    num_bytes: int = arguments.hicache_size * SETTING_BYTES * num_ranks
+    """Return the host memory that all ranks of an instance take for copies together, in bytes."""
+    num_bytes: int = arguments.hicache_size * SETTING_BYTES * num_alike(arguments)
     return num_bytes
 
 

@@ -6,14 +6,17 @@ from inspect import signature
 from typing import Any
 
 from kvcached_sglang.host_tier import has_tier_of_pools, is_offloading, tier_obstacles
+from kvcached_sglang.parallel import (
+    ONE_ATTENTION_RANK,
+    has_stages,
+    num_attention_ranks,
+    parallel_obstacles,
+)
 from kvcached_sglang.speculating import REMOVE, algorithm_of, draft_obstacles, has_draft_model
-
-ATTENTION_RANKS = "data-parallel attention: not served yet"
 
 # What a server of these settings would do with KV memory is not ours to lay out.
 OBSTACLES = {
-    "attn_dp_size": (1, f"{ATTENTION_RANKS}; set --attn-dp-size 1"),
-    "dwdp_size": (1, f"{ATTENTION_RANKS}; set --dwdp-size 1"),
+    "dwdp_size": (1, "distributed weights: nobody has tried it; set --dwdp-size 1"),
     "dcp_size": (1, "decode context parallelism: not served yet; set --dcp-size 1"),
     "attn_cp_size": (1, "context parallelism: not served yet; set --attn-cp-size 1"),
     "nnodes": (1, "several nodes: the ledger is one machine's; set --nnodes 1"),
@@ -43,9 +46,6 @@ OBSTACLES = {
     "dllm_algorithm": (None, "diffusion models: not served yet; remove --dllm-algorithm"),
 }
 DEVICES = ("cpu", "cuda")
-
-# What SGLang drafts by on its last stage, if SGLANG_ENABLE_PP_SPEC says so: one method, two names.
-DRAFTS_OF_STAGES = ("EAGLE", "NEXTN")
 
 # What keeps addresses of weights, or moves weights by itself: they stay, the KV cache is elastic.
 WEIGHT_OBSTACLES = {
@@ -109,16 +109,7 @@ def argument_obstacles(arguments: Any) -> Iterator[str]:
     for name, (allowed, reason) in OBSTACLES.items():
         if getattr(arguments, name, allowed) != allowed:
             yield reason
-    if getattr(arguments, "enable_memory_saver", False):
-        for setting, kind in _parallel(arguments):
-            yield f"{kind} with --enable-memory-saver: nobody has tried it; set {setting} 1"
-    if has_stages(arguments) and algorithm_of(arguments) not in (None, *DRAFTS_OF_STAGES):
-        yield (
-            "pipeline parallelism with --speculative-algorithm: SGLang itself serves EAGLE alone "
-            f"there; set --speculative-algorithm EAGLE, {REMOVE}, or set --pp-size 1"
-        )
-    if getattr(arguments, "enable_dp_attention", False) and has_ranks(arguments):
-        yield f"{ATTENTION_RANKS}; remove --enable-dp-attention"
+    yield from parallel_obstacles(arguments)
     yield from tier_obstacles(arguments)
     yield from draft_obstacles(arguments)
     device = getattr(arguments, "device", None)
@@ -135,6 +126,8 @@ def weight_obstacles(arguments: Any) -> Iterator[str]:
     for name, (allowed, reason) in WEIGHT_OBSTACLES.items():
         if (getattr(arguments, name, None) or allowed) != allowed:
             yield reason
+    if num_attention_ranks(arguments) > 1:
+        yield f"ranks compute each step together, an idle one too; {ONE_ATTENTION_RANK}"
     if has_draft_model(arguments):
         yield f"a draft's weights stay, and read the target's; {REMOVE}"
     if arguments.load_format in SHARED_FORMATS:
@@ -169,19 +162,6 @@ def model_obstacles(runner: Any) -> Iterator[str]:
             yield f"states of mamba or linear attention: {reason}; set {FIXED_STATES}"
 
 
-def has_ranks(arguments: Any) -> bool:
-    """Return whether several ranks serve the model, each with requests of its own."""
-    return bool(getattr(arguments, "dp_size", 1) > 1)
-
-
-def _parallel(arguments: Any) -> Iterator[tuple[str, str]]:
-    """Yield the settings of ranks that do not all share each step, and what each is called."""
-    if has_ranks(arguments):
-        yield "--dp-size", "data parallelism"
-    if has_stages(arguments):
-        yield "--pp-size", "pipeline parallelism"
-
-
 def _untried_beside(runner: Any) -> Iterator[tuple[str, str]]:
     """Yield what nobody has tried with a second pool, and what to change."""
     arguments = runner.server_args
@@ -191,15 +171,10 @@ def _untried_beside(runner: Any) -> Iterator[tuple[str, str]]:
         yield "HiCache", "remove --enable-hierarchical-cache, or install a newer SGLang"
     if has_stages(arguments):
         yield "pipeline parallelism", "set --pp-size 1"
+    if num_attention_ranks(arguments) > 1:
+        yield "data-parallel attention", ONE_ATTENTION_RANK
     if has_two_pools(runner) and algorithm_of(arguments) is not None:
         yield "speculative decoding", REMOVE
-    elif has_draft_model(arguments):
-        yield "speculative decoding by a draft model", REMOVE
-
-
-def has_stages(arguments: Any) -> bool:
-    """Return whether each rank has some of the layers, and works behind the one before it."""
-    return bool(getattr(arguments, "pp_size", 1) > 1)
 
 
 def has_two_pools(runner: Any) -> bool:

@@ -23,6 +23,7 @@ from kvcached_sglang.elastic_weights import (
 )
 from kvcached_sglang.engine import engine, logger, start_engine
 from kvcached_sglang.layer_waits import let_layers_wait
+from kvcached_sglang.parallel import has_ranks
 from kvcached_sglang.restart_hooks import restarting
 from kvcached_sglang.sleep_hooks import WEIGHTS
 from kvcached_sglang.startup import check_arguments, startup
@@ -62,7 +63,7 @@ def _ending_who_waits(server_args: Any) -> Iterator[None]:
     try:
         yield
     except SystemExit:
-        if server_args.dp_size > 1:
+        if has_ranks(server_args):
             os.kill(os.getppid(), signal.SIGTERM)
         raise
 

@@ -5,14 +5,15 @@ What is the same for every engine is the core's.
 
 from typing import Any
 
-from kvcached_core.engine.start import Startup, is_first_rank
+from kvcached_core.engine.start import Startup
 from kvcached_patches import ENGINES, Patcher
 from kvcached_patches.sglang import FLAG_HOOKS
 from kvcached_sglang.obstacles import argument_obstacles
+from kvcached_sglang.parallel import speaks_for_instance
 
 _flags = Patcher(FLAG_HOOKS)
 
-startup = Startup(ENGINES["sglang"], is_first_rank)
+startup = Startup(ENGINES["sglang"], speaks_for_instance)
 
 
 def add_flags() -> None:
