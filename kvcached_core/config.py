@@ -62,6 +62,13 @@ def _size_or_share(name: str) -> BeforeValidator:
     return BeforeValidator(parse)
 
 
+def _in_bytes(value: int | str, name: str, whole_bytes: int) -> int:
+    """Return a size in bytes, or what a share of `whole_bytes` is."""
+    if isinstance(value, str):
+        return parse_bytes(value, what=PREFIX + name, whole_bytes=whole_bytes)
+    return value
+
+
 def _none(value: object) -> object:
     return None if value == "none" else value
 
@@ -185,12 +192,11 @@ class Config(BaseModel):
         Raises:
             ConfigError: If it is nothing.
         """
-        if isinstance(self.host_pool, int):
-            return self.host_pool
-        what = PREFIX + "HOST_POOL"
-        pool_bytes = parse_bytes(self.host_pool, what=what, whole_bytes=usable_bytes)
+        pool_bytes = _in_bytes(self.host_pool, "HOST_POOL", usable_bytes)
         if not pool_bytes:
-            raise ConfigError(f"{what}={self.host_pool!r} is not allowed; it must be more than 0")
+            raise ConfigError(
+                f"{PREFIX}HOST_POOL={self.host_pool!r} is not allowed; it must be more than 0"
+            )
         return pool_bytes
 
     @property
@@ -200,25 +206,15 @@ class Config(BaseModel):
 
     def host_budget_bytes(self, usable_bytes: int) -> int:
         """Return what our copies in host memory may take; a share is one of `usable_bytes`."""
-        if isinstance(self.host_budget, str):
-            return parse_bytes(
-                self.host_budget, what=PREFIX + "HOST_BUDGET", whole_bytes=usable_bytes
-            )
-        return self.host_budget
+        return _in_bytes(self.host_budget, "HOST_BUDGET", usable_bytes)
 
     def weights_disk_free_bytes(self, disk_bytes: int) -> int:
         """Return what images leave free of a file system of `disk_bytes`."""
-        if isinstance(self.weights_disk_free, str):
-            return parse_bytes(
-                self.weights_disk_free, what=PREFIX + "WEIGHTS_DISK_FREE", whole_bytes=disk_bytes
-            )
-        return self.weights_disk_free
+        return _in_bytes(self.weights_disk_free, "WEIGHTS_DISK_FREE", disk_bytes)
 
     def headroom_bytes(self, device_bytes: int) -> int:
         """Return the bytes of a device of `device_bytes` that KV caches leave free."""
-        if isinstance(self.headroom, str):
-            return parse_bytes(self.headroom, what=PREFIX + "HEADROOM", whole_bytes=device_bytes)
-        return self.headroom
+        return _in_bytes(self.headroom, "HEADROOM", device_bytes)
 
     def limit_bytes(self, pool_bytes: int) -> int | None:
         """Return the limit in bytes, or None; a share is one of `pool_bytes`.
@@ -226,10 +222,10 @@ class Config(BaseModel):
         Raises:
             ConfigError: If it is above the pool.
         """
-        limit = self.limit
-        if isinstance(limit, str):
-            limit = parse_bytes(limit, what=PREFIX + "LIMIT", whole_bytes=pool_bytes)
-        if limit is not None and limit > pool_bytes:
+        if self.limit is None:
+            return None
+        limit = _in_bytes(self.limit, "LIMIT", pool_bytes)
+        if limit > pool_bytes:
             raise ConfigError(
                 f"{PREFIX}LIMIT={format_bytes(limit)} is above what all instances share, "
                 f"{format_bytes(pool_bytes)}; it must not be"
@@ -238,9 +234,7 @@ class Config(BaseModel):
 
     def floor_bytes(self, pool_bytes: int) -> int:
         """Return the floor in bytes; a share is one of `pool_bytes`."""
-        if isinstance(self.floor, str):
-            return parse_bytes(self.floor, what=PREFIX + "FLOOR", whole_bytes=pool_bytes)
-        return self.floor
+        return _in_bytes(self.floor, "FLOOR", pool_bytes)
 
     def virtual_bytes(self, pool_bytes: int) -> int:
         """Return what the engine may believe it has: the pool, or the limit if that is less."""

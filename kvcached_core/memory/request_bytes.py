@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvcached_core.memory.model_bytes import ELEMENT_BYTES, text_config
+from kvcached_core.memory.model_shape import ELEMENT_BYTES, text_config
 
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 KEEPS_ALL, KEEPS_WINDOW = "full_attention", ("sliding_attention", "chunked_attention")

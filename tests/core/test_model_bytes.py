@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from kvcached_core.memory.model_bytes import files_bytes, find_folder, model_bytes, shape_bytes
+from kvcached_core.memory.model_bytes import files_bytes, find_folder, model_bytes
+from kvcached_core.memory.model_shape import shape_bytes
 
 LLAMA_8B = {
     "model_type": "llama",
