@@ -1,20 +1,17 @@
-"""An engine that is its own worker, whose loop looks by itself, and which plans by counting.
-
-It counts the blocks that are free before it lets requests in, takes them for all of a batch, and
-ends if there are fewer. So what a batch may take is promised before the schedule.
-"""
+"""An engine that is its own worker, and whose loop looks by itself: what it does in each turn."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import ceil
 from typing import Any
 
 from kvcached_core.config import Config
+from kvcached_core.engine.batch_promise import BatchPromise
 from kvcached_core.engine.counted_blocks import CountedBlocks
 from kvcached_core.engine.engine import ElasticEngine
 from kvcached_core.engine.instance import Instance
 from kvcached_core.engine.joining import Group, join_ranks
-from kvcached_core.engine.looping_port import Demand, LoopingPort
+from kvcached_core.engine.looping_port import LoopingPort
 from kvcached_core.engine.pages import Pages
 from kvcached_core.engine.places import Places
 from kvcached_core.engine.placing import Placing, Planes, virtual_bytes
@@ -88,6 +85,7 @@ class LoopingEngine(ElasticEngine):
             num_idle_turns=num_idle_turns,
         )
         super().__init__(ranks, port)
+        self.batch_promise = BatchPromise(port, self.promise, ranks.ask)
         self.placing = Placing(
             *(ranks, config, self.device, logger),
             length_setting=length_setting,
@@ -180,35 +178,12 @@ class LoopingEngine(ElasticEngine):
             self._held_since = None
             port.give_up_part()
         if is_asked and self.activation.is_active and (demand := port.demand()) is not None:
-            self.promise_demand(demand)
-
-    def promise_demand(self, demand: Demand) -> None:
-        """Take a promise of what the next batch takes at most, or of what there is of it.
-
-        Where no waiting request can be let in anyhow, nothing is promised for one: it would go back
-        after the schedule, and a neighbour that asked meanwhile would have stopped a request. Then
-        others are only asked, and nothing is counted on but what is free.
-        """
-        demands = [self.port.demand_of(number, demand) for number in range(len(self.pools))]
-        if not demand.num_least or self._fits(demands):
-            self._promise_all([each.num_running + each.num_queued for each in demands])
-        else:
-            self._ask_beyond(demands)
+            self.batch_promise.take(demand)
 
     def stalled_bytes(self) -> int:
         """See `ElasticEngine`; all that are queued may need more than there ever is."""
         num_pages = min(self.ranks.refused_pages, self.placing.least_pages)
         return num_pages * self.pools[0].geometry.page_bytes
-
-    def _ask_beyond(self, demands: Sequence[Demand]) -> None:
-        """Promise what runs its next blocks, and only ask others for the rest."""
-        self._promise_all([each.num_running for each in demands])
-        num_lacking = 0
-        for free_list, each in zip(self.free_lists, demands, strict=True):
-            num_wanted = each.num_running + each.num_queued
-            num_lacking += free_list.pages.num_lacking(num_wanted - free_list.num_free_blocks)
-            free_list.is_bound = True  # one with a cached prefix needs less, and may come in
-        self.ranks.ask(num_lacking - self.ranks.room_pages)
 
     def pay(self) -> None:
         """Give more of what is owed, at once: this schedule would take it."""
@@ -231,7 +206,8 @@ class LoopingEngine(ElasticEngine):
         if num_needed is None:
             return self.giving.is_debt_held or (self.giving.is_yielding() and port.is_running())
         needed = [port.num_to_go_on(number, num_needed) for number in range(len(self.pools))]
-        if all(self._num_evictable_too(number) >= each for number, each in enumerate(needed)):
+        num_evictable_too = self.batch_promise.num_evictable_too
+        if all(num_evictable_too(number) >= each for number, each in enumerate(needed)):
             self._held_since = None
             return False
         if self._held_since is None or port.is_running() or port.is_pending():
@@ -273,28 +249,3 @@ class LoopingEngine(ElasticEngine):
         """Map what was opened since the schedule ended: no loop that is served opens anything."""
         if self.pools and self.pools[0].book.orders:
             self.port.begin_step(self._take_orders(is_live=True))
-
-    def _promise_all(self, num_blocks: Sequence[int]) -> None:
-        missing = [
-            number - free_list.num_free_blocks
-            for free_list, number in zip(self.free_lists, num_blocks, strict=True)
-        ]
-        if max(missing) <= 0:
-            return
-        self.promise(missing)
-        for free_list, number in zip(self.free_lists, missing, strict=True):
-            # What is not promised cannot be counted on: an allocation that fails ends the engine.
-            free_list.is_bound = free_list.pages.num_ready_blocks < number
-
-    def _fits(self, demands: Sequence[Demand]) -> bool:
-        """Return whether one waiting request can be let in, by each pool of which it has to ask."""
-        return all(
-            each.num_running + each.num_least <= self._num_evictable_too(number)
-            for number, each in enumerate(demands)
-            if each.num_least
-        )
-
-    def _num_evictable_too(self, number: int) -> int:
-        """Return the blocks of a pool that are available, or only cached."""
-        free_list = self.free_lists[number]
-        return free_list.num_available_blocks() + self.port.num_cached_blocks(number)

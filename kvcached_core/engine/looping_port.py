@@ -2,9 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from kvcached_core.engine.demand import Demand
 from kvcached_core.engine.nap import Nap
 from kvcached_core.memory.orders import PageOrders
 
@@ -13,23 +14,6 @@ if TYPE_CHECKING:
     from kvcached_core.memory.rank import RankMemory
     from kvcached_core.weights.rank import RankWeights
     from kvcached_core.weights.status import WeightStatus
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What the next batch takes at most, in blocks of a pool.
-
-    Attributes:
-        num_running: For what runs, and for the prompt that was begun.
-        num_queued: For requests that wait, as many as a batch may take.
-        num_least: For the one of them that needs least; 0 if there is none, or nobody has to ask.
-        num_requests: How many of those that wait these are.
-    """
-
-    num_running: int
-    num_queued: int
-    num_least: int
-    num_requests: int = 0
 
 
 class LoopingPort(ABC):

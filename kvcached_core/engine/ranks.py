@@ -169,12 +169,16 @@ class Ranks:
         return granted
 
     def ask(self, num_pages: int) -> None:
-        """See `Instance.ask`; every rank waits then, whoever asked."""
-        if num_pages > 0:
+        """Ask for what there is no room for of so many pages; every rank waits then, whoever asked.
+
+        See `Instance.ask`.
+        """
+        num_missing = num_pages - self.room_pages
+        if num_missing > 0:
             self._is_refused = self.is_waiting = True
-            self.refused_pages = num_pages + self.room_pages
+            self.refused_pages = num_pages
             if self.instance is not None:
-                self.instance.ask(num_pages)
+                self.instance.ask(num_missing)
 
     def reserve_first_page(self) -> str | None:
         """See `Instance.reserve_first_page`."""

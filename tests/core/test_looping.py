@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from kvcached_core.engine.batch_promise import BatchPromise
+from kvcached_core.engine.demand import Demand
 from kvcached_core.engine.looping import HOLD_SECONDS, LoopingEngine
-from kvcached_core.engine.looping_port import Demand
 from kvcached_core.engine.page_book import PageBook
 
 BLOCKS_PER_PAGE = 8
@@ -26,8 +27,8 @@ class Source:
     promised: list[int] = field(default_factory=list)
 
     def ask(self, num_pages: int) -> None:
-        self.asked.append(num_pages)
-        self.refused_pages = num_pages + self.room_pages
+        self.asked.append(num_pages - self.room_pages)
+        self.refused_pages = num_pages
 
 
 class Blocks:
@@ -70,7 +71,7 @@ def take(demand: Demand, *, room: int, free: int, evictable: int = 0) -> tuple[S
         num_cached_blocks=lambda _number: evictable,
         demand_of=lambda _number, demand: demand,
     )
-    engine.promise_demand(demand)
+    BatchPromise(engine.port, engine.promise, source.ask).take(demand)
     source.stalled_pages = engine.stalled_bytes() // PAGE_BYTES
     return source, blocks
 
@@ -144,7 +145,7 @@ def loop(*, is_busy: bool, is_pending: bool = False) -> tuple[Any, Weights, list
         is_yielding=lambda: False, is_debt_held=False, is_awaiting=False
     )
     engine.pay = engine.end_schedule = lambda: None
-    engine.promise_demand = promised.append
+    engine.batch_promise = SimpleNamespace(take=promised.append)
     engine.port = SimpleNamespace(
         is_busy=lambda: is_busy,
         is_pending=lambda: is_pending,
@@ -231,6 +232,7 @@ class Loop:
             demand=lambda: None,
             give_up_part=self.give_up_part,
         )
+        self.engine.batch_promise = BatchPromise(self.engine.port, self.engine.promise, pytest.fail)
 
     def give_up_part(self) -> None:
         self.num_given_up += 1

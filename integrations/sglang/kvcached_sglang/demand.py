@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kvcached_core.engine.looping_port import Demand
+from kvcached_core.engine.demand import Demand
 from kvcached_sglang.requests import num_computed
 from kvcached_sglang.speculating import num_allocated, tokens_of_next_decode
 

@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kvcached_core.engine.looping_port import Demand, LoopingPort
+from kvcached_core.engine.demand import Demand
+from kvcached_core.engine.looping_port import LoopingPort
 from kvcached_core.weights.status import WeightStatus
 from kvcached_sglang import demand, requests
 from kvcached_sglang.open_copies import OpenCopies

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from kvcached_core.engine.looping_port import Demand
+from kvcached_core.engine.demand import Demand
 from kvcached_core.engine.placing import Planes
 from kvcached_core.memory import stacked_tensors
 from kvcached_core.memory.geometry import MAX_ID, Geometry
