@@ -259,20 +259,28 @@ def now() -> dict[str, str]:
     return {"date": datetime.now(UTC).date().isoformat(), "commit": said.stdout.strip()}
 
 
-def write_results(results: list[Result], mutants: list[Mutant], when: dict[str, str]) -> None:
-    """Write what became of `results`, and when; what is known of others of the list stays.
-
-    What was found of a mutant that has changed since is left out.
-    """
+def known_results(mutants: list[Mutant]) -> dict[str, dict[str, object]]:
+    """Return what is known of mutants, by their names: of none that has changed since."""
     before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     found = {(entry["name"], entry["digest"]): entry for entry in before}
-    new = {result.name: {**asdict(result), **when} for result in results}
-    report = []
-    for mutant in mutants:
-        known = new.get(mutant.name) or found.get((mutant.name, mutant.digest))
-        if known is not None:
-            about = {"digest": mutant.digest, "file": mutant.file, "breaks": mutant.breaks}
-            report.append({**known, **about})
+    known = {mutant.name: found.get((mutant.name, mutant.digest)) for mutant in mutants}
+    return {name: entry for name, entry in known.items() if entry is not None}
+
+
+def write_results(results: list[Result], mutants: list[Mutant], when: dict[str, str]) -> None:
+    """Write what became of `results`, and when; what is known of others of the list stays."""
+    known = known_results(mutants)
+    known |= {result.name: {**asdict(result), **when} for result in results}
+    report = [
+        {
+            **known[mutant.name],
+            "digest": mutant.digest,
+            "file": mutant.file,
+            "breaks": mutant.breaks,
+        }
+        for mutant in mutants
+        if mutant.name in known
+    ]
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
 
 
@@ -304,6 +312,8 @@ def main() -> int:
             print(f"{result.outcome:20} {result.seconds:6.1f} s  {result.name}", flush=True)
     if options.write:
         write_results(results, mutants, when)
+    if unknown := len(mutants) - len(known_results(mutants)):
+        print(f"of {unknown} mutants of the list {RESULTS.name} says nothing as they are now")
     survived = [result.name for result in results if result.outcome == SURVIVED]
     print(f"{len(results)} mutants, {len(survived)} survived: {', '.join(survived) or 'none'}")
     return 1 if survived else 0
