@@ -8,22 +8,16 @@ spoiled on purpose: the answer has to differ. `--tiny` rehearses it on a CPU.
 """
 
 import json
-import shlex
-import signal
 import statistics
-import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-from machine import describe_gpu, describe_machine
 from residue import context_bytes, parts, used_bytes, yielded
-from vllm_servers import READY_SECONDS, Record
-from yielding import FIRST, Run, make_parser
+from vllm_servers import READY_SECONDS
+from yielding import FIRST, Run, first_tokens_after_sleeps, make_parser, recorded_run
 
 from kvcached_core.units import MIB
-from kvcached_demo.harness.engines import ENGINES, VLLM
+from kvcached_demo.harness.engines import VLLM
 
 
 def look(run: Run) -> dict[str, Any]:
@@ -44,15 +38,11 @@ def look(run: Run) -> dict[str, Any]:
 
 def wakes(run: Run, num: int) -> dict[str, Any]:
     """Ask a server that sleeps, again and again; and one that is awake."""
-    awake = [run.first_token_seconds(FIRST) for _ in range(10)]
-    seconds = []
-    for _ in range(num):
-        run.sleep(FIRST)
-        seconds.append(run.first_token_seconds(FIRST))
+    found = first_tokens_after_sleeps(run, num, num_awake=10)
+    seconds = found["seconds"]
     ordered = sorted(seconds)
     return {
-        "awake_seconds": awake,
-        "seconds": seconds,
+        **found,
         "median_seconds": statistics.median(seconds),
         "p95_seconds": ordered[int(0.95 * (len(ordered) - 1))],
     }
@@ -106,45 +96,29 @@ def main() -> None:
     """Run the command line."""
     parser = make_parser(__doc__)
     parser.add_argument("--buffers", choices=("keep", "yield"), default="yield")
-    parser.add_argument("--server-options", default="", help="more arguments of the server")
     parser.add_argument("--number", type=int, default=30, help="how often it sleeps and wakes")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
-    engine, more = ENGINES[options.engine], shlex.split(options.server_options)
-    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
-        record = Record(options.json)
-        record.add(machine=describe_machine() if options.tiny else describe_gpu())
-        record.add(engine=f"{engine.title} {engine.release()}", buffers=options.buffers)
-        record.add(server_options=more)
-        run = Run(
-            Path(folder),
-            tiny=options.tiny,
-            runner=options.runner,
-            engine=engine,
-            server_options=more,
-        )
+    is_vllm = options.engine == VLLM.name
+    with recorded_run(options, buffers=options.buffers) as (run, record):
         if options.tiny:
             run.environ["LEAST_SCRATCH_BYTES"] = "32768"
         run.environ |= {"MEMORY_HISTORY": "1", "KVCACHED_BUFFERS": options.buffers}
-        try:
-            if engine is not VLLM:
-                run.with_files(FIRST, 1)  # what this process takes for that is not the server's
-            run.used_before_bytes = used_bytes(run)
-            begin = time.monotonic()
-            run.start(FIRST, 1)
-            run.servers.wait_ready(seconds=READY_SECONDS)
-            record.add(ready_seconds=time.monotonic() - begin)
-            if engine is VLLM:
-                run.call(FIRST, "end_history")
-            run.ask(FIRST)
-            record.add(copied_seconds=run.wait_copied(FIRST))
-            record.add(held=look(run))
-            record.add(wakes=wakes(run, options.number))
-            if engine is VLLM:
-                record.add(spoiled=spoil(run), stack=stack(run))
-        finally:
-            run.close(record)
-            print(table(record.results))
+        if not is_vllm:
+            run.with_files(FIRST, 1)  # what this process takes for that is not the server's
+        run.used_before_bytes = used_bytes(run)
+        begin = time.monotonic()
+        run.start(FIRST, 1)
+        run.servers.wait_ready(seconds=READY_SECONDS)
+        record.add(ready_seconds=time.monotonic() - begin)
+        if is_vllm:
+            run.call(FIRST, "end_history")
+        run.ask(FIRST)
+        record.add(copied_seconds=run.wait_copied(FIRST))
+        record.add(held=look(run))
+        record.add(wakes=wakes(run, options.number))
+        if is_vllm:
+            record.add(spoiled=spoil(run), stack=stack(run))
+    print(table(record.results))
 
 
 if __name__ == "__main__":

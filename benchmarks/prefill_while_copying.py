@@ -17,19 +17,14 @@ say nothing.
 """
 
 import argparse
-import shlex
-import signal
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from intervals import median_and_interval
 from link import copy_seconds
-from machine import describe_gpu, describe_machine
 from vllm_servers import READY_SECONDS, Record
-from yielding import FIRST, SECOND, Run, make_parser
+from yielding import FIRST, SECOND, Run, make_parser, recorded_run
 
 from kvcached_core.units import parse_bytes
 from kvcached_demo.harness.engines import ENGINES, SGLANG, VLLM, Engine
@@ -176,26 +171,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=NUM_ROUNDS)
     parser.add_argument("--only", choices=WAITS.values(), help="one server, and not both")
     parser.add_argument("--ahead", nargs="+", default=[], help="of vLLM: 128MiB, for example")
-    parser.add_argument("--server-options", default="", help="more arguments of both servers")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
-    engine, more = ENGINES[options.engine], shlex.split(options.server_options)
-    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
-        record = Record(options.json)
-        record.add(machine=describe_machine() if options.tiny else describe_gpu())
-        record.add(engine=f"{engine.title} {engine.release()}", server_options=more)
-        record.add(ahead=options.ahead)
-        run = Run(
-            Path(folder),
-            tiny=options.tiny,
-            runner=options.runner,
-            engine=engine,
-            server_options=more,
-        )
-        try:
-            measure(run, record, engine, options)
-        finally:
-            run.close(record)
+    with recorded_run(options, ahead=options.ahead) as (run, record):
+        measure(run, record, ENGINES[options.engine], options)
     print(table(record.results))
     if record.results["failed"] or record.results["wrong"]:
         sys.exit("an answer failed, or was wrong")

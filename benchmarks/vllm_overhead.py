@@ -26,6 +26,8 @@ from vllm_servers import (
     READY_SECONDS,
     Record,
     Setting,
+    add_also,
+    also_named,
     bench_run,
     parser,
 )
@@ -167,20 +169,13 @@ def main() -> None:
     )
     arguments.add_argument("--kv-gib", type=int, help="KV cache of each server")
     arguments.add_argument("--num-prompts", type=int, help="requests of a workload in each round")
-    arguments.add_argument(
-        "--also",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar=("NAME", "VARIABLE=VALUE"),
-        help="another elastic server, with these settings",
-    )
+    add_also(arguments)
     arguments.add_argument("--only", nargs="+", help="the workloads, by parts of their names")
     options = arguments.parse_args()
     names: dict[str, Variables] = {} if options.no_vanilla else {VANILLA: {}}
     names |= {ELASTIC: {}}
     names |= {} if options.no_control or options.no_vanilla else {CONTROL: {}}
-    names |= {name: dict(word.split("=", 1) for word in words) for name, *words in options.also}
+    names |= also_named(options)
     with bench_run(options) as (setting, record):
         setting.kv_bytes = options.kv_gib * GIB if options.kv_gib else setting.kv_bytes
         if options.only:

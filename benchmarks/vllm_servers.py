@@ -195,6 +195,23 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def add_also(arguments: argparse.ArgumentParser) -> None:
+    """Let a command line name further elastic engines; see `also_named`."""
+    arguments.add_argument(
+        "--also",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "VARIABLE=VALUE"),
+        help="another elastic engine, with these settings",
+    )
+
+
+def also_named(options: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Return the settings of each engine that `--also` names."""
+    return {name: dict(word.split("=", 1) for word in words) for name, *words in options.also}
+
+
 @contextlib.contextmanager
 def bench_run(options: argparse.Namespace) -> Iterator[tuple["Setting", Record]]:
     """Make a folder and a record; keep the ends of the servers' logs, also when it is cut off."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_servers import Record, Setting, bench_run, parser
+from vllm_servers import Record, Setting, add_also, also_named, bench_run, parser
 
 from kvcached_core.units import GIB, MIB
 from kvcached_vllm.worker import inner_worker
@@ -111,8 +111,7 @@ def switches_of(options: Any) -> dict[str, dict[str, str]]:
     switches = {name: {"ENABLE_KVCACHED": "0"} for name in vanillas}
     for size in options.page_sizes:
         switches[f"pages-{size}"] = {"ENABLE_KVCACHED": "1", "KVCACHED_PAGE_BYTES": size}
-    for name, *words in options.also:
-        settings = dict(word.split("=", 1) for word in words)
+    for name, settings in also_named(options).items():
         switches[name] = {"ENABLE_KVCACHED": "1", **settings}
     return switches
 
@@ -364,14 +363,7 @@ def main() -> None:
     arguments.add_argument(
         "--page-sizes", nargs="+", default=["16MiB", "64MiB"], help="one elastic engine with each"
     )
-    arguments.add_argument(
-        "--also",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar=("NAME", "VARIABLE=VALUE"),
-        help="another elastic engine, with these settings",
-    )
+    add_also(arguments)
     arguments.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
     arguments.add_argument("--kv-gib", type=int, default=24, help="a vanilla engine's KV cache")
     arguments.add_argument("--no-control", action="store_true", help="leave the control out")

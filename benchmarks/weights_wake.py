@@ -9,29 +9,32 @@ rehearses the logic on a CPU, whose times say nothing.
 """
 
 import random
-import shlex
-import signal
 import statistics
 import sys
-import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
 from link import gigabytes_per_second
-from machine import describe_gpu, describe_machine
 from making_room import cache, give, turns
 from residue import context_bytes, parts, used_bytes, yielded
-from vllm_servers import READY_SECONDS, Record
-from yielding import FIRST, NUM_PROMPT_TOKENS, SECOND, Run, make_parser
+from vllm_servers import READY_SECONDS
+from yielding import (
+    FIRST,
+    NUM_PROMPT_TOKENS,
+    SECOND,
+    Run,
+    first_tokens_after_sleeps,
+    make_parser,
+    recorded_run,
+)
 
 from kvcached_core.units import GIB, MIB
 from kvcached_core.weights.image import MAX_COPY_BYTES
-from kvcached_demo.harness.engines import ENGINES, VLLM
+from kvcached_demo.harness.engines import VLLM
 
 VANILLA = "vanilla"
 NUM_SLEEPS_OF_VANILLA = 5
@@ -75,12 +78,7 @@ def held(run: Run, _num: int) -> dict[str, Any]:
 
 def free(run: Run, num: int) -> dict[str, Any]:
     """Ask a model that has yielded all of its weights, with room free."""
-    awake = [run.first_token_seconds(FIRST) for _ in range(20)]
-    seconds = []
-    for _ in range(num):
-        run.sleep(FIRST)
-        seconds.append(run.first_token_seconds(FIRST))
-    return {"awake_seconds": awake, "seconds": seconds}
+    return first_tokens_after_sleeps(run, num, num_awake=20)
 
 
 def half(run: Run, num: int) -> dict[str, Any]:
@@ -225,54 +223,37 @@ def main() -> None:
     """Run the command line."""
     parser = make_parser(__doc__)
     parser.add_argument("--number", type=int, default=100, help="requests of the first part")
-    parser.add_argument("--server-options", default="", help="more arguments of every server")
     parser.add_argument("--parts", default=",".join(PARTS), help="which, and in which order")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
-    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
-        record = Record(options.json)
-        record.add(machine=describe_machine() if options.tiny else describe_gpu())
-        engine = ENGINES[options.engine]
-        record.add(engine=f"{engine.title} {engine.release()}")
-        more = shlex.split(options.server_options)
-        record.add(server_options=more)
-        run = Run(
-            Path(folder),
-            tiny=options.tiny,
-            runner=options.runner,
-            engine=engine,
-            server_options=more,
-        )
+    wanted, errors = options.parts.split(","), dict[str, str]()
+    is_vllm = options.engine == VLLM.name
+    if not is_vllm and VANILLA in wanted:
+        wanted.remove(VANILLA)
+    with recorded_run(options) as (run, record):
         run.environ["MEMORY_HISTORY"] = "1"  # until all are ready
-        wanted, errors = options.parts.split(","), dict[str, str]()
-        if engine is not VLLM and VANILLA in wanted:
-            wanted.remove(VANILLA)
-        try:
-            run.used_before_bytes = used_bytes(run)
+        run.used_before_bytes = used_bytes(run)
+        begin = time.monotonic()
+        run.start(FIRST, 1)
+        run.start(SECOND, 2, is_caching="cache" in wanted)
+        if VANILLA in wanted and not options.tiny:
+            size = ("--kv-cache-memory-bytes", str(2 * GIB), "--gpu-memory-utilization", "0.2")
+            run.start(VANILLA, 3, "--enable-sleep-mode", *size, is_elastic=False)
+        run.servers.wait_ready(seconds=READY_SECONDS)
+        record.add(ready_seconds=time.monotonic() - begin)
+        for name in run.servers.by_name if is_vllm else ():
+            run.call(name, "end_history")
+        for name in (FIRST, SECOND):
+            run.ask(name)
+        record.add(copied_seconds=run.wait_copied(FIRST, SECOND))
+        for part in wanted:
             begin = time.monotonic()
-            run.start(FIRST, 1)
-            run.start(SECOND, 2, is_caching="cache" in wanted)
-            if VANILLA in wanted and not options.tiny:
-                size = ("--kv-cache-memory-bytes", str(2 * GIB), "--gpu-memory-utilization", "0.2")
-                run.start(VANILLA, 3, "--enable-sleep-mode", *size, is_elastic=False)
-            run.servers.wait_ready(seconds=READY_SECONDS)
-            record.add(ready_seconds=time.monotonic() - begin)
-            for name in run.servers.by_name if engine is VLLM else ():
-                run.call(name, "end_history")
-            for name in (FIRST, SECOND):
-                run.ask(name)
-            record.add(copied_seconds=run.wait_copied(FIRST, SECOND))
-            for part in wanted:
-                begin = time.monotonic()
-                try:
-                    record.add(**{part: MEASURES[part](run, options.number)})
-                except Exception as error:  # noqa: BLE001  those behind it shall not be lost
-                    traceback.print_exc()
-                    errors[part] = repr(error)
-                    record.add(errors=errors)
-                print(part, f"{time.monotonic() - begin:.1f} s", flush=True)
-        finally:
-            run.close(record)
+            try:
+                record.add(**{part: MEASURES[part](run, options.number)})
+            except Exception as error:  # noqa: BLE001  those behind it shall not be lost
+                traceback.print_exc()
+                errors[part] = repr(error)
+                record.add(errors=errors)
+            print(part, f"{time.monotonic() - begin:.1f} s", flush=True)
     print(table(record.results))
     if errors:
         sys.exit(f"failed: {errors}")

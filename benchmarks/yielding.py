@@ -4,13 +4,17 @@ import argparse
 import asyncio
 import contextlib
 import os
+import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from machine import describe_gpu, describe_machine
 from neighbour import Neighbour
 from vllm_servers import READY_SECONDS, SHORT_FOLDER, Record
 
@@ -46,6 +50,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
     parser.add_argument("--engine", choices=sorted(ENGINES), default=VLLM.name)
     parser.add_argument("--runner", type=int, choices=(1, 2), help="vLLM's model runner")
+    parser.add_argument("--server-options", default="", help="more arguments of every server")
     return parser
 
 
@@ -258,6 +263,47 @@ class Run:
                 yield neighbour
             finally:
                 neighbour.close()
+
+
+def first_tokens_after_sleeps(run: Run, num: int, *, num_awake: int) -> dict[str, list[float]]:
+    """Ask the first server while it is awake, and then again after each of `num` sleeps.
+
+    Returns:
+        The seconds to the first token of each request.
+    """
+    awake = [run.first_token_seconds(FIRST) for _ in range(num_awake)]
+    seconds = []
+    for _ in range(num):
+        run.sleep(FIRST)
+        seconds.append(run.first_token_seconds(FIRST))
+    return {"awake_seconds": awake, "seconds": seconds}
+
+
+@contextlib.contextmanager
+def recorded_run(options: argparse.Namespace, **facts: Any) -> Iterator[tuple[Run, Record]]:
+    """Yield what a command line's servers run in, and the record of it; end all behind the block.
+
+    Args:
+        options: What `make_parser` has read.
+        **facts: What the record says beside machine and engine.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    engine, more = ENGINES[options.engine], shlex.split(options.server_options)
+    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
+        record = Record(options.json)
+        record.add(machine=describe_machine() if options.tiny else describe_gpu())
+        record.add(engine=f"{engine.title} {engine.release()}", server_options=more, **facts)
+        run = Run(
+            Path(folder),
+            tiny=options.tiny,
+            runner=options.runner,
+            engine=engine,
+            server_options=more,
+        )
+        try:
+            yield run, record
+        finally:
+            run.close(record)
 
 
 def with_tests() -> str:

@@ -17,6 +17,7 @@ from kvcached_core import __version__, control
 from kvcached_core.cli import running
 from kvcached_core.cli.added import Added, added, instance_named
 from kvcached_core.cli.commands import Commands
+from kvcached_core.cli.options import AsJson, Directory
 from kvcached_core.control import Outcome, Result
 from kvcached_core.errors import KVCachedError
 from kvcached_core.ledger.survey import Survey, survey
@@ -33,16 +34,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Directory = Annotated[
-    Path,
-    typer.Option(
-        "--dir",
-        envvar="KVCACHED_DIR",
-        help="The folder of the ledgers.",
-        show_default=False,
-        readable=False,  # our own check says more
-    ),
-]
 NOBODY = "no instance runs"
 
 
@@ -57,7 +48,6 @@ def _names(context: typer.Context, incomplete: str) -> list[str]:
     return []
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")]
 Name = Annotated[
     str, typer.Argument(help="The instance, as `kvcached list` names it.", autocompletion=_names)
 ]

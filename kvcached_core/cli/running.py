@@ -1,11 +1,11 @@
 """`kvcached run`: a program that is no engine, with room on the devices that engines share."""
 
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from kvcached_core.cli.options import Directory
 from kvcached_core.errors import KVCachedError
 from kvcached_core.units import MAX_PRIORITY, MIN_PRIORITY, check_name, default_directory
 
@@ -21,16 +21,7 @@ def run_program(
     need: Annotated[
         str, typer.Option(help="What it will allocate of each device, such as 20GiB or 25%.")
     ],
-    directory: Annotated[
-        Path,
-        typer.Option(
-            "--dir",
-            envvar="KVCACHED_DIR",
-            help="The folder of the ledgers.",
-            show_default=False,
-            readable=False,
-        ),
-    ] = default_directory(),
+    directory: Directory = default_directory(),
     device: Annotated[
         list[str] | None,
         typer.Option(help="A GPU's number or UUID, or host; again for each. It sees no other."),

@@ -7,10 +7,10 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.asked_tensors import AskedTensors
 from kvcached_core.memory.geometry import Geometry
 from kvcached_core.memory.plane_places import PlanePlaces
 from kvcached_core.memory.size_classes import SizeClass
@@ -76,7 +76,7 @@ class WantedPlanes:
         return self.row_bytes * block_tokens // self.row_tokens
 
 
-class MakePlanes(TorchFunctionMode):
+class MakePlanes(AskedTensors):
     """While it is active, `torch.zeros` and `torch.empty` of a pool's planes go to `make`.
 
     A plane has a row for each token, or for each block. Everything else, and a tensor of another
@@ -91,21 +91,15 @@ class MakePlanes(TorchFunctionMode):
         self._block_tokens = block_tokens
         self._make = make
 
-    def __torch_function__(
-        self,
-        function: Any,
-        types: Any,
-        args: Any = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """See `TorchFunctionMode`."""
-        del types
-        kwargs = dict(kwargs or {})
+    def answer(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> torch.Tensor | None:
+        """See `AskedTensors`."""
         if function in (torch.zeros, torch.empty) and args:
             wanted = self._wanted(args, kwargs.get("dtype"))
             if wanted is not None:
                 return self._make(wanted)
-        return function(*args, **kwargs)
+        return None
 
     def _wanted(self, args: Any, dtype: torch.dtype | None) -> WantedPlanes | None:
         shape = tuple(args[0]) if isinstance(args[0], tuple | list | torch.Size) else tuple(args)

@@ -5,14 +5,14 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.asked_tensors import AskedTensors
 from kvcached_core.memory.geometry import Geometry
 from kvcached_core.memory.plane_places import PlanePlaces
 
 
-class MakeStacks(TorchFunctionMode):
+class MakeStacks(AskedTensors):
     """While it is active, `torch.zeros` of a tensor with so many blocks goes to `make`.
 
     Everything else, and a tensor in which a block takes nothing, is made as always.
@@ -25,22 +25,16 @@ class MakeStacks(TorchFunctionMode):
         self._num_blocks = num_blocks
         self._make = make
 
-    def __torch_function__(
-        self,
-        function: Any,
-        types: Any,
-        args: Any = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """See `TorchFunctionMode`."""
-        del types
-        kwargs = dict(kwargs or {})
+    def answer(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> torch.Tensor | None:
+        """See `AskedTensors`."""
         if function is torch.zeros:
             given = kwargs.get("size", args[0] if len(args) == 1 else args)
             shape = tuple(given) if isinstance(given, tuple | list | torch.Size) else (given,)
             if shape[1:2] == (self._num_blocks,) and prod(shape):
                 return self._make(shape, kwargs["dtype"])
-        return function(*args, **kwargs)
+        return None
 
 
 def lay_out(create_buffers: Callable[[], None], geometry: Geometry, arena: Arena) -> None:

@@ -1,17 +1,17 @@
 """Handing our addresses to an engine where it asks torch for a zeroed KV cache as bytes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.arena import Arena
+from kvcached_core.memory.asked_tensors import AskedTensors
 
 
-class ZerosFromArena(TorchFunctionMode):
+class ZerosFromArena(AskedTensors):
     """While active, `torch.zeros(n, dtype=torch.int8)` returns our tensor of `n` bytes.
 
     A real `torch.zeros` would touch, and so need, the whole virtual size.
@@ -29,20 +29,15 @@ class ZerosFromArena(TorchFunctionMode):
         """Tensors that nobody asked for."""
         return len(self._tensors)
 
-    def __torch_function__(
-        self,
-        function: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Answer for `torch.zeros`; pass everything else on."""
-        kwargs = kwargs or {}
+    def answer(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> torch.Tensor | None:
+        """See `AskedTensors`."""
         if function is torch.zeros and self._tensors and kwargs.get("dtype") is torch.int8:
             size = args[0] if args else kwargs.get("size")
             if size in (self._tensors[0].numel(), (self._tensors[0].numel(),)):
                 return self._tensors.pop(0)
-        return function(*args, **kwargs)
+        return None
 
 
 @contextmanager

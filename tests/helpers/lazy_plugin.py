@@ -7,6 +7,8 @@ import json
 import os
 from pathlib import Path
 
+from helpers import engine_plugin
+
 REPORT, DEFECT = "LAZY_REPORT", "LAZY_DEFECT"  # files: what is written to, and what is looked for
 
 
@@ -38,15 +40,5 @@ def register() -> None:
 
 def add_plugin(folder: Path) -> dict[str, str]:
     """Return the variables with which processes find it; its metadata goes to a folder."""
-    paths = [str(folder), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
-    metadata = folder / "lazy_plugin-1.dist-info"
-    metadata.mkdir(parents=True, exist_ok=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: lazy-plugin\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text(
-        f"[sglang.srt.plugins]\nlazy_plugin = {__name__}:register\n"
-    )
-    return {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        REPORT: str(folder / "report"),
-        DEFECT: str(folder / "defect"),
-    }
+    files = {REPORT: str(folder / "report"), DEFECT: str(folder / "defect")}
+    return engine_plugin.add_plugin(folder, __name__) | files

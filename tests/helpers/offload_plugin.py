@@ -3,9 +3,10 @@
 Nothing of vLLM is imported here.
 """
 
-import os
 from pathlib import Path
 from typing import Any
+
+from helpers import engine_plugin
 
 COPIER = "helpers.delayed_copier"
 CPU_SPEC, TIERS_SPEC = "DelayedSpec", "DelayedTiersSpec"
@@ -20,14 +21,7 @@ def register() -> None:
 
 def add_plugin(folder: Path) -> dict[str, str]:
     """Return the variables with which processes find it; its metadata goes to a folder."""
-    paths = [str(folder), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
-    metadata = folder / "offload_plugin-1.dist-info"
-    metadata.mkdir(parents=True, exist_ok=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: offload-plugin\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text(
-        f"[vllm.general_plugins]\noffload_plugin = {__name__}:register\n"
-    )
-    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return engine_plugin.add_plugin(folder, __name__, engine_plugin.VLLM)
 
 
 def transfer(spec: str = CPU_SPEC, *, num_bytes: int, **extra: Any) -> dict[str, Any]:

@@ -12,13 +12,18 @@ from kvcached_core.memory.vmm.host import HostBackend
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+def granularity_bytes() -> int:
+    return PAGE
+
+
+@pytest.fixture
+def driver(granularity_bytes: int, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     tensors_on_the_host(monkeypatch)
-    return FakeDriver(granularity_bytes=PAGE)
+    return FakeDriver(granularity_bytes=granularity_bytes)
 
 
 @pytest.fixture(params=["host", "cuda"])
-def backend(request: pytest.FixtureRequest, driver: FakeDriver) -> Backend:
+def backend(request: pytest.FixtureRequest, granularity_bytes: int, driver: FakeDriver) -> Backend:
     if request.param == "host":
-        return HostBackend(PAGE)
+        return HostBackend(granularity_bytes)
     return CudaBackend(api=cast("Any", driver))

@@ -3,19 +3,16 @@
 import ctypes
 import signal
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
 
 import pytest
 import torch
 from helpers.backends import FaultyBackend, LimitedBackend
-from helpers.fake_driver import FakeDriver, tensors_on_the_host
 from helpers.forked import exit_code_of_child
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcached_core.errors import BackendError, HostBudgetError, OutOfMemoryError, PageStateError
 from kvcached_core.memory.vmm.backend import Backend
-from kvcached_core.memory.vmm.cuda import CudaBackend
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import KIB
 from kvcached_core.weights import annex as annex_module
@@ -66,16 +63,8 @@ class Releasing(Owner):
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    tensors_on_the_host(monkeypatch)
-    return FakeDriver(granularity_bytes=UNIT)
-
-
-@pytest.fixture(params=["host", "cuda"])
-def backend(request: pytest.FixtureRequest, driver: FakeDriver) -> Backend:
-    if request.param == "host":
-        return HostBackend(UNIT)
-    return CudaBackend(api=cast("Any", driver))
+def granularity_bytes() -> int:
+    return UNIT
 
 
 @pytest.fixture
