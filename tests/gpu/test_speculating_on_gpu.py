@@ -1,4 +1,7 @@
-"""Real vLLM engines with drafts on a GPU, in both runners: vanilla's tokens and acceptance."""
+"""Real vLLM engines with drafts on a GPU, in both runners: vanilla's tokens and acceptance.
+
+Where vLLM alone ends, or answers otherwise when it is asked again, there is nothing to compare.
+"""
 
 import json
 import os
@@ -63,7 +66,10 @@ def report_of(folder: Path, method: str, runner: int, *, elastic: bool) -> Any:
             check=False,
             timeout=400,
         )
-    assert done.returncode == 0, log.read_text()[-6000:]
+    said = log.read_text()
+    if done.returncode and not elastic:
+        pytest.skip(f"vLLM alone ends: {said.strip().splitlines()[-1]}")
+    assert done.returncode == 0, said[-6000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -72,9 +78,11 @@ def test_tokens_and_acceptance_are_vanillas(tmp_path: Path, method: str, runner:
     target = make_target(tmp_path / TARGET, method)
     if method != MTP:
         make_draft(tmp_path / "draft", target, method)
-    vanilla, ours = (
-        report_of(tmp_path, method, runner, elastic=elastic) for elastic in (False, True)
+    vanilla, again, ours = (
+        report_of(tmp_path, method, runner, elastic=elastic) for elastic in (False, False, True)
     )
+    if again["tokens"] != vanilla["tokens"]:
+        pytest.skip("vLLM alone answers otherwise the second time")
     assert ours["tokens"] == vanilla["tokens"]
     assert len({tuple(tokens) for tokens in ours["tokens"]}) > 15
     assert ours["counts"] == vanilla["counts"]

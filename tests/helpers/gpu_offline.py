@@ -166,7 +166,7 @@ def main() -> None:
         report["steady"] = steady_decode(llm, core, worker)
         if options["caching"]:
             core.kvcached.port.evict(1 << 30)
-            core.kvcached.flush()
+            core.kvcached.flush(is_last=True)
             report["after_trim"] = resident(worker)
         view = worker.kvcached.ledger.view()
         report["view"] = json.loads(json.dumps(view, default=vars))
