@@ -188,8 +188,10 @@ class Giving:
         if num_pages <= 0 or not self._holds:
             return 0
         # An engine may lock what it copies in its cache: about so many pages' worth.
-        blocks_per_page = self._pools[0].geometry.blocks_per_page
-        num_locked = -(-self._port.num_locked_blocks() // blocks_per_page)
+        num_locked = sum(
+            -(-self._port.num_locked_blocks(number) // pages.geometry.blocks_per_page)
+            for number, pages in enumerate(self._pools)
+        )
         num_awaited = min(self._num_held() + num_locked, num_pages)
         self._holds.num_awaited += num_awaited
         self.is_awaiting |= num_awaited > 0

@@ -105,8 +105,7 @@ class LoopingPort(ABC):
         A cached one that is locked for a copy goes when that has ended, so who asks may count on
         it. One of a request counts, too, while it is copied.
         """
-        num_locked = 0 if number else self.num_locked_blocks()
-        return self.num_cached_blocks(number) + num_locked
+        return self.num_cached_blocks(number) + self.num_locked_blocks(number)
 
     @abstractmethod
     def drop_cached(self, num_blocks: int) -> None:
@@ -154,7 +153,7 @@ class LoopingPort(ABC):
     def finish_copies(self) -> None:  # noqa: B027  an engine may make none
         """See `EnginePort.finish_copies`."""
 
-    def num_locked_blocks(self) -> int:
+    def num_locked_blocks(self, number: int) -> int:  # noqa: ARG002  see its docstring
         """See `EnginePort.num_locked_blocks`: an engine may make no copies."""
         return 0
 

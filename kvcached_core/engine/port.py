@@ -83,8 +83,8 @@ class EnginePort(Protocol):
     def finish_copies(self) -> None:
         """Begin copies of cached blocks that were put off, and wait until none is open."""
 
-    def num_locked_blocks(self) -> int:
-        """Return about how many cached blocks cannot be dropped, as copies of them are open."""
+    def num_locked_blocks(self, number: int) -> int:  # noqa: ARG002  an engine may lock none
+        """Return about how many cached blocks of a pool cannot be dropped, as they are copied."""
         return 0
 
     def end_copies(self) -> bool:

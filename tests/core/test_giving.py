@@ -31,6 +31,7 @@ class Engine:
         self.num_published = 0
         self.cached: list[FakeBlock] = []
         self.locked: list[FakeBlock] = []  # cached, and of an open copy
+        self.locked_pool = 0
         source, book = CountingSource(1000), PageBook(NUM_PAGES) if num_pools > 1 else None
         self.lists = [FreeLists(GEOMETRY, NUM_PAGES, self.blocks_of) for _ in range(num_pools)]
         self.pools = [Pages(GEOMETRY, NUM_PAGES, source, each, shared=book) for each in self.lists]
@@ -43,11 +44,14 @@ class Engine:
             evict=self.evict,
             publish=self.publish,
             num_idle_blocks=lambda: sum(each.num_free for each in self.lists) + len(self.cached),
-            num_locked_blocks=lambda: len(self.locked),
+            num_locked_blocks=self.num_locked_blocks,
             end_copies=self.end_copies,
         )
         ranks: Any = SimpleNamespace(clock=lambda: self.now)
         self.giving = Giving(ranks, port, self.pools, self.tell)
+
+    def num_locked_blocks(self, number: int) -> int:
+        return len(self.locked) if number == self.locked_pool else 0
 
     @staticmethod
     def blocks_of(page: int) -> list[FakeBlock]:
@@ -78,9 +82,10 @@ class Engine:
         self.lists[0].give(evicted)
         return bool(evicted)
 
-    def lock(self, blocks: list[FakeBlock]) -> None:
+    def lock(self, blocks: list[FakeBlock], *, pool: int = 0) -> None:
         self.locked += blocks
-        self.pools[0].hold([block.block_id for block in blocks], "copy")
+        self.locked_pool = pool
+        self.pools[pool].hold([block.block_id for block in blocks], "copy")
 
     def end_copies(self) -> bool:
         blocks, self.locked = self.locked, []
@@ -451,6 +456,12 @@ def test_a_page_of_which_a_part_is_copied_is_on_its_way(engine: Engine) -> None:
     engine.end_copies()
     engine.giving.go_on()
     assert engine.pools[0].num_open_pages == 3
+
+
+def test_what_copies_lock_in_another_pool_is_on_its_way_too(engine: Engine) -> None:
+    engine.lock(engine.use(2, pool=1), pool=1)
+    engine.giving.give(WantedPages(asked_pages=3, owed_pages=0))
+    assert engine.book.holds.num_awaited == 2
 
 
 def test_an_idle_engine_waits_for_copies_and_a_busy_one_has_what_is_asked_on_its_way(

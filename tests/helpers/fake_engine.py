@@ -206,7 +206,7 @@ class FakeEngine(Served):
     def finish_copies(self) -> None:
         """See `EnginePort.finish_copies`: it makes none."""
 
-    def num_locked_blocks(self) -> int:
+    def num_locked_blocks(self, number: int) -> int:
         """See `EnginePort.num_locked_blocks`: it locks none."""
         return 0
 

@@ -191,7 +191,7 @@ def test_a_prompt_counts_as_locked_while_the_copy_of_its_answer_is_open(
     def end_first() -> int:
         del acknowledgements[0]
         offloading.copies.settle()
-        return offloading.copies.num_tokens
+        return offloading.copies.num_locked(0)
 
     offloading.store(tokens[:20])  # a prompt
     offloading.store(tokens[20:23])  # its answer
@@ -203,7 +203,7 @@ def test_a_prompt_counts_as_locked_while_the_copy_of_its_answer_is_open(
     offloading.store(tokens[20:23])
     assert end_first() == 23
     offloading.copies.reset(offloading.controller)
-    assert offloading.copies.num_tokens == 0
+    assert offloading.copies.num_locked(0) == 0
 
 
 @pytest.mark.parametrize("offloading", [1, NUM_RANKS], indirect=True)
@@ -272,8 +272,7 @@ def test_copies_are_counted_when_they_have_ended_on_all_ranks(offloading: Offloa
     offloading.store(first[:4])
     offloading.now = 6.0
     offloading.load(second[:3])
-    assert offloading.copies.num_tokens == 4  # what is loaded is a request's
-    assert offloading.engine.port.num_locked_blocks() == 4
+    assert offloading.engine.port.num_locked_blocks(0) == 4  # what is loaded is a request's
     offloading.now = 8.0
     offloading.controller.ack_load_queue.clear()
     offloading.copies.settle()

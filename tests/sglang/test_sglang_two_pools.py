@@ -245,7 +245,8 @@ def test_pages_of_a_window_go_only_when_the_copy_of_their_tokens_has_ended(tmp_p
     copies = OpenCopies(engine, None)
     copies.store(controller, lambda: controller.ack_write_queue.append(SimpleNamespace()))
     full, window = (one.pages for one in engine.free_lists)
-    assert (copies.num_tokens, window.num_open_pages > 1) == (0, True)
+    assert [copies.num_locked(number) for number in range(2)] == [0, 1]
+    assert window.num_open_pages > 1
     allocator.free(tokens)
     engine.giving.give(WantedPages(NUM_PAGES, 0))
     assert [*window.open_pages] == [int(in_window[-1]) // window.geometry.ids_per_page]

@@ -111,7 +111,7 @@ def giving_of(pool: Any) -> Giving:
     port: Any = SimpleNamespace(
         evict=pool.evict_pages,
         num_idle_blocks=lambda: 0,
-        num_locked_blocks=lambda: 0,
+        num_locked_blocks=lambda _: 0,
         end_copies=lambda: False,
     )
     ranks: Any = SimpleNamespace(clock=lambda: 0.0)

@@ -152,7 +152,7 @@ class SglangEngine(LoopingEngine):
 
     def check_copied(self, ids: Any, pool: int) -> None:
         """Refuse a copy of what is not mapped."""
-        self._check_blocks((ids // self._block_ids(pool)).tolist(), pool)
+        self._check_blocks((ids // self.port.ids_of_block(pool)).tolist(), pool)
 
     def _check_blocks(self, named: list[int], pool: int = 0) -> None:
         pages = self.pools[pool]
@@ -168,12 +168,8 @@ class SglangEngine(LoopingEngine):
         """
         import torch
 
-        block_ids = self._block_ids(pool)
+        block_ids = self.port.ids_of_block(pool)
         self.free_lists[pool].hold(lambda: torch.cat(ids) // block_ids, number)
-
-    def _block_ids(self, pool: int) -> int:
-        """Return how many of SGLang's ids are a block of a pool: a state is one."""
-        return 1 if pool and self.states is not None else self.port.block_tokens
 
     def map_for_copies(self) -> None:
         """Have all mapped, and zeroed, that was opened since the schedule began."""

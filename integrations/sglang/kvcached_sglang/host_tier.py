@@ -25,7 +25,8 @@ DRAFTS = ("draft", "draft_indexer")
 # A module of the first release whose host tier may be smaller than the device's pool.
 _FIRST_MODULE = "sglang.srt.mem_cache.unified_memory_pool"
 
-# One of releases that copy the pools of sliding windows and states by the same transfers as keys.
+# One of releases (0.5.18 on) whose controller of several pools begins its copies by the methods of
+# the controller of one. Older ones have others, which we do not see.
 _TRANSFERS_MODULE = "sglang.srt.mem_cache.l2_transfer"
 
 _REMOVE = "or remove --enable-hierarchical-cache"
@@ -37,7 +38,7 @@ def is_offloading(arguments: Any) -> bool:
 
 
 def has_tier_of_pools() -> bool:
-    """Return whether this release's host tier has sliding windows and states as one that ran."""
+    """Return whether we see what this release copies of sliding windows and states."""
     return find_spec(_TRANSFERS_MODULE) is not None
 
 

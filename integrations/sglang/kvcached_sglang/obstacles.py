@@ -168,7 +168,7 @@ def _untried_beside(runner: Any) -> Iterator[tuple[str, str]]:
     if not (has_two_pools(runner) or has_states(runner)):
         return
     if is_offloading(arguments) and not has_tier_of_pools():
-        yield "HiCache", "remove --enable-hierarchical-cache, or install a newer SGLang"
+        yield "HiCache", "install SGLang 0.5.18 or newer, or remove --enable-hierarchical-cache"
     if has_stages(arguments):
         yield "pipeline parallelism", "set --pp-size 1"
     if num_attention_ranks(arguments) > 1:

@@ -5,7 +5,7 @@ pages not empty. It forgets both at a reset, where a copy would go on. The pages
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -28,13 +28,13 @@ class Copy:
 
     Attributes:
         number: Its holder.
-        num_tokens: Tokens of it.
+        num_ids: The ids that it names of each of our pools, those of tokens first.
         num_bytes: What it copies, on all ranks.
         began_at: When it was begun, in seconds.
     """
 
     number: int
-    num_tokens: int
+    num_ids: Mapping[int, int]
     num_bytes: int
     began_at: float
 
@@ -67,15 +67,16 @@ class OpenCopies:
     def __bool__(self) -> bool:
         return bool(self._stores or self._loads)
 
-    @property
-    def num_tokens(self) -> int:
-        """The tokens that copies to the host lock: a request waits for those that are loaded.
+    def num_locked(self, pool: int) -> int:
+        """Return how many ids of one of our pools copies to the host lock.
 
-        A copy locks all that lies above its node in the tree: that of an answer its prompt, whose
-        own copy was begun before and may have ended. So that counts until none is open which was.
+        A request waits for those that are loaded. A copy locks all tokens that lie above its node
+        in the tree: that of an answer its prompt, whose own copy was begun before and may have
+        ended. So that counts until none is open which was. Of a window's tokens, and of states, it
+        locks about what it names.
         """
-        copies = (*self._stores, *(copy for copy, _ in self._locked))
-        return sum(copy.num_tokens for copy in copies)
+        ended = [copy for copy, _ in self._locked] if pool == 0 else []
+        return sum(copy.num_ids.get(pool, 0) for copy in (*self._stores, *ended))
 
     def meet(self, controller: Any) -> None:
         """Learn what all ranks have of a token on the host, and take room for that of drafts.
@@ -199,13 +200,13 @@ class OpenCopies:
         return bool(acknowledgements)
 
     def _begin(self, operations: list[Any], acknowledgement: Any) -> Copy:
-        number, num_tokens = next(self._numbers), 0
+        number, num_ids = next(self._numbers), {}
         for pool, ids in self._named(operations):
             self._engine.hold(ids, number, pool)
-            num_tokens += 0 if pool else sum(map(len, ids))
+            num_ids[pool] = sum(map(len, ids))
         num_bytes = int(getattr(acknowledgement, "num_bytes", 0) * self._num_parts)
-        num_bytes = num_bytes or num_tokens * self._token_bytes()  # older ones do not say it
-        return Copy(number, num_tokens, num_bytes, self._clock())
+        num_bytes = num_bytes or num_ids.get(0, 0) * self._token_bytes()  # older ones do not say it
+        return Copy(number, num_ids, num_bytes, self._clock())
 
     def _check(self, operations: list[Any]) -> None:
         if self._engine.config.debug:

@@ -146,9 +146,15 @@ class SglangPort(LoopingPort):
         """See `EnginePort.finish_copies`."""
         self.end_copies()
 
-    def num_locked_blocks(self) -> int:
+    def num_locked_blocks(self, number: int) -> int:
         """See `EnginePort.num_locked_blocks`."""
-        return 0 if self.copies is None else self.copies.num_tokens // self.block_tokens
+        if self.copies is None:
+            return 0
+        return self.copies.num_locked(number) // self.ids_of_block(number)
+
+    def ids_of_block(self, number: int) -> int:
+        """Return how many of SGLang's ids are a block of a pool: a state is one."""
+        return 1 if number and self.states is not None else self.block_tokens
 
     def end_copies(self) -> bool:
         """See `EnginePort.end_copies`."""
