@@ -11,6 +11,8 @@ from multi_model import metrics
 from multi_model.compared import FIGURES
 from multi_model.wording import number, ratio
 
+from kvcached_core.units import format_bytes
+
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 940px; margin: 2rem auto; padding: 0 10px;
        overflow-wrap: anywhere }
@@ -125,8 +127,24 @@ def _workload(folder: Path, key: str, found: dict[str, Any]) -> str:
     if found["compared"]:
         head = ("ours", "other", "figure", "ours", "other's", "ratio", "said", "bar")
         parts.append(_html_table(head, [_cells(line) for line in found["compared"]]))
+    parts += [_crowding(mode, lines) for mode, lines in found["crowding"].items()]
     parts += [_picture(path) for path in pictures]
     return _folded(title, "\n".join(parts))
+
+
+def _crowding(mode: str, lines: Sequence[dict[str, Any]]) -> str:
+    """Return how soon first tokens came beside how much was in use then."""
+    head = ("weights in use", "requests", "99 % of first tokens within", "all within")
+    rows = [
+        [
+            f"{mode}: up to {format_bytes(line['up_to_bytes'])}",
+            number(line["num"]),
+            number(line["p99_seconds"], "ms", 1e-3),
+            number(line["longest_seconds"], "ms", 1e-3),
+        ]
+        for line in lines
+    ]
+    return _html_table(head, rows)
 
 
 def _modes_table(modes: dict[str, Any]) -> str:

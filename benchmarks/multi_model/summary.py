@@ -14,8 +14,9 @@ from multi_model import metrics, plots
 from multi_model.cards import num_cards, static_needs
 from multi_model.client import Record, read_records
 from multi_model.compared import FIGURES, Figure, interval, ratio
+from multi_model.crowding import by_need
 from multi_model.fleet import Samples
-from multi_model.modes import ALONE, ELASTIC, MODES, OURS, STATIC, again
+from multi_model.modes import ALONE, ELASTIC, GATEWAY, MODES, OURS, STATIC, again
 
 # Below it two clients are taken to measure the same.
 CROSS_CHECK_GOAL = 0.03
@@ -88,6 +89,11 @@ def _workload(
             mode: _cards(fact, figures["peak_bytes_of_models"])
             for mode, figures in modes.items()
             if mode in OURS and "peak_bytes_of_models" in figures and "weights_bytes" in fact
+        },
+        "crowding": {
+            mode: by_need(records, fact["weights_bytes"])
+            for mode, records in found.items()
+            if mode in {GATEWAY, again(GATEWAY)} and "weights_bytes" in fact
         },
     }
 
