@@ -1,6 +1,7 @@
 """A neighbour's ring at any moment of vLLM's own loop is answered before the loop waits again."""
 
 import queue
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -197,3 +198,22 @@ def test_a_loop_that_runs_at_any_line_of_a_ring_misses_nothing(
         if not where:
             break
     assert number >= 4
+
+
+STOPPED_START = """
+import queue
+from types import SimpleNamespace
+from kvcached_vllm.port import VllmPort
+
+core = SimpleNamespace(input_queue=queue.Queue())  # the rest of it did not come
+VllmPort(core).wake(lambda: None)
+"""
+DEADLINE_SECONDS = 60.0
+
+
+def test_a_start_that_fails_ends_its_process_though_somebody_rang() -> None:
+    command = [sys.executable, "-c", STOPPED_START]
+    ended = subprocess.run(
+        command, check=False, timeout=DEADLINE_SECONDS, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")

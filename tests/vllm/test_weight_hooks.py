@@ -3,14 +3,19 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from helpers.configurations import parallel
 
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import ledger_directory
+from kvcached_core.units import MIB
 from kvcached_core.weights.status import WeightStatus
-from kvcached_vllm import elastic_weights, weight_hooks
+from kvcached_vllm import elastic_weights, weight_hooks, worker_hooks
 from kvcached_vllm.elastic_weights import follow_weights, loading, merged, yields_weights
 from kvcached_vllm.weight_obstacles import weight_obstacles
 from kvcached_vllm.worker_hooks import worker_load_model
@@ -187,11 +192,35 @@ def test_a_load_that_fails_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) ->
     assert vars(worker).keys() == {"device", "vllm_config"}
 
 
+def test_a_load_that_fails_announces_nothing_any_more(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in {
+        "KVCACHED_DIR": str(tmp_path / "kv"),
+        "KVCACHED_HOST_POOL": "64MiB",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(worker_hooks, "can_serve", lambda _config: True)
+    monkeypatch.setattr(worker_hooks, "yields_weights", lambda _config: True)
+    monkeypatch.setattr(worker_hooks, "static_bytes", lambda _config: MIB)
+    monkeypatch.setattr(worker_hooks, "loading", lambda _worker: nullcontext())
+    announced: list[int] = []
+    with Ledger(ledger_directory(tmp_path / "kv") / "host.ledger", 64 * MIB) as ledger:
+
+        def fail(_worker: Any) -> None:
+            announced.extend(view.static_bytes for view in ledger.view().instances)
+            raise MemoryError("no weights")
+
+        worker = SimpleNamespace(device=torch.device("cpu"), vllm_config=CONFIG)
+        with pytest.raises(MemoryError, match="no weights"):
+            worker_load_model(fail)(worker)
+        assert announced == [MIB]
+        assert not ledger.view().instances
+
+
 def test_on_a_host_room_is_made_for_weights_that_yield_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from kvcached_vllm import worker_hooks
-
     announced: list[int] = []
 
     def arrive(_device: Any, _model: Any, static_bytes: int, *, may_yield: bool) -> Any:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 from helpers.backends import count_calls
 from helpers.fake_driver import FakeDriver, Result, tensors_on_the_host
 
@@ -24,6 +25,8 @@ from kvcached_core.memory.seats import Seat
 from kvcached_core.memory.vmm.cuda import CudaBackend
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import MIB
+from kvcached_vllm import worker_hooks
+from kvcached_vllm.layout import PLACEMENT
 from kvcached_vllm.worker import block_ids, carry_out
 
 pytestmark = pytest.mark.vllm
@@ -155,6 +158,28 @@ def test_closing_gives_every_byte_back(ledger: Ledger) -> None:
     memory = RankMemory(GEOMETRY, 16, Seat(str(ledger.path), row, 1), HostBackend())
     memory.carry_out(PageOrders(map_pages=[4], num_used_pages=2))
     memory.close()
+    assert seen(ledger).resident_bytes == 0
+
+
+def test_a_start_that_fails_behind_its_first_page_gives_it_back(
+    ledger: Ledger, memory: RankMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident_bytes: list[int] = []
+
+    def fail(_worker: Any, plan: str) -> None:
+        assert plan == "sparse plan"
+        resident_bytes.append(seen(ledger).resident_bytes)
+        raise MemoryError("no host tier")
+
+    monkeypatch.setattr(worker_hooks, "make_memory", lambda *_: memory)
+    layout = SimpleNamespace(is_one_allocation=True)
+    monkeypatch.setattr(worker_hooks, "plane_layout", lambda _plan: layout)
+    monkeypatch.setattr(worker_hooks, "sparse_config", lambda *_: "sparse plan")
+    worker = SimpleNamespace(device=torch.device("cpu"))
+    plan = SimpleNamespace(**{PLACEMENT: SimpleNamespace(seat=memory.seat)})
+    with pytest.raises(MemoryError, match="no host tier"):
+        worker_hooks.worker_initialize_from_config(fail)(worker, plan)
+    assert resident_bytes == [PAGE]
     assert seen(ledger).resident_bytes == 0
 
 

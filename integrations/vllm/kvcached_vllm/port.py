@@ -99,7 +99,9 @@ class VllmPort(EnginePort):
         from vllm.v1.engine import EngineCoreRequestType
 
         if not hasattr(self.core, "_idle_state_callbacks"):  # the engine is not quite there
-            threading.Timer(START_SECONDS, self.wake, (answer,)).start()
+            again = threading.Timer(START_SECONDS, self.wake, (answer,))
+            again.daemon = True  # a start may fail, and then its process shall end
+            again.start()
             return
         self.core._idle_state_callbacks.append(lambda _core: answer())
         self.core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))

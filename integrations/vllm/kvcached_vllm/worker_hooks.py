@@ -79,10 +79,20 @@ def worker_load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> No
     if is_yielding or (is_served and self.device.type == CUDA):
         model, size = self.vllm_config.model_config.model, static_bytes(self.vllm_config)
         self.kvcached_arrival = startup.arrive(device_of(self), model, size, may_yield=is_yielding)
-    with loading(self) if is_yielding else nullcontext():
-        original(self, *args, **kwargs)
+    try:
+        with loading(self) if is_yielding else nullcontext():
+            original(self, *args, **kwargs)
+    except BaseException:
+        _end_arrival(self)
+        raise
     if hasattr(self, "kvcached_arrival"):
         self.kvcached_arrival.shrink(OTHER_BYTES if self.device.type == CUDA else own_bytes(self))
+
+
+def _end_arrival(worker: Any) -> None:
+    arrival = worker.__dict__.pop("kvcached_arrival", None)
+    if arrival is not None:
+        arrival.close()
 
 
 @around
@@ -93,9 +103,7 @@ def worker_initialize_from_config(
     placement = getattr(kv_cache_config, PLACEMENT, None)
     if placement is not None:
         enter_weights(self, placement.seat)
-    arrival = self.__dict__.pop("kvcached_arrival", None)
-    if arrival is not None:
-        arrival.close()
+    _end_arrival(self)
     if placement is None:
         original(self, kv_cache_config, *args, **kwargs)
         return
@@ -106,11 +114,15 @@ def worker_initialize_from_config(
     memory.is_warming_up = True
     startup.logger.info("kvcached: %s", memory.addresses)
     planes = None if layout.is_one_allocation else tensor_planes(layout, placement.geometry)
-    with (
-        zeros_from(memory.arena, planes),
-        setting(dense_plan, (kv_cache_config, layout)),
-    ):
-        original(self, sparse_config(kv_cache_config, layout, placement), *args, **kwargs)
+    try:
+        with (
+            zeros_from(memory.arena, planes),
+            setting(dense_plan, (kv_cache_config, layout)),
+        ):
+            original(self, sparse_config(kv_cache_config, layout, placement), *args, **kwargs)
+    except BaseException:
+        memory.close()
+        raise
     # One process may be worker and engine core: what vLLM reports stays the number of blocks.
     self.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
     mark_layers(self, memory)
