@@ -163,7 +163,7 @@ _START = (
         f"{_CONFIG}.device:DeviceConfig.device_type",
         f"{_CONFIG}.load:LoadConfig.download_dir",
         *members(f"{_CONFIG}.model:ModelConfig", "dtype hf_config is_multimodal_model model"),
-        *members(f"{_CONFIG}.model:ModelConfig", "revision runner_type"),
+        *members(f"{_CONFIG}.model:ModelConfig", "enable_prompt_embeds revision runner_type"),
         *members(
             f"{_CONFIG}.parallel:ParallelConfig",
             "data_parallel_backend data_parallel_index data_parallel_size",
