@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from helpers.configurations import parallel
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.units import MIB
+from kvcached_core.weights import own_annex, restart
 from kvcached_core.weights.status import WeightStatus
-from kvcached_vllm import elastic_weights, weight_hooks, worker_hooks
+from kvcached_vllm import elastic_weights, graph_hooks, weight_hooks, worker_hooks
 from kvcached_vllm.elastic_weights import follow_weights, loading, merged, yields_weights
 from kvcached_vllm.weight_obstacles import weight_obstacles
 from kvcached_vllm.worker_hooks import worker_load_model
@@ -190,6 +192,27 @@ def test_a_load_that_fails_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(MemoryError), loading(worker):
         raise MemoryError
     assert vars(worker).keys() == {"device", "vllm_config"}
+
+
+def test_a_load_that_fails_keeps_no_copy_no_buffers_and_no_pool_of_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    annex, kept = Mock(graph_pool=(7, 7)), Mock()
+    monkeypatch.setattr(own_annex, "make_annex", lambda *_: annex)
+    monkeypatch.setattr(restart, "make_restart", lambda *_: kept)
+    monkeypatch.setattr(elastic_weights, "_take_over", pytest.fail)
+    worker = SimpleNamespace(device=SimpleNamespace(type="cuda"), vllm_config=CONFIG)
+    pools = []
+
+    def fail() -> None:
+        pools.append(graph_hooks._pool)
+        raise MemoryError
+
+    with pytest.raises(MemoryError), loading(worker):
+        fail()
+    assert [*pools, graph_hooks._pool] == [(7, 7), None]
+    kept.close.assert_called_once_with()
+    annex.close.assert_called_once_with()
 
 
 def test_a_load_that_fails_announces_nothing_any_more(

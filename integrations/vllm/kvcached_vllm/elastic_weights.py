@@ -54,9 +54,15 @@ def loading(worker: Any) -> Iterator[None]:
     restart = make_restart(
         read_config(), worker.device, partial(_origin, worker), restart_hooks.PACKAGES
     )
-    with _taking_allocations(worker), restart_hooks.restarting(restart):
-        yield
-    _take_over(worker, annex, restart)
+    with contextlib.ExitStack() as undo:  # an engine in its caller's process may be tried again
+        for each in (annex, restart):
+            if each is not None:
+                undo.callback(each.close)
+        undo.callback(use_graph_pool, None)
+        with _taking_allocations(worker), restart_hooks.restarting(restart):
+            yield
+        _take_over(worker, annex, restart)
+        undo.pop_all()
 
 
 @contextlib.contextmanager
