@@ -108,15 +108,27 @@ class Fleet:
         self._stack.close()
 
     def _start_all(self) -> None:
+        if self.mode == SLEEP_SWAP:
+            self._start_asleep()
+            return
         for number, member in enumerate(self.members):
             self.follow(number)
             if member.starts_alone:
                 self._running.wait_ready(member.name, seconds=READY_SECONDS)
-            if self.mode == SLEEP_SWAP:  # the next one needs its room to start
-                self.sleep(number)
         self._running.wait_ready(seconds=READY_SECONDS)
-        if self.mode == SLEEP_SWAP:
-            self.wake_up(0)
+
+    def _start_asleep(self) -> None:
+        """Start a few at a time, and put them to sleep: the next ones need their room to start."""
+        num_starting = self.site.num_starting(self.members)
+        for first in range(0, len(self.members), num_starting):
+            numbers = range(first, min(first + num_starting, len(self.members)))
+            for number in numbers:
+                self.follow(number)
+            names = [self.members[number].name for number in numbers]
+            self._running.wait_ready(*names, seconds=READY_SECONDS)
+            for number in numbers:
+                self.sleep(number)
+        self.wake_up(0)
 
     def follow(self, model: int) -> "EngineServer":
         """Start a model's server, in the place of an earlier one of its own."""

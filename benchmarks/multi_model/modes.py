@@ -62,6 +62,7 @@ class Site:
         page_bytes: The page size that elastic engines aim at; the default where it is empty.
         upstream_python: The interpreter that has the other kvcached.
         tier_bytes: Host memory of each engine for copies of its prefix cache, in mode `offload`.
+        weights_bytes: Of the largest model; 0 on a host, where nobody asks.
     """
 
     is_host: bool
@@ -74,6 +75,18 @@ class Site:
     page_bytes: str = ""
     upstream_python: str = ""
     tier_bytes: int = 0
+    weights_bytes: int = 0
+
+    def num_starting(self, chosen: "Sequence[Member]") -> int:
+        """Return how many engines in sleep mode may start at a time, those before them asleep.
+
+        A start is not measured, so all of the device counts, also what the run may not use.
+        """
+        most = max((member.kv_bytes or 0 for member in chosen), default=0)
+        if self.is_host or not most:
+            return 1
+        free_bytes = self.device_bytes - len(chosen) * SLEEPING_BYTES
+        return max(free_bytes // (self.weights_bytes + most), 1)
 
 
 @dataclass(frozen=True)
@@ -158,6 +171,8 @@ def _refuse(mode: str, site: Site, kinds: Sequence[str]) -> None:
 
 def _member(name: str, engine: Engine, mode: str, site: Site, part: float, folder: Path) -> Member:  # noqa: PLR0917  what a member is made of
     kv_bytes = None if site.pool_bytes is None else int(site.pool_bytes * part)
+    if mode == SLEEP_SWAP and kv_bytes is None:
+        kv_bytes = int(site.cap_bytes * part) - site.weights_bytes - SLEEPING_BYTES
     environ = {"VLLM_LOGGING_LEVEL": "WARNING"}
     options = ("--load-format", "dummy", *engine.gpu_options(GPU_TOKENS))
     if site.is_host:  # one process for each server: every further one imports vLLM again
@@ -197,7 +212,7 @@ def _member(name: str, engine: Engine, mode: str, site: Site, part: float, folde
     )
     return Member(
         **vars(found),
-        starts_alone=not is_elastic and (kv_bytes is None or mode == SLEEP_SWAP),
+        starts_alone=not is_elastic and kv_bytes is None,
         kv_bytes=kv_bytes,
         python=site.upstream_python if mode == UPSTREAM else "",
     )

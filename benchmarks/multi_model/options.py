@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from multi_model.gpu import Gpu
+from multi_model.model_files import shape_bytes
 from multi_model.modes import ALONE, ELASTIC, MODES, STATIC, Site
 from multi_model.settings import GPU, HOST, HOST_POOL_BYTES, LENGTHS, SHAPES, Lengths
 from multi_model.swapping import LIMIT
@@ -64,6 +65,12 @@ def parser(description: str) -> argparse.ArgumentParser:
         help="compare the client with vLLM's own, in mode alone",
     )
     made.add_argument(
+        "--alone-models",
+        type=_above_0,
+        help="of each shape, so many models' schedules are replayed in mode alone, and stand for"
+        " the others'; all of them if it is not said",
+    )
+    made.add_argument(
         "--swap-limit",
         type=int,
         default=LIMIT,
@@ -77,6 +84,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--server-options", default="", help="more arguments of every server")
     made.add_argument("--dry-run", action="store_true", help="print what would be done")
     return made
+
+
+def _above_0(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
 
 
 def site_of(options: argparse.Namespace) -> Site:
@@ -106,6 +119,7 @@ def site_of(options: argparse.Namespace) -> Site:
         page_bytes=options.page_bytes,
         upstream_python=options.upstream_python,
         tier_bytes=int(options.tier_gib * GIB),
+        weights_bytes=max(map(shape_bytes, options.shape)),
     )
 
 

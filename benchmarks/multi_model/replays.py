@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -48,16 +49,28 @@ def kept_if_cut_off(path: Path, on_done: OnDone) -> Iterator[OnDone]:
 
 
 def play_alone(
-    fleet: Fleet, workload: Workload, models: Sequence[int], progress: Progress
+    fleet: Fleet,
+    workload: Workload,
+    models: Sequence[int],
+    progress: Progress,
+    num_played: int | None = None,
 ) -> list[Record]:
     """Replay the schedule of each of these models on the fleet's one server, one after the other.
 
     They have one kind and one shape, so one server stands for all; schedules that are the same but
     for their beginning are replayed once.
+
+    Args:
+        fleet: The server.
+        workload: Everybody's schedule.
+        models: Those of this kind and shape.
+        progress: Where it is shown.
+        num_played: How many of the models are replayed, the first ones; in turn they stand for the
+            others. None replays all.
     """
     records: list[Record] = []
     known: dict[tuple[Any, ...], list[Record]] = {}
-    for model in models:
+    for model in models[:num_played]:
         own = workload.of_model(model)
         begin = own.requests[0].at_seconds if own.requests else 0.0
         moved = tuple(
@@ -71,4 +84,9 @@ def play_alone(
                 )
             time.sleep(QUIET_SECONDS)
         records += [replace(record, model=model) for record in known.get(moved, [])]
+    stand_ins = zip(models[len(models[:num_played]) :], itertools.cycle(models[:num_played]))
+    played = list(records)
+    for model, stand_in in stand_ins:
+        own_records = [record for record in played if record.model == stand_in]
+        records += [replace(record, model=model) for record in own_records]
     return records

@@ -73,6 +73,7 @@ class Run:
     shapes: list[str]
     cross_check_rates: tuple[float, ...] = ()
     swap_limit: int = LIMIT
+    num_alone: int | None = None
 
     @functools.cached_property
     def models(self) -> list[Path]:
@@ -121,7 +122,9 @@ class Run:
             models = self.models[first : first + 1]
             with self._fleet(ALONE, self.members(ALONE)[first : first + 1], models) as fleet:
                 for workload in self.workloads:
-                    records[slug(workload)] += play_alone(fleet, workload, own, progress)
+                    records[slug(workload)] += play_alone(
+                        fleet, workload, own, progress, self.num_alone
+                    )
                 if first == 0 and kind == VLLM.name and self.cross_check_rates:
                     lengths = LENGTHS[self.profile]
                     found = cross_check(fleet, models[0], lengths, self.cross_check_rates)
@@ -250,6 +253,7 @@ def make_runs(options: argparse.Namespace, folder: Folder, workspace: Path) -> I
             shapes,
             tuple(options.cross_check),
             options.swap_limit,
+            options.alone_models,
         )
         for mode in dict.fromkeys([*options.modes, *options.twice]):
             run.members(mode)

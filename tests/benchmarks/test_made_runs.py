@@ -74,7 +74,10 @@ def test_alone_has_a_server_of_each_shape_with_the_models_of_that_shape(
         def _start_all(self) -> None:
             """Nothing runs here."""
 
-    def play(fleet: Fleet, _workload: Workload, own: list[int], _bar: Progress) -> list[Record]:
+    def play(
+        fleet: Fleet, _workload: Workload, own: list[int], _bar: Progress, num_played: int | None
+    ) -> list[Record]:
+        assert num_played is None
         said.append((list(fleet.models), own))
         return [Record(model, 0.0, 1, 1) for model in own]
 

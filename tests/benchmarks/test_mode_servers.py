@@ -97,6 +97,18 @@ def test_each_model_sleeps_before_the_next_one_starts_and_the_first_wakes_at_las
     assert said[-2:] == ["m0/wake_up", "all end"]
 
 
+def test_models_that_fit_start_together_and_all_of_them_sleep_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Site, "num_starting", lambda *_: 2)
+    said: list[str] = []
+    with made(Fleet, "sleep-swap", tmp_path, said):
+        pass
+    assert said[:3] == ["m0 starts", "m1 starts", "m0 m1 ready"]
+    assert said[3:6] == ["m0/sleep?level=1", "m1/sleep?level=1", "m2 starts"]
+    assert said[-2:] == ["m0/wake_up", "all end"]
+
+
 def test_one_server_runs_at_a_time_and_its_address_is_the_new_one(tmp_path: Path) -> None:
     said: list[str] = []
     with made(SwappingFleet, "swap", tmp_path, said) as fleet:

@@ -19,6 +19,7 @@ GPU = Site(
     pool_bytes=None,
     device_bytes=100 * GIB,
     cap_bytes=80 * GIB,
+    weights_bytes=15 * GIB,
 )
 POOL = Site(is_host=True, kv_bytes_per_token=1024, pool_bytes=3 * GIB)
 
@@ -78,12 +79,22 @@ def test_models_of_a_gpu_have_weights_of_their_own() -> None:
 def test_sleep_mode_is_the_gpus_alone_and_a_host_rehearses_its_turns() -> None:
     assert "--enable-sleep-mode" in plans("sleep-swap", GPU, "vllm")[0].arguments
     two = plans("sleep-swap", GPU, "vllm", "vllm")  # room for what one that sleeps still holds
-    assert [value(each, "--gpu-memory-utilization") for each in two] == ["0.770"] * 2
+    assert [each.kv_bytes for each in two] == [(80 - 3 - 15 - 3) * GIB] * 2
+    assert value(two[0], "--kv-cache-memory-bytes") == str(two[0].kv_bytes)
     with pytest.raises(ModeError, match="27 models that sleep hold 81"):
         plans("sleep-swap", GPU, *["vllm"] * 28)
     (host,) = plans("sleep-swap", POOL, "vllm")
     assert "--enable-sleep-mode" not in host.arguments
     assert host.environ["VLLM_SERVER_DEV_MODE"] == "1"
+
+
+def test_as_many_start_asleep_at_a_time_as_the_device_holds() -> None:
+    two = plans("sleep-swap", GPU, "vllm", "vllm")
+    assert GPU.num_starting(two) == 1  # 74 GiB each, and the device has 100
+    larger = replace(GPU, device_bytes=160 * GIB)
+    assert larger.num_starting(two) == 2
+    assert replace(GPU, device_bytes=10 * GIB).num_starting(two) == 1
+    assert POOL.num_starting(plans("sleep-swap", POOL, "vllm")) == 1
 
 
 def test_a_model_that_is_swapped_in_has_all_that_may_be_used() -> None:
