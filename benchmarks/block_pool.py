@@ -23,7 +23,7 @@ CLOCK = time.thread_time  # what else runs on the machine does not count
 class Unlimited:
     """A ledger that grants everything."""
 
-    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:  # noqa: ARG002  the protocol's
+    def promise(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:  # noqa: ARG002  the protocol's
         """Grant it."""
         return num_pages + num_spare
 

@@ -59,10 +59,10 @@ def ledger_operations() -> dict[str, list[float]]:
         with Ledger(directory / "host.ledger", GIB) as ledger:
             rows = [ledger.register(name=f"i{number}", engine="bench") for number in range(8)]
             page = 16 * MIB
-            ledger.reserve(rows[0], page, page)
+            ledger.promise(rows[0], page, page)
 
             def reserve_and_cancel() -> None:
-                ledger.reserve(rows[1], page, page)
+                ledger.promise(rows[1], page, page)
                 ledger.cancel(rows[1], page)
 
             return {

@@ -57,7 +57,7 @@ def time_alone(path: Path) -> dict[str, dict[str, float]]:
         names = ("reserve", "cancel", "settle", "look", "wanted", "room")
         times: dict[str, list[int]] = {name: [] for name in names}
         for _ in range(NUM_ALONE):
-            times["reserve"].append(timed(lambda: ledger.reserve(row, PAGE, PAGE)))
+            times["reserve"].append(timed(lambda: ledger.promise(row, PAGE, PAGE)))
             times["cancel"].append(timed(lambda: ledger.cancel(row, PAGE)))
             settle = timed(lambda: ledger.settle(row, used_bytes=0, cached_bytes=0))
             times["settle"].append(settle)
@@ -75,7 +75,7 @@ def contend(path: Path, number: int, pause_seconds: float, start: Any, results: 
         times = []
         start.wait()
         for _ in range(NUM_CONTENDING):
-            times.append(timed(lambda: ledger.reserve(row, PAGE, PAGE)))
+            times.append(timed(lambda: ledger.promise(row, PAGE, PAGE)))
             times.append(timed(lambda: ledger.cancel(row, PAGE)))
             if pause_seconds:
                 time.sleep(pause_seconds)
@@ -120,7 +120,7 @@ def time_beside_readers(path: Path) -> dict[str, float]:
         started.wait()
         times = []
         for _ in range(NUM_CONTENDING):
-            times.append(timed(lambda: ledger.reserve(row, PAGE, PAGE)))
+            times.append(timed(lambda: ledger.promise(row, PAGE, PAGE)))
             times.append(timed(lambda: ledger.cancel(row, PAGE)))
             time.sleep(1e-3)
         for reader in readers:
@@ -149,9 +149,9 @@ def time_beside_stopped(path: Path) -> dict[str, list[float]]:
             holder.start()
             held.wait()
             os.kill(holder.pid or 0, signal.SIGSTOP)
-            times["first call"].append(timed(lambda: ledger.reserve(row, PAGE, PAGE)) / 1e6)
+            times["first call"].append(timed(lambda: ledger.promise(row, PAGE, PAGE)) / 1e6)
             for _ in range(10):
-                times["later calls"].append(timed(lambda: ledger.reserve(row, PAGE, PAGE)) / 1e6)
+                times["later calls"].append(timed(lambda: ledger.promise(row, PAGE, PAGE)) / 1e6)
                 settle = timed(lambda: ledger.settle(row, used_bytes=0, cached_bytes=0))
                 times["later calls"].append(settle / 1e6)
             holder.kill()

@@ -80,7 +80,7 @@ def give(run: Run, num: int) -> dict[str, Any]:
         with run.servers.open_ledger() as ledger:
             neighbour = Neighbour(ledger)
             try:
-                ledger.reserve(neighbour.row, neighbour.room_bytes, 2 * MIB)
+                ledger.promise(neighbour.row, neighbour.room_bytes, 2 * MIB)
                 took = neighbour.take(needed, 2 * MIB)
             finally:
                 neighbour.close()

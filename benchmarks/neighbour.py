@@ -31,7 +31,7 @@ class Neighbour:
         start = time.perf_counter()
         while granted < num_bytes:
             self.rang.clear()
-            more = self.ledger.reserve(self.row, num_bytes - granted, page_bytes)
+            more = self.ledger.promise(self.row, num_bytes - granted, page_bytes)
             granted += more
             if more and not first_ms:
                 first_ms = (time.perf_counter() - start) * 1e3

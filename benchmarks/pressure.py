@@ -70,7 +70,7 @@ def measure(servers: Servers, profile: Profile, sizes: Sizes) -> dict[str, Any]:
         before = view(ledger, "cache")
         neighbour = Neighbour(ledger)
         free_bytes = max(ledger.free_bytes(neighbour.row), 0)
-        ledger.reserve(neighbour.row, free_bytes, before.page_bytes)
+        ledger.promise(neighbour.row, free_bytes, before.page_bytes)
         takes = [neighbour.take(sizes.asked_bytes, before.page_bytes) for _ in range(NUM_ASKS)]
         neighbour.close()
         held = view(ledger, "cache").cached_bytes

@@ -23,7 +23,7 @@ class Ballast:
         shared = sum(view.resident_bytes + view.promised_bytes for view in others)
         beyond = self._ledger.free_bytes(self._row) + shared - self._pool_bytes
         if beyond > 0:
-            self._ledger.reserve(self._row, beyond, 1)
+            self._ledger.promise(self._row, beyond, 1)
         else:
             self._ledger.cancel(self._row, -beyond)
 

@@ -24,7 +24,7 @@ class CountedBlocks(ABC):
     Attributes:
         is_nominal: While the engine adds up its blocks: those of closed pages count, too.
         is_bound: While a schedule counts only on what is promised.
-        num_reserved: Free blocks that a batch takes when its outcome is looked at: nothing else
+        num_set_aside: Free blocks that a batch takes when its outcome is looked at: nothing else
             may count on them, and their pages stay.
 
     Args:
@@ -42,7 +42,7 @@ class CountedBlocks(ABC):
         count_cached: Callable[[], int],
     ) -> None:
         self.is_nominal = self.is_bound = False
-        self.num_reserved = 0
+        self.num_set_aside = 0
         self._ranks = ranks
         self._giving = giving
         self._count_cached = count_cached
@@ -88,7 +88,7 @@ class CountedBlocks(ABC):
             return largest
         if self._giving.owed_pages:
             return 0  # free blocks here and there do not pay whole pages
-        num_blocks = max(num_free + self.pages.num_ready_blocks - self.num_reserved, 0)
+        num_blocks = max(num_free + self.pages.num_ready_blocks - self.num_set_aside, 0)
         if not self.is_bound:
             num_blocks += self._ranks.room_pages * self.pages.geometry.blocks_per_page
         return min(num_blocks, largest)
@@ -116,7 +116,7 @@ class CountedBlocks(ABC):
 
     def num_empty_pages(self, *, is_live: bool) -> int:  # noqa: ARG002  counting them is dear
         """See `Blocks.num_empty_pages`: as many as the free blocks would fill."""
-        num_blocks = max(self.num_free_blocks - self.num_reserved, 0)
+        num_blocks = max(self.num_free_blocks - self.num_set_aside, 0)
         return num_blocks // self.pages.geometry.blocks_per_page
 
     def add(self, page: int) -> None:
@@ -131,14 +131,14 @@ class CountedBlocks(ABC):
         """See `Blocks.empty_pages`: the highest first. The list is put in order, too.
 
         The blocks on the fullest pages are taken next, so that pages empty out. Pages that are left
-        out stay for blocks that are reserved.
+        out stay for blocks that are set aside.
         """
         self.gather()
         pages = self.pages
         self.free_ids, empty = fullest_first(self.free_ids, pages.geometry, pages.num_pages)
         per_page = pages.geometry.blocks_per_page
         num_elsewhere = self.num_free_blocks - len(empty) * per_page
-        num_kept = max(-(-(self.num_reserved - num_elsewhere) // per_page), 0)
+        num_kept = max(-(-(self.num_set_aside - num_elsewhere) // per_page), 0)
         return empty[num_kept:][::-1]
 
     def count_pages(self) -> tuple[int, int]:

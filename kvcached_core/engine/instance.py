@@ -140,7 +140,7 @@ class Instance:
                 token_bytes=token_bytes * self._num_ranks[device],
             )
 
-    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
+    def promise(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
         """Promise up to `num_pages` pages on every rank; if it is urgent, ask others for the rest.
 
         Args:
@@ -154,7 +154,7 @@ class Instance:
         """
         if self._refusals.is_refused(num_pages):
             return 0
-        granted = self._promise(num_pages, num_spare, may_borrow=is_urgent)
+        granted = self._promise_on_all(num_pages, num_spare, may_borrow=is_urgent)
         if is_urgent and num_pages:
             if granted < num_pages:
                 self._refusals.refuse(num_pages - granted)
@@ -163,13 +163,13 @@ class Instance:
                 self._refusals.end()
         return granted
 
-    def _promise(self, num_pages: int, num_spare: int, *, may_borrow: bool) -> int:
+    def _promise_on_all(self, num_pages: int, num_spare: int, *, may_borrow: bool) -> int:
         granted = num_pages + num_spare
         taken: list[tuple[Device, int]] = []
         for device, ledger in self._ledgers.items():
             unit_bytes = self._unit_bytes(device)
             needed = min(num_pages, granted)
-            promised = ledger.reserve(
+            promised = ledger.promise(
                 self._rows[device],
                 needed * unit_bytes,
                 unit_bytes,
@@ -188,7 +188,7 @@ class Instance:
         if self._refusals.may_ask():
             self._ask_peers(num_pages)
 
-    def reserve_first_page(self) -> str | None:
+    def promise_first_page(self) -> str | None:
         """Have one page promised; wait for neighbours as long as a start may.
 
         It never comes back, so it is not borrowed from a floor.
@@ -197,7 +197,7 @@ class Instance:
             None if it was promised, or what is missing, and who holds it.
         """
         patience, log = Patience(PATIENCE_SECONDS, has_loaded=True), StartLog()
-        while not self._promise(1, 0, may_borrow=False):
+        while not self._promise_on_all(1, 0, may_borrow=False):
             self._ask_peers(1)
             short = short_of(self.beside.needs_of(self.page_bytes))
             if patience.is_over((need.ledger.view(), need.row) for need in short):

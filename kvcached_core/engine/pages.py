@@ -135,7 +135,7 @@ class Pages:
         if wanted <= 0:
             return 0
         num_spare = min(self._num_spare_promised, num_left - wanted) if is_urgent else 0
-        return self._reserve(wanted, is_urgent=is_urgent, num_spare=num_spare)
+        return self._ask_source(wanted, is_urgent=is_urgent, num_spare=num_spare)
 
     def cancel(self) -> None:
         """Give back what is promised and was not used."""
@@ -262,13 +262,13 @@ class Pages:
         """Order so many pages to be mapped soon, as far as no neighbour waits for the memory."""
         missing = min(num_pages - self.num_promised, self.book.num_left)
         if missing > 0:
-            self._reserve(0, is_urgent=False, num_spare=missing)
+            self._ask_source(0, is_urgent=False, num_spare=missing)
         for _ in range(min(num_pages, self.num_promised)):
             self._spare.append(self._take_promised(is_spare=True))
             self.num_ready_blocks += self.geometry.blocks_per_page
 
-    def _reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int) -> int:
-        granted = self._source.reserve(num_pages, is_urgent=is_urgent, num_spare=num_spare)
+    def _ask_source(self, num_pages: int, *, is_urgent: bool, num_spare: int) -> int:
+        granted = self._source.promise(num_pages, is_urgent=is_urgent, num_spare=num_spare)
         self._count_promised(granted)
         return granted
 

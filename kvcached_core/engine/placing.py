@@ -70,7 +70,7 @@ class Rows(Protocol):
     def announce(self, static_bytes: int) -> None:
         """Say what is still about to be allocated beside the KV cache."""
 
-    def reserve_first_page(self) -> str | None:
+    def promise_first_page(self) -> str | None:
         """Have one page promised; otherwise return what is missing, and who holds it."""
 
 
@@ -234,7 +234,7 @@ class Placing:
 
     def _promise_first_page(self) -> None:
         self._rows.announce(0)  # weights are there, and everybody sees them
-        shortage = self._rows.reserve_first_page()
+        shortage = self._rows.promise_first_page()
         if shortage is not None:
             raise ConfigError(
                 f"there is no room for this engine's first page: {shortage}; stop another engine "

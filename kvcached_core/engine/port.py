@@ -10,7 +10,7 @@ from kvcached_core.weights.status import WeightStatus
 class PageSource(Protocol):
     """Who promises pages: the ledger, for all devices of the instance at once."""
 
-    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
+    def promise(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
         """Promise up to `num_pages` pages, and up to `num_spare` more; return how many it is.
 
         Only an urgent wish, one without which a request has to wait, may make others give memory;

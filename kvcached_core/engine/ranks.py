@@ -155,11 +155,11 @@ class Ranks:
         """Return the seconds of rank 0's clock at the last look."""
         return self._microseconds / MICROSECONDS
 
-    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
-        """See `PageSource.reserve`."""
+    def promise(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
+        """See `PageSource.promise`."""
         granted = 0
         if self.instance is not None:
-            granted = self.instance.reserve(num_pages, is_urgent=is_urgent, num_spare=num_spare)
+            granted = self.instance.promise(num_pages, is_urgent=is_urgent, num_spare=num_spare)
         (granted,) = self._share([granted])
         if is_urgent and num_pages:
             self.is_waiting = granted < num_pages
@@ -180,9 +180,9 @@ class Ranks:
             if self.instance is not None:
                 self.instance.ask(num_missing)
 
-    def reserve_first_page(self) -> str | None:
-        """See `Instance.reserve_first_page`."""
-        shortage = None if self.instance is None else self.instance.reserve_first_page()
+    def promise_first_page(self) -> str | None:
+        """See `Instance.promise_first_page`."""
+        shortage = None if self.instance is None else self.instance.promise_first_page()
         (is_short,) = self._share([int(shortage is not None)])
         return shortage or ON_RANK_0 if is_short else None
 

@@ -1,8 +1,8 @@
 """The ledger: one small file in shared memory per device that says who may hold how much.
 
 Every process that shares the device maps the file. A change is made under one lock on the open file
-description, which the kernel drops when its holder dies; who only looks takes none. A scheduler
-*reserves* bytes before it counts on them; the worker turns the promise into *resident* bytes when
+description, which the kernel drops when its holder dies; who only looks takes none. A scheduler has
+bytes *promised* before it counts on them; the worker turns the promise into *resident* bytes when
 it maps them. Rows of dead owners are reaped: the memory itself went back with their processes.
 
 Layers, each in its file: the rows of one process (`store`), coming in (`entry`), on it who is in

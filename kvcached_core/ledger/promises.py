@@ -46,7 +46,7 @@ class LedgerPromises(LedgerEntry):
         self._ask_device_ns = self._recent_bytes = 0
         super().__init__(path, capacity_bytes)
 
-    def reserve(
+    def promise(
         self,
         row: RowKey,
         num_bytes: int,

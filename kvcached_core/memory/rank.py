@@ -110,7 +110,7 @@ class RankMemory:
             for page in self.arena.geometry.pages_touched(block_id)
             if page < self.arena.num_pages and not self.arena.is_resident(page)
         }
-        self._reserve_or_wait(len(touched))
+        self._await_promise(len(touched))
         self.carry_out(PageOrders(map_pages=sorted(touched), num_used_pages=1))
 
     def end_warm_up(self) -> None:
@@ -119,13 +119,13 @@ class RankMemory:
         pages = [page for page in self.arena.resident_pages if page != 0]
         self.carry_out(PageOrders(unmap_pages=pages, num_used_pages=1))
 
-    def _reserve_or_wait(self, num_pages: int) -> None:
+    def _await_promise(self, num_pages: int) -> None:
         """Have pages promised that no scheduler asked for."""
         page_bytes = self.arena.geometry.page_bytes
         missing_bytes = num_pages * page_bytes
         deadline = time.monotonic() + ROOM_SECONDS
         while missing_bytes:
-            missing_bytes -= self.ledger.reserve(self.seat.row, missing_bytes, page_bytes)
+            missing_bytes -= self.ledger.promise(self.seat.row, missing_bytes, page_bytes)
             if missing_bytes and time.monotonic() > deadline:
                 raise ConfigError(
                     f"there is no room for what this engine warms up on: needed {num_pages} pages "

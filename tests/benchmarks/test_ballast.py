@@ -22,7 +22,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 def test_engines_may_get_the_pool_and_no_more(ledger: Ledger, tmp_path: Path) -> None:
     row = ledger.register(name="m0", engine="vllm")
-    ledger.reserve(row, 100, 1)
+    ledger.promise(row, 100, 1)
     ballast = Ballast(open_ledger(tmp_path / KV), POOL_BYTES)
     assert ledger.room_bytes(row) == POOL_BYTES - 100
     ballast.close()

@@ -47,7 +47,7 @@ class Server:
             [POOL], config, name="plain", default_name="", engine="test", on_ring=self.answer
         )
         self.instance.describe(page_bytes=PAGE, num_pages=NUM_PAGES)
-        self.instance.reserve(NUM_PAGES, is_urgent=False)
+        self.instance.promise(NUM_PAGES, is_urgent=False)
         self.seat = self.instance.seat(POOL)
         self.backend = Gated()
         self.memory = RankMemory(GEOMETRY, NUM_PAGES, self.seat, self.backend)
@@ -63,7 +63,7 @@ class Server:
         self.memory.apply(PageOrders([], [], [], pages, num_used, len(self.cached)))
         if not self.taken:
             self.taken = pages[-2:]
-            assert self.instance.reserve(2, is_urgent=True) == 2
+            assert self.instance.promise(2, is_urgent=True) == 2
             self.memory.before_step(PageOrders(self.taken[:], [], [], [], 3, len(self.cached)))
             self.backend.gate.set()
 

@@ -30,7 +30,7 @@ class Neighbour:
             [POOL], config, name="neighbour", default_name="", engine="test", on_ring=self.answer
         )
         self.instance.describe(page_bytes=PAGE, num_pages=8)
-        self.instance.reserve(num_cached, is_urgent=False)
+        self.instance.promise(num_cached, is_urgent=False)
         seat = self.instance.seat(POOL)
         self.row = seat.row
         self.ledger = Ledger(Path(seat.ledger_path))
@@ -75,9 +75,9 @@ def test_a_neighbours_cache_makes_room(config: Config, neighbour: Neighbour) -> 
 def test_nobody_is_promised_what_an_arrival_announced(config: Config, neighbour: Neighbour) -> None:
     arrival = arrive(config, 1)
     assert arrival.make_room()
-    assert neighbour.instance.reserve(1, is_urgent=False) == 0
+    assert neighbour.instance.promise(1, is_urgent=False) == 0
     arrival.close()
-    assert neighbour.instance.reserve(1, is_urgent=False) == 1
+    assert neighbour.instance.promise(1, is_urgent=False) == 1
 
 
 def test_where_nobody_can_give_the_start_goes_on_with_a_warning(

@@ -44,7 +44,7 @@ class Engine:
         num_held = self.view(self.devices[0]).held_bytes // PAGE
         num_more = used + cached - num_held
         if num_more > 0:
-            assert self.instance.reserve(num_more, is_urgent=False) == num_more
+            assert self.instance.promise(num_more, is_urgent=False) == num_more
         self._settle(
             mapped_bytes=max(num_more, 0) * PAGE,
             unmapped_bytes=max(-num_more, 0) * PAGE,
@@ -107,7 +107,7 @@ def test_where_there_is_room_it_is_announced_and_is_over_when_all_is_there(
     assert one.ask() is Turn.NOW
     assert one.view().static_bytes == 4 * PAGE
     assert one.view().is_waking
-    assert other.instance.reserve(8, is_urgent=False) == 4
+    assert other.instance.promise(8, is_urgent=False) == 4
     one.map_weights(4)
     one.beside.woke(2_000_000, 1_000_000)
     one.beside.stop_waking()
@@ -194,7 +194,7 @@ def test_room_that_cannot_come_is_left_to_those_who_have_to_end_first(
     busy.use(used=1)
     assert waker.ask(5) is Turn.LATER
     assert (waker.view().static_bytes, waker.view().is_waking) == (0, False)
-    assert busy.instance.reserve(3, is_urgent=True) == 3
+    assert busy.instance.promise(3, is_urgent=True) == 3
     busy.instance.cancel(3)
     busy.beside._kept_until_ns = 0
     busy.beside.offer_weights(4 * PAGE)
@@ -210,7 +210,7 @@ def test_what_requests_hold_may_come_since_they_end(start: Callable[..., Engine]
     busy.use(used=7)
     assert waker.ask() is Turn.NEXT
     assert busy.num_asked() == 0
-    assert busy.instance.reserve(1, is_urgent=True) == 0
+    assert busy.instance.promise(1, is_urgent=True) == 0
     busy.use(used=4)
     assert waker.ask() is Turn.NOW
 
@@ -303,7 +303,7 @@ def test_a_wake_that_is_given_up_leaves_nothing_announced(start: Callable[..., E
     waker.beside.stop_waking()
     view = waker.view()
     assert (view.static_bytes, view.waiting_bytes, view.is_waking) == (0, 0, False)
-    assert other.instance.reserve(4, is_urgent=True) == 4
+    assert other.instance.promise(4, is_urgent=True) == 4
 
 
 def test_while_the_ledger_is_locked_for_long_a_wake_waits(start: Callable[..., Engine]) -> None:

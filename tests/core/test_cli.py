@@ -29,7 +29,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     with Ledger(ledger_directory(tmp_path / "kv") / "host.ledger", GIB) as opened:
         row = opened.register(name="llama", engine="vllm 0.32.0", policy=Policy(GIB // 2))
         opened.describe(row, page_bytes=PAGE, virtual_bytes=GIB, token_bytes=128 * KIB)
-        opened.reserve(row, 8 * PAGE, PAGE)
+        opened.promise(row, 8 * PAGE, PAGE)
         opened.settle(row, mapped_bytes=8 * PAGE, used_bytes=2 * PAGE, cached_bytes=5 * PAGE)
         yield opened
 

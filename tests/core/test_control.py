@@ -29,7 +29,7 @@ class Engine:
         self.ledger = ledger
         self.row = ledger.register(name=name, engine="test")
         self.cached_bytes = num_cached * PAGE
-        ledger.reserve(self.row, self.cached_bytes, PAGE)
+        ledger.promise(self.row, self.cached_bytes, PAGE)
         ledger.settle(
             self.row, mapped_bytes=self.cached_bytes, used_bytes=0, cached_bytes=self.cached_bytes
         )
@@ -272,7 +272,7 @@ def test_who_waits_is_woken_when_a_floor_is_lowered(
     waiting = pair[0].ledger.register(name="c", engine="test")
     bell = Doorbell(doorbell_path(pair[0].ledger.path, waiting), rang.set)
     pair[1].is_deaf.set()
-    assert pair[0].ledger.reserve(waiting, 40 * PAGE, PAGE) == 0
+    assert pair[0].ledger.promise(waiting, 40 * PAGE, PAGE) == 0
     pair[0].ledger.ask_peers(waiting, 40 * PAGE)
     control.set_floor("a", "none", directory=directory)
     assert rang.wait(60)

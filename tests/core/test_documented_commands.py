@@ -68,7 +68,7 @@ def directory(tmp_path: Path) -> Iterator[Path]:
     folder = ledger_directory(tmp_path / "kv")
     with Ledger(folder / "host.ledger", POOL_BYTES) as ledger:
         row = ledger.register(name="llama", engine="vllm 0.32.0", page_bytes=PAGE)
-        ledger.reserve(row, 8 * PAGE, PAGE)
+        ledger.promise(row, 8 * PAGE, PAGE)
         ledger.settle(row, mapped_bytes=8 * PAGE, used_bytes=PAGE, cached_bytes=6 * PAGE)
         ledger.describe_weights(row, GIB)
 

@@ -20,7 +20,7 @@ class Ledger:
     def __init__(self, room_pages: int) -> None:
         self.room_pages = room_pages
 
-    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
+    def promise(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
         assert is_urgent
         granted = min(num_pages + num_spare, self.room_pages)
         self.room_pages -= granted

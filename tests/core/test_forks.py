@@ -56,7 +56,7 @@ def test_a_child_that_closes_its_parents_engine_changes_nothing(
 ) -> None:
     arrival = Arrival(POOL, config, name="new", engine="test", static_bytes=PAGE)
     assert arrival.make_room()
-    instance.reserve(2, is_urgent=False)
+    instance.promise(2, is_urgent=False)
     bell = instance._bells[0].path
 
     def close() -> None:
@@ -67,7 +67,7 @@ def test_a_child_that_closes_its_parents_engine_changes_nothing(
     assert len(names(config)) == 2
     assert ring(bell)
     assert rang.wait(60)
-    assert instance.reserve(8, is_urgent=False) == 5
+    assert instance.promise(8, is_urgent=False) == 5
     instance.cancel(7)
     arrival.close()
 
@@ -95,7 +95,7 @@ atexit.register(instance.close)
 if os.fork() == 0:
     sys.exit(0)
 assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
-print(instance.reserve(3, is_urgent=True), instance._bells[0].path.exists())
+print(instance.promise(3, is_urgent=True), instance._bells[0].path.exists())
 """
     environ = {**os.environ, "KVCACHED_DIR": str(config.dir)}
     done = subprocess.run(
@@ -112,7 +112,7 @@ print(instance.reserve(3, is_urgent=True), instance._bells[0].path.exists())
 def test_a_child_may_not_use_what_its_parent_opened(instance: Instance) -> None:
     def use() -> None:
         for call in (
-            lambda: instance.reserve(1, is_urgent=True),
+            lambda: instance.promise(1, is_urgent=True),
             instance.wanted_pages,
             lambda: instance.cancel(1),
             instance.room_pages,
@@ -122,7 +122,7 @@ def test_a_child_may_not_use_what_its_parent_opened(instance: Instance) -> None:
                 call()
 
     assert exit_code_of_child(use) == 0
-    assert instance.reserve(8, is_urgent=False) == 8
+    assert instance.promise(8, is_urgent=False) == 8
 
 
 def test_a_child_may_have_an_engine_of_its_own(config: Config, instance: Instance) -> None:
@@ -131,11 +131,11 @@ def test_a_child_may_have_an_engine_of_its_own(config: Config, instance: Instanc
             [POOL], config, name="child", default_name="", engine="test", on_ring=lambda: None
         )
         own.describe(page_bytes=PAGE, num_pages=8)
-        assert own.reserve(8, is_urgent=False) == 6
+        assert own.promise(8, is_urgent=False) == 6
         assert names(config) == ["parent", "child"]
         own.close()
 
-    instance.reserve(2, is_urgent=False)
+    instance.promise(2, is_urgent=False)
     assert exit_code_of_child(start) == 0
     assert names(config) == ["parent"]
 
@@ -211,7 +211,7 @@ def test_a_fork_while_another_thread_has_the_lock_leaves_the_child_free_to_start
     assert exit_code_of_child(look) == 0
     end.set()
     holder.join()
-    assert instance.reserve(1, is_urgent=False) == 1
+    assert instance.promise(1, is_urgent=False) == 1
 
 
 def test_children_of_multiprocessing_leave_the_parents_row(
@@ -223,4 +223,4 @@ def test_children_of_multiprocessing_leave_the_parents_row(
         child.join(60)
         assert child.exitcode == 0
         assert names(config) == ["parent"]
-        assert instance.reserve(1, is_urgent=False) == 1
+        assert instance.promise(1, is_urgent=False) == 1

@@ -65,7 +65,7 @@ def view(instance: Instance, on: Device) -> InstanceView:
 def test_a_promise_is_the_same_on_all_devices(start: Callable[..., Instance]) -> None:
     roomy, tight = device("b", 8), device("a", 3)
     instance = start([roomy, tight])
-    assert instance.reserve(5, is_urgent=False) == 3
+    assert instance.promise(5, is_urgent=False) == 3
     assert view(instance, roomy).promised_bytes == view(instance, tight).promised_bytes == 3 * PAGE
     instance.cancel(3)
     assert view(instance, roomy).promised_bytes == view(instance, tight).promised_bytes == 0
@@ -90,9 +90,9 @@ def test_a_refusal_on_the_last_device_leaves_nothing_on_the_first(
     start: Callable[..., Instance],
 ) -> None:
     first, last = device("a", 8), device("b", 4)
-    start([last], name="neighbour").reserve(4, is_urgent=False)
+    start([last], name="neighbour").promise(4, is_urgent=False)
     instance = start([first, last])
-    assert instance.reserve(2, is_urgent=False) == 0
+    assert instance.promise(2, is_urgent=False) == 0
     assert view(instance, first).promised_bytes == 0
 
 
@@ -102,17 +102,17 @@ def test_spare_pages_are_left_to_a_neighbour_that_waits_on_any_device(
     first, last = device("a", 8), device("b", 8)
     neighbour = start([last], name="neighbour")
     instance = start([first, last])
-    assert instance.reserve(6, is_urgent=False) == 6
-    assert neighbour.reserve(4, is_urgent=True) == 2
+    assert instance.promise(6, is_urgent=False) == 6
+    assert neighbour.promise(4, is_urgent=True) == 2
     instance.cancel(3)
-    assert instance.reserve(0, is_urgent=False, num_spare=4) == 1
-    assert instance.reserve(1, is_urgent=False, num_spare=4) == 1
+    assert instance.promise(0, is_urgent=False, num_spare=4) == 1
+    assert instance.promise(1, is_urgent=False, num_spare=4) == 1
     assert view(instance, first).promised_bytes == view(instance, last).promised_bytes == 5 * PAGE
 
 
 def test_ranks_that_share_a_device_are_promised_a_page_each(start: Callable[..., Instance]) -> None:
     instance = start([HOUSE, HOUSE])
-    assert instance.reserve(10, is_urgent=False) == 4
+    assert instance.promise(10, is_urgent=False) == 4
     assert view(instance, HOUSE).promised_bytes == 8 * PAGE
     assert instance.seat(HOUSE).num_ranks == 2
     assert view(instance, HOUSE).promised_bytes == HOUSE.total_bytes
@@ -123,7 +123,7 @@ def test_nothing_is_on_its_way_any_more_when_all_ranks_have_unmapped(
     start: Callable[..., Instance], *, is_second_quick: bool
 ) -> None:
     instance = start([HOUSE, HOUSE])
-    assert instance.reserve(3, is_urgent=False) == 3
+    assert instance.promise(3, is_urgent=False) == 3
     told: list[list[int]] = []
 
     def tell(values: list[int]) -> list[int]:
@@ -161,7 +161,7 @@ def test_two_instances_that_want_all_devices_never_hold_half_of_it(
 
     def work(index: int) -> None:
         for _ in range(300):
-            granted[index] = instances[index].reserve(4, is_urgent=False)
+            granted[index] = instances[index].promise(4, is_urgent=False)
             instances[index].cancel(granted[index])
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
@@ -178,12 +178,12 @@ def test_an_urgent_wish_asks_the_neighbours_and_rings_their_bell(
     start: Callable[..., Instance],
 ) -> None:
     holder = start([HOUSE], name="holder")
-    holder.reserve(8, is_urgent=False)
+    holder.promise(8, is_urgent=False)
     seat = holder.seat(HOUSE)
     with Ledger(Path(seat.ledger_path)) as ledger:
         ledger.settle(seat.row, mapped_bytes=8 * PAGE, used_bytes=6 * PAGE, cached_bytes=PAGE)
     asker = start([HOUSE], name="asker")
-    assert asker.reserve(3, is_urgent=True) == 0
+    assert asker.promise(3, is_urgent=True) == 0
     assert start.rung.wait(60)  # type: ignore[attr-defined]
     assert holder.wanted_pages()[0] == 2
     holder.acknowledge(2)
@@ -192,7 +192,7 @@ def test_an_urgent_wish_asks_the_neighbours_and_rings_their_bell(
 
 def test_what_is_coming_is_over_when_it_was_unmapped(start: Callable[..., Instance]) -> None:
     holder = start([HOUSE])
-    holder.reserve(2, is_urgent=False)
+    holder.promise(2, is_urgent=False)
     seat = holder.seat(HOUSE)
     with Ledger(Path(seat.ledger_path)) as ledger:
         ledger.settle(seat.row, mapped_bytes=2 * PAGE, used_bytes=0, cached_bytes=0)
@@ -247,7 +247,7 @@ def test_a_gpu_is_named_by_its_uuid_and_keeps_its_headroom() -> None:
 
 def test_the_room_is_that_of_the_device_with_least(start: Callable[..., Instance]) -> None:
     first, last = device("a", 8), device("b", 4)
-    start([last], name="neighbour").reserve(1, is_urgent=False)
+    start([last], name="neighbour").promise(1, is_urgent=False)
     assert start([first, last]).room_pages() == 3
 
 
@@ -255,42 +255,42 @@ def test_spare_pages_are_promised_if_they_are_free_and_asked_of_nobody(
     start: Callable[..., Instance],
 ) -> None:
     holder = start([HOUSE], name="holder")
-    holder.reserve(5, is_urgent=False)
+    holder.promise(5, is_urgent=False)
     instance = start([HOUSE], name="asker")
-    assert instance.reserve(2, is_urgent=True, num_spare=9) == 3
+    assert instance.promise(2, is_urgent=True, num_spare=9) == 3
     assert view(instance, HOUSE).waiting_bytes == 0
 
 
 def test_a_smaller_wish_than_the_refused_one_is_granted_at_once(
     start: Callable[..., Instance],
 ) -> None:
-    start([HOUSE], name="holder").reserve(7, is_urgent=False)
+    start([HOUSE], name="holder").promise(7, is_urgent=False)
     asker = start([HOUSE], name="asker")
-    assert asker.reserve(4, is_urgent=True) == 1
+    assert asker.promise(4, is_urgent=True) == 1
     asker.cancel(1)
-    assert asker.reserve(4, is_urgent=True) == 0  # it was refused just now
-    assert asker.reserve(1, is_urgent=True) == 1
+    assert asker.promise(4, is_urgent=True) == 0  # it was refused just now
+    assert asker.promise(1, is_urgent=True) == 1
 
 
 def test_who_was_refused_just_now_has_neither_as_much_nor_a_spare_page_until_it_is_rung(
     start: Callable[..., Instance], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start([HOUSE], name="holder").reserve(8, is_urgent=False)
+    start([HOUSE], name="holder").promise(8, is_urgent=False)
     asker = start([HOUSE], name="asker")
-    assert asker.reserve(2, is_urgent=True) == 0
+    assert asker.promise(2, is_urgent=True) == 0
     promised: list[tuple[int, int]] = []
-    monkeypatch.setattr(asker, "_promise", lambda *num, **_how: promised.append(num) or 0)
-    assert asker.reserve(2, is_urgent=False) == 0
-    assert asker.reserve(0, is_urgent=False, num_spare=2) == 0
+    monkeypatch.setattr(asker, "_promise_on_all", lambda *num, **_how: promised.append(num) or 0)
+    assert asker.promise(2, is_urgent=False) == 0
+    assert asker.promise(0, is_urgent=False, num_spare=2) == 0
     assert promised == []  # the ledger was not asked
     asker._on_ring()
-    asker.reserve(2, is_urgent=False)
-    asker.reserve(0, is_urgent=False, num_spare=2)
+    asker.promise(2, is_urgent=False)
+    asker.promise(0, is_urgent=False, num_spare=2)
     assert promised == [(2, 0), (0, 2)]
 
 
 def hold(instance: Instance, num_pages: int) -> None:
-    assert instance.reserve(num_pages, is_urgent=False) == num_pages
+    assert instance.promise(num_pages, is_urgent=False) == num_pages
     seat = instance.seat(HOUSE)
     with Ledger(Path(seat.ledger_path)) as ledger:
         size = num_pages * instance.page_bytes
@@ -300,10 +300,10 @@ def hold(instance: Instance, num_pages: int) -> None:
 def test_an_ask_between_looking_and_answering_stays(start: Callable[..., Instance]) -> None:
     holder, asker = start([HOUSE], name="holder"), start([HOUSE], name="asker")
     hold(holder, 8)
-    asker.reserve(1, is_urgent=True)
+    asker.promise(1, is_urgent=True)
     assert holder.wanted_pages()[0] == 1
     asker.clear_waiting()
-    asker.reserve(2, is_urgent=True)
+    asker.promise(2, is_urgent=True)
     holder.acknowledge(1)
     assert holder.wanted_pages()[0] == 1
 
@@ -362,9 +362,9 @@ def test_requests_borrow_of_a_floor_but_a_first_page_which_never_goes_back_does_
     start([HOUSE], name="owner", KVCACHED_FLOOR="100%", KVCACHED_HOST_POOL="128MiB")
     other = start([HOUSE], name="other", KVCACHED_HOST_POOL="128MiB")
     missing = "16 MiB of 16 MiB are missing on host; it is held by nobody who says so"
-    assert other.reserve_first_page() == missing
-    assert other.reserve(1, is_urgent=False) == 0
-    assert other.reserve(1, is_urgent=True) == 1
+    assert other.promise_first_page() == missing
+    assert other.promise(1, is_urgent=False) == 0
+    assert other.promise(1, is_urgent=True) == 1
 
 
 def test_a_wait_for_memory_is_said_with_who_holds_it(
@@ -375,16 +375,16 @@ def test_a_wait_for_memory_is_said_with_who_holds_it(
     monkeypatch.setattr("kvcached_core.engine.waiting.LOG_SECONDS", 0.0)
     monkeypatch.setattr("kvcached_core.engine.waiting.REFUSAL_SECONDS", 0.0)
     holder, asker = (start([HOUSE], name=name) for name in ("holder", "asker"))
-    assert holder.reserve(8, is_urgent=True) == 8
+    assert holder.promise(8, is_urgent=True) == 8
     for _ in range(2):
-        assert asker.reserve(2, is_urgent=True) == 0
+        assert asker.promise(2, is_urgent=True) == 0
     (text,) = [record.getMessage() for record in caplog.records]
     assert "32 MiB are missing on host; it is held by holder (128 MiB), this one (0 B)" in text
     holder.cancel(8)
-    assert asker.reserve(2, is_urgent=True) == 2
+    assert asker.promise(2, is_urgent=True) == 2
     asker.cancel(2)
-    holder.reserve(8, is_urgent=True)
-    asker.reserve(2, is_urgent=True)
+    holder.promise(8, is_urgent=True)
+    asker.promise(2, is_urgent=True)
     assert len(caplog.records) == 1  # another wait, not yet a long one
 
 
@@ -392,11 +392,11 @@ def test_what_is_asked_for_beyond_a_first_part_stays_asked_until_the_last(
     start: Callable[..., Instance],
 ) -> None:
     holder = start([HOUSE], name="holder")
-    holder.reserve(8, is_urgent=False)
+    holder.promise(8, is_urgent=False)
     seat = holder.seat(HOUSE)
     with Ledger(Path(seat.ledger_path)) as ledger:
         ledger.settle(seat.row, mapped_bytes=8 * PAGE, used_bytes=0, cached_bytes=8 * PAGE)
-        start([HOUSE], name="asker").reserve(6, is_urgent=True)
+        start([HOUSE], name="asker").promise(6, is_urgent=True)
         assert holder.wanted_pages()[0] == 6
         holder.acknowledge(4, is_last=False)
         ledger.settle(seat.row, unmapped_bytes=4 * PAGE, used_bytes=0, cached_bytes=4 * PAGE)

@@ -35,13 +35,13 @@ def ledger(directory: Path) -> Iterator[Ledger]:
 
 
 def fill(ledger: Ledger, row: RowKey, num_bytes: int, *, used: int = 0, cached: int = 0) -> None:
-    assert ledger.reserve(row, num_bytes, PAGE) == num_bytes
+    assert ledger.promise(row, num_bytes, PAGE) == num_bytes
     ledger.settle(row, mapped_bytes=num_bytes, used_bytes=used, cached_bytes=cached)
 
 
 def test_a_promise_becomes_resident_and_goes_back(ledger: Ledger) -> None:
     row = ledger.register(name="a", engine="test")
-    assert ledger.reserve(row, 3 * PAGE, PAGE) == 3 * PAGE
+    assert ledger.promise(row, 3 * PAGE, PAGE) == 3 * PAGE
     assert ledger.view().free_bytes == GIB - 3 * PAGE
     ledger.settle(row, mapped_bytes=2 * PAGE, used_bytes=PAGE, cached_bytes=0)
     ledger.cancel(row, PAGE)
@@ -63,16 +63,16 @@ def test_resident_is_used_plus_cached_plus_idle_whatever_is_reported(ledger: Led
 def test_promises_of_all_instances_never_exceed_the_capacity(ledger: Ledger) -> None:
     first = ledger.register(name="a", engine="test")
     second = ledger.register(name="b", engine="test")
-    assert ledger.reserve(first, GIB - 2 * PAGE, PAGE) == GIB - 2 * PAGE
-    assert ledger.reserve(second, 5 * PAGE, PAGE) == 2 * PAGE
-    assert ledger.reserve(second, PAGE, PAGE) == 0
+    assert ledger.promise(first, GIB - 2 * PAGE, PAGE) == GIB - 2 * PAGE
+    assert ledger.promise(second, 5 * PAGE, PAGE) == 2 * PAGE
+    assert ledger.promise(second, PAGE, PAGE) == 0
 
 
 def test_a_limit_holds_for_resident_and_promised_bytes_together(ledger: Ledger) -> None:
     row = ledger.register(name="a", engine="test", policy=Policy(3 * PAGE + 1))
     fill(ledger, row, 2 * PAGE)
-    assert ledger.reserve(row, 9 * PAGE, PAGE) == PAGE
-    assert ledger.reserve(row, PAGE, PAGE) == 0
+    assert ledger.promise(row, 9 * PAGE, PAGE) == PAGE
+    assert ledger.promise(row, PAGE, PAGE) == 0
 
 
 def test_a_name_is_taken_while_its_owner_lives(ledger: Ledger) -> None:
@@ -109,7 +109,7 @@ from pathlib import Path
 from kvcached_core.ledger.ledger import Ledger
 ledger = Ledger(Path(sys.argv[1]), 1 << 30)
 row = ledger.register(name="child", engine="test")
-print(ledger.reserve(row, 1 << 29, 1 << 24), flush=True)
+print(ledger.promise(row, 1 << 29, 1 << 24), flush=True)
 ledger.settle(row, mapped_bytes=1 << 28, used_bytes=0, cached_bytes=0)
 print("ready", flush=True)
 sys.stdin.read()
@@ -141,7 +141,7 @@ def test_bytes_of_a_killed_owner_come_back_within_a_moment(ledger: Ledger) -> No
 
     def is_all_promised() -> bool:
         nonlocal granted
-        granted += ledger.reserve(row, GIB - granted, PAGE)
+        granted += ledger.promise(row, GIB - granted, PAGE)
         return granted == GIB
 
     await_that(is_all_promised)
@@ -218,7 +218,7 @@ def test_an_instance_at_its_limit_asks_nobody(ledger: Ledger) -> None:
     fill(ledger, asker, PAGE, used=PAGE)
     assert ledger.ask_peers(asker, 3 * PAGE) == [peer]
     assert ledger.wanted(peer).asked_bytes == PAGE
-    ledger.reserve(asker, PAGE, PAGE)
+    ledger.promise(asker, PAGE, PAGE)
     ledger.acknowledge(peer)
     assert ledger.ask_peers(asker, PAGE) == []
 
@@ -301,7 +301,7 @@ def test_a_damaged_file_is_set_aside_and_its_live_owners_move_to_the_new_one(
             if damage is break_header:
                 old._header.magic = 0  # what setting aside does to a file that is mapped
             old.cancel(row, 0)
-            assert new.reserve(other, GIB, PAGE) == GIB - 3 * PAGE
+            assert new.promise(other, GIB, PAGE) == GIB - 3 * PAGE
         assert [seen.name for seen in reader.view().instances] == ["old"]
 
 
@@ -317,7 +317,7 @@ def test_an_engine_that_serves_survives_the_damage_of_its_ledger(
         worker.settle(row, mapped_bytes=0, used_bytes=2 * PAGE, cached_bytes=0)
         damage(path)
         engine.num_notices(row)
-        assert engine.reserve(row, PAGE, PAGE) == PAGE
+        assert engine.promise(row, PAGE, PAGE) == PAGE
         worker.settle(row, mapped_bytes=PAGE, used_bytes=3 * PAGE, cached_bytes=0)
         (seen,) = engine.view().instances
     assert (seen.name, seen.priority, seen.resident_bytes) == ("a", 7, 3 * PAGE)
@@ -333,7 +333,7 @@ def test_what_scheduler_and_worker_knew_before_a_damage_adds_up_whoever_comes_fi
     with Ledger(path, GIB) as scheduler, Ledger(path) as worker:
         row = scheduler.register(name="a", engine="test")
         worker.join(row)
-        assert scheduler.reserve(row, 4 * PAGE, PAGE) == 4 * PAGE
+        assert scheduler.promise(row, 4 * PAGE, PAGE) == 4 * PAGE
         worker.settle(row, mapped_bytes=3 * PAGE, used_bytes=3 * PAGE, cached_bytes=0)
         for _ in range(num_later_changes):
             scheduler.clear_waiting(row)
@@ -344,7 +344,7 @@ def test_what_scheduler_and_worker_knew_before_a_damage_adds_up_whoever_comes_fi
             worker.settle(row, mapped_bytes=PAGE, used_bytes=4 * PAGE, cached_bytes=0)
 
         def schedule() -> None:
-            assert scheduler.reserve(row, PAGE, PAGE) == PAGE
+            assert scheduler.promise(row, PAGE, PAGE) == PAGE
             for _ in range(num_later_changes):
                 scheduler.announce(row, 0)
 
@@ -354,7 +354,7 @@ def test_what_scheduler_and_worker_knew_before_a_damage_adds_up_whoever_comes_fi
         (seen,) = scheduler.view().instances
         assert (seen.resident_bytes, seen.promised_bytes) == (3 * PAGE, PAGE)
         assert seen.used_bytes == 3 * PAGE
-        assert scheduler.reserve(row, GIB, PAGE) == GIB - 4 * PAGE
+        assert scheduler.promise(row, GIB, PAGE) == GIB - 4 * PAGE
 
 
 def test_no_room_for_the_file_is_said_plainly(
@@ -372,37 +372,37 @@ def test_no_room_for_the_file_is_said_plainly(
 def test_a_floor_is_kept_free_for_its_owner(ledger: Ledger) -> None:
     owner = ledger.register(name="owner", engine="test", policy=Policy(floor_bytes=4 * PAGE))
     other = ledger.register(name="other", engine="test")
-    assert ledger.reserve(other, GIB, PAGE) == GIB - 4 * PAGE
-    assert ledger.reserve(owner, 4 * PAGE, PAGE) == 4 * PAGE
+    assert ledger.promise(other, GIB, PAGE) == GIB - 4 * PAGE
+    assert ledger.promise(owner, 4 * PAGE, PAGE) == 4 * PAGE
 
 
 def test_a_request_that_waits_borrows_of_a_floor_until_its_owner_waits(ledger: Ledger) -> None:
     owner = ledger.register(name="owner", engine="test", policy=Policy(floor_bytes=4 * PAGE))
     other = ledger.register(name="other", engine="test")
     fill(ledger, other, GIB - 4 * PAGE, used=GIB - 4 * PAGE)
-    assert ledger.reserve(other, PAGE, PAGE) == 0
-    assert ledger.reserve(other, 0, PAGE, spare_bytes=PAGE) == 0
-    assert ledger.reserve(other, PAGE, PAGE, spare_bytes=PAGE, is_waiting=True) == PAGE
+    assert ledger.promise(other, PAGE, PAGE) == 0
+    assert ledger.promise(other, 0, PAGE, spare_bytes=PAGE) == 0
+    assert ledger.promise(other, PAGE, PAGE, spare_bytes=PAGE, is_waiting=True) == PAGE
     ledger.settle(other, mapped_bytes=PAGE, used_bytes=GIB - 3 * PAGE, cached_bytes=0)
-    assert ledger.reserve(owner, 4 * PAGE, PAGE, is_waiting=True) == 3 * PAGE
+    assert ledger.promise(owner, 4 * PAGE, PAGE, is_waiting=True) == 3 * PAGE
     assert ledger.ask_peers(owner, PAGE) == [other]  # its requests stop for what was borrowed
     assert ledger.wanted(other).owed_bytes == PAGE
     ledger.settle(other, unmapped_bytes=PAGE, used_bytes=GIB - 4 * PAGE, cached_bytes=0)
-    assert ledger.reserve(other, PAGE, PAGE, is_waiting=True) == 0  # it is the owner's now
-    assert ledger.reserve(owner, PAGE, PAGE, is_waiting=True) == PAGE
+    assert ledger.promise(other, PAGE, PAGE, is_waiting=True) == 0  # it is the owner's now
+    assert ledger.promise(owner, PAGE, PAGE, is_waiting=True) == PAGE
 
 
 def test_a_request_that_waits_gets_what_lies_cached_below_a_floor(ledger: Ledger) -> None:
     owner = ledger.register(name="owner", engine="test", policy=Policy(floor_bytes=GIB))
     other = ledger.register(name="other", engine="test")
     fill(ledger, owner, GIB, cached=GIB)
-    assert ledger.reserve(other, PAGE, PAGE, is_waiting=True) == 0
+    assert ledger.promise(other, PAGE, PAGE, is_waiting=True) == 0
     assert ledger.ask_peers(other, PAGE, is_waiting=False) == []
     assert ledger.ask_peers(other, PAGE, is_static=True) == []  # weights could not go back
     assert ledger.ask_peers(other, PAGE) == [owner]
     waiting = ledger.settle(owner, unmapped_bytes=PAGE, used_bytes=0, cached_bytes=GIB - PAGE)
     assert waiting == [other]
-    assert ledger.reserve(other, PAGE, PAGE, is_waiting=True) == PAGE
+    assert ledger.promise(other, PAGE, PAGE, is_waiting=True) == PAGE
 
 
 def test_the_longest_request_of_each_instance_fits_beside_the_others_floors(
@@ -451,12 +451,12 @@ def test_who_waits_is_named_when_memory_comes_free(ledger: Ledger) -> None:
     holder = ledger.register(name="holder", engine="test")
     asker = ledger.register(name="asker", engine="test")
     fill(ledger, holder, GIB, cached=GIB)
-    assert ledger.reserve(asker, PAGE, PAGE) == 0
+    assert ledger.promise(asker, PAGE, PAGE) == 0
     assert ledger.ask_peers(asker, PAGE) == [holder]
     assert ledger.settle(holder, used_bytes=0, cached_bytes=GIB) == []
     waiting = ledger.settle(holder, unmapped_bytes=PAGE, used_bytes=0, cached_bytes=GIB)
     assert waiting == [asker]
-    assert ledger.reserve(asker, PAGE, PAGE) == PAGE
+    assert ledger.promise(asker, PAGE, PAGE) == PAGE
     assert ledger.settle(holder, unmapped_bytes=PAGE, used_bytes=0, cached_bytes=GIB) == []
 
 
@@ -464,14 +464,14 @@ def test_spare_memory_is_left_to_who_waits_for_it(ledger: Ledger) -> None:
     holder = ledger.register(name="holder", engine="test")
     asker = ledger.register(name="asker", engine="test")
     fill(ledger, holder, GIB, used=GIB)
-    assert ledger.reserve(asker, 3 * PAGE, PAGE) == 0
+    assert ledger.promise(asker, 3 * PAGE, PAGE) == 0
     ledger.ask_peers(asker, 3 * PAGE)
     ledger.settle(holder, unmapped_bytes=4 * PAGE, used_bytes=GIB - 4 * PAGE, cached_bytes=0)
-    assert ledger.reserve(holder, 0, PAGE, spare_bytes=4 * PAGE) == PAGE
+    assert ledger.promise(holder, 0, PAGE, spare_bytes=4 * PAGE) == PAGE
     ledger.cancel(holder, PAGE)
-    assert ledger.reserve(holder, 2 * PAGE, PAGE, spare_bytes=4 * PAGE) == 2 * PAGE  # it needs them
+    assert ledger.promise(holder, 2 * PAGE, PAGE, spare_bytes=4 * PAGE) == 2 * PAGE  # it needs them
     ledger.cancel(holder, 2 * PAGE)
-    assert ledger.reserve(asker, 3 * PAGE, PAGE, spare_bytes=4 * PAGE) == 4 * PAGE
+    assert ledger.promise(asker, 3 * PAGE, PAGE, spare_bytes=4 * PAGE) == 4 * PAGE
     assert ledger.view().instances[1].waiting_bytes == 0
 
 
@@ -480,14 +480,14 @@ def test_who_waits_goes_on_waiting_when_there_is_nothing_to_spare(ledger: Ledger
     asker = ledger.register(name="asker", engine="test")
     fill(ledger, holder, GIB, used=GIB)
     ledger.ask_peers(asker, PAGE)
-    assert ledger.reserve(asker, 0, PAGE, spare_bytes=4 * PAGE) == 0
+    assert ledger.promise(asker, 0, PAGE, spare_bytes=4 * PAGE) == 0
     assert ledger.view().instances[1].waiting_bytes == PAGE
 
 
 def test_a_lowered_limit_counts_what_is_about_to_be_mapped(ledger: Ledger) -> None:
     row = ledger.register(name="a", engine="test")
     fill(ledger, row, 3 * PAGE, used=3 * PAGE)
-    assert ledger.reserve(row, PAGE, PAGE) == PAGE  # ordered, and mapped behind the limit's back
+    assert ledger.promise(row, PAGE, PAGE) == PAGE  # ordered, and mapped behind the limit's back
     ledger.change_policy(row, limit_bytes=2 * PAGE)
     assert ledger.wanted(row).owed_bytes == 2 * PAGE
 
@@ -499,7 +499,7 @@ def test_a_lowered_limit_is_owed(ledger: Ledger) -> None:
     ledger.change_policy(row, limit_bytes=PAGE)
     assert ledger.num_notices(row) > seen
     assert ledger.wanted(row) == WantedBytes(3 * PAGE, 3 * PAGE, num_asked=0)
-    assert ledger.reserve(row, PAGE, PAGE) == 0
+    assert ledger.promise(row, PAGE, PAGE) == 0
 
 
 @pytest.mark.parametrize("name", ["../evil", "a/b", "", "-x", "x" * 65, "a b"])
@@ -512,7 +512,7 @@ def test_a_row_that_was_removed_cannot_be_used(ledger: Ledger) -> None:
     row = ledger.register(name="a", engine="test")
     ledger.unregister(row)
     with pytest.raises(LedgerError, match="its row is free"):
-        ledger.reserve(row, PAGE, PAGE)
+        ledger.promise(row, PAGE, PAGE)
 
 
 def test_the_room_is_what_would_be_promised_and_promises_nothing(ledger: Ledger) -> None:
@@ -520,9 +520,9 @@ def test_the_room_is_what_would_be_promised_and_promises_nothing(ledger: Ledger)
     other = ledger.register(name="b", engine="e")
     assert ledger.room_bytes(row) == 4 * PAGE
     assert ledger.room_bytes(other) == GIB
-    ledger.reserve(other, GIB - 2 * PAGE, PAGE)
+    ledger.promise(other, GIB - 2 * PAGE, PAGE)
     assert ledger.room_bytes(row) == 2 * PAGE
-    assert ledger.reserve(row, 3 * PAGE, PAGE) == 2 * PAGE
+    assert ledger.promise(row, 3 * PAGE, PAGE) == 2 * PAGE
     assert ledger.room_bytes(row) == ledger.room_bytes(other) == 0
 
 
@@ -531,7 +531,7 @@ def test_who_waits_is_named_for_a_promise_that_needed_no_memory_and_for_one_take
 ) -> None:
     holder = ledger.register(name="holder", engine="test")
     asker = ledger.register(name="asker", engine="test")
-    assert ledger.reserve(holder, GIB, PAGE) == GIB
+    assert ledger.promise(holder, GIB, PAGE) == GIB
     ledger.ask_peers(asker, 3 * PAGE)
     assert ledger.settle(holder, unneeded_bytes=PAGE, used_bytes=0, cached_bytes=0) == [asker]
     assert ledger.cancel(holder, PAGE) == [asker]

@@ -33,7 +33,7 @@ def ledger(path: Path) -> Iterator[Ledger]:
 
 def fill(ledger: Ledger, row: RowKey, num_pages: int) -> None:
     size = num_pages * PAGE
-    assert ledger.reserve(row, size, PAGE) == size
+    assert ledger.promise(row, size, PAGE) == size
     ledger.settle(row, mapped_bytes=size, used_bytes=size, cached_bytes=0)
 
 
@@ -42,7 +42,7 @@ def damage(path: Path) -> None:
 
 
 CALLS: dict[str, Callable[[Ledger, RowKey], object]] = {
-    "reserve": lambda ledger, row: ledger.reserve(row, PAGE, PAGE),
+    "promise": lambda ledger, row: ledger.promise(row, PAGE, PAGE),
     "cancel": lambda ledger, row: ledger.cancel(row, PAGE),
     "settle": lambda ledger, row: ledger.settle(
         row, unmapped_bytes=2 * PAGE, used_bytes=0, cached_bytes=0
@@ -151,7 +151,7 @@ def test_who_opened_the_file_before_its_last_user_left_is_in_the_next_one(path: 
                 each.register(name=each_name, engine="test")
                 for each, each_name in ((second, "second"), (third, "third"))
             ]
-            assert second.reserve(rows[0], GIB, PAGE) + third.reserve(rows[1], GIB, PAGE) == GIB
+            assert second.promise(rows[0], GIB, PAGE) + third.promise(rows[1], GIB, PAGE) == GIB
 
 
 def test_who_opened_a_removed_file_makes_a_new_one_of_the_size_it_wanted(path: Path) -> None:
@@ -212,10 +212,10 @@ def test_an_engine_whose_files_somebody_removed_goes_on_in_the_next_ones(path: P
         for file in path.parent.iterdir():
             file.unlink()
         old._look_around_ns = 0
-        old.reserve(row, 0, PAGE)
+        old.promise(row, 0, PAGE)
         with Ledger(path, GIB) as new:
             other = new.register(name="new", engine="test")
-            assert new.reserve(other, GIB, PAGE) == GIB - 3 * PAGE
+            assert new.promise(other, GIB, PAGE) == GIB - 3 * PAGE
             new._enter_patiently()  # looks who lives
             new._exit()
             assert {seen.name for seen in new.view().instances} == {"old", "new"}
@@ -239,7 +239,7 @@ def test_nobody_is_taken_for_dead_when_the_file_of_their_locks_was_removed(
                     old.cancel(rows[number], 0)
                 return
             old.cancel(rows[number], 0)
-            assert new.reserve(other, GIB, PAGE) == GIB - 3 * PAGE
+            assert new.promise(other, GIB, PAGE) == GIB - 3 * PAGE
             assert len(new.view().instances) == 2
         assert len(list(path.parent.glob("*.damaged-*"))) == 1
 
@@ -251,7 +251,7 @@ def test_of_two_processes_with_one_row_the_newer_copy_is_written_into_a_new_file
     with Ledger(path) as worker:
         row = ledger.register(name="a", engine="test")
         worker.join(row)
-        assert ledger.reserve(row, 3 * PAGE, PAGE) == 3 * PAGE
+        assert ledger.promise(row, 3 * PAGE, PAGE) == 3 * PAGE
         damage(path)
         with Ledger(path, GIB):
             for each in (worker, ledger) if is_worker_first else (ledger, worker):
@@ -352,7 +352,7 @@ from pathlib import Path
 from kvcached_core.ledger.ledger import Ledger
 with Ledger(Path(sys.argv[1]), 1 << 30) as ledger:
     row = ledger.register(name="elsewhere", engine="test")
-    print(ledger.reserve(row, 1 << 29, 1 << 24), flush=True)
+    print(ledger.promise(row, 1 << 29, 1 << 24), flush=True)
     for line in sys.stdin:
         ledger._enter_patiently()
         ledger._exit()
@@ -384,7 +384,7 @@ def test_two_pid_namespaces_share_a_ledger_and_nobody_is_taken_for_dead(
     (found,) = (each for each in examine(path.parent) if each.what == "host.ledger")
     assert found.is_good
     assert "shared by here, elsewhere (in another PID namespace)" in found.text
-    assert ledger.reserve(row, GIB, PAGE) == GIB - (1 << 29)
+    assert ledger.promise(row, GIB, PAGE) == GIB - (1 << 29)
     elsewhere.communicate()
     assert [seen.name for seen in ledger.view().instances] == ["here"]
 

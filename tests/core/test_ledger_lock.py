@@ -63,7 +63,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 @pytest.fixture
 def row(ledger: Ledger) -> RowKey:
     key = ledger.register(name="a", engine="test", page_bytes=PAGE)
-    assert ledger.reserve(key, 8 * PAGE, PAGE) == 8 * PAGE
+    assert ledger.promise(key, 8 * PAGE, PAGE) == 8 * PAGE
     ledger.settle(key, mapped_bytes=4 * PAGE, used_bytes=PAGE, cached_bytes=PAGE)
     ledger.ask(key, 3 * PAGE)
     return key
@@ -84,13 +84,13 @@ def only(ledger: Ledger) -> InstanceView:
 def test_a_scheduler_goes_on_and_is_promised_nothing(
     ledger: Ledger, row: RowKey, holder: StoppedHolder
 ) -> None:
-    assert ledger.reserve(row, PAGE, PAGE) == 0
+    assert ledger.promise(row, PAGE, PAGE) == 0
     assert ledger.ask_peers(row, PAGE) == []
     assert ledger.wanted(row).asked_bytes == 3 * PAGE
     assert ledger.room_bytes(row) == GIB - 8 * PAGE
     assert ledger.num_notices(row) == 1
     holder.end()
-    assert ledger.reserve(row, PAGE, PAGE) == PAGE
+    assert ledger.promise(row, PAGE, PAGE) == PAGE
 
 
 def test_a_scheduler_waits_once_and_not_again_until_it_had_the_lock(
@@ -105,12 +105,12 @@ def test_a_scheduler_waits_once_and_not_again_until_it_had_the_lock(
 
     monkeypatch.setattr(FileLock, "acquire", note)
     for _ in range(3):
-        ledger.reserve(row, PAGE, PAGE)
+        ledger.promise(row, PAGE, PAGE)
     assert waited == [ledger_entry.SCHEDULER_SECONDS, 0.0, 0.0]
     assert ledger_entry.SCHEDULER_SECONDS <= 0.005
     holder.end()
-    ledger.reserve(row, PAGE, PAGE)
-    ledger.reserve(row, PAGE, PAGE)
+    ledger.promise(row, PAGE, PAGE)
+    ledger.promise(row, PAGE, PAGE)
     assert waited[-1] == ledger_entry.SCHEDULER_SECONDS
 
 
@@ -159,7 +159,7 @@ def test_what_could_not_be_written_is_written_when_the_lock_is_free(
     before = only(ledger)
     assert (before.promised_bytes, before.resident_bytes) == (4 * PAGE, 4 * PAGE)
     holder.end()
-    ledger.reserve(row, 0, PAGE)
+    ledger.promise(row, 0, PAGE)
     after = only(ledger)
     assert (after.promised_bytes, after.resident_bytes) == (PAGE, 3 * PAGE)
     assert (after.used_bytes, after.cached_bytes) == (PAGE, 2 * PAGE)
@@ -221,7 +221,7 @@ def test_what_is_put_off_behind_a_writer_that_found_nothing_left_is_written_too(
         holder = StoppedHolder(ledger.path)
         ledger.cancel(row, PAGE)
         holder.end()
-        ledger.reserve(row, 0, PAGE)
+        ledger.promise(row, 0, PAGE)
     (late,) = started
     late.start()
     late.join(30)
@@ -313,7 +313,7 @@ def test_the_next_one_heals_what_a_dead_writer_left_unfinished(ledger: Ledger, r
     ledger._rows[row.number].taken_bytes = 0
     holder.end()
     seen = ledger.num_notices(row)
-    assert ledger.reserve(other, GIB, PAGE) == GIB - 8 * PAGE
+    assert ledger.promise(other, GIB, PAGE) == GIB - 8 * PAGE
     assert ledger._words[SEQUENCE] > 0
     assert ledger.num_notices(row) > seen
 
@@ -375,7 +375,7 @@ def test_a_reader_sees_no_row_in_the_middle_of_a_change(ledger: Ledger, row: Row
             while not end.is_set():
                 worker.settle(row, mapped_bytes=2 * PAGE, used_bytes=0, cached_bytes=6 * PAGE)
                 worker.settle(row, unmapped_bytes=2 * PAGE, used_bytes=4 * PAGE, cached_bytes=0)
-                worker.reserve(row, 2 * PAGE, PAGE)
+                worker.promise(row, 2 * PAGE, PAGE)
 
     writer = threading.Thread(target=change)
     writer.start()
@@ -401,7 +401,7 @@ def test_a_device_is_asked_what_is_free_while_others_may_have_the_lock(ledger: L
 
     with Ledger(ledger.path, GIB, free_bytes) as gpu:
         row = gpu.register(name="gpu", engine="test")
-        assert gpu.reserve(row, PAGE, PAGE) == PAGE
+        assert gpu.promise(row, PAGE, PAGE) == PAGE
         gpu.room_bytes(row)
         gpu.free_bytes(row)
         gpu.view()
@@ -413,7 +413,7 @@ def test_what_was_allocated_since_a_device_was_asked_is_not_promised_again(
     ledger: Ledger, what: str
 ) -> None:
     neighbour = ledger.register(name="n", engine="test", static_bytes=5 * PAGE)
-    ledger.reserve(neighbour, 5 * PAGE, PAGE)
+    ledger.promise(neighbour, 5 * PAGE, PAGE)
     free_pages = 20
 
     def allocate() -> None:
@@ -431,7 +431,7 @@ def test_what_was_allocated_since_a_device_was_asked_is_not_promised_again(
 
     with Ledger(ledger.path, GIB, free_bytes) as gpu:
         row = gpu.register(name="gpu", engine="test")
-        granted = gpu.reserve(row, GIB, PAGE)
+        granted = gpu.promise(row, GIB, PAGE)
     assert granted == (15 if what == "left" else 10) * PAGE
 
 
@@ -452,14 +452,14 @@ def test_a_signal_that_raises_anywhere_leaves_the_lock_free_for_the_next_call(
             try:
                 signal.setitimer(signal.ITIMER_REAL, 1e-5 + 1e-6 * (number % 50))
                 for _ in range(1_000):
-                    ledger.reserve(row, 0, PAGE)
+                    ledger.promise(row, 0, PAGE)
             except SignalError:
                 num_interrupts += 1
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert num_interrupts > 400
-    ledger.reserve(row, 0, PAGE)
+    ledger.promise(row, 0, PAGE)
     with Ledger(ledger.path) as other:
         assert other._enter(0.0)
         other._exit()

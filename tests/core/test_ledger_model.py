@@ -144,7 +144,7 @@ class World:
 
     def expected(self, process: Process, operation: str, num: int) -> int:
         mine = process.model
-        if operation in ("reserve", "borrow"):
+        if operation in ("promise", "borrow"):
             granted = self.expected_grant(process, num, may_borrow=operation == "borrow")
             mine.promised += granted
             return granted

@@ -81,7 +81,7 @@ def enter_and_leave(path: Path, name: str, promised: list[int], done: threading.
     """Open the ledger, be promised what there is, and leave when the other one was as far."""
     with Ledger(path, CAPACITY) as ledger:
         row = ledger.register(name=name, engine="test")
-        promised.append(ledger.reserve(row, CAPACITY, PAGE))
+        promised.append(ledger.promise(row, CAPACITY, PAGE))
         done.wait(PATIENCE_SECONDS)
         ledger.unregister(row)
 
@@ -108,15 +108,15 @@ def test_a_leave_and_an_open_at_any_two_moments_are_about_one_ledger(path: Path)
 
         def leave_and_come(number: int) -> None:
             row = first.register(name="first", engine="test")
-            rows["first"] = first.reserve(row, CAPACITY, PAGE)
+            rows["first"] = first.promise(row, CAPACITY, PAGE)
             first.unregister(row)
 
         def come_and_leave(number: int) -> None:
             row = second.register(name="second", engine="test")
-            granted = second.reserve(row, CAPACITY, PAGE)
+            granted = second.promise(row, CAPACITY, PAGE)
             with Ledger(path, CAPACITY) as third:
                 other = third.register(name="third", engine="test")
-                assert granted + third.reserve(other, CAPACITY, PAGE) <= CAPACITY
+                assert granted + third.promise(other, CAPACITY, PAGE) <= CAPACITY
                 third.unregister(other)
             second.unregister(row)
 
@@ -129,7 +129,7 @@ def come_and_go(path: Path, name: str) -> None:
         with Ledger(path, CAPACITY) as ledger:
             row = ledger.register(name=name, engine="test")
             assert os.path.samestat(os.fstat(ledger._fd), path.stat())
-            granted = ledger.reserve(row, CAPACITY, PAGE)
+            granted = ledger.promise(row, CAPACITY, PAGE)
             seen = ledger.view().instances
             assert sum(view.promised_bytes for view in seen) <= CAPACITY
             ledger.cancel(row, granted)
@@ -167,7 +167,7 @@ def test_a_late_report_never_reaches_the_next_one_in_its_row(path: Path) -> None
             ready.wait(PATIENCE_SECONDS)
             ledger.unregister(keys["old"])
             new = ledger.register(name="new", engine="test")
-            assert ledger.reserve(new, 4 * PAGE, PAGE) == 4 * PAGE
+            assert ledger.promise(new, 4 * PAGE, PAGE) == 4 * PAGE
             ledger.settle(new, mapped_bytes=4 * PAGE, used_bytes=4 * PAGE, cached_bytes=0)
             ready.wait(PATIENCE_SECONDS)
             seen = next(view for view in ledger.view().instances if view.row == new)
@@ -234,7 +234,7 @@ def test_engines_of_one_model_that_start_at_once_get_different_names(path: Path)
             [pool], config, name=None, default_name="model", engine="test", on_ring=lambda: None
         )
         instance.describe(page_bytes=PAGE, num_pages=64)
-        instance.reserve(64, is_urgent=False)
+        instance.promise(64, is_urgent=False)
         started.append(instance)
         done.wait(PATIENCE_SECONDS)
         instance.close()
@@ -259,7 +259,7 @@ def work_for_ever(path: Path, ready: int) -> None:
     row = ledger.register(name="child", engine="test")
     os.write(ready, b"x")
     while True:
-        granted = ledger.reserve(row, 16 * PAGE, PAGE)
+        granted = ledger.promise(row, 16 * PAGE, PAGE)
         ledger.settle(row, mapped_bytes=granted, used_bytes=granted, cached_bytes=0)
         ledger.ask_peers(row, 64 * PAGE)
         ledger.settle(row, unmapped_bytes=granted, used_bytes=0, cached_bytes=0)
@@ -268,7 +268,7 @@ def work_for_ever(path: Path, ready: int) -> None:
 def test_a_writer_killed_at_any_point_leaves_a_ledger_that_is_right(path: Path) -> None:
     with Ledger(path, CAPACITY) as ledger:
         row = ledger.register(name="stays", engine="test")
-        ledger.reserve(row, 8 * PAGE, PAGE)
+        ledger.promise(row, 8 * PAGE, PAGE)
         ledger.settle(row, mapped_bytes=8 * PAGE, used_bytes=0, cached_bytes=8 * PAGE)
         source = random.Random(2)
         for _number in range(NUM_RACES // 4):
@@ -287,7 +287,7 @@ def test_a_writer_killed_at_any_point_leaves_a_ledger_that_is_right(path: Path) 
             ledger.cancel(row, 0)
             assert [view.name for view in ledger.view().instances] == ["stays"]
             ledger._look_around_ns = 0
-            assert ledger.reserve(row, CAPACITY, PAGE) == CAPACITY - 8 * PAGE
+            assert ledger.promise(row, CAPACITY, PAGE) == CAPACITY - 8 * PAGE
             ledger.cancel(row, CAPACITY)
 
 
@@ -320,7 +320,7 @@ def test_a_process_stopped_at_any_point_makes_a_scheduler_wait_once_at_most(
             os.waitpid(pid, os.WUNTRACED)
             waited.clear()
             for _ in range(3):
-                granted = ledger.reserve(row, 4 * PAGE, PAGE)
+                granted = ledger.promise(row, 4 * PAGE, PAGE)
                 ledger.cancel(row, granted)
             if ledger._is_held_up:
                 num_held_up += 1
@@ -333,7 +333,7 @@ def test_a_process_stopped_at_any_point_makes_a_scheduler_wait_once_at_most(
         os.waitpid(pid, 0)
         assert num_held_up > 0
         ledger._look_around_ns = 0
-        assert ledger.reserve(row, CAPACITY, PAGE) == CAPACITY
+        assert ledger.promise(row, CAPACITY, PAGE) == CAPACITY
 
 
 def wake_and_sleep(ledger: Ledger, row: RowKey, num_pages: int) -> None:

@@ -32,7 +32,7 @@ def join(ledger: Ledger, name: str, needed: int = 0, policy: Policy | None = Non
 
 
 def hold(ledger: Ledger, row: RowKey, used: int, cached: int = 0) -> None:
-    assert ledger.reserve(row, (used + cached) * PAGE, PAGE) == (used + cached) * PAGE
+    assert ledger.promise(row, (used + cached) * PAGE, PAGE) == (used + cached) * PAGE
     sizes = {"used_bytes": used * PAGE, "cached_bytes": cached * PAGE}
     ledger.settle(row, mapped_bytes=(used + cached) * PAGE, **sizes)
 
@@ -69,7 +69,7 @@ def test_no_limit_and_no_floor_counts_weights(ledger: Ledger) -> None:
     assert ledger.wanted(row).asked_bytes == 0
     assert free(ledger, other) == 64 - 20 - 6
     assert ledger.room_bytes(row) == 8 * PAGE
-    assert ledger.reserve(row, 16 * PAGE, PAGE) == 8 * PAGE
+    assert ledger.promise(row, 16 * PAGE, PAGE) == 8 * PAGE
     assert seen(ledger, row).excess_bytes == seen(ledger, row).unmet_floor_bytes == 0
     ledger.change_policy(row, limit_bytes=7 * PAGE)
     assert ledger.wanted(row).asked_bytes == PAGE
@@ -101,7 +101,7 @@ def test_the_first_to_wake_counts_as_free_what_later_ones_wait_for(ledger: Ledge
     assert (free(ledger, second), free(ledger, first), free(ledger, third)) == (64, 34, 4)
     ledger.announce(second, 20 * PAGE, is_waking=True)  # again: it keeps its place
     assert ledger.is_first_waker(second)
-    assert ledger.reserve(second, CAPACITY, PAGE) == 64 * PAGE - 50 * PAGE  # KV comes after both
+    assert ledger.promise(second, CAPACITY, PAGE) == 64 * PAGE - 50 * PAGE  # KV comes after both
 
 
 def test_who_gives_weights_while_it_waits_for_more_keeps_its_place(ledger: Ledger) -> None:

@@ -57,7 +57,7 @@ def both(tmp_path: Path) -> Iterator[tuple[Isolated, Isolated]]:
 
 
 def hold(one: Isolated, num_pages: int) -> None:
-    assert one.do("reserve", num_pages) == num_pages
+    assert one.do("promise", num_pages) == num_pages
     assert one.do("map", num_pages) == num_pages
 
 
@@ -68,7 +68,7 @@ def test_each_sees_the_other_alive_although_both_are_process_1(
     hold(both[1], 3)
     for one in both:
         assert one.do("see") == [["first", 1, 8], ["second", 1, 3]]
-    assert both[1].do("reserve", 2) == 1, "what the first one has is counted"
+    assert both[1].do("promise", 2) == 1, "what the first one has is counted"
 
 
 def test_the_memory_of_one_that_was_killed_is_free_for_the_other(
@@ -78,10 +78,10 @@ def test_the_memory_of_one_that_was_killed_is_free_for_the_other(
     hold(first, 8)
     hold(second, 3)
     first.end(signal.SIGKILL)
-    promised = [second.do("reserve", CAPACITY)]
+    promised = [second.do("promise", CAPACITY)]
 
     def has_all() -> bool:
-        promised.append(second.do("reserve", CAPACITY - 3 - sum(promised)))
+        promised.append(second.do("promise", CAPACITY - 3 - sum(promised)))
         return sum(promised) == CAPACITY - 3
 
     await_that(has_all)

@@ -79,7 +79,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeNVML:
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
     with Ledger(ledger_directory(tmp_path / "kv") / f"{GPU}.ledger", 78 * GIB) as ledger:
         row = ledger.register(name="llama", engine="vLLM 0.26.0")
-        ledger.reserve(row, 10 * GIB, GIB)
+        ledger.promise(row, 10 * GIB, GIB)
         ledger.settle(row, mapped_bytes=8 * GIB, used_bytes=8 * GIB, cached_bytes=0)
         yield ledger
 
@@ -136,13 +136,13 @@ def test_a_gpu_that_does_not_answer_has_nothing_free_and_one_warning_says_so(
         row = engine.view().instances[0].row
         gpu.is_lost = True
         for _ in range(3):
-            assert engine.reserve(row, GIB, GIB) == 0
+            assert engine.promise(row, GIB, GIB) == 0
             assert engine.room_bytes(row) == 0
         assert caplog.text.count("NVML does not say any more what is free on GPU-0000") == 1
         gpu.is_lost = False
-        assert engine.reserve(row, GIB, GIB) == GIB
+        assert engine.promise(row, GIB, GIB) == GIB
         gpu.is_lost = True
-        engine.reserve(row, GIB, GIB)
+        engine.promise(row, GIB, GIB)
         assert caplog.text.count("nothing counts as free there") == 2
 
 

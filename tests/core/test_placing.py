@@ -32,7 +32,7 @@ class Rows:
     def announce(self, static_bytes: int) -> None:
         self.told.append(("announce", static_bytes))
 
-    def reserve_first_page(self) -> str | None:
+    def promise_first_page(self) -> str | None:
         self.told.append("first page")
         return None if self.has_room else "4 MiB of 16 MiB are missing"
 

@@ -86,7 +86,7 @@ def prometheus(tmp_path: Path) -> Iterator[str]:
         ledger = stack.enter_context(Ledger(ledger_directory(tmp_path / "kv") / "host.ledger", GIB))
         for name in ("llama", "qwen"):
             row = ledger.register(name=name, engine="vLLM 0.32.0", page_bytes=MIB)
-            ledger.reserve(row, 8 * MIB, MIB)
+            ledger.promise(row, 8 * MIB, MIB)
             ledger.settle(row, mapped_bytes=8 * MIB, used_bytes=2 * MIB, cached_bytes=MIB)
         log = stack.enter_context((tmp_path / "prometheus.log").open("wb"))
         for command in commands:

@@ -39,7 +39,7 @@ def instance(tmp_path: Path) -> Iterator[Instance]:
     config = read_config({"KVCACHED_DIR": str(tmp_path / "kv")})
     made = Instance([POOL], config, name="a", default_name="", engine="test", on_ring=lambda: None)
     made.describe(page_bytes=PAGE, num_pages=NUM_PAGES)
-    made.reserve(1, is_urgent=False)
+    made.promise(1, is_urgent=False)
     yield made
     made.close()
 
@@ -143,7 +143,7 @@ def test_a_step_that_finds_no_memory_waits_longer_and_longer_says_so_now_and_the
 ) -> None:
     backend = faulty()
     memory = RankMemory(GEOMETRY, NUM_PAGES, seat, backend)
-    instance.reserve(2, is_urgent=False)
+    instance.promise(2, is_urgent=False)
     backend.fails = lambda verb, _number: verb == "create"
     with pytest.raises(OutOfMemoryError), caplog.at_level(logging.WARNING, "kvcached"):
         memory.before_step(PageOrders(map_pages=[1, 2], num_used_pages=3))
@@ -166,7 +166,7 @@ def test_a_step_goes_on_when_memory_comes(
 ) -> None:
     backend = faulty()
     memory = RankMemory(GEOMETRY, NUM_PAGES, seat, backend)
-    instance.reserve(1, is_urgent=False)
+    instance.promise(1, is_urgent=False)
     start = clock.now
     backend.fails = lambda verb, _number: verb == "create" and clock.now < start + 1
     memory.before_step(PageOrders(map_pages=[1], num_used_pages=2))
@@ -178,18 +178,18 @@ def test_a_step_goes_on_when_memory_comes(
 def test_nobody_waits_for_a_page_that_cannot_be_unmapped(instance: Instance, seat: Seat) -> None:
     backend = faulty()
     memory = RankMemory(GEOMETRY, NUM_PAGES, seat, backend)
-    instance.reserve(3, is_urgent=False)
+    instance.promise(3, is_urgent=False)
     memory.carry_out(PageOrders(map_pages=[1, 2, 3], num_used_pages=4))
     backend.fails = lambda verb, _number: verb == "unmap"
     instance.acknowledge(3)
-    instance.reserve(2, is_urgent=False)  # for other pages
+    instance.promise(2, is_urgent=False)  # for other pages
     assert seen(seat).coming_bytes == 3 * PAGE
     memory.carry_out(PageOrders(unmap_pages=[1, 2, 3], num_used_pages=1))
     view = seen(seat)
     assert (view.coming_bytes, view.resident_bytes, view.idle_bytes) == (0, 4 * PAGE, 3 * PAGE)
     assert view.promised_bytes == 2 * PAGE
     backend.fails = never
-    instance.reserve(1, is_urgent=False)
+    instance.promise(1, is_urgent=False)
     memory.carry_out(PageOrders(map_pages=[2], num_used_pages=2))
     view = seen(seat)
     assert (view.promised_bytes, view.resident_bytes) == (2 * PAGE, 4 * PAGE)
@@ -226,7 +226,7 @@ def test_after_a_failed_fence_nothing_is_unmapped_and_the_next_step_says_why(
 ) -> None:
     backend = BrokenFences()
     memory = RankMemory(GEOMETRY, NUM_PAGES, seat, backend)
-    instance.reserve(2, is_urgent=False)
+    instance.promise(2, is_urgent=False)
     memory.carry_out(PageOrders(map_pages=[1, 2], num_used_pages=3))
     backend.is_broken = True
     memory.after_step(PageOrders(unmap_pages=[1]))
@@ -270,7 +270,7 @@ def test_pages_come_and_go_with_the_stream_of_the_steps(instance: Instance, seat
     backend, stream = Streams(), 7
     memory = RankMemory(GEOMETRY, NUM_PAGES, seat, backend, lambda: stream)
     assert backend.joined == [7]
-    instance.reserve(1, is_urgent=False)
+    instance.promise(1, is_urgent=False)
     stream = 9
     memory.carry_out(PageOrders(map_pages=[1], num_used_pages=2))
     memory.carry_out(PageOrders(unmap_pages=[1], num_used_pages=1))
@@ -281,7 +281,7 @@ def test_pages_come_and_go_with_the_stream_of_the_steps(instance: Instance, seat
 def test_a_spare_page_that_a_step_needs_is_there_before_it(instance: Instance, seat: Seat) -> None:
     backend = faulty()
     memory = RankMemory(GEOMETRY, NUM_PAGES, seat, backend)
-    instance.reserve(2, is_urgent=False)
+    instance.promise(2, is_urgent=False)
     backend.fails = lambda verb, _number: verb == "create"
     memory.carry_out(PageOrders(spare_pages=[1, 2], num_used_pages=1))  # there is no memory yet
     backend.fails = never
@@ -296,7 +296,7 @@ def test_pages_of_ranks_on_one_device_are_counted_for_each(tmp_path: Path) -> No
         [POOL, POOL], config, name="a", default_name="", engine="test", on_ring=lambda: None
     )
     instance.describe(page_bytes=PAGE, num_pages=NUM_PAGES)
-    instance.reserve(3, is_urgent=False)
+    instance.promise(3, is_urgent=False)
     seat = instance.seat(POOL)
     ranks = [RankMemory(GEOMETRY, NUM_PAGES, seat, HostBackend()) for _ in range(2)]
     for memory in ranks:

@@ -26,7 +26,7 @@ class Ledgers:
     def room_pages(self) -> int:
         return 10
 
-    def reserve(self, _num_pages: int, **_: Any) -> int:
+    def promise(self, _num_pages: int, **_: Any) -> int:
         return self.granted
 
     def cancel(self, num_pages: int) -> None:
@@ -46,7 +46,7 @@ def test_all_ranks_are_promised_what_the_first_one_is_and_know_the_same_room() -
     for rank in (first, second):
         rank.look()
         assert rank.room_pages == 10
-        assert rank.reserve(6, is_urgent=True) == 4
+        assert rank.promise(6, is_urgent=True) == 4
         assert rank.room_pages == 6
         rank.cancel(1)
         assert rank.room_pages == 7

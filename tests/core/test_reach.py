@@ -187,7 +187,7 @@ class Engine:
     def take(self, num_pages: int) -> int:
         """Map as many pages for requests as are promised; ask the others for the rest."""
         wanted = num_pages * PAGE
-        granted = self.ledger.reserve(self.row, wanted, PAGE, is_waiting=True) // PAGE
+        granted = self.ledger.promise(self.row, wanted, PAGE, is_waiting=True) // PAGE
         if granted < num_pages:
             self.ledger.ask_peers(self.row, (num_pages - granted) * PAGE)
         self.used += granted

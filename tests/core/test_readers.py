@@ -26,7 +26,7 @@ WRITE_LOCK = struct.pack("hhqqixxxx", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 def folder(tmp_path: Path) -> Iterator[Path]:
     with Ledger(ledger_directory(tmp_path / "kv") / "host.ledger", GIB) as ledger:
         row = ledger.register(name="llama", engine="vLLM 0.32.0", page_bytes=16 * MIB)
-        ledger.reserve(row, 128 * MIB, 16 * MIB)
+        ledger.promise(row, 128 * MIB, 16 * MIB)
         ledger.settle(row, mapped_bytes=128 * MIB, used_bytes=32 * MIB, cached_bytes=80 * MIB)
         yield ledger.path.parent
 

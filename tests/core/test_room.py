@@ -33,7 +33,7 @@ class Engine:
         self.devices = list(dict.fromkeys(devices))
 
     def hold(self, *, num_cached: int = 0, num_used: int = 0) -> None:
-        assert self.instance.reserve(num_cached + num_used, is_urgent=False)
+        assert self.instance.promise(num_cached + num_used, is_urgent=False)
         self.num_cached, self.num_used = num_cached, num_used
         self.settle(mapped_bytes=(num_cached + num_used) * PAGE)
 
@@ -85,7 +85,7 @@ def test_neighbours_give_their_cache_to_who_wakes_and_get_none_of_it_back(
     neighbour.hold(num_cached=8)
     assert sleeper.instance.beside.make_room(5 * PAGE, 10.0) is None
     assert neighbour.view().resident_bytes == 3 * PAGE
-    assert neighbour.instance.reserve(1, is_urgent=False) == 0
+    assert neighbour.instance.promise(1, is_urgent=False) == 0
     assert sleeper.view().waiting_bytes == 0
 
 
@@ -95,9 +95,9 @@ def test_who_wakes_is_not_promised_pages_where_its_weights_will_lie(
     sleeper = start("sleeper")
     assert sleeper.instance.beside.make_room(5 * PAGE, 10.0) is None
     assert sleeper.instance.room_pages() == 3
-    assert sleeper.instance.reserve(8, is_urgent=False) == 3
+    assert sleeper.instance.promise(8, is_urgent=False) == 3
     sleeper.instance.beside.announce(0)
-    assert sleeper.instance.reserve(8, is_urgent=False) == 5
+    assert sleeper.instance.promise(8, is_urgent=False) == 5
 
 
 def test_without_room_nothing_stays_announced_and_the_holders_are_named(
@@ -116,7 +116,7 @@ def test_without_room_nothing_stays_announced_and_the_holders_are_named(
         "32 MiB of 64 MiB are missing on host; it is held by busy (80 MiB), small (16 MiB)"
     )
     assert (sleeper.view().static_bytes, sleeper.view().waiting_bytes) == (0, 0)
-    assert small.instance.reserve(2, is_urgent=False) == 2
+    assert small.instance.promise(2, is_urgent=False) == 2
 
 
 def test_a_refusal_on_one_device_leaves_nothing_announced_on_the_other(
@@ -154,11 +154,11 @@ def test_no_limit_keeps_weights_out_and_no_request_stops_for_them(
 def test_who_waits_is_woken_when_an_announcement_shrinks(start: Callable[..., Engine]) -> None:
     sleeper, neighbour = start("sleeper"), start("neighbour")
     assert sleeper.instance.beside.make_room(8 * PAGE, 10.0) is None
-    assert neighbour.instance.reserve(2, is_urgent=True) == 0
+    assert neighbour.instance.promise(2, is_urgent=True) == 0
     neighbour.asked.clear()
     sleeper.instance.beside.announce(4 * PAGE)
     assert neighbour.asked.wait(60)
-    assert neighbour.instance.reserve(2, is_urgent=True) == 2
+    assert neighbour.instance.promise(2, is_urgent=True) == 2
 
 
 def test_who_gave_up_does_not_wait_any_more_and_asks_again_at_once(
@@ -167,13 +167,13 @@ def test_who_gave_up_does_not_wait_any_more_and_asks_again_at_once(
     asker, holder = start("asker"), start("holder")
     holder.hold(num_cached=8)
     holder.is_deaf = True
-    assert asker.instance.reserve(2, is_urgent=True) == 0
+    assert asker.instance.promise(2, is_urgent=True) == 0
     assert asker.view().waiting_bytes == 2 * PAGE
     asker.instance.clear_waiting()
     assert asker.view().waiting_bytes == 0
     holder.is_deaf = False
     holder.answer()
-    assert asker.instance.reserve(2, is_urgent=True) == 2
+    assert asker.instance.promise(2, is_urgent=True) == 2
 
 
 def test_a_floor_set_from_outside_leaves_nobody_waiting(start: Callable[..., Engine]) -> None:

@@ -45,7 +45,7 @@ class Engine:
     def serve(self, *, used: int = 1, weights: int = NUM_WEIGHTS) -> None:
         """Have requests, and weights that are not offered."""
         for ledger, row in self.rows:
-            assert ledger.reserve(row, used * PAGE, PAGE) == used * PAGE
+            assert ledger.promise(row, used * PAGE, PAGE) == used * PAGE
             ledger.settle(row, mapped_bytes=used * PAGE, used_bytes=used * PAGE, cached_bytes=0)
             ledger.settle_weights(row, mapped_bytes=weights * PAGE)
 
@@ -189,7 +189,7 @@ def test_who_has_to_wait_announces_nothing(make: Make) -> None:
     busy.serve()
     busy.copy()
     assert not new.line().look()
-    assert busy.ledger.reserve(busy.row, 7 * PAGE, PAGE) == 7 * PAGE
+    assert busy.ledger.promise(busy.row, 7 * PAGE, PAGE) == 7 * PAGE
 
 
 def test_what_was_announced_is_taken_back_when_it_cannot_come_any_more(make: Make) -> None:
@@ -228,8 +228,8 @@ def test_a_start_leaves_room_for_the_first_pages_of_those_that_load(make: Make) 
     assert first.line().look()
     assert not second.line(NUM_PAGES - NUM_WEIGHTS - 1).look()
     assert second.line(NUM_PAGES - NUM_WEIGHTS - 2).look()
-    assert first.ledger.reserve(first.row, PAGE, PAGE) == PAGE
-    assert second.ledger.reserve(second.row, PAGE, PAGE) == PAGE
+    assert first.ledger.promise(first.row, PAGE, PAGE) == PAGE
+    assert second.ledger.promise(second.row, PAGE, PAGE) == PAGE
 
 
 def test_the_first_page_of_who_entered_since_a_look_is_left_out_of_the_room(make: Make) -> None:

@@ -110,7 +110,7 @@ def test_what_a_rank_maps_and_cannot_map_is_in_the_metrics(
 ) -> None:
     monkeypatch.setattr("kvcached_core.memory.patience.FIRST_PAUSE_SECONDS", 0.0)
     row = ledger.register(name="llama", engine="vLLM 0.32.0")
-    ledger.reserve(row, 4 * PAGE, PAGE)
+    ledger.promise(row, 4 * PAGE, PAGE)
     backend = FaultyBackend(HostBackend(), lambda verb, number: (verb, number) == ("map", 2))
     memory = RankMemory(GEOMETRY, 8, Seat(str(ledger.path), row, 1), backend)
     memory.carry_out(PageOrders(map_pages=[1], num_used_pages=2))

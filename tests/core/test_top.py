@@ -215,7 +215,7 @@ def test_a_ledger_that_cannot_be_read_is_a_line_above_the_others() -> None:
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
     with Ledger(ledger_directory(tmp_path / "kv") / "host.ledger", GIB) as opened:
         row = opened.register(name="llama", engine="vLLM 0.32.0", page_bytes=16 * MIB)
-        opened.reserve(row, 128 * MIB, 16 * MIB)
+        opened.promise(row, 128 * MIB, 16 * MIB)
         opened.settle(row, mapped_bytes=128 * MIB, used_bytes=32 * MIB, cached_bytes=80 * MIB)
         yield opened
 

@@ -40,7 +40,7 @@ def others_folder(reachable: Path) -> Iterator[Path]:
         return
     with Ledger(ledger_directory(reachable / "kv") / "host.ledger", GIB) as ledger:
         row = ledger.register(name="llama", engine="vLLM")
-        ledger.reserve(row, 64 * MIB, MIB)
+        ledger.promise(row, 64 * MIB, MIB)
         before = ledger.view()
         yield ledger.path.parent
         assert ledger.view() == before

@@ -164,7 +164,7 @@ def test_what_an_instance_holds_is_what_the_ledger_says(servers: Servers) -> Non
     path = ledger_directory(servers.directory) / "host.ledger"
     with Ledger(path, POOL) as ledger:
         row = ledger.register(name="a", engine="stand-in")
-        ledger.reserve(row, MIB, MIB)
+        ledger.promise(row, MIB, MIB)
         ledger.settle(row, mapped_bytes=MIB, used_bytes=MIB, cached_bytes=0)
         assert servers.view("a").resident_bytes == servers.resident_bytes("a") == MIB
         assert servers.resident_bytes("b") == 0

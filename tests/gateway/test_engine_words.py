@@ -221,7 +221,7 @@ class FullLedgers:
     def announce(self, static_bytes: int) -> None:
         pass
 
-    def reserve_first_page(self) -> str:
+    def promise_first_page(self) -> str:
         return "4 MiB of 4 MiB are missing on host"
 
 

@@ -43,7 +43,7 @@ def main() -> None:
 
         def work() -> None:
             while not end.is_set():
-                granted = ledger.reserve(row, 8 * PAGE, PAGE)
+                granted = ledger.promise(row, 8 * PAGE, PAGE)
                 ledger.settle(row, mapped_bytes=granted, used_bytes=granted, cached_bytes=0)
                 ledger.settle(row, unmapped_bytes=granted, used_bytes=0, cached_bytes=0)
 
@@ -63,7 +63,7 @@ def main() -> None:
         seen = {view.name: view for view in ledger.view().instances}
         assert set(seen) == {"parent", "neighbour"}
         assert (seen["parent"].resident_bytes, seen["parent"].promised_bytes) == (0, 0)
-        assert ledger.reserve(neighbour, CAPACITY, PAGE) == CAPACITY
+        assert ledger.promise(neighbour, CAPACITY, PAGE) == CAPACITY
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Neighbour:
         """Map and use up to so many pages more, of what is free; return how many it was."""
         self._rang.clear()
         self.instance._refusals.forget()  # it asks again whenever the test says so
-        granted = self.instance.reserve(num_pages, is_urgent=True)
+        granted = self.instance.promise(num_pages, is_urgent=True)
         used = self.view().used_bytes
         self._settle(mapped=granted, used_bytes=used + granted * PAGE_BYTES)
         return granted

@@ -18,7 +18,7 @@ PAGE = 2 * 1024 * 1024
 NUM_PAGES = 64
 GEOMETRY = Geometry(block_bytes=128 * 1024, num_planes=4, ids_per_page=16, blocks_per_page=4)
 WITH_WEIGHTS = ("wake", "restore", "drop", "give_up")
-OPERATIONS = ("reserve", "borrow", "map", "cancel", "free", "use", "answer", *WITH_WEIGHTS)
+OPERATIONS = ("promise", "borrow", "map", "cancel", "free", "use", "answer", *WITH_WEIGHTS)
 
 
 class Child:
@@ -31,14 +31,14 @@ class Child:
         self.num_promised = self.num_used = self.num_cached = 0
         self.num_weights = self.num_announced = 0
 
-    def reserve(self, num: int) -> int:
-        granted = self.ledger.reserve(self.row, num * PAGE, PAGE) // PAGE
+    def promise(self, num: int) -> int:
+        granted = self.ledger.promise(self.row, num * PAGE, PAGE) // PAGE
         self.num_promised += granted
         return granted
 
     def borrow(self, num: int) -> int:
         """Reserve for a request that waits: what is missing to others' floors, too."""
-        granted = self.ledger.reserve(self.row, num * PAGE, PAGE, is_waiting=True) // PAGE
+        granted = self.ledger.promise(self.row, num * PAGE, PAGE, is_waiting=True) // PAGE
         self.num_promised += granted
         return granted
 

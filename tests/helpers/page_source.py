@@ -20,7 +20,7 @@ class CountingSource:
         self.num_promised = 0
         self.wishes: list[bool] = []
 
-    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
+    def promise(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
         self.wishes.append(is_urgent)
         granted = min(num_pages + num_spare, self.num_left)
         self.num_left -= granted

@@ -76,7 +76,7 @@ def neighbour(engine: Any) -> Any:
         on_ring=lambda: None,
     )
     instance.describe(page_bytes=engine.geometry.page_bytes, num_pages=64)
-    instance.reserve(64, is_urgent=False)
+    instance.promise(64, is_urgent=False)
     return instance
 
 

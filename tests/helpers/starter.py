@@ -126,7 +126,7 @@ class Starter:
 
     def _take_page(self) -> None:
         self.ledger._look_around_ns = 0  # a round is long enough to look for rows of the dead
-        if self.ledger.reserve(self.row, PAGE, PAGE):
+        if self.ledger.promise(self.row, PAGE, PAGE):
             if self._has_two_rows:
                 self._join()
                 self.ledger.unregister(self.needs[0].row)

@@ -48,7 +48,7 @@ class Source:
     def room_pages(self) -> int:
         return self.num_left
 
-    def reserve(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
+    def promise(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
         granted = min(num_pages + num_spare, self.num_left)
         self.num_left -= granted
         self.num_promised += granted

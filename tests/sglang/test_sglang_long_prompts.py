@@ -53,7 +53,7 @@ def test_a_prompt_that_was_begun_gives_its_part_back_and_is_answered_later(
             taken = 0
             deadline = time.monotonic() + 30
             while not asked.done() and taken < POOL - 2 * PAGE:
-                taken += ledger.reserve(row, POOL, PAGE)  # also what the prompt gives back
+                taken += ledger.promise(row, POOL, PAGE)  # also what the prompt gives back
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.01)
             assert not asked.done()

@@ -161,7 +161,7 @@ def test_without_room_a_wake_is_refused_with_nothing_touched_and_granted_later(
 ) -> None:
     sleeper.sleep()
     before = list(sleeper.saver.calls)
-    assert neighbour.reserve(20, is_urgent=False) == 20
+    assert neighbour.promise(20, is_urgent=False) == 20
     answer = sleeper.wake()
     assert answer.rid.startswith(
         "kvcached: there is no room to wake up: 16 MiB of 40 MiB are missing"

@@ -220,15 +220,15 @@ def test_cached_states_go_to_a_neighbour(ours: Hybrid) -> None:
 def test_what_a_running_prompt_will_cache_is_neither_given_nor_counted_on(ours: Hybrid) -> None:
     batch = SimpleNamespace(reqs=[None] * 8, forward_mode=SimpleNamespace(is_extend=lambda: True))
     num_slots = ours.slots.num_available_blocks()
-    ours.states.reserve((batch, None), ours.cache)
+    ours.states.set_aside((batch, None), ours.cache)
     tell(ours.engine)
     assert ours.states.limit_requests(1000, ours.cache) == (num_slots - 8) // PER_REQUEST
     ours.engine.giving.give(WantedPages(NUM_PAGES, 0))
     ours.memory.keeper.wait()
     assert ours.slots.num_free_blocks >= 8
     assert len(ours.allocator.alloc(8)) == 8
-    ours.states.reserve((None,), ours.cache)
-    assert ours.slots.num_reserved == 0
+    ours.states.set_aside((None,), ours.cache)
+    assert ours.slots.num_set_aside == 0
 
 
 def test_no_more_requests_come_in_than_there_are_states_for(ours: Hybrid) -> None:

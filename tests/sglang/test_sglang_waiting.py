@@ -49,7 +49,7 @@ def engine(tmp_path: Path) -> Any:
     made.pools.append(pages)
     neighbour = make_engine(tmp_path, host_pool=8 * MIB)
     neighbour.ranks.describe(page_bytes=2 * MIB, num_pages=4, least_pages=1)
-    neighbour.ranks.reserve(2, is_urgent=True)
+    neighbour.ranks.promise(2, is_urgent=True)
     yield made
     made.close()
     neighbour.close()
@@ -67,7 +67,7 @@ def waiting_bytes(engine: SglangEngine) -> int:
 
 def test_who_was_refused_waits_while_its_request_does(engine: SglangEngine) -> None:
     busy = scheduler("one")
-    engine.ranks.reserve(6, is_urgent=True)
+    engine.ranks.promise(6, is_urgent=True)
     for _ in range(3):
         end_schedule(engine, busy, has_batch=False)
     assert waiting_bytes(engine) > 0
@@ -79,7 +79,7 @@ def test_the_gauges_say_so_once_a_second(
     now = 1000.0
     monkeypatch.setattr("kvcached_sglang.port.time", SimpleNamespace(monotonic=lambda: now))
     busy = scheduler("one", "two")
-    engine.ranks.reserve(6, is_urgent=True)
+    engine.ranks.promise(6, is_urgent=True)
     for _ in range(6):
         end_schedule(engine, busy, has_batch=False)
         now += GAUGE_SECONDS / 2
@@ -95,7 +95,7 @@ def test_who_is_only_asked_for_waits_too(engine: SglangEngine) -> None:
 
 def test_who_has_a_batch_leaves_the_gauges_to_sglang(engine: SglangEngine) -> None:
     busy = scheduler("one")
-    engine.ranks.reserve(6, is_urgent=True)
+    engine.ranks.promise(6, is_urgent=True)
     end_schedule(engine, busy, has_batch=True)
     assert not busy.metrics_reporter.published
 

@@ -145,7 +145,7 @@ def test_a_start_without_room_for_a_page_says_what_is_missing(
 ) -> None:
     monkeypatch.setattr(instance, "PATIENCE_SECONDS", 0.05)
     place(engine)
-    engine.ranks.reserve(1 << 20, is_urgent=False)
+    engine.ranks.promise(1 << 20, is_urgent=False)
     vllm_config = configuration(model_config=SimpleNamespace(model="m", max_model_len=2048))
     late = VllmEngine(vllm_config, config, [FIRST], Core())
     with pytest.raises(
@@ -340,7 +340,7 @@ def neighbour(engine: VllmEngine, config: Config) -> Iterator[VllmEngine]:
     vllm_config = configuration(model_config=SimpleNamespace(model="n", max_model_len=2048))
     made = VllmEngine(vllm_config, config, [FIRST], Core())
     made.place([plan(8)], 2 * MIB)
-    made.ranks.reserve(1 << 20, is_urgent=False)
+    made.ranks.promise(1 << 20, is_urgent=False)
     yield made
     made.close()
 
@@ -352,7 +352,7 @@ def waiting_bytes(engine: VllmEngine) -> int:
 
 @pytest.mark.usefixtures("neighbour")
 def test_an_engine_in_which_nothing_runs_does_not_wait_for_memory(engine: VllmEngine) -> None:
-    engine.ranks.reserve(5, is_urgent=True)
+    engine.ranks.promise(5, is_urgent=True)
     assert waiting_bytes(engine) > 0
     engine.rest()
     assert waiting_bytes(engine) == 0
@@ -368,7 +368,7 @@ def test_an_engine_stops_to_wait_when_who_was_refused_is_gone_and_others_run(
         engine.port.core.scheduler.get_request_counts = lambda: (1, num_waiting)
         engine.end_schedule()
 
-    engine.ranks.reserve(5, is_urgent=True)
+    engine.ranks.promise(5, is_urgent=True)
     end_schedule(engine, 0)  # refused in this very schedule: preempted, say
     assert waiting_bytes(engine) > 0
     end_schedule(engine, 1)

@@ -124,7 +124,7 @@ def sleeper(config: Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sleeper
 def neighbour(config: Config) -> Iterator[Instance]:
     """Return an engine that holds all but 48 MiB of the second device."""
     instance = join(config, "neighbour", [SECOND])
-    assert instance.reserve(13, is_urgent=False) == 13
+    assert instance.promise(13, is_urgent=False) == 13
     yield instance
     instance.close()
 

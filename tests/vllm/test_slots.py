@@ -109,13 +109,13 @@ def request(num_blocks: int, name: str = "r") -> Request:
 def wishes_of(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     """Return the list of what is asked of the ledger from now on: how many pages, and urgently?"""
     wishes: list[tuple[int, bool]] = []
-    reserve = engine.instance.reserve
+    promise = engine.instance.promise
 
     def note(num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
         wishes.append((num_pages, is_urgent))
-        return reserve(num_pages, is_urgent=is_urgent, num_spare=num_spare)
+        return promise(num_pages, is_urgent=is_urgent, num_spare=num_spare)
 
-    monkeypatch.setattr(engine.instance, "reserve", note)
+    monkeypatch.setattr(engine.instance, "promise", note)
     return wishes
 
 
@@ -137,7 +137,7 @@ def test_what_a_request_needs_is_asked_for_once_and_before_it_gets_it(
 def test_a_request_that_finds_no_memory_waits(
     engine: VllmEngine, manager: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine.ranks.reserve(1 << 20, is_urgent=False)
+    engine.ranks.promise(1 << 20, is_urgent=False)
     wishes = wishes_of(engine, monkeypatch)
     one = request(2 * engine.pools[0].geometry.blocks_per_page)
     assert manager.allocate_slots(one, one.num_tokens) is None

@@ -46,7 +46,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 @pytest.fixture
 def memory(ledger: Ledger) -> Iterator[RankMemory]:
     row = ledger.register(name="a", engine="test")
-    ledger.reserve(row, PAGE, PAGE)
+    ledger.promise(row, PAGE, PAGE)
     memory = RankMemory(GEOMETRY, 16, Seat(str(ledger.path), row, 1), HostBackend())
     yield memory
     memory.close()
@@ -80,7 +80,7 @@ def test_page_zero_is_resident_from_the_start(memory: RankMemory, ledger: Ledger
 def test_orders_map_before_and_unmap_after_and_may_come_twice(
     memory: RankMemory, ledger: Ledger
 ) -> None:
-    ledger.reserve(seen(ledger).row, 2 * PAGE, PAGE)
+    ledger.promise(seen(ledger).row, 2 * PAGE, PAGE)
     orders = PageOrders(map_pages=[3, 5], num_used_pages=2, num_cached_pages=1)
     for _ in range(2):
         carry_out(SimpleNamespace(kvcached=memory), orders, wait=False)
@@ -115,7 +115,7 @@ def test_warm_up_waits_for_a_promise_and_maps_nothing_without_one(
 ) -> None:
     monkeypatch.setattr(rank, "ROOM_SECONDS", 0.1)
     other = ledger.register(name="b", engine="test")
-    held = ledger.reserve(other, 64 * PAGE, PAGE)
+    held = ledger.promise(other, 64 * PAGE, PAGE)
     touches = [GEOMETRY.ids_per_page]
     with pytest.raises(ConfigError, match=r"needed 1 pages of .* missing .* on host"):
         memory.map_for_warm_up(touches)
@@ -154,7 +154,7 @@ def test_the_check_names_blocks_that_are_not_mapped_or_do_not_exist(memory: Rank
 
 def test_closing_gives_every_byte_back(ledger: Ledger) -> None:
     row = ledger.register(name="a", engine="test")
-    ledger.reserve(row, 2 * PAGE, PAGE)
+    ledger.promise(row, 2 * PAGE, PAGE)
     memory = RankMemory(GEOMETRY, 16, Seat(str(ledger.path), row, 1), HostBackend())
     memory.carry_out(PageOrders(map_pages=[4], num_used_pages=2))
     memory.close()
@@ -197,7 +197,7 @@ geometry = choose_geometry(block_bytes=65536, num_planes=4, granularity_bytes=2 
 path = ledger_directory(Path(sys.argv[1])) / "host.ledger"
 ledger = Ledger(path, 1 << 30)
 row = ledger.register(name="a", engine="test")
-ledger.reserve(row, geometry.page_bytes, geometry.page_bytes)
+ledger.promise(row, geometry.page_bytes, geometry.page_bytes)
 memory = RankMemory(geometry, 4, Seat(str(path), row, 1), HostBackend())
 number = os.fork()
 if number == 0:
@@ -233,7 +233,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 @pytest.fixture
 def gpu_memory(ledger: Ledger, driver: FakeDriver) -> Iterator[RankMemory]:
     row = ledger.register(name="a", engine="test")
-    ledger.reserve(row, PAGE, PAGE)
+    ledger.promise(row, PAGE, PAGE)
     backend = CudaBackend(api=cast("Any", driver))
     memory = RankMemory(GEOMETRY, 16, Seat(str(ledger.path), row, 1), backend, lambda: 7)
     yield memory
@@ -245,12 +245,12 @@ def gpu_memory(ledger: Ledger, driver: FakeDriver) -> Iterator[RankMemory]:
 def test_on_a_gpu_a_page_goes_when_the_step_behind_it_is_done(
     gpu_memory: RankMemory, driver: FakeDriver, ledger: Ledger
 ) -> None:
-    ledger.reserve(seen(ledger).row, 2 * PAGE, PAGE)
+    ledger.promise(seen(ledger).row, 2 * PAGE, PAGE)
     gpu_memory.before_step(PageOrders(map_pages=[1, 2], num_used_pages=3))
     assert driver.calls["cuStreamWaitEvent"] == 2  # page 0, and this step
     driver.idle.clear()
     gpu_memory.after_step(PageOrders(unmap_pages=[1, 2], num_used_pages=1))
-    ledger.reserve(seen(ledger).row, PAGE, PAGE)
+    ledger.promise(seen(ledger).row, PAGE, PAGE)
     gpu_memory.before_step(PageOrders(map_pages=[1], num_used_pages=2))
     assert driver.mapped_bytes == 3 * PAGE  # page 1 was needed again, page 2 waits for its fence
     driver.idle.set()
@@ -262,7 +262,7 @@ def test_on_a_gpu_a_page_goes_when_the_step_behind_it_is_done(
 def test_on_a_gpu_spare_pages_cost_the_engines_thread_no_driver_call(
     gpu_memory: RankMemory, ledger: Ledger
 ) -> None:
-    ledger.reserve(seen(ledger).row, 4 * PAGE, PAGE)
+    ledger.promise(seen(ledger).row, 4 * PAGE, PAGE)
     counting = count_calls(gpu_memory)
     orders = PageOrders(spare_pages=[1, 2, 3, 4], num_used_pages=1)
     gpu_memory.before_step(orders)
@@ -277,7 +277,7 @@ def test_on_a_gpu_spare_pages_cost_the_engines_thread_no_driver_call(
 def test_a_step_waits_for_memory_that_somebody_outside_took(
     gpu_memory: RankMemory, driver: FakeDriver, ledger: Ledger
 ) -> None:
-    ledger.reserve(seen(ledger).row, PAGE, PAGE)
+    ledger.promise(seen(ledger).row, PAGE, PAGE)
     first = driver.calls["cuMemCreate"]
     driver.fails = lambda name, number: (
         Result.CUDA_ERROR_OUT_OF_MEMORY if name == "cuMemCreate" and number < first + 3 else None

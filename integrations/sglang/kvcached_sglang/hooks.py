@@ -96,14 +96,14 @@ def get_next_batch_to_run(original: Callable[..., Any]) -> Callable[..., Any]:
             skip_health_checks(self)
         states = ours.states
         if states is not None:
-            states.reserve((self.last_batch,), self.tree_cache)
+            states.set_aside((self.last_batch,), self.tree_cache)
         ours.before_schedule()
         plan = original(self, *args, **kwargs)
         if ours.copies is not None:
             ours.copies.settle()
         batch = getattr(plan, "batch_to_run", plan)
         if states is not None:
-            states.reserve((self.last_batch, batch), self.tree_cache)
+            states.set_aside((self.last_batch, batch), self.tree_cache)
         if batch is None and self.last_batch is None:
             answer_health_checks(self)
         ours.after_schedule(has_batch=batch is not None)

@@ -120,8 +120,8 @@ class States:
 
     def demand(self, num_requests: int) -> Demand:
         """Return what the next batch takes at most, in slots, if it takes so many that wait."""
-        num_reserved = 0 if self.slots is None else self.slots.num_reserved
-        num_queued = num_reserved + num_requests * self._per_request
+        num_set_aside = 0 if self.slots is None else self.slots.num_set_aside
+        num_queued = num_set_aside + num_requests * self._per_request
         return Demand(0, num_queued, self._per_request if num_requests else 0, num_requests)
 
     def limit_requests(self, num_requests: int, tree_cache: Any) -> int:
@@ -135,7 +135,7 @@ class States:
         num_slots = self.slots.num_available_blocks() + evictable_states(tree_cache)
         return min(num_requests, num_slots // self._per_request)
 
-    def reserve(self, batches: Iterable[Any], tree_cache: Any) -> None:
+    def set_aside(self, batches: Iterable[Any], tree_cache: Any) -> None:
         """Keep a slot for each prompt that was computed: it is cached when its outcome is seen.
 
         That is behind the schedule, where nothing is promised any more.
@@ -148,9 +148,9 @@ class States:
         if slots is None or self._per_request == 1:  # there is no cache
             return
         prompts = [each for each in batches if each is not None and each.forward_mode.is_extend()]
-        slots.num_reserved = sum(len(batch.reqs) for batch in prompts)
-        slots.open(slots.num_reserved)
-        num_missing = slots.num_reserved - slots.num_free_blocks
+        slots.num_set_aside = sum(len(batch.reqs) for batch in prompts)
+        slots.open(slots.num_set_aside)
+        num_missing = slots.num_set_aside - slots.num_free_blocks
         if num_missing > 0:
             drop_states(tree_cache, num_missing)
 

@@ -58,7 +58,7 @@ class ClaimMachine(RuleBasedStateMachine):
     def take(self, *, size: int, is_waiting: bool) -> None:
         """The neighbour maps all that it is promised, and never what is the program's."""
         free = CAPACITY - self.mapped - self.claim.held_bytes - self.claim.announced_bytes
-        granted = self.ledger.reserve(self.neighbour, size, 1, is_waiting=is_waiting)
+        granted = self.ledger.promise(self.neighbour, size, 1, is_waiting=is_waiting)
         assert granted <= max(free, 0)
         if not self.has_driver or self.allocated == self.claim.held_bytes:
             assert granted == min(size, max(free, 0))

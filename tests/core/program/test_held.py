@@ -108,7 +108,7 @@ class Engine:
 
     def take(self, num_gib: int) -> int:
         """Map up to so much; return how much it was."""
-        granted = self.ledger.reserve(self.row, num_gib * GIB, GIB, is_waiting=True)
+        granted = self.ledger.promise(self.row, num_gib * GIB, GIB, is_waiting=True)
         self._gpu.pages += granted
         self.ledger.settle(self.row, mapped_bytes=granted, used_bytes=granted, cached_bytes=0)
         return granted // GIB

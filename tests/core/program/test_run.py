@@ -32,7 +32,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     """The ledger of a pool in which an engine holds a page."""
     with Ledger(ledger_directory(tmp_path / "kv") / "host.ledger", POOL) as opened:
         row = opened.register(name="llama", engine="test", page_bytes=MIB)
-        opened.reserve(row, MIB, MIB)
+        opened.promise(row, MIB, MIB)
         opened.settle(row, mapped_bytes=MIB, used_bytes=MIB, cached_bytes=0)
         yield opened
 
@@ -170,7 +170,7 @@ def test_after_a_kill_nothing_is_announced_and_nothing_runs_on(
             os.kill(pid, signal.SIGKILL)
     assert code == (-signal.SIGKILL if who == "run" else 128 + signal.SIGKILL)
     assert row(ledger) is None
-    assert ledger.reserve(ledger.view().instances[0].row, POOL - MIB, MIB) == POOL - MIB
+    assert ledger.promise(ledger.view().instances[0].row, POOL - MIB, MIB) == POOL - MIB
 
 
 def test_without_room_the_command_is_not_started(ledger: Ledger, start: Start) -> None:

@@ -64,7 +64,7 @@ def test_nothing_stays_taken_and_the_next_start_finds_its_copy(
     with Ledger(tmp_path / "gpu.ledger", GIB) as ledger:
         other = ledger.register(name="other", engine="test")
         assert [view.name for view in ledger.view().instances] == ["other"]
-        assert ledger.reserve(other, GIB, PAGE) == GIB
+        assert ledger.promise(other, GIB, PAGE) == GIB
         ledger.unregister(other)
     again = WeightedRank(HostBackend(PAGE), tmp_path)
     copied = []
