@@ -13,6 +13,7 @@ from kvcached_core.config import HOST, Config, read_config
 from kvcached_core.engine import giving, instance
 from kvcached_core.errors import ConfigError, PolicyError, UnsupportedEngineError
 from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.devices import Device
 from kvcached_core.memory.rank import RankMemory
@@ -72,6 +73,20 @@ def engine(config: Config) -> Iterator[VllmEngine]:
     made = VllmEngine(vllm_config, config, [FIRST, SECOND], Core())
     yield made
     made.close()
+
+
+def test_a_start_with_a_host_tier_of_no_size_leaves_the_ledger(config: Config) -> None:
+    extra = {"cpu_bytes_to_use": "much"}
+    transfer = SimpleNamespace(
+        kv_connector="OffloadingConnector", kv_connector_extra_config=extra, engine_id="it"
+    )
+    vllm_config = configuration(
+        model_config=SimpleNamespace(model="m", max_model_len=2048), kv_transfer_config=transfer
+    )
+    with Ledger(ledger_directory(config.dir) / f"{FIRST.name}.ledger", FIRST.total_bytes) as ledger:
+        with pytest.raises(ValueError, match="much"):
+            VllmEngine(vllm_config, config, [FIRST], Core())
+        assert not ledger.view().instances
 
 
 def memory_at(place: Placement) -> RankMemory:

@@ -7,7 +7,7 @@ from kvcached_core.engine.activation import FIRST_LOOK_SECONDS
 from kvcached_core.engine.central import CentralEngine
 from kvcached_core.engine.placing import Planes
 from kvcached_core.engine.start import model_name
-from kvcached_core.errors import KVCachedError, UnsupportedEngineError
+from kvcached_core.errors import UnsupportedEngineError
 from kvcached_core.memory.devices import Device
 from kvcached_vllm.connectors import offloads
 from kvcached_vllm.host_tier import CountedTier, disk_folders, region_of, tier_bytes
@@ -60,7 +60,7 @@ class VllmEngine(CentralEngine):
                     folders=disk_folders(vllm_config),
                     region=region_of(vllm_config),
                 )
-            except KVCachedError:
+            except BaseException:
                 self.close()
                 raise
 

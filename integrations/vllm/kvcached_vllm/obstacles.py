@@ -29,10 +29,11 @@ def obstacles(vllm_config: Any) -> Iterator[str]:
         yield f"data parallel backend {backend}: set --data-parallel-backend mp"
     if getattr(parallel, "enable_elastic_ep", False):
         yield "elastic expert parallelism: ranks come and go; remove --enable-elastic-ep"
-    if getattr(parallel, "decode_context_parallel_size", 1) != 1:
+    num_parts = getattr(parallel, "decode_context_parallel_size", 1)
+    if num_parts != 1:
         yield (
-            "decode context parallelism: vLLM makes up blocks that it reads while it captures "
-            "graphs; set --decode-context-parallel-size 1"
+            f"decode context parallelism of {num_parts} ranks: vLLM makes up blocks that it reads "
+            "while it captures graphs; set --decode-context-parallel-size 1"
         )
     if getattr(parallel, "enable_dbo", False):
         yield "dual batch overlap: nobody has tried its two threads; remove --enable-dbo"
@@ -45,7 +46,10 @@ def obstacles(vllm_config: Any) -> Iterator[str]:
     yield from _layout_obstacles()
     attention = getattr(vllm_config, "attention_config", None)
     if getattr(attention, "hisparse_config", None) is not None:
-        yield "HiSparse: it has block pools of its own; switch it off"
+        yield (
+            "HiSparse: it has block pools of its own; remove hisparse_config from "
+            "--attention-config"
+        )
     if getattr(vllm_config.speculative_config, "enable_adaptive_verification", False):
         yield (
             "adaptive verification: to measure a step it reads blocks that nobody has; set "
