@@ -42,7 +42,7 @@ ARGUMENTS = (
     ),
     *_arguments(
         "memory:Memory",
-        "hicache_io_backend hicache_mem_layout hicache_size hicache_storage_backend",
+        "hicache_io_backend hicache_mem_layout hicache_ratio hicache_size hicache_storage_backend",
     ),
     *_arguments("exec_:ExecKernel", "enable_nvidia_megakernel", is_optional=True),
     *_arguments(

@@ -40,6 +40,11 @@ COPIES = (
         is_optional=True,
     ),
     *uses(
+        "a host tier that is sized by a ratio gets its size by it (kvcached_sglang/host_tier.py)",
+        f"{_SRT}.runtime_context:get_memory",
+        is_optional=True,
+    ),
+    *uses(
         "what drafts have in the host tier is counted, too (kvcached_sglang/host_tier.py)",
         *members(f"{_CONTROLLER}:HiCacheController", "has_draft mem_pool_host_draft"),
         is_optional=True,

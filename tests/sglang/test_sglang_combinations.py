@@ -1,5 +1,6 @@
 """What SGLang serves at once it serves at once with us, too: the same tokens, and nothing stays."""
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from helpers.speculating_server import ATTENTION
 from helpers.spoiled_planes import TARGET
 from helpers.waiting import await_that
 
+from kvcached_core.units import MIB
+
 pytestmark = [
     pytest.mark.sglang,
     pytest.mark.slow,
@@ -44,11 +47,22 @@ NGRAM = (
     *ATTENTION,
 )
 # What comes back is read from disk: the host's memory keeps nothing.
+ON_DISK = ("--page-size", "16", "--hicache-storage-prefetch-policy", "wait_complete")
 THROUGH_DISK = (
-    *("--page-size", "16", "--hicache-storage-backend", "file"),
-    *("--hicache-storage-prefetch-policy", "wait_complete"),
+    *(*ON_DISK, "--hicache-storage-backend", "file"),
     *("--hicache-host-memory-mode", "buffer_only"),
 )
+NAMED_STORAGE = {
+    "backend_name": "named",
+    "module_path": "helpers.hicache_storage",
+    "class_name": "NamedStorage",
+}
+THROUGH_NAMED = (
+    *(*ON_DISK, "--hicache-storage-backend", "dynamic"),
+    *("--hicache-storage-backend-extra-config", json.dumps(NAMED_STORAGE)),
+    *("--hicache-host-memory-mode", "buffer_only"),
+)
+BY_RATIO = ("--enable-hierarchical-cache", "--hicache-mem-layout", "layer_first")
 COPIER, KERNELS = "helpers.hicache_plugin", "helpers.spoiled_planes"
 DRAFTS = {"STANDALONE": noised_copy, "EAGLE": eagle_head, "EAGLE3": eagle3_head}
 
@@ -69,6 +83,7 @@ class Combination:
         num_more: Tokens that are put behind a prompt; without any the answer repeats what was said.
         pools: What SGLang calls those that are copied to the host.
         num_blocks: Those of the prompts that are stored on disk.
+        host_bytes: What it takes of the host for copies; 0 where it is told that.
     """
 
     arguments: tuple[str, ...]
@@ -82,6 +97,7 @@ class Combination:
     num_more: int = 8
     pools: tuple[str, ...] = ()
     num_blocks: int = 0
+    host_bytes: int = 0
 
     @property
     def has_ngrams(self) -> bool:
@@ -130,6 +146,15 @@ COMBINATIONS = {
     ),
     "disk-tier": Combination(
         (*TIER, *THROUGH_DISK), num_processes=1, num_tokens=400, pools=("kv",), num_blocks=75
+    ),
+    "named-tier": Combination(
+        (*TIER, *THROUGH_NAMED), num_processes=1, num_tokens=400, pools=("kv",), num_blocks=75
+    ),
+    "ratio-tier": Combination(
+        (*BY_RATIO, "--hicache-ratio", "1.5"), num_processes=1, pools=("kv",), host_bytes=96 * MIB
+    ),
+    "default-tier": Combination(
+        BY_RATIO, num_processes=1, pools=("kv",), host_bytes=128 * MIB, num_prompts=2
     ),
     "states-ngrams": STATES(NGRAM, num_processes=1, num_more=0),
     "states-draft": STATES((), draft="STANDALONE", num_processes=1, num_prompts=8),
@@ -225,6 +250,9 @@ def test_answers_are_vanillas_also_when_the_memory_was_given_away(served: Served
         hits = served.server.hits()
         assert len(hits) == served.combination.num_instances
         assert min(hits) > 0
+    if served.combination.host_bytes:
+        (tier,) = served.server.tiers()
+        assert tier.reserved_bytes == served.combination.host_bytes
 
 
 def test_wrong_blocks_change_answers_and_nothing_stays(served: Served) -> None:

@@ -19,7 +19,7 @@ from kvcached_core.weights.host_budget import HostBudget
 from kvcached_core.weights.host_tier import read_tiers
 from kvcached_sglang import host_tier
 from kvcached_sglang.engine import SglangEngine
-from kvcached_sglang.host_tier import is_offloading, tier_bytes, tier_obstacles
+from kvcached_sglang.host_tier import is_offloading, size_tier, tier_obstacles
 from kvcached_sglang.obstacles import argument_obstacles, model_obstacles
 
 pytestmark = pytest.mark.sglang
@@ -43,6 +43,7 @@ def arguments(**changes: Any) -> Any:
     [
         {},
         {"hicache_storage_backend": "file"},
+        {"hicache_storage_backend": "dynamic"},
         {"hicache_mem_layout": "page_first"},
         {"hicache_mem_layout": "page_head"},
         {"hicache_storage_backend": "file", "hicache_host_memory_mode": "buffer_only"},
@@ -58,7 +59,6 @@ def test_what_was_tried_is_served(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "said", "instead"),
     [
-        ({"hicache_size": 0}, "--hicache-ratio is a part", "set --hicache-size"),
         ({"hicache_storage_backend": "mooncake"}, "storage backend mooncake", "set --hicache-s"),
         ({"hicache_io_backend": "kernel_ascend"}, "kernel_ascend", "--hicache-io-backend to dir"),
         (
@@ -103,10 +103,32 @@ def test_layers_that_differ_are_refused_with_a_tier_of_older_releases(
     assert is_older == any("HiCache" in reason for reason in reasons)
 
 
+@pytest.mark.parametrize(
+    ("changes", "ratio"),
+    [
+        ({"hicache_ratio": 1.5}, 1.5),
+        ({"hicache_ratio": None}, 2.0),
+        ({"hicache_ratio": None, "hicache_host_memory_mode": "buffer_only"}, 1.2),
+    ],
+)
+def test_a_ratio_is_of_what_a_rank_believes_to_have(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], ratio: float
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr("kvcached_sglang.host_tier._tell_size", told.append)
+    cache_bytes = 10**9
+    assert size_tier(arguments(hicache_size=0, **changes), cache_bytes) == ratio * 2 * cache_bytes
+    assert told == [ratio * cache_bytes]
+    assert not list(tier_obstacles(arguments(hicache_size=0, **changes)))
+    monkeypatch.setattr("kvcached_sglang.host_tier._CONTEXT_MODULE", "kvcached_sglang.none_such")
+    (reason,) = tier_obstacles(arguments(hicache_size=0, **changes))
+    assert "set --hicache-size" in reason
+
+
 def test_its_size_is_what_all_ranks_of_an_instance_take() -> None:
-    assert tier_bytes(arguments()) == 8 * 10**9
-    assert tier_bytes(arguments(pp_size=2)) == 16 * 10**9
-    assert tier_bytes(arguments(attn_dp_size=2)) == 4 * 10**9  # each instance has one
+    assert size_tier(arguments(), 0) == 8 * 10**9
+    assert size_tier(arguments(pp_size=2), 0) == 16 * 10**9
+    assert size_tier(arguments(attn_dp_size=2), 0) == 4 * 10**9  # each instance has one
     assert is_offloading(arguments())
     assert not is_offloading(SimpleNamespace())
 

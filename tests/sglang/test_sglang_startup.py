@@ -103,11 +103,12 @@ def test_flags_in_sglangs_configuration_file_do_the_same(model: Any, tmp_path: P
 
 
 def test_a_refused_flag_of_sglangs_ends_the_start_with_one_message(model: Any) -> None:
-    refused = ("--enable-kvcached", "--enable-hierarchical-cache", "--dcp-size", "2")
+    tier = ("--enable-hierarchical-cache", "--hicache-storage-backend", "mooncake")
+    refused = ("--enable-kvcached", *tier, "--dcp-size", "2")
     done = run(PARSE_ONLY, "--model-path", str(model), "--device", "cpu", *refused)
     assert done.returncode == 1
     assert done.stderr.count("kvcached: ") == 1
-    assert "HiCache: --hicache-ratio is a part" in done.stderr
+    assert "HiCache storage backend mooncake: nobody has tried it" in done.stderr
     assert "set --dcp-size 1" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -235,7 +236,7 @@ def test_plain_models_mixes_and_hybrids_are_served(
             {"dp_size": 2, "enable_dp_attention": True},
             "nobody has tried it with this release; install SGLang 0.5.23, or remove",
         ),
-        ({"enable_hierarchical_cache": True}, "remove --enable-hierarchical-cache"),
+        (OFFLOADING | {"hicache_storage_backend": "nixl"}, "remove --enable-hierarchical-cache"),
         ({"disaggregation_mode": "prefill"}, "--disaggregation-mode null"),
         ({"enable_pdmux": True}, "remove --enable-pdmux"),
         (

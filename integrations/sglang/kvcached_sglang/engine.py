@@ -19,7 +19,7 @@ from kvcached_patches.around import around_found
 from kvcached_sglang.demand import named_blocks
 from kvcached_sglang.drafts import Drafts
 from kvcached_sglang.elastic_weights import may_yield
-from kvcached_sglang.host_tier import KEYS, SETTING, STATES, WINDOW, is_offloading, tier_bytes
+from kvcached_sglang.host_tier import KEYS, SETTING, STATES, WINDOW, is_offloading, size_tier
 from kvcached_sglang.obstacles import has_elastic_states, has_two_pools
 from kvcached_sglang.open_copies import OpenCopies
 from kvcached_sglang.parallel import data_rank_of, group_of
@@ -178,9 +178,9 @@ class SglangEngine(LoopingEngine):
 
     def _offload(self, server_args: Any) -> None:
         instance = self.ranks.instance
+        num_bytes = size_tier(server_args, self.virtual_bytes)
         try:
             if instance is not None:
-                num_bytes = tier_bytes(server_args)
                 self.tier = CountedTier(self.config, instance.name, num_bytes, setting=SETTING)
         except KVCachedError:
             self.close()

@@ -10,7 +10,8 @@ SETTING = "--hicache-size"
 SETTING_BYTES = 10**9  # SGLang counts it so, for each rank
 
 # What lies below the host's memory. All of SGLang's read and write host memory alone; these ran.
-SERVED_STORAGE = ("file",)
+# `dynamic` is a class that the user names.
+SERVED_STORAGE = ("file", "dynamic")
 SERVED_BACKENDS = ("direct", "kernel")
 # Where a block of a layer is, in the host's memory, as these back-ends copy it.
 SERVED_LAYOUTS = ("layer_first", "page_first", "page_first_direct", "page_head")
@@ -29,6 +30,15 @@ _FIRST_MODULE = "sglang.srt.mem_cache.unified_memory_pool"
 # the controller of one. Older ones have others, which we do not see.
 _TRANSFERS_MODULE = "sglang.srt.mem_cache.l2_transfer"
 
+# One of releases (0.5.19 on) that read the size where it can be changed when a server has started.
+_CONTEXT_MODULE = "sglang.srt.arg_groups.hicache_hook"
+
+# SGLang's multiples where none is set, by whether blocks stay in the host's memory.
+RATIO, BUFFER_RATIO = 2.0, 1.2
+
+# SGLang's part of the host's memory to which it would lower such a multiple.
+FRACTION = "hicache_host_memory_fraction"
+
 _REMOVE = "or remove --enable-hierarchical-cache"
 
 
@@ -42,10 +52,36 @@ def has_tier_of_pools() -> bool:
     return find_spec(_TRANSFERS_MODULE) is not None
 
 
-def tier_bytes(arguments: Any) -> int:
-    """Return the host memory that all ranks of an instance take for copies together, in bytes."""
-    num_bytes: int = arguments.hicache_size * SETTING_BYTES * num_alike(arguments)
-    return num_bytes
+def size_tier(arguments: Any, cache_bytes: int) -> int:
+    """Return the host memory that all ranks of an instance take for copies together, in bytes.
+
+    Where SGLang would take a multiple of its pool, whose ids no memory is behind, it is told to
+    take that of what a rank believes to have.
+
+    Args:
+        arguments: A `ServerArgs`.
+        cache_bytes: What each rank believes to have for its KV cache.
+    """
+    if arguments.hicache_size > 0:
+        num_bytes = int(arguments.hicache_size * SETTING_BYTES)
+    else:
+        num_bytes = int(cache_bytes * _ratio(arguments))
+        _tell_size(num_bytes)
+    return num_bytes * num_alike(arguments)
+
+
+def _ratio(arguments: Any) -> float:
+    is_buffer = getattr(arguments, "hicache_host_memory_mode", "cache") == "buffer_only"
+    return float(arguments.hicache_ratio or (BUFFER_RATIO if is_buffer else RATIO))
+
+
+def _tell_size(num_bytes: int) -> None:
+    from sglang.srt.runtime_context import get_context, get_memory
+
+    changes: dict[str, Any] = {"hicache_size": num_bytes / SETTING_BYTES}
+    if hasattr(get_memory(), FRACTION):
+        changes[FRACTION] = None  # it would lower the ratio
+    get_context().override("kvcached.tier", **changes)
 
 
 def host_pools(controller: Any) -> Iterator[Any]:
@@ -105,10 +141,11 @@ def tier_obstacles(arguments: Any) -> Iterator[str]:
             f"virtual here; install SGLang 0.5.15 or newer, {_REMOVE}"
         )
         return
-    if getattr(arguments, "hicache_size", 0) <= 0:
+    if getattr(arguments, "hicache_size", 0) <= 0 and find_spec(_CONTEXT_MODULE) is None:
         yield (
-            "HiCache: --hicache-ratio is a part of the device's pool, which is virtual here; set "
-            f"--hicache-size to the GB of host memory that each rank shall take, {_REMOVE}"
+            "HiCache: this release takes --hicache-ratio as a part of the device's pool, which is "
+            "virtual here; set --hicache-size to the GB of host memory that each rank shall take, "
+            f"install SGLang 0.5.19 or newer, {_REMOVE}"
         )
     for name, served, word in (
         ("hicache_storage_backend", SERVED_STORAGE, "storage backend"),
