@@ -208,7 +208,7 @@ from kvcached_vllm.port import VllmPort
 core = SimpleNamespace(input_queue=queue.Queue())  # the rest of it did not come
 VllmPort(core).wake(lambda: None)
 """
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = 30.0
 
 
 def test_a_start_that_fails_ends_its_process_though_somebody_rang() -> None:
