@@ -92,6 +92,12 @@ BENCHMARKS = (
         "two equally busy schedulers on one pool, beside halves of it, in virtual time",
     ),
     Benchmark(
+        "ramp_schedulers",
+        "ramp_schedulers.py",
+        HOST,
+        "three schedulers that all ask at once, on one pool and with a third each, in virtual time",
+    ),
+    Benchmark(
         "equal_servers",
         "equal_servers.py",
         HOST,

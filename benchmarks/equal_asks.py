@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from virtual_scheduler import Ask
 
 SIDES = ("left", "right")
 LEAST_IN, MOST_IN, NUM_OUT, OUT_WHEN_BROKEN_OFF = 50, 1900, 24, 4
@@ -10,19 +11,6 @@ LEAST_IN, MOST_IN, NUM_OUT, OUT_WHEN_BROKEN_OFF = 50, 1900, 24, 4
 SHARING_SHARE, NUM_BEGINNINGS, NUM_SHARED = 0.6, 2, 900
 BROKEN_OFF_SHARE = 0.08
 VOCABULARY = range(3, 500)
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A request.
-
-    Attributes:
-        prompt: Its tokens.
-        num_wanted: After how many parts of the answer its client has enough; `NUM_OUT` is all.
-    """
-
-    prompt: list[int]
-    num_wanted: int
 
 
 def asks(side: str, client: int) -> Iterator[Ask]:
@@ -34,5 +22,30 @@ def asks(side: str, client: int) -> Iterator[Ask]:
         num_in = draws.randint(LEAST_IN, MOST_IN)
         begins = draws.choice(beginnings) if draws.random() < SHARING_SHARE else []
         prompt = [*begins, *draws.choices(VOCABULARY, k=MOST_IN)][:num_in]
-        is_broken_off = draws.random() < BROKEN_OFF_SHARE
-        yield Ask(prompt, OUT_WHEN_BROKEN_OFF if is_broken_off else NUM_OUT)
+        is_whole = draws.random() >= BROKEN_OFF_SHARE
+        yield Ask(prompt, NUM_OUT if is_whole else OUT_WHEN_BROKEN_OFF, is_whole, client)
+
+
+class Clients:
+    """The clients of a side, each of which asks when it has its answer.
+
+    Args:
+        side: Which one.
+        num: How many there are.
+    """
+
+    def __init__(self, side: str, num: int) -> None:
+        self._asks = [asks(side, client) for client in range(num)]
+        self._due = [next(each) for each in self._asks]
+
+    def due(self, _seconds: float) -> list[Ask]:
+        """See `Source`."""
+        found, self._due = self._due, []
+        return found
+
+    def began(self, ask: Ask, seconds: float) -> None:
+        """See `Source`: nobody here measures it."""
+
+    def ended(self, ask: Ask, _seconds: float) -> None:
+        """See `Source`."""
+        self._due.append(next(self._asks[ask.client]))

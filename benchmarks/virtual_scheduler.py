@@ -1,15 +1,67 @@
 """The part of vLLM's scheduler that matters where memory is short, in virtual time."""
 
 import functools
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from equal_asks import NUM_OUT, asks
 from virtual_time import clock
 
 BLOCK_TOKENS = 32
-MAX_TOKENS, MAX_BATCH, MAX_RUNNING = 2048, 2048, 16
-STEP_SECONDS, TOKEN_SECONDS = 0.010, 0.0002
 IDLE_SECONDS = 0.005  # until a scheduler looks again that could do nothing
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request.
+
+    Attributes:
+        prompt: Its tokens.
+        num_wanted: After how many parts of the answer its client has enough.
+        is_whole: Whether that is all of it.
+        client: Whose it is.
+        at_seconds: When it came.
+    """
+
+    prompt: list[int]
+    num_wanted: int
+    is_whole: bool = True
+    client: int = 0
+    at_seconds: float = 0.0
+
+
+class Source(Protocol):
+    """Where requests come from."""
+
+    def due(self, seconds: float) -> Iterable[Ask]:
+        """Return what has come by now, each request once."""
+
+    def began(self, ask: Ask, seconds: float) -> None:
+        """Hear that the first token of a request has come."""
+
+    def ended(self, ask: Ask, seconds: float) -> None:
+        """Hear that a request has all that it wants."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a scheduler is made of.
+
+    Attributes:
+        max_tokens: Of a request with its answer.
+        max_batch_tokens: Of a step.
+        max_running: Requests at a time.
+        step_seconds: What a step takes, whatever is in it.
+        token_seconds: What each of its tokens takes beside.
+        is_caching: Whether prefixes are kept.
+    """
+
+    max_tokens: int
+    max_batch_tokens: int
+    max_running: int
+    step_seconds: float
+    token_seconds: float
+    is_caching: bool
 
 
 @functools.cache
@@ -22,7 +74,7 @@ def hasher() -> Any:
     return get_request_block_hasher(BLOCK_TOKENS, sha256)
 
 
-def make_manager(num_blocks: int, engine: Any = None) -> Any:
+def make_manager(num_blocks: int, sizes: Sizes, engine: Any = None) -> Any:
     """Return vLLM's manager, over its own pool or over that of an elastic engine."""
     import torch
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -36,10 +88,10 @@ def make_manager(num_blocks: int, engine: Any = None) -> Any:
         plan.kvcached = engine
     return KVCacheManager(
         plan,
-        max_model_len=MAX_TOKENS,
+        max_model_len=sizes.max_tokens,
         scheduler_block_size=BLOCK_TOKENS,
         hash_block_size=BLOCK_TOKENS,
-        enable_caching=True,
+        enable_caching=sizes.is_caching,
     )
 
 
@@ -49,24 +101,28 @@ class Scheduler:
     Attributes:
         at: When its next step begins.
         counts: What came of it.
+
+    Args:
+        side: Its name.
+        sizes: How much it does at a time, and what that takes.
+        source: Where its requests come from.
     """
 
-    def __init__(self, side: str, num_clients: int) -> None:
-        self.side = side
+    def __init__(self, side: str, sizes: Sizes, source: Source) -> None:
+        self.side, self.sizes = side, sizes
         self.at = clock.seconds
         self.waiting: list[Any] = []
         self.running: list[Any] = []
         names = ("answers", "broken_off", "preemptions", "prompt_tokens", "found_in_the_cache")
         self.counts = dict.fromkeys((*names, "mapped_pages", "unmapped_pages"), 0)
-        self._clients = [asks(side, client) for client in range(num_clients)]
-        self._num_sent = 0
         self.kv_cache_manager: Any = None
+        self._source = source
+        self._num_sent = 0
 
     def begin(self, manager: Any) -> None:
-        """Let every client send its first request."""
+        """Take what there is from the first."""
         self.kv_cache_manager = manager
-        for client in range(len(self._clients)):
-            self._send(client)
+        self._receive()
 
     def has_unfinished_requests(self) -> bool:
         """Stand for vLLM's."""
@@ -78,20 +134,19 @@ class Scheduler:
 
     def step(self) -> None:
         """Make a step, and set when the next one begins."""
+        self._receive()
         scheduled = self._schedule()
         num_tokens = sum(num for _, num in scheduled)
-        seconds = STEP_SECONDS + TOKEN_SECONDS * num_tokens if scheduled else IDLE_SECONDS
-        self.at += seconds + self.end_schedule()
+        seconds = self.sizes.step_seconds + self.sizes.token_seconds * num_tokens
+        self.at += (seconds if scheduled else IDLE_SECONDS) + self.end_schedule()
         for request, num in scheduled:
             request.num_computed_tokens += num
             if request.num_computed_tokens >= request.num_tokens:
                 request.append_output_token_ids(7)
-            if request.num_output_tokens >= request.num_wanted:
-                self.running.remove(request)
-                self.kv_cache_manager.free(request)
-                is_whole = request.num_wanted == NUM_OUT
-                self.counts["answers" if is_whole else "broken_off"] += 1
-                self._send(request.client)
+                if request.num_output_tokens == 1:
+                    self._source.began(request.ask, self.at)
+            if request.num_output_tokens >= request.ask.num_wanted:
+                self._end(request)
         self.at += self.between_steps()
 
     def end_schedule(self) -> float:
@@ -102,22 +157,29 @@ class Scheduler:
         """Answer neighbours; return the seconds that it takes."""
         return 0.0
 
-    def _send(self, client: int) -> None:
+    def _end(self, request: Any) -> None:
+        self.running.remove(request)
+        self.kv_cache_manager.free(request)
+        self.counts["answers" if request.ask.is_whole else "broken_off"] += 1
+        self._source.ended(request.ask, self.at)
+        self._receive()
+
+    def _receive(self) -> None:
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
-        ask = next(self._clients[client])
-        self._num_sent += 1
-        sampling = SamplingParams(max_tokens=NUM_OUT, ignore_eos=True)
-        name = f"{self.side}-{self._num_sent}"
-        request: Any = Request(name, ask.prompt, sampling, None, block_hasher=hasher())
-        request.client, request.num_wanted = client, ask.num_wanted
-        self.waiting.append(request)
+        for ask in self._source.due(self.at):
+            self._num_sent += 1
+            sampling = SamplingParams(max_tokens=self.sizes.max_tokens, ignore_eos=True)
+            name = f"{self.side}-{self._num_sent}"
+            request: Any = Request(name, ask.prompt, sampling, None, block_hasher=hasher())
+            request.ask = ask
+            self.waiting.append(request)
 
     def _schedule(self) -> list[tuple[Any, int]]:
         """Return what is computed in this step, and how many tokens of each."""
         found: list[tuple[Any, int]] = []
-        budget, has_preempted = MAX_BATCH, False
+        budget, has_preempted = self.sizes.max_batch_tokens, False
         for request in list(self.running):
             if request not in self.running or not budget:
                 break
@@ -147,7 +209,7 @@ class Scheduler:
         from vllm.v1.request import RequestStatus
 
         found = []
-        while self.waiting and budget and len(self.running) < MAX_RUNNING:
+        while self.waiting and budget and len(self.running) < self.sizes.max_running:
             request, manager = self.waiting[0], self.kv_cache_manager
             blocks, num_cached, *_ = manager.get_computed_blocks(request)
             num = min(request.num_tokens - num_cached, budget)

@@ -1,0 +1,43 @@
+"""Three schedulers that all ask at once: what a schedule is, and that sharing loses nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from multi_model.workloads import Request
+from ramp_schedulers import SCALES, Arrivals
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_request_comes_when_it_is_due_and_is_measured_from_then_on() -> None:
+    source = Arrivals([Request(0.0, 0, 4, 11), Request(2.0, 0, 4, 11)], 100.0)
+    (first,) = source.due(101.0)
+    assert list(source.due(101.0)) == []
+    source.began(first, 101.5)
+    source.began(first, 103.0)  # it was stopped, and is computed again
+    source.ended(first, 111.5)
+    assert (source.first_seconds, source.token_seconds) == ([1.5], [1.0])
+    (second,) = source.due(102.0)
+    assert second.prompt != first.prompt
+    assert source.num_open == 1
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.every_release
+def test_as_many_requests_are_in_time_on_one_pool_as_with_a_third_of_it_each(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "found.json"
+    script = ROOT / "benchmarks" / "ramp_schedulers.py"
+    command = [sys.executable, str(script), "--json", str(path), "--peaks", "4"]
+    subprocess.run(command, env=os.environ, check=True, capture_output=True)
+    (load,) = json.loads(path.read_text())["loads"]
+    assert min(load["split"]["preemptions"]) > 10  # memory is short
+    assert load["shared"]["mapped_pages"] > 100  # and goes from one to the other
+    for scale in map(str, SCALES):
+        assert load["shared"]["in_time"][scale] >= load["split"]["in_time"][scale]
