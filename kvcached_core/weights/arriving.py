@@ -23,7 +23,6 @@ class Arriving:
 
     Attributes:
         is_pending: Whether there are any: all that a step looks at while everything is there.
-        num_unbegun: Of how many the copies have not begun. Any thread may ask.
         on_lost: Told how many pages there are of all, where the copies of others cannot be begun.
         on_finished: Called when `finish` has found everything there, or had it waited for.
 
@@ -37,17 +36,22 @@ class Arriving:
         self, backend: Backend, current_stream: Callable[[], int], page_bytes: int = AHEAD_BYTES
     ) -> None:
         self.is_pending = False
-        self.num_unbegun = 0
         self.on_lost: Callable[[int], None] = lambda _num_pages: None
         self.on_finished: Callable[[], None] = lambda: None
         self._backend = backend
         self._current_stream = current_stream
         self._page_bytes = page_bytes
         self._begin: Callable[[int], None] = lambda _page: None
-        self._num_there = self._num_begun = self._num_done = 0
+        self._num_there = self._num_begun = self._num_expected = self._num_done = 0
         self._ends: list[int] = []
         self._marks: list[Mark] = []
         self._num_waited: dict[int, int] = {}  # marks that each stream has waited for
+
+    @property
+    def num_unbegun(self) -> int:
+        """Of how many pages the copies have not begun; any thread may ask."""
+        num_begun = self._num_begun  # first: both numbers grow, and too many do no harm
+        return self._num_expected - num_begun
 
     def expect(self, page: int, begin: Callable[[int], None]) -> None:
         """Have a page come, behind all that were expected before: now, or when a step comes near.
@@ -59,9 +63,9 @@ class Arriving:
         Raises:
             BackendError: If the backend fails. Pages that have not begun are lost, and no others.
         """
+        self._num_expected = page + 1  # before what has begun: see `num_unbegun`
         if not self.is_pending:
             self._num_there = self._num_begun = self._num_done = page
-        self.num_unbegun += 1
         self._begin, self.is_pending = begin, True
         self._begin_ahead()
 
@@ -71,7 +75,7 @@ class Arriving:
         Raises:
             BackendError: As `expect`.
         """
-        self._begin_until(self._num_begun + self.num_unbegun)
+        self._begin_until(self._num_expected)
 
     def wait(self, num_pages: int) -> None:
         """Make later work on the current stream wait for the first pages; the host does not wait.
@@ -94,14 +98,14 @@ class Arriving:
             BackendError: As `wait`.
         """
         if self.is_pending:
-            self.wait(self._num_begun + self.num_unbegun)
+            self.wait(self._num_expected)
             self.forget()
             self.on_finished()
 
     def forget(self) -> None:
         """Take all pages for there: who calls it has waited, or needs none of them."""
         self.is_pending = False
-        self.num_unbegun = 0
+        self._num_expected = self._num_begun
         marks, self._marks = self._marks, []
         self._ends.clear()
         self._num_waited.clear()
@@ -124,7 +128,7 @@ class Arriving:
     def _begin_ahead(self) -> None:
         """Begin so many copies that the device has enough to do."""
         ahead_pages = max(AHEAD_BYTES // self._page_bytes, 1)
-        while self.num_unbegun and self._num_begun < self._look_done() + ahead_pages:
+        while self._num_begun < min(self._num_expected, self._look_done() + ahead_pages):
             self._begin_until(self._num_begun + 1)
 
     def _look_done(self) -> int:
@@ -137,15 +141,14 @@ class Arriving:
 
     def _begin_until(self, num_pages: int) -> None:
         """Begin the copies of the first pages, as far as they are expected, and mark each."""
-        while self.num_unbegun and self._num_begun < num_pages:
+        while self._num_begun < min(self._num_expected, num_pages):
             try:
                 self._begin(self._num_begun)
             except BackendError:
-                self.num_unbegun = 0
+                self._num_expected = self._num_begun
                 self.on_lost(self._num_begun)
                 raise
             self._num_begun += 1
-            self.num_unbegun -= 1
             self._mark()
 
     def _mark(self) -> None:

@@ -24,6 +24,7 @@ from kvcached_core.weights.exporting import Wish
 from kvcached_core.weights.fetching import Fetching
 from kvcached_core.weights.host_copy import HostCopy
 from kvcached_core.weights.image import Image
+from kvcached_core.weights.mapping import Mapping
 from kvcached_core.weights.moving_out import MovingOut
 from kvcached_core.weights.rank_annex import RankAnnex
 from kvcached_core.weights.rank_row import WeightsRow
@@ -31,8 +32,6 @@ from kvcached_core.weights.replicas import Replicas
 from kvcached_core.weights.status import WeightStatus
 
 logger = logging.getLogger("kvcached")
-
-MAP_BATCH_PAGES = 4  # that are mapped before the ledger is told of them
 
 
 class RankWeights:
@@ -64,6 +63,7 @@ class RankWeights:
         self.image = image
         self._pid = os.getpid()
         self._row = WeightsRow(image.arena, lambda: self._num_resident_pages)
+        self._mapping = Mapping(image, self._row)
         self.copying = Copying(image, make_copy, self._row.expect)
         self._moving_out = MovingOut(self.copying, make_copy, image.backend)
         self.copying.on_copied = self._when_copied
@@ -239,17 +239,13 @@ class RankWeights:
         """Have pages from replicas, as far as they have them; the rest comes from the copy."""
         image, first, source = self.image, self._num_there, self.copying.source
 
-        def map_next() -> None:
-            self._map_next(num_pages)
-            if image.num_resident_pages % MAP_BATCH_PAGES == 0:
-                self._row.report()
-
         def count(num_right: int) -> None:
             self._num_there += num_right
             self._drop_unfinished()
 
         wish = Wish(copy.digest, image.page_bytes, first, copy.known_sums(first, num_pages))
         stream = self._current_stream()
+        map_next = partial(self._mapping.next_of, num_pages)
         fetching = Fetching(image, replicas.backend, source, stream, map_next, count)
         replicas.fetch(wish, fetching.take)
 
@@ -259,24 +255,18 @@ class RankWeights:
             rest.callback(self.arriving.forget)
             rest.callback(image.backend.join_copies, self._current_stream())
             rest.callback(self.arriving.begin_rest)
+            if not self.lets_arrive:
+                for page in self._mapping.missing(num_pages):
+                    begin(page)
+                    self._num_there = page + 1
+                return
             try:
-                while (first := image.num_resident_pages) < num_pages:
-                    for _ in range(min(MAP_BATCH_PAGES, num_pages - first)):
-                        self._map_next(num_pages)
-                        if not self.lets_arrive:
-                            begin(self._num_there)
-                            self._num_there += 1
-                    self._row.report()
+                list(self._mapping.missing(num_pages))
             finally:  # Behind all maps, which go in step with copies that have begun; see ADR 23.
-                while self.lets_arrive and self._num_there < image.num_resident_pages:
-                    self.arriving.expect(self._num_there, begin)
-                    self._num_there += 1
-            if self.lets_arrive:
-                rest.pop_all()
-
-    def _map_next(self, num_pages: int) -> None:
-        missing_bytes = (num_pages - self.image.num_resident_pages) * self.image.page_bytes
-        self._row.with_patience(lambda: self.image.map_next(1), missing_bytes)
+                for page in range(self._num_there, image.num_resident_pages):
+                    self.arriving.expect(page, begin)
+                    self._num_there = page + 1
+            rest.pop_all()
 
     def _offer_read(self) -> None:
         if not self.arriving.is_pending:

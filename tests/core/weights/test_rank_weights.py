@@ -29,7 +29,7 @@ from kvcached_core.weights import copying, image, rank, rank_row, source
 from kvcached_core.weights.copies_folder import read_holders
 from kvcached_core.weights.drop_batches import DROP_BATCH_PAGES
 from kvcached_core.weights.host_budget import HostBudget
-from kvcached_core.weights.rank import MAP_BATCH_PAGES
+from kvcached_core.weights.mapping import BATCH_PAGES
 from kvcached_core.weights.rank_row import PATIENCE_SECONDS
 from kvcached_core.weights.sums import Sums
 
@@ -302,9 +302,9 @@ def test_a_page_is_copied_as_soon_as_it_is_mapped_and_a_step_waits_for_the_last(
     ours.weights.hold(NUM_PAGES)
     page = ["create", "map", "copy_in"]
     assert ours.done == [
-        *(page * MAP_BATCH_PAGES),
+        *(page * BATCH_PAGES),
         "settle",
-        *(page * (6 - MAP_BATCH_PAGES)),
+        *(page * (6 - BATCH_PAGES)),
         "settle",
         "join_copies",
     ]

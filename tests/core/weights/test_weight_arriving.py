@@ -19,7 +19,7 @@ from kvcached_core.units import GIB
 from kvcached_core.weights import arriving
 from kvcached_core.weights.arriving import AHEAD_BYTES, Arriving
 from kvcached_core.weights.exporting import Wish
-from kvcached_core.weights.rank import MAP_BATCH_PAGES
+from kvcached_core.weights.mapping import BATCH_PAGES
 from kvcached_core.weights.stages import Points, Stages
 from kvcached_core.weights.walks import Walks
 
@@ -120,9 +120,9 @@ def test_no_copy_begins_before_the_last_page_is_mapped_and_neighbours_hear_of_ma
     ours.weights.hold(NUM_PAGES)
     page = ["create", "map"]
     assert ours.done == [
-        *(page * MAP_BATCH_PAGES),
+        *(page * BATCH_PAGES),
         "settle",
-        *(page * (6 - MAP_BATCH_PAGES)),
+        *(page * (6 - BATCH_PAGES)),
         "settle",
         *(["copy_in", "mark_copies"] * 6),
     ]
@@ -142,7 +142,7 @@ def test_pages_that_are_mapped_and_have_not_begun_count_as_resident_and_not_as_t
     ours.weights.hold(0)
     monkeypatch.setattr(ours.image, "map_next", map_and_look)
     ours.weights.hold(NUM_PAGES)
-    reported = [page // MAP_BATCH_PAGES * MAP_BATCH_PAGES * PAGE for page in range(NUM_PAGES)]
+    reported = [page // BATCH_PAGES * BATCH_PAGES * PAGE for page in range(NUM_PAGES)]
     assert seen == [(num_bytes, 0) for num_bytes in reported]
     ours.weights.arriving.finish()
     ours.check(NUM_PAGES)
