@@ -30,6 +30,7 @@ from helpers.nursery import Nursery
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.json"
+RECORDS = "benchmarks/results"
 FOLDERS = (
     *(".", "integrations/vllm", "integrations/sglang", "integrations/gateway", "integrations/ray"),
     *("patches", "examples/demo"),
@@ -149,9 +150,10 @@ def copied_tree() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="kvcached-mutants-") as folder:
         for name in filter(None, listed.stdout.split("\0")):
             source, target = ROOT / name, Path(folder, name)
-            if source.is_file() and not name.startswith("benchmarks/results/"):
+            if source.is_file() and not name.startswith(f"{RECORDS}/"):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
+        Path(folder, RECORDS).symlink_to(ROOT / RECORDS)  # large, and read alone
         yield Path(folder)
 
 
@@ -231,7 +233,8 @@ def run(
     with ThreadPoolExecutor(num_at_a_time) as pool:
         free: SimpleQueue[Path] = SimpleQueue()
         for number in range(num_at_a_time):
-            free.put(Path(shutil.copytree(original, original.parent / f"{original.name}-{number}")))
+            copied = original.parent / f"{original.name}-{number}"
+            free.put(Path(shutil.copytree(original, copied, symlinks=True)))
 
         def one(mutant: Mutant) -> Result:
             if mutant.equivalent:

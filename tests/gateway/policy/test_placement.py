@@ -116,6 +116,15 @@ def model(name: str, rate: float | None, weights: int = 100, **more: object) -> 
     return PlacedModel(name, rate, weights, **more)  # type: ignore[arg-type]
 
 
+def test_nothing_goes_where_weights_that_yielded_would_never_fit_again() -> None:
+    yielded = model("yielded", 1.0, CAPACITY - 100, is_resident=False, current=("g0",))
+    for weights, is_placed in ((99, True), (100, False)):
+        new = model("new", 1.0, weights, is_resident=True)
+        result = placed([yielded, new], ALL[:1])
+        assert ("new" in result.devices) is is_placed
+    assert result.reasons["new"].endswith("1 B more would have to be free where most is")
+
+
 def test_a_new_model_goes_where_the_pressure_will_be_least() -> None:
     found = [
         model("a", 60.0, current=("g0",)),
