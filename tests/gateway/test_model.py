@@ -397,6 +397,20 @@ async def test_one_whose_answer_begins_before_it_ends_at_once_serves_on() -> Non
 
 
 @simulated
+async def test_a_drain_without_an_end_hears_a_later_wish() -> None:
+    world = World()
+    await world.up()
+    world.take()  # it never ends
+    world.model.stop("a test wants it")
+    await asyncio.sleep(1000)
+    assert world.model.state is State.DRAINING
+    world.model.stop("a test wants it soon", drain_seconds=5.0)
+    await asyncio.sleep(10)
+    assert world.model.state is State.COLD
+    await world.model.close(is_kept=False)
+
+
+@simulated
 async def test_no_answer_begins_once_its_engine_ends_or_has() -> None:
     for how in ("it hangs", "it died", "it is stopped"):
         world = World()
