@@ -29,7 +29,7 @@ def parse(*arguments: str) -> argparse.Namespace:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--dcp-size", type=int, default=1)
         parser.add_argument("--device", default=None)
-        parser.add_argument("--enable-hierarchical-cache", action="store_true")
+        parser.add_argument("--enable-lmcache", action="store_true")
 
     parser = argparse.ArgumentParser()
     flags.server_args_add_cli_args(staticmethod(add)).__func__(parser)
@@ -63,7 +63,7 @@ def test_the_flag_switches_on_what_the_variable_left_off(before: str, after: str
         (("--kvcached-name", "a", "--kvcached-floor", "1GiB"), "0", "--kvcached-floor, --kvcached"),
         (("--enable-kvcached",), "maybe", "ENABLE_KVCACHED='maybe' is not allowed"),
         (("--enable-kvcached", "--dcp-size", "2"), None, "set --dcp-size 1"),
-        (("--enable-hierarchical-cache",), "1", "HiCache: --hicache-ratio"),
+        (("--enable-lmcache",), "1", "remove --enable-lmcache"),
         (("--device", "xpu"), "1", "device xpu: only NVIDIA GPUs and CPUs"),
     ],
 )

@@ -116,6 +116,7 @@ def test_a_ratio_is_of_what_a_rank_believes_to_have(
 ) -> None:
     told: list[int] = []
     monkeypatch.setattr("kvcached_sglang.host_tier._tell_size", told.append)
+    monkeypatch.setattr("kvcached_sglang.host_tier._CONTEXT_MODULE", "kvcached_sglang.host_tier")
     cache_bytes = 10**9
     assert size_tier(arguments(hicache_size=0, **changes), cache_bytes) == ratio * 2 * cache_bytes
     assert told == [ratio * cache_bytes]
