@@ -18,6 +18,9 @@ from helpers.documents import ROOT, blocks
 from helpers.gateway_life import ENVIRON, launch_warm, short_folder
 from helpers.waiting import await_that
 
+from kvcached_core.memory.model_bytes import files_bytes
+from kvcached_core.memory.request_bytes import request_bytes
+from kvcached_core.units import parse_bytes
 from kvcached_demo.harness.server import free_port
 from kvcached_demo.harness.tiny import NAMES, make_tiny_models
 from kvcached_demo.harness.way import Gateway, served
@@ -39,6 +42,7 @@ LITELLM_ENVIRON = {
     "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
 }
 SHORTEST = "serverless"  # under `make test`; the others before a release
+NUM_AGENTS = 3
 SAID = {
     "several_models": "one after the other:",
     "agents": "round 3: reviewer",
@@ -76,6 +80,28 @@ def test_each_way_has_a_file_for_both_machines_and_one_command() -> None:
         assert [f"make example-{way}"] in blocks(EXAMPLES / way / "README.md")
         cpu, gpu = (read_settings(EXAMPLES / way / name) for name in ("cpu.yaml", "gpu.yaml"))
         assert set(cpu.models) == set(gpu.models)
+
+
+def test_the_longest_request_of_an_agent_fits_beside_the_first_pages_of_the_others(
+    tree: Path,
+) -> None:
+    """Else the gateway stops one of the engines, all of which stay alive as the README says."""
+    settings = read_settings(tree / "agents" / "cpu.yaml")
+    environment = settings.environments["vllm"]
+    pool_bytes, page_bytes = (
+        parse_bytes(environment.env[name], what=name)
+        for name in ("KVCACHED_HOST_POOL", "KVCACHED_PAGE_BYTES")
+    )
+    num_tokens, block_tokens = (
+        int(environment.args[environment.args.index(name) + 1])
+        for name in ("--max-model-len", "--block-size")
+    )
+    for model in settings.models.values():
+        folder = Path(model.model or "")
+        longest_bytes = request_bytes(folder, num_tokens)
+        first_bytes = max(page_bytes, longest_bytes * block_tokens // num_tokens)
+        others_bytes = (len(settings.models) - 1) * first_bytes
+        assert files_bytes(folder) + longest_bytes + others_bytes <= pool_bytes
 
 
 def test_images_name_what_there_is() -> None:
@@ -122,7 +148,12 @@ def test_a_way_shows_what_its_readme_says(
 ) -> None:
     with short_folder() as folder:
         asyncio.run(show_with_warm_engines(way, tree / way / "cpu.yaml", folder / "kv"))
-    assert SAID[way] in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert SAID[way] in said
+    if way == "agents":
+        later = [line for line in said.splitlines() if line.startswith(("round 2", "round 3"))]
+        assert len(later) == 2 * NUM_AGENTS
+        assert {line.rpartition(" ")[2] for line in later} <= {"wake", "none"}
 
 
 @pytest.mark.slow
