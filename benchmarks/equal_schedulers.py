@@ -19,7 +19,7 @@ from equal_asks import SIDES, Clients
 from machine import describe_machine
 from virtual_engine import BLOCK_BYTES, NUM_PLANES, Elastic, hook
 from virtual_scheduler import Scheduler, Sizes, make_manager
-from virtual_time import clock
+from virtual_time import begin, clock
 
 from kvcached_core.units import MIB
 
@@ -69,6 +69,7 @@ def play_elastic(num_clients: int, seconds: float, pool_bytes: int) -> dict[str,
 
 def main() -> None:
     """Play both, print, write JSON."""
+    begin()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=60.0, help="of virtual time")

@@ -21,7 +21,7 @@ from machine import describe_machine
 from multi_model.workloads import Request, Workload, ramp_together
 from virtual_engine import BLOCK_BYTES, NUM_PLANES, Elastic, hook
 from virtual_scheduler import Ask, Scheduler, Sizes, make_manager
-from virtual_time import clock
+from virtual_time import begin, clock
 
 from kvcached_core.units import MIB
 
@@ -134,6 +134,7 @@ def play_shared(work: Workload, pool_bytes: int) -> dict[str, Any]:
 
 def main() -> None:
     """Play all loads, print, write JSON."""
+    begin()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--peaks", type=int, nargs="+", help="of the loads, those with these alone")

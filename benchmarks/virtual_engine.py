@@ -16,6 +16,7 @@ from kvcached_core.units import MIB
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.configurations import configuration
+from helpers.heard_bells import HeardBell, hear_when_told
 
 BLOCK_BYTES, NUM_PLANES = 128 * 1024, 8  # of the tiny model: a block has 1 MiB in all
 GRANULARITY_BYTES = 2 * MIB
@@ -82,6 +83,7 @@ class Elastic(Scheduler):
     def between_steps(self) -> float:
         """Give what neighbours want; see `Scheduler`."""
         self._seconds = 0.0
+        HeardBell.hear()
         self.engine.between_steps()
         self.kvcached.keeper.wait()
         return self._seconds
@@ -111,7 +113,11 @@ class Elastic(Scheduler):
 
 
 def hook() -> None:
-    """Put our hooks on vLLM's manager; they leave a manager over vLLM's own pool alone."""
+    """Put our hooks on vLLM's manager; they leave a manager over vLLM's own pool alone.
+
+    Bells are heard between steps, so that no thread's pace changes what comes of them.
+    """
+    hear_when_told()
     from vllm.v1.core import kv_cache_coordinator
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 

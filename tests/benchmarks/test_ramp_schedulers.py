@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from multi_model.workloads import Request
 from ramp_schedulers import SCALES, Arrivals
+from virtual_time import clock
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,3 +43,10 @@ def test_as_many_requests_are_in_time_on_one_pool_as_with_a_third_of_it_each(
     assert load["shared"]["mapped_pages"] > 100  # and goes from one to the other
     for scale in map(str, SCALES):
         assert load["shared"]["in_time"][scale] >= load["split"]["in_time"][scale]
+
+
+def test_the_time_of_a_process_is_its_own_until_a_script_says_otherwise() -> None:
+    began = time.monotonic()
+    assert time.monotonic is not clock.monotonic
+    while time.monotonic() == began:
+        time.sleep(0.001)

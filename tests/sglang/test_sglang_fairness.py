@@ -4,22 +4,19 @@ SGLang's own pool and allocator under our engine; requests are let in, decoded a
 order of its scheduler, a turn of both engines every ten milliseconds of a clock of our own.
 """
 
-import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
+from helpers.heard_bells import HeardBell, hear_when_told
 from helpers.sglang_elastic import NoCache, make_allocator, make_engine
-from helpers.waiting import PATIENCE_SECONDS
 
-from kvcached_core.engine import instance
-from kvcached_core.ledger import bell
-from kvcached_core.ledger.bell import Doorbell
 from kvcached_core.units import MIB
 from kvcached_sglang.engine import SglangEngine
 
@@ -35,7 +32,7 @@ NUM_TURNS_ALONE = 100
 
 
 class Clock:
-    """The time of day of both engines."""
+    """The time of everything."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -43,60 +40,22 @@ class Clock:
     def monotonic(self) -> float:
         return self.now
 
+    def monotonic_ns(self) -> int:
+        return int(self.now * 1e9)
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr("kvcached_core.engine.ranks.time", made)
-    monkeypatch.setattr("kvcached_sglang.port.time", made)
+    monkeypatch.setattr(time, "monotonic", made.monotonic)
+    monkeypatch.setattr(time, "monotonic_ns", made.monotonic_ns)
+    monkeypatch.setattr(time, "time_ns", made.monotonic_ns)
     return made
-
-
-class HeardBell(Doorbell):
-    """A bell that is heard when both engines have had their turn, and not when a thread gets to it.
-
-    Attributes:
-        at: All there are, by their paths.
-        rung: Those that were rung in this turn.
-    """
-
-    at: ClassVar[dict[Path, "HeardBell"]] = {}
-    rung: ClassVar[dict[Path, None]] = {}
-
-    def __init__(self, path: Path, on_ring: Callable[[], None]) -> None:
-        self.heard = threading.Semaphore(0)
-
-        def hear() -> None:
-            on_ring()
-            self.heard.release()
-
-        super().__init__(path, hear)
-        self.at[path] = self
-
-    def close(self) -> None:
-        del self.at[self.path]
-        super().close()
-
-    @classmethod
-    def hear(cls) -> None:
-        """Let all hear that were rung."""
-        for path in cls.rung:
-            if _RING(path):
-                assert cls.at[path].heard.acquire(timeout=PATIENCE_SECONDS)
-        cls.rung.clear()
-
-
-_RING = bell.ring
 
 
 @pytest.fixture(autouse=True)
 def _bells_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ring(path: Path) -> bool:
-        HeardBell.rung[path] = None
-        return path in HeardBell.at
-
-    monkeypatch.setattr(bell, "ring", ring)
-    monkeypatch.setattr(instance, "Doorbell", HeardBell)
+    hear_when_told(monkeypatch.setattr)
 
 
 @dataclass
@@ -179,7 +138,7 @@ class Server:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[int], Server]]:
+def start(tmp_path: Path, clock: Clock) -> Iterator[Callable[[int], Server]]:
     servers: list[Server] = []
 
     def start_one(num_prompt_tokens: int) -> Server:

@@ -1,0 +1,76 @@
+"""Bells that are heard when their test says so, and not when a thread gets to it."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+from helpers.waiting import PATIENCE_SECONDS
+from kvcached_core.engine import instance
+from kvcached_core.ledger import bell
+from kvcached_core.ledger.bell import Doorbell
+
+_RING = bell.ring
+
+
+class HeardBell(Doorbell):
+    """A bell of this process whose rings wait for `hear`.
+
+    Attributes:
+        at: All there are, by their paths.
+        rung: Those that were rung since it was asked last.
+    """
+
+    at: ClassVar[dict[Path, "HeardBell"]] = {}
+    rung: ClassVar[dict[Path, None]] = {}
+
+    def __init__(self, path: Path, on_ring: Callable[[], None]) -> None:
+        self.heard = threading.Semaphore(0)
+
+        def hear() -> None:
+            on_ring()
+            self.heard.release()
+
+        self.alarm_seconds: float | None = None
+        super().__init__(path, hear)
+        self.at[path] = self
+
+    def set_alarm(self, seconds: float) -> None:
+        self.alarm_seconds = time.monotonic() + seconds
+
+    def close(self) -> None:
+        del self.at[self.path]
+        super().close()
+
+    @classmethod
+    def hear(cls) -> None:
+        """Let all hear that were rung, or whose alarm is over, in the order of their names.
+
+        Not in that of the rings: threads of one engine ring beside each other.
+        """
+        for path, each in cls.at.items():
+            if each.alarm_seconds is not None and each.alarm_seconds <= time.monotonic():
+                each.alarm_seconds = None
+                cls.rung[path] = None
+        rung = sorted(cls.rung)
+        cls.rung.clear()
+        for path in rung:
+            if _RING(path):
+                assert cls.at[path].heard.acquire(timeout=PATIENCE_SECONDS)
+
+
+def ring(path: Path) -> bool:
+    """Stand for `bell.ring` where every bell is one of this process."""
+    HeardBell.rung[path] = None
+    return path in HeardBell.at
+
+
+def hear_when_told(put: Callable[[object, str, object], None] = setattr) -> None:
+    """Let later engines of this process have such bells.
+
+    Args:
+        put: Sets an attribute; a test has its `monkeypatch.setattr` undo it.
+    """
+    put(bell, "ring", ring)
+    put(instance, "Doorbell", HeardBell)
