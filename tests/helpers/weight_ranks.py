@@ -111,10 +111,11 @@ class WeightedRank:
         return open_copy(self.config, self._key, self.image.layout, budget, stop=stop)
 
     def start(self) -> "WeightedRank":
-        """Join the ledger, and return when the weights are copied."""
+        """Join the ledger, and return when the weights are copied, and the copy is offered."""
         self.weights.join(self.seat)
         self.weights.begin_copy()
         await_that(lambda: self.weights.status().is_copied)
+        self.weights.copying.join()
         self.done.clear()
         return self
 

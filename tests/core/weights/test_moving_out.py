@@ -153,7 +153,7 @@ def test_a_copy_that_is_read_as_soon_as_it_is_complete_is_not_offered_meanwhile(
     make: Make, tmp_path: Path
 ) -> None:
     ours = make(HostBackend(PAGE)).start()
-    await_that(lambda: offers.is_offered(ours.copy.path))
+    assert offers.is_offered(ours.copy.path)
     moving = moving_out.MovingOut(ours.weights.copying, ours.open_copy, Pins())
     ours.weights.close()  # its own offer
     copy = ours.open_copy(threading.Event())
@@ -243,7 +243,7 @@ def test_who_rings_before_the_bell_is_known_is_answered(
         return bell
 
     ours = make(HostBackend(PAGE)).start()
-    await_that(lambda: offers.is_offered(ours.copy.path))
+    assert offers.is_offered(ours.copy.path)
     monkeypatch.setattr(moving_out, "Doorbell", ring_at_once)
     monkeypatch.setattr(disk_store, "room_bytes", lambda *_: 0)  # it fails at once, too
     ours.weights.hold(NUM_PAGES - 1)
@@ -296,7 +296,7 @@ def test_who_reads_its_copy_again_and_again_is_not_asked_for_ever(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = make(HostBackend(PAGE)).start()
-    await_that(lambda: offers.is_offered(ours.copy.path))
+    assert offers.is_offered(ours.copy.path)
 
     def read_on(image: Path) -> str:
         ours.weights.hold(0)
