@@ -7,6 +7,7 @@ unmapped meanwhile ends the process, and rows that are loaded as others than wer
 
 import json
 import os
+import threading
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ class Copier:
         self._report = report
         self._spoiled = spoiled
         self._counts = Counts()
+        self._telling = threading.Lock()  # stores and loads are carried out by threads of their own
         self._sums: dict[tuple[int, int, int, int], int] = {}  # pool, layer, key or value, host row
 
     def store(self, host: Any, device: Any, host_ids: Any, device_ids: Any, _backend: str) -> None:
@@ -128,8 +130,10 @@ class Copier:
         self._tell()
 
     def _tell(self) -> None:
-        if self._report is not None:
-            unfinished = self._report.with_suffix(f".{os.getpid()}")  # each rank has its own
+        if self._report is None:
+            return
+        unfinished = self._report.with_suffix(f".{os.getpid()}")  # each rank has its own
+        with self._telling:
             unfinished.write_text(json.dumps(asdict(self._counts)))
             unfinished.replace(self._report)
 
