@@ -12,13 +12,14 @@ who is let in, who is preempted, and who finds a prefix.
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from equal_asks import SIDES, Clients
 from machine import describe_machine
 from virtual_engine import BLOCK_BYTES, NUM_PLANES, Elastic, hook
-from virtual_scheduler import Scheduler, Sizes, make_manager
+from virtual_scheduler import Scheduler, Sizes, make_manager, play
 from virtual_time import begin, clock
 
 from kvcached_core.units import MIB
@@ -27,12 +28,10 @@ SIZES = Sizes(2048, 2048, 16, 0.010, 0.0002, is_caching=True)
 MAP_SECONDS = (0.0066, 0.0014)  # mapping and unmapping a page, as measured on a host
 
 
-def play(schedulers: list[Any], seconds: float) -> dict[str, Any]:
-    """Let schedulers make their steps side by side; return what came of all of them."""
+def count(schedulers: Sequence[Scheduler], seconds: float) -> dict[str, Any]:
+    """Let schedulers make their steps for so long; return what came of all of them."""
     end = clock.seconds + seconds
-    while (following := min(schedulers, key=lambda one: one.at)).at < end:
-        clock.seconds = max(clock.seconds, following.at)
-        following.step()
+    play(schedulers, lambda at: at < end)
     clock.seconds = end
     names = schedulers[0].counts
     total: dict[str, Any] = {name: sum(one.counts[name] for one in schedulers) for name in names}
@@ -45,7 +44,7 @@ def play_vanilla(num_clients: int, seconds: float, pool_bytes: int) -> dict[str,
     schedulers = [Scheduler(side, SIZES, Clients(side, num_clients)) for side in SIDES]
     for each in schedulers:
         each.begin(make_manager(pool_bytes // (BLOCK_BYTES * NUM_PLANES) // len(SIDES), SIZES))
-    return play(schedulers, seconds)
+    return count(schedulers, seconds)
 
 
 def play_elastic(num_clients: int, seconds: float, pool_bytes: int) -> dict[str, Any]:
@@ -60,11 +59,7 @@ def play_elastic(num_clients: int, seconds: float, pool_bytes: int) -> dict[str,
             )
             for side in SIDES
         ]
-        try:
-            return play(schedulers, seconds)
-        finally:
-            for each in schedulers:
-                each.close()
+        return count(schedulers, seconds)
 
 
 def main() -> None:

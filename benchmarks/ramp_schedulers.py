@@ -20,7 +20,7 @@ from typing import Any
 from machine import describe_machine
 from multi_model.workloads import Request, Workload, ramp_together
 from virtual_engine import BLOCK_BYTES, NUM_PLANES, Elastic, hook
-from virtual_scheduler import Ask, Scheduler, Sizes, make_manager
+from virtual_scheduler import Ask, Scheduler, Sizes, make_manager, play
 from virtual_time import begin, clock
 
 from kvcached_core.units import MIB
@@ -74,21 +74,14 @@ class Arrivals:
         self.token_seconds.append(took / (ask.num_wanted - 1))
 
 
-def play(work: Workload, make: Callable[[str, Arrivals], Any]) -> dict[str, Any]:
+def answer(work: Workload, make: Callable[[str, Arrivals], Scheduler]) -> dict[str, Any]:
     """Let a scheduler for each model answer its requests; return what came of all of them."""
     begin_seconds = clock.seconds
     sources = [
         Arrivals(work.of_model(model).requests, begin_seconds) for model in range(work.num_models)
     ]
     schedulers = [make(name, source) for name, source in zip(NAMES, sources, strict=True)]
-    try:
-        while any(source.num_open for source in sources):
-            following = min(schedulers, key=lambda one: one.at)
-            clock.seconds = max(clock.seconds, following.at)
-            following.step()
-    finally:
-        for one in schedulers:
-            one.close()
+    play(schedulers, lambda _at: any(source.num_open for source in sources))
     tokens = [seconds for source in sources for seconds in source.token_seconds]
     return {
         "seconds": clock.seconds - begin_seconds,
@@ -102,23 +95,16 @@ def play(work: Workload, make: Callable[[str, Arrivals], Any]) -> dict[str, Any]
     }
 
 
-class Vanilla(Scheduler):
-    """A scheduler over vLLM's own pool."""
-
-    def close(self) -> None:
-        """It holds nothing."""
-
-
 def play_split(work: Workload, pool_bytes: int) -> dict[str, Any]:
     """Play schedulers that have an equal part of the pool each."""
     num_blocks = pool_bytes // (BLOCK_BYTES * NUM_PLANES) // work.num_models
 
-    def make(name: str, source: Arrivals) -> Vanilla:
-        made = Vanilla(name, SIZES, source)
+    def make(name: str, source: Arrivals) -> Scheduler:
+        made = Scheduler(name, SIZES, source)
         made.begin(make_manager(num_blocks, SIZES))
         return made
 
-    return play(work, make)
+    return answer(work, make)
 
 
 def play_shared(work: Workload, pool_bytes: int) -> dict[str, Any]:
@@ -129,7 +115,7 @@ def play_shared(work: Workload, pool_bytes: int) -> dict[str, Any]:
         def make(name: str, source: Arrivals) -> Elastic:
             return Elastic(pool_bytes, MAP_SECONDS, name, SIZES, source, **variables)
 
-        return play(work, make)
+        return answer(work, make)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The part of vLLM's scheduler that matters where memory is short, in virtual time."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -95,6 +95,22 @@ def make_manager(num_blocks: int, sizes: Sizes, engine: Any = None) -> Any:
     )
 
 
+def play(schedulers: Sequence["Scheduler"], goes_on: Callable[[float], bool]) -> None:
+    """Let schedulers make their steps side by side, then close them.
+
+    Args:
+        schedulers: Whoever is behind makes the next step.
+        goes_on: Whether one more step is made; told when that would begin.
+    """
+    try:
+        while goes_on((following := min(schedulers, key=lambda one: one.at)).at):
+            clock.seconds = max(clock.seconds, following.at)
+            following.step()
+    finally:
+        for one in schedulers:
+            one.close()
+
+
 class Scheduler:
     """The part of vLLM's scheduler that matters here: first come, first served, in chunks.
 
@@ -120,9 +136,8 @@ class Scheduler:
         self._num_sent = 0
 
     def begin(self, manager: Any) -> None:
-        """Take what there is from the first."""
+        """Have a manager from now on."""
         self.kv_cache_manager = manager
-        self._receive()
 
     def has_unfinished_requests(self) -> bool:
         """Stand for vLLM's."""
@@ -156,6 +171,9 @@ class Scheduler:
     def between_steps(self) -> float:
         """Answer neighbours; return the seconds that it takes."""
         return 0.0
+
+    def close(self) -> None:
+        """Leave what it shares with others: nothing here."""
 
     def _end(self, request: Any) -> None:
         self.running.remove(request)

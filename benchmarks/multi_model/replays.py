@@ -68,9 +68,10 @@ def play_alone(
         num_played: How many of the models are replayed, the first ones; in turn they stand for the
             others. None replays all.
     """
+    shown = models[:num_played]
     records: list[Record] = []
     known: dict[tuple[Any, ...], list[Record]] = {}
-    for model in models[:num_played]:
+    for model in shown:
         own = workload.of_model(model)
         begin = own.requests[0].at_seconds if own.requests else 0.0
         moved = tuple(
@@ -84,9 +85,8 @@ def play_alone(
                 )
             time.sleep(QUIET_SECONDS)
         records += [replace(record, model=model) for record in known.get(moved, [])]
-    stand_ins = zip(models[len(models[:num_played]) :], itertools.cycle(models[:num_played]))
     played = list(records)
-    for model, stand_in in stand_ins:
+    for model, stand_in in zip(models[len(shown) :], itertools.cycle(shown)):
         own_records = [record for record in played if record.model == stand_in]
         records += [replace(record, model=model) for record in own_records]
     return records

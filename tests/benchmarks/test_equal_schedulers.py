@@ -1,16 +1,11 @@
 """Two equally busy schedulers: what they are asked, and how much of it they answer."""
 
-import json
-import os
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
 import pytest
 from equal_asks import LEAST_IN, MOST_IN, NUM_OUT, NUM_SHARED, OUT_WHEN_BROKEN_OFF, asks
-
-ROOT = Path(__file__).parents[2]
+from helpers.benchmark_scripts import recorded_by
 
 
 def test_a_client_asks_the_same_each_time_and_another_one_something_else() -> None:
@@ -42,11 +37,7 @@ def test_two_equal_schedulers_on_one_pool_answer_as_much_as_with_half_of_it_each
     tmp_path: Path,
 ) -> None:
     """In virtual time; without the rule of equals they answer far less."""
-    path = tmp_path / "found.json"
-    script = ROOT / "benchmarks" / "equal_schedulers.py"
-    command = [sys.executable, str(script), "--json", str(path), "--seconds", "20"]
-    subprocess.run(command, env=os.environ, check=True, capture_output=True)
-    found = json.loads(path.read_text())
+    found = recorded_by("equal_schedulers.py", tmp_path, "--seconds", "20")
     assert found["vanilla"]["answers"] > 100
     assert found["ratio"] >= 0.97
     assert min(found["elastic"]["answers_of_each"]) >= 0.8 * max(

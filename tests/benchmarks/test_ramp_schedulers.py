@@ -1,18 +1,13 @@
 """Three schedulers that all ask at once: what a schedule is, and that sharing loses nothing."""
 
-import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from helpers.benchmark_scripts import recorded_by
 from multi_model.workloads import Request
 from ramp_schedulers import SCALES, Arrivals
 from virtual_time import clock
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_a_request_comes_when_it_is_due_and_is_measured_from_then_on() -> None:
@@ -34,11 +29,7 @@ def test_a_request_comes_when_it_is_due_and_is_measured_from_then_on() -> None:
 def test_as_many_requests_are_in_time_on_one_pool_as_with_a_third_of_it_each(
     tmp_path: Path,
 ) -> None:
-    path = tmp_path / "found.json"
-    script = ROOT / "benchmarks" / "ramp_schedulers.py"
-    command = [sys.executable, str(script), "--json", str(path), "--peaks", "4"]
-    subprocess.run(command, env=os.environ, check=True, capture_output=True)
-    (load,) = json.loads(path.read_text())["loads"]
+    (load,) = recorded_by("ramp_schedulers.py", tmp_path, "--peaks", "4")["loads"]
     assert min(load["split"]["preemptions"]) > 10  # memory is short
     assert load["shared"]["mapped_pages"] > 100  # and goes from one to the other
     for scale in map(str, SCALES):
