@@ -5,7 +5,7 @@ name them, and stores them where its tier had no room before, or where the end o
 them worth storing. A block may hold another request's tokens by then, or its page may be gone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from itertools import chain
 from typing import Any
@@ -50,22 +50,15 @@ class LeftBehind:
             own_ids: The blocks that it still has, by group and place.
         """
         connector = self._connector
-        request = connector._req_status.get(request_id)
-        if request is None:
-            return
         chunk_blocks: int = connector.config.blocks_per_chunk
-        for config, group in zip(
-            connector.config.kv_group_configs, request.group_states, strict=True
-        ):
-            if config.group_idx in self._hit_blocks:
-                own = own_ids[config.group_idx]
-                ids: list[int] = group.block_ids
-                num_passed = min(group.next_stored_chunk_idx * chunk_blocks, len(ids), len(own))
-                own = [*own[:num_passed]]
-                ids[:num_passed] = [
-                    each if each == other else NULL_BLOCK
-                    for each, other in zip(ids[:num_passed], own, strict=True)
-                ]
+        for number, group in self._windows(connector, request_id):
+            ids: list[int] = group.block_ids
+            own = own_ids[number]
+            num_passed = min(group.next_stored_chunk_idx * chunk_blocks, len(ids), len(own))
+            ids[:num_passed] = [
+                each if each == other else NULL_BLOCK
+                for each, other in zip(ids[:num_passed], own[:num_passed], strict=True)
+            ]
 
     def before_stores(self, connector: Any, output: Any) -> None:
         """Forget what this step's stores would take from others, or store in part.
@@ -78,21 +71,25 @@ class LeftBehind:
         ended = output.finished_req_ids or ()
         named = chain(output.num_scheduled_tokens, ended) if chunk_blocks > 1 else ended
         for request_id in named:
-            request = connector._req_status.get(request_id)
-            if request is None:
-                continue
-            for config, group in zip(
-                connector.config.kv_group_configs, request.group_states, strict=True
-            ):
-                num_needed = self._hit_blocks.get(config.group_idx)
-                if num_needed is None:
-                    continue
+            for number, group in self._windows(connector, request_id):
                 first_chunk = group.next_stored_chunk_idx
                 if request_id in ended:  # its blocks were free before this step took some
                     first_chunk = 0
                     _forget(group.block_ids, connector._current_batch_allocated_block_ids)
                 if chunk_blocks > 1:
+                    num_needed = self._hit_blocks[number]
                     _keep_whole(group.block_ids, first_chunk, chunk_blocks, num_needed)
+
+    def _windows(self, connector: Any, request_id: str) -> Iterator[tuple[int, Any]]:
+        """Yield the groups of a request that have windows, each with its number."""
+        request = connector._req_status.get(request_id)
+        if request is None:
+            return
+        for config, group in zip(
+            connector.config.kv_group_configs, request.group_states, strict=True
+        ):
+            if config.group_idx in self._hit_blocks:
+                yield config.group_idx, group
 
     @property
     def _connector(self) -> Any:
