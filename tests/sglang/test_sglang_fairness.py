@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.heard_bells import HeardBell, hear_when_told
+from helpers.no_pace import HeardBell, let_no_pace_count
 from helpers.sglang_elastic import NoCache, make_allocator, make_engine
 
 from kvcached_core.units import MIB
@@ -54,8 +54,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture(autouse=True)
-def _bells_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    hear_when_told(monkeypatch.setattr)
+def _no_pace_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_no_pace_count(monkeypatch.setattr)
 
 
 @dataclass
@@ -112,8 +112,6 @@ class Server:
                 self.num_completed += 1
                 queue.append(Request(request.num_prompt_tokens, request.num_answer_tokens))
         self.engine.after_schedule(has_batch=bool(running))
-        assert self.engine.memory is not None
-        self.engine.memory.keeper.wait()
 
     def fits(self, request: Request) -> bool:
         to_come = sum(

@@ -1,8 +1,11 @@
-"""Bells that are heard when their test says so, and not when a thread gets to it."""
+"""Engines whose threads' pace changes nothing.
+
+Bells are heard when their test says so, and pages are mapped and unmapped before an order returns.
+"""
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,6 +13,9 @@ from helpers.waiting import PATIENCE_SECONDS
 from kvcached_core.engine import instance
 from kvcached_core.ledger import bell
 from kvcached_core.ledger.bell import Doorbell
+from kvcached_core.memory import rank
+from kvcached_core.memory.keeper import PageKeeper
+from kvcached_core.memory.vmm.backend import Fence
 
 _RING = bell.ring
 
@@ -66,11 +72,24 @@ def ring(path: Path) -> bool:
     return path in HeardBell.at
 
 
-def hear_when_told(put: Callable[[object, str, object], None] = setattr) -> None:
-    """Let later engines of this process have such bells.
+class PromptKeeper(PageKeeper):
+    """A keeper that is at rest behind each order: neighbours never see half of one."""
+
+    def map_soon(self, pages: Iterable[int]) -> None:
+        super().map_soon(pages)
+        self.wait()
+
+    def unmap_behind(self, pages: Iterable[int], fence: Fence) -> None:
+        super().unmap_behind(pages, fence)
+        self.wait()
+
+
+def let_no_pace_count(put: Callable[[object, str, object], None] = setattr) -> None:
+    """Let later engines of this process have such bells, and such keepers of pages.
 
     Args:
         put: Sets an attribute; a test has its `monkeypatch.setattr` undo it.
     """
     put(bell, "ring", ring)
     put(instance, "Doorbell", HeardBell)
+    put(rank, "PageKeeper", PromptKeeper)
