@@ -7,6 +7,7 @@ knows of it. Nobody uses it before that is seen.
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from kvcached_core.errors import OutOfMemoryError
@@ -14,6 +15,8 @@ from kvcached_core.memory.vmm.backend import SharingBackend
 from kvcached_core.weights.exporting import Wish
 from kvcached_core.weights.image import Image
 from kvcached_core.weights.importing import Replica
+from kvcached_core.weights.mapped_pages import mapped_pages
+from kvcached_core.weights.rank_row import WeightsRow
 from kvcached_core.weights.source import CopySource
 from kvcached_core.weights.sums import Sums
 
@@ -29,19 +32,19 @@ class Fetching:
     """Where pages go that come from replicas.
 
     Attributes:
-        image: The next page that it lacks is the first that comes.
+        image: All pages in front of the first that comes are there.
+        row: Its part of the ledger.
         backend: Its backend.
         source: What takes the sums of its pages.
         stream: What that runs on.
-        map_next: Maps its next page.
-        count: Told how many pages have come and are right; what else was mapped is of no use.
+        count: Told how many pages have come and are right; others are mapped, too, and are not.
     """
 
     image: Image
+    row: WeightsRow
     backend: SharingBackend
     source: CopySource
     stream: int
-    map_next: Callable[[], None]
     count: Callable[[int], None]
 
     def take(self, replica: Replica, wish: Wish) -> int:
@@ -55,17 +58,17 @@ class Fetching:
         end = looked = wish.first
         num_right = 0
         addresses, started = replica.addresses(), time.monotonic()
+        pages = mapped_pages(self.image, self.row, end, end + len(wish.sums))
         try:
-            for address in addresses:
-                self.map_next()
-                page_bytes = self.image.page_bytes
-                self.backend.copy_between(self.image.page_address(end), address, page_bytes)
-                end += 1
-                if end - looked == LOOK_PAGES:
-                    looks.append(self._look(looked, LOOK_PAGES))
-                    looked = end
+            with closing(addresses), closing(pages):
+                for address, page in zip(addresses, pages, strict=False):
+                    page_bytes = self.image.page_bytes
+                    self.backend.copy_between(self.image.page_address(page), address, page_bytes)
+                    end = page + 1
+                    if end - looked == LOOK_PAGES:
+                        looks.append(self._look(looked, LOOK_PAGES))
+                        looked = end
         finally:
-            addresses.close()
             looks.append(self._look(looked, end - looked))
             num_right = _num_right(looks, wish.sums)
             self.backend.finish_copies()

@@ -24,7 +24,7 @@ from kvcached_core.weights.exporting import Wish
 from kvcached_core.weights.fetching import Fetching
 from kvcached_core.weights.host_copy import HostCopy
 from kvcached_core.weights.image import Image
-from kvcached_core.weights.mapping import Mapping
+from kvcached_core.weights.mapped_pages import mapped_pages
 from kvcached_core.weights.moving_out import MovingOut
 from kvcached_core.weights.rank_annex import RankAnnex
 from kvcached_core.weights.rank_row import WeightsRow
@@ -63,7 +63,6 @@ class RankWeights:
         self.image = image
         self._pid = os.getpid()
         self._row = WeightsRow(image.arena, lambda: self._num_resident_pages)
-        self._mapping = Mapping(image, self._row)
         self.copying = Copying(image, make_copy, self._row.expect)
         self._moving_out = MovingOut(self.copying, make_copy, image.backend)
         self.copying.on_copied = self._when_copied
@@ -153,6 +152,7 @@ class RankWeights:
             if wanted > self._num_there:
                 copy = self._moving_out.back()
                 if copy is None:
+                    self._drop_unfinished()
                     return self.status()
                 self._bring(copy, wanted)
             elif wanted < self._num_there:
@@ -161,6 +161,7 @@ class RankWeights:
                 self._annex.bring()
         except OutOfMemoryError as error:
             # Others than engines took it. What came stays, and the rest is asked for again.
+            self._drop_unfinished()
             logger.warning("kvcached: %s; requests wait for the rest of the weights", error)
         finally:
             self._offer_read()
@@ -241,27 +242,26 @@ class RankWeights:
 
         def count(num_right: int) -> None:
             self._num_there += num_right
-            self._drop_unfinished()
 
         wish = Wish(copy.digest, image.page_bytes, first, copy.known_sums(first, num_pages))
         stream = self._current_stream()
-        map_next = partial(self._mapping.next_of, num_pages)
-        fetching = Fetching(image, replicas.backend, source, stream, map_next, count)
+        fetching = Fetching(image, self._row, replicas.backend, source, stream, count)
         replicas.fetch(wish, fetching.take)
 
     def _bring(self, copy: HostCopy, num_pages: int) -> None:
         image, begin = self.image, partial(self.image.copy_from, copy.page_address)
+        pages = mapped_pages(image, self._row, self._num_there, num_pages)
         with contextlib.ExitStack() as rest:
             rest.callback(self.arriving.forget)
             rest.callback(image.backend.join_copies, self._current_stream())
             rest.callback(self.arriving.begin_rest)
             if not self.lets_arrive:
-                for page in self._mapping.missing(num_pages):
+                for page in pages:
                     begin(page)
                     self._num_there = page + 1
                 return
             try:
-                list(self._mapping.missing(num_pages))
+                list(pages)
             finally:  # Behind all maps, which go in step with copies that have begun; see ADR 23.
                 for page in range(self._num_there, image.num_resident_pages):
                     self.arriving.expect(page, begin)

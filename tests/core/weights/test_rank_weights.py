@@ -29,7 +29,7 @@ from kvcached_core.weights import copying, image, rank, rank_row, source
 from kvcached_core.weights.copies_folder import read_holders
 from kvcached_core.weights.drop_batches import DROP_BATCH_PAGES
 from kvcached_core.weights.host_budget import HostBudget
-from kvcached_core.weights.mapping import BATCH_PAGES
+from kvcached_core.weights.mapped_pages import BATCH_PAGES
 from kvcached_core.weights.rank_row import PATIENCE_SECONDS
 from kvcached_core.weights.sums import Sums
 

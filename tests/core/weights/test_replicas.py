@@ -22,13 +22,14 @@ from helpers.fake_driver import FakeDriver, Result, tensors_on_the_host
 from helpers.forked import exit_code_of_child
 from helpers.replica_ranks import ReplicaRank
 from helpers.waiting import PATIENCE_SECONDS, await_that
-from helpers.weight_ranks import NUM_PAGES, PAGE
+from helpers.weight_ranks import NUM_PAGES, PAGE, Recorder
 
 from kvcached_core.errors import BackendError, OutOfMemoryError
 from kvcached_core.weights import exporting, fetching, importing, rank_row
 from kvcached_core.weights.exporting import Wish, sockets_of
 from kvcached_core.weights.importing import Replica, connect
 from kvcached_core.weights.key import CopyKey
+from kvcached_core.weights.mapped_pages import BATCH_PAGES
 
 TESTS = Path(__file__).parents[2]
 WORDS = PAGE // 8
@@ -119,6 +120,35 @@ def test_a_second_replica_has_what_the_first_one_lacks(make: Make) -> None:
     ranks[0].check(NUM_PAGES)
     # In which order they are asked, nobody knows.
     assert ranks[0].num_from_host == NUM_PAGES - 13
+
+
+@pytest.mark.parametrize("changed_page", [None, 0, 5, 11])
+def test_what_is_mapped_or_still_to_be_mapped_is_counted_at_every_moment(
+    pair: tuple[ReplicaRank, ReplicaRank],
+    monkeypatch: pytest.MonkeyPatch,
+    changed_page: int | None,
+) -> None:
+    ours, theirs = pair
+    if changed_page is not None:
+        theirs.change(changed_page * WORDS + 3, -1)
+    ours.ledger.describe_weights(ours.row, NUM_PAGES * PAGE)
+    ours.ledger.announce(ours.row, NUM_PAGES * PAGE, is_waking=True)
+    counted, untold_pages = set[int](), set[int]()
+    call = Recorder._call
+
+    def call_and_look(layer: Recorder, verb: str, *rest: Any) -> Any:
+        result = call(layer, verb, *rest)
+        if layer.verbs is ours.done:
+            view = ours.view()
+            counted.add((view.weights_bytes + view.static_bytes) // PAGE)
+            untold_pages.add(ours.image.num_resident_pages - view.weights_bytes // PAGE)
+        return result
+
+    monkeypatch.setattr(Recorder, "_call", call_and_look)
+    ours.weights.hold(NUM_PAGES)
+    assert counted == {NUM_PAGES}
+    assert untold_pages <= set(range(BATCH_PAGES + 1))
+    ours.check(NUM_PAGES)
 
 
 @pytest.mark.parametrize("is_told", [True, False])
@@ -367,6 +397,32 @@ def test_memory_that_ends_in_the_middle_leaves_the_pages_that_came(
     ours.weights.hold(NUM_PAGES)
     ours.check(NUM_PAGES)
     assert ours.num_from_host == 0
+
+
+@pytest.mark.parametrize("is_copy_lost", [True, False])
+def test_wrong_pages_go_where_the_right_ones_cannot_come(
+    make: Make, monkeypatch: pytest.MonkeyPatch, *, is_copy_lost: bool
+) -> None:
+    monkeypatch.setattr(rank_row, "PATIENCE_SECONDS", 0.02)
+    limits: list[LimitedBackend] = []
+
+    def limited(inner: Any) -> LimitedBackend:
+        limits.append(LimitedBackend(inner, NUM_PAGES * PAGE))
+        return limits[-1]
+
+    ours, theirs = make("ours", layer=limited), make("theirs")
+    ours.weights.hold(0)
+    theirs.change(5 * WORDS, -1)
+    with pytest.MonkeyPatch.context() as patch:
+        if is_copy_lost:
+            patch.setattr(ours.weights._moving_out, "back", lambda: None)
+        else:
+            limits[0].limit_bytes = 10 * PAGE
+        assert ours.weights.hold(NUM_PAGES).num_resident_pages == 5
+        ours.check(5)
+    limits[0].limit_bytes = NUM_PAGES * PAGE
+    ours.weights.hold(NUM_PAGES)
+    ours.check(NUM_PAGES)
 
 
 def test_pages_that_nobody_can_look_at_come_from_the_host(

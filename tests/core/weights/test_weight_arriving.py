@@ -19,7 +19,7 @@ from kvcached_core.units import GIB
 from kvcached_core.weights import arriving
 from kvcached_core.weights.arriving import AHEAD_BYTES, Arriving
 from kvcached_core.weights.exporting import Wish
-from kvcached_core.weights.mapping import BATCH_PAGES
+from kvcached_core.weights.mapped_pages import BATCH_PAGES
 from kvcached_core.weights.stages import Points, Stages
 from kvcached_core.weights.walks import Walks
 
