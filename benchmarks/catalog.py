@@ -42,6 +42,7 @@ BENCHMARKS = (
         "calls and schedules beside older code",
     ),
     Benchmark("wrappers", "wrappers.py", HOST, "what our wrappers add to the scheduler's path"),
+    Benchmark("step_calls", "step_calls.py", HOST, "how many calls a step of vLLM makes with us"),
     Benchmark("lock_check", "lock_check.py", HOST, "comparing an engine with its lock at a start"),
     Benchmark("ledger", "ledger.py", HOST, "one operation of the ledger, alone and contended"),
     Benchmark("pressure", "pressure.py", HOST, "how soon an idle engine gives memory back"),
