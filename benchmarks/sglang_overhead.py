@@ -4,7 +4,8 @@
 
 One vanilla and one elastic server of the same capacity run side by side and get the same requests
 in turn, from SGLang's own `bench_serving`. Each figure is a ratio to the vanilla run of the same
-round, the median of all rounds. A second vanilla server, the control, shows the noise.
+round, the median of all rounds. A second vanilla server, the control, shows the noise. `--starts`
+is as in `vllm_overhead.py`.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from typing import Any
 
 from machine import describe_gpu, describe_machine
 from sglang_servers import SGLangSetting
-from vllm_overhead import CONTROL, ELASTIC, VANILLA, begin, play_round, print_summary, summary
+from vllm_overhead import CONTROL, ELASTIC, VANILLA, play_start
 from vllm_servers import Record
 
 from kvcached_core.units import GIB
@@ -29,19 +30,18 @@ TINY_WORKLOADS = {"saturation": (100, 16, "inf", 12), "8 req/s": (100, 16, "8", 
 
 def serve(setting: SGLangSetting, record: Record, names: list[str], options: Any) -> None:
     """Compare the servers in `names`."""
-    kv_bytes = None if setting.tiny else options.kv_gib * GIB
-    for name in names:
+
+    def start(name: str) -> None:
+        kv_bytes = None if setting.tiny else options.kv_gib * GIB
         uncached = SGLANG.caching(is_on=False)
         setting.start(name, *uncached, elastic=name == ELASTIC, kv_bytes=kv_bytes)
+
     workloads = TINY_WORKLOADS if setting.tiny else WORKLOADS
     try:
-        begin(setting, record, next(iter(workloads.values())))
-        rounds: dict[str, list[dict[str, Any]]] = {label: [] for label in workloads}
-        for number in range(options.rounds):
-            for label, workload in workloads.items():
-                rounds[label].append(play_round(setting, workload, number))
-                record.add(**{label: summary(rounds[label], names)})
-                print_summary(label, record.results[label], names)
+        for number in range(options.starts):
+            play_start(
+                setting, record, names, start, workloads, number=number, num_rounds=options.rounds
+            )
     finally:
         setting.servers.keep_logs(record.path.parent, record.path.stem)
 
@@ -51,7 +51,8 @@ def main() -> None:
     made = argparse.ArgumentParser(description=__doc__)
     made.add_argument("--json", type=Path, required=True)
     made.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
-    made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--rounds", type=int, default=3, help="of each start")
+    made.add_argument("--starts", type=int, default=1, help="how often all servers start")
     made.add_argument("--kv-gib", type=int, default=24, help="KV capacity of each server, in GiB")
     made.add_argument("--control", action="store_true", help="with a second vanilla server")
     options = made.parse_args()

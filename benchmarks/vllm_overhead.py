@@ -4,7 +4,8 @@
 
 One vanilla and one elastic server of the same capacity run side by side and get the same requests
 in turn, from vLLM's own `vllm bench serve`. Each figure is a ratio to the vanilla run of the same
-round, the median of all rounds. A second vanilla server, the control, shows the noise.
+round, the median of all rounds. A second vanilla server, the control, shows the noise. With
+`--starts 4` all servers start four times, and the interval is that of the four starts' medians.
 
     python benchmarks/vllm_overhead.py --json calm.json --also calm KVCACHED_IDLE_SECONDS=10
 
@@ -15,7 +16,7 @@ elastic server is what the others are compared with; one that is `--also` like i
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from intervals import NUM_FOR_P99, Interval, apart, median_interval
@@ -45,20 +46,57 @@ def is_elastic(name: str) -> bool:
     return name not in (VANILLA, CONTROL)
 
 
-def serve(setting: Setting, record: Record, num_rounds: int, names: dict[str, Variables]) -> None:
+def serve(
+    setting: Setting,
+    record: Record,
+    names: dict[str, Variables],
+    *,
+    num_rounds: int,
+    num_starts: int,
+) -> None:
     """Compare the servers in `names`, each with its own variables."""
-    for name, more in names.items():
-        setting.start(name, elastic=is_elastic(name), kv_bytes=setting.kv_bytes, **more)
+
+    def start(name: str) -> None:
+        elastic, kv_bytes = is_elastic(name), setting.kv_bytes
+        setting.start(name, elastic=elastic, kv_bytes=kv_bytes, **names[name])
+
+    def count_preemptions() -> None:
+        for name, server in setting.servers.by_name.items():
+            preemptions[name] += server.metric(PREEMPTIONS)
+        record.add(preemptions=preemptions)
+
+    preemptions = dict.fromkeys(names, 0.0)
     record.add(variables=names)
-    begin(setting, record, setting.workloads[0][1:])
-    for label, *workload in setting.workloads:
-        rounds: list[dict[str, Any]] = []
-        for number in range(num_rounds):
-            rounds.append(play_round(setting, workload, number))
+    workloads = {label: tuple(workload) for label, *workload in setting.workloads}
+    for number in range(num_starts):
+        play_start(setting, record, names, start, workloads, number=number, num_rounds=num_rounds)
+        count_preemptions()
+
+
+def play_start(
+    setting: Any,
+    record: Record,
+    names: Iterable[str],
+    start: Callable[[str], object],
+    workloads: Mapping[str, tuple[Any, ...]],
+    *,
+    number: int,
+    num_rounds: int,
+) -> None:
+    """Start each server anew and play rounds of all workloads; add them to what the record has.
+
+    A server keeps for its life what its start gave it: the cores and the memory that it landed on.
+    So what all rounds of one start show can be that start's.
+    """
+    for name in names:
+        start(name)
+    begin(setting, record, next(iter(workloads.values())))
+    for turn in range(number * num_rounds, (number + 1) * num_rounds):
+        for label, workload in workloads.items():
+            earlier = record.results.get(label, {"rounds": []})["rounds"]
+            rounds = [*earlier, play_round(setting, workload, turn) | {"start": number}]
             record.add(**{label: summary(rounds, list(names))})
-        print_summary(label, record.results[label], list(names))
-    servers = setting.servers.by_name.items()
-    record.add(preemptions={name: server.metric(PREEMPTIONS) for name, server in servers})
+            print_summary(label, record.results[label], list(names))
 
 
 def begin(setting: Any, record: Record, workload: tuple[Any, ...]) -> None:
@@ -103,16 +141,18 @@ def summary(rounds: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
         }
         for name in others
     }
-    medians = {
-        name: {figure: statistics.median(values) for figure, values in of_name.items()}
-        for name, of_name in ratios.items()
-    }
     intervals = {
-        name: {figure: median_interval(values) for figure, values in of_name.items()}
+        name: {
+            figure: median_interval(_independent(values, rounds))
+            for figure, values in of_name.items()
+        }
         for name, of_name in ratios.items()
     }
     return {
-        "median_ratio": medians,
+        "median_ratio": {
+            name: {figure: found.value for figure, found in of_name.items()}
+            for name, of_name in intervals.items()
+        },
         "intervals": {
             name: {figure: [found.low, found.high] for figure, found in of_name.items()}
             for name, of_name in intervals.items()
@@ -124,6 +164,14 @@ def summary(rounds: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
         "ratios": ratios,
         "rounds": rounds,
     }
+
+
+def _independent(ratios: Sequence[float], rounds: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return the ratios of the rounds, or of the starts where there were several."""
+    by_start: dict[int, list[float]] = {}
+    for ratio, each in zip(ratios, rounds, strict=True):
+        by_start.setdefault(each.get("start", 0), []).append(ratio)
+    return [*map(statistics.median, by_start.values())] if len(by_start) > 1 else list(ratios)
 
 
 def _said(
@@ -162,7 +210,8 @@ def print_summary(label: str, result: dict[str, Any], names: list[str]) -> None:
 def main() -> None:
     """Measure, print a table, write JSON."""
     arguments = parser(__doc__)
-    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--rounds", type=int, default=3, help="of each start")
+    arguments.add_argument("--starts", type=int, default=1, help="how often all servers start")
     arguments.add_argument("--no-control", action="store_true", help="leave the control out")
     arguments.add_argument(
         "--no-vanilla", action="store_true", help="compare elastic servers with each other"
@@ -186,7 +235,7 @@ def main() -> None:
                 sys.exit(f"--only {' '.join(wanted)}: no such workload; there are {names_of_all}")
         if options.num_prompts:
             setting.workloads = [(*w[:4], options.num_prompts) for w in setting.workloads]
-        serve(setting, record, options.rounds, names)
+        serve(setting, record, names, num_rounds=options.rounds, num_starts=options.starts)
 
 
 if __name__ == "__main__":

@@ -48,3 +48,17 @@ def test_a_99th_percentile_of_few_requests_says_nothing() -> None:
     found = summary(rounds_of(values, completed=334), list(values))
     assert found["said"]["elastic"]["p99_ttft_ms"] == "worse"
     assert found["intervals"]["elastic"]["mean_ttft_ms"] == [2.0, 2.0]
+
+
+def test_what_is_alike_in_all_rounds_of_a_start_counts_once() -> None:
+    values = {"vanilla": [10.0] * 6, "elastic": [10.4, 10.4, 10.4, 9.8, 9.8, 9.8]}
+    rounds = rounds_of(values)
+    for number, each in enumerate(rounds):
+        each["start"] = number // 3
+    found = summary(rounds, list(values))
+    assert found["median_ratio"]["elastic"]["mean_tpot_ms"] == pytest.approx(1.01)
+    assert found["intervals"]["elastic"]["mean_tpot_ms"] == pytest.approx([0.98, 1.04])
+    assert found["said"]["elastic"]["mean_tpot_ms"] == "not told apart"
+    of_first = summary(rounds[:3], list(values))
+    assert of_first["intervals"]["elastic"]["mean_tpot_ms"] == pytest.approx([1.04, 1.04])
+    assert of_first["said"]["elastic"]["mean_tpot_ms"] == "worse"
