@@ -168,6 +168,12 @@ BENCHMARKS = (
         GPU,
         "a busy engine through the gateway, beside the engine asked directly",
     ),
+    Benchmark(
+        "gateway_activation",
+        "gateway_activation.py",
+        GPU,
+        "a model whose weights are gone: through the gateway, beside its server asked directly",
+    ),
     Benchmark("weights_wake", "weights_wake.py", GPU, "weights that come and go, and their wake"),
     Benchmark(
         "prefill_while_copying",

@@ -1,4 +1,4 @@
-"""The client of `gateway_gpu`: requests go out when they are due; tokens and times come back."""
+"""A client of gateways and engines: requests go out when due; tokens and times come back."""
 
 import asyncio
 import json
@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import aiohttp
 from gateway_schedule import Due
 
+from kvcached_gateway.lease import Address
+
 ANSWER_SECONDS = 900.0
 OK = 200
 
@@ -20,7 +22,8 @@ class Answer:
 
     Attributes:
         due: The request.
-        token_ids: The tokens that came.
+        token_ids: The tokens that came; none from an engine that says only their text.
+        text: Their text.
         ttft_seconds: From when it was sent to the first of them; None if none came.
         late_seconds: How much later than due it was sent.
         woken: What the gateway says that its model needed first, or nothing.
@@ -30,6 +33,7 @@ class Answer:
 
     due: Due
     token_ids: list[int] = field(default_factory=list)
+    text: str = ""
     ttft_seconds: float | None = None
     late_seconds: float = 0.0
     woken: str = ""
@@ -42,23 +46,33 @@ class Answer:
 
 
 async def send(
-    url: str, schedule: Sequence[Due], answers: list[Answer] | None = None
+    at: str | Address, schedule: Sequence[Due], answers: list[Answer] | None = None
 ) -> list[Answer]:
     """Send each request when it is due, whatever became of those before; return all answers.
 
     Args:
-        url: Where to.
+        at: Where to: a URL, or an engine's own address.
         schedule: The requests.
         answers: Where the answers are from the beginning on, so that who is cut off has what came.
     """
     found = [] if answers is None else answers
     found += [Answer(due) for due in schedule]
-    timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
+    async with _session(Address(at) if isinstance(at, str) else at) as session:
         begin = time.perf_counter()
         await asyncio.gather(*(_ask(session, answer, begin) for answer in found))
     return found
+
+
+def _session(address: Address) -> aiohttp.ClientSession:
+    connector: aiohttp.BaseConnector = aiohttp.TCPConnector(limit=0)
+    if address.socket is not None:
+        connector = aiohttp.UnixConnector(address.socket, limit=0)
+    return aiohttp.ClientSession(
+        address.url,
+        headers=address.headers,
+        timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS),
+        connector=connector,
+    )
 
 
 async def send_first(
@@ -108,11 +122,14 @@ async def _ask(session: aiohttp.ClientSession, answer: Answer, begin: float) -> 
                 data = line.removeprefix(b"data: ").strip()
                 if not line.startswith(b"data: ") or data == b"[DONE]":
                     continue
-                ids = json.loads(data)["choices"][0].get("token_ids") or []
-                if ids and answer.ttft_seconds is None:
+                choice = json.loads(data)["choices"][0]
+                ids, text = choice.get("token_ids") or [], choice.get("text") or ""
+                if (ids or text) and answer.ttft_seconds is None:
                     answer.ttft_seconds = time.perf_counter() - sent
                 answer.token_ids += ids
-        if not answer.error and len(answer.token_ids) != due.num_tokens:
+                answer.text += text
+        is_text_alone = bool(answer.text) and not answer.token_ids
+        if not answer.error and not is_text_alone and len(answer.token_ids) != due.num_tokens:
             answer.error = f"{len(answer.token_ids)} of {due.num_tokens} tokens came"
     except (aiohttp.ClientError, TimeoutError, LookupError, ValueError) as error:
         answer.error = f"{type(error).__name__}: {error}"

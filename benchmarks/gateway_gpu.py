@@ -33,7 +33,7 @@ from gateway_schedule import (
     rivals,
     start_seconds,
 )
-from gateway_serve import CHUNK_TOKENS, Gateway
+from gateway_serve import CHUNK_TOKENS, Gateway, headroom_bytes
 from gateway_table import table
 from machine import describe_gpu, describe_machine
 from vllm_servers import Record
@@ -255,12 +255,11 @@ def main() -> None:
     record = Record(options.json)
     machine = describe_machine() if options.tiny else describe_gpu()
     record.add(machine=machine, chunk_tokens=CHUNK_TOKENS)
-    headroom = 0 if options.tiny else int(str(machine["gpu_bytes"])) - int(options.device_gib * GIB)
     gateway = Gateway(
         options.models,
         cards=options.cards,
         tiny=options.tiny,
-        headroom_bytes=headroom,
+        headroom_bytes=0 if options.tiny else headroom_bytes(machine, options.device_gib),
         max_starting=options.starting,
         tiny_kv_bytes=TINY_KV_BYTES if "classes" in options.parts else 0,
     )

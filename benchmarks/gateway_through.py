@@ -63,19 +63,19 @@ class Engine:
 
 
 def start(gateway: Gateway, num_in: int, seconds: float) -> None:
-    """Start the model by its first request, and wait until its weights have their copy.
+    """Start the models by their first requests, and wait until their weights have copies.
 
     Raises:
-        RuntimeError: If it does not answer in time.
+        RuntimeError: If one does not answer in time.
     """
-    first = Due(0.0, gateway.names[0], prompt(1, num_in), 4)
+    first = [Due(0.0, name, prompt(1, num_in), 4) for name in gateway.names]
 
-    async def ask() -> str:
-        (answer,) = await asyncio.wait_for(send(gateway.url, [first]), seconds)
-        return answer.error
+    async def ask() -> list[str]:
+        answers = await asyncio.wait_for(send(gateway.url, first), seconds)
+        return [answer.error for answer in answers if answer.error]
 
-    if error := asyncio.run(ask()):
-        raise RuntimeError(f"the first request failed: {error}")
+    if errors := asyncio.run(ask()):
+        raise RuntimeError(f"a first request failed: {errors}")
     begin = time.monotonic()
     while not gateway.are_copied() and time.monotonic() - begin < COPY_SECONDS:
         time.sleep(0.1)
@@ -114,12 +114,14 @@ def measure(
     }
 
 
-def summarise(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
+def summarise(
+    rounds: Sequence[dict[str, dict[str, float]]], figures: Sequence[str] = FIGURES
+) -> dict[str, Any]:
     """Return each round's ratios to the direct requests, and their medians with intervals."""
     ratios = {
         way: {
             figure: [each[way][figure] / each[DIRECT][figure] for each in rounds]
-            for figure in FIGURES
+            for figure in figures
         }
         for way in (THROUGH, CONTROL)
     }
@@ -128,6 +130,12 @@ def summarise(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
         for way, found in ratios.items()
     }
     return {"ratios": ratios, "medians_and_intervals": intervals}
+
+
+def in_turn(number: int) -> tuple[str, ...]:
+    """Return the ways in a round's order: another one is first each time."""
+    turn = number % len(WAYS)
+    return WAYS[turn:] + WAYS[:turn]
 
 
 def compare(gateway: Gateway, record: Record, options: argparse.Namespace) -> None:
@@ -148,8 +156,7 @@ def compare(gateway: Gateway, record: Record, options: argparse.Namespace) -> No
     rounds: list[dict[str, dict[str, float]]] = []
     begin = time.monotonic()
     while len(rounds) < options.rounds and time.monotonic() - begin < options.seconds:
-        turn = len(rounds) % len(WAYS)
-        order = WAYS[turn:] + WAYS[:turn]
+        order = in_turn(len(rounds))
         rounds.append({way: measure(engine, at[way], data, options) for way in order})
         record.add(rounds=rounds, **summarise(rounds))
 

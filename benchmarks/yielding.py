@@ -14,12 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from giving import SLEEP_SECONDS, fall_asleep
 from machine import describe_gpu, describe_machine
 from neighbour import Neighbour
 from vllm_servers import READY_SECONDS, SHORT_FOLDER, Record
 
-from kvcached_core import control
-from kvcached_core.control import Outcome
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
 from kvcached_demo.harness.engines import ENGINES, SGLANG, VLLM, Engine
@@ -35,7 +34,6 @@ TESTS = Path(__file__).parents[1] / "tests"
 NUM_PROMPT_TOKENS, NUM_TOKENS = 128, 8
 FIRST, SECOND = "first", "second"  # the names of two servers
 MEMORY = "/dev/shm"  # noqa: S108  a folder of a name of its own is made there
-SLEEP_SECONDS = 20.0
 POOL_BYTES, TINY_KV_BYTES = 160 * MIB, 64 * MIB  # of a rehearsal
 EXTENSION = ("--worker-extension-cls", "helpers.watched.Watched")
 ON_SIGNAL = TESTS / "helpers" / "memory_on_signal"
@@ -219,14 +217,7 @@ class Run:
 
     def sleep(self, name: str) -> None:
         """Let a server yield all of its weights, once its last request is over."""
-        deadline = time.monotonic() + SLEEP_SECONDS
-        while True:
-            result = control.sleep(name, directory=self.servers.directory, wait_seconds=10.0)
-            if result.outcome is Outcome.APPLIED:
-                return
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{name} did not yield its weights: {result}")
-            time.sleep(0.01)
+        fall_asleep(name, self.servers.directory)
 
     def view(self, name: str) -> InstanceView:
         """Return what the ledger says of a server."""

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
-from gateway_serve import Gateway
+from gateway_serve import ENGINE_BYTES, Gateway
 from multi_model.client import Target
 from multi_model.fleet import Fleet
 
 from kvcached_core.errors import LedgerError
-from kvcached_core.units import GIB
 from kvcached_demo.harness.engines import VLLM
 from kvcached_demo.harness.server import ENGINE_ENVIRON
 
@@ -73,8 +72,6 @@ class Served(Gateway):
         return {"engine": "vllm", "python": VLLM.python, "env": env, "args": args}
 
 
-# Of the host's memory, beside its copy of the weights, an engine's processes take so much.
-ENGINE_BYTES = 7 * GIB
 # What of a member's variables is an engine's own; the gateway says the rest.
 KEPT = ("VLLM_LOGGING_LEVEL", "DUMMY_SEED", "PYTHONPATH", "KVCACHED_PAGE_BYTES")
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gateway_serve import ENGINE_BYTES
 from multi_model import options as command_line
 from multi_model import run as running
 from multi_model.client import Record, read_records
@@ -104,7 +105,7 @@ def test_the_gateway_is_told_the_memory_of_its_models_copies(
     finally:
         served.close()
     copies = 2 * shape_bytes("llama-1b") + shape_bytes("llama-8b")
-    assert int(found["host_memory"]) == pytest.approx(copies + 3 * gateway_fleet.ENGINE_BYTES)
+    assert int(found["host_memory"]) == pytest.approx(copies + 3 * ENGINE_BYTES)
     assert {each["env"]["KVCACHED_BUFFERS"] for each in found["environments"].values()} == {"yield"}
 
 

@@ -237,8 +237,8 @@ def kv_bytes_per_token(shape: str) -> int:
     return int(2 * values * 2)  # keys and values, bfloat16
 
 
-def make_shape(folder: Path, shape: str) -> Path:
-    """Write the configuration of `shape` and a tokenizer of `NUM_WORDS` words to `folder`."""
+def make_shape(folder: Path, shape: str, *, num_words: int = NUM_WORDS) -> Path:
+    """Write the configuration of `shape` and a tokenizer of so many words to `folder`."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -248,7 +248,7 @@ def make_shape(folder: Path, shape: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config = {"torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2} | SHAPES[shape]
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{n}": n for n in range(3, NUM_WORDS)}
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{n}": n for n in range(3, num_words)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))  # noqa: S106
     tokenizer.pre_tokenizer = WhitespaceSplit()
     save_tokenizer(tokenizer, folder)

@@ -9,19 +9,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from helpers.shapes import SHAPES, make_shape
+from helpers.shapes import NUM_WORDS, SHAPES, make_shape
 
 FILE = "model.safetensors"
 
 
-def make_weights(folder: Path, shape: str, *, device: str = "cuda", seed: int = 0) -> Path:
-    """Write `shape` with its tokenizer and seeded bfloat16 weights to `folder`, unless there."""
+def make_weights(
+    folder: Path,
+    shape: str,
+    *,
+    device: str = "cuda",
+    seed: int = 0,
+    has_all_words: bool = False,
+) -> Path:
+    """Write `shape` with its tokenizer and seeded bfloat16 weights to `folder`, unless there.
+
+    With `has_all_words` each token of the model has a word: text tells answers apart.
+    """
     if (folder / FILE).exists():
         return folder
     import torch
     from safetensors.torch import save_file
 
-    make_shape(folder, shape)
+    words = SHAPES[shape]["vocab_size"] if has_all_words else NUM_WORDS
+    make_shape(folder, shape, num_words=words)
     generator = torch.Generator(device=device).manual_seed(seed)
     tensors = {}
     for name, size in tensor_sizes(SHAPES[shape]).items():
