@@ -69,9 +69,13 @@ breaks = "It rains in."
         (ENTRY, "name the tests that see it, or say why none can"),
         (ENTRY + 'tests = ["a"]\nequivalent = "so"\n', "name the tests"),
         (2 * (ENTRY + 'tests = ["a"]\n'), "two mutants have this name"),
+        (
+            ENTRY + 'tests = ["a"]\n' + ENTRY.replace('"m"', '"n"') + 'tests = ["b"]\n',
+            "n: it plants the same as m",
+        ),
     ],
 )
-def test_an_entry_says_who_sees_it_or_why_nobody_can(
+def test_an_entry_is_there_once_and_says_who_sees_it_or_why_nobody_can(
     tmp_path: Path, text: str, reason: str
 ) -> None:
     (tmp_path / "list.toml").write_text(text)

@@ -123,15 +123,19 @@ def read_mutants(paths: Iterable[Path]) -> list[Mutant]:
     """Return the mutants of some files.
 
     Raises:
-        MutantError: If two have one name, or one says neither what has to see it nor why nothing
-            can.
+        MutantError: If two have one name or plant the same, or one says neither what has to see it
+            nor why nothing can.
     """
     entries = [entry for path in paths for entry in tomllib.loads(path.read_text())["mutant"]]
     mutants = [Mutant(**{**entry, "tests": tuple(entry.get("tests", ()))}) for entry in entries]
     names = [mutant.name for mutant in mutants]
+    planted: dict[tuple[str, str, str], str] = {}
     for mutant in mutants:
         if names.count(mutant.name) > 1:
             raise MutantError(f"{mutant.name}: two mutants have this name")
+        first = planted.setdefault((mutant.file, mutant.old, mutant.new), mutant.name)
+        if first != mutant.name:
+            raise MutantError(f"{mutant.name}: it plants the same as {first}")
         if bool(mutant.tests) == bool(mutant.equivalent):
             raise MutantError(f"{mutant.name}: name the tests that see it, or say why none can")
     return mutants
