@@ -23,7 +23,7 @@ def asked_each(
     fitting = [
         load
         for load in loads.values()
-        if load.fits(share) and (allowed is None or load.id in allowed)
+        if load.spare_bytes(share) > 0 and (allowed is None or load.id in allowed)
     ]
     fitting.sort(key=lambda one: (one.pressure(plus=share), -one.free_bytes, one.id))
     return [load.id for load in fitting[:num]] if len(fitting) >= num else []
@@ -40,7 +40,7 @@ def test_the_best_are_those_that_a_look_at_each_device_finds(
         found = rooms.best(share, num, allowed)
         assert len(found) == len(expected)
         for ours, theirs in zip(found, expected, strict=True):
-            assert loads[ours].fits(share)
+            assert loads[ours].spare_bytes(share) > 0
             assert math.isclose(
                 loads[ours].pressure(plus=share), loads[theirs].pressure(plus=share)
             )

@@ -52,12 +52,11 @@ class Load:
         self._wake_bytes = max(self._wake_bytes, share.wake_bytes)
         self.free_bytes -= share.taken_bytes
 
-    def fits(self, share: Share) -> bool:
-        """Whether one more would leave each model enough to wake, and floors their memory."""
-        return self.spare_bytes(share) > 0
-
     def spare_bytes(self, share: Share) -> int:
-        """Return what one more would leave when the largest wakes; it fits if that is something."""
+        """Return what one more would leave beside all floors when the largest wakes.
+
+        It fits if that is more than nothing.
+        """
         left_bytes = min(self.left_awake_bytes, self.left_bytes - share.wake_bytes)
         return left_bytes - share.taken_bytes - share.floor_bytes
 

@@ -35,7 +35,7 @@ class Standing(NamedTuple):
     left_awake_bytes: int
 
     def fits(self, share: Share) -> bool:
-        """Whether one more would leave each model enough to wake, as `Load.fits` says it."""
+        """Whether one more would leave each model enough to wake, as `Load.spare_bytes` says it."""
         needed_bytes = share.taken_bytes + share.floor_bytes
         is_room_for_it = self.left_bytes > needed_bytes + share.wake_bytes
         return is_room_for_it and self.left_awake_bytes > needed_bytes

@@ -33,11 +33,6 @@ class Difference:
     adjusted: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
 
-    @property
-    def is_restart_needed(self) -> bool:
-        """Whether the gateway has to be started again for it."""
-        return bool(self.fixed)
-
     def sentence(self) -> str:
         """Return it for people: `added one; adjusted two, three`."""
         parts = (
