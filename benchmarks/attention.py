@@ -11,14 +11,12 @@ replayed in turn:
 * pages: our arena, by the size of its pages.
 """
 
-import argparse
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
 from machine import describe_gpu
+from record import command_line, write
 
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import Geometry, choose_geometry
@@ -140,9 +138,8 @@ def elastic_memory(backend: CudaBackend, page_mib: int) -> tuple[list[torch.Tens
 
 def main() -> None:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    path = parser.parse_args().json
+    arguments = command_line(__doc__)
+    path = arguments.parse_args().json
     results: dict[str, Any] = {"machine": describe_gpu(), "microseconds": {}}
     weights = torch.randn(NUM_LAYERS, *LAYER_PARAMETERS, device="cuda", dtype=torch.bfloat16)
     size = DENSE_BLOCKS * BLOCK_BYTES
@@ -167,8 +164,7 @@ def main() -> None:
             f"{name} {value:.1f} = {value / found['dense']:.4f}" for name, value in found.items()
         )
         print(f"{label:28} {shown}", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    write(path, results)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ Each server is sent two bursts in turn, then both get one at once. Then SGLang i
 both serve, started again, and vLLM is killed.
 """
 
-import argparse
 import asyncio
-import json
 import os
 import tempfile
 import time
@@ -17,6 +15,7 @@ from typing import Any
 
 from machine import describe_gpu
 from profiles import Profile, gpu
+from record import command_line, write
 from sglang_servers import SGLangSetting
 
 from kvcached_demo.harness.load import Burst, Completion, make_burst
@@ -106,10 +105,9 @@ class Beside:
 
 def main() -> None:
     """Run, print, write JSON; fail if a request was lost."""
-    made = argparse.ArgumentParser(description=__doc__)
-    made.add_argument("--json", type=Path, required=True)
-    made.add_argument("--only-kill", action="store_true", help="leave the bursts out")
-    options = made.parse_args()
+    arguments = command_line(__doc__)
+    arguments.add_argument("--only-kill", action="store_true", help="leave the bursts out")
+    options = arguments.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
         both = Beside(Path(folder))
@@ -131,8 +129,7 @@ def main() -> None:
         finally:
             both.servers.kill()
             both.servers.keep_logs(options.json.parent, "beside")
-            results = {"machine": describe_gpu()} | both.facts
-            options.json.write_text(json.dumps(results, indent=2) + "\n")
+            write(options.json, {"machine": describe_gpu()} | both.facts)
     if both.num_lost:
         raise SystemExit("requests were lost")
 

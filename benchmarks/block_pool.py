@@ -1,7 +1,6 @@
 """What our block pool costs the scheduler, against vLLM's own in the same run, in CPU time."""
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_machine
+from record import write
 
 try:
     from kvcached_core.memory.geometry import Geometry
@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20000)
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--json", help="write the results to this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
     results = []
     for caching in (False, True):
@@ -167,7 +167,7 @@ def main() -> None:
             )
     if options.json:
         report = {"machine": describe_machine(), "results": results}
-        Path(options.json).write_text(json.dumps(report, indent=2))
+        write(options.json, report)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import functools
 import itertools
-import signal
 import sys
 import tempfile
 import time
@@ -28,8 +27,8 @@ from typing import Any
 import httpx
 import mps
 from intervals import median_and_interval
-from machine import describe_gpu, describe_machine
-from vllm_servers import READY_SECONDS, SHORT_FOLDER, Record
+from record import Record, begin_record, command_line
+from vllm_servers import READY_SECONDS, SHORT_FOLDER
 
 from kvcached_core.units import MIB
 from kvcached_demo.harness.engines import VLLM
@@ -262,22 +261,20 @@ def is_way(words: str) -> str:
 
 def main() -> None:
     """Measure, print, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--ways", nargs="+", type=is_way, default=[PLAIN, MPS], metavar="WAY")
-    parser.add_argument("--shapes", nargs="+", default=SHAPES)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each load")
-    parser.add_argument("--clients", type=int, default=16, help="of each server")
-    parser.add_argument("--num-out", type=int, default=NUM_OUT, help="tokens of each answer")
-    parser.add_argument("--eager", action="store_true", help="no compilation: starts sooner")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of each server")
-    parser.add_argument("--tiny", action="store_true", help="rehearse on vLLM's CPU engine")
-    options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
-    record = Record(options.json)
+    arguments = command_line(__doc__, can_rehearse=True)
+    arguments.add_argument("--ways", nargs="+", type=is_way, default=[PLAIN, MPS], metavar="WAY")
+    arguments.add_argument("--shapes", nargs="+", default=SHAPES)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--seconds", type=float, default=3.0, help="of each load")
+    arguments.add_argument("--clients", type=int, default=16, help="of each server")
+    arguments.add_argument("--num-out", type=int, default=NUM_OUT, help="tokens of each answer")
+    arguments.add_argument("--eager", action="store_true", help="no compilation: starts sooner")
+    arguments.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="of each server"
+    )
+    options = arguments.parse_args()
+    record = begin_record(options)
     record.add(
-        machine=describe_machine() if options.tiny else describe_gpu(),
         clients_of_each=options.clients,
         seconds=options.seconds,
         settings=list(options.set),

@@ -7,7 +7,6 @@ token to every stream. It knows when each first token left, so what a client say
 client's own.
 """
 
-import argparse
 import asyncio
 import json
 import multiprocessing
@@ -25,6 +24,7 @@ from machine import describe_machine
 from multi_model import workloads
 from multi_model.client import Target, replay
 from multi_model.metrics import ttfts
+from record import command_line, write
 from vllm_servers import bench_serve
 
 from kvcached_demo.harness.model import make_model
@@ -124,9 +124,8 @@ def compare(url: str, model: Path, rate: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    path = parser.parse_args().json
+    arguments = command_line(__doc__)
+    path = arguments.parse_args().json
     os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     port = free_port()
     child = multiprocessing.get_context("spawn").Process(target=serve, args=(port,), daemon=True)
@@ -138,8 +137,7 @@ def main() -> None:
             results[f"{rate}/s"] = compare(f"http://127.0.0.1:{port}", model, rate)
             print(f"{rate}/s: mean TTFT beyond the server's, ms: {results[f'{rate}/s']}")
     child.terminate()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    write(path, results)
 
 
 if __name__ == "__main__":

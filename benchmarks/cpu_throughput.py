@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_machine
+from record import write
 
 POOL_BYTES = 512 << 20
 # Requests behind the first wave, prompt and output tokens, prefix caching.
@@ -186,7 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--json", help="write the results to this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     arguments = parser.parse_args()
     if arguments.serve:
         serve_turns(arguments.serve[0], json.loads(arguments.serve[1]))
@@ -210,7 +211,7 @@ def main() -> None:
         print(f"  mapping pages: {result['mapping_share_of_all_median']:.1%} of all CPU time")
     if arguments.json:
         report = {"machine": describe_machine(), "results": results}
-        Path(arguments.json).write_text(json.dumps(report, indent=2))
+        write(arguments.json, report)
 
 
 if __name__ == "__main__":

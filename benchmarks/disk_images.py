@@ -31,7 +31,7 @@ from typing import Any
 from zlib import crc32
 
 from machine import describe_machine
-from vllm_servers import Record
+from record import Record
 
 from kvcached_core.config import Config
 from kvcached_core.units import GIB, MIB, parse_bytes

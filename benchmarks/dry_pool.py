@@ -9,7 +9,6 @@ Halfway one is killed with SIGKILL and started again. Counted are requests that 
 """
 
 import asyncio
-import json
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from profiles import Profile, gpu, host, parser
+from record import shown, write
 
 from kvcached_core.units import GIB, MIB
 from kvcached_demo.harness.engines import VLLM
@@ -150,9 +150,8 @@ def main() -> None:
         / len(views),
         "files_left_after_the_last_stopped": left,
     } | pool.facts
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps({key: results[key] for key in results if key != "machine"}, indent=2))
+    write(options.json, results)
+    print(shown(results))
     if any(outcome.errors for outcome in pool.outcomes.values()):
         raise SystemExit("requests were lost")
 

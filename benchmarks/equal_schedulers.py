@@ -9,15 +9,13 @@ take. So nothing that the machine does beside changes a number, and what is left
 who is let in, who is preempted, and who finds a prefix.
 """
 
-import argparse
-import json
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from equal_asks import SIDES, Clients
 from machine import describe_machine
+from record import command_line, shown, write
 from virtual_engine import BLOCK_BYTES, NUM_PLANES, Elastic, hook
 from virtual_scheduler import Scheduler, Sizes, make_manager, play
 from virtual_time import begin, clock
@@ -65,12 +63,11 @@ def play_elastic(num_clients: int, seconds: float, pool_bytes: int) -> dict[str,
 def main() -> None:
     """Play both, print, write JSON."""
     begin()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of virtual time")
-    parser.add_argument("--clients", type=int, default=8, help="of each scheduler")
-    parser.add_argument("--pool-mib", type=int, default=256)
-    options = parser.parse_args()
+    arguments = command_line(__doc__)
+    arguments.add_argument("--seconds", type=float, default=60.0, help="of virtual time")
+    arguments.add_argument("--clients", type=int, default=8, help="of each scheduler")
+    arguments.add_argument("--pool-mib", type=int, default=256)
+    options = arguments.parse_args()
     machine = describe_machine()
     hook()
     words = (options.clients, options.seconds, options.pool_mib * MIB)
@@ -83,9 +80,8 @@ def main() -> None:
         "elastic": play_elastic(*words),
     }
     results["ratio"] = results["elastic"]["answers"] / results["vanilla"]["answers"]
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps({key: results[key] for key in results if key != "machine"}, indent=2))
+    write(options.json, results)
+    print(shown(results))
 
 
 if __name__ == "__main__":

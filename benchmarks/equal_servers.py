@@ -25,7 +25,8 @@ from equal_asks import NUM_OUT, SIDES, Ask, asks
 from hanging_up import ANSWERED, ask
 from intervals import median_and_interval
 from machine import describe_machine
-from vllm_servers import PREEMPTIONS, SHORT_FOLDER, Record
+from record import Record, command_line
+from vllm_servers import PREEMPTIONS, SHORT_FOLDER
 
 from kvcached_core.units import MIB
 from kvcached_demo.harness.engines import VLLM
@@ -163,13 +164,12 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=200.0, help="of each turn")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--clients", type=int, default=8, help="of each server")
-    parser.add_argument("--pool-mib", type=int, default=256)
-    options = parser.parse_args()
+    arguments = command_line(__doc__)
+    arguments.add_argument("--seconds", type=float, default=200.0, help="of each turn")
+    arguments.add_argument("--rounds", type=int, default=1)
+    arguments.add_argument("--clients", type=int, default=8, help="of each server")
+    arguments.add_argument("--pool-mib", type=int, default=256)
+    options = arguments.parse_args()
     pool_bytes = options.pool_mib * MIB
     record = Record(options.json)
     record.add(machine=describe_machine(), seconds=options.seconds, bar=BAR)

@@ -7,14 +7,13 @@ request after the other for a minute. All of them together want more than the po
 what each server completed, and for how much of the time less than a page was free.
 """
 
-import argparse
 import asyncio
-import json
 import tempfile
 import time
 from pathlib import Path
 
 from machine import describe_machine
+from record import command_line, shown, write
 
 from kvcached_core.units import MIB
 from kvcached_demo.harness.engines import ENGINES
@@ -64,13 +63,12 @@ async def load_both(
 
 def main() -> None:
     """Run, print, write JSON; fail if a request failed or one server got on much worse."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--engine", choices=ENGINES, default="sglang")
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--clients", type=int, default=8, help="of each server")
-    parser.add_argument("--pool-mib", type=int, default=256)
-    options = parser.parse_args()
+    arguments = command_line(__doc__)
+    arguments.add_argument("--engine", choices=ENGINES, default="sglang")
+    arguments.add_argument("--seconds", type=float, default=60.0)
+    arguments.add_argument("--clients", type=int, default=8, help="of each server")
+    arguments.add_argument("--pool-mib", type=int, default=256)
+    options = arguments.parse_args()
     pool_bytes = options.pool_mib * MIB
     with tempfile.TemporaryDirectory(prefix="kv-") as folder:
         model = make_model(Path(folder) / "model", seed=1)
@@ -106,9 +104,8 @@ def main() -> None:
         "share_of_time_below_a_page_free": sum(view.free_bytes < PAGE_BYTES for view in views)
         / len(views),
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps({key: results[key] for key in results if key != "machine"}, indent=2))
+    write(options.json, results)
+    print(shown(results))
     if results["failed"] or results["fewer_by_more"] < LEAST_SHARE:
         raise SystemExit(f"requests failed, or one server completed less than {LEAST_SHARE:.0%}")
 

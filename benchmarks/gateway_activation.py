@@ -14,12 +14,9 @@ request of the same round.
 
 import argparse
 import asyncio
-import signal
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from gateway_client import Answer, send
@@ -28,8 +25,7 @@ from gateway_serve import Gateway, headroom_bytes
 from gateway_through import CONTROL, DIRECT, THROUGH, WAYS, in_turn, start, summarise
 from giving import fall_asleep, little_room, rows
 from intervals import AT_MOST, against_bar, median_interval
-from machine import describe_gpu, describe_machine
-from vllm_servers import Record
+from record import Record, begin_record, command_line
 
 from kvcached_core import control
 from kvcached_core.units import GIB, MIB
@@ -162,8 +158,7 @@ def line(state: str, found: Mapping[str, Any], bar: float | None) -> tuple[str, 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return what reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
+    parser = command_line(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b", help="tiny is for a CPU")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs, with a rank of each on each")
     parser.add_argument("--engine", choices=sorted(ENGINES), default=VLLM.name)
@@ -187,15 +182,14 @@ def main() -> None:
         parser.error(f"--states takes some of {','.join(STATES)}, not {options.states}")
     if is_tiny and options.ranks > 1:
         parser.error("--ranks takes GPUs: engines on a CPU have one device")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
-    record, engine = Record(options.json), ENGINES[options.engine]
-    machine = describe_machine() if is_tiny else describe_gpu()
+    options.tiny = is_tiny
+    record, engine = begin_record(options), ENGINES[options.engine]
+    machine = record.results["machine"]
     headroom = 0
     if not is_tiny:
-        gib = options.device_gib or SHARE * int(str(machine["gpu_bytes"])) / GIB
+        gib = options.device_gib or SHARE * int(machine["gpu_bytes"]) / GIB
         headroom = headroom_bytes(machine, gib)
     record.add(
-        machine=machine,
         engine=f"{engine.title} {engine.release()}",
         headroom_bytes=headroom,
         **{name: getattr(options, name) for name in ("shape", "ranks", "eager", "prompt")},

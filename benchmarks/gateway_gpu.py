@@ -13,12 +13,10 @@ one schedule twice: without classes, and with a strict one and a loose one, whic
 import argparse
 import asyncio
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from gateway_client import Answer, send, send_first
@@ -35,8 +33,7 @@ from gateway_schedule import (
 )
 from gateway_serve import CHUNK_TOKENS, Gateway, headroom_bytes
 from gateway_table import table
-from machine import describe_gpu, describe_machine
-from vllm_servers import Record
+from record import Record, begin_record, command_line, end_by_signals
 
 from kvcached_core.units import GIB
 
@@ -236,25 +233,22 @@ class Run:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--tiny", action="store_true", help="rehearse on vLLM's CPU engine")
-    parser.add_argument("--parts", default="bursts,classes", help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--models", type=int, default=6)
-    parser.add_argument("--cards", type=int, default=1)
-    parser.add_argument("--device-gib", type=float, default=80.0)
-    parser.add_argument("--requests", type=int, default=1000, help="of the bursts")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of the load with classes")
-    parser.add_argument("--start-seconds", type=float, default=900.0, help="for all starts")
-    parser.add_argument("--starting", type=int, help="how many start at a time")
-    parser.add_argument("--end-seconds", type=int, help="when it ends, whatever was reached")
-    options = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, lambda number, _: sys.exit(f"ended by {signal.Signals(number).name}"))
+    arguments = command_line(__doc__, can_rehearse=True)
+    arguments.add_argument("--parts", default="bursts,classes", help=f"some of {','.join(PARTS)}")
+    arguments.add_argument("--models", type=int, default=6)
+    arguments.add_argument("--cards", type=int, default=1)
+    arguments.add_argument("--device-gib", type=float, default=80.0)
+    arguments.add_argument("--requests", type=int, default=1000, help="of the bursts")
+    arguments.add_argument("--seconds", type=float, default=20.0, help="of the load with classes")
+    arguments.add_argument("--start-seconds", type=float, default=900.0, help="for all starts")
+    arguments.add_argument("--starting", type=int, help="how many start at a time")
+    arguments.add_argument("--end-seconds", type=int, help="when it ends, whatever was reached")
+    options = arguments.parse_args()
+    end_by_signals(signal.SIGALRM)
     signal.alarm(options.end_seconds or 0)
-    record = Record(options.json)
-    machine = describe_machine() if options.tiny else describe_gpu()
-    record.add(machine=machine, chunk_tokens=CHUNK_TOKENS)
+    record = begin_record(options)
+    record.add(chunk_tokens=CHUNK_TOKENS)
+    machine = record.results["machine"]
     gateway = Gateway(
         options.models,
         cards=options.cards,

@@ -22,6 +22,7 @@ from typing import Any
 
 import aiohttp
 from machine import describe_machine
+from record import write
 
 from kvcached_core import control
 from kvcached_core.units import GIB
@@ -202,8 +203,7 @@ def main() -> None:
             asyncio.run(end_all(directory))
     print(json.dumps(results, indent=2))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+        write(options.json, results)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ process and so many are compared under a load that neither shall bear, and nothi
 A stream has an event each millisecond at most: `--loads` times `--at-once` of them can be sent.
 """
 
-import argparse
 import contextlib
-import json
 import os
 import statistics
 import subprocess
@@ -31,6 +29,7 @@ import uvloop
 from gateway_house import Server
 from gateway_load import Taken, ask_many, request
 from machine import describe_machine
+from record import command_line, write
 
 ROUNDS = 5
 LONG_PROMPT_BYTES = 400_000
@@ -224,14 +223,15 @@ def _spread(values: list[float]) -> str:
 
 def main() -> None:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--litellm-python", type=Path, help="the Python that has litellm[proxy]")
-    parser.add_argument("--workers", type=int, help="compare so many processes with one")
-    parser.add_argument("--loads", type=int, default=NUM_LOADS, help="processes that load these")
-    parser.add_argument("--at-once", type=int, default=LOADS_AT_ONCE, help="requests of each load")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    options = parser.parse_args()
+    arguments = command_line(__doc__)
+    arguments.add_argument("--litellm-python", type=Path, help="the Python that has litellm[proxy]")
+    arguments.add_argument("--workers", type=int, help="compare so many processes with one")
+    arguments.add_argument("--loads", type=int, default=NUM_LOADS, help="processes that load these")
+    arguments.add_argument(
+        "--at-once", type=int, default=LOADS_AT_ONCE, help="requests of each load"
+    )
+    arguments.add_argument("--rounds", type=int, default=ROUNDS)
+    options = arguments.parse_args()
     cores = os.sched_getaffinity(0)
     results: dict[str, Any] = {"machine": describe_machine() | {"usable_cores": len(cores)}}
     if options.workers is None:
@@ -239,8 +239,7 @@ def main() -> None:
     else:
         results |= compare_workers(options.workers, options.rounds, options.loads, options.at_once)
     _print(results)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(results, indent=2) + "\n")
+    write(options.json, results)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ it. On a machine that does other work, too, the processor's time says what a tic
 clock's what it had to wait besides.
 """
 
-import argparse
 import gc
-import json
 import os
 import random
 import statistics
@@ -22,10 +20,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from machine import describe_machine
+from record import command_line, write
 
 from kvcached_core.units import GIB, MIB
 from kvcached_gateway.policy.admission import Pace, Waiting, order
@@ -226,9 +224,8 @@ def summary(milliseconds: list[float]) -> dict[str, float]:
 
 def main() -> None:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    path = parser.parse_args().json
+    arguments = command_line(__doc__)
+    path = arguments.parse_args().json
     results: dict[str, Any] = {
         "machine": describe_machine(),
         "load_before": os.getloadavg()[0],
@@ -242,8 +239,7 @@ def main() -> None:
         for name, values in results[clock].items():
             row = "".join(f"{key} {value:8.2f}  " for key, value in values.items())
             print(f"{clock:8} {name:12}{row}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    write(path, results)
 
 
 if __name__ == "__main__":

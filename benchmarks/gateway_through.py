@@ -12,12 +12,9 @@ requests. What counts is the ratio to the direct requests of the same round.
 import argparse
 import asyncio
 import os
-import signal
 import statistics
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -27,8 +24,7 @@ from gateway_load import ask_many, post
 from gateway_schedule import Due, prompt
 from gateway_serve import Gateway
 from intervals import median_and_interval
-from machine import describe_gpu, describe_machine
-from vllm_servers import Record
+from record import Record, begin_record, command_line
 
 from kvcached_core.units import MIB
 
@@ -175,24 +171,20 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--tiny", action="store_true", help="vLLM's CPU engine")
-    parser.add_argument("--eager", action="store_true", help="a GPU's server starts sooner")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--seconds", type=float, default=3600.0, help="no round begins later")
-    parser.add_argument("--requests", type=int, help="of a batch")
-    parser.add_argument("--at-once", type=int, help="of them")
-    parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer")
-    parser.add_argument("--start-seconds", type=float, default=600.0)
-    options = parser.parse_args()
+    arguments = command_line(__doc__, can_rehearse=True)
+    arguments.add_argument("--eager", action="store_true", help="a GPU's server starts sooner")
+    arguments.add_argument("--rounds", type=int, default=12)
+    arguments.add_argument("--seconds", type=float, default=3600.0, help="no round begins later")
+    arguments.add_argument("--requests", type=int, help="of a batch")
+    arguments.add_argument("--at-once", type=int, help="of them")
+    arguments.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
+    arguments.add_argument("--tokens", type=int, default=128, help="tokens of an answer")
+    arguments.add_argument("--start-seconds", type=float, default=600.0)
+    options = arguments.parse_args()
     options.at_once = options.at_once or (16 if options.tiny else 64)
     options.requests = options.requests or 2 * options.at_once
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
-    record = Record(options.json)
+    record = begin_record(options)
     record.add(
-        machine=describe_machine() if options.tiny else describe_gpu(),
         load_before=os.getloadavg()[0],
         batch={
             name: getattr(options, name) for name in ("requests", "at_once", "prompt", "tokens")

@@ -1,7 +1,6 @@
 """What the host backend, the ledger and the imports cost on this machine, in CPU time."""
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from machine import describe_machine
+from record import write
 
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import ledger_directory
@@ -97,7 +97,7 @@ def imports() -> dict[str, list[float]]:
 def main() -> None:
     """Measure everything and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", help="write the results to this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     arguments = parser.parse_args()
     times = {**pages(), **ledger_operations(), **imports()}
     results = {what: statistics.median(seconds) for what, seconds in times.items()}
@@ -106,7 +106,7 @@ def main() -> None:
     if arguments.json:
         cuts = {what: statistics.quantiles(seconds) for what, seconds in times.items()}
         report = {"machine": describe_machine(), "seconds": results, "quartiles": cuts}
-        Path(arguments.json).write_text(json.dumps(report, indent=2))
+        write(arguments.json, report)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_gpu, describe_machine
-from vllm_servers import Record
+from record import Record
 
 from kvcached_core.units import MIB
 

@@ -11,19 +11,16 @@ waits; and it does each part alone. `--tiny` rehearses it on the host backend, w
 nothing.
 """
 
-import argparse
 import contextlib
 import statistics
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from machine import describe_gpu, describe_machine
-from vllm_servers import Record
+from record import begin_record, command_line
 
 from kvcached_core.memory.vmm.cuda import CudaBackend
 from kvcached_core.memory.vmm.host import HostBackend
@@ -224,13 +221,10 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
-    parser.add_argument("--number", type=int, default=5, help="how often, each way")
-    options = parser.parse_args()
-    record = Record(options.json)
-    record.add(machine=describe_machine() if options.tiny else describe_gpu())
+    arguments = command_line(__doc__, can_rehearse=True)
+    arguments.add_argument("--number", type=int, default=5, help="how often, each way")
+    options = arguments.parse_args()
+    record = begin_record(options)
     record.add(num_layers=NUM_LAYERS, num_pages=NUM_PAGES)
     walk = Walk(Device(tiny=options.tiny))
     ways: dict[str, list[dict[str, list[float]]]] = {}

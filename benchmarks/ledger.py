@@ -9,8 +9,6 @@ wait, and none after it; a second time this is measured in a real-time class (ro
 no other program of the machine makes it longer.
 """
 
-import argparse
-import json
 import multiprocessing
 import os
 import signal
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_machine
+from record import command_line, write
 
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.units import GIB, MIB
@@ -173,9 +172,8 @@ def in_real_time() -> Iterator[None]:
 
 def main() -> None:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    path = parser.parse_args().json
+    arguments = command_line(__doc__)
+    path = arguments.parse_args().json
     results: dict[str, Any] = {"machine": describe_machine()}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         ledger_path = Path(folder) / "host.ledger"
@@ -186,8 +184,7 @@ def main() -> None:
         results[STOPPED] = time_beside_stopped(ledger_path)
         with in_real_time():
             results[f"{STOPPED}, in real time"] = time_beside_stopped(ledger_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    write(path, results)
     rows = {f"alone: {name}": values for name, values in results["alone"].items()}
     rows |= {name: values for name, values in results.items() if name.startswith(("8", "beside"))}
     for name, values in rows.items():

@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 from machine import describe_machine
+from record import write
 
 from kvcached_patches import locks
 from kvcached_patches.engines import ENGINES
@@ -67,8 +68,7 @@ def main() -> None:
     for name, seconds in results.items():
         print(name, {part: sorted(each)[len(each) // 2] for part, each in seconds.items()})
     record = {"machine": describe_machine(), "cpu_seconds": results}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(record, indent=2) + "\n")
+    write(options.json, record)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,13 @@ mapped pages at once, and they are unmapped in the same way. `--tiny` rehearses 
 backend, whose times say nothing.
 """
 
-import argparse
 import statistics
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from machine import describe_gpu, describe_machine
-from vllm_servers import Record
+from record import Record, begin_record, command_line
 
 from kvcached_core.memory.vmm.backend import Backend, Handle
 from kvcached_core.memory.vmm.cuda import CudaBackend, CudaHandle
@@ -168,20 +165,18 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
-    parser.add_argument("--number", type=int, default=4, help="how often, in each way")
-    options = parser.parse_args()
-    record = Record(options.json)
+    arguments = command_line(__doc__, can_rehearse=True)
+    arguments.add_argument("--number", type=int, default=4, help="how often, in each way")
+    options = arguments.parse_args()
+    record = begin_record(options)
     if options.tiny:
-        record.add(machine=describe_machine(), num_bytes=256 * MIB)
+        record.add(num_bytes=256 * MIB)
         backend: Backend = HostBackend()
     else:
         import torch
 
         torch.zeros(1, device="cuda")  # the context that an engine would have
-        record.add(machine=describe_gpu(), num_bytes=15 * GIB)
+        record.add(num_bytes=15 * GIB)
         backend = CudaBackend()
     measure(Mapping(backend, record.results["num_bytes"]), record, options.number)
     print(table(record.results))

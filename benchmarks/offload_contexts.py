@@ -25,7 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_servers import PREEMPTIONS, READY_SECONDS, Record, Setting, bench_run, parser
+from record import Record
+from vllm_servers import PREEMPTIONS, READY_SECONDS, Setting, bench_run, parser
 
 from kvcached_core.units import GIB, MIB
 from kvcached_demo.harness.engines import VLLM

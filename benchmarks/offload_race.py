@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_machine
-from vllm_servers import Record
+from record import Record
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.engines import offline_in

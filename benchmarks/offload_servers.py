@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 from multi_model.client import OPENAI, Dialect
 from offload_client import AT_ONCE, bench, schedule
+from record import Record
 from vllm_overhead import is_elastic
-from vllm_servers import READY_SECONDS, WITHOUT_MULTICAST, Record, Setting
+from vllm_servers import READY_SECONDS, WITHOUT_MULTICAST, Setting
 
 from kvcached_core import control
 from kvcached_core.ledger import bell

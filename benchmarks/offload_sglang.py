@@ -2,19 +2,17 @@
 
 import argparse
 import contextlib
-import signal
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from machine import describe_gpu, describe_machine
 from multi_model.client import SGLANG as SGLANG_DIALECT
 from offload_servers import PATIENCE_SECONDS, Kind, Sizes
+from record import Record, begin_record
 from sglang_servers import GPU_OPTIONS, SGLangSetting
 from tier_counts import host_counts
-from vllm_servers import Record, kv_bytes_per_token
+from vllm_servers import kv_bytes_per_token
 
 from kvcached_core.weights.host_tier import HOST, TierCounts
 from kvcached_demo.harness.engines import SGLANG
@@ -92,10 +90,8 @@ class SglangKind(Kind):
 @contextlib.contextmanager
 def sglang_run(options: argparse.Namespace) -> Iterator[tuple[Any, Record]]:
     """Make a folder and a record; keep the ends of the servers' logs, also when it is cut off."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
-        record = Record(options.json)
-        record.add(machine=describe_machine() if options.tiny else describe_gpu())
+        record = begin_record(options)
         setting: Any = SGLangSetting(Path(folder), tiny=options.tiny)
         setting.kind = SglangKind(setting)
         with setting.servers:

@@ -23,8 +23,9 @@ from typing import Any
 import httpx
 from hanging_up import ask
 from offload_servers import Bench, Sizes
+from record import Record
 from vllm_overhead import ELASTIC
-from vllm_servers import PREEMPTIONS, Record, bench_run, parser
+from vllm_servers import PREEMPTIONS, bench_run, parser
 
 from kvcached_core.ledger import bell
 from kvcached_core.ledger.ledger import Ledger

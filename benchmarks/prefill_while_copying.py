@@ -23,7 +23,8 @@ from typing import Any
 
 from intervals import median_and_interval
 from link import copy_seconds
-from vllm_servers import READY_SECONDS, Record
+from record import Record
+from vllm_servers import READY_SECONDS
 from yielding import FIRST, SECOND, Run, make_parser, recorded_run
 
 from kvcached_core.units import parse_bytes

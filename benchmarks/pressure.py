@@ -8,7 +8,6 @@ Nobody sends the server a request meanwhile.
 """
 
 import asyncio
-import json
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 from neighbour import Neighbour
 from profiles import Profile, gpu, host, parser
+from record import write
 
 from kvcached_core import control
 from kvcached_core.ledger.ledger import Ledger
@@ -116,8 +116,7 @@ def main() -> None:
         measured = measure(servers, profile, sizes)
         servers.stop()
     results = {"machine": profile.describe()} | measured
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(results, indent=2) + "\n")
+    write(options.json, results)
     asked = f"{sizes.asked_bytes // MIB} MiB of {results['cached_bytes'] / GIB:.1f} GiB cached"
     print(f"first page of {asked}: median {statistics.median(results['first_page_ms']):.1f} ms")
     print(f"all of {asked}: median {statistics.median(results['all_ms']):.1f} ms")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_gpu, describe_machine
+from record import command_line
 
 from kvcached_demo.harness.engines import VLLM
 from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
@@ -99,7 +100,6 @@ def gpu(pool_bytes: int) -> Profile:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the arguments that both runs have."""
-    made = argparse.ArgumentParser(description=description)
-    made.add_argument("--json", type=Path, required=True)
+    made = command_line(description)
     made.add_argument("--gpu", action="store_true", help="8B shapes on a GPU")
     return made

@@ -14,9 +14,7 @@ options, and `--eager`, make less of the device to be filled and the start short
 program allocate by the driver alone.
 """
 
-import argparse
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -26,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from machine import describe_gpu, describe_machine
-from vllm_servers import READY_SECONDS, Record, kv_bytes_per_token
+from record import begin_record, command_line
+from vllm_servers import READY_SECONDS, kv_bytes_per_token
 from yielding import FIRST, SECOND, TESTS, Run
 
 from kvcached_core.ledger.view import InstanceView
@@ -209,28 +207,24 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
-    parser.add_argument("--runner", type=int, choices=(1, 2), help="vLLM's model runner")
-    parser.add_argument("--need", help="what the program allocates")
-    parser.add_argument("--number", type=int, default=20, help="rounds with that")
-    parser.add_argument("--large-need", help="so much that weights have to go, too")
-    parser.add_argument("--large-number", type=int, default=3, help="rounds with that")
-    parser.add_argument("--by", choices=PROGRAMS, default="torch", help="what it allocates with")
-    parser.add_argument("--eager", action="store_true", help="vLLM: no compilation")
-    parser.add_argument(
+    arguments = command_line(__doc__, can_rehearse=True)
+    arguments.add_argument("--runner", type=int, choices=(1, 2), help="vLLM's model runner")
+    arguments.add_argument("--need", help="what the program allocates")
+    arguments.add_argument("--number", type=int, default=20, help="rounds with that")
+    arguments.add_argument("--large-need", help="so much that weights have to go, too")
+    arguments.add_argument("--large-number", type=int, default=3, help="rounds with that")
+    arguments.add_argument("--by", choices=PROGRAMS, default="torch", help="what it allocates with")
+    arguments.add_argument("--eager", action="store_true", help="vLLM: no compilation")
+    arguments.add_argument(
         "--held-gib", type=int, default=0, help="of the device, kept by this process"
     )
-    options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    options = arguments.parse_args()
     parts = [
         (options.need or (TINY_NEED if options.tiny else format_bytes(20 * GIB)), options.number),
         (options.large_need or (TINY_LARGE_NEED if options.tiny else "70%"), options.large_number),
     ]
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
-        record = Record(options.json)
-        record.add(machine=describe_machine() if options.tiny else describe_gpu())
+        record = begin_record(options)
         record.add(by=options.by, held_gib=options.held_gib)
         held = hold(options.held_gib)
         run = Run(Path(folder), tiny=options.tiny, runner=options.runner, pool_bytes=TINY_POOL)

@@ -9,16 +9,15 @@ hooks, pools and ledger. A step takes 40 ms, as those of three 8B models did tha
 and a page as long to map as on a GPU.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from machine import describe_machine
 from multi_model.workloads import Request, Workload, ramp_together
+from record import command_line, write
 from virtual_engine import BLOCK_BYTES, NUM_PLANES, Elastic, hook
 from virtual_scheduler import Ask, Scheduler, Sizes, make_manager, play
 from virtual_time import begin, clock
@@ -121,10 +120,11 @@ def play_shared(work: Workload, pool_bytes: int) -> dict[str, Any]:
 def main() -> None:
     """Play all loads, print, write JSON."""
     begin()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--peaks", type=int, nargs="+", help="of the loads, those with these alone")
-    options = parser.parse_args()
+    arguments = command_line(__doc__)
+    arguments.add_argument(
+        "--peaks", type=int, nargs="+", help="of the loads, those with these alone"
+    )
+    options = arguments.parse_args()
     machine = describe_machine()
     hook()
     loads: list[dict[str, Any]] = []
@@ -141,8 +141,7 @@ def main() -> None:
         }
         loads.append(found)
         print(json.dumps(found), flush=True)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": machine, "loads": loads}, indent=2) + "\n")
+        write(options.json, {"machine": machine, "loads": loads})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ run. `again` is the bare application once more: what it adds to itself is how we
 Ray and ours come from `--ray-python`, whose environment `make environments` makes.
 """
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -17,7 +16,6 @@ import random
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -30,6 +28,7 @@ import gateway_house
 import uvloop
 from gateway_load import Connection, connect, post
 from machine import describe_machine
+from record import command_line, end_by_signals, write
 
 from kvcached_demo.harness.server import free_port
 
@@ -218,12 +217,11 @@ def summarise(rounds: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, lis
 
 def main() -> None:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--ray-python", type=Path, default=RAY_PYTHON)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and end the node
+    arguments = command_line(__doc__)
+    arguments.add_argument("--ray-python", type=Path, default=RAY_PYTHON)
+    arguments.add_argument("--rounds", type=int, default=ROUNDS)
+    options = arguments.parse_args()
+    end_by_signals(signal.SIGTERM)  # and end the node
     with gateway_house.standin() as standin:
         url = f"http://127.0.0.1:{standin.port}"
         with on_ray(options.ray_python, url) as http_port:
@@ -244,8 +242,7 @@ def main() -> None:
         for figure, values in figures.items():
             least, most = min(values), max(values)
             print(f"{name:20} {figure} {statistics.median(values):.2f} ({least:.2f} to {most:.2f})")
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(results, indent=2) + "\n")
+    write(options.json, results)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from link import gigabytes_per_second
 from machine import describe_gpu
+from record import write
 
 from kvcached_core.errors import BackendError
 from kvcached_core.memory.vmm.backend import Handle
@@ -329,7 +330,7 @@ def main() -> None:
     for sight, is_apart in (("both", False), ("apart", True)):
         results[sight] = measure(options.devices, is_apart=is_apart)
         if options.json:
-            options.json.write_text(json.dumps(results, indent=2) + "\n")
+            write(options.json, results)
     print(table(results))
 
 

@@ -8,15 +8,13 @@ sleeps and is asked, first while the other one is awake, then without it, out of
 """
 
 import argparse
-import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from machine import describe_gpu, describe_machine
-from vllm_servers import READY_SECONDS, Record
+from record import Record, begin_record, command_line
+from vllm_servers import READY_SECONDS
 from weights_ranks import Ranks, seconds_lines
 from yielding import FIRST, SECOND
 
@@ -64,15 +62,13 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
-    parser.add_argument("--number", type=int, default=20, help="how often it sleeps, of each kind")
-    parser.add_argument("--eager", action="store_true", help="no compilation")
-    options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
-    record = Record(options.json)
-    record.add(machine=describe_machine() if options.tiny else describe_gpu())
+    arguments = command_line(__doc__, can_rehearse=True)
+    arguments.add_argument(
+        "--number", type=int, default=20, help="how often it sleeps, of each kind"
+    )
+    arguments.add_argument("--eager", action="store_true", help="no compilation")
+    options = arguments.parse_args()
+    record = begin_record(options)
     record.add(engine=f"{VLLM.title} {VLLM.release()}", bar_seconds=BAR_SECONDS)
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
         run = Ranks(Path(folder), tiny=options.tiny, runner=None)

@@ -9,18 +9,15 @@ on its health check; the tokens of one request have to be the same each time. `-
 on the engine's CPU backend, where a start is imports and the weights are nothing.
 """
 
-import argparse
 import shlex
-import signal
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from machine import describe_gpu, describe_machine
-from vllm_servers import READY_SECONDS, Record
+from record import begin_record, command_line
+from vllm_servers import READY_SECONDS
 from yielding import FIRST, Run
 
 from kvcached_demo.harness.engines import SGLANG, VLLM
@@ -70,23 +67,19 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
-    parser.add_argument("--engine", choices=(VLLM.name, SGLANG.name), default=VLLM.name)
-    parser.add_argument("--shape", default="llama-8b")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--eager", action="store_true", help="vLLM: no compilation")
-    parser.add_argument("--server-options", default="", help="more arguments of every start")
-    options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    arguments = command_line(__doc__, can_rehearse=True)
+    arguments.add_argument("--engine", choices=(VLLM.name, SGLANG.name), default=VLLM.name)
+    arguments.add_argument("--shape", default="llama-8b")
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--eager", action="store_true", help="vLLM: no compilation")
+    arguments.add_argument("--server-options", default="", help="more arguments of every start")
+    options = arguments.parse_args()
     more = shlex.split(options.server_options)
-    arguments = (*(("--enforce-eager",) if options.eager else ()), *more)
+    words = (*(("--enforce-eager",) if options.eager else ()), *more)
     engine = {each.name: each for each in (VLLM, SGLANG)}[options.engine]
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
-        record = Record(options.json)
-        record.add(machine=describe_machine() if options.tiny else describe_gpu(), bar=BAR)
-        record.add(engine=f"{engine.title} {engine.release()}", server_options=more)
+        record = begin_record(options)
+        record.add(bar=BAR, engine=f"{engine.title} {engine.release()}", server_options=more)
         run = Run(
             Path(folder),
             tiny=options.tiny,
@@ -97,11 +90,11 @@ def main() -> None:
         )
         times: dict[str, list[float]] = {FILES: [], COPY: []}
         try:
-            record.add(first_seconds=start(run, COPY, arguments, is_first=True))
+            record.add(first_seconds=start(run, COPY, words, is_first=True))
             end(run)
             for _ in range(options.rounds):
                 for kind, found in times.items():
-                    found.append(start(run, kind, arguments))
+                    found.append(start(run, kind, words))
                     record.add(**times)
                     end(run)
                 ratios = [copy / files for files, copy in zip(*times.values(), strict=True)]

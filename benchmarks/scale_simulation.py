@@ -9,16 +9,15 @@ log, which several hundred tenants play, stretched over a day that is busier at 
 is real is what the decisions take, and what they decide.
 """
 
-import argparse
 import json
 import math
 import random
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from machine import describe_machine
+from record import command_line, write
 from scale.clock import Clock
 from scale.cluster import Device, Model, Node
 from scale.inputs import (
@@ -125,14 +124,13 @@ def report(
 
 def main() -> None:
     """Simulate, write JSON, print the main figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--models", type=int, default=10_000)
-    parser.add_argument("--devices", type=int, default=1_000)
-    parser.add_argument("--host", nargs="+", default=["1TiB"], help="memory of a host")
-    parser.add_argument("--hours", type=float, default=24.0)
-    parser.add_argument("--seed", type=int, default=20_261_129)
-    given = parser.parse_args()
+    arguments = command_line(__doc__)
+    arguments.add_argument("--models", type=int, default=10_000)
+    arguments.add_argument("--devices", type=int, default=1_000)
+    arguments.add_argument("--host", nargs="+", default=["1TiB"], help="memory of a host")
+    arguments.add_argument("--hours", type=float, default=24.0)
+    arguments.add_argument("--seed", type=int, default=20_261_129)
+    given = arguments.parse_args()
     seconds = min(given.hours * 3_600, DAY_SECONDS)
     with ProcessPoolExecutor() as pool:  # a day each
         days = {
@@ -160,8 +158,7 @@ def main() -> None:
         },
         "cases": cases,
     }
-    given.json.parent.mkdir(parents=True, exist_ok=True)
-    given.json.write_text(json.dumps(results, indent=2) + "\n")
+    write(given.json, results)
 
 
 if __name__ == "__main__":

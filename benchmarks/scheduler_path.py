@@ -21,6 +21,7 @@ from typing import Any
 import block_pool
 from intervals import median_and_interval
 from machine import describe_machine
+from record import write
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("", "integrations/vllm", "patches")
@@ -291,7 +292,7 @@ def main() -> None:
         one.close()
     if options.json:
         report = {"machine": describe_machine(), "results": results}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write(options.json, report)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@ round, the median of all rounds. A second vanilla server, the control, shows the
 is as in `vllm_overhead.py`.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from machine import describe_gpu, describe_machine
+from record import Record, begin_record, command_line
 from sglang_servers import SGLangSetting
 from vllm_overhead import CONTROL, ELASTIC, VANILLA, play_start
-from vllm_servers import Record
 
 from kvcached_core.units import GIB
 from kvcached_demo.harness.engines import SGLANG
@@ -48,18 +46,17 @@ def serve(setting: SGLangSetting, record: Record, names: list[str], options: Any
 
 def main() -> None:
     """Measure, print a table, write JSON."""
-    made = argparse.ArgumentParser(description=__doc__)
-    made.add_argument("--json", type=Path, required=True)
-    made.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
-    made.add_argument("--rounds", type=int, default=3, help="of each start")
-    made.add_argument("--starts", type=int, default=1, help="how often all servers start")
-    made.add_argument("--kv-gib", type=int, default=24, help="KV capacity of each server, in GiB")
-    made.add_argument("--control", action="store_true", help="with a second vanilla server")
-    options = made.parse_args()
+    arguments = command_line(__doc__, can_rehearse=True)
+    arguments.add_argument("--rounds", type=int, default=3, help="of each start")
+    arguments.add_argument("--starts", type=int, default=1, help="how often all servers start")
+    arguments.add_argument(
+        "--kv-gib", type=int, default=24, help="KV capacity of each server, in GiB"
+    )
+    arguments.add_argument("--control", action="store_true", help="with a second vanilla server")
+    options = arguments.parse_args()
     names = [VANILLA, ELASTIC] + ([CONTROL] if options.control else [])
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
-        record = Record(options.json)
-        record.add(machine=describe_machine() if options.tiny else describe_gpu())
+        record = begin_record(options)
         setting = SGLangSetting(Path(folder), tiny=options.tiny)
         with setting.servers:
             serve(setting, record, names, options)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
-from vllm_servers import SHORT_FOLDER, Record
+from record import Record
+from vllm_servers import SHORT_FOLDER
 
 from kvcached_core.ledger.view import DeviceView, InstanceView
 from kvcached_core.units import GIB, MIB

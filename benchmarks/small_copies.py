@@ -10,17 +10,14 @@ all at once, as a wake does, or so that no more than some bytes are ahead of wha
 nothing.
 """
 
-import argparse
 import statistics
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Self
 
-from machine import describe_gpu, describe_machine
-from vllm_servers import Record
+from record import Record, begin_record, command_line
 
 from kvcached_core.memory.torch_device import release_cached_blocks
 from kvcached_core.memory.vmm.backend import Backend
@@ -181,13 +178,10 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
-    parser.add_argument("--number", type=int, default=5, help="how often, of each way")
-    options = parser.parse_args()
-    record = Record(options.json)
-    record.add(machine=describe_machine() if options.tiny else describe_gpu())
+    arguments = command_line(__doc__, can_rehearse=True)
+    arguments.add_argument("--number", type=int, default=5, help="how often, of each way")
+    options = arguments.parse_args()
+    record = begin_record(options)
     backend, verbs, kept = on_host() if options.tiny else on_gpu()
     num_bytes = 256 * MIB if options.tiny else 15 * GIB
     copies = Copies(backend, num_bytes, TINY_WINDOW_PAGES if options.tiny else WINDOW_PAGES)

@@ -7,7 +7,6 @@ interpreter counts each function that the engine's thread calls, in Python and i
 the worker with its model, and what we add to both.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -19,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from machine import describe_machine
+from record import command_line, write
 
 from kvcached_core.units import MIB
 from kvcached_demo.harness.model import make_model
@@ -132,8 +132,7 @@ def run_engine(side: str, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Count, print a table, write JSON."""
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--json", type=Path, required=True)
+    arguments = command_line(__doc__)
     arguments.add_argument("--side", choices=SIDES, help="be this engine")
     arguments.add_argument("--model", type=Path, help="of this model")
     options = arguments.parse_args()
@@ -153,7 +152,7 @@ def main() -> None:
         print(f"{name}: vanilla {of_vanilla:.1f}, elastic {of_ours:.1f}, {found['ratio']:.4f}")
         for function, more in found["differ_most"].items():
             print(f"  {more:+8.2f}  {function}")
-    options.json.write_text(json.dumps(results, indent=2) + "\n")
+    write(options.json, results)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from intervals import NUM_FOR_P99, Interval, apart, median_interval
+from record import Record
 from vllm_servers import (
     FIGURES,
     PREEMPTIONS,
     QUIET_SECONDS,
     READY_SECONDS,
-    Record,
     Setting,
     add_also,
     also_named,

@@ -8,17 +8,14 @@ import argparse
 import asyncio
 import contextlib
 import io
-import json
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from machine import describe_gpu, describe_machine
+from record import Record, begin_record, command_line
 
 from kvcached_core.units import GIB, MIB
 from kvcached_demo.harness.engines import VLLM
@@ -164,34 +161,13 @@ def bench_serve(  # noqa: PLR0917  the workload is a tuple
     return figures | {"failed": num - result["completed"]}
 
 
-@dataclass
-class Record:
-    """The results of a run, written whenever something was added: a run may be cut off.
-
-    Whoever reads the file meanwhile finds all of what was written before, or all of it now.
-    """
-
-    path: Path
-    results: dict[str, Any] = field(default_factory=dict)
-
-    def add(self, **results: Any) -> None:
-        """Add results and write all there are."""
-        self.results |= results
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_name(f"{self.path.name}.new")
-        new.write_text(json.dumps(self.results, indent=2) + "\n")
-        new.replace(self.path)
-
-
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the arguments that all these benchmarks have."""
-    made = argparse.ArgumentParser(description=description)
-    made.add_argument("--json", type=Path, required=True)
+    made = command_line(description, can_rehearse=True)
     made.add_argument("--runner", type=int, choices=(1, 2), help="vLLM's model runner")
     made.add_argument(
         "--eager", action="store_true", help="no compilation: starts in half the time"
     )
-    made.add_argument("--tiny", action="store_true", help="rehearse on vLLM's CPU engine")
     return made
 
 
@@ -216,10 +192,8 @@ def also_named(options: argparse.Namespace) -> dict[str, dict[str, str]]:
 def bench_run(options: argparse.Namespace) -> Iterator[tuple["Setting", Record]]:
     """Make a folder and a record; keep the ends of the servers' logs, also when it is cut off."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
-        record = Record(options.json)
-        record.add(machine=describe_machine() if options.tiny else describe_gpu())
+        record = begin_record(options)
         setting = Setting(
             Path(folder), tiny=options.tiny, runner=options.runner, eager=options.eager
         )

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_servers import Record, Setting, add_also, also_named, bench_run, parser
+from record import Record
+from vllm_servers import Setting, add_also, also_named, bench_run, parser
 
 from kvcached_core.units import GIB, MIB
 from kvcached_vllm.worker import inner_worker

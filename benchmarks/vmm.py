@@ -5,8 +5,6 @@
 Needs a CUDA device with 70 GiB free. Writes a plot beside the JSON.
 """
 
-import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import torch
 from machine import describe_gpu
+from record import command_line, write
 
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import choose_geometry
@@ -216,9 +215,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Measure, print a table, write JSON and plot."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    path = parser.parse_args().json
+    arguments = command_line(__doc__)
+    path = arguments.parse_args().json
     torch.zeros(1, device="cuda")
     backend = CudaBackend()
     for size in HANDLE_MIB:
@@ -241,8 +239,7 @@ def main() -> None:
     results["launches"] = time_launches_beside(backend)
     results["fresh_memory_is_zero"] = fresh_memory_is_zero(backend)
     results["arena"] = [time_arena(page_mib) for page_mib in (16, 64)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    write(path, results)
     plot(results, path.with_suffix(".png"))
     for when in ("idle", "under_kernels"):
         for size, costs in results[when].items():

@@ -9,8 +9,6 @@ room: a wake is refused, a request waits, a later wake is granted. Last a mixtur
 in time. `--tiny` rehearses the logic on vLLM's CPU engine, where nothing really sleeps.
 """
 
-import argparse
-import signal
 import statistics
 import sys
 import tempfile
@@ -19,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from machine import describe_gpu, describe_machine
+from record import begin_record, command_line
 from sleepers import NEIGHBOUR, PROMPT, SLEEPER, TESTS, WAKE_SECONDS, Run
-from vllm_servers import Record
 
 from kvcached_core.units import GIB, format_bytes
 
@@ -183,20 +180,20 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run what was asked for, and print a table."""
-    made = argparse.ArgumentParser(description=__doc__)
-    made.add_argument("--json", type=Path, required=True)
-    made.add_argument("--tiny", action="store_true", help="rehearse on vLLM's CPU engine")
-    made.add_argument("--rounds", type=int, default=50)
-    made.add_argument("--busy-rounds", type=int, default=2)
-    made.add_argument("--seconds", type=float, default=180, help="no new round after so long")
-    made.add_argument("--room-gib", type=float, help="what the cache of the neighbour may take")
-    made.add_argument("--yield", dest="is_yielding", action="store_true", help="weights yield, too")
-    made.add_argument("--only", nargs="*", choices=("rounds", "busy", "experts"))
-    options = made.parse_args()
+    arguments = command_line(__doc__, can_rehearse=True)
+    arguments.add_argument("--rounds", type=int, default=50)
+    arguments.add_argument("--busy-rounds", type=int, default=2)
+    arguments.add_argument("--seconds", type=float, default=180, help="no new round after so long")
+    arguments.add_argument(
+        "--room-gib", type=float, help="what the cache of the neighbour may take"
+    )
+    arguments.add_argument(
+        "--yield", dest="is_yielding", action="store_true", help="weights yield, too"
+    )
+    arguments.add_argument("--only", nargs="*", choices=("rounds", "busy", "experts"))
+    options = arguments.parse_args()
     wanted = options.only or (("rounds", "busy") if options.tiny else ("rounds", "busy", "experts"))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
-    record = Record(options.json)
-    record.add(machine=describe_machine() if options.tiny else describe_gpu())
+    record = begin_record(options)
     record.add(weights="yield" if options.is_yielding else "keep")
     room_bytes = int(options.room_gib * GIB) if options.room_gib else None
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from machine import describe_gpu, describe_machine
-from vllm_servers import SHORT_FOLDER, Record, make_model, make_shape
+from record import Record, begin_record, command_line
+from vllm_servers import SHORT_FOLDER, make_model, make_shape
 
 from kvcached_core.units import parse_bytes
 from kvcached_core.weights import arriving, host_bytes, image
@@ -259,19 +259,16 @@ def start_child(options: argparse.Namespace) -> int:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
-    parser.add_argument("--number", type=int, default=8, help="rounds")
-    parser.add_argument("--compiled", action="store_true", help="no eager engine")
-    parser.add_argument("--ways", nargs="+", type=Way.read, default=[Way()], metavar="WAY")
-    parser.add_argument("--trace", type=Path, help="where traces of one more round go")
-    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    arguments = command_line(__doc__, can_rehearse=True)
+    arguments.add_argument("--number", type=int, default=8, help="rounds")
+    arguments.add_argument("--compiled", action="store_true", help="no eager engine")
+    arguments.add_argument("--ways", nargs="+", type=Way.read, default=[Way()], metavar="WAY")
+    arguments.add_argument("--trace", type=Path, help="where traces of one more round go")
+    arguments.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    options = arguments.parse_args()
     if options.model is None:
         sys.exit(start_child(options))
-    record = Record(options.json)
-    record.add(machine=describe_machine() if options.tiny else describe_gpu())
+    record = begin_record(options)
     measure(record, options)
     print(table(record.results), flush=True)
     os._exit(0)  # an engine in this process would take seconds to tear down

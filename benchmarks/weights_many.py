@@ -14,9 +14,7 @@ Here images of weights that the host budget has no room for lie on a disk.
 
 import argparse
 import random
-import signal
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +26,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from machine import describe_gpu, describe_machine
-from vllm_servers import READY_SECONDS, Record
+from record import Record, begin_record, command_line
+from vllm_servers import READY_SECONDS
 from yielding import Run
 
 from kvcached_core.units import GIB, MIB
@@ -90,19 +88,17 @@ def table(results: dict[str, Any]) -> str:
 
 def arguments() -> argparse.Namespace:
     """Return the arguments of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--tiny", action="store_true", help="rehearse on vLLM's CPU engine")
-    parser.add_argument("--runner", type=int, choices=(1, 2), help="vLLM's model runner")
-    parser.add_argument("--models", type=int, default=6)
-    parser.add_argument("--number", type=int, default=300, help="requests of each order")
-    parser.add_argument("--seconds", type=float, default=0.5, help="between two requests")
-    parser.add_argument("--device-gib", type=float, default=80.0)
-    parser.add_argument("--shape", default="llama-8b", help="of each model, on a GPU")
-    parser.add_argument("--disk", type=Path, help="a folder for images of weights")
-    parser.add_argument("--host-budget", default="85%", help="for copies of weights")
-    parser.add_argument("--eager", action="store_true", help="no compilation")
-    return parser.parse_args()
+    arguments = command_line(__doc__, can_rehearse=True)
+    arguments.add_argument("--runner", type=int, choices=(1, 2), help="vLLM's model runner")
+    arguments.add_argument("--models", type=int, default=6)
+    arguments.add_argument("--number", type=int, default=300, help="requests of each order")
+    arguments.add_argument("--seconds", type=float, default=0.5, help="between two requests")
+    arguments.add_argument("--device-gib", type=float, default=80.0)
+    arguments.add_argument("--shape", default="llama-8b", help="of each model, on a GPU")
+    arguments.add_argument("--disk", type=Path, help="a folder for images of weights")
+    arguments.add_argument("--host-budget", default="85%", help="for copies of weights")
+    arguments.add_argument("--eager", action="store_true", help="no compilation")
+    return arguments.parse_args()
 
 
 @contextmanager
@@ -118,14 +114,11 @@ def disk_of(options: argparse.Namespace) -> Iterator[Path | None]:
 def main() -> None:
     """Run the command line."""
     options = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     with (
         disk_of(options) as disk,
         tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder,
     ):
-        record = Record(options.json)
-        machine = describe_machine() if options.tiny else describe_gpu()
-        record.add(machine=machine)
+        record = begin_record(options)
         pool_bytes = (
             TINY_PAGE_BYTES * (options.models + 1)
         ) + TINY_WEIGHTS_BYTES * options.models // 2
@@ -140,7 +133,9 @@ def main() -> None:
         if disk is not None:
             run.environ["KVCACHED_WEIGHTS_DISK"] = str(disk)
         if not options.tiny:
-            headroom_bytes = int(str(machine["gpu_bytes"])) - int(options.device_gib * GIB)
+            headroom_bytes = int(record.results["machine"]["gpu_bytes"]) - int(
+                options.device_gib * GIB
+            )
             run.environ["KVCACHED_HEADROOM"] = str(headroom_bytes)
         names = [f"model-{number}" for number in range(options.models)]
         try:

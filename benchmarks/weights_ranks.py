@@ -9,17 +9,15 @@ for its weights on all ranks. `--tiny` rehearses with two ranks on a CPU, whose 
 """
 
 import argparse
-import signal
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from link import gigabytes_per_second
-from machine import describe_gpu, describe_machine
-from vllm_servers import READY_SECONDS, WITHOUT_MULTICAST, Record
+from record import Record, begin_record, command_line
+from vllm_servers import READY_SECONDS, WITHOUT_MULTICAST
 from yielding import FIRST, Run
 
 from kvcached_core import control
@@ -106,17 +104,13 @@ def seconds_lines(results: dict[str, Any], *names: str) -> list[str]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
-    parser.add_argument("--shape", default="llama-70b")
-    parser.add_argument("--ranks", type=int, default=2, help="GPUs, with a rank on each")
-    parser.add_argument("--number", type=int, default=20, help="how often it yields")
-    parser.add_argument("--host-budget", default="85%", help="KVCACHED_HOST_BUDGET")
-    options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
-    record = Record(options.json)
-    record.add(machine=describe_machine() if options.tiny else describe_gpu())
+    arguments = command_line(__doc__, can_rehearse=True)
+    arguments.add_argument("--shape", default="llama-70b")
+    arguments.add_argument("--ranks", type=int, default=2, help="GPUs, with a rank on each")
+    arguments.add_argument("--number", type=int, default=20, help="how often it yields")
+    arguments.add_argument("--host-budget", default="85%", help="KVCACHED_HOST_BUDGET")
+    options = arguments.parse_args()
+    record = begin_record(options)
     record.add(engine=f"{VLLM.title} {VLLM.release()}", ranks=options.ranks)
     record.add(shape="tiny" if options.tiny else options.shape)
     record.add(links={} if options.tiny else links(options.ranks))

@@ -6,16 +6,14 @@ Each wrapper of ours gets a function that does nothing, and that function is cal
 Around a request or a step with nothing to do, that is all we cost.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from machine import describe_machine
+from record import command_line, write
 
 from kvcached_vllm import engine_hooks, transfer_hooks, worker_hooks
 from kvcached_vllm.port import VllmPort
@@ -83,9 +81,8 @@ def seconds(call: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
 
 def main() -> None:
     """Measure, print, write JSON."""
-    made = argparse.ArgumentParser(description=__doc__)
-    made.add_argument("--json", type=Path, required=True)
-    options = made.parse_args()
+    arguments = command_line(__doc__)
+    options = arguments.parse_args()
     added: dict[str, float] = {}
     rounds: dict[str, list[float]] = {}
     for label, (wrap, arguments) in CASES.items():
@@ -97,8 +94,7 @@ def main() -> None:
         added[label] = statistics.median(rounds[label])
         print(f"{label}: {added[label]:.2f} us more")
     results = {"machine": describe_machine(), "added_us_per_call": added, "rounds": rounds}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(results, indent=2) + "\n")
+    write(options.json, results)
 
 
 if __name__ == "__main__":

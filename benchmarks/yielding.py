@@ -6,7 +6,6 @@ import contextlib
 import os
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from giving import SLEEP_SECONDS, fall_asleep
-from machine import describe_gpu, describe_machine
 from neighbour import Neighbour
-from vllm_servers import READY_SECONDS, SHORT_FOLDER, Record
+from record import Record, begin_record, command_line
+from vllm_servers import READY_SECONDS, SHORT_FOLDER
 
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
@@ -43,9 +42,7 @@ FORGET = {VLLM.name: "/reset_prefix_cache", SGLANG.name: "/flush_cache"}
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """Return what reads a command line; its own arguments are added to it."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
+    parser = command_line(description, can_rehearse=True)
     parser.add_argument("--engine", choices=sorted(ENGINES), default=VLLM.name)
     parser.add_argument("--runner", type=int, choices=(1, 2), help="vLLM's model runner")
     parser.add_argument("--server-options", default="", help="more arguments of every server")
@@ -278,11 +275,9 @@ def recorded_run(options: argparse.Namespace, **facts: Any) -> Iterator[tuple[Ru
         options: What `make_parser` has read.
         **facts: What the record says beside machine and engine.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     engine, more = ENGINES[options.engine], shlex.split(options.server_options)
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
-        record = Record(options.json)
-        record.add(machine=describe_machine() if options.tiny else describe_gpu())
+        record = begin_record(options)
         record.add(engine=f"{engine.title} {engine.release()}", server_options=more, **facts)
         run = Run(
             Path(folder),

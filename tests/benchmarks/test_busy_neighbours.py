@@ -12,7 +12,7 @@ import mps
 import pytest
 from aiohttp import web
 from busy_neighbours import is_way, loads, slower, tokens_per_second
-from vllm_servers import Record
+from record import Record
 
 ROUND = {
     "a alone": [100.0],

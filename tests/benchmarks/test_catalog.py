@@ -1,6 +1,7 @@
 """The list of benchmarks and the command that runs them."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from multi_model.options import lengths_of, parser
 from multi_model.settings import make_workload
 
 ROOT = Path(__file__).parents[2]
+# They would begin the tests' program anew, in virtual time; tests of their own run them.
+BEGIN_ANEW = {"equal_schedulers.py", "ramp_schedulers.py"}
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -30,6 +33,19 @@ def test_every_script_is_in_the_list_and_is_there() -> None:
     assert all((folder / script).exists() for script in scripts)
     runnable = {path.name for path in folder.glob("*.py") if "\ndef main()" in path.read_text()}
     assert runnable - {"__main__.py"} == {script for script in scripts if "/" not in script}
+
+
+@pytest.mark.parametrize("script", sorted({each.script for each in BENCHMARKS} - BEGIN_ANEW))
+def test_a_benchmark_says_how_it_is_called(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    assert all(each.output in said for each in BENCHMARKS if each.script == script)
 
 
 @pytest.mark.parametrize(
