@@ -15,9 +15,10 @@ from typing import Any
 
 import httpx
 import yaml
+from giving import are_offered
 from multi_model.model_files import make_folder, shape_bytes
 from vllm_servers import WITHOUT_MULTICAST
-from yielding import MEMORY, with_tests
+from yielding_servers import MEMORY, with_tests
 
 from kvcached_core import control
 from kvcached_core.ledger.view import InstanceView
@@ -240,10 +241,7 @@ class Gateway:
 
     def are_copied(self) -> bool:
         """Whether every engine that is up could give its weights."""
-        return all(
-            row.weights_needed_bytes and row.weights_offered_bytes >= row.weights_bytes
-            for row in self.instances().values()
-        )
+        return are_offered(self.instances().values())
 
     def keep_logs(self, folder: Path, prefix: str) -> None:
         """Write the ends of all logs to a folder."""

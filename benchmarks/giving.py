@@ -1,7 +1,7 @@
 """Memory that models give from outside: all of it when told to, weights where others need room."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -37,6 +37,35 @@ def rows(name: str, directory: Path) -> list[InstanceView]:
     """Return an instance's rows, one on each of its devices."""
     found = [row for device in control.devices(directory) for row in device.instances]
     return [row for row in found if row.name == name]
+
+
+def are_offered(views: Iterable[InstanceView]) -> bool:
+    """Return whether all of these could give their weights: host memory has a copy of each."""
+    return all(
+        view.weights_needed_bytes and view.weights_offered_bytes >= view.weights_bytes
+        for view in views
+    )
+
+
+def wait_offered(look: Callable[[], Iterable[InstanceView]], seconds: float) -> float:
+    """Wait until all have offered their weights.
+
+    Args:
+        look: Returns what the ledger says of them now.
+        seconds: How long they have at most.
+
+    Returns:
+        How many seconds that took.
+
+    Raises:
+        RuntimeError: If one has not offered them by then.
+    """
+    begin = time.monotonic()
+    while not are_offered(look()):
+        if time.monotonic() > begin + seconds:
+            raise RuntimeError(f"host copies of weights are not complete after {seconds:.0f} s")
+        time.sleep(0.05)
+    return time.monotonic() - begin
 
 
 @contextmanager

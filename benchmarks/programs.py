@@ -18,15 +18,14 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from record import begin_record, command_line
 from vllm_servers import READY_SECONDS, kv_bytes_per_token
-from yielding import FIRST, SECOND, TESTS, Run
+from yielding import FIRST, SECOND, Run, running
+from yielding_servers import TESTS
 
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB, MIB, format_bytes, parse_bytes
@@ -223,14 +222,14 @@ def main() -> None:
         (options.need or (TINY_NEED if options.tiny else format_bytes(20 * GIB)), options.number),
         (options.large_need or (TINY_LARGE_NEED if options.tiny else "70%"), options.large_number),
     ]
-    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
-        record = begin_record(options)
-        record.add(by=options.by, held_gib=options.held_gib)
-        held = hold(options.held_gib)
-        run = Run(Path(folder), tiny=options.tiny, runner=options.runner, pool_bytes=TINY_POOL)
-        if options.tiny:
-            run.environ["KVCACHED_PAGE_BYTES"] = str(2 * MIB)
-        try:
+    record = begin_record(options)
+    record.add(by=options.by, held_gib=options.held_gib)
+    held = hold(options.held_gib)
+    words = {"runner": options.runner, "pool_bytes": TINY_POOL}
+    try:
+        with running(Run, record, tiny=options.tiny, **words) as run:
+            if options.tiny:
+                run.environ["KVCACHED_PAGE_BYTES"] = str(2 * MIB)
             for number, name in enumerate(NAMES, 1):
                 eager = ("--enforce-eager",) if options.eager else ()
                 run.start(name, number, *eager, is_caching=True)
@@ -245,10 +244,9 @@ def main() -> None:
                 for _ in range(num):
                     rounds.do()
                     record.add(parts=done)
-        finally:
-            run.close(record)
-            held.clear()
-            print(table(record.results))
+    finally:
+        held.clear()
+        print(table(record.results))
 
 
 def hold(num_gib: int) -> list[Any]:

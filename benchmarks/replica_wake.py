@@ -8,15 +8,13 @@ sleeps and is asked, first while the other one is awake, then without it, out of
 """
 
 import argparse
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from record import Record, begin_record, command_line
 from vllm_servers import READY_SECONDS
 from weights_ranks import Ranks, seconds_lines
-from yielding import FIRST, SECOND
+from yielding import FIRST, SECOND, running, seconds_after_sleeps
 
 from kvcached_demo.harness.engines import VLLM
 
@@ -39,18 +37,9 @@ def measure(run: Ranks, record: Record, options: argparse.Namespace) -> None:
     record.add(copied_seconds=run.wait_all_copied())
     time.sleep(FOUND_SECONDS)
     record.add(awake_seconds=[run.first_token_seconds(FIRST) for _ in range(10)])
-    record.add(replica_seconds=wakes(run, options.number))
+    record.add(replica_seconds=seconds_after_sleeps(run, options.number))
     run.servers[SECOND].kill()
-    record.add(host_seconds=wakes(run, options.number))
-
-
-def wakes(run: Ranks, num: int) -> list[float]:
-    """Return the times to the first token of one that sleeps before each."""
-    seconds = []
-    for _ in range(num):
-        run.sleep(FIRST)
-        seconds.append(run.first_token_seconds(FIRST))
-    return seconds
+    record.add(host_seconds=seconds_after_sleeps(run, options.number))
 
 
 def table(results: dict[str, Any]) -> str:
@@ -70,12 +59,8 @@ def main() -> None:
     options = arguments.parse_args()
     record = begin_record(options)
     record.add(engine=f"{VLLM.title} {VLLM.release()}", bar_seconds=BAR_SECONDS)
-    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
-        run = Ranks(Path(folder), tiny=options.tiny, runner=None)
-        try:
-            measure(run, record, options)
-        finally:
-            run.close(record)
+    with running(Ranks, record, tiny=options.tiny, runner=None) as run:
+        measure(run, record, options)
     print(table(record.results))
 
 

@@ -11,14 +11,12 @@ on the engine's CPU backend, where a start is imports and the weights are nothin
 
 import shlex
 import statistics
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from record import begin_record, command_line
 from vllm_servers import READY_SECONDS
-from yielding import FIRST, Run
+from yielding import FIRST, Run, running
 
 from kvcached_demo.harness.engines import SGLANG, VLLM
 
@@ -77,30 +75,20 @@ def main() -> None:
     more = shlex.split(options.server_options)
     words = (*(("--enforce-eager",) if options.eager else ()), *more)
     engine = {each.name: each for each in (VLLM, SGLANG)}[options.engine]
-    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
-        record = begin_record(options)
-        record.add(bar=BAR, engine=f"{engine.title} {engine.release()}", server_options=more)
-        run = Run(
-            Path(folder),
-            tiny=options.tiny,
-            runner=None,
-            engine=engine,
-            shape=options.shape,
-            has_files=True,
-        )
-        times: dict[str, list[float]] = {FILES: [], COPY: []}
-        try:
-            record.add(first_seconds=start(run, COPY, words, is_first=True))
-            end(run)
-            for _ in range(options.rounds):
-                for kind, found in times.items():
-                    found.append(start(run, kind, words))
-                    record.add(**times)
-                    end(run)
-                ratios = [copy / files for files, copy in zip(*times.values(), strict=True)]
-                record.add(ratios=ratios)
-        finally:
-            run.close(record)
+    record = begin_record(options)
+    record.add(bar=BAR, engine=f"{engine.title} {engine.release()}", server_options=more)
+    times: dict[str, list[float]] = {FILES: [], COPY: []}
+    made = {"engine": engine, "shape": options.shape, "has_files": True}
+    with running(Run, record, tiny=options.tiny, runner=None, **made) as run:
+        record.add(first_seconds=start(run, COPY, words, is_first=True))
+        end(run)
+        for _ in range(options.rounds):
+            for kind, found in times.items():
+                found.append(start(run, kind, words))
+                record.add(**times)
+                end(run)
+            ratios = [copy / files for files, copy in zip(*times.values(), strict=True)]
+            record.add(ratios=ratios)
     print(table(record.results))
 
 

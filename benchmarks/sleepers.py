@@ -1,8 +1,6 @@
 """Two of vLLM's servers on one device, of which one sleeps and the other fills it."""
 
 import asyncio
-import os
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -10,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+from giving import wait_offered
 from record import Record
-from vllm_servers import SHORT_FOLDER
+from vllm_servers import SHORT_FOLDER, kv_bytes_per_token, make_shape
+from yielding_servers import with_tests
 
 from kvcached_core.ledger.view import DeviceView, InstanceView
 from kvcached_core.units import GIB, MIB
@@ -21,13 +21,9 @@ from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
 from kvcached_demo.harness.server import EngineServer
 from kvcached_demo.harness.servers import Servers
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from helpers.shapes import kv_bytes_per_token, make_shape
-
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-TESTS = Path(__file__).parents[1] / "tests"
 SLEEPER, NEIGHBOUR = "sleeper", "neighbour"
 EXTENSION = ("--worker-extension-cls", "helpers.filling.Filling")
 FULL_BYTES = 256 * MIB
@@ -90,7 +86,7 @@ class Run:
             "TMPDIR": SHORT_FOLDER,
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_LOGGING_LEVEL": "INFO",
-            "PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}",
+            "PYTHONPATH": with_tests(),
         }
         if self.is_yielding:
             environ["KVCACHED_WEIGHTS"] = "yield"
@@ -166,16 +162,8 @@ class Run:
 
     def wait_offered(self) -> None:
         """Wait until the weights that yield are offered: host memory has a copy of them."""
-        deadline = time.monotonic() + WAKE_SECONDS
-        while self.is_yielding:
-            _, rows = self.view()
-            if all(
-                0 < row.weights_needed_bytes <= row.weights_offered_bytes for row in rows.values()
-            ):
-                return
-            if time.monotonic() > deadline:
-                raise RuntimeError("the host copies of the weights are not complete")
-            time.sleep(0.05)
+        if self.is_yielding:
+            wait_offered(lambda: self.servers.device().instances, WAKE_SECONDS)
 
     def fill(self) -> int:
         """Let the neighbour's prefix cache have all there is; return how much it holds then."""

@@ -18,7 +18,8 @@ from typing import Any
 
 import httpx
 from record import begin_record, command_line
-from sleepers import NEIGHBOUR, PROMPT, SLEEPER, TESTS, WAKE_SECONDS, Run
+from sleepers import NEIGHBOUR, PROMPT, SLEEPER, WAKE_SECONDS, Run
+from yielding_servers import TESTS
 
 from kvcached_core.units import GIB, format_bytes
 

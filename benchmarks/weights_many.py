@@ -26,11 +26,12 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from gateway_serve import headroom_bytes
 from record import Record, begin_record, command_line
 from vllm_servers import READY_SECONDS
-from yielding import Run
+from yielding import Run, running
 
-from kvcached_core.units import GIB, MIB
+from kvcached_core.units import MIB
 from kvcached_core.weights.moves import read_moves
 
 NUM_AT_ONCE = 2  # requests
@@ -114,58 +115,45 @@ def disk_of(options: argparse.Namespace) -> Iterator[Path | None]:
 def main() -> None:
     """Run the command line."""
     options = arguments()
+    record = begin_record(options)
+    pages, weights = TINY_PAGE_BYTES * (options.models + 1), TINY_WEIGHTS_BYTES * options.models
+    words = {"pool_bytes": pages + weights // 2, "shape": options.shape}
     with (
         disk_of(options) as disk,
-        tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder,
+        running(Run, record, tiny=options.tiny, runner=options.runner, **words) as run,
     ):
-        record = begin_record(options)
-        pool_bytes = (
-            TINY_PAGE_BYTES * (options.models + 1)
-        ) + TINY_WEIGHTS_BYTES * options.models // 2
-        run = Run(
-            Path(folder),
-            tiny=options.tiny,
-            runner=options.runner,
-            pool_bytes=pool_bytes,
-            shape=options.shape,
-        )
         run.environ["KVCACHED_HOST_BUDGET"] = options.host_budget
         if disk is not None:
             run.environ["KVCACHED_WEIGHTS_DISK"] = str(disk)
         if not options.tiny:
-            headroom_bytes = int(record.results["machine"]["gpu_bytes"]) - int(
-                options.device_gib * GIB
-            )
-            run.environ["KVCACHED_HEADROOM"] = str(headroom_bytes)
+            headroom = headroom_bytes(record.results["machine"], options.device_gib)
+            run.environ["KVCACHED_HEADROOM"] = str(headroom)
         names = [f"model-{number}" for number in range(options.models)]
-        try:
-            begin = time.monotonic()
-            for number, name in enumerate(names):
-                run.start(name, number, *(("--enforce-eager",) if options.eager else ()))
-                if options.tiny:  # two cores
-                    run.servers.wait_ready(name)
-                elif number == NUM_TOGETHER - 1:  # those that come later need what these give
-                    run.servers.wait_ready(seconds=READY_SECONDS)
-                    run.wait_copied(*names[:NUM_TOGETHER])
-            run.servers.wait_ready(seconds=READY_SECONDS)
-            record.add(ready_seconds=time.monotonic() - begin)
-            for name in names:
-                run.ask(name)
-            record.add(copied_seconds=run.wait_copied(*names))
-            source = random.Random(1)
-            orders = {
-                "in turn": list(islice(cycle(names), options.number)),
-                "at random": [source.choice(names) for _ in range(options.number)],
-            }
-            for word, order in orders.items():
-                tell = partial(add, record, word)
-                ask_all(run, iter(order), options.seconds, tell)
-            views = [run.view(name) for name in names]
-            record.add(activations=sum(view.activations.num for view in views))
-            if disk is not None:
-                record.add(disk=asdict(read_moves(disk)))
-        finally:
-            run.close(record)
+        begin = time.monotonic()
+        for number, name in enumerate(names):
+            run.start(name, number, *(("--enforce-eager",) if options.eager else ()))
+            if options.tiny:  # two cores
+                run.servers.wait_ready(name)
+            elif number == NUM_TOGETHER - 1:  # those that come later need what these give
+                run.servers.wait_ready(seconds=READY_SECONDS)
+                run.wait_copied(*names[:NUM_TOGETHER])
+        run.servers.wait_ready(seconds=READY_SECONDS)
+        record.add(ready_seconds=time.monotonic() - begin)
+        for name in names:
+            run.ask(name)
+        record.add(copied_seconds=run.wait_copied(*names))
+        source = random.Random(1)
+        orders = {
+            "in turn": list(islice(cycle(names), options.number)),
+            "at random": [source.choice(names) for _ in range(options.number)],
+        }
+        for word, order in orders.items():
+            tell = partial(add, record, word)
+            ask_all(run, iter(order), options.seconds, tell)
+        views = [run.view(name) for name in names]
+        record.add(activations=sum(view.activations.num for view in views))
+        if disk is not None:
+            record.add(disk=asdict(read_moves(disk)))
     print(table(record.results))
 
 

@@ -10,15 +10,14 @@ for its weights on all ranks. `--tiny` rehearses with two ranks on a CPU, whose 
 
 import argparse
 import statistics
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
+from giving import wait_offered
 from link import gigabytes_per_second
 from record import Record, begin_record, command_line
 from vllm_servers import READY_SECONDS, WITHOUT_MULTICAST
-from yielding import FIRST, Run
+from yielding import FIRST, Run, running
 
 from kvcached_core import control
 from kvcached_core.ledger.view import InstanceView
@@ -47,15 +46,7 @@ class Ranks(Run):
 
     def wait_all_copied(self) -> float:
         """Wait until every rank's weights are in host memory."""
-        begin = time.monotonic()
-        while any(
-            not row.weights_needed_bytes or row.weights_offered_bytes < row.weights_bytes
-            for row in self.rows()
-        ):
-            if time.monotonic() - begin > READY_SECONDS:
-                raise RuntimeError("the host copies are not complete")
-            time.sleep(0.05)
-        return time.monotonic() - begin
+        return wait_offered(self.rows, READY_SECONDS)
 
 
 def measure(run: Ranks, record: Record, options: argparse.Namespace) -> None:
@@ -114,18 +105,9 @@ def main() -> None:
     record.add(engine=f"{VLLM.title} {VLLM.release()}", ranks=options.ranks)
     record.add(shape="tiny" if options.tiny else options.shape)
     record.add(links={} if options.tiny else links(options.ranks))
-    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
-        run = Ranks(
-            Path(folder),
-            tiny=options.tiny,
-            runner=None,
-            pool_bytes=TINY_POOL_BYTES,
-            shape=options.shape,
-        )
-        try:
-            measure(run, record, options)
-        finally:
-            run.close(record)
+    words = {"pool_bytes": TINY_POOL_BYTES, "shape": options.shape}
+    with running(Ranks, record, tiny=options.tiny, runner=None, **words) as run:
+        measure(run, record, options)
     print(table(record.results))
 
 
