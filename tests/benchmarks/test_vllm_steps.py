@@ -3,7 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
-from vllm_steps import idle_times, longer, switches_of
+import stopwatch
+from step_kernels import idle_times, longer
+from vllm_steps import switches_of
 
 pytestmark = pytest.mark.vllm
 
@@ -40,3 +42,27 @@ def test_pauses_are_counted_between_kernels_that_do_not_overlap() -> None:
         "(idle)": [pytest.approx(1.01), 2],
         "(idle, pauses above 20 us)": [pytest.approx(1.0), 1],
     }
+
+
+def test_steps_with_driver_calls_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, num_calls = 0.0, 0
+
+    def execute_model(*, seconds: float, num_more: int) -> None:
+        nonlocal now, num_calls
+        now, num_calls = now + seconds, num_calls + num_more
+
+    monkeypatch.setattr(stopwatch, "time", SimpleNamespace(perf_counter=lambda: now))
+    scheduler = SimpleNamespace(schedule=lambda: None, update_from_output=lambda: None)
+    executor = SimpleNamespace(execute_model=execute_model)
+    core = SimpleNamespace(scheduler=scheduler, model_executor=executor)
+    watch = stopwatch.Stopwatch(core, lambda: num_calls)
+    for seconds, num_more in ((0.001, 0), (0.001, 0), (0.004, 2), (0.001, 0), (0.001, 1)):
+        scheduler.schedule()
+        executor.execute_model(seconds=seconds, num_more=num_more)
+    found = watch.take()
+    assert found["execute_model, median us"] == pytest.approx(1000)
+    assert found["step to step, longest ms"] == pytest.approx(4)
+    assert found["steps with driver calls"] == 1  # the last step has not ended
+    assert found["steps with driver calls, median us"] == pytest.approx(4000)
+    assert found["steps without driver calls, median us"] == pytest.approx(1000)
+    assert watch.take()["steps with driver calls"] == 0
