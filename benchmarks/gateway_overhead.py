@@ -29,6 +29,7 @@ import uvloop
 from gateway_house import Server
 from gateway_load import Taken, ask_many, request
 from machine import describe_machine
+from ordered import value_at
 from record import command_line, write
 
 ROUNDS = 5
@@ -58,12 +59,6 @@ COUNTS = {
 }
 
 
-def percentile(values: list[float], percent: float) -> float:
-    """Return the value below which so many of a hundred lie."""
-    ordered = sorted(values)
-    return ordered[min(int(percent * len(ordered) / 100), len(ordered) - 1)]
-
-
 def load(server: Server, data: bytes, *, num: int, at_once: int) -> tuple[list[Taken], float]:
     """Send requests; return what each took, and the server's seconds of the processor."""
     before = server.cpu_seconds()
@@ -76,10 +71,10 @@ def measure(server: Server, counts: Counts) -> dict[str, float]:
     found: dict[str, float] = {}
     alone, _ = load(server, request("x"), num=counts.alone, at_once=1)
     ttfts = [taken.ttft_seconds * 1e3 for taken in alone]
-    found |= {"ttft_p50_ms": percentile(ttfts, 50), "ttft_p99_ms": percentile(ttfts, 99)}
+    found |= {"ttft_p50_ms": value_at(50, ttfts), "ttft_p99_ms": value_at(99, ttfts)}
     long = request("x", prompt_bytes=LONG_PROMPT_BYTES)
     taken, cpu = load(server, long, num=counts.long, at_once=1)
-    found["long_ttft_p50_ms"] = percentile([one.ttft_seconds * 1e3 for one in taken], 50)
+    found["long_ttft_p50_ms"] = value_at(50, [one.ttft_seconds * 1e3 for one in taken])
     found["cpu_us_per_long_request"] = cpu / counts.long * 1e6
     begin = time.perf_counter()
     _, cpu = load(server, request("x"), num=counts.at_once, at_once=AT_ONCE)

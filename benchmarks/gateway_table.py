@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from ordered import value_at
+
 
 def table(results: dict[str, Any]) -> str:
     """Return the figures as text, with the bars."""
@@ -11,7 +13,7 @@ def table(results: dict[str, Any]) -> str:
     lines.append(f"different answers {results.get('different_answers')} of {results.get('of')}")
     if found := results.get("bursts"):
         times = found["ttft_seconds"] or [float("nan")]
-        p99 = times[min(int(0.99 * len(times)), len(times) - 1)]
+        p99 = value_at(99, times)
         lines.append(
             f"bursts: {found['requests']}, TTFT p50 {times[len(times) // 2]:.3f}, p99 {p99:.3f} "
             f"(bar 1), max {times[-1]:.3f} s; "

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_gpu, describe_machine
+from ordered import value_at
 from record import Record
 
 from kvcached_core.units import MIB
@@ -189,12 +190,11 @@ def measure_gpu(rounds: int) -> dict[str, Any]:
 
 def quantiles(values: list[float]) -> dict[str, float]:
     """Return the median, what 99 % are below, the largest, and the number."""
-    ordered = sorted(values)
     return {
-        "median": statistics.median(ordered),
-        "p99": ordered[int(len(ordered) * 0.99)],
-        "most": ordered[-1],
-        "number": len(ordered),
+        "median": statistics.median(values),
+        "p99": value_at(99, values),
+        "most": max(values),
+        "number": len(values),
     }
 
 

@@ -28,6 +28,7 @@ import gateway_house
 import uvloop
 from gateway_load import Connection, connect, post
 from machine import describe_machine
+from ordered import value_at
 from record import command_line, end_by_signals, write
 
 from kvcached_demo.harness.server import free_port
@@ -49,12 +50,6 @@ PORTS = (
 PATH = "/v1/chat/completions"
 BARE, AGAIN, PASSING, OURS = "bare", "again", "passing", "ours"
 PREFIXES = {"direct": "", BARE: "/bare", AGAIN: "/again", PASSING: "/passing", OURS: ""}
-
-
-def percentile(values: list[float], percent: float) -> float:
-    """Return the value below which so many of a hundred lie."""
-    ordered = sorted(values)
-    return ordered[min(int(percent * len(ordered) / 100), len(ordered) - 1)]
 
 
 def serve_config(http_port: int, models: Path, standin_url: str) -> dict[str, Any]:
@@ -188,7 +183,7 @@ async def measure(standin_port: int, http_port: int, num_rounds: int) -> list[di
         taken = await take_turns(connections, NUM_REQUESTS)
         rounds.append(
             {
-                way: {"ttft_p50_ms": percentile(ttfts, 50), "ttft_p99_ms": percentile(ttfts, 99)}
+                way: {"ttft_p50_ms": value_at(50, ttfts), "ttft_p99_ms": value_at(99, ttfts)}
                 for way, ttfts in taken.items()
             }
         )

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway_serve import headroom_bytes
+from ordered import value_at
 from record import Record, begin_record, command_line
 from vllm_servers import READY_SECONDS
 from yielding import Run, running
@@ -76,7 +77,7 @@ def table(results: dict[str, Any]) -> str:
     for name in ("in turn", "at random"):
         times = sorted(one for one in results.get(name, {}).get("seconds", []) if one is not None)
         if times:
-            p50, p99 = statistics.median(times), times[min(int(0.99 * len(times)), len(times) - 1)]
+            p50, p99 = statistics.median(times), value_at(99, times)
             lines.append(
                 f"{name:10} n {len(times)}  TTFT p50 {p50:.3f} s, p99 {p99:.3f} s, "
                 f"max {times[-1]:.3f} s"

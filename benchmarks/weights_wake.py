@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 from link import gigabytes_per_second
 from making_room import cache, give, turns
+from ordered import value_at
 from residue import context_bytes, parts, used_bytes, yielded
 from vllm_servers import READY_SECONDS
 from yielding import (
@@ -205,11 +206,10 @@ def table(results: dict[str, Any]) -> str:
             for label, row in rows.items():
                 words = f"{name:8} {key} {label}"
                 if isinstance(row, list) and row:
-                    ordered = sorted(row)
-                    tail = ordered[min(int(0.95 * len(row)), len(row) - 1)]
+                    tail = value_at(95, row)
                     lines.append(
                         f"{words:48} n {len(row):5}  median {statistics.median(row):10.4f}"
-                        f"  p95 {tail:10.4f}  max {ordered[-1]:10.4f}"
+                        f"  p95 {tail:10.4f}  max {max(row):10.4f}"
                     )
                 elif isinstance(row, dict):
                     sizes = ", ".join(f"{what} {size / MIB:.0f}" for what, size in row.items())

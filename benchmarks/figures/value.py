@@ -17,15 +17,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from ordered import value_at
+
 RESULTS = Path(__file__).parents[1] / "results"
 PATH_BAR, WORD_BAR = " > ", " | "
 FIRST_NUMBER = re.compile(r"\d+(?:\.\d+)?")
-
-
-def percentile(percent: float, values: Sequence[float]) -> float:
-    """Return the value below which so many of a hundred lie."""
-    ordered = sorted(values)
-    return ordered[min(int(percent * len(ordered) / 100), len(ordered) - 1)]
 
 
 REDUCE: dict[str, Callable[[Sequence[float]], float]] = {
@@ -34,8 +30,8 @@ REDUCE: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": statistics.fmean,
     "median": statistics.median,
     "min": min,
-    "p95": partial(percentile, 95),
-    "p99": partial(percentile, 99),
+    "p95": partial(value_at, 95),
+    "p99": partial(value_at, 99),
     "sum": sum,
 }
 SCALE = {
