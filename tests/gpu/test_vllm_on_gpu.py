@@ -10,7 +10,6 @@ import json
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 from helpers.gpu_engine import run_engine
+from helpers.gpu_runs import Runs, runs_of, write_brief
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -140,64 +140,34 @@ def label_of(name: str, *, elastic: bool) -> str:
     return f"{name} {'elastic' if elastic else 'vanilla'}".replace(" ", "-")
 
 
-class Runs:
-    """Engines in processes of their own, started when they are asked for."""
+LARGE = threading.Semaphore(NUM_LARGE_AT_ONCE)
+ENGINES = threading.Semaphore(NUM_AT_ONCE)
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._pool = ThreadPoolExecutor(2 * len(CASES))
-        self._processes = threading.Semaphore(NUM_AT_ONCE)
-        self._large = threading.Semaphore(NUM_LARGE_AT_ONCE)
-        self._futures: dict[tuple[str, bool], Future[Any]] = {}
 
-    def start(self, name: str) -> None:
-        for elastic in (False, True):
-            self._futures[name, elastic] = self._pool.submit(self._run, name, elastic=elastic)
-
-    def reports(self, name: str) -> tuple[Any, Any]:
-        return self._futures[name, False].result(), self._futures[name, True].result()
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def _run(self, name: str, *, elastic: bool) -> Any:
-        is_large = CASES[name].shape == "llama-8b"
-        with self._large if is_large else nullcontext(), self._processes:
-            return self._run_now(name, elastic=elastic)
-
-    def _run_now(self, name: str, *, elastic: bool) -> Any:
-        case = CASES[name]
-        label = label_of(name, elastic=elastic)
+def run(folder: Path, name: str, *, elastic: bool) -> Any:
+    case = CASES[name]
+    label = label_of(name, elastic=elastic)
+    with LARGE if case.shape == "llama-8b" else nullcontext(), ENGINES:
         report = run_engine(
             SCRIPT,
-            self.folder / label,
+            folder / label,
             case.shape,
             case.options | {"top": "KVCACHED_LIMIT" not in case.environ},
             case.shared_environ | ({"KVCACHED_DEBUG": "1"} | case.environ if elastic else {}),
             elastic=elastic,
             runner=case.runner,
         )
-        brief = {key: value for key, value in report.items() if key not in ("tokens", "sleep")}
-        brief["tokens_sha256"] = sha256(json.dumps(report["tokens"]).encode()).hexdigest()
-        (self.folder / f"{label}.json").write_text(json.dumps(brief, indent=2))
-        return report
+    brief = {key: value for key, value in report.items() if key not in ("tokens", "sleep")}
+    brief["tokens_sha256"] = sha256(json.dumps(report["tokens"]).encode()).hexdigest()
+    write_brief(folder, label, brief)
+    return report
 
 
 @pytest.fixture(scope="module")
 def runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Runs]:
-    folder = os.environ.get("GPU_CHECK_FOLDER")
-    made = Runs(Path(folder) if folder else tmp_path_factory.mktemp("engines"))
-    asked = [item.callspec.params["name"] for item in request.session.items if _has_name(item)]
-    for name in dict.fromkeys(asked):
-        made.start(name)
-    yield made
-    made.close()
-
-
-def _has_name(item: Any) -> bool:
-    return "name" in getattr(getattr(item, "callspec", None), "params", {})
+    yield from runs_of(request, tmp_path_factory, run, 2 * len(CASES))
 
 
 @pytest.mark.parametrize("name", CASES)

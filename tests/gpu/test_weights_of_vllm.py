@@ -1,13 +1,13 @@
 """Real vLLM engines on the GPU whose weights are given and come back: the tokens stay."""
 
-import json
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.gpu_engine import run_engine
+from helpers.gpu_runs import Runs, runs_of, write_brief
 
 from kvcached_core.units import MIB
 
@@ -57,48 +57,23 @@ LAYERS = {name for name in CASES if name.endswith(" layers")}
 PACKED_BYTES = {"awq": 216 * MIB, "gptq": 216 * MIB}
 
 
-class Runs:
-    """Engines in processes of their own: each case as vanilla and as ours, some at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._pool = ThreadPoolExecutor(NUM_AT_ONCE)
-        self._futures: dict[tuple[str, bool], Future[Any]] = {}
-
-    def start(self, name: str) -> None:
-        for elastic in (False, True):
-            self._futures[name, elastic] = self._pool.submit(self._run, name, elastic=elastic)
-
-    def reports(self, name: str) -> tuple[Any, Any]:
-        return self._futures[name, False].result(), self._futures[name, True].result()
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def _run(self, name: str, *, elastic: bool) -> Any:
-        shape, runner, options = CASES[name]
-        label = f"{name} {'ours' if elastic else 'vanilla'}".replace(" ", "-")
-        own = {"DUMMY_SEED": "1"} | ({"KVCACHED_WEIGHTS": "yield"} if elastic else {})
-        if elastic and name in LAYERS:
-            own["KVCACHED_WEIGHTS_WAIT"] = "layers"
-        report = run_engine(
-            SCRIPT, self.folder / label, shape, options, own, elastic=elastic, runner=runner
-        )
-        brief = {key: value for key, value in report.items() if not isinstance(value, list)}
-        (self.folder / f"{label}.json").write_text(json.dumps(brief, indent=2))
-        return report
+def run(folder: Path, name: str, *, elastic: bool) -> Any:
+    shape, runner, options = CASES[name]
+    label = f"{name} {'ours' if elastic else 'vanilla'}".replace(" ", "-")
+    own = {"DUMMY_SEED": "1"} | ({"KVCACHED_WEIGHTS": "yield"} if elastic else {})
+    if elastic and name in LAYERS:
+        own["KVCACHED_WEIGHTS_WAIT"] = "layers"
+    report = run_engine(SCRIPT, folder / label, shape, options, own, elastic=elastic, runner=runner)
+    brief = {key: value for key, value in report.items() if not isinstance(value, list)}
+    write_brief(folder, label, brief)
+    return report
 
 
 @pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = os.environ.get("GPU_CHECK_FOLDER")
-    made = Runs(Path(folder) if folder else tmp_path_factory.mktemp("engines"))
-    for item in request.session.items:
-        name = getattr(getattr(item, "callspec", None), "params", {}).get("name")
-        if name in CASES:
-            made.start(name)
-    yield made
-    made.close()
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Runs]:
+    yield from runs_of(request, tmp_path_factory, run, NUM_AT_ONCE)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -71,7 +71,7 @@ class EventRace(Race):
             "step": (self._step, 45),
             "abort": (self._abort, 4),
             "take": (self._take, 8),
-            "give back": (lambda: self._give_back(self.random.randrange(1, 10)), 8),
+            "give back": (lambda: self._neighbour.give_back(self.random.randrange(1, 10)), 8),
             "trim": (self._trim, 5),
             "reset": (self._reset, 2),
             "reset that preempts": (self._reset_running, 2),
@@ -102,7 +102,7 @@ class EventRace(Race):
 
         They would wait for ever for what the neighbour has.
         """
-        self._give_back(self._num_taken)
+        self._neighbour.give_back()
         while self._live:
             self._step()
 

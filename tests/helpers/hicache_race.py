@@ -61,7 +61,6 @@ class Race:
             }
         )
         self._neighbour = Neighbour(config)
-        self._num_taken = 0
         source = random.Random(0)
         self._prefixes = [
             [source.randrange(3, 500) for _ in range(source.randrange(60, 250))]
@@ -89,7 +88,7 @@ class Race:
             await self._happen(client, number)
             if len(running) >= MAX_RUNNING:
                 running = await self._one_less(running)
-        self._give_back(self._num_taken)
+        self._neighbour.give_back()
         await asyncio.gather(*running)
 
     async def _one_less(self, running: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:
@@ -98,7 +97,7 @@ class Race:
             running, timeout=STUCK_SECONDS, return_when=asyncio.FIRST_COMPLETED
         )
         if not done:
-            self._give_back(self._num_taken)
+            self._neighbour.give_back()
             _, others = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         return others
 
@@ -138,7 +137,7 @@ class Race:
     ) -> Iterator[tuple[Callable[[], Any], float]]:
         yield lambda: self._abort(client, number), 0.1
         yield self._take, 0.25
-        yield lambda: self._give_back(self._random.randrange(1, MAX_TAKEN_PAGES)), 0.25
+        yield lambda: self._neighbour.give_back(self._random.randrange(1, MAX_TAKEN_PAGES)), 0.25
         yield self._trim, 0.15
         yield lambda: self._flush(client), 0.08
 
@@ -153,14 +152,8 @@ class Race:
         self.counts["flushes"] += 1
 
     def _take(self) -> None:
-        self._num_taken += self._neighbour.take(self._random.randrange(1, MAX_TAKEN_PAGES))
+        self._neighbour.take(self._random.randrange(1, MAX_TAKEN_PAGES))
         self.counts["taken"] += 1
-
-    def _give_back(self, num_pages: int) -> None:
-        num_pages = min(num_pages, self._num_taken)
-        self._neighbour.rest(num_pages)
-        self._neighbour.give(num_pages)
-        self._num_taken -= num_pages
 
     def _trim(self) -> None:
         trim([self._server.server.name], directory=self._server.directory, wait_seconds=0)

@@ -69,6 +69,13 @@ class Neighbour:
         self.instance.acknowledge(num_pages)
         self._settle(unmapped=num_pages, used_bytes=self.view().used_bytes)
 
+    def give_back(self, num_pages: int | None = None) -> None:
+        """Unmap so many used pages, or all that it uses."""
+        num_used = self.view().used_bytes // PAGE_BYTES
+        num_pages = num_used if num_pages is None else min(num_pages, num_used)
+        self.rest(num_pages)
+        self.give(num_pages)
+
     def ask_to_wake(self, num_pages: int) -> Turn:
         """Look whether weights of so many pages may come back, and ask for their room."""
         return self.instance.beside.ask_to_wake(num_pages * PAGE_BYTES)

@@ -46,7 +46,6 @@ class Race:
         self._llm_engine = engine.llm.llm_engine
         environ = {name: value for name, value in os.environ.items() if name.startswith("KVCACHED")}
         self._neighbour = Neighbour(read_config(environ | {"KVCACHED_NAME": "neighbour"}))
-        self._num_taken = 0
         source = random.Random(0)
         self._prefixes = [
             [source.randrange(3, VOCABULARY) for _ in range(source.randrange(*prefix_tokens))]
@@ -64,7 +63,7 @@ class Race:
             for _ in range(self.random.randrange(1, 5)):
                 self._step()
                 self._happen()
-        self._give_back(self._num_taken)  # requests would wait for it for ever
+        self._neighbour.give_back()  # requests would wait for it for ever
         while self._live:
             self._step()
         self.engine.finish()
@@ -100,7 +99,7 @@ class Race:
     def _acts(self) -> Iterator[tuple[Any, float]]:
         yield self._abort, 0.04
         yield self._take, 0.15
-        yield lambda: self._give_back(self.random.randrange(1, MAX_TAKEN_PAGES)), 0.15
+        yield lambda: self._neighbour.give_back(self.random.randrange(1, MAX_TAKEN_PAGES)), 0.15
         yield self._trim, 0.1
         yield self._reset, 0.02
         yield self._sleep, 0.005
@@ -113,14 +112,8 @@ class Race:
             self.counts["aborted"] += 1
 
     def _take(self) -> None:
-        self._num_taken += self._neighbour.take(self.random.randrange(1, MAX_TAKEN_PAGES))
+        self._neighbour.take(self.random.randrange(1, MAX_TAKEN_PAGES))
         self.counts["taken"] += 1
-
-    def _give_back(self, num_pages: int) -> None:
-        num_pages = min(num_pages, self._num_taken)
-        self._neighbour.rest(num_pages)
-        self._neighbour.give(num_pages)
-        self._num_taken -= num_pages
 
     def _trim(self) -> None:
         self.engine.trim_known()
