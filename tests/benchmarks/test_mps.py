@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mps
 import pytest
+from helpers.processes import is_running
 
 SCRIPT = f"""#!{sys.executable}
 import os, pathlib, subprocess, sys, time
@@ -56,14 +57,6 @@ def anything(_environ: Mapping[str, str]) -> None:
     """Find nothing wrong."""
 
 
-def is_alive(pid: int) -> bool:
-    """Return whether a process runs; one that has ended and that nobody waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def started(seen: Path) -> tuple[int, int, Path]:
     daemon, server, folder = seen.read_text().split()
     return int(daemon), int(server), Path(folder)
@@ -74,9 +67,9 @@ def test_a_daemon_answers_in_its_own_folders_and_is_gone_behind_the_block(seen: 
         pid, server, folder = started(seen)
         assert daemon.environ[mps.PIPES] == str(folder)
         assert daemon.num_clients() == 2
-        assert is_alive(pid)
-    assert not is_alive(pid)
-    assert not is_alive(server)
+        assert is_running(pid)
+    assert not is_running(pid)
+    assert not is_running(server)
     assert not folder.exists()
 
 
@@ -87,14 +80,14 @@ def test_one_that_does_not_quit_is_killed_with_its_server(
     monkeypatch.setattr(mps, "END_SECONDS", 0.1)
     with mps.running(anything):
         pid, server, _ = started(seen)
-    assert not is_alive(pid)
-    assert not is_alive(server)
+    assert not is_running(pid)
+    assert not is_running(server)
 
 
 def test_it_is_gone_too_when_the_block_fails(seen: Path) -> None:
     with pytest.raises(KeyboardInterrupt), mps.running(anything):
         raise KeyboardInterrupt
-    assert not is_alive(started(seen)[0])
+    assert not is_running(started(seen)[0])
 
 
 def test_one_that_may_not_be_started_says_why(seen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +103,7 @@ def test_one_whose_client_cannot_compute_is_ended_and_says_why(seen: Path) -> No
 
     with pytest.raises(mps.MpsError, match=r"client of the daemon failed.*no device may be used"):
         mps.running(check).__enter__()
-    assert not is_alive(started(seen)[0])
+    assert not is_running(started(seen)[0])
 
 
 def test_none_at_all_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,12 +7,11 @@ from threading import Event
 from typing import Any
 
 import pytest
+from helpers.commands import said
 from helpers.weight_copies import KEY, LAYOUT, WHOLE_BYTES
 from helpers.weight_pages import Pages
 from prometheus_client.parser import text_string_to_metric_families
-from typer.testing import CliRunner
 
-from kvcached_core.cli.app import app
 from kvcached_core.cli.image_disk import examine_image_disk
 from kvcached_core.cli.metrics import exposition
 from kvcached_core.config import Config, read_config
@@ -40,12 +39,6 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     assert again is not None
     again.close()
     return config
-
-
-def said(*arguments: str) -> str:
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def test_doctor_says_room_o_direct_images_and_how_fast_they_came_back(config: Config) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from helpers.nursery import Nursery, NurseryError, WarmProcess
+from helpers.processes import is_running
 from helpers.waiting import await_that
 
 NUMBERS = itertools.count()
@@ -71,13 +72,6 @@ def start(
 
 def said(folder: Path) -> str:
     return (folder / "said").read_text()
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def test_a_process_that_nobody_asks_for_any_more_takes_no_other_with_it(

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.commands import said
 from prometheus_client.parser import text_string_to_metric_families
-from typer.testing import CliRunner
 
 from kvcached_core.cli.added import Added
-from kvcached_core.cli.app import app
 from kvcached_core.cli.metrics import exposition
 from kvcached_core.cli.tiers import tiers, with_tiers
 from kvcached_core.config import Config
@@ -34,12 +33,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         tier.note([counts, on_disk])
         yield directory
         tier.close()
-
-
-def said(*arguments: str) -> str:
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 @pytest.mark.usefixtures("folder")

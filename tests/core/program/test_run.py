@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import allocating
+from helpers.processes import is_running
 from helpers.waiting import PATIENCE_SECONDS, await_that
 
 from kvcached_core.ledger.ledger import Ledger
@@ -74,13 +75,6 @@ def line(process: "subprocess.Popen[str]") -> str:
 def tell(number: signal.Signals) -> str:
     """Return a program that says its id, and ends by itself at this signal alone."""
     return TELL.format(number=int(number), seconds=UNENDED_SECONDS)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def test_its_room_shrinks_as_it_and_its_children_allocate_and_ends_with_it(
