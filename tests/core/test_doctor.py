@@ -16,6 +16,7 @@ import pytest
 from kvcached_core.cli import doctor
 from kvcached_core.cli.doctor import Finding, examine
 from kvcached_core.config import Config
+from kvcached_core.ledger import file as ledger_file
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.memory.host_memory import HostMemory
@@ -110,7 +111,8 @@ def test_a_ledger_of_another_version_is_bad(ledger: Ledger) -> None:
     other.write_bytes(words.tobytes())
     finding = found(ledger.path.parent)["GPU-1.ledger"]
     assert not finding.is_good
-    assert "version" in finding.text
+    ours = ledger_file.VERSION
+    assert f"is of version {ours + 1}, this kvcached writes version {ours}" in finding.text
 
 
 def test_a_pool_of_another_size_is_said(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,4 +106,4 @@ def test_with_settings_that_are_wrong_the_rest_is_shown(
 ) -> None:
     monkeypatch.setenv("KVCACHED_PRIORITY", "high")
     assert tiers(folder) == []
-    assert "llama" in said("list")
+    assert [line.split("\t")[1] for line in said("list").splitlines()] == ["llama", "qwen"]

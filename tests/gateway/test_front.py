@@ -126,7 +126,7 @@ async def test_a_request_that_can_be_read_in_two_ways_is_refused_and_ends_its_co
 ) -> None:
     async with front_served(leases := RefusingLeases()) as house:
         said = await say(house, f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n".encode() + SMUGGLED[pair])
-        assert said.startswith(b"HTTP/1.1 400 ") or b"HTTP/1.0 400 " in said
+        assert said.startswith((b"HTTP/1.1 400 ", b"HTTP/1.0 400 "))
         assert said.count(b"HTTP/1.") == 1
         assert not leases.asks
 

@@ -170,7 +170,8 @@ def test_a_file_is_checked_without_what_starts_engines(
     file.write_text("listen: 127.0.0.1:0\nkeys_file: none.yaml")
     code, told, _ = run("serve", str(file), "--check")
     assert code == 1
-    assert "FAIL  " in told
+    (failed,) = [line for line in told.splitlines() if line.startswith("FAIL  ")]
+    assert f"{tmp_path / 'none.yaml'}" in failed
     file.write_text("lisen: a:1")
     error = run("serve", str(file), "--check")[2]
     assert isinstance(error, ConfigError)

@@ -13,6 +13,7 @@ from kvcached_gateway.admin import doctor
 from kvcached_gateway.admin.doctor import Said, examine, findings
 from kvcached_gateway.engines import runner
 from kvcached_gateway.settings.config import Settings
+from kvcached_patches import ENGINES
 
 ENGINE_THERE = """
 import json, sys
@@ -60,11 +61,14 @@ def test_an_environment_is_asked_for_its_engine(
 
 
 def test_this_python_answers_for_itself(folder: Path) -> None:
-    # Whichever engine there is: the adapter is asked, and says so in a sentence of its own.
-    (text,) = [
-        text for _, text in said(settings(folder), folder) if "environment e (vllm): " in text
+    expected = [
+        (False, f"vllm is not installed in {sys.executable}")
+        if text == "not installed here"
+        else (is_good, f"environment e (vllm): {text}")
+        for is_good, text in ENGINES["vllm"].doctor_findings()
     ]
-    assert "every hook fits" in text or "not installed" in text or "vLLM" in text
+    found = said(settings(folder), folder)
+    assert [each for each in found if "vllm" in each[1]] == expected
 
 
 def test_an_engine_that_cannot_be_imported_is_a_problem(folder: Path) -> None:
@@ -97,7 +101,7 @@ def test_an_engine_that_cannot_be_imported_is_a_problem(folder: Path) -> None:
     [
         ("print(1); raise SystemExit('no such thing')", "ends with 1: no such thing"),
         ("", "ends with 0: nothing"),
-        ("print('[[true, \"not installed here\"]]')", "vllm is not installed in "),
+        ("print('[[true, \"not installed here\"]]')", f"vllm is not installed in {sys.executable}"),
         ("print('[[false, \"a hook is missing\"]]')", "environment e (vllm): a hook is missing"),
     ],
 )

@@ -53,7 +53,7 @@ def test_debugging_checks_the_blocks_of_copies(monkeypatch: pytest.MonkeyPatch) 
     worker = SimpleNamespace(kvcached=memory)
     assert execute(worker, step(loads={5: job(1)}, stores={7: job(2, 3)})) == "done"
     for wrong in (step(loads={5: job(4)}), step(stores={5: job(1, 4)})):
-        with pytest.raises(UnmappedBlockError, match="4"):
+        with pytest.raises(UnmappedBlockError, match=r"^\[4\]$"):
             execute(worker, wrong)
 
 
