@@ -28,7 +28,9 @@ def test_a_clients_key_stays_here_and_the_engines_goes_along() -> None:
 def test_headers_of_a_connection_do_not_cross() -> None:
     hop = proxied(
         ("Connection", "keep-alive, X-Mine"),
+        ("connection", "X-Too"),
         ("X-mine", "1"),
+        ("X-Too", "2"),
         ("Keep-Alive", "timeout=5"),
         ("TE", "trailers"),
         ("Trailer", "x"),

@@ -75,8 +75,7 @@ def told(headers: CIMultiDictProxy[str]) -> dict[str, str]:
 
 
 def _kept(headers: CIMultiDictProxy[str], dropped: frozenset[str]) -> CIMultiDict[str]:
-    named = headers.get(hdrs.CONNECTION)
-    if named is not None:
+    for named in headers.getall(hdrs.CONNECTION, ()):
         dropped |= {name.strip().lower() for name in named.split(",")}
     kept: CIMultiDict[str] = CIMultiDict()
     for name, value in headers.items():
