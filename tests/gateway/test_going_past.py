@@ -1,7 +1,7 @@
 """Requests that wait for their adapter hold up only those that wait for the same."""
 
 import pytest
-from helpers.gateway_line import World, settle, simulated
+from helpers.gateway_line import World, refused, settle, simulated
 from helpers.gateway_models import FakeGrantor
 
 from kvcached_gateway.settings.config import ModelSettings, ServiceClass
@@ -57,5 +57,28 @@ def test_nobody_goes_past_one_that_waits_for_a_place(*, has_goals: bool) -> None
         world.end("a")
         await settle()
         assert all(task.done() for task in (held, *waiting))
+
+    run()
+
+
+@pytest.mark.parametrize("has_goals", [False, True])
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_who_waited_behind_one_that_left_is_served_at_once(
+    *, has_goals: bool, is_cancelled: bool
+) -> None:
+    @simulated
+    async def run() -> None:
+        world = world_of(has_goals=has_goals)
+        leaving = world.start("x", deadline_seconds=1.0)
+        await settle()
+        behind = world.start("y", key="y")
+        await settle()
+        assert not behind.done()
+        if is_cancelled:
+            leaving.cancel()
+        else:
+            assert (await refused(leaving)).code == "deadline"
+        await settle()
+        assert [one.key for one in world.models["a"].granted] == ["y"]
 
     run()

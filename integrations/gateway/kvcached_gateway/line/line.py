@@ -25,11 +25,6 @@ from kvcached_gateway.settings.config import ModelSettings, ServiceClass, Settin
 __all__ = ["Line"]
 
 
-def nothing_known(_model_id: str) -> str:
-    """Know nothing of what a model waits for."""
-    return ""
-
-
 class Line:
     """Every request that has no lease yet, as `lease.Leases` to whoever serves HTTP.
 
@@ -52,7 +47,7 @@ class Line:
         settings: Callable[[], Settings],
         clock: Callable[[], float],
         wanted: Callable[[str], None],
-        hindrance: Callable[[str], str] = nothing_known,
+        hindrance: Callable[[str], str] = lambda _model_id: "",
     ) -> None:
         self._models = models
         self._settings = settings
@@ -183,6 +178,7 @@ class Line:
             return await ticket.answer
         except asyncio.CancelledError:
             ticket.give_back()
+            self._leave(queue, ticket)
             raise
         finally:
             queue.remove(ticket)
@@ -196,13 +192,19 @@ class Line:
         seconds = own if own is not None and is_own else ticket.max_wait_seconds
 
         def end() -> None:
-            queue.remove(ticket)
             if is_own:
                 ticket.refuse(refusals.past_deadline(ticket.model_id, seconds))
             else:
                 ticket.refuse(self._too_long(ticket, queue))
+            self._leave(queue, ticket)
 
         return asyncio.get_running_loop().call_at(ticket.arrival + seconds, end)
+
+    def _leave(self, queue: Queue, ticket: Ticket) -> None:
+        """Take out one that waits no more; it may have been all that held up those behind it."""
+        queue.remove(ticket)
+        if queue:
+            self._dispatch(queue)
 
     def _dispatch(self, queue: Queue) -> None:
         """Give leases and refusals in order; have the model started if it is cold."""
