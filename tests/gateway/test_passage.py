@@ -17,6 +17,8 @@ from helpers.loops import on_a_loop
 
 from kvcached_gateway.lease import Address, Ask, Ending, Lease
 
+PATH = "/v1/completions"
+
 
 class Closing(GivenLeases):
     """Hands out leases of which the first ones are closed before an answer begins."""
@@ -46,6 +48,42 @@ async def test_an_answer_that_may_not_begin_is_asked_for_again_before_a_byte_of_
         assert [ask.is_again for ask in leases.asks] == [False, True]
         endings = [ending for lease in leases.leases for ending, _ in lease.endings]
         assert endings == [Ending.DIED_BEFORE] * num_closed + [Ending.DONE] * (2 - num_closed)
+
+
+@on_a_loop
+async def test_a_request_that_is_asked_for_again_has_what_is_left_of_its_deadline() -> None:
+    async with front_served(RefusingLeases()) as engine:
+        leases = Closing(Address(engine.url), 1)
+        async with front_served(leases) as house, aiohttp.ClientSession() as session:
+            headers = {"X-Kvcached-Deadline-Ms": "600000"}
+            body = {"model": "tiny"}
+            async with session.post(house.url + PATH, json=body, headers=headers) as answer:
+                await answer.read()
+    first, second = (ask.deadline_seconds for ask in leases.asks)
+    assert first is not None
+    assert second is not None
+    assert 0 < second < first < 600
+
+
+class Late(Closing):
+    """Hands out leases only when every deadline of a test is past."""
+
+    async def take(self, ask: Ask) -> Lease:
+        await asyncio.sleep(0.05)
+        return await super().take(ask)
+
+
+@on_a_loop
+async def test_nothing_is_asked_for_again_behind_the_deadline() -> None:
+    async with front_served(RefusingLeases()) as engine:
+        leases = Late(Address(engine.url), 2)
+        async with front_served(leases) as house, aiohttp.ClientSession() as session:
+            headers = {"X-Kvcached-Deadline-Ms": "20"}
+            body = {"model": "tiny"}
+            async with session.post(house.url + PATH, json=body, headers=headers) as answer:
+                said = await answer.json()
+    assert (answer.status, said["error"]["code"]) == (504, "deadline")
+    assert len(leases.asks) < 2
 
 
 @on_a_loop

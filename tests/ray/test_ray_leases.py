@@ -65,11 +65,9 @@ async def test_a_request_goes_where_its_model_is_and_brings_what_the_node_has_to
     lease = await cluster.leases.take(ask("alias", class_name="chat", deadline_seconds=1.5))
     assert lease.model_id == "a"
     assert (lease.address.url, lease.address.is_gateway) == ("http://n2", True)
-    assert lease.address.headers == {
-        TOKEN: "token-n2",
-        "X-Kvcached-Class": "chat",
-        "X-Kvcached-Deadline-Ms": "1500",
-    }
+    headers = dict(lease.address.headers)
+    assert 1 <= int(headers.pop("X-Kvcached-Deadline-Ms")) <= 1500
+    assert headers == {TOKEN: "token-n2", "X-Kvcached-Class": "chat"}
     assert lease.woken is Woken.NONE
     assert cluster.sent == []
 
@@ -136,6 +134,24 @@ async def test_a_request_waits_until_there_is_a_node() -> None:
     assert not taking.done()
     cluster.follow(node("n1", "warm"))
     assert (await taking).address.url == "http://n1"
+
+
+@on_a_loop
+async def test_a_node_is_told_what_the_wait_for_it_left_of_a_deadline() -> None:
+    cluster = Cluster()
+    taking = asyncio.ensure_future(cluster.leases.take(ask(deadline_seconds=4.0)))
+    await asyncio.sleep(0.01)
+    cluster.follow(node("n1", "warm"))
+    lease = await taking
+    left_ms = int(lease.address.headers["X-Kvcached-Deadline-Ms"])
+    assert left_ms <= 4000 - round(1000 * lease.waited_seconds) < 4000
+
+
+@on_a_loop
+async def test_the_clients_own_deadline_ends_the_wait_for_a_node() -> None:
+    with pytest.raises(RefusedError) as caught:
+        await Cluster().leases.take(ask(deadline_seconds=0.02))
+    assert (caught.value.status, caught.value.code) == (504, "deadline")
 
 
 @on_a_loop

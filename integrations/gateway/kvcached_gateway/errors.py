@@ -54,6 +54,11 @@ def draining() -> RefusedError:
     )
 
 
+def past_deadline(name: str) -> RefusedError:
+    """Return what is answered where the client's own deadline came before a lease."""
+    return RefusedError(504, "deadline", f"{name!r} took no request before its client's deadline")
+
+
 class RefusedVerbError(KVCachedError, RuntimeError):
     """A model cannot be steered like this now; the message says why."""
 

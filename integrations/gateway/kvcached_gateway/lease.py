@@ -5,7 +5,7 @@ each worker of `workers: N`, where leases come over a socket.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -50,6 +50,12 @@ class Ask:
     deadline_seconds: float | None = None
     key: str | None = None
     is_again: bool = False
+
+    def later(self, seconds: float) -> "Ask":
+        """Return it as it is so many seconds later: its client waits less from then on."""
+        if self.deadline_seconds is None:
+            return self
+        return replace(self, deadline_seconds=self.deadline_seconds - seconds)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
-from kvcached_gateway.errors import RefusedError, model_not_found
+from kvcached_gateway.errors import RefusedError, model_not_found, past_deadline
 from kvcached_gateway.http.access import CLASS, DEADLINE_MS
 from kvcached_gateway.lease import Address, Ask, Ending, HowToClose, Woken
 from kvcached_gateway.settings.config import ModelSettings, Settings
@@ -65,7 +65,7 @@ class NodeLeases:
 
         Raises:
             RefusedError: If there is no such model (404), or no node for so long as its requests
-                wait (503).
+                wait (503), or its client does (504).
         """
         named = self._settings().resolve(ask.model)
         if named is None:
@@ -73,19 +73,23 @@ class NodeLeases:
         model = self._settings().models[named.adapter_of or named.id]
         clock = asyncio.get_running_loop().time
         began = clock()
+        most, own = model.max_wait_seconds, ask.deadline_seconds
+        is_own = own is not None and own <= most
         try:
-            async with asyncio.timeout(model.max_wait_seconds):
+            async with asyncio.timeout(own if is_own else most):
                 while (node := await self._node(model)) is None:
                     await self._wait()
         except TimeoutError:
+            if is_own:
+                raise past_deadline(named.id) from None
             raise RefusedError(
                 503,
                 "no_node",
-                f"no node of the cluster took model {named.id!r} within "
-                f"{model.max_wait_seconds:g} s",
+                f"no node of the cluster took model {named.id!r} within {most:g} s",
                 retry_after_seconds=RETRY_AFTER_SECONDS,
             ) from None
-        return NodeLease(self, node, named.id, model.id, ask, clock() - began)
+        waited_seconds = clock() - began
+        return NodeLease(self, node, named.id, model.id, ask.later(waited_seconds), waited_seconds)
 
     def num_own(self, node: str, model_id: str) -> int:
         """Return how many requests of this door a node has for a model."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from aiohttp import web
 
-from kvcached_gateway.errors import EngineDiedError, RefusedError
+from kvcached_gateway.errors import EngineDiedError, RefusedError, past_deadline
 from kvcached_gateway.http.access import Permitted
 from kvcached_gateway.http.error_answers import ENGINE_DIED, error_event
 from kvcached_gateway.http.front import Front
@@ -65,7 +65,10 @@ class Passage:
 
     async def _serve(self) -> web.StreamResponse:
         ask = self.permitted.ask
-        for ask_now in (ask, replace(ask, is_again=True)):
+        for ask_first in (ask, replace(ask, is_again=True)):
+            ask_now = ask_first.later(asyncio.get_running_loop().time() - self.arrived)
+            if ask_now.deadline_seconds is not None and ask_now.deadline_seconds <= 0:
+                raise past_deadline(ask.model)
             lease = await self._take(ask_now)
             try:
                 outcome = await self.proxy.forward(

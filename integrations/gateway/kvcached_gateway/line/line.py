@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
-from kvcached_gateway.errors import RefusedError, draining, model_not_found
+from kvcached_gateway.errors import RefusedError, draining, model_not_found, past_deadline
 from kvcached_gateway.lease import Ask, Lease
 from kvcached_gateway.line import refusals
 from kvcached_gateway.line.going_past import serve_in_order
@@ -192,10 +192,8 @@ class Line:
         seconds = own if own is not None and is_own else ticket.max_wait_seconds
 
         def end() -> None:
-            if is_own:
-                ticket.refuse(refusals.past_deadline(ticket.model_id, seconds))
-            else:
-                ticket.refuse(self._too_long(ticket, queue))
+            too_late = past_deadline(ticket.model_id) if is_own else self._too_long(ticket, queue)
+            ticket.refuse(too_late)
             self._leave(queue, ticket)
 
         return asyncio.get_running_loop().call_at(ticket.arrival + seconds, end)

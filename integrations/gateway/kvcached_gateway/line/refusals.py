@@ -44,10 +44,3 @@ def late(model_id: str, reason: str) -> RefusedError:
         f"{model_id!r} will not answer in time: the request {reason}; its class says: late: refuse",
         retry_after_seconds=LEAST_RETRY_SECONDS,
     )
-
-
-def past_deadline(model_id: str, seconds: float) -> RefusedError:
-    """Say that the client's own deadline came before a lease."""
-    return RefusedError(
-        504, "deadline", f"{model_id!r} took no request within the {seconds:g} s of its deadline"
-    )
