@@ -5,16 +5,18 @@ import json
 import resource
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
-from helpers.gateway_front import House, RefusingLeases, make_settings, say
+from aiohttp import web
+from helpers.gateway_front import GivenLeases, House, RefusingLeases, make_settings, say
 from helpers.loops import on_a_loop
 from helpers.waiting import PATIENCE_SECONDS
 
-from kvcached_gateway.http import door
+from kvcached_gateway.http import door, silence
 from kvcached_gateway.http.app import build_app, build_runner
 from kvcached_gateway.http.door import Door, allow_files, max_connections
+from kvcached_gateway.lease import Address, Ending
 
 ASK = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 LAST = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -89,3 +91,40 @@ def test_a_gateway_has_all_the_files_that_it_may_have() -> None:
         assert max_connections() == (allowed - door.RESERVED_FILES) // 2
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+async def talk_without_end(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    with suppress(ConnectionError):
+        while True:
+            await response.write(b"x" * 4096)
+    return response
+
+
+@on_a_loop
+async def test_a_client_that_takes_nothing_of_its_answer_is_let_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(door, "SILENT_SECONDS", 1)
+    monkeypatch.setattr(silence, "NUM_PROBES", 1)
+    engine = web.Application()
+    engine.router.add_post("/v1/completions", talk_without_end)
+    engine_runner = web.AppRunner(engine)
+    await engine_runner.setup()
+    await web.TCPSite(engine_runner, "127.0.0.1", 0).start()
+    leases = GivenLeases(Address(f"http://127.0.0.1:{engine_runner.addresses[0][1]}"))
+    house = House(leases, make_settings(), None)
+    runner = build_runner(build_app(house.front()))
+    await runner.setup()
+    await Door(runner, house.front(), "127.0.0.1", 0).start()
+    body = json.dumps({"model": "tiny"}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with socket.create_connection(runner.addresses[0]) as client:
+        client.sendall(head + body)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await house.written.cancelled_one.wait()
+    assert house.written.told == [("cancelled", "stream")]
+    assert leases.leases[0].endings == [(Ending.CANCELLED, 0)]
+    await runner.cleanup()
+    await engine_runner.cleanup()

@@ -8,6 +8,7 @@ from aiohttp import web
 
 from kvcached_gateway.http.error_answers import error_json
 from kvcached_gateway.http.front import Front
+from kvcached_gateway.http.silence import end_when_silent
 
 __all__ = ["Door", "allow_files"]
 
@@ -19,6 +20,7 @@ LEAST_CONNECTIONS = 1
 # seconds. It has a bound of its own, `net.core.somaxconn`.
 MAX_COMING = 4096
 LAST_SECONDS = 1.0  # what a refused client has to read why
+SILENT_SECONDS = 120  # whoever is gone, or takes nothing of its answer, is let go so much later
 CODE = "too_many_connections"
 TEXT = "the gateway has as many connections as it has files for; see `ulimit -n`"
 _BODY = error_json("server_error", CODE, TEXT).encode()
@@ -73,9 +75,17 @@ class Door(web.BaseSite):
         """See `web.BaseSite`."""
         await super().start()
         host, port = self._place
-        self._server = await asyncio.get_running_loop().create_server(
-            self._come, host, port, reuse_port=self._is_shared or None, backlog=MAX_COMING
+        server = self._server = await asyncio.get_running_loop().create_server(
+            self._come,
+            host,
+            port,
+            reuse_port=self._is_shared or None,
+            backlog=MAX_COMING,
+            start_serving=False,
         )
+        for listening in server.sockets:
+            end_when_silent(listening, SILENT_SECONDS)
+        await server.start_serving()
 
     def _come(self) -> asyncio.Protocol:
         """Return who speaks with a client that connects."""

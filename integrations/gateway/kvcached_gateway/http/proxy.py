@@ -12,6 +12,7 @@ from yarl import URL
 from kvcached_gateway.errors import EngineDiedError
 from kvcached_gateway.http import headers
 from kvcached_gateway.http.error_answers import ENGINE_DIED, error_event, is_error_event
+from kvcached_gateway.http.silence import end_when_silent
 from kvcached_gateway.lease import Address, Ending, Lease
 
 __all__ = ["Outcome", "Proxy"]
@@ -25,12 +26,7 @@ LONG_BODY_BYTES = 1 << 20  # longer ones are written in pieces, so that the loop
 READ_BYTES = 1 << 16
 EVENT_STREAM = "text/event-stream"
 EVENT_END = b"\n\n"
-# A machine that is gone says nothing: a connection to it ends about this long after the last word.
-SILENT_SECONDS = 5
-PROBE_SECONDS = 2
-NUM_PROBES = 3
-# No probe goes out while bytes that were sent wait for a word; without this they wait for minutes.
-MAX_UNHEARD_MS = 1000 * (SILENT_SECONDS + NUM_PROBES * PROBE_SECONDS)
+SILENT_SECONDS = 5  # a request to a machine that is gone is asked again about this long after
 
 
 @dataclass(frozen=True)
@@ -150,11 +146,7 @@ def _watched(address: aiohttp.AddrInfoType) -> socket.socket:
     """Return a socket whose connection ends soon after its other side fell silent."""
     family, kind, protocol, *_ = address
     made = socket.socket(family, kind, protocol)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_SECONDS)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_SECONDS)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, NUM_PROBES)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, MAX_UNHEARD_MS)
+    end_when_silent(made, SILENT_SECONDS)
     return made
 
 
