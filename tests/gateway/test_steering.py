@@ -1,11 +1,13 @@
 """What the admin socket sees of the gateway, and what its verbs do to models."""
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
 from helpers.gateway_fleet import Takes, World, simulated_in
 from helpers.gateway_line import refused
+from helpers.waiting import PATIENCE_SECONDS
 
 from kvcached_core.errors import ConfigError
 from kvcached_core.units import GIB
@@ -181,3 +183,29 @@ def test_a_file_with_a_mistake_changes_nothing(tmp_path: Path) -> None:
         await world.close()
 
     asyncio.run(main())
+
+
+def test_of_two_reloads_at_once_the_file_that_was_read_last_holds(tmp_path: Path) -> None:
+    async def run() -> None:
+        world = World(tmp_path, {"a": Takes()})
+        files = [world.settings().model_copy(update={"max_body_bytes": size}) for size in (1, 2)]
+        began, may_go_on = threading.Event(), threading.Event()
+
+        def read() -> Settings:
+            file = files.pop(0)
+            if file.max_body_bytes == 1:
+                began.set()
+                may_go_on.wait(PATIENCE_SECONDS)
+            return file
+
+        gateway = Gateway(world.fleet, world.line, world.controller, tmp_path, read, Events())
+        first = asyncio.create_task(gateway.reload())
+        await asyncio.to_thread(began.wait, PATIENCE_SECONDS)
+        second = asyncio.create_task(gateway.reload())
+        await asyncio.wait([second], timeout=0.2)  # it may not end before the first
+        may_go_on.set()
+        await asyncio.gather(first, second)
+        assert world.fleet.settings.max_body_bytes == 2
+        await world.close()
+
+    asyncio.run(run())

@@ -61,6 +61,7 @@ class Gateway:
         self.drained = asyncio.Event()
         self.on_rules: list[Callable[[], None]] = []
         self.listen = fleet.settings.listen
+        self._reloading = asyncio.Lock()
 
     def about(self) -> About:
         """See `Steering.about`."""
@@ -142,6 +143,10 @@ class Gateway:
 
     async def reload(self) -> str:
         """See `Steering.reload`; limits, floors and priorities hold at once, too."""
+        async with self._reloading:  # what was read last is what holds
+            return await self._reload()
+
+    async def _reload(self) -> str:
         new = await asyncio.to_thread(self._read)
         old = self._fleet.settings.models
         found = self._fleet.reload(new)
