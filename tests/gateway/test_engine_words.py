@@ -253,3 +253,10 @@ def test_sglang_bears_a_neighbour_on_one_of_its_devices_unless_the_file_says_oth
         there = environment("sglang", env=env)
         assert SGLANG.environ(model(tensor_parallel=2), there, GPUS)[check] == expected
     assert check not in SGLANG.environ(model(), environment("sglang"), GPUS[:1])
+
+
+def test_vllm_knows_its_model_by_the_names_that_it_was_started_with_and_sglang_by_any() -> None:
+    settings = model(aliases=("gpt",))
+    names = (settings.id, "gpt", "new")
+    assert [VLLM.serves(settings, name) for name in names] == [True, True, False]
+    assert all(SGLANG.serves(settings, name) for name in names)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from helpers.gateway_fleet import Takes, World, simulated_in
 from helpers.gateway_line import refused
-from helpers.gateway_runner import record_of
+from helpers.gateway_runner import FakeEngine, record_of
 
 from kvcached_gateway.lease import Ending
 from kvcached_gateway.state import State
@@ -73,6 +73,32 @@ async def test_a_changed_model_starts_again_when_it_is_idle(folder: Path) -> Non
     assert world.states == {"a": State.WARM, "b": State.WARM}
     assert world["a"].num_starts == 2
     assert world["b"].num_starts == 1
+    await world.close()
+
+
+@simulated_in
+async def test_who_asks_for_a_name_that_a_reload_brought_waits_for_the_engine_that_knows_it(
+    folder: Path,
+) -> None:
+    world = World(folder, AB)
+    await world.up("a")
+    held = await world.ask("a")
+    engine = world["a"].engine
+    assert isinstance(engine, FakeEngine)
+    engine.unknown = frozenset({"new"})
+    world.more["a"]["aliases"] = ("new",)
+    world.fleet.reload(world.settings())
+    asked = [world.ask(name) for name in ("new", "a")]
+    await world.tick()
+    assert not any(task.done() for task in asked)
+    held.end(Ending.DONE)
+    await world.tick()
+    await world.tick()
+    assert world["a"].state is State.STARTING
+    await world.come("a")
+    for task in asked:
+        (await task).end(Ending.DONE)
+    assert world["a"].engine is not engine
     await world.close()
 
 

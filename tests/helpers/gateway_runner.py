@@ -49,6 +49,10 @@ class FakeEngine:
     asked: list[tuple[str, str]] = field(default_factory=list)
     crashed: asyncio.Event = field(default_factory=asyncio.Event)
     model_id: str = "a"
+    unknown: frozenset[str] = frozenset()  # names of its model that it does not know
+
+    def serves(self, name: str) -> bool:
+        return name not in self.unknown
 
     def record(self) -> EngineRecord:
         return record_of(self.model_id)

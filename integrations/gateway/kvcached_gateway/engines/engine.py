@@ -87,6 +87,10 @@ class Engine:
         """How many adapters it keeps."""
         return self._record.max_adapters
 
+    def serves(self, name: str) -> bool:
+        """Return whether it calls its model so: as the file said when it was started."""
+        return self.words.serves(self.settings, name)
+
     def record(self) -> EngineRecord:
         """Return what a later gateway needs to adopt it."""
         return self._record

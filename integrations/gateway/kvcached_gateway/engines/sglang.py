@@ -88,6 +88,11 @@ class SglangWords(EngineWords):
             | {"SGLANG_TIMEOUT_KEEP_ALIVE": str(CONNECTION_SECONDS)}
         )
 
+    def serves(self, settings: ModelSettings, name: str) -> bool:
+        """See `EngineWords.serves`: any name."""
+        del settings, name
+        return True
+
     def adapter_name(self, base: ModelSettings, adapter: str) -> str:
         """See `EngineWords.adapter_name`: clients have to write `BASE:NAME`.
 

@@ -147,6 +147,10 @@ class EngineWords(ABC):
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         return variables
 
+    def serves(self, settings: ModelSettings, name: str) -> bool:
+        """Return whether an engine that was started with these settings calls its model so."""
+        return name in {settings.id, *settings.aliases}
+
     @abstractmethod
     def adapter_name(self, base: ModelSettings, adapter: str) -> str:
         """Return what it calls an adapter that clients ask for under this name.

@@ -123,6 +123,8 @@ class Model:
         if most is not None and self.num_leases >= most:
             return None
         folder = self.adapter_folders.get(ask.model)
+        if folder is None and not self.engine.serves(ask.model):
+            return None  # a reload gave it the name; it starts again when it is idle
         if folder and self._adapters and not self._adapters.may_ask(ask.model, folder):
             return None
         woken = Woken.NONE

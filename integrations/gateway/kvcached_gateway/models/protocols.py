@@ -28,6 +28,9 @@ class RunningEngine(Protocol):
     def max_adapters(self) -> int:
         """How many adapters it keeps."""
 
+    def serves(self, name: str) -> bool:
+        """Return whether its model is called so there."""
+
     def record(self) -> EngineRecord | None:
         """Return what a later gateway needs to adopt it; None where it never is to."""
 
