@@ -96,28 +96,36 @@ class Workers:
 
     async def _keep(self, seat: int) -> None:
         while True:
-            worker = self._workers[seat] = await self._start_one()
-            code = await worker.process.wait()
-            logger.error(
-                "worker %d (process %d) ended with %d; another starts",
-                seat,
-                worker.process.pid,
-                code,
-            )
-            worker.leases.close()
+            try:
+                worker = self._workers[seat] = await self._start_one()
+            except OSError as error:  # too few processes, files or bytes, for now
+                logger.warning("worker %d cannot be started, and is tried again: %s", seat, error)
+            else:
+                code = await worker.process.wait()
+                logger.error(
+                    "worker %d (process %d) ended with %d; another starts",
+                    seat,
+                    worker.process.pid,
+                    code,
+                )
+                worker.leases.close()
             await asyncio.sleep(RESTART_SECONDS)
 
     async def _start_one(self) -> _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-m", "kvcached_gateway.http.worker"),
-                *(str(theirs.fileno()), self._host, str(self.port)),
-                pass_fds=[theirs.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-                start_new_session=True,  # a terminal's interrupt is the controller's to handle
-            )
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    *("-m", "kvcached_gateway.http.worker"),
+                    *(str(theirs.fileno()), self._host, str(self.port)),
+                    pass_fds=[theirs.fileno()],
+                    stdin=asyncio.subprocess.DEVNULL,
+                    start_new_session=True,  # a terminal's interrupt is the controller's to handle
+                )
+            except BaseException:
+                ours.close()
+                raise
         _, leases = await asyncio.get_running_loop().create_connection(
             lambda: WorkerLeases(self._front), sock=ours
         )
