@@ -143,6 +143,12 @@ def mixed_bursts() -> list[Burst]:
     return bursts
 
 
+def random_prompts(seed: int, number: int, num_tokens: int) -> list[list[int]]:
+    """Return prompts that share nothing with each other or with those of another seed."""
+    source = random.Random(seed)
+    return [[source.randrange(3, 500) for _ in range(num_tokens)] for _ in range(number)]
+
+
 def short_bursts() -> list[Burst]:
     """Return some of the same prompts, cut for servers that interpret a kernel."""
     return [

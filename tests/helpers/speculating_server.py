@@ -1,7 +1,6 @@
 """A real SGLang server on a CPU that decodes speculatively, and what it says of its answers."""
 
 import asyncio
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import httpx
 from helpers.engine_plugin import add_plugin
 from helpers.hicache_server import body_of
 from helpers.house import Neighbour
-from helpers.sglang_engine import READY_SECONDS, start_sglang
+from helpers.sglang_engine import READY_SECONDS, random_prompts, start_sglang
 from helpers.spoiled_planes import VARIABLE
 from helpers.waiting import PATIENCE_SECONDS
 from kvcached_core.config import read_config
@@ -95,8 +94,7 @@ class SpeculatingServer:
 
 def prompts(seed: int, number: int = NUM_PROMPTS, num_tokens: int = NUM_TOKENS) -> list[list[int]]:
     """Return prompts of random tokens."""
-    source = random.Random(seed)
-    return [[source.randrange(3, 500) for _ in range(num_tokens)] for _ in range(number)]
+    return random_prompts(seed, number, num_tokens)
 
 
 @contextmanager

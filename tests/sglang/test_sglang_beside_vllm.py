@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.answered import ask_meanwhile, set_and_reached, tokens_of
 from helpers.sglang_engine import large_burst, start_sglang
-from helpers.waiting import PATIENCE_SECONDS, await_that
+from helpers.waiting import await_that
 
 from kvcached_core.control import Outcome, set_limit
 from kvcached_core.units import MIB
@@ -49,16 +50,12 @@ def pair(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair
 @pytest.fixture(scope="module")
 def alone(pair: Pair) -> dict[str, list[list[int]]]:
     """What each answers while the other is idle."""
-    return {
-        name: [completion.token_ids for completion in pair.burst(name)[name]]
-        for name in pair.by_name
-    }
+    return {name: tokens_of(pair.burst(name)[name]) for name in pair.by_name}
 
 
 def check(answers: dict[str, list[Completion]], expected: dict[str, list[list[int]]]) -> None:
     for name, completions in answers.items():
-        assert [completion.error for completion in completions] == [None] * len(completions)
-        assert [completion.token_ids for completion in completions] == expected[name]
+        assert tokens_of(completions) == expected[name]
 
 
 def test_bursts_in_turn_peak_at_more_than_the_pool_together(
@@ -89,8 +86,7 @@ def test_a_limit_holds_on_an_idle_server_without_a_request(pair: Pair) -> None:
     pair.burst("sglang")
     await_that(lambda: pair.view("sglang").used_bytes <= PAGE)
     await_that(lambda: pair.view("sglang").cached_bytes > 6 * PAGE)
-    answer = set_limit("sglang", "25%", directory=pair.directory, wait_seconds=PATIENCE_SECONDS)
-    assert answer.outcome is Outcome.APPLIED
+    set_and_reached("sglang", "25%", pair.directory)
     assert pair.view("sglang").resident_bytes <= POOL // 4
     assert set_limit("sglang", "none", directory=pair.directory).outcome is Outcome.APPLIED
 
@@ -98,23 +94,18 @@ def test_a_limit_holds_on_an_idle_server_without_a_request(pair: Pair) -> None:
 def test_a_limit_lowered_under_load_is_held_and_nobody_is_lost(
     pair: Pair, alone: dict[str, list[list[int]]]
 ) -> None:
-    async def lower_midway() -> list[Completion]:
-        load = asyncio.create_task(pair["sglang"].send(large_burst(len("sglang"), POOL)))
-        while pair.view("sglang").used_bytes < POOL // 3:
-            assert not load.done()
-            await asyncio.sleep(0.01)
-        answer = await asyncio.to_thread(
-            set_limit, "sglang", "25%", directory=pair.directory, wait_seconds=PATIENCE_SECONDS
-        )
-        assert answer.outcome is Outcome.APPLIED
-        return await load
+    def lower() -> None:
+        set_and_reached("sglang", "25%", pair.directory)
 
+    def is_midway() -> bool:
+        return pair.view("sglang").used_bytes >= POOL // 3
+
+    burst = large_burst(len("sglang"), POOL)
     try:
-        answers = asyncio.run(lower_midway())
+        assert ask_meanwhile(pair["sglang"], burst, is_midway, lower) == alone["sglang"]
         assert pair.view("sglang").resident_bytes <= POOL // 4
     finally:
         set_limit("sglang", "none", directory=pair.directory)
-    check({"sglang": answers}, alone)
 
 
 def test_killing_sglang_during_its_burst_leaves_vllm_alone(

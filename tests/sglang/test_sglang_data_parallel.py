@@ -3,28 +3,27 @@
 Ranks of data-parallel attention compute each step together: one with nothing to do comes, too.
 """
 
-import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers.answered import ask, ask_meanwhile, set_and_reached
 from helpers.engine_plugin import add_plugin
 from helpers.process_memory import resident_of_ranks
-from helpers.sglang_engine import Models, cores_of, large_burst, mixed_bursts, start_sglang
+from helpers.sglang_engine import Models
 from helpers.sglang_models import qwen3_moe
+from helpers.sglang_two import BURSTS, MAX_TOKENS, PAGE, POOL, start_two
 from helpers.sglang_weights import NUM_WEIGHTS, num_weights, start_yielding
 from helpers.speculating_server import ATTENTION
 from helpers.spoiled_planes import VARIABLE
 from helpers.waiting import PATIENCE_SECONDS, await_that
-from helpers.wrong_block import wrong_block_variables, wrong_blocks
+from helpers.wrong_block import wrong_blocks
 
-from kvcached_core.control import Outcome, set_limit, sleep
+from kvcached_core.control import Outcome, sleep
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.view import InstanceView
-from kvcached_core.units import MIB
 from kvcached_demo.harness.engines import SGLANG
-from kvcached_demo.harness.load import Burst, Completion
 from kvcached_demo.harness.server import EngineServer
 from kvcached_demo.harness.servers import Servers
 
@@ -35,11 +34,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-POOL = 256 * MIB
-PAGE = 8 * MIB
-MAX_TOKENS = 1024
 NAMES = ("elastic", "elastic-dp1")
-BURSTS = [*mixed_bursts()[:2], large_burst(1, POOL)]
 
 
 @dataclass(frozen=True)
@@ -52,34 +47,11 @@ class Form:
 
 
 def start(servers: Servers, name: str, form: Form, *, elastic: bool = True) -> EngineServer:
-    folder = servers.workspace / "plugin"
-    variables = {VARIABLE: str(servers.workspace / "spoiled")}
+    variables = {VARIABLE: str(servers.workspace / "spoiled"), "KVCACHED_DEBUG": "1"}
     for plugin in form.plugins:
-        variables |= add_plugin(folder, plugin)
-    server = start_sglang(
-        servers,
-        name,
-        form.model,
-        *form.arguments,
-        *SGLANG.caching(is_on=False),
-        *SGLANG.longest(MAX_TOKENS),
-        elastic=elastic,
-        page_bytes=PAGE,
-        pool_bytes=POOL,
-        variables={"KVCACHED_DEBUG": "1", **cores_of(2), **wrong_block_variables(folder)}
-        | variables,
-    )
-    server.wait_ready()
-    return server
-
-
-def ask(server: EngineServer, burst: Burst) -> list[list[int]]:
-    return tokens(asyncio.run(server.send(burst)))
-
-
-def tokens(completions: list[Completion]) -> list[list[int]]:
-    assert [completion.error for completion in completions] == [None] * len(completions)
-    return [completion.token_ids for completion in completions]
+        variables |= add_plugin(servers.workspace / "plugin", plugin)
+    words = (*form.arguments, *SGLANG.caching(is_on=False))
+    return start_two(servers, name, form.model, *words, elastic=elastic, **variables)
 
 
 def views(servers: Servers) -> dict[str, InstanceView]:
@@ -118,16 +90,12 @@ def test_both_ranks_answer_as_vanilla_and_keep_nothing(
 ) -> None:
     server = elastic["elastic"]
 
-    async def ask_watched() -> list[Completion]:
-        load = asyncio.create_task(server.send(BURSTS[-1]))
-        while min(view.used_bytes for view in views(elastic).values()) <= PAGE:
-            assert not load.done()
-            await asyncio.sleep(0.01)
-        return await load
+    def do_both_work() -> bool:
+        return min(view.used_bytes for view in views(elastic).values()) > PAGE
 
     assert set(views(elastic)) == set(NAMES)
     assert [ask(server, burst) for burst in BURSTS[:-1]] == expected[:-1]
-    assert tokens(asyncio.run(ask_watched())) == expected[-1]
+    assert ask_meanwhile(server, BURSTS[-1], do_both_work) == expected[-1]
     await_that(lambda: max(resident_of_ranks(server)) <= 2 * PAGE)
     assert len(resident_of_ranks(server)) == len(NAMES)
     used = {name: view.used_bytes for name, view in views(elastic).items()}
@@ -137,19 +105,17 @@ def test_both_ranks_answer_as_vanilla_and_keep_nothing(
 def test_a_limit_lowered_under_load_stops_requests_of_one_rank_alone(
     elastic: Servers, expected: list[list[list[int]]]
 ) -> None:
-    async def lower_midway() -> list[Completion]:
-        load = asyncio.create_task(elastic["elastic"].send(BURSTS[-1]))
-        while min(view.used_bytes for view in views(elastic).values()) < POOL * 0.25:
-            assert not load.done()
-            await asyncio.sleep(0.01)
-        options = {"directory": elastic.directory, "wait_seconds": PATIENCE_SECONDS}
-        answer = await asyncio.to_thread(set_limit, NAMES[0], "20%", **options)
-        assert answer.outcome is Outcome.APPLIED
-        assert resident_of_ranks(elastic["elastic"])[0] <= 0.2 * POOL
-        return await load
+    server = elastic["elastic"]
 
-    assert tokens(asyncio.run(lower_midway())) == expected[-1]
-    assert set_limit(NAMES[0], "none", directory=elastic.directory).outcome is Outcome.APPLIED
+    def lower() -> None:
+        set_and_reached(NAMES[0], "20%", elastic.directory)
+        assert resident_of_ranks(server)[0] <= 0.2 * POOL
+
+    def is_midway() -> bool:
+        return min(view.used_bytes for view in views(elastic).values()) >= POOL * 0.25
+
+    assert ask_meanwhile(server, BURSTS[-1], is_midway, lower) == expected[-1]
+    set_and_reached(NAMES[0], "none", elastic.directory)
 
 
 def test_a_wrong_block_changes_tokens(elastic: Servers, expected: list[list[list[int]]]) -> None:

@@ -5,7 +5,6 @@ ones here are made in a thread, after a delay (`helpers/hicache_copier.py`).
 """
 
 import asyncio
-import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +15,7 @@ from helpers.hicache_copier_settings import DEFECT, UNMAPPED
 from helpers.hicache_race import LimitedRace
 from helpers.hicache_server import PAGE, HiCacheServer, ask_all, hicache_server
 from helpers.process_memory import resident_by_proc
-from helpers.sglang_engine import Vanilla, answers, mixed_bursts, post
+from helpers.sglang_engine import Vanilla, answers, mixed_bursts, post, random_prompts
 from helpers.waiting import await_that
 
 from kvcached_core.units import MIB
@@ -28,12 +27,6 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 NUM_BURSTS = 3
 PAGE_TOKENS = PAGE // KV_BYTES_PER_TOKEN
 RACE_POOL = 48 * MIB
-
-
-def prompts(seed: int, number: int = 6, num_tokens: int = 300) -> list[list[int]]:
-    """Return prompts that share nothing with each other or with those of another seed."""
-    source = random.Random(seed)
-    return [[source.randrange(3, 500) for _ in range(num_tokens)] for _ in range(number)]
 
 
 def bursts() -> list[Burst]:
@@ -63,7 +56,7 @@ def test_tokens_are_vanillas_and_one_that_loads_other_blocks_is_found_out(
 
 def test_a_whole_prompt_comes_back_after_its_memory_was_given_away(served: HiCacheServer) -> None:
     # Page 0 never goes, and a prompt that fits on it may not go either.
-    (prompt,) = prompts(1, 1, PAGE_TOKENS + 100)
+    (prompt,) = random_prompts(1, 1, PAGE_TOKENS + 100)
     expected = served.ask(prompt)
     rows, before = served.copied()["loaded_rows"], served.counts()
     served.lose_cache()
@@ -82,10 +75,10 @@ def test_a_whole_prompt_comes_back_after_its_memory_was_given_away(served: HiCac
 def test_memory_is_given_behind_open_copies_and_no_request_stops_for_it(
     served: HiCacheServer,
 ) -> None:
-    asked = prompts(2)
+    asked = random_prompts(2, 6, 300)
     (expected, *_) = asyncio.run(ask_all(served.server.url, asked, 8))
     served.lose_cache()
-    running, more = prompts(3, 1)[0], prompts(4, 12)
+    running, more = random_prompts(3, 1, 300)[0], random_prompts(4, 12, 300)
     with served.running(running, 3 * PAGE_TOKENS) as said:
         with served.copies_left_open():
             asyncio.run(ask_all(served.server.url, more, 8))
@@ -105,7 +98,7 @@ def test_memory_is_given_behind_open_copies_and_no_request_stops_for_it(
 
 
 def test_a_flush_waits_for_open_copies_and_forgets_the_tier(served: HiCacheServer) -> None:
-    (prompt,) = prompts(5, 1)
+    (prompt,) = random_prompts(5, 1, 300)
     with served.copies_left_open():
         expected = served.ask(prompt)
         post(f"{served.server.url}/flush_cache")
@@ -116,7 +109,7 @@ def test_a_flush_waits_for_open_copies_and_forgets_the_tier(served: HiCacheServe
 
 
 def test_a_sleep_waits_for_open_copies_and_leaves_page_0(served: HiCacheServer) -> None:
-    (prompt,) = prompts(6, 1)
+    (prompt,) = random_prompts(6, 1, 300)
     url = served.server.url
     with served.copies_left_open():
         expected = served.ask(prompt)
@@ -165,7 +158,7 @@ def test_the_race_is_lost_where_what_is_loaded_into_is_mapped_later(
 ) -> None:
     def load_once() -> None:
         with hicache_server(model, tmp_path, **{DEFECT: UNMAPPED}) as server:
-            (prompt,) = prompts(1, 1, PAGE_TOKENS + 100)  # what page 0 has never goes
+            (prompt,) = random_prompts(1, 1, PAGE_TOKENS + 100)  # what page 0 has never goes
             server.ask(prompt)
             server.lose_cache()
             server.ask(prompt)
@@ -180,7 +173,7 @@ def test_blocks_on_disk_outlive_the_engine(model: Path, tmp_path: Path) -> None:
     file = ("--hicache-storage-backend", "file", "--page-size", "16")
     # Else SGLang stops reading as soon as the request could run, and nothing else runs here.
     file += ("--hicache-storage-prefetch-policy", "wait_complete")
-    (prompt,) = prompts(7, 1, 400)
+    (prompt,) = random_prompts(7, 1, 400)
     found = []
     for number in range(2):
         with hicache_server(model, tmp_path / str(number), *file, **disk) as server:
@@ -195,7 +188,7 @@ def test_blocks_on_disk_outlive_the_engine(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.every_release
 def test_two_ranks_let_go_alike(model: Path, tmp_path: Path) -> None:
-    asked = prompts(8, 6, PAGE_TOKENS)  # a page has twice as many where each rank has a half
+    asked = random_prompts(8, 6, PAGE_TOKENS)  # a page has twice as many where each rank has a half
     with hicache_server(model, tmp_path, num_ranks=2) as server:
         expected = asyncio.run(ask_all(server.server.url, asked, 8))
         server.lose_cache()

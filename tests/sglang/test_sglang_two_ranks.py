@@ -1,22 +1,20 @@
 """Two ranks, or two stages, a scheduler each, decide alike: same pages, vanilla's tokens."""
 
-import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from helpers.answered import ask, ask_meanwhile, set_and_reached
 from helpers.process_memory import resident_of_ranks
-from helpers.sglang_engine import cores_of, large_burst, mixed_bursts, post, start_sglang
+from helpers.sglang_engine import post
+from helpers.sglang_two import BURSTS, POOL, start_two
 from helpers.waiting import PATIENCE_SECONDS, await_that
-from helpers.wrong_block import wrong_block_variables, wrong_blocks
+from helpers.wrong_block import wrong_blocks
 
-from kvcached_core.control import Outcome, set_limit, trim
+from kvcached_core.control import Outcome, trim
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.view import InstanceView
-from kvcached_core.units import MIB
-from kvcached_demo.harness.engines import SGLANG
-from kvcached_demo.harness.load import Burst, Completion
 from kvcached_demo.harness.server import EngineServer
 from kvcached_demo.harness.servers import Servers
 
@@ -39,12 +37,6 @@ FORMS = [
     pytest.param(UNLIKE_STAGES, id="stages of 1 and 3 layers", marks=pytest.mark.every_release),
 ]
 
-# Small, so that prompts which fill it are computed soon, and with as many pages as a large one.
-POOL = 256 * MIB
-PAGE = 8 * MIB
-MAX_TOKENS = 1024
-BURSTS = [*mixed_bursts()[:2], large_burst(1, POOL)]
-
 
 @dataclass
 class Pair:
@@ -65,35 +57,10 @@ class Pair:
             return view
 
 
-def ask(server: EngineServer, burst: Burst) -> list[list[int]]:
-    return check(asyncio.run(server.send(burst)))
-
-
-def check(completions: list[Completion]) -> list[list[int]]:
-    assert [completion.error for completion in completions] == [None] * len(completions)
-    return [completion.token_ids for completion in completions]
-
-
 def start(
     servers: Servers, name: str, model: Path, form: Form, *, elastic: bool = True
 ) -> EngineServer:
-    server = start_sglang(
-        servers,
-        name,
-        model,
-        *(form.flag, "2"),
-        *SGLANG.longest(MAX_TOKENS),
-        elastic=elastic,
-        page_bytes=PAGE,
-        pool_bytes=POOL,
-        variables={
-            **cores_of(2),
-            **wrong_block_variables(servers.workspace / "plugin"),
-            **form.variables,
-        },
-    )
-    server.wait_ready()
-    return server
+    return start_two(servers, name, model, form.flag, "2", elastic=elastic, **form.variables)
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -130,20 +97,15 @@ def test_a_trim_reaches_both_ranks(pair: Pair) -> None:
 
 
 def test_a_limit_lowered_under_load_stops_the_same_requests_on_both(pair: Pair) -> None:
-    async def lower_midway() -> list[Completion]:
-        load = asyncio.create_task(pair.server.send(BURSTS[-1]))
-        while pair.view().used_bytes < POOL // 3:
-            assert not load.done()
-            await asyncio.sleep(0.01)
-        answer = await asyncio.to_thread(
-            set_limit, "elastic", "30%", directory=pair.directory, wait_seconds=PATIENCE_SECONDS
-        )
-        assert answer.outcome is Outcome.APPLIED
+    def lower() -> None:
+        set_and_reached("elastic", "30%", pair.directory)
         assert max(resident_of_ranks(pair.server)) <= 0.15 * POOL
-        return await load
 
-    assert check(asyncio.run(lower_midway())) == pair.expected[-1]
-    assert set_limit("elastic", "none", directory=pair.directory).outcome is Outcome.APPLIED
+    def is_midway() -> bool:
+        return pair.view().used_bytes >= POOL // 3
+
+    assert ask_meanwhile(pair.server, BURSTS[-1], is_midway, lower) == pair.expected[-1]
+    set_and_reached("elastic", "none", pair.directory)
 
 
 def test_a_flushed_cache_leaves_two_pages_at_most(pair: Pair) -> None:

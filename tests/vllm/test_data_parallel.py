@@ -3,7 +3,6 @@
 A model with experts computes each step on both ranks: one without requests steps on made-up ones.
 """
 
-import asyncio
 import json
 import os
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.answered import ask
 from helpers.engine_plugin import VLLM as VLLM_PLUGINS
 from helpers.engine_plugin import add_plugin
 from helpers.expert_models import make_expert_model
@@ -24,7 +24,7 @@ from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
 from kvcached_demo.harness.engines import VLLM
-from kvcached_demo.harness.load import Burst, make_burst
+from kvcached_demo.harness.load import make_burst
 from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
 from kvcached_demo.harness.server import EngineServer
 from kvcached_demo.harness.servers import Servers
@@ -78,12 +78,6 @@ class Replicas(Servers):
     def views(self) -> dict[str, InstanceView]:
         with Ledger(self.directory / "host.ledger") as ledger:
             return {view.name: view for view in ledger.view().instances}
-
-
-def ask(server: EngineServer, burst: Burst) -> list[list[int]]:
-    completions = asyncio.run(server.send(burst))
-    assert [completion.error for completion in completions] == [None] * len(completions)
-    return [completion.token_ids for completion in completions]
 
 
 def hits(server: EngineServer) -> list[float]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.answered import tokens_of
 from helpers.process_memory import resident_by_proc
 from helpers.waiting import PATIENCE_SECONDS, await_that
 from helpers.warm_servers import launch_warm
@@ -85,13 +86,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 @pytest.fixture(scope="module")
 def answers_alone(pair: Pair) -> dict[str, list[list[int]]]:
     """What each server answers while the other is idle."""
-    return {name: [completion.token_ids for completion in pair.burst(name)[name]] for name in "ab"}
+    return {name: tokens_of(pair.burst(name)[name]) for name in "ab"}
 
 
 def check(answers: dict[str, list[Completion]], expected: dict[str, list[list[int]]]) -> None:
     for name, completions in answers.items():
-        assert [completion.error for completion in completions] == [None] * NUM_REQUESTS
-        assert [completion.token_ids for completion in completions] == expected[name]
+        assert tokens_of(completions) == expected[name]
 
 
 def test_bursts_in_turn_peak_at_more_than_the_pool_together(
