@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.seats import view_of
 from helpers.waiting import await_that
 
 from kvcached_core.config import HOST, Config, read_config
@@ -68,9 +69,7 @@ class Engine:
         self.beside.stop_waking()
 
     def view(self, device: Device = POOL) -> InstanceView:
-        seat = self.instance.seat(device)
-        with Ledger(Path(seat.ledger_path)) as ledger:
-            return next(view for view in ledger.view().instances if view.row == seat.row)
+        return view_of(self.instance, device)
 
     def num_asked(self) -> int:
         return self.view().asked_bytes // PAGE

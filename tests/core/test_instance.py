@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.seats import view_of
 
 from kvcached_core.config import CUDA, HOST, read_config
 from kvcached_core.engine.instance import Instance
 from kvcached_core.engine.ranks import Ranks
 from kvcached_core.errors import ConfigError, LedgerError, PolicyError
 from kvcached_core.ledger.ledger import Ledger
-from kvcached_core.ledger.view import InstanceView
 from kvcached_core.memory.devices import Device, cuda_device
 from kvcached_core.units import MIB
 
@@ -56,25 +56,25 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Instance]]:
         instance.close()
 
 
-def view(instance: Instance, on: Device) -> InstanceView:
-    seat = instance.seat(on)
-    with Ledger(Path(seat.ledger_path)) as ledger:
-        return next(view for view in ledger.view().instances if view.row == seat.row)
-
-
 def test_a_promise_is_the_same_on_all_devices(start: Callable[..., Instance]) -> None:
     roomy, tight = device("b", 8), device("a", 3)
     instance = start([roomy, tight])
     assert instance.promise(5, is_urgent=False) == 3
-    assert view(instance, roomy).promised_bytes == view(instance, tight).promised_bytes == 3 * PAGE
+    assert (
+        view_of(instance, roomy).promised_bytes
+        == view_of(instance, tight).promised_bytes
+        == 3 * PAGE
+    )
     instance.cancel(3)
-    assert view(instance, roomy).promised_bytes == view(instance, tight).promised_bytes == 0
+    assert view_of(instance, roomy).promised_bytes == view_of(instance, tight).promised_bytes == 0
 
 
 def test_a_page_counts_for_all_ranks_on_a_device(start: Callable[..., Instance]) -> None:
     both, single = device("a", 8), device("b", 8)
     instance = start([both, both, single])
-    assert view(instance, both).page_bytes == 2 * view(instance, single).page_bytes == 2 * PAGE
+    assert (
+        view_of(instance, both).page_bytes == 2 * view_of(instance, single).page_bytes == 2 * PAGE
+    )
 
 
 def test_a_token_takes_what_it_does_on_each_rank_of_a_device(
@@ -83,7 +83,9 @@ def test_a_token_takes_what_it_does_on_each_rank_of_a_device(
     both, single = device("a", 8), device("b", 8)
     instance = start([both, both, single])
     instance.describe(page_bytes=PAGE, num_pages=4, token_bytes=768)
-    assert view(instance, both).token_bytes == 2 * view(instance, single).token_bytes == 2 * 768
+    assert (
+        view_of(instance, both).token_bytes == 2 * view_of(instance, single).token_bytes == 2 * 768
+    )
 
 
 def test_a_refusal_on_the_last_device_leaves_nothing_on_the_first(
@@ -93,7 +95,7 @@ def test_a_refusal_on_the_last_device_leaves_nothing_on_the_first(
     start([last], name="neighbour").promise(4, is_urgent=False)
     instance = start([first, last])
     assert instance.promise(2, is_urgent=False) == 0
-    assert view(instance, first).promised_bytes == 0
+    assert view_of(instance, first).promised_bytes == 0
 
 
 def test_spare_pages_are_left_to_a_neighbour_that_waits_on_any_device(
@@ -107,15 +109,19 @@ def test_spare_pages_are_left_to_a_neighbour_that_waits_on_any_device(
     instance.cancel(3)
     assert instance.promise(0, is_urgent=False, num_spare=4) == 1
     assert instance.promise(1, is_urgent=False, num_spare=4) == 1
-    assert view(instance, first).promised_bytes == view(instance, last).promised_bytes == 5 * PAGE
+    assert (
+        view_of(instance, first).promised_bytes
+        == view_of(instance, last).promised_bytes
+        == 5 * PAGE
+    )
 
 
 def test_ranks_that_share_a_device_are_promised_a_page_each(start: Callable[..., Instance]) -> None:
     instance = start([HOUSE, HOUSE])
     assert instance.promise(10, is_urgent=False) == 4
-    assert view(instance, HOUSE).promised_bytes == 8 * PAGE
+    assert view_of(instance, HOUSE).promised_bytes == 8 * PAGE
     assert instance.seat(HOUSE).num_ranks == 2
-    assert view(instance, HOUSE).promised_bytes == HOUSE.total_bytes
+    assert view_of(instance, HOUSE).promised_bytes == HOUSE.total_bytes
 
 
 @pytest.mark.parametrize("is_second_quick", [False, True])
@@ -147,9 +153,9 @@ def test_nothing_is_on_its_way_any_more_when_all_ranks_have_unmapped(
         ledger.settle(
             seat.row, unmapped_bytes=2 * PAGE, used_bytes=0, cached_bytes=0
         )  # the second rank's
-        assert view(instance, HOUSE).coming_bytes == 2 * PAGE
+        assert view_of(instance, HOUSE).coming_bytes == 2 * PAGE
         ledger.settle(seat.row, unmapped_bytes=2 * PAGE, used_bytes=0, cached_bytes=0)
-    assert view(instance, HOUSE).coming_bytes == 0
+    assert view_of(instance, HOUSE).coming_bytes == 0
 
 
 def test_two_instances_that_want_all_devices_never_hold_half_of_it(
@@ -171,7 +177,7 @@ def test_two_instances_that_want_all_devices_never_hold_half_of_it(
         thread.join(60)
         assert not thread.is_alive()
     for instance in instances:
-        assert view(instance, one).promised_bytes == view(instance, other).promised_bytes == 0
+        assert view_of(instance, one).promised_bytes == view_of(instance, other).promised_bytes == 0
 
 
 def test_an_urgent_wish_asks_the_neighbours_and_rings_their_bell(
@@ -187,7 +193,7 @@ def test_an_urgent_wish_asks_the_neighbours_and_rings_their_bell(
     assert start.rung.wait(60)  # type: ignore[attr-defined]
     assert holder.wanted_pages()[0] == 2
     holder.acknowledge(2)
-    assert (holder.wanted_pages()[0], view(holder, HOUSE).coming_bytes) == (0, 2 * PAGE)
+    assert (holder.wanted_pages()[0], view_of(holder, HOUSE).coming_bytes) == (0, 2 * PAGE)
 
 
 def test_what_is_coming_is_over_when_it_was_unmapped(start: Callable[..., Instance]) -> None:
@@ -198,9 +204,9 @@ def test_what_is_coming_is_over_when_it_was_unmapped(start: Callable[..., Instan
         ledger.settle(seat.row, mapped_bytes=2 * PAGE, used_bytes=0, cached_bytes=0)
         holder.acknowledge(2)
         ledger.settle(seat.row, unmapped_bytes=PAGE, used_bytes=0, cached_bytes=0)
-        assert view(holder, HOUSE).coming_bytes == PAGE
+        assert view_of(holder, HOUSE).coming_bytes == PAGE
         ledger.settle(seat.row, unneeded_bytes=PAGE, used_bytes=0, cached_bytes=0)
-    assert view(holder, HOUSE).coming_bytes == 0
+    assert view_of(holder, HOUSE).coming_bytes == 0
 
 
 def test_an_alarm_rings_once(start: Callable[..., Instance]) -> None:
@@ -213,7 +219,7 @@ def test_a_taken_default_name_gets_a_number_and_a_given_one_is_refused(
 ) -> None:
     for name in ("model", "model-2"):
         instance = start([HOUSE])
-        assert view(instance, HOUSE).name == instance.name == name
+        assert view_of(instance, HOUSE).name == instance.name == name
     start([HOUSE], name="mine")
     with pytest.raises(LedgerError, match="'mine'"):
         start([HOUSE], name="mine")
@@ -258,7 +264,7 @@ def test_spare_pages_are_promised_if_they_are_free_and_asked_of_nobody(
     holder.promise(5, is_urgent=False)
     instance = start([HOUSE], name="asker")
     assert instance.promise(2, is_urgent=True, num_spare=9) == 3
-    assert view(instance, HOUSE).waiting_bytes == 0
+    assert view_of(instance, HOUSE).waiting_bytes == 0
 
 
 def test_a_smaller_wish_than_the_refused_one_is_granted_at_once(
@@ -322,7 +328,7 @@ def test_a_name_that_is_taken_on_the_last_device_leaves_no_row_on_the_first(
 ) -> None:
     first, last = device("a", 8), device("b", 8)
     start([last], name="model")
-    assert view(start([first, last]), first).name == "model-2"
+    assert view_of(start([first, last]), first).name == "model-2"
     with pytest.raises(LedgerError, match="'model'"):
         start([first, last], name="model")
     with Ledger(tmp_path / "kv" / "a.ledger") as ledger:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.seats import view_of
 
 from kvcached_core import control
 from kvcached_core.config import HOST, Config, read_config
@@ -59,9 +60,7 @@ class Engine:
             self.settle(unmapped_bytes=num_given * PAGE)
 
     def view(self, device: Device = POOL) -> InstanceView:
-        seat = self.instance.seat(device)
-        with Ledger(Path(seat.ledger_path)) as ledger:
-            return next(view for view in ledger.view().instances if view.row == seat.row)
+        return view_of(self.instance, device)
 
 
 @pytest.fixture
