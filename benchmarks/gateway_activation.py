@@ -207,7 +207,7 @@ def main() -> None:
         ranks=options.ranks,
     )
     try:
-        with gateway.serving():
+        with gateway.recorded(options.json):
             begin = time.monotonic()
             start(gateway, options.prompt, options.start_seconds)
             record.add(start_seconds=time.monotonic() - begin)
@@ -215,8 +215,6 @@ def main() -> None:
             for state in states:
                 run.rounds(state, headroom)
     finally:
-        gateway.keep_logs(options.json.parent, options.json.stem)
-        gateway.close()
         print(table(record.results))
 
 

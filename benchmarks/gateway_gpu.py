@@ -258,7 +258,7 @@ def main() -> None:
         tiny_kv_bytes=TINY_KV_BYTES if "classes" in options.parts else 0,
     )
     try:
-        with gateway.serving():
+        with gateway.recorded(options.json):
             run = Run(gateway, record, options)
             try:
                 run.start(
@@ -269,8 +269,6 @@ def main() -> None:
             finally:
                 run.close()
     finally:
-        gateway.keep_logs(options.json.parent, options.json.stem)
-        gateway.close()
         print(table(record.results))
 
 

@@ -229,6 +229,16 @@ class Gateway:
                 self._process.wait()
         asyncio.run(_end_all(self.directory))
 
+    @contextlib.contextmanager
+    def recorded(self, record_path: Path) -> Iterator[None]:
+        """Serve; at the end keep the ends of all logs beside the results, and remove all else."""
+        try:
+            with self.serving():
+                yield
+        finally:
+            self.keep_logs(record_path.parent, record_path.stem)
+            self.close()
+
     def instances(self) -> dict[str, InstanceView]:
         """Return what the ledgers say of the models' engines."""
         return {row.name: row for each in control.devices(self.directory) for row in each.instances}

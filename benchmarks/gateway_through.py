@@ -199,15 +199,11 @@ def main() -> None:
         tiny_kv_bytes=TINY_KV_BYTES,
         is_eager=options.eager,
     )
-    try:
-        with gateway.serving():
-            begin = time.monotonic()
-            start(gateway, options.prompt, options.start_seconds)
-            record.add(start_seconds=time.monotonic() - begin)
-            compare(gateway, record, options)
-    finally:
-        gateway.keep_logs(options.json.parent, options.json.stem)
-        gateway.close()
+    with gateway.recorded(options.json):
+        begin = time.monotonic()
+        start(gateway, options.prompt, options.start_seconds)
+        record.add(start_seconds=time.monotonic() - begin)
+        compare(gateway, record, options)
     record.add(load_after=os.getloadavg()[0])
     print(table(record.results))
 

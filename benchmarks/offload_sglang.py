@@ -12,7 +12,7 @@ from offload_servers import PATIENCE_SECONDS, Kind, Sizes
 from record import Record, begin_record
 from sglang_servers import GPU_OPTIONS, SGLangSetting
 from tier_counts import host_counts
-from vllm_servers import kv_bytes_per_token
+from vllm_servers import kv_bytes_per_token, served
 
 from kvcached_core.weights.host_tier import HOST, TierCounts
 from kvcached_demo.harness.engines import SGLANG
@@ -94,8 +94,5 @@ def sglang_run(options: argparse.Namespace) -> Iterator[tuple[Any, Record]]:
         record = begin_record(options)
         setting: Any = SGLangSetting(Path(folder), tiny=options.tiny)
         setting.kind = SglangKind(setting)
-        with setting.servers:
-            try:
-                yield setting, record
-            finally:
-                setting.servers.keep_logs(options.json.parent, options.json.stem)
+        with served(setting.servers, options.json):
+            yield setting, record

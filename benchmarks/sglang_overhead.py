@@ -15,6 +15,7 @@ from typing import Any
 from record import Record, begin_record, command_line
 from sglang_servers import SGLangSetting
 from vllm_overhead import CONTROL, ELASTIC, VANILLA, play_start
+from vllm_servers import served
 
 from kvcached_core.units import GIB
 from kvcached_demo.harness.engines import SGLANG
@@ -35,13 +36,10 @@ def serve(setting: SGLangSetting, record: Record, names: list[str], options: Any
         setting.start(name, *uncached, elastic=name == ELASTIC, kv_bytes=kv_bytes)
 
     workloads = TINY_WORKLOADS if setting.tiny else WORKLOADS
-    try:
-        for number in range(options.starts):
-            play_start(
-                setting, record, names, start, workloads, number=number, num_rounds=options.rounds
-            )
-    finally:
-        setting.servers.keep_logs(record.path.parent, record.path.stem)
+    for number in range(options.starts):
+        play_start(
+            setting, record, names, start, workloads, number=number, num_rounds=options.rounds
+        )
 
 
 def main() -> None:
@@ -58,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
         record = begin_record(options)
         setting = SGLangSetting(Path(folder), tiny=options.tiny)
-        with setting.servers:
+        with served(setting.servers, options.json):
             serve(setting, record, names, options)
 
 

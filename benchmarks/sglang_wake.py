@@ -10,7 +10,6 @@ neighbour's requests are gone. Ballast leaves a few GiB for KV caches, whatever 
 """
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 import httpx
 from helpers.weights import make_weights
 from machine import describe_gpu
+from record import write
 
 from kvcached_core.units import GIB, MIB
 from kvcached_demo.harness.engines import SGLANG
@@ -181,7 +181,7 @@ def main() -> None:
         problem = run(wake, options, begun)
     logs = "".join((options.out / f"{name}.log").read_text(errors="replace") for name in FLAGS)
     facts = {"machine": describe_gpu(), "rounds": wake.rounds, "problem": problem}
-    (options.out / "sglang_wake.json").write_text(json.dumps(facts, indent=1))
+    write(options.out / "sglang_wake.json", facts)
     print(f"{time.monotonic() - begun:.0f} s")
     is_fine = report(wake.rounds, logs.count("Traceback"))
     if problem:

@@ -189,6 +189,16 @@ def also_named(options: argparse.Namespace) -> dict[str, dict[str, str]]:
 
 
 @contextlib.contextmanager
+def served(servers: Servers, record_path: Path) -> Iterator[None]:
+    """End all servers behind the block, and keep the ends of their logs beside the results."""
+    with servers:
+        try:
+            yield
+        finally:
+            servers.keep_logs(record_path.parent, record_path.stem)
+
+
+@contextlib.contextmanager
 def bench_run(options: argparse.Namespace) -> Iterator[tuple["Setting", Record]]:
     """Make a folder and a record; keep the ends of the servers' logs, also when it is cut off."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -197,8 +207,5 @@ def bench_run(options: argparse.Namespace) -> Iterator[tuple["Setting", Record]]
         setting = Setting(
             Path(folder), tiny=options.tiny, runner=options.runner, eager=options.eager
         )
-        with setting.servers:
-            try:
-                yield setting, record
-            finally:
-                setting.servers.keep_logs(options.json.parent, options.json.stem)
+        with served(setting.servers, options.json):
+            yield setting, record

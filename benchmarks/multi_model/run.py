@@ -13,7 +13,6 @@ import functools
 import itertools
 import json
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -54,6 +53,7 @@ from multi_model.settings import (
 )
 from multi_model.swapping import LIMIT, SwappingFleet
 from multi_model.workloads import Workload
+from record import end_by_signals
 from rich.progress import Progress
 
 from kvcached_demo.harness.engines import SGLANG, VLLM
@@ -181,7 +181,7 @@ def since(before: int | None, now: int | None) -> int | None:
 def main(words: Sequence[str] | None = None) -> None:
     """Run, and write the report."""
     options = parser(__doc__ or "").parse_args(words)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    end_by_signals(signal.SIGTERM)
     folder = Folder(options.out)
     with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as workspace:
         try:

@@ -12,6 +12,7 @@ from multi_model.errors import ModeError
 from multi_model.modes import GPU_TOKENS
 from multi_model.traces import read_arena, read_azure
 from multi_model.workloads import Workload
+from record import write
 
 from kvcached_core.units import MIB
 
@@ -67,10 +68,9 @@ class Folder:
 
     def add(self, **facts: Any) -> None:
         """Add to the facts of the run."""
-        self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / "run.json"
         known = json.loads(file.read_text()) if file.exists() else {}
-        file.write_text(json.dumps(known | facts, indent=2) + "\n")
+        write(file, known | facts)
 
     def of(self, mode: str, workload: Workload) -> Path:
         """Return where a replay's files go, without their endings."""
