@@ -1,12 +1,12 @@
 """Our allocators give the same answers as SGLang's own, apart from the ids, whatever is done."""
 
-from dataclasses import dataclass
 from inspect import getsource
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+from helpers.page_source import CountingSource, TakenByNeighbours
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -37,30 +37,7 @@ NUMBERS_OF_PAGES = [7, 8, 15, 16, 31, 33]
 NUMBERS_OF_BLOCKS = [1, 2, 3, 4, 7, 64]  # a page
 
 
-@dataclass
-class Source:
-    """Promises what is left, and remembers what it promised."""
-
-    num_left: int = NUM_PAGES - 1
-    num_promised: int = 0
-
-    @property
-    def room_pages(self) -> int:
-        return self.num_left
-
-    def promise(self, num_pages: int, *, is_urgent: bool, num_spare: int = 0) -> int:
-        granted = min(num_pages + num_spare, self.num_left)
-        self.num_left -= granted
-        self.num_promised += granted
-        return granted
-
-    def cancel(self, num_pages: int) -> None:
-        assert 0 < num_pages <= self.num_promised
-        self.num_left += num_pages
-        self.num_promised -= num_pages
-
-
-def engine_of(source: Source) -> Any:
+def engine_of(source: CountingSource) -> Any:
     """Return an engine that owes nothing and has nothing cached."""
     return SimpleNamespace(
         ranks=source,
@@ -76,7 +53,7 @@ def build(
     num_left: int = NUM_PAGES - 1,
     *,
     need_sort: bool = False,
-) -> tuple[Any, Any, Source]:
+) -> tuple[Any, Any, CountingSource]:
     """Return SGLang's allocator, ours of the same size, and who promises it pages."""
 
     def one() -> Any:
@@ -87,7 +64,7 @@ def build(
             size, block_tokens, torch.float32, "cpu", None, need_sort=need_sort
         )
 
-    source, ours = Source(num_left), one()
+    source, ours = CountingSource(num_left), one()
     make_elastic(
         ours, lambda blocks: Pages(geometry, num_pages, source, blocks), engine_of(source), 0
     )
@@ -98,6 +75,7 @@ class Elastic(RuleBasedStateMachine):
     """Ours: what holds for a pool that may grow and for one whose ledger is dry."""
 
     block_tokens = 1
+    num_of_neighbours = 0
     ours: Any
 
     def begin(self, num_pages: int, blocks_per_page: int, num_left: int) -> Any:
@@ -111,7 +89,6 @@ class Elastic(RuleBasedStateMachine):
         self.total = num_left + 1
         self.taken: list[tuple[Any, torch.Tensor]] = []
         self.mapped = {0}
-        self.num_of_neighbours = 0
         return vanilla
 
     @rule()
@@ -262,7 +239,7 @@ TestSameAnswersPaged = SameAnswersPaged.TestCase
 TestSameAnswersPaged.settings = SETTINGS
 
 
-class DryLedger(Elastic):
+class DryLedger(TakenByNeighbours, Elastic):
     """Neighbours take pages and want more back; a schedule promises before it takes."""
 
     @initialize(
@@ -306,17 +283,6 @@ class DryLedger(Elastic):
         self.ours.free_list.is_bound = False
         self.pages.end_schedule(is_live=is_live)
         assert self.pages.num_promised == 0
-
-    @rule(num_pages=st.integers(1, 8))
-    def a_neighbour_takes(self, num_pages: int) -> None:
-        taken = min(num_pages, self.source.num_left)
-        self.source.num_left -= taken
-        self.num_of_neighbours += taken
-
-    @rule()
-    def the_neighbours_give(self) -> None:
-        self.source.num_left += self.num_of_neighbours
-        self.num_of_neighbours = 0
 
     @rule(num_cached=st.integers(0, 200))
     def count_pages(self, num_cached: int) -> None:
@@ -394,7 +360,7 @@ def test_a_page_with_a_block_in_use_is_not_closed() -> None:
 
 
 def test_two_pools_take_their_pages_from_the_same_ones_and_share_padding_alone() -> None:
-    book, source = PageBook(NUM_PAGES), Source()
+    book, source = PageBook(NUM_PAGES), CountingSource(NUM_PAGES - 1)
     first, second = (
         TokenToKVPoolAllocator(NUM_BLOCKS, torch.float32, "cpu", None, need_sort=False)
         for _ in range(2)

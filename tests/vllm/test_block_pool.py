@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.page_source import CountingSource
+from helpers.page_source import CountingSource, TakenByNeighbours
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -285,7 +285,7 @@ TestBlockPoolMachine = BlockPoolMachine.TestCase
 TestBlockPoolMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
-class DryPoolMachine(RuleBasedStateMachine):
+class DryPoolMachine(TakenByNeighbours, RuleBasedStateMachine):
     """One pool, and neighbours that take pages of its ledger and want more back."""
 
     @initialize(
@@ -306,7 +306,6 @@ class DryPoolMachine(RuleBasedStateMachine):
         )
         self.source = self.pool.pages._source
         self.total = self.source.num_left + 1
-        self.num_of_neighbours = 0
         self.mapped = {0}
         self.live: list[list[Any]] = []
 
@@ -352,17 +351,6 @@ class DryPoolMachine(RuleBasedStateMachine):
         num_owed = max(num_pages - idle - cached, 0) if has_more else 0
         assert giving.pay() == (not num_owed)
         assert giving.owed_pages == num_owed
-
-    @rule(num_pages=st.integers(1, 8))
-    def a_neighbour_takes(self, num_pages: int) -> None:
-        taken = min(num_pages, self.source.num_left)
-        self.source.num_left -= taken
-        self.num_of_neighbours += taken
-
-    @rule()
-    def the_neighbours_give(self) -> None:
-        self.source.num_left += self.num_of_neighbours
-        self.num_of_neighbours = 0
 
     @rule()
     def schedule_ends(self) -> None:
