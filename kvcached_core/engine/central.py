@@ -1,7 +1,8 @@
 """An engine with one scheduler, which tells workers in other processes what to map."""
 
 import logging
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 
 from kvcached_core.config import Config
 from kvcached_core.engine.engine import ElasticEngine
@@ -50,7 +51,7 @@ class CentralEngine(ElasticEngine):
             default_name=name,
             engine=engine,
             data_rank=data_rank,
-            on_ring=self.ring,
+            on_ring=_ring_if_there(self),
         )
         super().__init__(Ranks.alone(self.instance, devices[0]), port)
         self.placing = Placing(
@@ -75,3 +76,15 @@ class CentralEngine(ElasticEngine):
             self.placing.placement(self.instance.seat(device), number)
             for device, number in zip(self.devices, num_planes, strict=True)
         ]
+
+
+def _ring_if_there(engine: CentralEngine) -> Callable[[], None]:
+    """Return what rings an engine, and does not keep it."""
+    find = weakref.ref(engine)
+
+    def ring() -> None:
+        found = find()
+        if found is not None:
+            found.ring()
+
+    return ring

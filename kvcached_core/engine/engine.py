@@ -1,6 +1,5 @@
 """One engine's scheduler and its memory, in no engine's words."""
 
-import atexit
 import contextlib
 from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING
 from kvcached_core.engine.activation import Activation
 from kvcached_core.engine.arrival import warn_of
 from kvcached_core.engine.giving import Giving
+from kvcached_core.engine.leaving import close_with
 from kvcached_core.engine.nap import seconds_until_due
 from kvcached_core.engine.port import EnginePort
 from kvcached_core.engine.ranks import Ranks, WantedPages
@@ -31,6 +31,7 @@ class ElasticEngine:
 
     Attributes:
         activation: Whether its weights are there; a schedule has to look at `is_active` of it.
+        close: Leaves the ledgers, and the host budget; what nobody has any more does by itself.
 
     Args:
         ranks: The engine in the ledgers.
@@ -46,7 +47,9 @@ class ElasticEngine:
         self.activation = WeightsKept()
         self.giving = Giving(ranks, port, self.pools, self._tell)
         self._is_wake_pending = False
-        atexit.register(self.close)
+        self._open = contextlib.ExitStack()
+        self._open.callback(ranks.close)
+        self.close = close_with(self, self._open.close, is_at_exit=True)
 
     def yield_weights(self, config: "Config") -> bool:
         """Give weights, too, from now on; before the first schedule, on all ranks that schedule.
@@ -249,11 +252,6 @@ class ElasticEngine:
             self.rest()
         elif not self.activation.is_active:
             self.activation.activate()
-
-    def close(self) -> None:
-        """Leave the ledgers."""
-        atexit.unregister(self.close)
-        self.ranks.close()
 
     def _set_alarm(self, weights_seconds: float | None) -> None:
         if (seconds := seconds_until_due(self.pools, weights_seconds)) is not None:

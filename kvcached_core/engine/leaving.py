@@ -1,11 +1,16 @@
 """Leaving nothing behind: the last process of a user's last engine removes the ledger files.
 
-And each that ends removes what engines that were killed left of host memory.
+And each that ends removes what engines that were killed left of host memory. In a process that
+goes on, what an engine held goes with the engine, also where its start failed.
 """
 
+import atexit
 import contextlib
 import os
+import threading
 import time
+import weakref
+from collections.abc import Callable
 from multiprocessing.util import Finalize
 from pathlib import Path
 
@@ -35,6 +40,36 @@ def sweep_at_exit(directory: Path, copies: Path) -> None:
     if key not in _registered:
         _registered.add(key)
         Finalize(None, _sweep, args=(directory, copies), exitpriority=_LAST)
+
+
+def close_with(
+    owner: object, close: Callable[[], object], *, is_at_exit: bool = False
+) -> Callable[[], None]:
+    """Have `close` called once: when its owner is gone, or before that by what is returned.
+
+    Args:
+        owner: What nobody has any more after an engine, or after a start that failed. An engine in
+            its caller's process may have nobody who ends it.
+        close: It must not keep the owner. A child of a plain fork does not call it for an owner.
+        is_at_exit: Whether the end of the process calls it, too.
+    """
+    finalizer = weakref.finalize(owner, _close_in_thread, os.getpid(), close)
+    finalizer.atexit = False
+
+    def close_now() -> None:
+        atexit.unregister(close_now)
+        if finalizer.detach() is not None:
+            close()
+
+    if is_at_exit:
+        atexit.register(close_now)
+    return close_now
+
+
+def _close_in_thread(pid: int, close: Callable[[], object]) -> None:
+    # Whoever collects the owner may be in the middle of what closing waits for, such as a lock.
+    if os.getpid() == pid:
+        threading.Thread(target=close, name="kvcached-close").start()
 
 
 def _sweep(directory: Path, copies: Path) -> None:

@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from helpers.forked import exit_code_of_child
+from helpers.waiting import PATIENCE_SECONDS, await_that
 
 from kvcached_core.engine import leaving
 from kvcached_core.ledger.opening import ledger_directory
@@ -73,6 +76,59 @@ def test_nothing_is_left_however_an_engine_ends(tmp_path: Path, end: str, kind: 
 def test_a_forked_child_that_ends_removes_nothing(tmp_path: Path) -> None:
     end = "number = os.fork() or sys.exit(0); os.waitpid(number, 0); assert files()"
     assert run(tmp_path, end, "joined") == []
+
+
+class Owner:
+    """Something that a weak reference may name."""
+
+
+def test_what_is_held_goes_with_its_owner_in_a_thread_of_its_own() -> None:
+    owner, threads = Owner(), list[threading.Thread]()
+    leaving.close_with(owner, lambda: threads.append(threading.current_thread()))
+    assert threads == []
+    del owner
+    await_that(lambda: bool(threads))
+    assert threads[0] is not threading.current_thread()
+
+
+def test_what_was_closed_is_not_closed_again() -> None:
+    owner, closed, threads = Owner(), list[str](), threading.active_count()
+    close = leaving.close_with(owner, lambda: closed.append("once"))
+    close()
+    close()
+    del owner
+    assert (closed, threading.active_count()) == (["once"], threads)
+
+
+def test_a_forked_child_that_drops_an_owner_closes_nothing() -> None:
+    def drop() -> None:
+        owners.clear()
+        assert all(thread.name != "kvcached-close" for thread in threading.enumerate())
+
+    owners, closed = [Owner()], threading.Event()
+    leaving.close_with(owners[0], closed.set)
+    assert exit_code_of_child(drop) == 0
+    assert not closed.is_set()
+    owners.clear()
+    assert closed.wait(PATIENCE_SECONDS)
+
+
+AT_EXIT = """
+import sys
+from kvcached_core.engine.leaving import close_with
+
+class Owner: pass
+
+owner = Owner()
+close = close_with(owner, lambda: print("closed"), is_at_exit=sys.argv[1] == "True")
+"""
+
+
+@pytest.mark.parametrize("is_at_exit", [True, False])
+def test_the_end_of_a_process_closes_what_says_so(*, is_at_exit: bool) -> None:
+    command = [sys.executable, "-c", AT_EXIT, str(is_at_exit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("closed\n" if is_at_exit else "", "")
 
 
 HOLDER = """

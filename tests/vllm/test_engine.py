@@ -1,5 +1,6 @@
 """The engine core's side: one geometry for ranks of different depth, and what it says to them."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 from helpers.configurations import configuration
+from helpers.waiting import await_that
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
 from kvcached_core.config import HOST, Config, read_config
@@ -87,6 +89,17 @@ def test_a_start_with_a_host_tier_of_no_size_leaves_the_ledger(config: Config) -
         with pytest.raises(ValueError, match="much"):
             VllmEngine(vllm_config, config, [FIRST], Core())
         assert not ledger.view().instances
+
+
+def test_an_engine_that_nobody_has_any_more_leaves_the_ledger(config: Config) -> None:
+    vllm_config = configuration(model_config=SimpleNamespace(model="m", max_model_len=2048))
+    with Ledger(ledger_directory(config.dir) / f"{FIRST.name}.ledger", FIRST.total_bytes) as ledger:
+        core = Core()
+        core.kvcached = VllmEngine(vllm_config, config, [FIRST], core)
+        assert len(ledger.view().instances) == 1
+        del core  # as where a start fails behind the cache's placing
+        gc.collect()
+        await_that(lambda: not ledger.view().instances)
 
 
 def memory_at(place: Placement) -> RankMemory:

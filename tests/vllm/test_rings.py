@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from helpers.configurations import configuration
+from helpers.waiting import PATIENCE_SECONDS
 from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 
 from kvcached_core.config import HOST, read_config
@@ -208,12 +209,11 @@ from kvcached_vllm.port import VllmPort
 core = SimpleNamespace(input_queue=queue.Queue())  # the rest of it did not come
 VllmPort(core).wake(lambda: None)
 """
-DEADLINE_SECONDS = 30.0
 
 
 def test_a_start_that_fails_ends_its_process_though_somebody_rang() -> None:
     command = [sys.executable, "-c", STOPPED_START]
     ended = subprocess.run(
-        command, check=False, timeout=DEADLINE_SECONDS, capture_output=True, text=True
+        command, check=False, timeout=PATIENCE_SECONDS, capture_output=True, text=True
     )
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -99,12 +99,6 @@ class SglangEngine(LoopingEngine):
         if is_offloading(server_args):
             self._offload(server_args)
 
-    def close(self) -> None:
-        """Leave the ledgers, and the host budget."""
-        super().close()
-        if self.tier is not None:
-            self.tier.close()
-
     @property
     def has_all_pools(self) -> bool:
         """Whether no pool comes any more that lies in our pages."""
@@ -182,6 +176,7 @@ class SglangEngine(LoopingEngine):
         try:
             if instance is not None:
                 self.tier = CountedTier(self.config, instance.name, num_bytes, setting=SETTING)
+                self._open.callback(self.tier.close)
         except KVCachedError:
             self.close()
             raise

@@ -2,11 +2,12 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvcached_core.config import CUDA, read_config
+from kvcached_core.engine.leaving import close_with
 from kvcached_core.memory.model_bytes import find_folder
 from kvcached_core.memory.torch_device import architecture
 from kvcached_core.weights.status import WeightStatus, merge
@@ -51,9 +52,7 @@ def loading(worker: Any) -> Iterator[None]:
     annex = make_annex(worker.device, read_config(), worker.vllm_config.model_config.model)
     if annex is not None and annex.graph_pool is not None:
         use_graph_pool(annex.graph_pool)
-    restart = make_restart(
-        read_config(), worker.device, partial(_origin, worker), restart_hooks.PACKAGES
-    )
+    restart = make_restart(read_config(), worker.device, _origin_of(worker), restart_hooks.PACKAGES)
     with contextlib.ExitStack() as undo:  # an engine in its caller's process may be tried again
         for each in (annex, restart):
             if each is not None:
@@ -86,9 +85,11 @@ def _taking_allocations(worker: Any) -> Iterator[None]:
 def _take_over(worker: Any, annex: "OwnAnnex | None", restart: "Restart | None") -> None:
     from kvcached_core.weights.own_weights import take_over  # it imports torch
 
-    modules, origin_of = _modules(worker.model_runner), partial(_origin, worker)
+    modules, origin_of = _modules(worker.model_runner), _origin_of(worker)
     weights = take_over(modules, worker.device, read_config(), origin_of, annex, restart=restart)
     setattr(worker, OURS, weights)
+    if weights is not None:
+        worker.kvcached_close_weights = close_with(worker, weights.close)
 
 
 def move_buffers(worker: Any) -> None:
@@ -111,16 +112,20 @@ def _modules(runner: Any) -> Mapping[str, Any]:
     return modules
 
 
-def _origin(worker: Any, layout_digest: str) -> "Origin":
+def _origin_of(worker: Any) -> Callable[[str], "Origin"]:
+    """Return what says where a worker's weights come from, and does not keep the worker."""
+    return partial(_origin, worker.vllm_config, worker.rank, worker.device)
+
+
+def _origin(settings: Any, worker_rank: int, device: Any, layout_digest: str) -> "Origin":
     from kvcached_core.weights.key import Origin, mark_files
 
-    settings = worker.vllm_config
     model, load, parallel = settings.model_config, settings.load_config, settings.parallel_config
     folder = find_folder(str(model.model), revision=model.revision, cache_dir=load.download_dir)
     draft = getattr(settings.speculative_config, "draft_model_config", None)
     draft_files = mark_files(find_folder(str(draft.model))) if draft is not None else ()
     tensor_parallel = parallel.tensor_parallel_size
-    stage, rank = divmod(worker.rank, tensor_parallel)
+    stage, rank = divmod(worker_rank, tensor_parallel)
     return Origin(
         model=str(model.model),
         revision=model.revision,
@@ -133,7 +138,7 @@ def _origin(worker: Any, layout_digest: str) -> "Origin":
         tensor_parallel=(tensor_parallel, rank),
         pipeline_parallel=(parallel.pipeline_parallel_size, stage),
         engine=startup.engine,
-        device=architecture(worker.device),
+        device=architecture(device),
         layout_digest=layout_digest,
     )
 
@@ -165,7 +170,7 @@ def leave_weights(worker: Any) -> None:
     if weights is not None:
         setattr(worker, OURS, None)
         use_graph_pool(None)
-        weights.close()
+        worker.kvcached_close_weights()
 
 
 def weights_of(worker: Any) -> "OwnWeights | None":

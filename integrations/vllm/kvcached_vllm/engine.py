@@ -63,12 +63,7 @@ class VllmEngine(CentralEngine):
             except BaseException:
                 self.close()
                 raise
-
-    def close(self) -> None:
-        """Leave the ledgers, and the host budget."""
-        super().close()
-        if self.tier is not None:
-            self.tier.close()
+            self._open.callback(self.tier.close)
 
     def place(self, kv_cache_configs: list[Any], granularity_bytes: int) -> None:
         """Choose the geometry and write each rank's placement on its config.

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from kvcached_core.config import CUDA, HOST, read_config
+from kvcached_core.engine.leaving import close_with
 from kvcached_core.engine.placing import virtual_bytes
 from kvcached_core.memory.devices import Device
 from kvcached_core.memory.model_bytes import OTHER_BYTES
@@ -79,6 +80,7 @@ def worker_load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> No
     if is_yielding or (is_served and self.device.type == CUDA):
         model, size = self.vllm_config.model_config.model, static_bytes(self.vllm_config)
         self.kvcached_arrival = startup.arrive(device_of(self), model, size, may_yield=is_yielding)
+        self.kvcached_end_arrival = close_with(self, self.kvcached_arrival.close)
     try:
         with loading(self) if is_yielding else nullcontext():
             original(self, *args, **kwargs)
@@ -90,9 +92,8 @@ def worker_load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> No
 
 
 def _end_arrival(worker: Any) -> None:
-    arrival = worker.__dict__.pop("kvcached_arrival", None)
-    if arrival is not None:
-        arrival.close()
+    if worker.__dict__.pop("kvcached_arrival", None) is not None:
+        worker.kvcached_end_arrival()
 
 
 @around
@@ -126,7 +127,7 @@ def worker_initialize_from_config(
     # One process may be worker and engine core: what vLLM reports stays the number of blocks.
     self.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
     mark_layers(self, memory)
-    self.kvcached = memory
+    self.kvcached, self.kvcached_close = memory, close_with(self, memory.close)
 
 
 def worker_execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -210,12 +211,12 @@ def worker_wake_up(call: Any, memory: RankMemory, self: Any) -> None:
 
 
 @around_ours
-def worker_shutdown(call: Any, memory: RankMemory, self: Any) -> None:
+def worker_shutdown(call: Any, _memory: RankMemory, self: Any) -> None:
     """Wrap `Worker.shutdown`: give the memory back when nothing runs on it any more."""
     call()
     self.kvcached = None
     leave_weights(self)
-    memory.close()
+    self.kvcached_close()
 
 
 @around

@@ -1,0 +1,19 @@
+"""A start that fails in its caller's process leaves nothing while that process goes on."""
+
+from pathlib import Path
+
+import pytest
+from helpers.engines import Offline, report_of, yielding
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.older_release]
+
+PLACES = [
+    "vllm.v1.executor.abstract.Executor.determine_available_memory",  # weights are loaded
+    "vllm.v1.engine.core.StructuredOutputManager",  # the cache is placed, the copy begins
+    "vllm.v1.engine.core.get_hash_fn_by_name",  # there is a scheduler, too
+]
+
+
+def test_a_failed_start_leaves_no_row_and_no_memory(start_offline: Offline, tmp_path: Path) -> None:
+    environ = yielding(tmp_path, KVCACHED_FLOOR="32MiB")
+    assert report_of(start_offline(environ, "offline_failed", places=PLACES)) == PLACES
