@@ -471,3 +471,37 @@ async def test_leases_know_whether_one_of_them_is_answered_in_part() -> None:
     second.end(Ending.DONE)
     assert not world.model.leases.have_begun
     first.end(Ending.DONE)
+
+
+@simulated
+async def test_nobody_is_sent_to_an_engine_that_broke_a_connection_before_it_is_known_to_live() -> (
+    None
+):
+    world = World()
+    engine = await world.up()
+    engine.is_well = False
+    for lease in (world.take(), world.take()):
+        lease.end(Ending.DIED_BEFORE)
+    assert world.ask() is None
+    await asyncio.sleep(5.0)
+    assert world.ask() is None
+    engine.is_well, before = True, world.num_lease_news
+    await asyncio.sleep(5.0)
+    assert world.num_lease_news == before + 1  # the line hears of it
+    assert world.ask() is not None
+
+
+@simulated
+async def test_an_engine_that_died_before_it_answered_is_asked_no_more_and_the_next_one_is() -> (
+    None
+):
+    world = World()
+    engine = await world.up()
+    engine.is_well = False
+    world.take().end(Ending.DIED_BEFORE)
+    engine.crashed.set()
+    await turn()
+    assert world.model.state is State.COLD
+    assert world.ask() is None
+    await world.up()
+    assert world.take().address is world.runner.engines[-1].address

@@ -17,7 +17,7 @@ from kvcached_gateway.models.adapters import Adapters
 from kvcached_gateway.models.held_leases import HeldLeases, ModelLease
 from kvcached_gateway.models.life import Life
 from kvcached_gateway.models.protocols import EngineRunner, RunningEngine
-from kvcached_gateway.models.watch import Patience
+from kvcached_gateway.models.watch import Patience, well_again
 from kvcached_gateway.models.wishes import Begin, End
 from kvcached_gateway.policy.demand import Mean
 from kvcached_gateway.settings.config import ModelSettings
@@ -64,7 +64,8 @@ class Model:
         adapters: Mapping[str, str] | None = None,
         patience: Patience | None = None,
     ) -> None:
-        self._clock = asyncio.get_running_loop().time
+        self._loop = asyncio.get_running_loop()
+        self._clock = self._loop.time
         self.settings = settings
         self.adapter_folders = dict(adapters or {})
         self.state = State.COLD
@@ -85,7 +86,9 @@ class Model:
         self.leases = HeldLeases(self._on_lease)
         self._adapters: Adapters | None = None
         self.up_at = 0.0
-        self._life = Life(self, runner, patience or Patience())
+        self._doubt: asyncio.Task[None] | None = None  # while nobody knows whether its engine lives
+        self._patience = patience or Patience()
+        self._life = Life(self, runner, self._patience)
 
     @property
     def id(self) -> str:
@@ -118,6 +121,8 @@ class Model:
     def grant(self, ask: Ask, waited_seconds: float) -> ModelLease | None:
         """Return a lease, or None: not now."""
         if self.engine is None or self.state not in UP or self._life.is_told_to_end:
+            return None
+        if self._doubt is not None:
             return None
         most = self.settings.max_concurrent
         if most is not None and self.num_leases >= most:
@@ -232,6 +237,9 @@ class Model:
     def lost(self) -> None:
         """Have no engine any more; leases on it are nobody's. For its own task."""
         self.engine = self.view = None
+        if self._doubt is not None:
+            self._doubt.cancel()
+            self._doubt = None
         if self._adapters is not None:
             self._adapters.close()
             self._adapters = None
@@ -247,9 +255,21 @@ class Model:
         view = self.view
         return view is not None and view.weights_bytes < view.weights_needed_bytes
 
+    async def _await_well(self, engine: RunningEngine) -> None:
+        """Wait until an engine that broke a connection is well; a dead one is seen to be soon."""
+        try:
+            await well_again(engine, self._patience)
+        finally:
+            if self._doubt is asyncio.current_task():
+                self._doubt = None
+        self._tell_lease()
+
     def _on_lease(self, _lease: ModelLease, ending: Ending | None) -> None:
         if ending is not None:
             self.last_used = self._clock()
+            if ending is Ending.DIED_BEFORE and self.engine is not None and self._doubt is None:
+                # A process that dies closes its connections before its end can be seen.
+                self._doubt = self._loop.create_task(self._await_well(self.engine))
             if ending is Ending.DONE:
                 self._life.has_served()
             if self.state is State.BUSY and not self.num_leases:

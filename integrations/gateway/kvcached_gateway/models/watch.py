@@ -9,7 +9,9 @@ from typing import Protocol
 from kvcached_gateway.engines.words import Counters
 from kvcached_gateway.errors import EngineDiedError
 
-__all__ = ["Patience", "hang"]
+__all__ = ["Patience", "hang", "well_again"]
+
+LOOK_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,9 @@ async def hang(
                     f"{now - moved:.0f} s"
                 )
         await asyncio.sleep(max(asked + patience.health_seconds - now, 0.0))
+
+
+async def well_again(engine: Watched, patience: Patience) -> None:
+    """Wait until an engine says that it is well; one that has died never does."""
+    while not await engine.health(patience.health_seconds):  # noqa: ASYNC110  nobody tells
+        await asyncio.sleep(LOOK_SECONDS)
