@@ -61,7 +61,7 @@ def run(tmp_path: Path, end: str, kind: str) -> list[Path]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     return list(folder.iterdir())

@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from helpers.waiting import PATIENCE_SECONDS, await_that
 
 from kvcached_core.ledger.activations import Activations
 from kvcached_core.ledger.view import DeviceView, InstanceView
@@ -36,14 +36,18 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-def start_demo(output: Path, scratch: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [KVCACHED, "demo", "--output", str(output)],
+@pytest.fixture
+def demo(tmp_path: Path, scratch: Path) -> Iterator["subprocess.Popen[str]"]:
+    """A demo that runs; one that a test leaves behind is interrupted, and ends its servers."""
+    with subprocess.Popen(
+        [KVCACHED, "demo", "--output", str(tmp_path / "out")],
         env={**os.environ, "TMPDIR": str(scratch), "COLUMNS": "120"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
+    ) as process:
+        yield process
+        process.send_signal(signal.SIGINT)
 
 
 def processes_naming(text: str) -> Iterator[str]:
@@ -59,9 +63,10 @@ def processes_naming(text: str) -> Iterator[str]:
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.every_release
-def test_the_demo_meets_its_bars_and_writes_its_report(tmp_path: Path, scratch: Path) -> None:
-    demo = start_demo(tmp_path / "out", scratch)
-    text, _ = demo.communicate(timeout=400)
+def test_the_demo_meets_its_bars_and_writes_its_report(
+    demo: "subprocess.Popen[str]", tmp_path: Path, scratch: Path
+) -> None:
+    text, _ = demo.communicate()
     assert demo.returncode == 0, text
     assert "48 of 48" in text
     assert f"{2 * NUM_TURNS} of {2 * NUM_TURNS}" in text
@@ -77,17 +82,15 @@ def test_the_demo_meets_its_bars_and_writes_its_report(tmp_path: Path, scratch: 
 @pytest.mark.slow
 @pytest.mark.every_release  # under `make test` its signals, around other work, in test_watched.py
 def test_a_demo_that_is_interrupted_twice_leaves_no_process_and_no_file(
-    tmp_path: Path, scratch: Path
+    demo: "subprocess.Popen[str]", scratch: Path
 ) -> None:
-    demo = start_demo(tmp_path / "out", scratch)
-    deadline = time.monotonic() + 120
-    while not list(scratch.glob("kvcached-demo-*/kv/host.ledger")):
-        assert demo.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    await_that(
+        lambda: any(scratch.glob("kvcached-demo-*/kv/host.ledger")) or demo.poll() is not None
+    )
+    assert demo.poll() is None
     demo.send_signal(signal.SIGINT)
     demo.send_signal(signal.SIGINT)
-    text, _ = demo.communicate(timeout=60)
+    text, _ = demo.communicate(timeout=PATIENCE_SECONDS)
     assert demo.returncode == 128 + signal.SIGINT, text
     assert list(scratch.iterdir()) == []
     assert list(processes_naming(str(scratch))) == []

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers.waiting import await_that
+from helpers.waiting import PATIENCE_SECONDS, await_that
 
-SECONDS = 120.0
 # Servers that will not end, one that hides in a session of its own behind a parent that is gone,
 # and one that ends when it is asked.
 WORK = """
@@ -133,7 +132,7 @@ def test_signals_end_it_and_leave_nothing(start: Start, signals: list[signal.Sig
     demo.worker()
     for number in signals:
         demo.process.send_signal(number)
-    demo.process.communicate(timeout=SECONDS)
+    demo.process.communicate(timeout=PATIENCE_SECONDS)
     assert demo.leaves_nothing()
     # Which of two that wait is taken first is the kernel's choice.
     assert demo.process.returncode in {128 + number for number in signals}
@@ -143,7 +142,7 @@ def test_one_signal_lets_the_work_end_in_its_own_way(start: Start) -> None:
     demo = start()
     demo.worker()
     demo.process.send_signal(signal.SIGINT)
-    demo.process.communicate(timeout=SECONDS)
+    demo.process.communicate(timeout=PATIENCE_SECONDS)
     assert demo.process.returncode == 128 + signal.SIGINT
     assert demo.ended.exists()
 
@@ -156,7 +155,7 @@ def test_a_second_signal_to_the_worker_does_not_interrupt_its_end(start: Start) 
     assert demo.process.stdout.readline() == "ending\n"
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(worker, number)
-    demo.process.communicate(timeout=SECONDS)  # closes what it reads
+    demo.process.communicate(timeout=PATIENCE_SECONDS)  # closes what it reads
     assert demo.ended.exists()
     assert demo.leaves_nothing()
 
@@ -165,14 +164,14 @@ def test_killed_with_all_of_its_group_it_leaves_nothing(start: Start) -> None:
     demo = start()
     demo.worker()
     os.killpg(demo.process.pid, signal.SIGKILL)
-    demo.process.communicate(timeout=SECONDS)
+    demo.process.communicate(timeout=PATIENCE_SECONDS)
     await_that(demo.leaves_nothing)
 
 
 def test_a_worker_that_is_killed_leaves_nothing(start: Start) -> None:
     demo = start()
     os.kill(demo.worker(), signal.SIGKILL)
-    demo.process.communicate(timeout=SECONDS)
+    demo.process.communicate(timeout=PATIENCE_SECONDS)
     assert demo.leaves_nothing()
     assert demo.process.returncode == 128 + signal.SIGKILL
 
@@ -196,7 +195,7 @@ def test_killed_before_the_worker_starts_it_leaves_nothing(tmp_path: Path) -> No
 @pytest.mark.parametrize("how", ["code", "error"])
 def test_its_exit_code_and_its_errors_are_those_of_the_work(start: Start, how: str) -> None:
     demo = start(how)
-    _, errors = demo.process.communicate(timeout=SECONDS)
+    _, errors = demo.process.communicate(timeout=PATIENCE_SECONDS)
     assert demo.leaves_nothing()
     expected = (3, "") if how == "code" else (1, "kvcached: it went wrong\n")
     assert (demo.process.returncode, errors) == expected
@@ -210,5 +209,5 @@ def test_at_whatever_moment_it_ends_it_leaves_nothing(start: Start, seed: int) -
     time.sleep(chance.uniform(0.05, 0.6))
     for number in chance.choice([[signal.SIGKILL], [signal.SIGINT] * 2, [signal.SIGTERM]]):
         demo.process.send_signal(number)
-    demo.process.communicate(timeout=SECONDS)
+    demo.process.communicate(timeout=PATIENCE_SECONDS)
     await_that(demo.leaves_nothing)

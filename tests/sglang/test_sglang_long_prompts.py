@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers.sglang_engine import POOL, start_sglang
+from helpers.waiting import PATIENCE_SECONDS
 
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.units import MIB
@@ -51,7 +52,7 @@ def test_a_prompt_that_was_begun_gives_its_part_back_and_is_answered_later(
             while resident_bytes(ledger) < 3 * PAGE:  # noqa: ASYNC110  another process
                 await asyncio.sleep(0)  # it has to be caught in the middle of its prompt
             taken = 0
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + PATIENCE_SECONDS
             while not asked.done() and taken < POOL - 2 * PAGE:
                 taken += ledger.promise(row, POOL, PAGE)  # also what the prompt gives back
                 assert time.monotonic() < deadline

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.backends import count_calls
 from helpers.fake_driver import FakeDriver, Result, tensors_on_the_host
+from helpers.waiting import PATIENCE_SECONDS
 
 from kvcached_core.errors import ConfigError, UnmappedBlockError
 from kvcached_core.ledger.ledger import Ledger
@@ -219,7 +220,7 @@ def test_a_forked_child_that_closes_takes_nothing_from_its_parent(tmp_path: Path
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
     )
     assert done.returncode == 0, done.stderr
 
