@@ -15,8 +15,8 @@ import statistics
 from typing import Any
 
 import torch
-from machine import describe_gpu
-from record import command_line, write
+from parts.machine import describe_gpu
+from parts.record import command_line, write
 
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import Geometry, choose_geometry

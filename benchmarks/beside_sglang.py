@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import describe_gpu
-from profiles import Profile, gpu
-from record import command_line, write
-from sglang_servers import SGLangSetting
+from parts.machine import describe_gpu
+from parts.profiles import Profile, gpu
+from parts.record import command_line, write
+from parts.sglang_servers import SGLangSetting
 
 from kvcached_demo.harness.load import Burst, Completion, make_burst
 from kvcached_demo.harness.memory import Recorder

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
-from record import write
+from parts.machine import describe_machine
+from parts.record import write
 
 try:
     from kvcached_core.memory.geometry import Geometry

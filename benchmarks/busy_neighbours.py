@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import mps
-from intervals import median_and_interval
-from record import Record, begin_record, command_line
-from vllm_servers import READY_SECONDS, SHORT_FOLDER
+from parts import mps
+from parts.intervals import median_and_interval
+from parts.record import Record, begin_record, command_line
+from parts.vllm_servers import READY_SECONDS, SHORT_FOLDER
 
 from kvcached_core.units import MIB
 from kvcached_demo.harness.engines import VLLM

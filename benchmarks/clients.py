@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 import httpx
 from aiohttp import web
-from machine import describe_machine
 from multi_model import workloads
 from multi_model.client import Target, replay
 from multi_model.metrics import ttfts
-from record import command_line, write
-from vllm_servers import bench_serve
+from parts.machine import describe_machine
+from parts.record import command_line, write
+from parts.vllm_servers import bench_serve
 
 from kvcached_demo.harness.model import make_model
 from kvcached_demo.harness.server import free_port

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
-from record import write
+from parts.machine import describe_machine
+from parts.record import write
 
 POOL_BYTES = 512 << 20
 # Requests behind the first wave, prompt and output tokens, prefix caching.

@@ -27,9 +27,9 @@ from queue import SimpleQueue
 from threading import Lock
 from typing import Any
 
-from disk_engine import Engine, Pages, run_engine
-from machine import describe_machine
-from record import Record
+from parts.disk_engine import Engine, Pages, run_engine
+from parts.machine import describe_machine
+from parts.record import Record
 
 from kvcached_core.config import Config
 from kvcached_core.units import GIB, MIB, parse_bytes

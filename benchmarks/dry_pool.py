@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from profiles import Profile, gpu, host, parser
-from record import shown, write
+from parts.profiles import Profile, gpu, host, parser
+from parts.record import shown, write
 
 from kvcached_core.units import GIB, MIB
 from kvcached_demo.harness.engines import VLLM

@@ -13,12 +13,12 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from equal_asks import SIDES, Clients
-from machine import describe_machine
-from record import command_line, shown, write
-from virtual_engine import BLOCK_BYTES, NUM_PLANES, Elastic, hook
-from virtual_scheduler import Scheduler, Sizes, make_manager, play
-from virtual_time import begin, clock
+from parts.equal_asks import SIDES, Clients
+from parts.machine import describe_machine
+from parts.record import command_line, shown, write
+from parts.virtual_engine import BLOCK_BYTES, NUM_PLANES, Elastic, hook
+from parts.virtual_scheduler import Scheduler, Sizes, make_manager, play
+from parts.virtual_time import begin, clock
 
 from kvcached_core.units import MIB
 

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from equal_asks import NUM_OUT, SIDES, Ask, asks
-from hanging_up import ANSWERED, ask
-from intervals import median_and_interval
-from machine import describe_machine
-from record import Record, command_line
-from vllm_servers import PREEMPTIONS, SHORT_FOLDER
+from parts.equal_asks import NUM_OUT, SIDES, Ask, asks
+from parts.hanging_up import ANSWERED, ask
+from parts.intervals import median_and_interval
+from parts.machine import describe_machine
+from parts.record import Record, command_line
+from parts.vllm_servers import PREEMPTIONS, SHORT_FOLDER
 
 from kvcached_core.units import MIB
 from kvcached_demo.harness.engines import VLLM

@@ -12,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import describe_machine
-from record import command_line, shown, write
+from parts.machine import describe_machine
+from parts.record import command_line, shown, write
 
 from kvcached_core.units import MIB
 from kvcached_demo.harness.engines import ENGINES

@@ -19,13 +19,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gateway_client import Answer, send
-from gateway_schedule import Due, prompt
-from gateway_serve import Gateway, headroom_bytes
 from gateway_through import CONTROL, DIRECT, THROUGH, WAYS, in_turn, start, summarise
-from giving import fall_asleep, little_room, rows
-from intervals import AT_MOST, against_bar, median_interval
-from record import Record, begin_record, command_line
+from parts.gateway_client import Answer, send
+from parts.gateway_schedule import Due, prompt
+from parts.gateway_serve import Gateway, headroom_bytes
+from parts.giving import fall_asleep, little_room, rows
+from parts.intervals import AT_MOST, against_bar, median_interval
+from parts.record import Record, begin_record, command_line
 
 from kvcached_core import control
 from kvcached_core.units import GIB, MIB

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from gateway_client import Answer, send, send_first
-from gateway_move import move
-from gateway_schedule import (
+from parts.gateway_client import Answer, send, send_first
+from parts.gateway_move import move
+from parts.gateway_schedule import (
     LOOSE_SHARE,
     STRICT_SHARE,
     Due,
@@ -31,9 +31,9 @@ from gateway_schedule import (
     rivals,
     start_seconds,
 )
-from gateway_serve import CHUNK_TOKENS, Gateway, headroom_bytes
-from gateway_table import table
-from record import Record, begin_record, command_line, end_by_signals
+from parts.gateway_serve import CHUNK_TOKENS, Gateway, headroom_bytes
+from parts.gateway_table import table
+from parts.record import Record, begin_record, command_line, end_by_signals
 
 from kvcached_core.units import GIB
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from machine import describe_machine
-from record import write
+from parts.machine import describe_machine
+from parts.record import write
 
 from kvcached_core import control
 from kvcached_core.units import GIB

@@ -24,13 +24,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gateway_house
 import uvloop
-from gateway_house import Server
-from gateway_load import Taken, ask_many, request
-from machine import describe_machine
-from ordered import value_at
-from record import command_line, write
+from parts import gateway_house
+from parts.gateway_house import Server
+from parts.gateway_load import Taken, ask_many, request
+from parts.machine import describe_machine
+from parts.ordered import value_at
+from parts.record import command_line, write
 
 ROUNDS = 5
 LONG_PROMPT_BYTES = 400_000

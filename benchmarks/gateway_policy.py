@@ -22,8 +22,8 @@ from datetime import UTC, datetime, timedelta
 from itertools import chain
 from typing import Any
 
-from machine import describe_machine
-from record import command_line, write
+from parts.machine import describe_machine
+from parts.record import command_line, write
 
 from kvcached_core.units import GIB, MIB
 from kvcached_gateway.policy.admission import Pace, Waiting, order

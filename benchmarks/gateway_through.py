@@ -19,12 +19,12 @@ from typing import Any
 
 import httpx
 import uvloop
-from gateway_client import send
-from gateway_load import ask_many, post
-from gateway_schedule import Due, prompt
-from gateway_serve import Gateway
-from intervals import median_and_interval
-from record import Record, begin_record, command_line
+from parts.gateway_client import send
+from parts.gateway_load import ask_many, post
+from parts.gateway_schedule import Due, prompt
+from parts.gateway_serve import Gateway
+from parts.intervals import median_and_interval
+from parts.record import Record, begin_record, command_line
 
 from kvcached_core.units import MIB
 

@@ -12,9 +12,9 @@ import statistics
 import time
 from typing import Any
 
-from residue import context_bytes, parts, used_bytes, yielded
-from vllm_servers import READY_SECONDS
-from yielding import FIRST, Run, first_tokens_after_sleeps, make_parser, recorded_run
+from parts.residue import context_bytes, parts, used_bytes, yielded
+from parts.vllm_servers import READY_SECONDS
+from parts.yielding import FIRST, Run, first_tokens_after_sleeps, make_parser, recorded_run
 
 from kvcached_core.units import MIB
 from kvcached_demo.harness.engines import VLLM

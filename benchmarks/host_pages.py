@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from machine import describe_gpu, describe_machine
-from ordered import value_at
-from record import Record
+from parts.machine import describe_gpu, describe_machine
+from parts.ordered import value_at
+from parts.record import Record
 
 from kvcached_core.units import MIB
 

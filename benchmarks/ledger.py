@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
-from record import command_line, write
+from parts.machine import describe_machine
+from parts.record import command_line, write
 
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.units import GIB, MIB

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from machine import describe_machine
-from record import write
+from parts.machine import describe_machine
+from parts.record import write
 
 from kvcached_patches import locks
 from kvcached_patches.engines import ENGINES

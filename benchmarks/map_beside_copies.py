@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from record import Record, begin_record, command_line
+from parts.record import Record, begin_record, command_line
 
 from kvcached_core.memory.vmm.backend import Backend, Handle
 from kvcached_core.memory.vmm.cuda import CudaBackend, CudaHandle

@@ -25,11 +25,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from offload_rows import ROWS
-from offload_servers import Bench, Sizes
-from offload_sglang import sglang_run
+from parts.offload_rows import ROWS
+from parts.offload_servers import Bench, Sizes
+from parts.offload_sglang import sglang_run
+from parts.vllm_servers import bench_run, parser
 from vllm_overhead import CONTROL
-from vllm_servers import bench_run, parser
 
 VLLM_ALONE = {"copies", "disk"}
 BY_NAME = {"disk"}

@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from record import Record
-from vllm_servers import PREEMPTIONS, READY_SECONDS, Setting, bench_run, parser
+from parts.record import Record
+from parts.vllm_servers import PREEMPTIONS, READY_SECONDS, Setting, bench_run, parser
 
 from kvcached_core.units import GIB, MIB
 from kvcached_demo.harness.engines import VLLM

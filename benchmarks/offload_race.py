@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
-from record import Record
+from parts.machine import describe_machine
+from parts.record import Record
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.engines import offline_in

@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from hanging_up import ask
-from offload_servers import Bench, Sizes
-from record import Record
+from parts.hanging_up import ask
+from parts.offload_servers import Bench, Sizes
+from parts.record import Record
+from parts.vllm_servers import PREEMPTIONS, bench_run, parser
 from vllm_overhead import ELASTIC
-from vllm_servers import PREEMPTIONS, bench_run, parser
 
 from kvcached_core.ledger import bell
 from kvcached_core.ledger.ledger import Ledger

@@ -21,11 +21,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from intervals import median_and_interval
-from link import copy_seconds
-from record import Record
-from vllm_servers import READY_SECONDS
-from yielding import FIRST, SECOND, Run, make_parser, recorded_run
+from parts.intervals import median_and_interval
+from parts.link import copy_seconds
+from parts.record import Record
+from parts.vllm_servers import READY_SECONDS
+from parts.yielding import FIRST, SECOND, Run, make_parser, recorded_run
 
 from kvcached_core.units import parse_bytes
 from kvcached_demo.harness.engines import ENGINES, SGLANG, VLLM, Engine

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from neighbour import Neighbour
-from profiles import Profile, gpu, host, parser
-from record import write
+from parts.neighbour import Neighbour
+from parts.profiles import Profile, gpu, host, parser
+from parts.record import write
 
 from kvcached_core import control
 from kvcached_core.ledger.ledger import Ledger

@@ -22,10 +22,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from record import begin_record, command_line
-from vllm_servers import READY_SECONDS, kv_bytes_per_token
-from yielding import FIRST, SECOND, Run, running
-from yielding_servers import TESTS
+from parts.record import begin_record, command_line
+from parts.vllm_servers import READY_SECONDS, kv_bytes_per_token
+from parts.yielding import FIRST, SECOND, Run, running
+from parts.yielding_servers import TESTS
 
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import GIB, MIB, format_bytes, parse_bytes

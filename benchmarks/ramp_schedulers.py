@@ -15,12 +15,12 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from machine import describe_machine
 from multi_model.workloads import Request, Workload, ramp_together
-from record import command_line, write
-from virtual_engine import BLOCK_BYTES, NUM_PLANES, Elastic, hook
-from virtual_scheduler import Ask, Scheduler, Sizes, make_manager, play
-from virtual_time import begin, clock
+from parts.machine import describe_machine
+from parts.record import command_line, write
+from parts.virtual_engine import BLOCK_BYTES, NUM_PLANES, Elastic, hook
+from parts.virtual_scheduler import Ask, Scheduler, Sizes, make_manager, play
+from parts.virtual_time import begin, clock
 
 from kvcached_core.units import MIB
 

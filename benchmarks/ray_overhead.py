@@ -24,12 +24,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import gateway_house
 import uvloop
-from gateway_load import Connection, connect, post
-from machine import describe_machine
-from ordered import value_at
-from record import command_line, end_by_signals, write
+from parts import gateway_house
+from parts.gateway_load import Connection, connect, post
+from parts.machine import describe_machine
+from parts.ordered import value_at
+from parts.record import command_line, end_by_signals, write
 
 from kvcached_demo.harness.server import free_port
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lent_pages import NUM_BYTES, Lender
-from lent_reader import Reader
-from machine import describe_gpu
-from record import write
+from parts.lent_pages import NUM_BYTES, Lender
+from parts.lent_reader import Reader
+from parts.machine import describe_gpu
+from parts.record import write
 
 from kvcached_core.errors import BackendError
 

@@ -11,10 +11,10 @@ import argparse
 import time
 from typing import Any
 
-from record import Record, begin_record, command_line
-from vllm_servers import READY_SECONDS
+from parts.record import Record, begin_record, command_line
+from parts.vllm_servers import READY_SECONDS
+from parts.yielding import FIRST, SECOND, running, seconds_after_sleeps
 from weights_ranks import Ranks, seconds_lines
-from yielding import FIRST, SECOND, running, seconds_after_sleeps
 
 from kvcached_demo.harness.engines import VLLM
 

@@ -14,9 +14,9 @@ import statistics
 import time
 from typing import Any
 
-from record import begin_record, command_line
-from vllm_servers import READY_SECONDS
-from yielding import FIRST, Run, running
+from parts.record import begin_record, command_line
+from parts.vllm_servers import READY_SECONDS
+from parts.yielding import FIRST, Run, running
 
 from kvcached_demo.harness.engines import SGLANG, VLLM
 

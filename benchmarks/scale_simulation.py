@@ -16,8 +16,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
-from machine import describe_machine
-from record import command_line, write
+from parts.machine import describe_machine
+from parts.record import command_line, write
 from scale.clock import Clock
 from scale.cluster import Device, Model, Node
 from scale.inputs import (

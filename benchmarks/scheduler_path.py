@@ -19,9 +19,9 @@ from types import MethodType, SimpleNamespace
 from typing import Any
 
 import block_pool
-from intervals import median_and_interval
-from machine import describe_machine
-from record import write
+from parts.intervals import median_and_interval
+from parts.machine import describe_machine
+from parts.record import write
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("", "integrations/vllm", "patches")

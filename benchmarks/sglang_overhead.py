@@ -12,10 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from record import Record, begin_record, command_line
-from sglang_servers import SGLangSetting
+from parts.record import Record, begin_record, command_line
+from parts.sglang_servers import SGLangSetting
+from parts.vllm_servers import served
 from vllm_overhead import CONTROL, ELASTIC, VANILLA, play_start
-from vllm_servers import served
 
 from kvcached_core.units import GIB
 from kvcached_demo.harness.engines import SGLANG

@@ -22,8 +22,8 @@ from typing import Any
 
 import httpx
 from helpers.weights import make_weights
-from machine import describe_gpu
-from record import write
+from parts.machine import describe_gpu
+from parts.record import write
 
 from kvcached_core.units import GIB, MIB
 from kvcached_demo.harness.engines import SGLANG

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Self
 
-from record import Record, begin_record, command_line
+from parts.record import Record, begin_record, command_line
 
 from kvcached_core.memory.torch_device import release_cached_blocks
 from kvcached_core.memory.vmm.backend import Backend

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from machine import describe_machine
-from record import command_line, write
+from parts.machine import describe_machine
+from parts.record import command_line, write
 
 from kvcached_core.units import MIB
 from kvcached_demo.harness.model import make_model

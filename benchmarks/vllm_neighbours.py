@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_servers import (
+from parts.vllm_servers import (
     PREEMPTIONS,
     QUIET_SECONDS,
     READY_SECONDS,

@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from intervals import NUM_FOR_P99, Interval, apart, median_interval
-from record import Record
-from vllm_servers import (
+from parts.intervals import NUM_FOR_P99, Interval, apart, median_interval
+from parts.record import Record
+from parts.vllm_servers import (
     FIGURES,
     PREEMPTIONS,
     QUIET_SECONDS,

@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from record import Record
-from step_engine import LOADS, engine
-from step_kernels import print_kernels
-from vllm_servers import Setting, add_also, also_named, bench_run, parser
+from parts.record import Record
+from parts.step_engine import LOADS, engine
+from parts.step_kernels import print_kernels
+from parts.vllm_servers import Setting, add_also, also_named, bench_run, parser
 
 VANILLA, CONTROL = "vanilla", "control"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_gpu
-from record import command_line, write
+from parts.machine import describe_gpu
+from parts.record import command_line, write
 
 from kvcached_core.memory.arena import Arena
 from kvcached_core.memory.geometry import choose_geometry

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from record import begin_record, command_line
-from sleepers import NEIGHBOUR, PROMPT, SLEEPER, WAKE_SECONDS, Run
-from yielding_servers import TESTS
+from parts.record import begin_record, command_line
+from parts.sleepers import NEIGHBOUR, PROMPT, SLEEPER, WAKE_SECONDS, Run
+from parts.yielding_servers import TESTS
 
 from kvcached_core.units import GIB, format_bytes
 

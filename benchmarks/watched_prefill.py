@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from record import Record, begin_record, command_line
-from vllm_servers import SHORT_FOLDER, make_model, make_shape
+from parts.record import Record, begin_record, command_line
+from parts.vllm_servers import SHORT_FOLDER, make_model, make_shape
 
 from kvcached_core.units import parse_bytes
 from kvcached_core.weights import arriving, host_bytes, image

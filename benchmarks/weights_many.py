@@ -26,11 +26,11 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from gateway_serve import headroom_bytes
-from ordered import value_at
-from record import Record, begin_record, command_line
-from vllm_servers import READY_SECONDS
-from yielding import Run, running
+from parts.gateway_serve import headroom_bytes
+from parts.ordered import value_at
+from parts.record import Record, begin_record, command_line
+from parts.vllm_servers import READY_SECONDS
+from parts.yielding import Run, running
 
 from kvcached_core.units import MIB
 from kvcached_core.weights.moves import read_moves

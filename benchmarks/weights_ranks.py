@@ -13,11 +13,11 @@ import statistics
 import time
 from typing import Any
 
-from giving import wait_offered
-from link import gigabytes_per_second
-from record import Record, begin_record, command_line
-from vllm_servers import READY_SECONDS, WITHOUT_MULTICAST
-from yielding import FIRST, Run, running
+from parts.giving import wait_offered
+from parts.link import gigabytes_per_second
+from parts.record import Record, begin_record, command_line
+from parts.vllm_servers import READY_SECONDS, WITHOUT_MULTICAST
+from parts.yielding import FIRST, Run, running
 
 from kvcached_core import control
 from kvcached_core.ledger.view import InstanceView

@@ -18,12 +18,12 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
-from link import gigabytes_per_second
-from making_room import cache, give, turns
-from ordered import value_at
-from residue import context_bytes, parts, used_bytes, yielded
-from vllm_servers import READY_SECONDS
-from yielding import (
+from parts.link import gigabytes_per_second
+from parts.making_room import cache, give, turns
+from parts.ordered import value_at
+from parts.residue import context_bytes, parts, used_bytes, yielded
+from parts.vllm_servers import READY_SECONDS
+from parts.yielding import (
     FIRST,
     NUM_PROMPT_TOKENS,
     SECOND,

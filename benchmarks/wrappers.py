@@ -12,8 +12,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from machine import describe_machine
-from record import command_line, write
+from parts.machine import describe_machine
+from parts.record import command_line, write
 
 from kvcached_vllm import engine_hooks, transfer_hooks, worker_hooks
 from kvcached_vllm.port import VllmPort

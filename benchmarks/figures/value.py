@@ -17,7 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ordered import value_at
+from parts.ordered import value_at
 
 RESULTS = Path(__file__).parents[1] / "results"
 PATH_BAR, WORD_BAR = " > ", " | "

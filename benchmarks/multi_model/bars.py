@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from intervals import AT_LEAST, AT_MOST
 from multi_model.compared import FIGURES
 from multi_model.errors import ModeError
 from multi_model.modes import MODES
+from parts.intervals import AT_LEAST, AT_MOST
 
 FORM = re.compile(r"([^/]+)/(\w+?)(?:/([\w-]+))?(<=|>=)(\d+(?:\.\d+)?)")
 

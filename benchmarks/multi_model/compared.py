@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from intervals import NUM_FOR_P99, Interval, around, choices
 from multi_model.client import Record
 from multi_model.metrics import GOODPUT_SCALE, Level, is_within
 from numpy.typing import NDArray
+from parts.intervals import NUM_FOR_P99, Interval, around, choices
 
 WINDOW_SECONDS = 3.0
 # Fewer windows say nothing of what others would have said.

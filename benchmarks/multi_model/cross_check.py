@@ -12,8 +12,8 @@ from multi_model.fleet import Fleet
 from multi_model.metrics import spread, tpots, ttfts
 from multi_model.settings import Lengths
 from multi_model.workloads import Workload
+from parts.vllm_servers import bench_serve
 from tokenizers import Tokenizer
-from vllm_servers import bench_serve
 
 NUM_ROUNDS = 2
 

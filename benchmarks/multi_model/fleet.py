@@ -17,8 +17,8 @@ from multi_model.gpu import Gpu
 from multi_model.modes import OFFLOAD, SHARED, SLEEP_SWAP, UPSTREAM, Member, Site
 from multi_model.turns import TakingTurns
 from multi_model.upstream import launch_with
-from tier_counts import host_counts
-from vllm_servers import PREEMPTIONS, READY_SECONDS
+from parts.tier_counts import host_counts
+from parts.vllm_servers import PREEMPTIONS, READY_SECONDS
 
 from kvcached_core.errors import LedgerError
 from kvcached_demo.harness.engines import SGLANG

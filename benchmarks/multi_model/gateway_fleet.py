@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
-from gateway_serve import ENGINE_BYTES, Gateway
 from multi_model.client import Target
 from multi_model.fleet import Fleet
+from parts.gateway_serve import ENGINE_BYTES, Gateway
 
 from kvcached_core.errors import LedgerError
 from kvcached_demo.harness.engines import VLLM

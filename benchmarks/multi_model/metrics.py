@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from intervals import percentile
 from multi_model.client import Record
+from parts.intervals import percentile
 
 SCALES = tuple(range(1, 31))
 PERCENTILES = (50, 95, 99)

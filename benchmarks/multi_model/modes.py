@@ -8,7 +8,7 @@ from pathlib import Path
 
 from multi_model import upstream
 from multi_model.errors import ModeError
-from yielding_servers import with_tests
+from parts.yielding_servers import with_tests
 
 from kvcached_core.units import GIB, format_bytes
 from kvcached_demo.harness.engines import ENGINES, SGLANG, VLLM, Engine

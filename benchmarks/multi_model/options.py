@@ -10,7 +10,7 @@ from multi_model.model_files import shape_bytes
 from multi_model.modes import ALONE, ELASTIC, MODES, STATIC, Site
 from multi_model.settings import GPU, HOST, HOST_POOL_BYTES, LENGTHS, SHAPES, Lengths
 from multi_model.swapping import LIMIT
-from vllm_servers import kv_bytes_per_token
+from parts.vllm_servers import kv_bytes_per_token
 
 from kvcached_core.units import GIB
 from kvcached_demo.harness.engines import ENGINES, VLLM

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from intervals import NUM_FOR_P99
 from multi_model import metrics
 from multi_model.compared import FIGURES
 from multi_model.wording import number, ratio
+from parts.intervals import NUM_FOR_P99
 
 from kvcached_core.units import format_bytes
 

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from machine import describe_gpu, describe_machine
 from multi_model.bars import of_workload, read_bar
 from multi_model.client import Record, replay, write_records
 from multi_model.cross_check import cross_check
@@ -53,7 +52,8 @@ from multi_model.settings import (
 )
 from multi_model.swapping import LIMIT, SwappingFleet
 from multi_model.workloads import Workload
-from record import end_by_signals
+from parts.machine import describe_gpu, describe_machine
+from parts.record import end_by_signals
 from rich.progress import Progress
 
 from kvcached_demo.harness.engines import SGLANG, VLLM

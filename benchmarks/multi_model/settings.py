@@ -12,7 +12,7 @@ from multi_model.errors import ModeError
 from multi_model.modes import GPU_TOKENS
 from multi_model.traces import read_arena, read_azure
 from multi_model.workloads import Workload
-from record import write
+from parts.record import write
 
 from kvcached_core.units import MIB
 

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from intervals import NOT_TOLD_APART, Interval, against_bar, apart
 from multi_model import metrics, plots
 from multi_model.cards import num_cards, static_needs
 from multi_model.client import Record, read_records
@@ -17,6 +16,7 @@ from multi_model.compared import FIGURES, Figure, interval, ratio
 from multi_model.crowding import by_need
 from multi_model.fleet import Samples
 from multi_model.modes import ALONE, ELASTIC, GATEWAY, MODES, OURS, STATIC, again
+from parts.intervals import NOT_TOLD_APART, Interval, against_bar, apart
 
 # Below it two clients are taken to measure the same.
 CROSS_CHECK_GOAL = 0.03

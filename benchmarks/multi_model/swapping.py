@@ -10,7 +10,7 @@ from multi_model.client import OPENAI, Target
 from multi_model.client import SGLANG as SGLANG_DIALECT
 from multi_model.fleet import Fleet
 from multi_model.turns import FirstComeFirstServed
-from vllm_servers import READY_SECONDS
+from parts.vllm_servers import READY_SECONDS
 
 from kvcached_demo.harness.engines import SGLANG
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import busy_neighbours
-import mps
 import pytest
 from aiohttp import web
 from busy_neighbours import is_way, loads, slower, tokens_per_second
-from record import Record
+from parts import mps
+from parts.record import Record
 
 ROUND = {
     "a alone": [100.0],

@@ -4,8 +4,8 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from equal_asks import LEAST_IN, MOST_IN, NUM_OUT, NUM_SHARED, OUT_WHEN_BROKEN_OFF, asks
 from helpers.benchmark_scripts import recorded_by
+from parts.equal_asks import LEAST_IN, MOST_IN, NUM_OUT, NUM_SHARED, OUT_WHEN_BROKEN_OFF, asks
 
 
 def test_a_client_asks_the_same_each_time_and_another_one_something_else() -> None:

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from aiohttp import web
 from gateway_activation import AWAKE, BESIDE, GONE, TTFT, make_parser, table
-from gateway_client import Answer, send
-from gateway_schedule import Due
-from gateway_serve import Gateway, headroom_bytes
 from gateway_through import CONTROL, DIRECT, THROUGH, WAYS, in_turn, summarise
-from giving import PART, little_room
+from parts.gateway_client import Answer, send
+from parts.gateway_schedule import Due
+from parts.gateway_serve import Gateway, headroom_bytes
+from parts.giving import PART, little_room
 
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import ledger_directory
@@ -85,7 +85,7 @@ def a_gateway(engine: str, **more: Any) -> Gateway:
 def test_the_file_is_one_that_the_gateway_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, cards: int, *, is_tiny: bool
 ) -> None:
-    monkeypatch.setattr("gateway_serve.MEMORY", str(tmp_path))
+    monkeypatch.setattr("parts.gateway_serve.MEMORY", str(tmp_path))
     gateway = a_gateway(engine, cards=cards, tiny=is_tiny, shape="llama-70b", ranks=cards)
     file = tmp_path / "models.yaml"
     file.touch(mode=0o600)
@@ -100,7 +100,7 @@ def test_the_file_is_one_that_the_gateway_reads(
 def test_engines_are_asked_where_the_gateway_wrote_down_that_they_listen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway_serve.MEMORY", str(tmp_path))
+    monkeypatch.setattr("parts.gateway_serve.MEMORY", str(tmp_path))
     gateway = a_gateway("sglang", cards=1, tiny=True)
     address = Address("http://127.0.0.1:9", headers={"Authorization": "Bearer own"}, is_ours=True)
     identity = Identity(1, 2, "boot")

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 from aiohttp import web
-from gateway_client import Answer, send, send_first
 from gateway_gpu import LOOSE_TOKENS, STRICT_TOKENS
-from gateway_schedule import (
+from helpers.gateway_replay import Asked, replay
+from parts.gateway_client import Answer, send, send_first
+from parts.gateway_schedule import (
     ANSWER_SECONDS,
     LOOSE_SHARE,
     STRICT_SHARE,
@@ -22,8 +23,7 @@ from gateway_schedule import (
     rivals,
     start_seconds,
 )
-from gateway_serve import Gateway
-from helpers.gateway_replay import Asked, replay
+from parts.gateway_serve import Gateway
 
 from kvcached_core.units import GIB
 from kvcached_gateway.settings.config_file import read_settings

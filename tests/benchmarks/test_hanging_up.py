@@ -5,7 +5,7 @@ import json
 
 import httpx
 import pytest
-from hanging_up import ANSWERED, BROKEN_OFF, ask
+from parts.hanging_up import ANSWERED, BROKEN_OFF, ask
 
 
 def told(num_out: int, num_read: int, *, num_sent: int, status: int = 200) -> str:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway_serve import ENGINE_BYTES
 from multi_model import options as command_line
 from multi_model import run as running
 from multi_model.client import Record, read_records
@@ -15,6 +14,7 @@ from multi_model.replays import kept_if_cut_off
 from multi_model.run import Run, make_runs
 from multi_model.settings import Folder
 from multi_model.workloads import Workload
+from parts.gateway_serve import ENGINE_BYTES
 from rich.progress import Progress
 
 from kvcached_core.units import GIB
@@ -94,7 +94,7 @@ def test_the_gateway_is_told_the_memory_of_its_models_copies(
 ) -> None:
     from multi_model import gateway_fleet
 
-    monkeypatch.setattr("gateway_serve.MEMORY", str(tmp_path))
+    monkeypatch.setattr("parts.gateway_serve.MEMORY", str(tmp_path))
     run = made(tmp_path, *SHAPES, *SHORT, "--modes", "gateway")
     fleet: Any = gateway_fleet.GatewayFleet(
         "gateway", run.members("gateway"), run.site, run.models, tmp_path / "fleet"

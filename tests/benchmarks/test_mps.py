@@ -5,9 +5,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import mps
 import pytest
 from helpers.processes import is_running
+from parts import mps
 
 SCRIPT = f"""#!{sys.executable}
 import os, pathlib, subprocess, sys, time

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import offload_client
 import pytest
 from multi_model.client import OPENAI, Record
-from offload_client import AT_ONCE, bench, schedule
+from parts import offload_client
+from parts.offload_client import AT_ONCE, bench, schedule
 
 
 def test_all_come_at_once_or_at_random_moments_that_a_seed_gives_again() -> None:

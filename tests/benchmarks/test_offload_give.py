@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from offload_servers import give_back
+from parts.offload_servers import give_back
 
 from kvcached_core.config import HOST, read_config
 from kvcached_core.engine.instance import Instance

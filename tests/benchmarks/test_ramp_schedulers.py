@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from helpers.benchmark_scripts import recorded_by
 from multi_model.workloads import Request
+from parts.virtual_time import clock
 from ramp_schedulers import SCALES, Arrivals
-from virtual_time import clock
 
 
 def test_a_request_comes_when_it_is_due_and_is_measured_from_then_on() -> None:

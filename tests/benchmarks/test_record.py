@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.benchmark_scripts import BENCHMARKS
-from record import Record, command_line, shown
+from parts.record import Record, command_line, shown
 
 
 def test_a_record_has_all_that_was_added_in_a_folder_that_it_makes(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_a_rehearsal_is_offered_where_there_is_one(tmp_path: Path) -> None:
 
 ENDED = """
 import os, signal
-from record import begin_record, command_line
+from parts.record import begin_record, command_line
 record = begin_record(command_line(None, can_rehearse=True).parse_args())
 try:
     os.kill(os.getpid(), signal.SIGTERM)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from helpers.residue import annexes, by_pool, largest, pinned, write
 from helpers.waiting import await_that
-from residue import handles_signal, parts
-from yielding_servers import ON_SIGNAL, with_tests
+from parts.residue import handles_signal, parts
+from parts.yielding_servers import ON_SIGNAL, with_tests
 
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import MIB

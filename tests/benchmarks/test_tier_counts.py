@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tier_counts import host_counts
+from parts.tier_counts import host_counts
 
 from kvcached_core.config import read_config
 from kvcached_core.units import MIB

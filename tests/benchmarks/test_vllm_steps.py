@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
-import stopwatch
-from step_kernels import idle_times, longer
+from parts import stopwatch
+from parts.step_kernels import idle_times, longer
 from vllm_steps import switches_of
 
 pytestmark = pytest.mark.vllm

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_servers import SHORT_FOLDER
+from parts.vllm_servers import SHORT_FOLDER
 
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
@@ -15,11 +15,11 @@ from kvcached_demo.harness.engines import VLLM, Engine
 from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
 from kvcached_demo.harness.servers import Servers
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from helpers.shapes import make_shape
 from helpers.weights import make_weights
 
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = Path(__file__).parents[2] / "tests"
 MEMORY = "/dev/shm"  # noqa: S108  a folder of a name of its own is made there
 POOL_BYTES, TINY_KV_BYTES = 160 * MIB, 64 * MIB  # of a rehearsal
 EXTENSION = ("--worker-extension-cls", "helpers.watched.Watched")

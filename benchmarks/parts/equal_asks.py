@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator
 
-from virtual_scheduler import Ask
+from parts.virtual_scheduler import Ask
 
 SIDES = ("left", "right")
 LEAST_IN, MOST_IN, NUM_OUT, OUT_WHEN_BROKEN_OFF = 50, 1900, 24, 4

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import aiohttp
-from gateway_schedule import Due
+from parts.gateway_schedule import Due
 
 from kvcached_gateway.lease import Address
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from step_kernels import profile
-from stopwatch import Stopwatch
+from parts.step_kernels import profile
+from parts.stopwatch import Stopwatch
 
 from kvcached_core.units import GIB, MIB
 from kvcached_vllm.worker import inner_worker

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from yielding import Run
+from parts.yielding import Run
 
 from kvcached_demo.harness.engines import VLLM
 

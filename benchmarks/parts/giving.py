@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from neighbour import Neighbour
+from parts.neighbour import Neighbour
 
 from kvcached_core import control
 from kvcached_core.control import Outcome

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from virtual_time import clock
+from parts.virtual_time import clock
 
 BLOCK_TOKENS = 32
 IDLE_SECONDS = 0.005  # until a scheduler looks again that could do nothing

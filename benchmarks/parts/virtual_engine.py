@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from virtual_scheduler import Scheduler, make_manager
+from parts.virtual_scheduler import Scheduler, make_manager
 
 from kvcached_core.config import HOST, read_config
 from kvcached_core.memory.devices import Device
@@ -14,7 +14,7 @@ from kvcached_core.memory.rank import RankMemory
 from kvcached_core.memory.vmm.host import HostBackend
 from kvcached_core.units import MIB
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from helpers.configurations import configuration
 from helpers.no_pace import HeardBell, let_no_pace_count
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import httpx
 import yaml
-from giving import are_offered
 from multi_model.model_files import make_folder, shape_bytes
-from vllm_servers import WITHOUT_MULTICAST
-from yielding_servers import MEMORY, with_tests
+from parts.giving import are_offered
+from parts.vllm_servers import WITHOUT_MULTICAST
+from parts.yielding_servers import MEMORY, with_tests
 
 from kvcached_core import control
 from kvcached_core.ledger.view import InstanceView
@@ -31,7 +31,7 @@ from kvcached_gateway.engines.sessions import kill_session, orphans
 from kvcached_gateway.engines.state_file import EngineRecord
 from kvcached_gateway.lease import Address
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from helpers.gateway_life import sglang_args
 from helpers.weights import make_weights
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from neighbour import Neighbour
-from vllm_servers import kv_bytes_per_token
-from yielding import FIRST, SECOND, Run
+from parts.neighbour import Neighbour
+from parts.vllm_servers import kv_bytes_per_token
+from parts.yielding import FIRST, SECOND, Run
 
 from kvcached_core.units import GIB, MIB
 from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN

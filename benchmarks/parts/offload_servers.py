@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from multi_model.client import OPENAI, Dialect
-from offload_client import AT_ONCE, bench, schedule
-from record import Record
+from parts.offload_client import AT_ONCE, bench, schedule
+from parts.record import Record
+from parts.vllm_servers import READY_SECONDS, WITHOUT_MULTICAST, Setting
 from vllm_overhead import is_elastic
-from vllm_servers import READY_SECONDS, WITHOUT_MULTICAST, Setting
 
 from kvcached_core import control
 from kvcached_core.ledger import bell
@@ -24,7 +24,7 @@ from kvcached_demo.harness.engines import VLLM
 from kvcached_demo.harness.server import EngineServer
 from kvcached_demo.harness.servers import Servers
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from helpers.offload_plugin import TIERS_SPEC, add_plugin, transfer
 
 PLAIN, DISK = "plain", "disk"  # elastic: without a tier, and with one on disk below the host's

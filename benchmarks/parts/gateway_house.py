@@ -17,10 +17,10 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
-import gateway_standin
 import psutil
 import uvloop
 from aiohttp import web
+from parts import gateway_standin
 
 from kvcached_demo.harness.server import free_port
 from kvcached_gateway.admin.metrics import Metrics

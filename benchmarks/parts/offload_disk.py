@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from offload_servers import DISK, SETTLED_SECONDS, Bench, give_back
+from parts.offload_servers import DISK, SETTLED_SECONDS, Bench, give_back
 
 from kvcached_core.cli.disk_tiers import read_speed
 from kvcached_core.units import MIB

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from machine import describe_gpu, describe_machine
-from record import command_line
+from parts.machine import describe_gpu, describe_machine
+from parts.record import command_line
 
 from kvcached_demo.harness.engines import VLLM
 from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
@@ -65,7 +65,7 @@ def _make_tiny(folder: Path) -> Path:
 def _make_8b(folder: Path) -> Path:
     import sys
 
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
     from helpers.shapes import make_shape
 
     made: Path = make_shape(folder, "llama-8b")

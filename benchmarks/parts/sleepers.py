@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
-from giving import wait_offered
-from record import Record
-from vllm_servers import SHORT_FOLDER, kv_bytes_per_token, make_shape
-from yielding_servers import with_tests
+from parts.giving import wait_offered
+from parts.record import Record
+from parts.vllm_servers import SHORT_FOLDER, kv_bytes_per_token, make_shape
+from parts.yielding_servers import with_tests
 
 from kvcached_core.ledger.view import DeviceView, InstanceView
 from kvcached_core.units import GIB, MIB

@@ -9,8 +9,8 @@ import time
 from typing import Any
 
 import torch
-from lent_pages import BATCH_PAGES, MESSAGE_BYTES, NUM_BYTES, Clock, Pages
-from link import gigabytes_per_second
+from parts.lent_pages import BATCH_PAGES, MESSAGE_BYTES, NUM_BYTES, Clock, Pages
+from parts.link import gigabytes_per_second
 
 from kvcached_core.memory.vmm.cuda import CudaBackend
 from kvcached_core.units import MIB

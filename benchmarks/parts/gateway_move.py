@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gateway_client import Answer
-from gateway_schedule import Due
+from parts.gateway_client import Answer
+from parts.gateway_schedule import Due
 
 from kvcached_gateway.admin.client import Client
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ordered import value_at
+from parts.ordered import value_at
 
 
 def table(results: dict[str, Any]) -> str:

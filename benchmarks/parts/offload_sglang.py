@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from multi_model.client import SGLANG as SGLANG_DIALECT
-from offload_servers import PATIENCE_SECONDS, Kind, Sizes
-from record import Record, begin_record
-from sglang_servers import GPU_OPTIONS, SGLangSetting
-from tier_counts import host_counts
-from vllm_servers import kv_bytes_per_token, served
+from parts.offload_servers import PATIENCE_SECONDS, Kind, Sizes
+from parts.record import Record, begin_record
+from parts.sglang_servers import GPU_OPTIONS, SGLangSetting
+from parts.tier_counts import host_counts
+from parts.vllm_servers import kv_bytes_per_token, served
 
 from kvcached_core.weights.host_tier import HOST, TierCounts
 from kvcached_demo.harness.engines import SGLANG

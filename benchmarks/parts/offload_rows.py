@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from offload_disk import disk
-from offload_servers import DISK, PLAIN, Bench, give_back, lose_cache
+from parts.offload_disk import disk
+from parts.offload_servers import DISK, PLAIN, Bench, give_back, lose_cache
+from parts.vllm_servers import QUIET_SECONDS
 from vllm_overhead import CONTROL, ELASTIC, VANILLA, print_summary, summary
-from vllm_servers import QUIET_SECONDS
 
 from kvcached_core.units import GIB, MIB
 from kvcached_demo.harness.server import EngineServer

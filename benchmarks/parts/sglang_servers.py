@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from vllm_servers import FIGURES, kv_bytes_per_token, make_shape
+from parts.vllm_servers import FIGURES, kv_bytes_per_token, make_shape
 
 from kvcached_core.units import MIB
 from kvcached_demo.harness.engines import SGLANG

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from giving import SLEEP_SECONDS, fall_asleep, wait_offered
-from neighbour import Neighbour
-from record import Record, begin_record, command_line
-from vllm_servers import READY_SECONDS
-from yielding_servers import YieldingServers
+from parts.giving import SLEEP_SECONDS, fall_asleep, wait_offered
+from parts.neighbour import Neighbour
+from parts.record import Record, begin_record, command_line
+from parts.vllm_servers import READY_SECONDS
+from parts.yielding_servers import YieldingServers
 
 from kvcached_core.units import MIB
 from kvcached_demo.harness.engines import ENGINES, SGLANG, VLLM

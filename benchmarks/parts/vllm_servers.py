@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from record import Record, begin_record, command_line
+from parts.record import Record, begin_record, command_line
 
 from kvcached_core.units import GIB, MIB
 from kvcached_demo.harness.engines import VLLM
@@ -23,7 +23,7 @@ from kvcached_demo.harness.model import KV_BYTES_PER_TOKEN, make_model
 from kvcached_demo.harness.server import EngineServer
 from kvcached_demo.harness.servers import Servers
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from helpers.shapes import kv_bytes_per_token, make_shape
 
 FIGURES = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from machine import describe_gpu, describe_machine
+from parts.machine import describe_gpu, describe_machine
 
 
 @dataclass
