@@ -471,13 +471,12 @@ def test_an_engine_whose_weights_stay_is_always_active() -> None:
 
 def test_an_engine_yields_weights_only_if_all_its_ranks_do() -> None:
     made: Any = Engine()
-    made.merge = lambda _: None
+    made.merge, made.close = lambda _: None, lambda: None
     engine = ElasticEngine(made, made)
     assert not engine.yield_weights(read_config({}))
     made.merge = lambda status: status
     assert engine.yield_weights(read_config({}))
     assert engine.giving.weights is engine.activation
-    made.close = lambda: None
     engine.close()
 
 

@@ -36,7 +36,14 @@ def settings(**changes: Any) -> Any:
     return SimpleNamespace(**values)
 
 
-CONFIG = SimpleNamespace(model_config=SimpleNamespace(model="m"))  # of a worker
+class Worker:
+    """What the hooks look at of vLLM's worker."""
+
+    rank = 0
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="m"))
+
+    def __init__(self, device: Any) -> None:
+        self.device = SimpleNamespace(type=device) if isinstance(device, str) else device
 
 
 def offload(*, gib: float = 0, group_size: int = 0) -> Any:
@@ -161,7 +168,7 @@ def test_on_a_cpu_kernels_that_hide_weights_are_off_while_they_load(
     monkeypatch.setattr(utils, "check_cpu_sgl_kernel", lambda *_: True)
     taken: list[Any] = []
     monkeypatch.setattr(elastic_weights, "_take_over", lambda *args: taken.append(args[:2]))
-    worker = SimpleNamespace(device=SimpleNamespace(type="cpu"), vllm_config=CONFIG)
+    worker = Worker("cpu")
     with loading(worker):
         assert not _custom_ops._supports_onednn
         assert not utils.check_cpu_sgl_kernel(16, 32, None)
@@ -172,15 +179,12 @@ def test_on_a_cpu_kernels_that_hide_weights_are_off_while_they_load(
 def test_on_a_gpu_weights_pass_vllms_allocator_for_sleep_and_nothing_else_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Worker:
-        device = SimpleNamespace(type="cuda")
-        vllm_config = CONFIG
-
+    class Allocating(Worker):
         def _maybe_get_memory_pool_context(self, tag: str) -> Any:
             return tag
 
     monkeypatch.setattr(elastic_weights, "_take_over", lambda *_: None)
-    worker = Worker()
+    worker = Allocating("cuda")
     with loading(worker):
         assert isinstance(worker._maybe_get_memory_pool_context(tag="weights"), nullcontext)
     assert worker._maybe_get_memory_pool_context(tag="kv_cache") == "kv_cache"
@@ -188,10 +192,10 @@ def test_on_a_gpu_weights_pass_vllms_allocator_for_sleep_and_nothing_else_does(
 
 def test_a_load_that_fails_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elastic_weights, "_take_over", pytest.fail)
-    worker = SimpleNamespace(device=SimpleNamespace(type="cuda"), vllm_config=CONFIG)
+    worker = Worker("cuda")
     with pytest.raises(MemoryError), loading(worker):
         raise MemoryError
-    assert vars(worker).keys() == {"device", "vllm_config"}
+    assert vars(worker).keys() == {"device"}
 
 
 def test_a_load_that_fails_keeps_no_copy_no_buffers_and_no_pool_of_graphs(
@@ -201,7 +205,7 @@ def test_a_load_that_fails_keeps_no_copy_no_buffers_and_no_pool_of_graphs(
     monkeypatch.setattr(own_annex, "make_annex", lambda *_: annex)
     monkeypatch.setattr(restart, "make_restart", lambda *_: kept)
     monkeypatch.setattr(elastic_weights, "_take_over", pytest.fail)
-    worker = SimpleNamespace(device=SimpleNamespace(type="cuda"), vllm_config=CONFIG)
+    worker = Worker("cuda")
     pools = []
 
     def fail() -> None:
@@ -234,7 +238,7 @@ def test_a_load_that_fails_announces_nothing_any_more(
             announced.extend(view.static_bytes for view in ledger.view().instances)
             raise MemoryError("no weights")
 
-        worker = SimpleNamespace(device=torch.device("cpu"), vllm_config=CONFIG)
+        worker = Worker(torch.device("cpu"))
         with pytest.raises(MemoryError, match="no weights"):
             worker_load_model(fail)(worker)
         assert announced == [MIB]
@@ -249,7 +253,7 @@ def test_on_a_host_room_is_made_for_weights_that_yield_alone(
     def arrive(_device: Any, _model: Any, static_bytes: int, *, may_yield: bool) -> Any:
         assert may_yield
         announced.append(static_bytes)
-        return SimpleNamespace(shrink=announced.append)
+        return SimpleNamespace(shrink=announced.append, close=lambda: None)
 
     monkeypatch.setattr(worker_hooks, "can_serve", lambda _config: True)
     monkeypatch.setattr(worker_hooks, "device_of", lambda _worker: None)
@@ -259,6 +263,6 @@ def test_on_a_host_room_is_made_for_weights_that_yield_alone(
     monkeypatch.setattr(worker_hooks, "startup", SimpleNamespace(arrive=arrive))
     for is_yielding, expected in ((False, []), (True, [500, 512])):
         monkeypatch.setattr(worker_hooks, "yields_weights", lambda _config, it=is_yielding: it)
-        worker = SimpleNamespace(device=SimpleNamespace(type="cpu"), vllm_config=CONFIG)
+        worker = Worker("cpu")
         worker_load_model(lambda _self: None)(worker)
         assert announced == expected
