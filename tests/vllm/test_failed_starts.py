@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from helpers.engines import Offline, report_of, yielding
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.older_release]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 PLACES = [
     "vllm.v1.executor.abstract.Executor.determine_available_memory",  # weights are loaded
