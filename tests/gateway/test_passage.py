@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from typing import Any
 
 import aiohttp
 import pytest
@@ -50,15 +51,22 @@ async def test_an_answer_that_may_not_begin_is_asked_for_again_before_a_byte_of_
         assert endings == [Ending.DIED_BEFORE] * num_closed + [Ending.DONE] * (2 - num_closed)
 
 
+async def answered_by_deadline(leases: GivenLeases, deadline_ms: int) -> tuple[int, Any]:
+    """Return the status and the answer of a request whose client waits no longer than this."""
+    headers = {"X-Kvcached-Deadline-Ms": str(deadline_ms)}
+    async with (
+        front_served(leases) as house,
+        aiohttp.ClientSession() as session,
+        session.post(house.url + PATH, json={"model": "tiny"}, headers=headers) as answer,
+    ):
+        return answer.status, await answer.json()
+
+
 @on_a_loop
 async def test_a_request_that_is_asked_for_again_has_what_is_left_of_its_deadline() -> None:
     async with front_served(RefusingLeases()) as engine:
         leases = Closing(Address(engine.url), 1)
-        async with front_served(leases) as house, aiohttp.ClientSession() as session:
-            headers = {"X-Kvcached-Deadline-Ms": "600000"}
-            body = {"model": "tiny"}
-            async with session.post(house.url + PATH, json=body, headers=headers) as answer:
-                await answer.read()
+        await answered_by_deadline(leases, 600_000)
     first, second = (ask.deadline_seconds for ask in leases.asks)
     assert first is not None
     assert second is not None
@@ -77,12 +85,8 @@ class Late(Closing):
 async def test_nothing_is_asked_for_again_behind_the_deadline() -> None:
     async with front_served(RefusingLeases()) as engine:
         leases = Late(Address(engine.url), 2)
-        async with front_served(leases) as house, aiohttp.ClientSession() as session:
-            headers = {"X-Kvcached-Deadline-Ms": "20"}
-            body = {"model": "tiny"}
-            async with session.post(house.url + PATH, json=body, headers=headers) as answer:
-                said = await answer.json()
-    assert (answer.status, said["error"]["code"]) == (504, "deadline")
+        status, said = await answered_by_deadline(leases, 20)
+    assert (status, said["error"]["code"]) == (504, "deadline")
     assert len(leases.asks) < 2
 
 

@@ -377,23 +377,29 @@ def test_the_socket_goes_with_the_rank_and_no_child_keeps_it(make: Make) -> None
     assert not path.exists()
 
 
-def test_memory_that_ends_in_the_middle_leaves_the_pages_that_came(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rank_row, "PATIENCE_SECONDS", 0.02)
+def make_limited(make: Make) -> tuple[ReplicaRank, LimitedBackend]:
+    """Return a rank on a device of which a test says how much memory it has; at first enough."""
     limits: list[LimitedBackend] = []
 
     def limited(inner: Any) -> LimitedBackend:
         limits.append(LimitedBackend(inner, NUM_PAGES * PAGE))
         return limits[-1]
 
-    ours, _ = make("ours", layer=limited), make("theirs")
+    return make("ours", layer=limited), limits[0]
+
+
+def test_memory_that_ends_in_the_middle_leaves_the_pages_that_came(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_row, "PATIENCE_SECONDS", 0.02)
+    ours, limit = make_limited(make)
+    make("theirs")
     ours.weights.hold(0)
     ours.done.clear()
-    limits[0].limit_bytes = 10 * PAGE
+    limit.limit_bytes = 10 * PAGE
     assert ours.weights.hold(NUM_PAGES).num_resident_pages == 10
     ours.check(10)
-    limits[0].limit_bytes = NUM_PAGES * PAGE
+    limit.limit_bytes = NUM_PAGES * PAGE
     ours.weights.hold(NUM_PAGES)
     ours.check(NUM_PAGES)
     assert ours.num_from_host == 0
@@ -404,23 +410,18 @@ def test_wrong_pages_go_where_the_right_ones_cannot_come(
     make: Make, monkeypatch: pytest.MonkeyPatch, *, is_copy_lost: bool
 ) -> None:
     monkeypatch.setattr(rank_row, "PATIENCE_SECONDS", 0.02)
-    limits: list[LimitedBackend] = []
-
-    def limited(inner: Any) -> LimitedBackend:
-        limits.append(LimitedBackend(inner, NUM_PAGES * PAGE))
-        return limits[-1]
-
-    ours, theirs = make("ours", layer=limited), make("theirs")
+    ours, limit = make_limited(make)
+    theirs = make("theirs")
     ours.weights.hold(0)
     theirs.change(5 * WORDS, -1)
     with pytest.MonkeyPatch.context() as patch:
         if is_copy_lost:
             patch.setattr(ours.weights._moving_out, "back", lambda: None)
         else:
-            limits[0].limit_bytes = 10 * PAGE
+            limit.limit_bytes = 10 * PAGE
         assert ours.weights.hold(NUM_PAGES).num_resident_pages == 5
         ours.check(5)
-    limits[0].limit_bytes = NUM_PAGES * PAGE
+    limit.limit_bytes = NUM_PAGES * PAGE
     ours.weights.hold(NUM_PAGES)
     ours.check(NUM_PAGES)
 
