@@ -9,7 +9,14 @@ from contextlib import ExitStack, suppress
 
 import pytest
 from aiohttp import web
-from helpers.gateway_front import GivenLeases, House, RefusingLeases, make_settings, say
+from helpers.gateway_front import (
+    GivenLeases,
+    House,
+    RefusingLeases,
+    engine_served,
+    make_settings,
+    say,
+)
 from helpers.loops import on_a_loop
 from helpers.waiting import PATIENCE_SECONDS
 
@@ -108,23 +115,18 @@ async def test_a_client_that_takes_nothing_of_its_answer_is_let_go(
 ) -> None:
     monkeypatch.setattr(door, "SILENT_SECONDS", 1)
     monkeypatch.setattr(silence, "NUM_PROBES", 1)
-    engine = web.Application()
-    engine.router.add_post("/v1/completions", talk_without_end)
-    engine_runner = web.AppRunner(engine)
-    await engine_runner.setup()
-    await web.TCPSite(engine_runner, "127.0.0.1", 0).start()
-    leases = GivenLeases(Address(f"http://127.0.0.1:{engine_runner.addresses[0][1]}"))
-    house = House(leases, make_settings(), None)
-    runner = build_runner(build_app(house.front()))
-    await runner.setup()
-    await Door(runner, house.front(), "127.0.0.1", 0).start()
-    body = json.dumps({"model": "tiny"}).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
-    with socket.create_connection(runner.addresses[0]) as client:
-        client.sendall(head + body)
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            await house.written.cancelled_one.wait()
-    assert house.written.told == [("cancelled", "stream")]
-    assert leases.leases[0].endings == [(Ending.CANCELLED, 0)]
-    await runner.cleanup()
-    await engine_runner.cleanup()
+    async with engine_served(talk_without_end) as url:
+        leases = GivenLeases(Address(url))
+        house = House(leases, make_settings(), None)
+        runner = build_runner(build_app(house.front()))
+        await runner.setup()
+        await Door(runner, house.front(), "127.0.0.1", 0).start()
+        body = json.dumps({"model": "tiny"}).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        with socket.create_connection(runner.addresses[0]) as client:
+            client.sendall(head + body)
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await house.written.cancelled_one.wait()
+        assert house.written.told == [("cancelled", "stream")]
+        assert leases.leases[0].endings == [(Ending.CANCELLED, 0)]
+        await runner.cleanup()

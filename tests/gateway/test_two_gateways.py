@@ -10,6 +10,7 @@ from aiohttp import web
 from helpers.gateway_front import (
     GivenLeases,
     RefusingLeases,
+    engine_served,
     front_served,
     read_torn,
 )
@@ -130,15 +131,8 @@ async def test_an_engine_cannot_say_how_a_request_fared() -> None:
     async def claim(_request: web.Request) -> web.StreamResponse:
         return web.Response(headers={"X-Kvcached-Queue-Ms": "9"})
 
-    app = web.Application()
-    app.router.add_post("/v1/completions", claim)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    leases = GivenLeases(Address(f"http://127.0.0.1:{runner.addresses[0][1]}"))
-    async with asked(leases) as found:
+    async with engine_served(claim) as url, asked(GivenLeases(Address(url))) as found:
         assert found.headers["X-Kvcached-Queue-Ms"] == "0"
-    await runner.cleanup()
 
 
 def test_a_connection_to_another_machine_ends_soon_after_that_fell_silent() -> None:

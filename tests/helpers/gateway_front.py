@@ -1,7 +1,7 @@
 """The gateway's HTTP front on a real server, without engines: who leases is told what to do."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,6 +207,22 @@ async def front_served(
     house.port = runner.addresses[0][1]
     try:
         yield house
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
+async def engine_served(
+    complete: Callable[[web.Request], Awaitable[web.StreamResponse]],
+) -> AsyncIterator[str]:
+    """Serve completions as an engine that does this with each; yield its address."""
+    app = web.Application()
+    app.router.add_post("/v1/completions", complete)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
 
