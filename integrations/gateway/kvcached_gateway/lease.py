@@ -51,6 +51,11 @@ class Ask:
     key: str | None = None
     is_again: bool = False
 
+    def patience(self, most_seconds: float) -> tuple[float, bool]:
+        """Return how long it waits, where none waits longer than this, and if that is its own."""
+        own = self.deadline_seconds
+        return (own, True) if own is not None and own <= most_seconds else (most_seconds, False)
+
     def later(self, seconds: float) -> "Ask":
         """Return it as it is so many seconds later: its client waits less from then on."""
         if self.deadline_seconds is None:

@@ -73,10 +73,9 @@ class NodeLeases:
         model = self._settings().models[named.adapter_of or named.id]
         clock = asyncio.get_running_loop().time
         began = clock()
-        most, own = model.max_wait_seconds, ask.deadline_seconds
-        is_own = own is not None and own <= most
+        seconds, is_own = ask.patience(model.max_wait_seconds)
         try:
-            async with asyncio.timeout(own if is_own else most):
+            async with asyncio.timeout(seconds):
                 while (node := await self._node(model)) is None:
                     await self._wait()
         except TimeoutError:
@@ -85,7 +84,7 @@ class NodeLeases:
             raise RefusedError(
                 503,
                 "no_node",
-                f"no node of the cluster took model {named.id!r} within {most:g} s",
+                f"no node of the cluster took model {named.id!r} within {seconds:g} s",
                 retry_after_seconds=RETRY_AFTER_SECONDS,
             ) from None
         waited_seconds = clock() - began

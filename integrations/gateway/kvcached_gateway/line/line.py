@@ -187,9 +187,7 @@ class Line:
 
     def _timer(self, queue: Queue, ticket: Ticket) -> asyncio.TimerHandle:
         """End a ticket's wait when the first of its two limits is reached."""
-        own = ticket.ask.deadline_seconds
-        is_own = own is not None and own <= ticket.max_wait_seconds
-        seconds = own if own is not None and is_own else ticket.max_wait_seconds
+        seconds, is_own = ticket.ask.patience(ticket.max_wait_seconds)
 
         def end() -> None:
             too_late = past_deadline(ticket.model_id) if is_own else self._too_long(ticket, queue)
