@@ -10,6 +10,8 @@ class TakingTurns:
 
     A model that is awake keeps its turn while it has requests, until another one's has waited for
     `patience_seconds`; then no more of its own are let in, and it sleeps when the last has ended.
+    The model whose request has waited longest is woken, and all of its requests that have come by
+    then are let in, however long others wait.
 
     Args:
         fall_asleep: Puts a model to sleep.
@@ -33,6 +35,7 @@ class TakingTurns:
         self._num_inside = 0
         self._waiting: list[tuple[float, int]] = []
         self._is_turning = False
+        self._turned_at = 0.0
         self._changed = asyncio.Condition()
         self.num_turns = 0
 
@@ -41,7 +44,7 @@ class TakingTurns:
         ticket = (time.perf_counter(), model)
         async with self._changed:
             self._waiting.append(ticket)
-            while not self._may_enter(model):
+            while not self._may_enter(*ticket):
                 if self._may_turn():
                     await self._turn()
                 else:
@@ -55,18 +58,22 @@ class TakingTurns:
         self._num_inside -= 1
         asyncio.get_running_loop().create_task(self._tell())
 
-    def _may_enter(self, model: int) -> bool:
+    def _may_enter(self, since: float, model: int) -> bool:
         if self._is_turning or model != self._awake:
             return False
-        others = [since for since, waiting in self._waiting if waiting != model]
+        if since <= self._turned_at:
+            return True
+        others = [begin for begin, waiting in self._waiting if waiting != model]
         is_out_of_patience = (
             bool(others) and time.perf_counter() - min(others) > self._patience_seconds
         )
         return not is_out_of_patience
 
     def _may_turn(self) -> bool:
+        if self._num_inside or self._is_turning:
+            return False
         others = any(waiting != self._awake for _, waiting in self._waiting)
-        return others and not self._num_inside and not self._is_turning
+        return others and not any(self._may_enter(*ticket) for ticket in self._waiting)
 
     async def _turn(self) -> None:
         self._is_turning = True
@@ -80,6 +87,7 @@ class TakingTurns:
             await self._changed.acquire()
             self._is_turning = False
         self._awake = chosen
+        self._turned_at = time.perf_counter()
         self.num_turns += 1
         self._changed.notify_all()
 

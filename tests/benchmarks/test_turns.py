@@ -1,9 +1,11 @@
-"""First come, first served swapping: who is let in, who waits, who is turned away."""
+"""Gates at which models take turns: who is let in, who waits, who is turned away."""
 
 import asyncio
+import itertools
 import stat
 from collections.abc import Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from helpers.shapes import SHAPES
 from helpers.waiting import PATIENCE_SECONDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from multi_model import upstream
+from multi_model import turns, upstream
 from multi_model.errors import ModeError
 from multi_model.model_files import make_folder, shape_bytes
 from multi_model.turns import FirstComeFirstServed, TurnedAwayError
@@ -208,3 +210,35 @@ def test_the_sizes_of_shapes_are_those_of_the_real_models(tmp_path: Path) -> Non
     folder = make_folder(tmp_path / "model", "llama-1b")
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert size == pytest.approx(2_471_628_800, abs=5)
+
+
+def test_a_model_that_is_woken_serves_who_waited_although_all_others_are_out_of_patience(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = itertools.count()
+    monkeypatch.setattr(turns, "time", SimpleNamespace(perf_counter=lambda: next(looks)))
+    awake = [0]
+
+    async def fall_asleep(model: int) -> None:
+        assert model == awake[-1]
+        await settle()  # the others come meanwhile
+
+    async def wake_up(model: int) -> None:
+        awake.append(model)
+        assert len(awake) < 10
+
+    async def test() -> None:
+        gate = turns.TakingTurns(fall_asleep, wake_up, patience_seconds=0.5)
+        served: list[int] = []
+
+        async def ask(model: int) -> None:
+            await gate.enter(model)
+            served.append(model)
+            await settle()
+            gate.leave(model)
+
+        await asyncio.gather(*(ask(model) for model in (1, 2, 3, 1, 2, 3, 4)))
+        assert served == [1, 1, 2, 2, 3, 3, 4]
+
+    run(test())
+    assert awake == [0, 1, 2, 3, 4]
