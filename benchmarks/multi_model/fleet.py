@@ -82,6 +82,7 @@ class Fleet:
         self._running = Servers(folder)
         self._stack = contextlib.ExitStack()
         self._ballast: Ballast | None = None
+        self._awake: int | None = None
 
     def __enter__(self) -> Self:
         """Start all and wait until they answer; stop those that were started if one does not."""
@@ -141,13 +142,16 @@ class Fleet:
         if self.mode != SLEEP_SWAP:
             return None
 
+        if self._awake is None:  # the turn before was cut off
+            self.wake_up(0)
+
         async def fall_asleep(model: int) -> None:
             await asyncio.to_thread(self.sleep, model)
 
         async def wake_up(model: int) -> None:
             await asyncio.to_thread(self.wake_up, model)
 
-        return TakingTurns(fall_asleep, wake_up)
+        return TakingTurns(fall_asleep, wake_up, awake=self._awake or 0)
 
     def activations(self) -> int | None:
         """Return how often weights came back so far, or None where they never go."""
@@ -179,11 +183,13 @@ class Fleet:
 
     def sleep(self, model: int) -> None:
         """Put a vLLM server to sleep: its weights go to the host, its KV cache is gone."""
+        self._awake = None
         self._post(model, "/sleep?level=1")
 
     def wake_up(self, model: int) -> None:
         """Wake it up."""
         self._post(model, "/wake_up")
+        self._awake = model
 
     def num_preemptions(self) -> list[int | None]:
         """Return how often each vLLM server has preempted a request so far."""

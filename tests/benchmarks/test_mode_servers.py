@@ -1,5 +1,6 @@
 """The servers of a mode, in the order in which they are started; no process runs."""
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -107,6 +108,27 @@ def test_models_that_fit_start_together_and_all_of_them_sleep_before_the_next(
     assert said[:3] == ["m0 starts", "m1 starts", "m0 m1 ready"]
     assert said[3:6] == ["m0/sleep?level=1", "m1/sleep?level=1", "m2 starts"]
     assert said[-2:] == ["m0/wake_up", "all end"]
+
+
+@pytest.mark.parametrize("is_cut_off", [False, True])
+def test_the_next_schedule_begins_with_the_model_that_is_awake(
+    tmp_path: Path, *, is_cut_off: bool
+) -> None:
+    said: list[str] = []
+
+    async def ask(fleet: Fleet, model: int) -> None:
+        gate = fleet.gate()
+        assert gate is not None
+        await gate.enter(model)
+
+    with made(Fleet, "sleep-swap", tmp_path, said) as fleet:
+        asyncio.run(ask(fleet, 2))
+        if is_cut_off:
+            fleet.sleep(2)
+        said.clear()
+        asyncio.run(ask(fleet, 2))
+        woken = ["m0/wake_up", "m0/sleep?level=1", "m2/wake_up"]
+        assert said == (woken if is_cut_off else [])
 
 
 def test_one_server_runs_at_a_time_and_its_address_is_the_new_one(tmp_path: Path) -> None:
