@@ -12,10 +12,12 @@ from typing import Any
 from multi_model.client import Record, replay, write_records
 from multi_model.fleet import Fleet
 from multi_model.modes import ALONE
-from multi_model.workloads import Workload
+from multi_model.workloads import Request, Workload
 from rich.progress import Progress
 
 QUIET_SECONDS = 2.0
+# What an answer takes at most where the model has the device to itself: so long, and for a token.
+ANSWER_SECONDS, TOKEN_SECONDS = 0.5, 0.01
 OnDone = Callable[[Record], None]
 
 
@@ -58,7 +60,8 @@ def play_alone(
     """Replay the schedule of each of these models on the fleet's one server, one after the other.
 
     They have one kind and one shape, so one server stands for all; schedules that are the same but
-    for their beginning are replayed once.
+    for their beginning are replayed once. Where the server would have nothing to do, time is left
+    out.
 
     Args:
         fleet: The server.
@@ -73,11 +76,7 @@ def play_alone(
     known: dict[tuple[Any, ...], list[Record]] = {}
     for model in shown:
         own = workload.of_model(model)
-        begin = own.requests[0].at_seconds if own.requests else 0.0
-        moved = tuple(
-            replace(request, at_seconds=round(request.at_seconds - begin, 6), model=0)
-            for request in own.requests
-        )
+        moved = closed_up(own.requests)
         if moved and moved not in known:
             with bar(progress, ALONE, own) as on_done:
                 known[moved] = asyncio.run(
@@ -90,3 +89,16 @@ def play_alone(
         own_records = [record for record in played if record.model == stand_in]
         records += [replace(record, model=model) for record in own_records]
     return records
+
+
+def closed_up(requests: Sequence[Request]) -> tuple[Request, ...]:
+    """Return one model's requests, the first one at once, without times when none is answered."""
+    found: list[Request] = []
+    at_seconds = before = busy_until = 0.0
+    for request in requests:
+        at_seconds = min(at_seconds + request.at_seconds - before, busy_until)
+        before = request.at_seconds
+        found.append(replace(request, at_seconds=round(at_seconds, 6), model=0))
+        answered = at_seconds + ANSWER_SECONDS + request.num_out * TOKEN_SECONDS
+        busy_until = max(busy_until, answered)
+    return tuple(found)

@@ -8,7 +8,7 @@ import pytest
 from multi_model import replays
 from multi_model.client import Record
 from multi_model.options import parser
-from multi_model.replays import play_alone
+from multi_model.replays import ANSWER_SECONDS, TOKEN_SECONDS, closed_up, play_alone
 from multi_model.workloads import Request, Workload
 from rich.progress import Progress
 
@@ -58,6 +58,18 @@ def test_the_first_models_stand_in_turn_for_those_that_are_not_replayed(played: 
     assert played == [10, 11]
     assert lengths_by_model(found) == {0: {10}, 1: {11}, 2: {10}, 3: {11}, 4: {10}}
     assert len(found) == len(WORKLOAD.requests)
+
+
+def test_only_time_in_which_nothing_is_answered_is_left_out() -> None:
+    # The second comes while the first is answered, the third long after both, the last with it.
+    asked = [Request(at, 3, 10, num_out) for at, num_out in ((7.0, 200), (8.0, 10), (50.0, 5))]
+    asked.append(Request(50.25, 3, 10, 5))
+    found = closed_up(asked)
+    answered = ANSWER_SECONDS + 200 * TOKEN_SECONDS
+    assert [one.at_seconds for one in found] == [0.0, 1.0, answered, answered + 0.25]
+    assert {one.model for one in found} == {0}
+    assert [one.num_out for one in found] == [200, 10, 5, 5]
+    assert closed_up([]) == ()
 
 
 def test_no_model_cannot_stand_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
