@@ -137,6 +137,7 @@ async def replay(
     gate: Gate | None = None,
     on_done: Callable[[Record], None] = lambda _record: None,
     encode: Callable[[list[int]], Prompt] = list,
+    drain_seconds: float = REQUEST_SECONDS,
 ) -> list[Record]:
     """Send a workload's requests when they are due; return all records in the order of arrival.
 
@@ -147,6 +148,8 @@ async def replay(
         gate: What each request passes first.
         on_done: Told of each request that ended.
         encode: Returns what is sent for a prompt's tokens: they themselves, or a text.
+        drain_seconds: How long after the last request comes all may go on; what has not ended by
+            then has failed.
     """
     bodies = [
         targets[request.model].dialect.body(
@@ -158,8 +161,10 @@ async def replay(
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_SECONDS)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         start = time.perf_counter() + 0.1
+        left_seconds = start + workload.seconds + drain_seconds - time.perf_counter()
+        until = asyncio.get_running_loop().time() + left_seconds
         tasks = [
-            asyncio.create_task(_one(session, targets, request, body, start, gate, on_done))
+            asyncio.create_task(_one(session, targets, request, body, start, until, gate, on_done))
             for request, body in zip(workload.requests, bodies, strict=True)
         ]
         return await asyncio.gather(*tasks)
@@ -182,6 +187,7 @@ async def _one(  # noqa: PLR0917  what a request is made of
     request: Request,
     body: dict[str, Any],
     start: float,
+    until: float,
     gate: Gate | None,
     on_done: Callable[[Record], None],
 ) -> Record:
@@ -192,11 +198,12 @@ async def _one(  # noqa: PLR0917  what a request is made of
     record.late_seconds = began - start - request.at_seconds
     is_inside = False
     try:
-        if gate is not None:
-            await gate.enter(request.model)
-            is_inside = True
-        # A model that was swapped in listens elsewhere than before.
-        await _stream(session, targets[request.model], body, record, began)
+        async with asyncio.timeout_at(until):
+            if gate is not None:
+                await gate.enter(request.model)
+                is_inside = True
+            # A model that was swapped in listens elsewhere than before.
+            await _stream(session, targets[request.model], body, record, began)
         if record.num_tokens != request.num_out:
             record.error = f"{record.num_tokens} of {request.num_out} tokens came"
     except (aiohttp.ClientError, TimeoutError, KeyError, ValueError) as error:

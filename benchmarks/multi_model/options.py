@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from multi_model.client import REQUEST_SECONDS
 from multi_model.gpu import Gpu
 from multi_model.model_files import shape_bytes
 from multi_model.modes import ALONE, ELASTIC, MODES, STATIC, Site
@@ -69,6 +70,12 @@ def parser(description: str) -> argparse.ArgumentParser:
         type=_above_0,
         help="of each shape, so many models' schedules are replayed in mode alone, and stand for"
         " the others'; all of them if it is not said",
+    )
+    made.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=REQUEST_SECONDS,
+        help="how long after the last request what has not ended may go on; then it has failed",
     )
     made.add_argument(
         "--swap-limit",

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from multi_model.bars import of_workload, read_bar
-from multi_model.client import Record, replay, write_records
+from multi_model.client import REQUEST_SECONDS, Record, replay, write_records
 from multi_model.cross_check import cross_check
 from multi_model.errors import ModeError
 from multi_model.fleet import Fleet
@@ -74,6 +74,7 @@ class Run:
     cross_check_rates: tuple[float, ...] = ()
     swap_limit: int = LIMIT
     num_alone: int | None = None
+    drain_seconds: float = REQUEST_SECONDS
 
     @functools.cached_property
     def models(self) -> list[Path]:
@@ -154,7 +155,14 @@ class Run:
             bar(progress, label, workload) as on_done,
             kept_if_cut_off(ended, on_done) as note,
         ):
-            records = asyncio.run(replay(workload, fleet.targets, gate=gate, on_done=note))
+            asked = replay(
+                workload,
+                fleet.targets,
+                gate=gate,
+                on_done=note,
+                drain_seconds=self.drain_seconds,
+            )
+            records = asyncio.run(asked)
         write_records(files.with_name(f"{files.name}.csv"), records)
         samples.write(files.with_name(f"{files.name}-memory.csv"))
         spent = gpu.joules() if gpu else None
@@ -254,6 +262,7 @@ def make_runs(options: argparse.Namespace, folder: Folder, workspace: Path) -> I
             tuple(options.cross_check),
             options.swap_limit,
             options.alone_models,
+            options.drain_seconds,
         )
         for mode in dict.fromkeys([*options.modes, *options.twice]):
             run.members(mode)

@@ -44,12 +44,14 @@ class TakingTurns:
         ticket = (time.perf_counter(), model)
         async with self._changed:
             self._waiting.append(ticket)
-            while not self._may_enter(*ticket):
-                if self._may_turn():
-                    await self._turn()
-                else:
-                    await self._wait()
-            self._waiting.remove(ticket)
+            try:
+                while not self._may_enter(*ticket):
+                    if self._may_turn():
+                        await self._turn()
+                    else:
+                        await self._wait()
+            finally:
+                self._waiting.remove(ticket)
             self._num_inside += 1
 
     def leave(self, model: int) -> None:

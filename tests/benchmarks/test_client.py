@@ -31,7 +31,9 @@ async def all_tokens(response: web.StreamResponse, body: dict[str, Any]) -> None
     await response.write(b"data: [DONE]\n\n")
 
 
-def replayed(answer: Answer, *, num: int = 3, rate: float = 50) -> list[Record]:
+def replayed(
+    answer: Answer, *, num: int = 3, rate: float = 50, drain_seconds: float = 600
+) -> list[Record]:
     async def handle(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
@@ -48,7 +50,8 @@ def replayed(answer: Answer, *, num: int = 3, rate: float = 50) -> list[Record]:
         port = runner.addresses[0][1]
         try:
             steady = constant(rate, num / rate, num_models=1, num_in=4, num_out=3)
-            return await replay(steady, [Target(f"http://127.0.0.1:{port}", "m")])
+            target = Target(f"http://127.0.0.1:{port}", "m")
+            return await replay(steady, [target], drain_seconds=drain_seconds)
         finally:
             await runner.cleanup()
 
@@ -88,6 +91,22 @@ def test_an_answer_that_is_cut_short_is_a_failure() -> None:
         await event(response, choices=[{"text": "x"}])
 
     assert {record.error for record in replayed(answer)} == {"1 of 3 tokens came"}
+
+
+def test_what_has_not_ended_some_time_after_the_last_request_has_failed() -> None:
+    num_asked = 0
+
+    async def answer(response: web.StreamResponse, body: dict[str, Any]) -> None:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked == 2:
+            await event(response, choices=[{"text": "x"}])
+            await asyncio.Event().wait()
+        await all_tokens(response, body)
+
+    records = replayed(answer, drain_seconds=1.0)
+    assert [record.error for record in records] == ["", "TimeoutError: ", ""]
+    assert [record.num_tokens for record in records] == [3, 1, 3]
 
 
 def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
