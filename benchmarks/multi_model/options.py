@@ -23,7 +23,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="multi_model", description=description)
     made.add_argument("--profile", choices=(HOST, GPU), default=HOST)
     made.add_argument("--out", type=Path, required=True, help="the run's folder")
-    made.add_argument("--modes", nargs="+", choices=MODES, default=[ALONE, STATIC, ELASTIC])
+    made.add_argument("--modes", nargs="*", choices=MODES, default=[ALONE, STATIC, ELASTIC])
     made.add_argument(
         "--twice",
         nargs="+",
