@@ -184,8 +184,8 @@ def _said(
     num = sum(each[name].get("completed", 0) for each in rounds)
     if figure.startswith("p99") and num < NUM_FOR_P99:
         return f"needs {NUM_FOR_P99:,} requests, there were {num:,}"
-    control = intervals[CONTROL][figure] if CONTROL in intervals and name != CONTROL else None
-    return apart(intervals[name][figure], control, is_less_better=figure in TIMES)
+    controls = [intervals[CONTROL][figure]] if CONTROL in intervals and name != CONTROL else []
+    return apart(intervals[name][figure], controls, is_less_better=figure in TIMES)
 
 
 def print_summary(label: str, result: dict[str, Any], names: list[str]) -> None:

@@ -77,7 +77,8 @@ def _opening(summary: dict[str, Any]) -> str:
     words = (
         f"<h2>Summary</h2><p>{number(failed)} requests failed. A ratio is ours divided by the"
         " other's, with the range that holds it with 95 %. <em>Not told apart</em>: that range has"
-        " 1 in it, or a value that the same mode run twice gave, or there is no range.</p>"
+        " 1 in it, or a value between 1 and what the same mode run twice gave, or there is no"
+        " range.</p>"
     )
     lines = [line for found in summary["workloads"].values() for line in found["compared"]]
     if not any(line["control"] for line in lines):

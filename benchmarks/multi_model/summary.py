@@ -166,7 +166,8 @@ def _compared(
             continue
         values = [figure.total(each) for each in of_modes]
         between = ratio(figure, found[ours], found[other], levels)
-        control = controls.get((other, figure.name)) or controls.get((ours, figure.name))
+        of_other, of_ours = (controls.get((mode, figure.name)) for mode in (other, ours))
+        control = of_other or of_ours
         made.append(
             {
                 "figure": figure.name,
@@ -175,17 +176,24 @@ def _compared(
                 "values": values,
                 "ratio": asdict(between) if between else None,
                 "control": asdict(control) if control else None,
-                "said": _said(figure, between, control),
+                "said": _said(figure, between, of_other, of_ours),
                 "bar": _bar(bars, figure, other, between),
             }
         )
     return made
 
 
-def _said(figure: Figure, between: Interval | None, control: Interval | None) -> str:
+def _said(
+    figure: Figure, between: Interval | None, of_other: Interval | None, of_ours: Interval | None
+) -> str:
+    """Return what a ratio says beside the second runs of the two modes, each divided by its first.
+
+    Ours counts turned over: our second run beside the other's is our first one's ratio times it.
+    """
     if between is None:
         return NOT_TOLD_APART
-    return apart(between, control, is_less_better=figure.is_less_better)
+    controls = [*filter(None, (of_other, of_ours and of_ours.turned()))]
+    return apart(between, controls, is_less_better=figure.is_less_better)
 
 
 def _bar(

@@ -33,6 +33,13 @@ class Interval:
         """Return whether the two ranges have a value in common."""
         return self.low <= other.high and other.low <= self.high
 
+    def turned(self) -> "Interval":
+        """Return the same of the ratio turned over: the other's divided by ours."""
+        low, value, high = (
+            1.0 / end if end else float("inf") for end in (self.high, self.value, self.low)
+        )
+        return Interval(value, low, high)
+
 
 def around(value: float, resampled: Sequence[float] | NDArray[np.float64]) -> Interval:
     """Return a figure with the range that its resampled values give it."""
@@ -92,15 +99,19 @@ def against_bar(found: Interval, relation: str, bar: float) -> str:
     return MET if all(holds) else NOT_TOLD_APART if any(holds) else MISSED
 
 
-def apart(ratio: Interval, control: Interval | None, *, is_less_better: bool) -> str:
+def apart(ratio: Interval, controls: Sequence[Interval], *, is_less_better: bool) -> str:
     """Return what a ratio of ours to another's says, beside what the same thing twice says.
 
+    A control at 1.05 says that 1.03 is noise, too: so all from 1 to a control counts as alike.
+
     Args:
-        ratio: Ours divided by the other's.
-        control: The same mode's second run divided by its first; None where there was none.
+        ratio: Ours divided by the other's, each one's first run.
+        controls: What the ratio would be if both were alike: the other's second run divided by its
+            first one, our first run divided by our second. Empty where nothing was run twice.
         is_less_better: Whether the figure is a time.
     """
-    alike = [Interval(1.0, 1.0, 1.0), *([control] if control else [])]
-    if any(ratio.overlaps(other) for other in alike):
+    low = min([1.0, *(each.low for each in controls)])
+    high = max([1.0, *(each.high for each in controls)])
+    if ratio.overlaps(Interval(1.0, low, high)):
         return NOT_TOLD_APART
     return BETTER if (ratio.value < 1.0) == is_less_better else WORSE

@@ -79,14 +79,15 @@ def test_a_relation_that_is_none_is_named() -> None:
         against_bar(Interval(1, 1, 1), "<", 1)
 
 
-@given(intervals, st.none() | intervals, st.booleans())
-def test_a_difference_is_told_where_it_is_outside_of_one_and_of_the_control(
+@given(intervals, st.lists(intervals, max_size=2), st.booleans())
+def test_a_difference_is_told_where_it_is_outside_of_one_and_of_all_controls(
     ratio: Interval,
-    control: Interval | None,
+    controls: list[Interval],
     is_less_better: bool,  # noqa: FBT001  hypothesis gives it
 ) -> None:
-    said = apart(ratio, control, is_less_better=is_less_better)
-    is_apart = not ratio.low <= 1 <= ratio.high and not (control and ratio.overlaps(control))
+    said = apart(ratio, controls, is_less_better=is_less_better)
+    ends = [1.0, *(end for each in controls for end in (each.low, each.high))]
+    is_apart = ratio.high < min(ends) or ratio.low > max(ends)
     assert (said == NOT_TOLD_APART) == (not is_apart)
     if is_apart:
         assert said == (BETTER if (ratio.high < 1) == is_less_better else WORSE)
@@ -94,5 +95,16 @@ def test_a_difference_is_told_where_it_is_outside_of_one_and_of_the_control(
 
 def test_the_same_thing_twice_is_not_told_apart() -> None:
     control = Interval(1.03, 1.01, 1.05)
-    assert apart(control, control, is_less_better=True) == NOT_TOLD_APART
-    assert apart(control, None, is_less_better=True) == WORSE
+    assert apart(control, [control], is_less_better=True) == NOT_TOLD_APART
+    assert apart(control, [], is_less_better=True) == WORSE
+
+
+def test_what_is_nearer_to_one_than_the_control_is_not_told_apart() -> None:
+    control = Interval(0.93, 0.90, 0.95)
+    assert apart(Interval(0.975, 0.97, 0.98), [control], is_less_better=True) == NOT_TOLD_APART
+    assert apart(Interval(0.85, 0.84, 0.86), [control], is_less_better=True) == BETTER
+
+
+def test_a_ratio_is_turned_over_with_its_ends() -> None:
+    assert Interval(0.5, 0.25, 2.0).turned() == Interval(2.0, 0.5, 4.0)
+    assert Interval(0.5, 0.0, 1.0).turned() == Interval(2.0, 1.0, float("inf"))

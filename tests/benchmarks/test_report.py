@@ -145,6 +145,26 @@ def test_the_same_mode_twice_is_the_control_of_every_figure(summary: Any) -> Non
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("second_run", "said"),
+    [
+        ({}, "better"),
+        ({"elastic": 1.05}, "not told apart"),  # our second run was no better than theirs
+        ({"elastic": 0.86}, "better"),  # it was better still
+        ({"static": 0.95}, "not told apart"),
+        ({"static": 1.15}, "better"),
+        ({"elastic": 1.05, "static": 1.05}, "not told apart"),  # neither second run is left out
+    ],
+)
+def test_ours_is_better_where_no_second_run_says_otherwise(
+    tmp_path: Path, second_run: dict[str, float], said: str
+) -> None:
+    again_too = {again(mode): seconds for mode, seconds in second_run.items()}
+    summary = made(tmp_path, SECONDS | {"elastic": 0.95} | again_too, [])
+    assert compared(summary, "mean_ttft")["said"] == said
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_modes_that_are_alike_are_not_told_apart(tmp_path: Path) -> None:
     summary = made(tmp_path, SECONDS | {"elastic": 1.05}, [bar("mean_ttft", "<=", 1.0)])
     line = compared(summary, "mean_ttft")
