@@ -231,6 +231,12 @@ class Fleet:
     def _resident_bytes(self) -> list[int]:
         if self.mode == UPSTREAM:  # it has no ledger of ours: what the device has in use says it
             return [0] * len(self.members)
+        if self.mode == SLEEP_SWAP:
+            awake = self._awake
+            return [
+                member.kv_bytes or 0 if number == awake else 0
+                for number, member in enumerate(self.members)
+            ]
         if self.mode not in SHARED:
             return [member.kv_bytes or 0 for member in self.members]
         try:

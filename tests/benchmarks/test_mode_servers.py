@@ -131,6 +131,15 @@ def test_the_next_schedule_begins_with_the_model_that_is_awake(
         assert said == (woken if is_cut_off else [])
 
 
+def test_a_model_that_sleeps_holds_no_memory(tmp_path: Path) -> None:
+    with made(Fleet, "sleep-swap", tmp_path, []) as fleet:
+        assert fleet._resident_bytes() == [3 * GIB, 0, 0]
+        fleet.sleep(0)
+        assert fleet._resident_bytes() == [0, 0, 0]
+        fleet.wake_up(2)
+        assert fleet._resident_bytes() == [0, 0, 3 * GIB]
+
+
 def test_one_server_runs_at_a_time_and_its_address_is_the_new_one(tmp_path: Path) -> None:
     said: list[str] = []
     with made(SwappingFleet, "swap", tmp_path, said) as fleet:
