@@ -166,7 +166,7 @@ def _refuse(mode: str, site: Site, kinds: Sequence[str]) -> None:
     if mode == UPSTREAM:
         if site.is_host:
             raise ModeError(f"{UPSTREAM} needs a GPU")
-        upstream.check(site.upstream_python)
+        upstream.check(site.upstream_python, VLLM.release())
 
 
 def _member(name: str, engine: Engine, mode: str, site: Site, part: float, folder: Path) -> Member:  # noqa: PLR0917  what a member is made of

@@ -25,15 +25,18 @@ for name in ("kvcached", "kvcached-elastic", "vllm"):
     except PackageNotFoundError:
         print(name, "none")
 """
-# Of a device they leave this much by themselves.
-DEFAULT_UTILIZATION = 0.95
 
 
-def check(python: str) -> dict[str, str]:
+def check(python: str, vllm: str | None) -> dict[str, str]:
     """Return which releases an interpreter has.
 
+    Args:
+        python: The interpreter.
+        vllm: The release of vLLM that the other modes run; None where they have none.
+
     Raises:
-        ModeError: If it does not run, has another release of theirs than is compared, or ours too.
+        ModeError: If it does not run, has another release of theirs than is compared, or ours too,
+            or another vLLM than the other modes: what differs then could be vLLM's.
     """
     if not python:
         raise ModeError(
@@ -55,6 +58,10 @@ def check(python: str) -> dict[str, str]:
         )
     if found.get("vllm") == "none":
         raise ModeError(f"upstream: {python!r} has no vllm")
+    if vllm is not None and found.get("vllm") != vllm:
+        raise ModeError(
+            f"upstream: {python!r} has vllm {found.get('vllm')}, other modes have {vllm}"
+        )
     return found
 
 
@@ -73,9 +80,8 @@ def environ(name: str, cap_bytes: int, device_bytes: int) -> dict[str, str]:
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # the runner that it supports
         "PYTHONPATH": "",  # nothing of ours is in its processes
     }
-    if cap_bytes < device_bytes:
-        part = DEFAULT_UTILIZATION * cap_bytes / device_bytes
-        found["KVCACHED_GPU_UTILIZATION"] = f"{part:.3f}"
+    if cap_bytes < device_bytes:  # of the device, all that its servers may use together
+        found["KVCACHED_GPU_UTILIZATION"] = f"{cap_bytes / device_bytes:.3f}"
     return found
 
 

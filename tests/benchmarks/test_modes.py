@@ -112,14 +112,14 @@ def test_a_gateways_engines_are_elastic_ones() -> None:
 def test_the_other_kvcached_is_started_as_its_documents_say(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(upstream, "check", lambda _python: {})
+    monkeypatch.setattr(upstream, "check", lambda _python, _vllm: {})
     site = replace(GPU, upstream_python="/there/bin/python")
     first, second = plans("upstream", site, "vllm", "vllm")
     assert first.python == "/there/bin/python"
     assert (first.environ["ENABLE_KVCACHED"], first.environ["KVCACHED_AUTOPATCH"]) == ("true", "1")
     assert first.environ["KVCACHED_IPC_NAME"] != second.environ["KVCACHED_IPC_NAME"]
     assert str(os.getpid()) in first.environ["KVCACHED_IPC_NAME"]  # another run has other names
-    assert first.environ["KVCACHED_GPU_UTILIZATION"] == "0.760"  # 95 % of 80 of 100 GiB
+    assert first.environ["KVCACHED_GPU_UTILIZATION"] == "0.800"  # 80 of 100 GiB, as all others
     assert "--no-enable-prefix-caching" in first.arguments
     words = (*first.options, *first.arguments)
     assert not {"--gpu-memory-utilization", "--kv-cache-memory-bytes"} & set(words)

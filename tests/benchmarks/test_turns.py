@@ -176,7 +176,8 @@ def interpreter(folder: Path, *lines: str) -> str:
 
 def test_the_right_environment_of_the_other_kvcached_is_taken(tmp_path: Path) -> None:
     python = interpreter(tmp_path, "kvcached 0.1.6", "kvcached-elastic none", "vllm 0.24.0")
-    assert upstream.check(python)["vllm"] == "0.24.0"
+    assert upstream.check(python, "0.24.0")["vllm"] == "0.24.0"
+    assert upstream.check(python, None)["vllm"] == "0.24.0"
 
 
 @pytest.mark.parametrize(
@@ -186,13 +187,17 @@ def test_the_right_environment_of_the_other_kvcached_is_taken(tmp_path: Path) ->
         (("kvcached 0.1.5", "kvcached-elastic none", "vllm 1"), "has kvcached 0.1.5, not 0.1.6"),
         (("kvcached 0.1.6", "kvcached-elastic 0.2.0", "vllm 1"), "exclude each other"),
         (("kvcached 0.1.6", "kvcached-elastic none", "vllm none"), "has no vllm"),
+        (
+            ("kvcached 0.1.6", "kvcached-elastic none", "vllm 0.24.0"),
+            "has vllm 0.24.0, other modes have 0.26.0",
+        ),
     ],
 )
 def test_a_wrong_environment_is_refused_with_what_it_has(
     tmp_path: Path, lines: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ModeError, match=message):
-        upstream.check(interpreter(tmp_path, *lines))
+        upstream.check(interpreter(tmp_path, *lines), "0.26.0")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +205,7 @@ def test_a_wrong_environment_is_refused_with_what_it_has(
 )
 def test_an_interpreter_that_is_not_there_is_named(python: str, message: str) -> None:
     with pytest.raises(ModeError, match=message):
-        upstream.check(python)
+        upstream.check(python, None)
 
 
 def test_the_sizes_of_shapes_are_those_of_the_real_models(tmp_path: Path) -> None:
