@@ -144,7 +144,7 @@ async def replay(
     Args:
         workload: The schedule.
         targets: Where each model is served.
-        seed: Of the prompts; the same requests get the same prompts for the same seed.
+        seed: Of the prompts; the same workload gets the same prompts for the same seed.
         gate: What each request passes first.
         on_done: Told of each request that ended.
         encode: Returns what is sent for a prompt's tokens: they themselves, or a text.
@@ -171,12 +171,16 @@ async def replay(
 
 
 def prompts(workload: Workload, seed: int = 0) -> list[list[int]]:
-    """Return the tokens of each request's prompt; those of a conversation begin alike."""
-    alone = random.Random(seed)
+    """Return the tokens of each request's prompt; those of a conversation begin alike.
+
+    Another workload has others: a server may still have the prompts of the one before in its cache.
+    """
+    own = f"{seed} {workload.name}"
+    alone = random.Random(own)
     return [
-        (
-            random.Random(f"{seed} {request.conversation}") if request.conversation else alone
-        ).choices(VOCABULARY, k=request.num_in)
+        (random.Random(f"{own} {request.conversation}") if request.conversation else alone).choices(
+            VOCABULARY, k=request.num_in
+        )
         for request in workload.requests
     ]
 

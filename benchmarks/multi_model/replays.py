@@ -61,7 +61,7 @@ def play_alone(
 
     They have one kind and one shape, so one server stands for all; schedules that are the same but
     for their beginning are replayed once. Where the server would have nothing to do, time is left
-    out.
+    out. Each model has prompts of its own: the server's cache has those of the models before it.
 
     Args:
         fleet: The server.
@@ -79,8 +79,9 @@ def play_alone(
         moved = closed_up(own.requests)
         if moved and moved not in known:
             with bar(progress, ALONE, own) as on_done:
+                alone = replace(own, requests=moved)
                 known[moved] = asyncio.run(
-                    replay(replace(own, requests=moved), fleet.targets[:1], on_done=on_done)
+                    replay(alone, fleet.targets[:1], seed=model, on_done=on_done)
                 )
             time.sleep(QUIET_SECONDS)
         records += [replace(record, model=model) for record in known.get(moved, [])]

@@ -133,6 +133,15 @@ def test_prompts_without_a_conversation_share_nothing() -> None:
     assert first[:20] != second[:20]
 
 
+@pytest.mark.parametrize("pair", ["constant:4 constant:8", "returning:4 returning:8"])
+def test_no_prompt_of_a_workload_begins_like_one_of_another(pair: str) -> None:
+    first, second = (
+        {tuple(prompt[:20]) for prompt in prompts(make_workload(words, 3, LENGTHS[GPU], 30))}
+        for words in pair.split()
+    )
+    assert not first & second
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     name=st.sampled_from(list(WORKLOADS)),

@@ -1,5 +1,6 @@
 """Schedules that are replayed alone, and those that others stand for."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,11 +27,13 @@ WORKLOAD = Workload(
 
 
 @pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return the prompts' lengths of each schedule that was replayed."""
+def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Yield the prompts' lengths of each schedule that was replayed."""
     found: list[int] = []
+    seeds: set[int] = set()
 
-    async def replay(workload: Workload, _targets: Any, *, on_done: Any) -> list[Record]:
+    async def replay(workload: Workload, _targets: Any, *, seed: int, on_done: Any) -> list[Record]:
+        seeds.add(seed)
         found.append(workload.requests[0].num_in)
         records = [Record(0, each.at_seconds, each.num_in, 5) for each in workload.requests]
         for record in records:
@@ -39,7 +42,8 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(replays, "replay", replay)
     monkeypatch.setattr(replays, "QUIET_SECONDS", 0)
-    return found
+    yield found
+    assert len(seeds) == len(found)  # no model finds another one's prompts in the cache
 
 
 def lengths_by_model(records: list[Record]) -> dict[int, set[int]]:
