@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from multi_model import client
 from multi_model.ballast import Ballast
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from kvcached_demo.harness.server import EngineServer
 
 SAMPLE_SECONDS = 0.25
+# What every server is asked once before a schedule begins: its first answer is slow.
+FIRST_PROMPT = (5, 6, 7)
+# By whether SGLang serves it.
+DIALECTS = {True: client.SGLANG, False: client.OPENAI}
 
 
 @dataclass
@@ -85,7 +89,7 @@ class Fleet:
         self._awake: int | None = None
 
     def __enter__(self) -> Self:
-        """Start all and wait until they answer; stop those that were started if one does not."""
+        """Start all, and ask each once; stop those that were started if one does not answer."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._stack.enter_context(self._running)
         try:
@@ -117,6 +121,8 @@ class Fleet:
             if member.starts_alone:
                 self._running.wait_ready(member.name, seconds=READY_SECONDS)
         self._running.wait_ready(seconds=READY_SECONDS)
+        for number in range(len(self.members)):
+            self.warm_up(number)
 
     def _start_asleep(self) -> None:
         """Start a few at a time, and put them to sleep: the next ones need their room to start."""
@@ -128,6 +134,7 @@ class Fleet:
             names = [self.members[number].name for number in numbers]
             self._running.wait_ready(*names, seconds=READY_SECONDS)
             for number in numbers:
+                self.warm_up(number)
                 self.sleep(number)
         self.wake_up(0)
 
@@ -136,6 +143,12 @@ class Fleet:
         member = self.members[model]
         launch = launch_with(member.python) if member.python else None
         return self._running.follow(member, self.models[model], launch=launch)
+
+    def warm_up(self, model: int) -> None:
+        """Ask a model's server for one token."""
+        member = self.members[model]
+        dialect = DIALECTS[member.engine is SGLANG]
+        self._post(model, dialect.path, dialect.body(member.name, list(FIRST_PROMPT), 1))
 
     def gate(self) -> TakingTurns | None:
         """Return what requests pass first, or None where all models may be asked."""
@@ -170,9 +183,8 @@ class Fleet:
     @property
     def targets(self) -> list[client.Target]:
         """Where each model is served."""
-        dialects = {True: client.SGLANG, False: client.OPENAI}
         return [
-            client.Target(server.url, member.name, dialects[member.engine is SGLANG])
+            client.Target(server.url, member.name, DIALECTS[member.engine is SGLANG])
             for server, member in zip(self.servers, self.members, strict=True)
         ]
 
@@ -217,8 +229,9 @@ class Fleet:
             end.set()
             thread.join()
 
-    def _post(self, model: int, path: str) -> None:
-        self.servers[model].post(path).raise_for_status()
+    def _post(self, model: int, path: str, body: Any = None) -> None:
+        server = self._running[self.members[model].name]
+        server.post(path, body, READY_SECONDS).raise_for_status()
 
     def _sample(self, samples: Samples, end: threading.Event) -> None:
         gpu = None if self.site.is_host else Gpu()

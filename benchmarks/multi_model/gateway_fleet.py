@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 from multi_model.client import Target
-from multi_model.fleet import Fleet
+from multi_model.fleet import FIRST_PROMPT, Fleet
 from parts.gateway_serve import ENGINE_BYTES, Gateway
 
 from kvcached_core.errors import LedgerError
@@ -101,8 +101,8 @@ class GatewayFleet(Fleet):
 
     @staticmethod
     async def _ask(session: aiohttp.ClientSession, target: Target) -> None:
-        body = {"model": target.name, "prompt": [5, 6, 7], "max_tokens": 1}
-        async with session.post(f"{target.url}/v1/completions", json=body) as response:
+        body = target.dialect.body(target.name, list(FIRST_PROMPT), 1)
+        async with session.post(target.url + target.dialect.path, json=body) as response:
             if response.status != 200:  # noqa: PLR2004
                 raise RuntimeError(f"{target.name}: {(await response.text())[:300]}")
 

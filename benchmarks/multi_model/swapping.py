@@ -61,7 +61,6 @@ class SwappingFleet(Fleet):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 server.process.wait(END_SECONDS)
         server.kill()
-        self._running_model = model
         self._start(model)
 
     def num_preemptions(self) -> list[int | None]:
@@ -69,9 +68,20 @@ class SwappingFleet(Fleet):
         return [None] * len(self.members)
 
     def _start_all(self) -> None:
-        self._start(0)
+        """Start each model once, the first one last, and ask it, as other modes do.
+
+        What the first start of a model compiles is on the disk then, as it is of one in use.
+        """
+        last, *others = range(len(self.members))
+        for place, model in enumerate([*others, last]):
+            if place:
+                self.swap(model)
+            else:
+                self._start(model)
+            self.warm_up(model)
 
     def _start(self, model: int) -> None:
+        self._running_model = model
         member = self.members[model]
         server = self.follow(model)
         self._live[model] = Target(server.url, member.name, self._live[model].dialect)

@@ -41,8 +41,10 @@ class Server:
         self.said, self.name, self.url = said, name, f"http://{name}.{Server.num_made}"
         self.process = Process(said, name)
 
-    def post(self, path: str) -> Any:
-        self.said.append(f"{self.name}{path}")
+    def post(self, path: str, body: Any, seconds: float) -> Any:
+        assert seconds > 0
+        asked = f" {body['model']}: {len(body['prompt'])} and {body['max_tokens']}" if body else ""
+        self.said.append(f"{self.name}{path}{asked}")
         return type("Answer", (), {"raise_for_status": lambda _self: None})()
 
     def kill(self) -> None:
@@ -83,6 +85,11 @@ def made(kind: type[Fleet], mode: str, folder: Path, said: list[str]) -> Fleet:
     return fleet
 
 
+def first(name: str) -> str:
+    """Return what a server is asked before a schedule begins."""
+    return f"{name}/v1/completions {name}: 3 and 1"
+
+
 def started(said: Sequence[str], name: str) -> int:
     return said.index(f"{name} starts")
 
@@ -106,7 +113,8 @@ def test_models_that_fit_start_together_and_all_of_them_sleep_before_the_next(
     with made(Fleet, "sleep-swap", tmp_path, said):
         pass
     assert said[:3] == ["m0 starts", "m1 starts", "m0 m1 ready"]
-    assert said[3:6] == ["m0/sleep?level=1", "m1/sleep?level=1", "m2 starts"]
+    assert said[3:7] == [first("m0"), "m0/sleep?level=1", first("m1"), "m1/sleep?level=1"]
+    assert said[7] == "m2 starts"
     assert said[-2:] == ["m0/wake_up", "all end"]
 
 
@@ -144,16 +152,35 @@ def test_one_server_runs_at_a_time_and_its_address_is_the_new_one(tmp_path: Path
     said: list[str] = []
     with made(SwappingFleet, "swap", tmp_path, said) as fleet:
         assert isinstance(fleet, SwappingFleet)
-        assert said == ["m0 starts", "m0 ready"]
+        assert said[-3:] == ["m0 starts", "m0 ready", first("m0")]
+        del said[:]
         targets = fleet.targets
-        first = targets[0].url
+        before = targets[0].url
         fleet.swap(2)
-        assert said[2:] == ["m0 signal 15", "m0 ends", "m2 starts", "m2 ready"]
+        assert said == ["m0 signal 15", "m0 ends", "m2 starts", "m2 ready"]
         assert targets[2].url.startswith("http://m2.")
         fleet.swap(0)
-        assert targets[0].url != first
+        assert targets[0].url != before
         assert fleet.num_preemptions() == [None] * 3
     assert said[-1] == "all end"
+
+
+def test_each_model_that_will_be_swapped_in_was_started_and_asked_before(tmp_path: Path) -> None:
+    said: list[str] = []
+    with made(SwappingFleet, "swap", tmp_path, said) as fleet:
+        up = [line.removesuffix(" starts") for line in said if line.endswith("starts")]
+        assert up == ["m1", "m2", "m0"]
+        assert [line for line in said if "/" in line] == [first(name) for name in up]
+        ended = [line for line in said if line.endswith("ends")]
+        assert ended == ["m1 ends", "m2 ends"]
+        assert [bool(each) for each in fleet._resident_bytes()] == [True, False, False]
+
+
+@pytest.mark.parametrize("mode", ["static", "elastic"])
+def test_every_server_is_asked_once_before_a_schedule_begins(tmp_path: Path, mode: str) -> None:
+    said: list[str] = []
+    with made(Fleet, mode, tmp_path, said):
+        assert said[-4:] == ["all ready", *map(first, ("m0", "m1", "m2"))]
 
 
 @pytest.mark.parametrize("mode", ["static", "elastic"])
