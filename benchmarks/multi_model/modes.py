@@ -104,8 +104,13 @@ class Member(Plan):
     python: str = ""
 
 
-def members(
-    mode: str, site: Site, kinds: Sequence[str], shares: Sequence[float], folder: Path
+def members(  # noqa: PLR0917  what a mode is made of
+    mode: str,
+    site: Site,
+    kinds: Sequence[str],
+    shares: Sequence[float],
+    folder: Path,
+    weights_bytes: Sequence[int] = (),
 ) -> list[Member]:
     """Return how a mode's servers are started.
 
@@ -113,8 +118,9 @@ def members(
         mode: One of `MODES`; `alone` gives every server the whole device, one at a time.
         site: Where.
         kinds: The engine of each model.
-        shares: Each model's part of the device for `static-tuned`.
+        shares: Each model's part of the KV memory for `static-tuned`.
         folder: Where the ledger lies.
+        weights_bytes: Of each model; all are of the largest one's size where it is left out.
 
     Raises:
         ModeError: If the mode cannot be run here.
@@ -123,14 +129,42 @@ def members(
         raise ModeError(f"mode {mode!r} is not one of {', '.join(MODES)}")
     _refuse(mode, site, kinds)
     num = len(kinds)
-    parts = {
-        STATIC: [1 / num] * num,
-        STATIC_TUNED: list(shares),
-        SLEEP_SWAP: [_part_beside_sleepers(site, num - 1)] * num,
-    }.get(mode, [1.0] * num)
+    parts = [1.0] * num
+    if mode == STATIC:
+        parts = [1 / num] * num
+    elif mode == STATIC_TUNED:
+        parts = _parts_by_need(site, shares, weights_bytes or [site.weights_bytes] * num)
+    elif mode == SLEEP_SWAP:
+        parts = [_part_beside_sleepers(site, num - 1)] * num
     return [
         _member(f"m{model}", ENGINES[kind], mode, site, part, folder)
         for model, (kind, part) in enumerate(zip(kinds, parts, strict=True))
+    ]
+
+
+def _parts_by_need(
+    site: Site, shares: Sequence[float], weights_bytes: Sequence[int]
+) -> list[float]:
+    """Return what part of all each engine takes if KV memory is split by need.
+
+    Each has what it cannot do without; the rest goes by the shares. That is room for one request,
+    and where the device is split also the weights and what else an engine holds.
+
+    Raises:
+        ModeError: If there is no rest.
+    """
+    if site.is_host or site.pool_bytes is not None:
+        all_bytes = site.pool_bytes or 0
+        least = [GPU_TOKENS * site.kv_bytes_per_token] * len(shares)
+    else:
+        all_bytes = site.cap_bytes
+        least = [weights + SLEEPING_BYTES for weights in weights_bytes]
+    rest_bytes = all_bytes - sum(least)
+    if rest_bytes <= 0:
+        needed = format_bytes(sum(least))
+        raise ModeError(f"{STATIC_TUNED}: {len(shares)} models need {needed} at least")
+    return [
+        (own + share * rest_bytes) / all_bytes for own, share in zip(least, shares, strict=True)
     ]
 
 

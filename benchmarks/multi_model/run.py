@@ -95,7 +95,8 @@ class Run:
         for workload in self.workloads:
             for model, share in enumerate(workload.shares()):
                 shares[model] += share / len(self.workloads)
-        return members(mode, self.site, self.kinds, shares, self.workspace / mode)
+        weights = [] if self.site.is_host else [shape_bytes(shape) for shape in self.shapes]
+        return members(mode, self.site, self.kinds, shares, self.workspace / mode, weights)
 
     def play(self, mode: str, progress: Progress, *, label: str = "") -> None:
         """Start a mode's servers and replay all workloads.

@@ -38,10 +38,26 @@ def test_static_splits_the_part_of_the_device_that_may_be_used_evenly() -> None:
     assert all(each.starts_alone for each in found)  # each looks at what is free
 
 
-def test_static_tuned_splits_by_need() -> None:
+def test_static_tuned_splits_by_need_and_leaves_each_room_for_a_request() -> None:
     found = plans("static-tuned", POOL, "vllm", "vllm", "sglang")
-    assert [each.kv_bytes for each in found] == [3 * GIB // 2, 3 * GIB // 4, 3 * GIB // 4]
-    assert value(found[2], "--max-total-tokens") == str(3 * GIB // 4 // 1024)
+    request_bytes = 4096 * 1024
+    rest_bytes = 3 * GIB - 3 * request_bytes
+    wanted = [request_bytes + rest_bytes // part for part in (2, 4, 4)]
+    assert [each.kv_bytes for each in found] == pytest.approx(wanted, abs=1)
+    assert value(found[2], "--max-total-tokens") == str((found[2].kv_bytes or 0) // 1024)
+    kinds = ["vllm"] * 2
+    _, unasked = members("static-tuned", POOL, kinds, [1.0, 0.0], Path("/run"))
+    assert unasked.kv_bytes == request_bytes
+
+
+def test_static_tuned_splits_what_weights_and_engines_leave_of_a_device() -> None:
+    kinds, shares, weights = ["vllm"] * 2, [0.9, 0.1], [15 * GIB, 5 * GIB]
+    found = members("static-tuned", GPU, kinds, shares, Path("/run"), weights)
+    gib = [18 + 0.9 * 54, 8 + 0.1 * 54]  # of 80: 20 of weights, 6 of engines, 54 to split
+    said = [float(value(each, "--gpu-memory-utilization")) * 100 for each in found]
+    assert said == pytest.approx(gib, abs=0.05)
+    with pytest.raises(ModeError, match="static-tuned: 5 models need 90"):
+        plans("static-tuned", GPU, *["vllm"] * 5)
 
 
 def test_elastic_engines_get_no_size_and_one_headroom() -> None:
@@ -83,6 +99,7 @@ def test_sleep_mode_is_the_gpus_alone_and_a_host_rehearses_its_turns() -> None:
     assert value(two[0], "--kv-cache-memory-bytes") == str(two[0].kv_bytes)
     with pytest.raises(ModeError, match="27 models that sleep hold 81"):
         plans("sleep-swap", GPU, *["vllm"] * 28)
+    assert len(plans("gateway", GPU, *["vllm"] * 28)) == 28  # which has no such need
     (host,) = plans("sleep-swap", POOL, "vllm")
     assert "--enable-sleep-mode" not in host.arguments
     assert host.environ["VLLM_SERVER_DEV_MODE"] == "1"
