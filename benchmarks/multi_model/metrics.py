@@ -1,6 +1,6 @@
 """What the records of a replay say: latencies, attained service levels, goodput."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +47,30 @@ def tpots(records: Sequence[Record]) -> list[float]:
 
 def level(records: Sequence[Record]) -> Level:
     """Return the service level that a model's own records alone on the device set."""
-    return Level(float(np.percentile(ttfts(records), 95)), float(np.percentile(tpots(records), 95)))
+    several = tpots(records)  # where all answers have one token nothing bounds the next one
+    tpot_seconds = float(np.percentile(several, 95)) if several else float("inf")
+    return Level(float(np.percentile(ttfts(records), 95)), tpot_seconds)
+
+
+def levels(
+    alone: Sequence[Record], found: Mapping[str, Sequence[Record]], num_models: int
+) -> list[Level] | None:
+    """Return each model's level; None where a model is asked that was not answered alone.
+
+    Args:
+        alone: What the models' own replays gave.
+        found: The records of all modes.
+        num_models: How many models there are; nobody may have asked some of them.
+    """
+    of_models: list[list[Record]] = [[] for _ in range(num_models)]
+    for record in alone:
+        of_models[record.model].append(record)
+    answered = {model for model, records in enumerate(of_models) if ttfts(records)}
+    asked = {record.model for records in found.values() for record in records}
+    if not alone or asked - answered:
+        return None
+    unasked = Level(float("inf"), float("inf"))
+    return [level(records) if ttfts(records) else unasked for records in of_models]
 
 
 def is_within(record: Record, base: Level, scale: float) -> bool:

@@ -43,6 +43,25 @@ def test_the_level_is_the_95th_percentile_alone() -> None:
     assert level.tpot_seconds == pytest.approx(0.01)
 
 
+def test_a_model_that_nobody_asks_needs_no_level_and_one_that_is_asked_does() -> None:
+    alone = [record(0.1, 0.01), record(0.2, 0.01, model=2)]
+    found = {"alone": alone, "static": alone}
+    made = metrics.levels(alone, found, 4)
+    assert made is not None
+    assert [each.ttft_seconds for each in made] == [0.1, float("inf"), 0.2, float("inf")]
+    assert metrics.levels(alone, found | {"elastic": [record(0.1, 0.01, model=1)]}, 4) is None
+    lost = record(0.1, 0.01, model=1, error="lost")
+    assert metrics.levels([*alone, lost], found | {"alone": [*alone, lost]}, 4) is None
+    assert metrics.levels([], {"static": alone}, 4) is None
+
+
+def test_a_level_of_answers_of_one_token_bounds_the_first_token_alone() -> None:
+    one = Record(0, 0.0, 8, 1, num_tokens=1, ttft_seconds=0.1, last_seconds=0.1)
+    made = metrics.level([one])
+    assert made == Level(0.1, float("inf"))
+    assert metrics.attainment([one], [made], [1]) == [1.0]
+
+
 def test_the_tightest_scale_is_the_first_with_99_percent() -> None:
     assert metrics.tightest_scale([0.5, 0.989, 0.99, 1.0], [1, 2, 3, 4]) == 3
     assert metrics.tightest_scale([0.5], [1]) is None

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from multi_model import plots
 from multi_model.client import Record, write_records
+from multi_model.errors import ModeError
 from multi_model.fleet import Samples
 from multi_model.modes import MODES, again
 from multi_model.report import write_report
@@ -207,6 +208,16 @@ def test_turns_that_come_back_are_compared_by_themselves(tmp_path: Path) -> None
     assert found["mean_ttft_again"]["value"] == pytest.approx(0.5)
     assert found["p99_ttft_again"]["value"] == pytest.approx(0.5)
     assert 0.5 < found["mean_ttft"]["value"] < 0.7
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_modes_that_were_asked_something_else_are_not_compared(tmp_path: Path) -> None:
+    made(tmp_path, SECONDS, [])
+    write_records(tmp_path / "alone" / f"{KEY}.csv", records(0.2, 100))  # which may be a part
+    write_report(tmp_path)
+    write_records(tmp_path / "elastic" / f"{KEY}.csv", records(0.2, NUM - 1))
+    with pytest.raises(ModeError, match="static and elastic had different schedules"):
+        write_report(tmp_path)
 
 
 def test_without_turns_nothing_is_said_of_them(summary: Any) -> None:
