@@ -201,8 +201,11 @@ def slower(rounds: Sequence[Mapping[str, list[float]]], shapes: Sequence[str]) -
             if said == alone or said in found:
                 continue
             pairs = [(each[alone][0], each[load.name][place]) for each in rounds]
-            ratios = [by_itself / together for by_itself, together in pairs if together]
-            found[said] = median_and_interval(ratios) if ratios else []
+            if all(together for _, together in pairs):
+                ratios = [by_itself / together for by_itself, together in pairs]
+                found[said] = median_and_interval(ratios)
+            else:  # no number says how much slower that is, and the other rounds do not either
+                found[said] = []
     return found
 
 
@@ -242,7 +245,9 @@ def play(way: str, options: argparse.Namespace, record: Record) -> None:
             record.add(**{way: facts})
             print(f"{way}: {facts['failed']}", flush=True)
     for name, found in facts.get("times_slower", {}).items():
-        said = "{:.2f} times ({:.2f} to {:.2f})".format(*found) if found else "no token came"
+        said = "no token came in a round"
+        if found:
+            said = "{:.2f} times ({:.2f} to {:.2f})".format(*found)
         print(f"{way}: {name}: {said}", flush=True)
 
 

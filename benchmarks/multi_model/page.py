@@ -116,6 +116,11 @@ def _cells(line: dict[str, Any]) -> list[str]:
     values = [number(value, figure.unit) for value in line["values"]]
     if None in line["values"] and figure.num_needed > 1:
         values = [value or f"needs {figure.num_needed:,}" for value in values]
+    if figure.is_less_better:  # a time: only the requests that had an answer have one
+        values = [
+            f"{value}, {number(num)} failed" if num else value
+            for value, num in zip(values, line["num_failed"], strict=True)
+        ]
     between = ratio(line["ratio"]) if line["ratio"] else ""
     bar = f"{line['bar']['words']}: {line['bar']['said']}" if line["bar"] else ""
     return [line["ours"], line["other"], figure.title, *values, between, line["said"], bar]

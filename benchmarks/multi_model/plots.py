@@ -1,6 +1,6 @@
 """The report's pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -8,6 +8,7 @@ import numpy as np
 from multi_model.client import Record
 from multi_model.fleet import Samples
 from multi_model.metrics import GOAL, SCALES, tpots, ttfts
+from numpy.typing import NDArray
 
 from kvcached_core.units import GIB
 
@@ -18,18 +19,30 @@ SIZE = (7.0, 3.6)
 
 
 def cdfs(path: Path, title: str, records: Mapping[str, Sequence[Record]]) -> None:
-    """Draw how TTFT and TPOT are distributed, a line for each mode."""
+    """Draw how TTFT and TPOT are distributed, a line for each mode; see `steps`."""
     figure, axes = plt.subplots(1, 2, figsize=SIZE, layout="constrained", sharey=True)
     for axis, name, values in zip(axes, ("TTFT", "TPOT"), (ttfts, tpots), strict=True):
         for mode, of_mode in records.items():
-            found = np.sort(np.asarray(values(of_mode))) * 1e3
-            axis.step(found, np.linspace(0, 1, len(found)), where="post", label=mode)
+            axis.step(*steps(of_mode, values), where="post", label=mode)
         axis.set(xscale="log", xlabel=f"{name}, ms")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of requests")
     axes[0].legend()
     figure.suptitle(title)
     _save(figure, path)
+
+
+def steps(
+    records: Sequence[Record], values: Callable[[Sequence[Record]], list[float]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return values in ms, in order, and the share of all requests that each is the end of.
+
+    A request that failed without a value is slower than all; one of a single token has no TPOT.
+    """
+    found = np.sort(np.asarray(values(records))) * 1e3
+    num_lost = sum(bool(record.error) and not values([record]) for record in records)
+    top = len(found) / max(len(found) + num_lost, 1)
+    return found, np.linspace(0, top, len(found))
 
 
 def attainments(path: Path, title: str, attained: Mapping[str, Sequence[float]]) -> None:

@@ -190,6 +190,7 @@ def _compared(
                 "ours": ours,
                 "other": other,
                 "values": values,
+                "num_failed": [sum(bool(each.error) for each in found[m]) for m in (ours, other)],
                 "ratio": asdict(between) if between else None,
                 "control": asdict(control) if control else None,
                 "said": _said(figure, between, of_other, of_ours),

@@ -46,9 +46,10 @@ def test_a_model_is_so_many_times_slower_than_alone_in_the_same_round() -> None:
     }
 
 
-def test_a_model_that_gave_no_token_has_no_figure() -> None:
+@pytest.mark.parametrize("other_rounds", [[], [ROUND, ROUND]])
+def test_a_model_that_gave_no_token_in_a_round_has_no_figure(other_rounds: list[Any]) -> None:
     silent = ROUND | {"a beside b": [50.0, 0.0]}
-    assert slower([silent], ["a", "b"])["b beside a"] == []
+    assert slower([*other_rounds, silent], ["a", "b"])["b beside a"] == []
 
 
 @pytest.mark.parametrize("words", ["plain", "mps", "mps:60", "mps:100"])

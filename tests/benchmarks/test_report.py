@@ -12,6 +12,7 @@ from multi_model import plots
 from multi_model.client import Record, write_records
 from multi_model.errors import ModeError
 from multi_model.fleet import Samples
+from multi_model.metrics import tpots, ttfts
 from multi_model.modes import MODES, again
 from multi_model.report import write_report
 from multi_model.wording import number
@@ -208,6 +209,33 @@ def test_turns_that_come_back_are_compared_by_themselves(tmp_path: Path) -> None
     assert found["mean_ttft_again"]["value"] == pytest.approx(0.5)
     assert found["p99_ttft_again"]["value"] == pytest.approx(0.5)
     assert 0.5 < found["mean_ttft"]["value"] < 0.7
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_time_says_how_many_requests_are_not_in_it(tmp_path: Path) -> None:
+    made(tmp_path, SECONDS, [])
+    lost = [
+        replace(each, error="lost", ttft_seconds=None, last_seconds=None) if number < 7 else each
+        for number, each in enumerate(records(0.4))
+    ]
+    write_records(tmp_path / "elastic" / f"{KEY}.csv", lost)
+    write_report(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert compared(summary, "mean_ttft")["num_failed"] == [7, 0]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<td>424 ms, 7 failed</td><td>1,113 ms</td>") >= 2  # opening, and below
+    assert "%, 7 failed" not in page  # they are misses there
+
+
+def test_a_line_of_a_picture_ends_at_the_share_of_requests_that_were_answered() -> None:
+    lost = [Record(0, 0.0, 8, 11, error="lost") for _ in range(NUM // 3)]
+    single = replace(records(1.0)[0], num_tokens=1)
+    found, shares = plots.steps([*records(1.0), *lost], ttfts)
+    assert (len(found), shares[-1]) == (NUM, pytest.approx(0.75))
+    assert found[0] == pytest.approx(1000.0)
+    found, shares = plots.steps([*records(1.0), single], tpots)
+    assert (len(found), shares[-1]) == (NUM, 1.0)
+    assert [len(each) for each in plots.steps([], ttfts)] == [0, 0]
 
 
 @pytest.mark.usefixtures("no_pictures")
