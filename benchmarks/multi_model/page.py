@@ -84,6 +84,12 @@ def _opening(summary: dict[str, Any]) -> str:
     if not any(line["control"] for line in lines):
         words += "<p>No mode was run twice: what one run differs from the next is unknown.</p>"
     head = ("workload", "ours", "other", "figure", "ours", "other's", "ratio", "said", "bar")
+    words += "".join(
+        f"<p><strong>{html.escape(found['name'])}: modes had different settings.</strong>"
+        f" {html.escape('; '.join(found['unlike']))}</p>"
+        for found in summary["workloads"].values()
+        if found["unlike"]
+    )
     table = _html_table(head, rows) if rows else "<p>No two modes were compared.</p>"
     return words + table + "".join(map(_own_bars, summary["workloads"].values()))
 

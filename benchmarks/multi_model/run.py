@@ -18,7 +18,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from multi_model.alike import settings_of
 from multi_model.bars import of_workload, read_bar
 from multi_model.client import REQUEST_SECONDS, Record, replay, write_records
 from multi_model.cross_check import cross_check
@@ -132,8 +134,14 @@ class Run:
                     found = cross_check(fleet, models[0], lengths, self.cross_check_rates)
                     self.folder.add(cross_check=found)
         for workload in self.workloads:
-            found = records[slug(workload)]
-            write_records(Path(f"{self.folder.of(label, workload)}.csv"), found)
+            files = self.folder.of(label, workload)
+            write_records(files.with_name(f"{files.name}.csv"), records[slug(workload)])
+            facts = {"settings": self._settings()}
+            files.with_name(f"{files.name}.json").write_text(json.dumps(facts) + "\n")
+
+    def _settings(self) -> dict[str, Any]:
+        machine = self.folder.facts().get("machine", {})
+        return settings_of(self.site, self.drain_seconds, machine, self.shapes)
 
     def _fleet(self, mode: str, chosen: list[Member], models: list[Path] | None = None) -> Fleet:
         words = (mode, chosen, self.site, models or self.models, self.workspace / mode)
@@ -168,6 +176,7 @@ class Run:
         samples.write(files.with_name(f"{files.name}-memory.csv"))
         spent = gpu.joules() if gpu else None
         facts = {
+            "settings": self._settings(),
             "joules": None if spent is None or joules is None else spent - joules,
             "num_turns": gate.num_turns if gate else None,
             "num_activations": since(activations, fleet.activations()),

@@ -68,9 +68,12 @@ class Folder:
 
     def add(self, **facts: Any) -> None:
         """Add to the facts of the run."""
+        write(self.path / "run.json", self.facts() | facts)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what was added so far, by this run and those before it."""
         file = self.path / "run.json"
-        known = json.loads(file.read_text()) if file.exists() else {}
-        write(file, known | facts)
+        return json.loads(file.read_text()) if file.exists() else {}
 
     def of(self, mode: str, workload: Workload) -> Path:
         """Return where a replay's files go, without their endings."""

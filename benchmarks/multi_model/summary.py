@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from multi_model import metrics, plots
+from multi_model.alike import check_schedules, unlike
 from multi_model.cards import num_cards, static_needs
 from multi_model.client import Record, read_records
 from multi_model.compared import FIGURES, Figure, interval, ratio
 from multi_model.crowding import by_need
-from multi_model.errors import ModeError
 from multi_model.fleet import Samples
 from multi_model.modes import ALONE, ELASTIC, GATEWAY, MODES, OURS, STATIC, again
 from parts.intervals import NOT_TOLD_APART, Interval, against_bar, apart
@@ -79,6 +79,7 @@ def _workload(
         plots.attainments(folder / f"{key}-attainment.png", fact["name"], attained)
     return fact | {
         "modes": modes,
+        "unlike": unlike({mode: figures.get("settings", {}) for mode, figures in modes.items()}),
         "ratios": _ratios(modes, found, levels),
         "compared": _compared(found, levels, fact.get("bars", [])),
         "held_to_bars": _held_to_bars(found, levels, fact.get("bars", [])),
@@ -93,25 +94,6 @@ def _workload(
             if mode in {GATEWAY, again(GATEWAY)} and "weights_bytes" in fact
         },
     }
-
-
-def check_schedules(key: str, found: dict[str, list[Record]]) -> None:
-    """See that all modes were asked the same; `alone` may have had a part of it.
-
-    Raises:
-        ModeError: If two were not: a run with other words has filled a part of the folder.
-    """
-    asked = {
-        mode: sorted((each.due_seconds, each.model, each.num_in, each.num_out) for each in records)
-        for mode, records in found.items()
-        if not mode.startswith(ALONE)
-    }
-    for (one, of_one), (other, of_other) in itertools.pairwise(asked.items()):
-        if of_one != of_other:
-            raise ModeError(
-                f"{key}: {one} and {other} had different schedules, so they are not compared;"
-                " run one of them again, or take it out of the folder"
-            )
 
 
 def _memory(folder: Path, key: str, title: str, pool_bytes: int | None) -> dict[str, Any]:

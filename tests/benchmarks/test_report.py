@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from multi_model import plots
+from multi_model.alike import settings_of
 from multi_model.client import Record, write_records
 from multi_model.errors import ModeError
 from multi_model.fleet import Samples
 from multi_model.metrics import tpots, ttfts
-from multi_model.modes import MODES, again
+from multi_model.modes import MODES, Site, again
 from multi_model.report import write_report
 from multi_model.wording import number
 
@@ -246,6 +247,29 @@ def test_modes_that_were_asked_something_else_are_not_compared(tmp_path: Path) -
     write_records(tmp_path / "elastic" / f"{KEY}.csv", records(0.2, NUM - 1))
     with pytest.raises(ModeError, match="static and elastic had different schedules"):
         write_report(tmp_path)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_settings_that_differ_between_modes_are_said_first(tmp_path: Path) -> None:
+    made(tmp_path, SECONDS, [])
+    page = tmp_path / "report.html"
+    assert "different settings" not in page.read_text()  # earlier records have none
+    site = Site(is_host=False, kv_bytes_per_token=1, pool_bytes=8 * GIB)
+    machine = {"gpu": "a card", "versions": {"vllm": "0.33.0"}}
+    settings = settings_of(site, 600.0, machine, ["llama-8b"] * 3)
+    for mode in ("alone", "static", "elastic"):
+        (tmp_path / mode / f"{KEY}.json").write_text(json.dumps({"settings": settings}))
+    write_report(tmp_path)
+    assert "different settings" not in page.read_text()
+    other = settings_of(replace(site, pool_bytes=4 * GIB), 600.0, machine, ["llama-8b"] * 3)
+    (tmp_path / "static" / f"{KEY}.json").write_text(json.dumps({"settings": other}))
+    write_report(tmp_path)
+    said = "alone 8 GiB for all KV caches together, elastic 8 GiB for all KV caches together,"
+    (found,) = json.loads((tmp_path / "summary.json").read_text())["workloads"][KEY]["unlike"]
+    assert sorted(found.removeprefix("shared: ").split(", ")) == sorted(
+        [*said.rstrip(",").split(", "), "static 4 GiB for all KV caches together"]
+    )
+    assert "modes had different settings" in page.read_text()
 
 
 def test_without_turns_nothing_is_said_of_them(summary: Any) -> None:
