@@ -5,7 +5,7 @@
 One vanilla and one elastic server of the same capacity run side by side and get the same requests
 in turn, from vLLM's own `vllm bench serve`. Each figure is a ratio to the vanilla run of the same
 round, the median of all rounds. A second vanilla server, the control, shows the noise. With
-`--starts 4` all servers start four times, and the interval is that of the four starts' medians.
+`--starts 5` all servers start five times, and the interval is that of the five starts' medians.
 
     python benchmarks/vllm_overhead.py --json calm.json --also calm KVCACHED_IDLE_SECONDS=10
 
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from parts.intervals import NUM_FOR_P99, Interval, apart, median_interval
+from parts.intervals import NUM_FOR_P99, NUM_FOR_RANGE, Interval, apart, median_interval
 from parts.record import Record
 from parts.vllm_servers import (
     FIGURES,
@@ -158,7 +158,7 @@ def summary(rounds: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
             for name, of_name in intervals.items()
         },
         "said": {
-            name: {figure: _said(figure, name, intervals, rounds) for figure in FIGURES}
+            name: {figure: _said(figure, (name, base), intervals, rounds) for figure in FIGURES}
             for name in others
         },
         "ratios": ratios,
@@ -176,11 +176,21 @@ def _independent(ratios: Sequence[float], rounds: Sequence[Mapping[str, Any]]) -
 
 def _said(
     figure: str,
-    name: str,
+    compared: tuple[str, str],
     intervals: Mapping[str, Mapping[str, Interval]],
     rounds: Sequence[Mapping[str, Any]],
 ) -> str:
-    """Return whether a server is better or worse than the first one, or not told apart."""
+    """Return whether a server is better or worse than the first one, or not told apart.
+
+    Or return why nothing can be said.
+    """
+    name = compared[0]
+    num_failed = sum(each[one].get("failed", 0) for each in rounds for one in compared)
+    if num_failed:
+        return f"{num_failed:,} requests failed"
+    num_values = len(_independent([0.0] * len(rounds), rounds))
+    if num_values < NUM_FOR_RANGE:
+        return f"needs {NUM_FOR_RANGE} rounds or starts, there were {num_values}"
     num = sum(each[name].get("completed", 0) for each in rounds)
     if figure.startswith("p99") and num < NUM_FOR_P99:
         return f"needs {NUM_FOR_P99:,} requests, there were {num:,}"

@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 # A 99th percentile of fewer values rests on less than ten of them.
 NUM_FOR_P99 = 1000
 CONFIDENCE_PERCENT = 95.0
+# From the least to the most of three rounds is a range that holds their median with 75 %; with four
+# it is 88 %, with five 94 %.
+NUM_FOR_RANGE = 5
 NUM_RESAMPLES = 2000
 BETTER, WORSE, NOT_TOLD_APART = "better", "worse", "not told apart"
 MET, MISSED = "met", "missed"
@@ -55,6 +58,8 @@ def choices(num: int, *, seed: int = 0) -> NDArray[np.intp]:
 
 def median_interval(values: Sequence[float], *, seed: int = 0) -> Interval:
     """Return the median of values, such as the ratios of rounds, with its bootstrap interval.
+
+    Of fewer than `NUM_FOR_RANGE` values that is their whole range, and holds it with less.
 
     Raises:
         ValueError: If there are no values.

@@ -32,33 +32,46 @@ def rounds_of(values: dict[str, list[float]], completed: int = 500) -> list[dict
 
 def test_a_difference_is_told_where_it_is_outside_of_what_the_control_shows() -> None:
     names = ["vanilla", "elastic", "control"]
-    noisy = {"vanilla": [10.0] * 4, "elastic": [10.4] * 4, "control": [9.8, 10.5, 10.6, 10.0]}
+    control = [9.8, 10.5, 10.6, 10.0, 10.5]
+    noisy = {"vanilla": [10.0] * 5, "elastic": [10.4] * 5, "control": control}
     said = summary(rounds_of(noisy), names)["said"]["elastic"]
     assert set(said.values()) == {"not told apart"}
-    calm = noisy | {"control": [10.0, 9.9, 10.1, 10.0]}
+    calm = noisy | {"control": [10.0, 9.9, 10.1, 10.0, 10.0]}
     said = summary(rounds_of(calm), names)["said"]["elastic"]
     assert (said["mean_tpot_ms"], said["output_throughput"]) == ("worse", "better")
 
 
 def test_a_99th_percentile_of_few_requests_says_nothing() -> None:
-    values = {"vanilla": [10.0] * 3, "elastic": [20.0] * 3}
-    said = summary(rounds_of(values, completed=333), list(values))["said"]["elastic"]
-    assert said["p99_ttft_ms"] == "needs 1,000 requests, there were 999"
+    values = {"vanilla": [10.0] * 5, "elastic": [20.0] * 5}
+    said = summary(rounds_of(values, completed=199), list(values))["said"]["elastic"]
+    assert said["p99_ttft_ms"] == "needs 1,000 requests, there were 995"
     assert said["mean_ttft_ms"] == "worse"
-    found = summary(rounds_of(values, completed=334), list(values))
+    found = summary(rounds_of(values, completed=200), list(values))
     assert found["said"]["elastic"]["p99_ttft_ms"] == "worse"
     assert found["intervals"]["elastic"]["mean_ttft_ms"] == [2.0, 2.0]
 
 
+def test_few_rounds_and_lost_requests_say_nothing() -> None:
+    values = {"vanilla": [10.0] * 4, "elastic": [20.0] * 4}
+    said = summary(rounds_of(values), list(values))["said"]["elastic"]
+    assert set(said.values()) == {"needs 5 rounds or starts, there were 4"}
+    rounds = rounds_of({name: [*found, found[0]] for name, found in values.items()})
+    assert summary(rounds, list(values))["said"]["elastic"]["mean_ttft_ms"] == "worse"
+    rounds[2]["vanilla"]["failed"] = 3
+    said = summary(rounds, list(values))["said"]["elastic"]
+    assert set(said.values()) == {"3 requests failed"}
+
+
 def test_what_is_alike_in_all_rounds_of_a_start_counts_once() -> None:
-    values = {"vanilla": [10.0] * 6, "elastic": [10.4, 10.4, 10.4, 9.8, 9.8, 9.8]}
+    of_starts = [10.4, 9.8, 10.3, 9.8, 10.1]
+    values = {"vanilla": [10.0] * 30, "elastic": [value for value in of_starts for _ in range(6)]}
     rounds = rounds_of(values)
     for number, each in enumerate(rounds):
-        each["start"] = number // 3
+        each["start"] = number // 6
     found = summary(rounds, list(values))
     assert found["median_ratio"]["elastic"]["mean_tpot_ms"] == pytest.approx(1.01)
     assert found["intervals"]["elastic"]["mean_tpot_ms"] == pytest.approx([0.98, 1.04])
     assert found["said"]["elastic"]["mean_tpot_ms"] == "not told apart"
-    of_first = summary(rounds[:3], list(values))
+    of_first = summary(rounds[:6], list(values))
     assert of_first["intervals"]["elastic"]["mean_tpot_ms"] == pytest.approx([1.04, 1.04])
     assert of_first["said"]["elastic"]["mean_tpot_ms"] == "worse"
