@@ -28,6 +28,7 @@ import uvloop
 from parts import gateway_house
 from parts.gateway_house import Server
 from parts.gateway_load import Taken, ask_many, request
+from parts.intervals import NUM_FOR_P99
 from parts.machine import describe_machine
 from parts.ordered import value_at
 from parts.record import command_line, write
@@ -44,19 +45,15 @@ EVENT_US = 1000  # how far the events are apart that several workers pass on
 
 @dataclass(frozen=True)
 class Counts:
-    """How many requests a way gets in each round."""
+    """How many requests each way gets in each round; a 99th percentile needs the first of them."""
 
-    alone: int = 300
+    alone: int = NUM_FOR_P99
     long: int = 40
     at_once: int = 1_500
     events: int = 100
 
 
-COUNTS = {
-    "direct": Counts(),
-    "gateway": Counts(),
-    "litellm": Counts(alone=60, long=8, at_once=150, events=20),
-}
+COUNTS = Counts()
 
 
 def load(server: Server, data: bytes, *, num: int, at_once: int) -> tuple[list[Taken], float]:
@@ -128,7 +125,7 @@ def compare(litellm_python: Path | None, num_rounds: int) -> dict[str, Any]:
         rounds: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
         for _ in range(num_rounds):
             for way, server in ways.items():
-                rounds[way].append(measure(server, COUNTS[way]))
+                rounds[way].append(measure(server, COUNTS))
     return {"litellm": release, "rounds": rounds, "added": summarise(rounds)}
 
 
