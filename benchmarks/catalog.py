@@ -335,7 +335,7 @@ BENCHMARKS = (
         (
             *("--profile", "gpu", "--cap-gib", "74.5", "--num-models", "12", "--seconds", "300"),
             *("--modes", "alone", "sleep-swap", "swap", "gateway", "--twice", "gateway"),
-            *("--workloads", "arena:1", "arena:4", "--swap-limit", "256", "--alone-models", "2"),
+            *("--workloads", "arena:0.15", "--swap-limit", "256", "--alone-models", "2"),
         ),
         output="--out",
         result="multi_model/twelve",
