@@ -13,6 +13,7 @@ from kvcached_core.errors import ConfigError
 from kvcached_core.units import (
     DEFAULT_PAGE_BYTES,
     MAX_PRIORITY,
+    MAX_SECONDS,
     MIN_PRIORITY,
     check_name,
     default_directory,
@@ -81,6 +82,9 @@ def _none_is_zero(value: object) -> object:
     return 0 if value == "none" else value
 
 
+_Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
+
+
 class Config(BaseModel):
     """The settings of one instance. Each field is the variable `KVCACHED_<FIELD>`."""
 
@@ -125,8 +129,8 @@ class Config(BaseModel):
     max_spare_pages: int | None = Field(
         default=None, ge=0, description="... until so many are idle; what is above goes back"
     )
-    idle_seconds: float = Field(
-        default=1.0, ge=0, description="how long a page stays idle before it goes back"
+    idle_seconds: _Seconds = Field(
+        default=1.0, description="how long a page stays idle before it goes back"
     )
     weights: WeightsMode = Field(
         default=WeightsMode.KEEP, description="whether an idle engine yields its weights, too"
@@ -159,7 +163,7 @@ class Config(BaseModel):
         default="all",
         description="what a step waits for when weights come back: all, or each layer for its own",
     )
-    weights_kept_seconds: Annotated[float | None, Field(ge=0), BeforeValidator(_auto)] = Field(
+    weights_kept_seconds: Annotated[_Seconds | None, BeforeValidator(_auto)] = Field(
         default=None,
         description="how long weights that were activated are kept, whoever asks, but for higher "
         "priorities; 'auto' is ten seconds, or 30 times what the activation took",
@@ -169,7 +173,7 @@ class Config(BaseModel):
         description="host memory for all copies of weights and all offloaded caches: a size, or a "
         "share of what a process may use",
     )
-    sleep_after: Annotated[float | None, Field(ge=0), BeforeValidator(_none)] = Field(
+    sleep_after: Annotated[_Seconds | None, BeforeValidator(_none)] = Field(
         default=None,
         description="seconds after which an idle engine yields its weights and its cache unasked",
     )

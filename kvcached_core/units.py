@@ -14,6 +14,8 @@ ALL_PERCENT = 100
 DEFAULT_PAGE_BYTES = 16 * MIB
 MIN_PRIORITY, MAX_PRIORITY = -1000, 1000
 MAX_NAME_LENGTH = 64
+MAX_BYTES = 1 << 60  # sums of it fit into a word of a ledger
+MAX_SECONDS = 10**9  # about 31 years; locks, and clocks in nanoseconds, count to some more
 
 _FACTORS = {
     "": 1,
@@ -66,7 +68,7 @@ def parse_bytes(text: str, *, what: str, whole_bytes: int | None = None) -> int:
         whole_bytes: What 100 % is; without it a percentage is refused.
 
     Raises:
-        ConfigError: If the text is no size.
+        ConfigError: If the text is no size, or none that can be counted.
     """
     match = _SIZE.fullmatch(text.strip())
     if match:
@@ -74,7 +76,12 @@ def parse_bytes(text: str, *, what: str, whole_bytes: int | None = None) -> int:
         if unit == "%" and whole_bytes is not None and number <= ALL_PERCENT:
             return int(whole_bytes * number / ALL_PERCENT)
         if unit in _FACTORS:
-            return int(number * _FACTORS[unit])
+            num_bytes = number * _FACTORS[unit]
+            if num_bytes <= MAX_BYTES:
+                return int(num_bytes)
+            raise ConfigError(
+                f"{what}={text!r} is too large; use at most {format_bytes(MAX_BYTES)}"
+            )
     percent = " or a share such as 50%" if whole_bytes is not None else ""
     raise ConfigError(f"{what}={text!r} is not a size; write one such as 24GiB, 512MiB{percent}")
 

@@ -21,7 +21,7 @@ from kvcached_core.cli.options import AsJson, Directory
 from kvcached_core.control import Outcome, Result
 from kvcached_core.errors import KVCachedError
 from kvcached_core.ledger.survey import Survey, survey
-from kvcached_core.units import default_directory
+from kvcached_core.units import MAX_SECONDS, default_directory
 
 EXIT_FAILED = 1
 EXIT_INCOMPLETE = 3
@@ -51,7 +51,9 @@ def _names(context: typer.Context, incomplete: str) -> list[str]:
 Name = Annotated[
     str, typer.Argument(help="The instance, as `kvcached list` names it.", autocompletion=_names)
 ]
-Timeout = Annotated[float, typer.Option(min=0.0, help="Seconds to wait until it holds.")]
+Timeout = Annotated[
+    float, typer.Option(min=0.0, max=MAX_SECONDS, help="Seconds to wait until it holds.")
+]
 # A word that begins with a dash, such as a size of -1GiB, is an argument and no option.
 DASHES = {"ignore_unknown_options": True}
 
@@ -95,7 +97,9 @@ def top(
     directory: Directory = default_directory(),
     as_json: AsJson = False,
     once: Annotated[bool, typer.Option("--once", help="Print one picture and end.")] = False,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two pictures.")] = 0.5,
+    interval: Annotated[
+        float, typer.Option(min=0.1, max=MAX_SECONDS, help="Seconds between two pictures.")
+    ] = 0.5,
 ) -> None:
     """Show who holds how much: live on a terminal, once elsewhere."""
     from kvcached_core.cli.listing import to_json

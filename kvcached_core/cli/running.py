@@ -7,7 +7,13 @@ import typer
 
 from kvcached_core.cli.options import Directory
 from kvcached_core.errors import KVCachedError
-from kvcached_core.units import MAX_PRIORITY, MIN_PRIORITY, check_name, default_directory
+from kvcached_core.units import (
+    MAX_PRIORITY,
+    MAX_SECONDS,
+    MIN_PRIORITY,
+    check_name,
+    default_directory,
+)
 
 # As `env`, `nice` and `timeout` have it: what failed is not the command.
 EXIT_NOT_RUN = 125
@@ -31,7 +37,9 @@ def run_program(
         int | None,
         typer.Option(min=MIN_PRIORITY, max=MAX_PRIORITY, help="Among those that make room."),
     ] = None,
-    wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for the room.")] = 30.0,
+    wait: Annotated[
+        float, typer.Option(min=0.0, max=MAX_SECONDS, help="Seconds to wait for the room.")
+    ] = 30.0,
 ) -> None:
     """Make room for a program beside the engines, and run it; the room ends with it."""
     from kvcached_core.config import read_config

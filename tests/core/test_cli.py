@@ -232,6 +232,10 @@ def test_metrics_are_served_until_a_signal(ledger: Ledger) -> None:
         (("trim", "nobody"), 1, "no instance is named 'nobody'; there are llama"),
         (("trim", "--keep", "much"), 1, "--keep='much' is not a size"),
         (("top", "--interval", "0"), 2, "0.1"),
+        (("top", "--interval", "inf"), 2, "1000000000"),
+        (("trim", "--timeout", "inf"), 2, "1000000000"),
+        (("run", "--need", "1MiB", "--wait", "inf", "--", "true"), 2, "1000000000"),
+        (("limit", "llama", "9" * 400), 1, "is too large; use at most"),
         (("frobnicate",), 2, "frobnicate"),
     ],
 )

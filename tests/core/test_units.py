@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcached_core.errors import ConfigError
-from kvcached_core.units import format_bytes, parse_bytes
+from kvcached_core.units import MAX_BYTES, format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,14 @@ def test_nonsense_is_refused_by_name_and_value(text: str) -> None:
         parse_bytes(text, what="KVCACHED_LIMIT", whole_bytes=100)
     assert f"KVCACHED_LIMIT={text!r}" in str(caught.value)
     assert "24GiB" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["1048577TiB", "9" * 30, "9" * 5000 + "GiB"])
+def test_a_size_that_no_ledger_can_count_is_refused(text: str) -> None:
+    assert parse_bytes("1048576TiB", what="X") == MAX_BYTES
+    with pytest.raises(ConfigError) as caught:
+        parse_bytes(text, what="KVCACHED_HOST_POOL", whole_bytes=100)
+    assert f"KVCACHED_HOST_POOL={text!r} is too large; use at most" in str(caught.value)
 
 
 def test_a_share_needs_a_whole() -> None:

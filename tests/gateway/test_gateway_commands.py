@@ -105,6 +105,14 @@ def test_verbs_end_as_their_model_does(run: Run, written: Written) -> None:
     assert (code, told) == (3, "one will warm\none is still warm\n")
 
 
+@pytest.mark.parametrize("seconds", ["-1", "inf", "nan", "1e300"])
+def test_a_time_that_no_clock_counts_is_wrong_usage(
+    run: Run, written: Written, seconds: str
+) -> None:
+    assert run("stop", "one", "--timeout", seconds)[0] == 2
+    assert not written.steered
+
+
 def test_a_refusal_and_a_failure_are_errors_with_the_reason(run: Run, written: Written) -> None:
     assert str(run("stop", "one")[2]) == "'one' is pinned"
     written.becomes = "failed"

@@ -18,7 +18,7 @@ import typer
 from kvcached_core.cli.app import EXIT_FAILED, EXIT_INCOMPLETE
 from kvcached_core.cli.options import AsJson, Directory
 from kvcached_core.errors import KVCachedError
-from kvcached_core.units import default_directory
+from kvcached_core.units import MAX_SECONDS, default_directory
 from kvcached_gateway.admin.client import Client, GatewayError
 from kvcached_gateway.admin.views import ModelRow
 from kvcached_gateway.settings.durations import duration
@@ -41,7 +41,9 @@ Name = Annotated[
     str, typer.Argument(help="The model, as the file names it.", autocompletion=_names)
 ]
 File = Annotated[Path, typer.Argument(help="The file of models, such as models.yaml.")]
-Timeout = Annotated[float, typer.Option(min=0.0, help="Seconds to wait until it is done.")]
+Timeout = Annotated[
+    float, typer.Option(min=0.0, max=MAX_SECONDS, help="Seconds to wait until it is done.")
+]
 
 
 def serve(

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from kvcached_core.units import MAX_SECONDS
 from kvcached_gateway.settings.units import Seconds
 
 
@@ -63,8 +64,8 @@ NodeLabel = Annotated[
 Devices = Annotated[tuple[Text, ...], BeforeValidator(_one_or_list)]
 Nodes = Annotated[tuple[NodeLabel, ...], BeforeValidator(_one_or_list)]
 AllDevices = Annotated[Literal["all"] | tuple[Text, ...], BeforeValidator(_all_or_list)]
-Positive = Annotated[Seconds, Field(gt=0)]
-NotNegative = Annotated[Seconds, Field(ge=0)]
+Positive = Annotated[Seconds, Field(gt=0, le=MAX_SECONDS)]
+NotNegative = Annotated[Seconds, Field(ge=0, le=MAX_SECONDS)]
 
 
 class Values(BaseModel):
@@ -74,7 +75,9 @@ class Values(BaseModel):
         GIVEN: Fields that the place in the file says, and no key.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False
+    )
     GIVEN: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
