@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from kvcached_core.errors import ConfigError
 from kvcached_core.units import (
@@ -44,23 +45,29 @@ class WeightsMode(StrEnum):
     YIELD = "yield"
 
 
-def _size(name: str) -> BeforeValidator:
+def _size(name: str, whole_bytes: int | None = None) -> BeforeValidator:
     def parse(value: object) -> object:
-        return parse_bytes(value, what=PREFIX + name) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        num_bytes = parse_bytes(value, what=PREFIX + name, whole_bytes=whole_bytes)
+        return value if value.strip().endswith("%") else num_bytes
 
     return BeforeValidator(parse)
 
 
 def _size_or_share(name: str) -> BeforeValidator:
     """A size in bytes, or a share that is kept as text until it is known of what."""
+    return _size(name, whole_bytes=100)
 
-    def parse(value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        num_bytes = parse_bytes(value, what=PREFIX + name, whole_bytes=100)
-        return value if value.strip().endswith("%") else num_bytes
 
-    return BeforeValidator(parse)
+def _folder(value: object) -> object:
+    if isinstance(value, str) and (not value or value.startswith("~")):
+        raise PydanticCustomError("folder", "write the path of a folder; '~' is not expanded")
+    return value
+
+
+_Folder = Annotated[Path, BeforeValidator(_folder)]
+_Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
 
 
 def _in_bytes(value: int | str, name: str, whole_bytes: int) -> int:
@@ -70,19 +77,11 @@ def _in_bytes(value: int | str, name: str, whole_bytes: int) -> int:
     return value
 
 
-def _none(value: object) -> object:
-    return None if value == "none" else value
-
-
-def _auto(value: object) -> object:
-    return None if value == "auto" else value
-
-
-def _none_is_zero(value: object) -> object:
-    return 0 if value == "none" else value
-
-
-_Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
+# What people write for the default of a variable.
+_WORDS = {
+    **dict.fromkeys(("limit", "floor", "weights_disk", "sleep_after"), "none"),
+    "weights_kept_seconds": "auto",
+}
 
 
 class Config(BaseModel):
@@ -90,7 +89,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    dir: Path = Field(default_factory=default_directory, description="folder of ledgers, 0700")
+    dir: _Folder = Field(default_factory=default_directory, description="folder of ledgers, 0700")
     name: str | None = Field(
         default=None, description="the instance's name; letters, digits, '.', '_', '-', up to 64"
     )
@@ -99,10 +98,10 @@ class Config(BaseModel):
         description="host backend: bytes that all engines share, a size or a share of what a "
         "process may use; the same for every engine",
     )
-    limit: Annotated[int | str | None, _size_or_share("LIMIT"), BeforeValidator(_none)] = Field(
+    limit: Annotated[int | str | None, _size_or_share("LIMIT")] = Field(
         default=None, description="ceiling of this instance: a size, a share of the pool, or 'none'"
     )
-    floor: Annotated[int | str, _size_or_share("FLOOR"), BeforeValidator(_none_is_zero)] = Field(
+    floor: Annotated[int | str, _size_or_share("FLOOR")] = Field(
         default=0,
         description="what this instance can always get back: a size, a share, or 'none'",
     )
@@ -139,7 +138,7 @@ class Config(BaseModel):
         default=WeightsMode.KEEP,
         description="whether large buffers and the memory of CUDA graphs go with the weights",
     )
-    weights_dir: Path | None = Field(
+    weights_dir: _Folder | None = Field(
         default=None, description="folder of the host copies of weights; none is one in the other"
     )
     weights_restart: bool = Field(
@@ -150,7 +149,7 @@ class Config(BaseModel):
     weights_replicas: bool = Field(
         default=False, description="whether weights come from replicas on this host, and go to them"
     )
-    weights_disk: Path | None = Field(
+    weights_disk: _Folder | None = Field(
         default=None,
         description="folder on a disk for images of weights that the host budget has no room for; "
         "none keeps them in host memory alone",
@@ -163,7 +162,7 @@ class Config(BaseModel):
         default="all",
         description="what a step waits for when weights come back: all, or each layer for its own",
     )
-    weights_kept_seconds: Annotated[_Seconds | None, BeforeValidator(_auto)] = Field(
+    weights_kept_seconds: _Seconds | None = Field(
         default=None,
         description="how long weights that were activated are kept, whoever asks, but for higher "
         "priorities; 'auto' is ten seconds, or 30 times what the activation took",
@@ -173,7 +172,7 @@ class Config(BaseModel):
         description="host memory for all copies of weights and all offloaded caches: a size, or a "
         "share of what a process may use",
     )
-    sleep_after: Annotated[_Seconds | None, BeforeValidator(_none)] = Field(
+    sleep_after: _Seconds | None = Field(
         default=None,
         description="seconds after which an idle engine yields its weights and its cache unasked",
     )
@@ -275,7 +274,8 @@ def read_config(environ: Mapping[str, str] = os.environ) -> Config:
             near = difflib.get_close_matches(variable, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
             raise ConfigError(f"{variable} is not a setting; {hint}")
-        values[field] = value
+        if value.strip().lower() != _WORDS.get(field):
+            values[field] = value
     try:
         config = Config(**values)
     except ValidationError as error:
@@ -292,7 +292,8 @@ def read_config(environ: Mapping[str, str] = os.environ) -> Config:
 
 def _explain(error: ValidationError) -> str:
     problem = error.errors()[0]
-    variable = PREFIX + str(problem["loc"][0]).upper()
+    field = str(problem["loc"][0])
+    text = f"{PREFIX}{field.upper()}={problem['input']!r} is not allowed: {problem['msg']}"
     if isinstance(problem.get("ctx", {}).get("error"), ConfigError):
-        return str(problem["ctx"]["error"])
-    return f"{variable}={problem['input']!r} is not allowed: {problem['msg']}"
+        text = str(problem["ctx"]["error"])
+    return f"{text}, or {_WORDS[field]}" if field in _WORDS else text

@@ -63,6 +63,13 @@ def test_values_are_read_in_the_units_people_write() -> None:
         ("IDLE_SECONDS", "inf", "less than or equal to 1000000000"),
         ("SLEEP_AFTER", "1e12", "less than or equal to 1000000000"),
         ("WEIGHTS_KEPT_SECONDS", "inf", "less than or equal to 1000000000"),
+        ("SLEEP_AFTER", "never", "as a number, or none"),
+        ("WEIGHTS_KEPT_SECONDS", "always", "as a number, or auto"),
+        ("FLOOR", "lots", "share such as 50%, or none"),
+        ("DIR", "~/kv", "path of a folder"),
+        ("DIR", "", "path of a folder"),
+        ("WEIGHTS_DIR", "", "path of a folder"),
+        ("WEIGHTS_DISK", "~", "path of a folder; '~' is not expanded, or none"),
         ("NAME", "../etc", "letters, digits"),
         ("NAME", "", "letters, digits"),
     ],
@@ -75,6 +82,13 @@ def test_a_bad_value_is_refused_with_variable_value_and_what_is_allowed(
     assert PREFIX + name in str(caught.value)
     assert value in str(caught.value)
     assert allowed in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["none", "None", " NONE "])
+def test_a_word_means_the_default_in_every_spelling(word: str) -> None:
+    names = ("LIMIT", "FLOOR", "SLEEP_AFTER", "WEIGHTS_DISK")
+    told = {PREFIX + name: word for name in names} | {"KVCACHED_WEIGHTS_KEPT_SECONDS": "Auto"}
+    assert read_config(told) == read_config({})
 
 
 def test_a_misspelt_variable_is_refused_with_the_nearest_one() -> None:
