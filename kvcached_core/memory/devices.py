@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcached_core.config import CUDA, HOST, Config
-from kvcached_core.errors import LedgerError
+from kvcached_core.errors import ConfigError, LedgerError
 from kvcached_core.ledger.file import NUM_ROWS, RowKey
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.nvml import GPU_PREFIXES, free_memory_reader, near_cpus
 from kvcached_core.ledger.opening import doorbell_path, ledger_directory
 from kvcached_core.memory.host_memory import host_memory
+from kvcached_core.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,20 @@ class Device:
     total_bytes: int
 
     def capacity_bytes(self, config: Config) -> int:
-        """Return what KV caches may hold together, in bytes."""
+        """Return what KV caches may hold together, in bytes.
+
+        Raises:
+            ConfigError: If the headroom leaves nothing.
+        """
         if self.kind == HOST:
             return self.total_bytes
-        return self.total_bytes - config.headroom_bytes(self.total_bytes)
+        capacity_bytes = self.total_bytes - config.headroom_bytes(self.total_bytes)
+        if capacity_bytes <= 0:
+            raise ConfigError(
+                f"KVCACHED_HEADROOM={config.headroom!r} is not allowed; {self.name} has "
+                f"{format_bytes(self.total_bytes)}, and it must be less"
+            )
+        return capacity_bytes
 
     def free_bytes(self, config: Config) -> Callable[[], int] | None:
         """Return a function that says what of the device may be mapped now, or None on the host."""

@@ -251,6 +251,13 @@ def test_a_gpu_is_named_by_its_uuid_and_keeps_its_headroom() -> None:
     assert gpu.capacity_bytes(read_config({"KVCACHED_HEADROOM": "16MiB"})) == 99 * PAGE
 
 
+@pytest.mark.parametrize("headroom", ["100%", "1600MiB", "2TiB"])
+def test_a_headroom_that_leaves_nothing_is_refused(headroom: str) -> None:
+    gpu = cuda_device("73e906f0-07b3", 100 * PAGE)
+    with pytest.raises(ConfigError, match=r"HEADROOM=.* is not allowed; GPU-73e906f0-07b3 has "):
+        gpu.capacity_bytes(read_config({"KVCACHED_HEADROOM": headroom}))
+
+
 def test_the_room_is_that_of_the_device_with_least(start: Callable[..., Instance]) -> None:
     first, last = device("a", 8), device("b", 4)
     start([last], name="neighbour").promise(1, is_urgent=False)
