@@ -250,10 +250,10 @@ def _change(places: list[_Place], changes: list[dict[str, Any]]) -> Result | Non
     try:
         for place, words in zip(places, changes, strict=True):
             done.append((place, place.ledger.change_policy(place.view.row, **words)))
-    except (PolicyError, LedgerError) as error:
+    except BaseException as error:  # Ctrl-C, too, which may come while a lock is waited for
         for place, change in done:
             place.ledger.undo_policy(place.view.row, change)
-        if isinstance(error, LedgerError):
+        if not isinstance(error, PolicyError):
             raise
         return Result(name, Outcome.REFUSED, reason=str(error))
     for place, change in done:

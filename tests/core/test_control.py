@@ -246,6 +246,24 @@ def test_an_instance_on_two_devices_is_steered_on_both_or_on_none(
         assert other.view().instances[0].limit_bytes == 2 * GIB
 
 
+def test_who_gives_up_on_one_device_leaves_the_other_as_it_was(
+    directory: Path, pair: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Ledger(directory / "other.ledger", 2 * GIB) as other:
+        other.register(name="a", engine="test")
+        change = Ledger.change_policy
+
+        def interrupt(ledger: Ledger, *args: Any, **changes: Any) -> Any:
+            if ledger.path == other.path:
+                raise KeyboardInterrupt
+            return change(ledger, *args, **changes)
+
+        monkeypatch.setattr(Ledger, "change_policy", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            control.set_limit("a", "512MiB", directory=directory)
+        assert pair[0].policy() == other.view().instances[0].policy == Policy()
+
+
 def test_a_refusal_on_one_device_leaves_what_somebody_decided_meanwhile_on_the_other(
     directory: Path, pair: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
