@@ -180,6 +180,13 @@ def test_an_empty_file_has_no_models(read: Read) -> None:
             3,
             "defaults.max_queue='0'",
         ),
+        ("models: {a: {url: 'http://x:99999'}}", 1, "is not allowed; Port out of range 0-65535"),
+        ("models: {a: {url: 'http://x:'}}", 1, "is not allowed; write a port behind the ':'"),
+        ("models: {a: {url: 'http://:80'}}", 1, "is not allowed; it needs a host"),
+        ("models: {a: {url: 'http://[::1'}}", 1, "is not allowed; Invalid IPv6 URL"),
+        (f"listen: {'a' * 64}:80", 1, "(UnicodeError: label too long)"),
+        ('keys_file: "a\\0b"', 1, "keys_file has a NUL"),
+        ('environments: {a: {"engine\\0": vllm}}', 1, "environments.a has a NUL"),
         ("a: 1\na: 2", 2, "a is there twice, first in line 1"),
         ("listen: *a", 1, "found undefined alias"),
         ("memory: &a {}\nplacement: *a", 2, "placement is an alias; write it out"),
@@ -308,6 +315,11 @@ def test_devices_of_a_model_are_some_of_the_gateways(read: Read) -> None:
         ("{A: '${NOBODY}'}", "names the variable 'NOBODY', which is not set"),
         ("{A: '${TOKEN'}", "has a '${' that is not of the form"),
         ("{A: [b]}", "has to be text"),
+        ("{A=B: c}", "env.A=B is no name of a variable"),
+        ("{'': c}", "env. is no name of a variable"),
+        ('{A: "b\\0"}', "env.A has a NUL"),
+        ("{KVCACHED_FLOR: 1}", "env is refused by every engine: KVCACHED_FLOR is not a setting"),
+        ("{KVCACHED_HEADROOM: lots}", "KVCACHED_HEADROOM='lots' is not a size"),
         ("{KVCACHED_NAME: x}", "cannot be set: the gateway decides it; remove it"),
         ("{CUDA_VISIBLE_DEVICES: 1}", "cannot be set: the gateway chooses devices"),
     ],
@@ -320,6 +332,15 @@ def test_variables_of_an_environment(read: Read, env: str, message: str | None) 
     with pytest.raises(ConfigError) as raised:
         read(text)
     assert message in str(raised.value)
+
+
+def test_a_variable_of_the_gateways_own_that_ends_every_engine_ends_the_start(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "models.yaml"
+    file.touch(mode=0o600)
+    with pytest.raises(ConfigError, match="KVCACHED_PRIORTY is not a setting; did you mean"):
+        read_settings(file, {"KVCACHED_PRIORTY": "1"})
 
 
 def test_what_may_be_a_secret_is_in_no_error(read: Read) -> None:

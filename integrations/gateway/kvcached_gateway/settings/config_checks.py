@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from kvcached_core.config import read_config
+from kvcached_core.errors import ConfigError
 from kvcached_gateway.settings.config import HOST, ModelSettings, Settings
 from kvcached_gateway.settings.mistakes import Mistake, Path, nearest
 from kvcached_gateway.settings.owned import why_owned, why_owned_variable
@@ -32,11 +34,13 @@ def check(settings: Settings, environ: Mapping[str, str]) -> None:
 
     Args:
         settings: What was read; each value is allowed by itself.
-        environ: The gateway's own variables.
+        environ: The gateway's own variables, which its engines have, too.
 
     Raises:
         Mistake: The first one.
+        ConfigError: If one of the variables would end every engine.
     """
+    read_config(environ)
     _check_listen(settings)
     _check_devices(("devices",), settings.devices)
     for name, environment in settings.environments.items():
@@ -46,6 +50,10 @@ def check(settings: Settings, environ: Mapping[str, str]) -> None:
             reason = why_owned_variable(variable)
             if reason is not None:
                 raise Mistake((*here, "env", variable), f"cannot be set: {reason}; remove it")
+        try:
+            read_config(environment.env)
+        except ConfigError as error:
+            raise Mistake((*here, "env"), f"is refused by every engine: {error}") from None
     for model in settings.models.values():
         _check_kind(model, settings, environ)
         _check_class(model, settings)

@@ -111,6 +111,8 @@ def _expand(raw: Any, values: dict[str, Any], environ: Mapping[str, str]) -> Non
 
 
 def _expanded(value: Any, here: Path, environ: Mapping[str, str]) -> str:
+    if not here[-1] or "=" in str(here[-1]):
+        raise Mistake(here, "is no name of a variable; use one without '='")
     if value is None:
         return ""
     if not isinstance(value, str):

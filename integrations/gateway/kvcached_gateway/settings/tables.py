@@ -2,6 +2,7 @@
 
 import re
 from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -18,6 +19,22 @@ def _matching(pattern: str, allowed: str) -> AfterValidator:
         return text
 
     return AfterValidator(check)
+
+
+def _check_host(text: str) -> str:
+    """Refuse an address whose host no socket can be opened for."""
+    host = urlsplit(text if "//" in text else f"//{text}").hostname
+    if not host:
+        raise ValueError("it needs a host")
+    host.encode("idna")  # a `UnicodeError` is a `ValueError`, and says what is wrong
+    return text
+
+
+def _check_port(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.port == 0 or parts.netloc.endswith(":"):
+        raise ValueError("write a port behind the ':', or leave it out")
+    return text
 
 
 def _one_or_list(value: Any) -> Any:
@@ -43,12 +60,15 @@ PublicName = Annotated[
 Listen = Annotated[
     str,
     _matching(r"(\[[^\[\]]+\]|[^:\s\[\]]+):\d{1,5}", "write an address and a port: 127.0.0.1:8080"),
+    AfterValidator(_check_host),
 ]
 Url = Annotated[
     str,
     _matching(
         r"https?://[^/?#@\s]+(/[^/?#\s]+)*", "write http:// or https://, a host, a port: no more"
     ),
+    AfterValidator(_check_host),
+    AfterValidator(_check_port),
 ]
 VariableName = Annotated[
     str, _matching(r"[A-Za-z_][A-Za-z0-9_]*", "write the name of a variable, not its value")

@@ -96,6 +96,7 @@ class _Reader:
         if len(path) > MAX_DEPTH:
             raise Mistake(path[:3], "is nested too deeply")
         if isinstance(node, yaml.ScalarNode):
+            _check_text(node.value, path)
             return None if node.tag == _NULL else node.value
         if isinstance(node, yaml.SequenceNode):
             return [self.values(item, (*path, place)) for place, item in enumerate(node.value)]
@@ -106,6 +107,7 @@ class _Reader:
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag not in _PLAIN:
                 raise Mistake(path, "has a key that is no plain text")
+            _check_text(key.value, path)
             here = (*path, key.value)
             line = key.start_mark.line + 1
             if key.value in found:
@@ -114,3 +116,9 @@ class _Reader:
             self._lines[here] = line
             found[key.value] = self.values(value, here)
         return found
+
+
+def _check_text(text: str, path: Path) -> None:
+    """Refuse what no path, variable or argument can have."""
+    if "\0" in text:
+        raise Mistake(path, "has a NUL, which ends a text for the system; remove it")
