@@ -3,8 +3,9 @@
 import asyncio
 import hashlib
 import json
+import sys
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,18 @@ from helpers.loops import on_a_loop
 from helpers.waiting import PATIENCE_SECONDS
 
 from kvcached_gateway import serve
+from kvcached_gateway.engines.process import Child
 from kvcached_gateway.http import workers as workers_module
 from kvcached_gateway.serve import Serving, serving
 
 KEYS = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("busy", "often", "free")}
+
+ONE_ENGINE = f"""
+listen: 127.0.0.1:0
+devices: [host]
+environments: {{a: {{engine: vllm, python: {sys.executable}}}}}
+models: {{one: {{environment: a, model: org/one}}}}
+"""
 
 
 @asynccontextmanager
@@ -119,6 +128,32 @@ async def leave(tasks: list[asyncio.Task[tuple[int, str]]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_engines_have_the_gateways_folder_whatever_theirs_to_run_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[Path] = []
+
+    def launch(_: object, environ: Mapping[str, str], folder: Path, __: int) -> Child:
+        found.append(folder / environ["KVCACHED_DIR"])
+        raise OSError("that was all")
+
+    @on_a_loop
+    async def main() -> None:
+        with short_folder() as directory:
+            monkeypatch.chdir(directory)
+            file = directory / "models" / "models.yaml"
+            file.parent.mkdir()
+            file.write_text(ONE_ENGINE)
+            async with serving(file, Path("kv"), launch=launch) as here:
+                await here.gateway.steer("one", "warm")
+                async with asyncio.timeout(PATIENCE_SECONDS):
+                    while not found:  # noqa: ASYNC110  nobody tells
+                        await asyncio.sleep(0.01)
+            assert found[0] == directory / "kv"
+
+    main()
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -96,6 +96,8 @@ async def serving(
     keys = None if settings.keys_file is None else KeysFile(settings.keys_file)
     if keys is not None:
         keys.keys.check(settings)
+    # Engines run in another folder than this process.
+    directory = directory.absolute()  # noqa: ASYNC240  it opens nothing
     machine = Machine(directory, settings.devices, settings.host_memory_bytes)
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(Folder(directory))
