@@ -109,6 +109,7 @@ async def served(*middlewares: Any) -> AsyncIterator[tuple[Asgi, web.Application
     app.router.add_get("/metrics", echo)
     app.router.add_get("/health", echo)
     app.router.add_post("/stream", stream)
+    app.router.add_put("/{any:.*}", echo)
     app[LEFT] = asyncio.Event()
     runner = web.AppRunner(app)
     await runner.setup()
@@ -139,6 +140,24 @@ async def test_a_request_arrives_as_it_was_sent_and_its_answer_goes_back() -> No
             "word": "yes",
         }
         assert client.is_whole
+
+
+@on_a_loop
+async def test_who_waits_to_send_its_body_gets_one_answer_the_head_first() -> None:
+    async with served() as (asgi, _):
+        client = Client(part(b"all of it"))
+        headers = (("Expect", "100-continue"), ("Content-Length", "9"))
+        await asgi(scope("/echo", headers=headers), client.receive, client.send)
+        assert client.head[0] == 201
+        assert json.loads(client.body)["body"] == "all of it"
+
+
+@on_a_loop
+async def test_a_path_that_looks_like_a_host_is_a_path() -> None:
+    async with served() as (asgi, _):
+        client = Client(part(b""))
+        await asgi(scope("//[", method="PUT"), client.receive, client.send)
+        assert client.head[0] == 201
 
 
 @on_a_loop

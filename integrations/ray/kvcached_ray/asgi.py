@@ -18,6 +18,8 @@ SERVES_OWN = frozenset({
     *(b"date", b"server", b"x-request-id"),
     *(b"connection", b"keep-alive", b"transfer-encoding"),
 })  # fmt: skip
+# Serve's proxy has answered it; a second answer would come before the head of ours.
+EXPECT = b"expect"
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -156,7 +158,7 @@ def _request(
     path = scope.get("raw_path") or scope["path"].encode()
     query = scope.get("query_string", b"")
     target = (path + b"?" + query if query else path).decode("latin-1")
-    raw = tuple((name, value) for name, value in scope["headers"])
+    raw = tuple((name, value) for name, value in scope["headers"] if name != EXPECT)
     headers = CIMultiDict(
         (name.decode("latin-1"), value.decode("utf-8", "surrogateescape")) for name, value in raw
     )
@@ -171,7 +173,10 @@ def _request(
         compression=None,
         upgrade=False,
         chunked=is_chunked,
-        url=URL(target, encoded=True),
+        # Of its parts: what stands behind `//` is no host here.
+        url=URL.build(
+            path=path.decode("latin-1"), query_string=query.decode("latin-1"), encoded=True
+        ),
     )
     task: Any = asyncio.current_task()
     loop = asyncio.get_running_loop()
