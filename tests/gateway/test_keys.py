@@ -139,28 +139,29 @@ def test_a_key_shows_no_hash() -> None:
     assert digest("secret of bob") not in repr(of("bob").all)
 
 
-def test_keys_that_name_what_there_is_not_are_refused() -> None:
-    settings = Settings(
-        path=Path("models.yaml"),
-        models={"llama": ModelSettings(id="llama", aliases=("gpt",))},
-        classes={"chat": ServiceClass(name="chat")},
-    )
+SETTINGS = Settings(
+    path=Path("models.yaml"),
+    models={"llama": ModelSettings(id="llama", aliases=("gpt",))},
+    classes={"chat": ServiceClass(name="chat")},
+)
 
+
+def test_keys_that_name_what_there_is_not_are_refused() -> None:
     def key(**values: object) -> Keys:
         return Keys((Key.model_validate({"name": "a", "sha256": "0" * 64, **values}),))
 
-    key(models=["llama"], **{"class": "chat"}).check(settings)
+    key(models=["llama"], **{"class": "chat"}).check(SETTINGS)
     with pytest.raises(ConfigError, match="'a' names no model 'lama'; did you mean 'llama'"):
-        key(models=["lama"]).check(settings)
+        key(models=["lama"]).check(SETTINGS)
     with pytest.raises(ConfigError, match="'a' names no class 'chad'; did you mean 'chat'"):
-        key(class_name="chad").check(settings)
+        key(class_name="chad").check(SETTINGS)
 
 
 def test_a_changed_file_is_read_again_and_a_broken_one_changes_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = written(tmp_path, f"a: {{sha256: {digest('a')}}}")
-    file = KeysFile(path)
+    file = KeysFile(path, lambda: SETTINGS)
     assert not file.read_again()
     replace(path, f"b: {{sha256: {digest('b')}}}")
     assert file.read_again()
@@ -178,6 +179,24 @@ def test_a_changed_file_is_read_again_and_a_broken_one_changes_nothing(
     assert file.read_again()
     assert file.keys.find("Bearer d") is not None
     assert file.keys.find("Bearer b") is None
+
+
+def test_keys_that_name_what_there_is_not_wait_for_the_file_of_models(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    holding = [SETTINGS]
+    path = written(tmp_path, f"a: {{sha256: {digest('a')}, models: [qwen]}}")
+    with pytest.raises(ConfigError, match="'a' names no model 'qwen'"):
+        KeysFile(path, lambda: holding[0])
+    replace(path, f"b: {{sha256: {digest('b')}}}")
+    file = KeysFile(path, lambda: holding[0])
+    replace(path, f"a: {{sha256: {digest('a')}, models: [qwen]}}")
+    assert [file.read_again(), file.read_again()] == [False, False]
+    assert caplog.text.count("the keys of before hold on: the key 'a' names no model 'qwen'") == 1
+    assert [key.name for key in file.keys.all] == ["b"]
+    holding[0] = SETTINGS.model_copy(update={"models": {"qwen": ModelSettings(id="qwen")}})
+    assert file.read_again()
+    assert [key.name for key in file.keys.all] == ["a"]
 
 
 def replace(path: Path, text: str) -> None:

@@ -93,15 +93,14 @@ async def serving(
         GatewayRunningError: If another gateway serves from the folder.
     """
     settings = read_settings(file, environ)
-    keys = None if settings.keys_file is None else KeysFile(settings.keys_file)
-    if keys is not None:
-        keys.keys.check(settings)
     # Engines run in another folder than this process.
     directory = directory.absolute()  # noqa: ASYNC240  it opens nothing
     machine = Machine(directory, settings.devices, settings.host_memory_bytes)
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(Folder(directory))
         fleet = _fleet(settings, folder, directory, environ, patience, launch)
+        keys_file = settings.keys_file
+        keys = None if keys_file is None else KeysFile(keys_file, lambda: fleet.settings)
         sizes, events = Sizes(lambda model: max_tokens(model, fleet.settings)), Events()
         loop = asyncio.get_running_loop()
         controller = Controller(fleet, directory, partial(_look, machine, fleet, environ), sizes)

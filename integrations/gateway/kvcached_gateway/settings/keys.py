@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -126,22 +127,25 @@ class Keys:
 
 
 class KeysFile:
-    """The keys of a file as they are now: it is read again when it changed.
+    """The keys of a file as they are now: it is read again when it changed, or the settings did.
 
     Args:
         path: The file.
+        settings: The settings that hold now: keys name models and classes of theirs.
 
     Attributes:
         keys: The keys that hold; those from before a mistake, until it is corrected.
 
     Raises:
-        ConfigError: If it cannot be read the first time.
+        ConfigError: If it has a mistake the first time.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, settings: Callable[[], Settings]) -> None:
         self._path = path
-        self._stamp = self._look()
+        self._settings = settings
+        self._seen = self._look(), settings()
         self.keys = Keys.read(path)
+        self.keys.check(settings())
 
     def named(self, name: str) -> Key | None:
         """Return the key of this name that holds now; None where there is none."""
@@ -154,16 +158,18 @@ class KeysFile:
             await asyncio.to_thread(self.read_again)
 
     def read_again(self) -> bool:
-        """Read it if it changed; return whether other keys hold now. It blocks for a file."""
-        stamp = self._look()
-        if stamp == self._stamp:
+        """Read it if it may say something else; return whether it did. It blocks for a file."""
+        seen = stamp, settings = self._look(), self._settings()
+        if stamp == self._seen[0] and settings is self._seen[1]:
             return False
-        self._stamp = stamp
+        self._seen = seen
         try:
-            self.keys = Keys.read(self._path)
+            keys = Keys.read(self._path)
+            keys.check(settings)
         except ConfigError as error:
             _log.error("the keys of before hold on: %s", error)
             return False
+        self.keys = keys
         _log.info("read %d keys from %s", len(self.keys.all), self._path)
         return True
 
