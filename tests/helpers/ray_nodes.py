@@ -63,7 +63,6 @@ class RayNode:
     ) -> None:
         self.name = name
         self.directory = folder / name
-        self.directory.mkdir(mode=0o700)
         self.log = folder / f"{name}.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.units import default_directory
 
 __all__ = ["engine_variables", "own_directory", "take_plain_priority"]
@@ -35,5 +36,11 @@ def take_plain_priority() -> bool:
 
 
 def own_directory(environ: Mapping[str, str] = os.environ) -> Path:
-    """Return this node's folder of ledgers: `KVCACHED_DIR`, as `ray start` was told it."""
-    return Path(environ.get("KVCACHED_DIR") or default_directory())
+    """Return this node's folder of ledgers: `KVCACHED_DIR`, as `ray start` was told it.
+
+    It is made here, for this user alone: what makes a folder inside it would make it open to all.
+
+    Raises:
+        LedgerError: If it cannot be made, is not ours, or others may look into it.
+    """
+    return ledger_directory(Path(environ.get("KVCACHED_DIR") or default_directory()))
