@@ -232,7 +232,10 @@ def sweep(directory: Path) -> None:
         with suppress(LedgerError), Ledger(path) as ledger:
             ledger.remove_if_unused()
     for path in directory.glob("*.alive"):
-        if not path.with_suffix(".ledger").exists():
-            path.unlink(missing_ok=True)
+        ledger_path = path.with_suffix(".ledger")
+        if not ledger_path.exists():
+            # Under a lock: somebody may come just now, who makes the ledger and uses this file.
+            with suppress(LedgerError), Ledger(ledger_path, 1) as ledger:
+                ledger.remove_if_unused()
     for path in directory.glob("*.damaged-*"):
         path.unlink(missing_ok=True)

@@ -192,6 +192,7 @@ class LedgerStore:
         if any(self._live_rows()):
             return False
         self._words[0] = REMOVED
-        self.path.unlink(missing_ok=True)
+        # In this order: once the path is free, somebody else's files may lie there.
         lifetimes_path(self.path).unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
         return True

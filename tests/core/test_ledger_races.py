@@ -25,7 +25,7 @@ from kvcached_core.engine.instance import Instance
 from kvcached_core.errors import LedgerError
 from kvcached_core.ledger.entry import SCHEDULER_SECONDS
 from kvcached_core.ledger.file import RowKey
-from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.ledger import Ledger, sweep
 from kvcached_core.ledger.lock import FileLock
 from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.memory.devices import Device
@@ -34,6 +34,7 @@ from kvcached_core.units import MIB
 NUM_RACES = int(os.environ.get("KVCACHED_RACES", "200"))
 PAGE = 16 * MIB
 CAPACITY = 64 * PAGE
+COMING_SECONDS = 0.3  # in which somebody who need not wait has come
 BROKEN = threading.BrokenBarrierError
 FORKING_OWNER = Path(forking_owner.__file__)
 
@@ -121,6 +122,68 @@ def test_a_leave_and_an_open_at_any_two_moments_are_about_one_ledger(path: Path)
             second.unregister(row)
 
         Pair().race(leave_and_come, come_and_leave)
+
+
+def test_who_comes_while_the_last_one_removes_its_files_keeps_its_own(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    come = Coming(path)
+    unlink = Path.unlink
+
+    def unlink_slowly(gone: Path, missing_ok: bool = False) -> None:  # noqa: FBT001, FBT002  as it is
+        unlink(gone, missing_ok=missing_ok)
+        come.while_somebody_goes()
+
+    with Ledger(path, CAPACITY) as first:
+        row = first.register(name="first", engine="test")
+        monkeypatch.setattr(Path, "unlink", unlink_slowly)
+        first.unregister(row)
+    come.check()
+
+
+def test_who_comes_while_somebody_sweeps_keeps_its_files(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    come = Coming(path)
+    path.with_suffix(".alive").touch(mode=0o600)
+    exists = Path.exists
+
+    def look_slowly(found: Path) -> bool:
+        is_there = exists(found)
+        come.while_somebody_goes()
+        return is_there
+
+    monkeypatch.setattr(Path, "exists", look_slowly)
+    sweep(path.parent)
+    come.check()
+
+
+class Coming:
+    """One that comes to a ledger while somebody else is in the middle of something."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._ledger: Ledger | None = None
+        self._thread = threading.Thread(target=self._come)
+
+    def while_somebody_goes(self) -> None:
+        """Come, or be on the way, if nobody came before."""
+        if self._thread.ident is None:
+            self._thread.start()
+            self._thread.join(COMING_SECONDS)
+
+    def check(self) -> None:
+        """Check that the next one finds it alive, and nothing damaged."""
+        self._thread.join()
+        assert self._ledger is not None
+        with self._ledger, Ledger(self._path, CAPACITY) as last:
+            assert [view.name for view in last.view().instances] == ["second"]
+            names = {file.name for file in self._path.parent.iterdir()}
+            assert names == {"host.ledger", "host.alive"}
+
+    def _come(self) -> None:
+        self._ledger = Ledger(self._path, CAPACITY)
+        self._ledger.register(name="second", engine="test")
 
 
 def come_and_go(path: Path, name: str) -> None:
