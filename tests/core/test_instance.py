@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers.seats import view_of
+from helpers.waiting import await_that
 
 from kvcached_core.config import CUDA, HOST, read_config
 from kvcached_core.engine.instance import Instance
@@ -176,8 +177,12 @@ def test_two_instances_that_want_all_devices_never_hold_half_of_it(
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
-    for instance in instances:
-        assert view_of(instance, one).promised_bytes == view_of(instance, other).promised_bytes == 0
+
+    def held_bytes() -> int:
+        rows = [view_of(each, place) for each in instances for place in (one, other)]
+        return sum(row.promised_bytes for row in rows)
+
+    await_that(lambda: held_bytes() == 0)  # who did not have a lock in time writes later
 
 
 def test_an_urgent_wish_asks_the_neighbours_and_rings_their_bell(
