@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import csv
+import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -86,7 +87,7 @@ class Fleet:
         self._running = Servers(folder)
         self._stack = contextlib.ExitStack()
         self._ballast: Ballast | None = None
-        self._awake: int | None = None
+        self._awake: list[int] = []
 
     def __enter__(self) -> Self:
         """Start all, and ask each once; stop those that were started if one does not answer."""
@@ -136,7 +137,14 @@ class Fleet:
             for number in numbers:
                 self.warm_up(number)
                 self.sleep(number)
-        self.wake_up(0)
+        self._wake_up_all()
+
+    def _wake_up_all(self) -> None:
+        """Wake as many up as may be awake, of those that sleep the first ones."""
+        sleepers = (number for number in range(len(self.members)) if number not in self._awake)
+        num_missing = self.site.num_awake - len(self._awake)
+        for number in list(itertools.islice(sleepers, num_missing)):
+            self.wake_up(number)
 
     def follow(self, model: int) -> "EngineServer":
         """Start a model's server, in the place of an earlier one of its own."""
@@ -155,8 +163,7 @@ class Fleet:
         if self.mode != SLEEP_SWAP:
             return None
 
-        if self._awake is None:  # the turn before was cut off
-            self.wake_up(0)
+        self._wake_up_all()  # the last turn may have been cut off
 
         async def fall_asleep(model: int) -> None:
             await asyncio.to_thread(self.sleep, model)
@@ -164,7 +171,7 @@ class Fleet:
         async def wake_up(model: int) -> None:
             await asyncio.to_thread(self.wake_up, model)
 
-        return TakingTurns(fall_asleep, wake_up, awake=self._awake or 0)
+        return TakingTurns(fall_asleep, wake_up, awake=self._awake)
 
     def activations(self) -> int | None:
         """Return how often weights came back so far, or None where they never go."""
@@ -195,13 +202,14 @@ class Fleet:
 
     def sleep(self, model: int) -> None:
         """Put a vLLM server to sleep: its weights go to the host, its KV cache is gone."""
-        self._awake = None
+        if model in self._awake:
+            self._awake.remove(model)
         self._post(model, "/sleep?level=1")
 
     def wake_up(self, model: int) -> None:
         """Wake it up."""
         self._post(model, "/wake_up")
-        self._awake = model
+        self._awake.append(model)
 
     def num_preemptions(self) -> list[int | None]:
         """Return how often each vLLM server has preempted a request so far."""
@@ -245,9 +253,9 @@ class Fleet:
         if self.mode == UPSTREAM:  # it has no ledger of ours: what the device has in use says it
             return [0] * len(self.members)
         if self.mode == SLEEP_SWAP:
-            awake = self._awake
+            awake = set(self._awake)
             return [
-                member.kv_bytes or 0 if number == awake else 0
+                member.kv_bytes or 0 if number in awake else 0
                 for number, member in enumerate(self.members)
             ]
         if self.mode not in SHARED:

@@ -63,6 +63,7 @@ class Site:
         upstream_python: The interpreter that has the other kvcached.
         tier_bytes: Host memory of each engine for copies of its prefix cache, in mode `offload`.
         weights_bytes: Of the largest model; 0 on a host, where nobody asks.
+        num_awake: How many models are awake at a time in mode `sleep-swap`.
     """
 
     is_host: bool
@@ -76,6 +77,7 @@ class Site:
     upstream_python: str = ""
     tier_bytes: int = 0
     weights_bytes: int = 0
+    num_awake: int = 1
 
     def num_starting(self, chosen: "Sequence[Member]") -> int:
         """Return how many engines in sleep mode may start at a time, those before them asleep.
@@ -135,7 +137,7 @@ def members(  # noqa: PLR0917  what a mode is made of
     elif mode == STATIC_TUNED:
         parts = _parts_by_need(site, shares, weights_bytes or [site.weights_bytes] * num)
     elif mode == SLEEP_SWAP:
-        parts = [_part_beside_sleepers(site, num - 1)] * num
+        parts = [_part_beside_sleepers(site, num - site.num_awake)] * num
     return [
         _member(f"m{model}", ENGINES[kind], mode, site, part, folder)
         for model, (kind, part) in enumerate(zip(kinds, parts, strict=True))
@@ -169,18 +171,24 @@ def _parts_by_need(
 
 
 def _part_beside_sleepers(site: Site, num_sleepers: int) -> float:
-    """Return what part of all an engine may take while so many others sleep.
+    """Return what part of all each engine that is awake may take while so many others sleep.
 
     Raises:
         ModeError: If these leave nothing.
     """
+    if num_sleepers < 0:
+        raise ModeError(
+            f"{SLEEP_SWAP}: of {num_sleepers + site.num_awake} models {site.num_awake} cannot be"
+            " awake"
+        )
     if site.is_host or site.pool_bytes is not None:
-        return 1.0
-    part = 1.0 - num_sleepers * SLEEPING_BYTES / site.cap_bytes
-    if part <= 0:
+        return 1.0 / site.num_awake
+    part = (1.0 - num_sleepers * SLEEPING_BYTES / site.cap_bytes) / site.num_awake
+    if part * site.cap_bytes <= site.weights_bytes + SLEEPING_BYTES:
         held = format_bytes(num_sleepers * SLEEPING_BYTES)
         raise ModeError(
-            f"{SLEEP_SWAP}: {num_sleepers} models that sleep hold {held}: nothing is left"
+            f"{SLEEP_SWAP}: {num_sleepers} models that sleep hold {held}: nothing is left for KV"
+            f" caches beside the weights of {site.num_awake}"
         )
     return part
 

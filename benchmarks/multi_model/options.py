@@ -78,6 +78,12 @@ def parser(description: str) -> argparse.ArgumentParser:
         help="how long after the last request what has not ended may go on; then it has failed",
     )
     made.add_argument(
+        "--num-awake",
+        type=_above_0,
+        default=1,
+        help="models that are awake at a time in mode sleep-swap",
+    )
+    made.add_argument(
         "--swap-limit",
         type=int,
         default=LIMIT,
@@ -112,6 +118,7 @@ def site_of(options: argparse.Namespace) -> Site:
             options=more,
             page_bytes=options.page_bytes,
             tier_bytes=int(options.tier_gib * GIB),
+            num_awake=options.num_awake,
         )
     device_bytes = Gpu().total_bytes
     cap_bytes = int(options.cap_gib * GIB) if options.cap_gib else device_bytes
@@ -127,6 +134,7 @@ def site_of(options: argparse.Namespace) -> Site:
         upstream_python=options.upstream_python,
         tier_bytes=int(options.tier_gib * GIB),
         weights_bytes=max(map(shape_bytes, options.shape)),
+        num_awake=options.num_awake,
     )
 
 

@@ -1,23 +1,28 @@
-"""Gates at which models take turns on a device: one is awake, or runs, at a time."""
+"""Gates at which models take turns on a device: some are awake, or one runs, at a time."""
 
 import asyncio
+import math
 import time
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 
 
 class TakingTurns:
-    """One model is awake at a time; the others' requests wait for their turn.
+    """So many models are awake at a time; the others' requests wait for their turn.
 
-    A model that is awake keeps its turn while it has requests, until another one's has waited for
-    `patience_seconds`; then no more of its own are let in, and it sleeps when the last has ended.
-    The model whose request has waited longest is woken, and all of its requests that have come by
-    then are let in, however long others wait.
+    A model that is awake keeps its turn while it has requests, until one of a model that sleeps has
+    waited for `patience_seconds`; then the one that was asked longest ago lets no more of its own
+    in, and sleeps when the last has ended. The model whose request has waited longest is woken, and
+    all of its requests that have come by then are let in, however long others wait.
 
     Args:
         fall_asleep: Puts a model to sleep.
         wake_up: Wakes a model up.
-        awake: The model that is awake at the start.
+        awake: The models that are awake at the start, and how many may be.
         patience_seconds: How long others wait for a model that always has something to do.
+
+    Attributes:
+        num_turns: How often a model was woken.
     """
 
     def __init__(
@@ -25,17 +30,17 @@ class TakingTurns:
         fall_asleep: Callable[[int], Awaitable[None]],
         wake_up: Callable[[int], Awaitable[None]],
         *,
-        awake: int = 0,
+        awake: Sequence[int] = (0,),
         patience_seconds: float = 5.0,
     ) -> None:
         self._fall_asleep = fall_asleep
         self._wake_up = wake_up
-        self._awake = awake
+        self._awake = list(awake)  # the one that was asked longest ago first
         self._patience_seconds = patience_seconds
-        self._num_inside = 0
+        self._num_inside: Counter[int] = Counter()
         self._waiting: list[tuple[float, int]] = []
         self._is_turning = False
-        self._turned_at = 0.0
+        self._turned_at: dict[int, float] = {}
         self._changed = asyncio.Condition()
         self.num_turns = 0
 
@@ -46,41 +51,45 @@ class TakingTurns:
             self._waiting.append(ticket)
             try:
                 while not self._may_enter(*ticket):
-                    if self._may_turn():
-                        await self._turn()
+                    before = None if self._is_turning else self._idle()
+                    if before is not None and self._asleep():
+                        await self._turn(before)
                     else:
                         await self._wait()
             finally:
                 self._waiting.remove(ticket)
-            self._num_inside += 1
+            self._num_inside[model] += 1
+            self._awake.remove(model)
+            self._awake.append(model)
 
     def leave(self, model: int) -> None:
         """See `Gate`."""
-        del model
-        self._num_inside -= 1
+        self._num_inside[model] -= 1
         asyncio.get_running_loop().create_task(self._tell())
 
     def _may_enter(self, since: float, model: int) -> bool:
-        if self._is_turning or model != self._awake:
+        if model not in self._awake:
             return False
-        if since <= self._turned_at:
+        was_waited_for = since <= self._turned_at.get(model, 0.0)
+        if was_waited_for or self._is_turning or model != self._awake[0]:
             return True
-        others = [begin for begin, waiting in self._waiting if waiting != model]
-        is_out_of_patience = (
-            bool(others) and time.perf_counter() - min(others) > self._patience_seconds
-        )
-        return not is_out_of_patience
+        first = min((begin for begin, _ in self._asleep()), default=math.inf)
+        return time.perf_counter() - first <= self._patience_seconds
 
-    def _may_turn(self) -> bool:
-        if self._num_inside or self._is_turning:
-            return False
-        others = any(waiting != self._awake for _, waiting in self._waiting)
-        return others and not any(self._may_enter(*ticket) for ticket in self._waiting)
+    def _asleep(self) -> list[tuple[float, int]]:
+        """Return who waits for a model that sleeps."""
+        return [ticket for ticket in self._waiting if ticket[1] not in self._awake]
 
-    async def _turn(self) -> None:
+    def _idle(self) -> int | None:
+        """Return the model that may sleep: the one asked longest ago that has nothing to do."""
+        busy = {model for model, num in self._num_inside.items() if num}
+        busy |= {ticket[1] for ticket in self._waiting if self._may_enter(*ticket)}
+        return next((model for model in self._awake if model not in busy), None)
+
+    async def _turn(self, before: int) -> None:
         self._is_turning = True
-        _, chosen = min(ticket for ticket in self._waiting if ticket[1] != self._awake)
-        before = self._awake
+        _, chosen = min(self._asleep())
+        self._awake.remove(before)
         self._changed.release()
         try:
             await self._fall_asleep(before)
@@ -88,8 +97,8 @@ class TakingTurns:
         finally:
             await self._changed.acquire()
             self._is_turning = False
-        self._awake = chosen
-        self._turned_at = time.perf_counter()
+        self._awake.append(chosen)
+        self._turned_at[chosen] = time.perf_counter()
         self.num_turns += 1
         self._changed.notify_all()
 

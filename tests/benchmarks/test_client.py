@@ -43,7 +43,7 @@ def replayed(
     async def run() -> list[Record]:
         app = web.Application()
         app.router.add_post("/v1/completions", handle)
-        runner = web.AppRunner(app)
+        runner = web.AppRunner(app, handler_cancellation=True)  # of a client that has left
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()

@@ -1,7 +1,9 @@
 """The servers of a mode, in the order in which they are started; no process runs."""
 
 import asyncio
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -116,6 +118,22 @@ def test_models_that_fit_start_together_and_all_of_them_sleep_before_the_next(
     assert said[3:7] == [first("m0"), "m0/sleep?level=1", first("m1"), "m1/sleep?level=1"]
     assert said[7] == "m2 starts"
     assert said[-2:] == ["m0/wake_up", "all end"]
+
+
+def test_as_many_as_may_be_are_awake_when_a_schedule_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SITE", replace(SITE, num_awake=2))
+    said: list[str] = []
+    with made(Fleet, "sleep-swap", tmp_path, said) as fleet:
+        assert said[-2:] == ["m0/wake_up", "m1/wake_up"]
+        fleet.sleep(0)
+        fleet.wake_up(2)
+        said.clear()
+        assert fleet.gate() is not None
+        fleet.sleep(1)
+        assert fleet.gate() is not None
+        assert said == ["m1/sleep?level=1", "m0/wake_up"]
 
 
 @pytest.mark.parametrize("is_cut_off", [False, True])

@@ -100,6 +100,11 @@ def test_sleep_mode_is_the_gpus_alone_and_a_host_rehearses_its_turns() -> None:
     with pytest.raises(ModeError, match="27 models that sleep hold 81"):
         plans("sleep-swap", GPU, *["vllm"] * 28)
     assert len(plans("gateway", GPU, *["vllm"] * 28)) == 28  # which has no such need
+    awake = replace(GPU, num_awake=2)  # both have their weights and as much KV memory
+    three = plans("sleep-swap", awake, *["vllm"] * 3)
+    assert [each.kv_bytes for each in three] == [int((80 - 3) / 2 * GIB) - 18 * GIB] * 3
+    with pytest.raises(ModeError, match="of 1 models 2 cannot be awake"):
+        plans("sleep-swap", awake, "vllm")
     (host,) = plans("sleep-swap", POOL, "vllm")
     assert "--enable-sleep-mode" not in host.arguments
     assert host.environ["VLLM_SERVER_DEV_MODE"] == "1"

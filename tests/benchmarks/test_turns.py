@@ -247,3 +247,63 @@ def test_a_model_that_is_woken_serves_who_waited_although_all_others_are_out_of_
 
     run(test())
     assert awake == [0, 1, 2, 3, 4]
+
+
+def test_of_several_awake_the_idle_one_that_was_asked_longest_ago_sleeps() -> None:
+    turned: list[str] = []
+
+    async def fall_asleep(model: int) -> None:
+        turned.append(f"{model} sleeps")
+
+    async def wake_up(model: int) -> None:
+        turned.append(f"{model} wakes")
+
+    async def test() -> None:
+        gate = turns.TakingTurns(fall_asleep, wake_up, awake=(0, 1))
+        await gate.enter(0)
+        await gate.enter(1)
+        gate.leave(1)
+        await gate.enter(2)  # 0 was asked before 1, and is busy
+        assert turned == ["1 sleeps", "2 wakes"]
+        await gate.enter(0)  # it is awake all the time
+        other = asyncio.create_task(gate.enter(1))
+        await settle()
+        assert not other.done()
+        gate.leave(0)
+        gate.leave(0)
+        await other
+        assert turned[2:] == ["0 sleeps", "1 wakes"]
+        assert gate.num_turns == 2
+
+    run(test())
+
+
+def test_out_of_patience_one_of_several_lets_no_more_in_and_the_others_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(turns, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    async def test() -> None:
+        gate = turns.TakingTurns(nothing, nothing, awake=(0, 1), patience_seconds=5.0)
+        now[0] = 1.0
+        await gate.enter(0)
+        await gate.enter(1)
+        sleeper = asyncio.create_task(gate.enter(2))
+        await settle()
+        now[0] = 7.0
+        held = asyncio.create_task(gate.enter(0))
+        await settle()
+        await gate.enter(1)
+        assert not held.done()
+        gate.leave(0)
+        await sleeper
+        gate.leave(2)
+        await held
+        assert gate.num_turns == 2
+
+    run(test())
+
+
+async def nothing(_model: int) -> None:
+    """Put a model to sleep, or wake it."""
