@@ -128,17 +128,19 @@ class Race:
         self.counts["resets"] += 1
 
     def _can_stop_requests(self) -> bool:
-        """Return whether vLLM bears a reset that stops requests: it does not while one loads.
+        """Return whether vLLM bears a reset that stops requests, which are those that run.
 
-        One that was aborted while it loads keeps its blocks, and vLLM's record of it, until then.
-        Nor does it where the tier keeps what they have: it loads that for them in the step that
-        says that they were stopped, and asserts that such requests load nothing.
+        One that does not run may have blocks, and then vLLM raises: while it loads, when it has
+        loaded and finds no room for the rest, and when it was aborted meanwhile. One that has
+        finished may be stored still.
         """
-        from vllm.v1.request import RequestStatus
-
-        requests = self.engine.core.scheduler.requests.values()
-        loading = RequestStatus.WAITING_FOR_REMOTE_KVS
-        return not any(one.status is loading or one.is_finished() for one in requests)
+        scheduler = self.engine.core.scheduler
+        running = {one.request_id for one in scheduler.running}
+        resting = (one for one in scheduler.requests.values() if one.request_id not in running)
+        return not any(
+            one.is_finished() or any(scheduler.kv_cache_manager.get_block_ids(one.request_id))
+            for one in resting
+        )
 
     def _sleep(self) -> None:
         if not self._live:
