@@ -18,6 +18,8 @@ from kvcached_core.errors import NoRoomError
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.units import MIB
 from kvcached_core.weights import scratch
+from kvcached_core.weights.addresses import who_keeps_addresses
+from kvcached_core.weights.binding import collect
 from kvcached_sglang import hooks, start_hooks
 from kvcached_sglang.elastic_weights import begin_to_yield, may_yield, take_over_weights
 from kvcached_sglang.engine import SglangEngine
@@ -68,6 +70,22 @@ def test_what_moves_weights_or_keeps_their_addresses_switches_them_off_in_one_li
     assert line.endswith("; elastic KV stays on")
     (name,) = named
     assert f"-{name.replace('_', '-')}" in line or name.startswith("remote_instance")
+
+
+def test_experts_that_sglang_pages_stay_since_it_copies_them_to_addresses_that_nobody_sees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = pytest.importorskip("sglang.srt.layers.moe.paged_experts.store").HostExpertStore
+    kernels = "sglang.kernels.ops.moe.paged_experts.paged_experts_host_device_pointer"
+    monkeypatch.setattr(kernels, torch.Tensor.data_ptr)  # its own needs a GPU
+    layer = torch.nn.Module()
+    layer.w13_weight = torch.nn.Parameter(torch.zeros(4, 8, 8))
+    layer.store = store(layer, ["w13_weight"], 8, pin=False)
+    layer.store.pin = True
+    layer.store.bind_device_gather(layer)
+    assert int(layer.store._gather_args[1]) == layer.w13_weight.data_ptr()
+    assert who_keeps_addresses({"model": layer}, collect({"model": layer})) is None
+    assert not may_yield(arguments(enable_paged_experts=True), YIELD)
 
 
 def test_settings_that_are_their_defaults_switch_nothing_off() -> None:

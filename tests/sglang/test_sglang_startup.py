@@ -241,6 +241,7 @@ def test_plain_models_mixes_and_hybrids_are_served(
         (OFFLOADING | {"hicache_storage_backend": "nixl"}, "remove --enable-hierarchical-cache"),
         ({"disaggregation_mode": "prefill"}, "--disaggregation-mode null"),
         ({"enable_pdmux": True}, "remove --enable-pdmux"),
+        ({"kv_canary": "raise"}, "set --kv-canary none"),
         (
             {"enable_unified_cache_external_linker": True},
             "remove --enable-unified-cache-external-linker",
@@ -274,3 +275,18 @@ def test_what_cannot_be_served_is_named_with_the_setting(
     with pytest.raises(UnsupportedEngineError, match="cannot be served elastically") as caught:
         check(obstacles_of(runner(**changes)))
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "device", "is_refused"),
+    [("1", "cuda", True), ("True", "cuda", True), ("0", "cuda", False), ("1", "cpu", False)],
+)
+def test_a_pool_that_sglang_sizes_when_graphs_are_captured_is_refused_where_it_does_so(
+    monkeypatch: pytest.MonkeyPatch, value: str, device: str, *, is_refused: bool
+) -> None:
+    monkeypatch.setenv("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", value)
+    made = runner()
+    made.device = device
+    reasons = obstacles_of(made)
+    assert len(reasons) == is_refused
+    assert all(f"POST_CAPTURE_KV_SIZING={value}: " in one for one in reasons)

@@ -271,7 +271,14 @@ def test_there_are_no_more_states_than_kernels_can_find(
         assert of_states.num_ids(made.slots.pages.num_pages) <= 9000
 
 
-@pytest.mark.parametrize("name", ["enable_linear_replayssm", "enable_int8_mamba_checkpoint"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "enable_linear_replayssm",
+        "enable_linear_replayssm_spec",
+        "enable_int8_mamba_checkpoint",
+    ],
+)
 def test_what_lies_beside_states_is_refused_by_name(name: str) -> None:
     arguments = SimpleNamespace(max_mamba_cache_size=None, **{name: True})
     runner = SimpleNamespace(

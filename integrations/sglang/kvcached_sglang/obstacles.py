@@ -1,5 +1,6 @@
 """What of SGLang cannot be served elastically yet, each with the setting to change."""
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from inspect import signature
@@ -44,8 +45,17 @@ OBSTACLES = {
         "a block's layers lie side by side; remove --enable-page-major-kv-layout",
     ),
     "dllm_algorithm": (None, "diffusion models: not served yet; remove --dllm-algorithm"),
+    "kv_canary": (
+        "none",
+        "KV canaries: they take memory for each id, and we make more; set --kv-canary none",
+    ),
 }
 DEVICES = ("cpu", "cuda")
+
+# With it SGLang puts memory under the addresses of its pool itself, when graphs are captured. It
+# sets it by itself for one model, unless it is set.
+LATE_SIZE = "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"
+YES = ("true", "1", "yes", "y")
 
 # What keeps addresses of weights, or moves weights by itself: they stay, the KV cache is elastic.
 WEIGHT_OBSTACLES = {
@@ -57,6 +67,10 @@ WEIGHT_OBSTACLES = {
     ),
     "cpu_offload_gb": (0, "SGLang offloads layers itself; remove --cpu-offload-gb"),
     "offload_group_size": (-1, "SGLang offloads layers itself; remove --offload-group-size"),
+    "enable_paged_experts": (
+        False,
+        "SGLang copies experts to their addresses itself; remove --enable-paged-experts",
+    ),
     "ple_offload_embedding": (
         None,
         "embeddings are read by their addresses; set --no-ple-offload-embedding",
@@ -94,6 +108,13 @@ ONE_POOL_MODELS = frozenset(
 
 # What gives states a pool of SGLang's own.
 FIXED_STATES = "--max-mamba-cache-size to how many SGLang shall keep at once"
+
+# What SGLang keeps for each slot beside its state.
+BESIDE_STATES = (
+    "enable_linear_replayssm",
+    "enable_linear_replayssm_spec",
+    "enable_int8_mamba_checkpoint",
+)
 
 # Attention that reads the window's pool at ids of that pool. SGLang's others read it at ids of the
 # other one: right as long as both hand out the same ones, which ours never do.
@@ -155,6 +176,9 @@ def model_obstacles(runner: Any) -> Iterator[str]:
                 f"attention backend {backend}: it reads the window's pool at ids of the other one; "
                 f"set --attention-backend to one of {served}, or --disable-hybrid-swa-memory"
             )
+    late = os.environ.get(LATE_SIZE, "")
+    if late.lower() in YES and str(runner.device) != "cpu":
+        yield f"{LATE_SIZE}={late}: the pool's memory would be SGLang's own; set it to 0"
     for what, remedy in _untried_beside(runner):
         yield f"{what} of a model with sliding windows or states: nobody has tried it; {remedy}"
     if has_elastic_states(runner):
@@ -208,7 +232,7 @@ def _state_obstacles(runner: Any) -> Iterator[str]:
         yield "beside sliding windows in a pool of their own nobody has tried them"
     if getattr(states_config(runner), "short_conv_layer_ids", None):
         yield "what this model keeps beside them is found by the same numbers"
-    for name in ("enable_linear_replayssm", "enable_int8_mamba_checkpoint"):
+    for name in BESIDE_STATES:
         if getattr(runner.server_args, name, False):
             flag = "--" + name.replace("_", "-")
             yield f"what SGLang keeps beside them is found by the same numbers (remove {flag})"
