@@ -52,7 +52,8 @@ HOOKS = (
     Hook(
         "vllm.v1.executor.abstract:Executor.sleep",
         "kvcached_vllm.engine_hooks:executor_sleep",
-        "give all pages but page 0 back before the workers sleep",
+        "give all pages but page 0 back before the workers sleep, and have them save no weights",
+        ("level",),
     ),
     Hook(
         "vllm.v1.executor.abstract:Executor.wake_up",

@@ -117,15 +117,21 @@ def test_a_neighbour_that_grows_while_we_fall_asleep_does_no_harm() -> None:
         sleeper("Memory usage increased after sleeping.")(SimpleNamespace(), 1)
 
 
-def test_a_sleeping_engine_is_emptied_first() -> None:
-    order: list[str] = []
-    weights = SimpleNamespace(sleep=lambda: order.append("weights"))
-    engine = SimpleNamespace(empty=lambda: order.append("empty"), activation=weights)
-    executor = SimpleNamespace(kvcached=engine)
-    executor_sleep(lambda _self, _level: order.append("sleep"))(executor, 1)
-    assert order == ["empty", "sleep", "weights"]  # vLLM may read weights of its own while it falls
-    executor_sleep(lambda _self, _level: order.append("sleep"))(SimpleNamespace(), 1)
-    assert order == ["empty", "sleep", "weights", "sleep"]
+@pytest.mark.parametrize(("yields_weights", "level"), [(True, 1), (False, 2)])
+def test_a_sleeping_engine_is_emptied_first_and_saves_no_weights_that_may_be_gone(
+    *, yields_weights: bool, level: int
+) -> None:
+    order: list[Any] = []
+    engine = SimpleNamespace(
+        empty=lambda: order.append("empty"),
+        activation=SimpleNamespace(sleep=lambda: order.append("weights")),
+        yields_weights=yields_weights,
+    )
+    sleep = executor_sleep(lambda _self, level: order.append(level))
+    sleep(SimpleNamespace(kvcached=engine), level=2)
+    assert order == ["empty", level, "weights"]  # vLLM may read buffers of its own while it falls
+    sleep(SimpleNamespace(), level=2)
+    assert order[3:] == [2]
 
 
 def plan_of(*tensors: Any) -> Any:

@@ -128,11 +128,18 @@ def _say_what_is_elastic(model: Any) -> None:
         startup.logger.info("kvcached: %s", parts)
 
 
-@around_ours
-def executor_sleep(call: Any, engine: VllmEngine, _self: Any) -> None:
-    """Wrap `Executor.sleep`: a sleeping engine keeps page 0 alone."""
+@around
+def executor_sleep(original: Any, self: Any, level: int = 1, *args: Any, **kwargs: Any) -> None:
+    """Wrap `Executor.sleep`: a sleeping engine keeps page 0 alone.
+
+    At level 2 vLLM may save parameters. Those that yield may be gone by now, and are kept by us.
+    """
+    engine: VllmEngine | None = getattr(self, "kvcached", None)
+    if engine is None:
+        original(self, level, *args, **kwargs)
+        return
     engine.empty()
-    call()
+    original(self, 1 if engine.yields_weights else level, *args, **kwargs)
     engine.activation.sleep()
 
 
