@@ -20,6 +20,7 @@ keys_file: keys.yaml
 workers: 4
 devices: [0, GPU-6f1c]
 host_memory: 192GiB
+turn: 1m
 engines_on_exit: keep
 max_body: 8MiB
 environments:
@@ -90,7 +91,7 @@ def test_each_value_is_read_as_it_is_meant(read: Read, tmp_path: Path) -> None:
     assert vllm.args == ("--seed", "1")
     assert found.classes["chat"].tpot_seconds == 0.05
     assert found.classes["batch"].late == "refuse"
-    assert found.memory.idle_before_eviction_seconds == 60
+    assert (found.turn_seconds, found.memory.idle_before_eviction_seconds) == (60, 60)
     llama = found.models["llama"]
     assert (llama.model, llama.revision) == (str(tmp_path / "llama"), "0123")
     assert llama.aliases == ("gpt-4o", "4")

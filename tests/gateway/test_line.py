@@ -106,6 +106,37 @@ async def test_who_waits_too_long_for_a_busy_model_is_told_so() -> None:
 
 
 @simulated
+async def test_a_model_that_holds_back_gets_no_request_and_serves_them_in_order_afterwards() -> (
+    None
+):
+    world = World(FakeGrantor("a"), FakeGrantor("b"))
+    before = await world.start()
+    world.held["a"] = "it is another one's turn"
+    tasks = [world.start(key=str(number)) for number in range(3)]
+    again = world.start(key="again", is_again=True)
+    await world.start("b")
+    await settle()
+    world.end("a")
+    await settle()
+    assert not any(task.done() for task in (*tasks, again))
+    assert world.line.waiting("a") == 4
+    world.held.clear()
+    world.line.changed("a")
+    await asyncio.gather(*tasks, again)
+    assert [one.key for one in world.models["a"].granted] == [None, "again", "0", "1", "2"]
+    assert before not in world.models["a"].leases
+
+
+@simulated
+async def test_who_waits_too_long_for_one_that_holds_back_is_told_why() -> None:
+    world = World(FakeGrantor("a"), max_wait_seconds=30)
+    world.held["a"] = "it is another one's turn"
+    error = await refused(world.start())
+    assert (error.status, error.code) == (503, "model_busy")
+    assert error.message.endswith("which is max_wait; it is another one's turn")
+
+
+@simulated
 async def test_the_clients_own_deadline_ends_its_wait_first() -> None:
     world = World(FakeGrantor("a", Readiness.COMING), max_wait_seconds=30)
     other = world.start()

@@ -49,6 +49,19 @@ async def test_where_nobody_has_a_goal_nothing_happens_whatever_classes_there_ar
 
 
 @simulated
+async def test_a_model_that_holds_back_holds_up_nobody_else() -> None:
+    world = classed(FakeGrantor("a"), FakeGrantor("b"))
+    world.held["a"] = "it is another one's turn"
+    waiting = world.start("a", key="first")
+    await settle()
+    await world.start("b")
+    assert not waiting.done()
+    world.held.clear()
+    world.line.changed("a")
+    assert (await waiting).model_id == "a"
+
+
+@simulated
 async def test_an_engine_has_two_chunks_to_read_and_the_rest_waits() -> None:
     world = classed(FakeGrantor("a"), FakeGrantor("b"))
     tasks = [world.start("a", key=str(n), body_bytes=CHUNK_BYTES) for n in range(5)]

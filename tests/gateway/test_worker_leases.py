@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from helpers.gateway_front import GivenLeases, House, PatientLeases, RefusingLeases, make_settings
+from helpers.gateway_models import FakeGrantor
 from helpers.loops import on_a_loop
 
 from kvcached_gateway.errors import RefusedError
@@ -15,6 +16,7 @@ from kvcached_gateway.http.worker_frames import End
 from kvcached_gateway.http.worker_leases import WorkerLeases, rules_of
 from kvcached_gateway.http.worker_link import WorkerLink
 from kvcached_gateway.lease import Address, Ask, Ending, Lease, Woken
+from kvcached_gateway.line.line import Line
 from kvcached_gateway.observe import Answer
 from kvcached_gateway.settings.keys import Key, Keys
 
@@ -157,6 +159,25 @@ async def test_the_end_of_a_worker_gives_back_what_it_held_and_waited_for() -> N
         await patient.came.wait()
     await patient.left.wait()
     assert (await refused(taking)).code == "draining"
+
+
+@on_a_loop
+async def test_a_worker_gets_no_lease_of_a_model_that_holds_back() -> None:
+    held = {"tiny": "it is another one's turn"}
+    line = Line(
+        {"tiny": FakeGrantor("tiny")},
+        make_settings,
+        asyncio.get_running_loop().time,
+        wanted=lambda _model_id: None,
+        held=lambda model_id: held.get(model_id, ""),
+    )
+    async with linked(house(line)) as (link, leases):
+        taking = asyncio.create_task(link.take(ASK))
+        await link.front().status()  # an answer comes behind what was asked before it
+        assert (line.waiting("tiny"), leases.num_leases) == (1, 0)
+        held.clear()
+        line.changed("tiny")
+        assert (await taking).model_id == "tiny"
 
 
 @on_a_loop

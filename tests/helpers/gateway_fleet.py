@@ -109,6 +109,7 @@ class World:
         self.num_cores = num_cores
         self.more = {name: dict((settings or {}).get(name, {})) for name in models}
         self.memory = memory or MemorySettings()
+        self.turn_seconds = 10.0
         self.yielded: set[str] = set()
         self.others_bytes = 0
         self.look_seconds = 0.0
@@ -126,6 +127,7 @@ class World:
             self.clock,
             self.controller.wanted,
             self.controller.hindrance,
+            self.controller.held,
         )
         self.controller.follow(self.line)
         self.fleet.on_lease.append(lambda model: self.line.changed(model.id))
@@ -139,7 +141,8 @@ class World:
             name: ModelSettings(**({"id": name, "environment": "e", "model": "/none"} | more))
             for name, more in self.more.items()
         }
-        return Settings(path=Path("models.yaml"), models=models, memory=self.memory)
+        path = Path("models.yaml")
+        return Settings(path=path, models=models, memory=self.memory, turn=self.turn_seconds)
 
     def __getitem__(self, name: str) -> Model:
         return self.fleet.models[name]

@@ -23,12 +23,14 @@ class World:
         self.models = {model.id: model for model in models}
         self.set_settings(*(ModelSettings(id=name, **settings) for name in "abc"))
         self.wanted: list[str] = []
+        self.held: dict[str, str] = {}
         self.line = Line(
             self.models,
             lambda: self.settings,
             asyncio.get_running_loop().time,
             self.wanted.append,
             lambda model_id: f"c holds what {model_id} needs",
+            lambda model_id: self.held.get(model_id, ""),
         )
 
     def set_settings(self, *models: ModelSettings, **classes: ServiceClass) -> None:

@@ -27,7 +27,7 @@ class FakeLease:
         return True
 
     def held_by(self, close: HowToClose) -> None:
-        raise NotImplementedError
+        del close
 
     def end(self, ending: Ending, *, status: int = 0) -> None:
         if self in self.model.leases:

@@ -105,7 +105,12 @@ async def serving(
         loop = asyncio.get_running_loop()
         controller = Controller(fleet, directory, partial(_look, machine, fleet, environ), sizes)
         line = Line(
-            fleet.models, lambda: fleet.settings, loop.time, controller.wanted, controller.hindrance
+            fleet.models,
+            lambda: fleet.settings,
+            loop.time,
+            controller.wanted,
+            controller.hindrance,
+            controller.held,
         )
         controller.follow(line)
 

@@ -22,6 +22,7 @@ from kvcached_gateway.control.prewarming import Prewarming
 from kvcached_gateway.control.relief import Relief
 from kvcached_gateway.control.sizes import Sizes
 from kvcached_gateway.control.starts import Starts
+from kvcached_gateway.control.turns import Turns
 from kvcached_gateway.control.wants import Cause, Want
 from kvcached_gateway.line.line import Line
 from kvcached_gateway.models.fleet import Fleet
@@ -73,6 +74,7 @@ class Controller:
         self.demands = Demands(fleet.models)
         self._starts = Starts(fleet, sizes, self.demands, self.decisions, self.is_pinned)
         self._relief = Relief(fleet, self._starts, self.decisions)
+        self._turns = Turns(fleet, self._starts.givers, self.decisions, self.is_pinned)
         self._moves = Moves(fleet, sizes, self.demands, self.decisions, self._starts)
         self._prewarming = Prewarming(fleet.models, directory, sizes, self.demands, self.decisions)
 
@@ -96,9 +98,10 @@ class Controller:
         return self.demands.weighted_rate(model, self._sizes, self._fleet.settings.classes)
 
     def follow(self, line: Line) -> None:
-        """Learn from a line what is asked of each model; before the first request."""
+        """Learn from a line what is asked of each model, and tell it; before the first request."""
         self.demands.of, self.demands.waiting = line.demand, line.waiting
         self.demands.oldest_wait_seconds = line.oldest_wait_seconds
+        self._turns.on_end = line.changed
 
     def wanted(self, model_id: str) -> None:
         """Have a model started, because a request waits for it; for the line.
@@ -139,6 +142,10 @@ class Controller:
         """Return what a model that does not start waits for; for the line."""
         return self.blindness or self.decisions.hindrance(model_id)
 
+    def held(self, model_id: str) -> str:
+        """Return why a model that is up takes no new requests now; for the line."""
+        return self._turns.held(model_id)
+
     def changed(self, model: Model, before: State, after: State, reason: str) -> None:
         """Take notice of a model's transition."""
         del reason
@@ -146,8 +153,9 @@ class Controller:
         self._moves.changed(model, after)
         self._prewarming.changed(model, before, after)
         # Each request begins and ends with one of these; where nobody waits for a start they are
-        # nothing to decide at once.
-        if {before, after} != {State.WARM, State.BUSY} or self._starts.wants:
+        # nothing to decide at once, unless somebody holds back.
+        is_answer = {before, after} == {State.WARM, State.BUSY}
+        if not is_answer or self._starts.wants or self._turns.concern(model.id):
             self._news.set()
 
     async def run(self) -> None:
@@ -164,8 +172,10 @@ class Controller:
                 except (KVCachedError, OSError) as error:
                     # Without the ledgers nothing can be decided; who is up goes on serving.
                     self._note(f"the machine cannot be looked at, so nothing starts: {error}")
+                    self._turns.end()
                 except Exception:  # noqa: BLE001  it has to go on: who waits would wait for ever
                     _log.exception("nothing could be decided")
+                    self._turns.end()
                 async with self._decided:
                     self._decided.notify_all()
                 with suppress(TimeoutError):
@@ -198,6 +208,7 @@ class Controller:
             self._starts.want(want)
         self._starts.decide(machine, now, self._moves.place)
         self._relief.decide(machine, now)
+        self._turns.decide(machine, now)
         self._moves.decide(machine, now)
         # Behind the starts: one that is only told to end is not down yet.
         for name in self._fleet.end_stale():
@@ -261,6 +272,8 @@ class Controller:
             lines.append(f"on {', '.join(model.devices)}")
         if hindrance := self.decisions.hindrance(model_id):
             lines.append(f"it waits: {hindrance}")
+        if held := self.held(model_id):
+            lines.append(f"it holds back: {held}")
         if self.blindness:
             lines.append(self.blindness)
         if model.state in UP:

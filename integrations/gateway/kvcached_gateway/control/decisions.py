@@ -9,8 +9,8 @@ from kvcached_gateway.admin.views import Decision
 __all__ = ["Decisions", "Verb"]
 
 NUM_KEPT = 1000
-# `wait`: a start that is wanted has to wait.
-Verb = Literal["start", "stop", "wait", "wake", "move"]
+# `wait`: a start that is wanted has to wait. `hold`: one that is up takes no new requests.
+Verb = Literal["start", "stop", "wait", "wake", "move", "hold"]
 
 
 class Decisions:

@@ -17,7 +17,7 @@ from kvcached_gateway.models.fleet import Fleet
 from kvcached_gateway.models.model import Model
 from kvcached_gateway.state import State
 
-__all__ = ["Relief"]
+__all__ = ["Relief", "needed_bytes"]
 
 
 class Relief:
@@ -80,7 +80,7 @@ class Relief:
             for name in model.devices
             if (device := machine.devices.get(name))
             for own in machine.views(model.settings.instance_name, (name,))
-            if (missing := _needed_bytes(own, device) - self._room_bytes(device, own)) > 0
+            if (missing := needed_bytes(own, device) - self._room_bytes(device, own)) > 0
         }
 
     def _room_bytes(self, device: DeviceMemory, own: InstanceView) -> int:
@@ -96,7 +96,7 @@ class Relief:
         return room
 
 
-def _needed_bytes(own: InstanceView, device: DeviceMemory) -> int:
+def needed_bytes(own: InstanceView, device: DeviceMemory) -> int:
     """Return what a busy engine waits for: pages for requests, or its turn to have its weights.
 
     Until its turn comes, its weights are others', and for which pages it waits is not in its row:

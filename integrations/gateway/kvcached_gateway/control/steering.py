@@ -219,7 +219,7 @@ class Gateway:
             state="remote" if settings.is_remote and model.state in UP else str(model.state),
             instance="" if settings.is_remote else settings.instance_name,
             since_seconds=now - model.since,
-            reason=model.reason,
+            reason=self._controller.held(settings.id) or model.reason,
             devices=model.devices,
             num_leases=model.num_leases,
             num_waiting=self._line.waiting(settings.id),

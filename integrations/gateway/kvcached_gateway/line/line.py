@@ -36,6 +36,7 @@ class Line:
             of requests, and again if its start came to nothing. Where it cannot start yet, whoever
             starts it looks at `waiting`.
         hindrance: Says, as a sentence, what a model that does not start waits for.
+        held: Says likewise why one that is up takes no new request now; nothing where it does.
 
     Attributes:
         on_late: Called with its model when a request goes behind those that make their goals.
@@ -48,12 +49,14 @@ class Line:
         clock: Callable[[], float],
         wanted: Callable[[str], None],
         hindrance: Callable[[str], str] = lambda _model_id: "",
+        held: Callable[[str], str] = lambda _model_id: "",
     ) -> None:
         self._models = models
         self._settings = settings
         self._clock = clock
         self._wanted = wanted
         self._hindrance = hindrance
+        self._held = held
         self.on_late: list[Callable[[str], None]] = []
         self._queues: dict[str, Queue] = {}
         self._demands: dict[str, Demand] = {}
@@ -254,7 +257,7 @@ class Line:
         self, queue: Queue, model: Grantor, ask: Ask, waited_seconds: float
     ) -> Lease | None:
         """Return a lease if the model gives one, counted."""
-        lease = model.grant(ask, waited_seconds)
+        lease = None if self._held(model.id) else model.grant(ask, waited_seconds)
         if lease is None:
             return None
         self.demand(model.id).sent(ask.body_bytes)
@@ -289,7 +292,7 @@ class Line:
         model = self._models.get(queue.model_id)
         if model and model.readiness is not Readiness.UP:
             return self._not_up(ticket.model_id, model, f"the request waited {seconds:g} s for it")
-        return refusals.busy(ticket.model_id, seconds)
+        return refusals.busy(ticket.model_id, seconds, self._held(queue.model_id))
 
     def _not_up(self, name: str, model: Grantor, why: str) -> RefusedError:
         """Say that a model is not up yet."""

@@ -26,12 +26,13 @@ def not_up(model_id: str, why: str, hindrance: str, start_seconds: float) -> Ref
     )
 
 
-def busy(model_id: str, waited_seconds: float) -> RefusedError:
-    """Say that a model took nothing for as long as a request may wait."""
+def busy(model_id: str, waited_seconds: float, held: str = "") -> RefusedError:
+    """Say that a model took nothing for as long as a request may wait, and why if it held back."""
     return RefusedError(
         503,
         "model_busy",
-        f"{model_id!r} is busy; the request waited {waited_seconds:g} s, which is max_wait",
+        f"{model_id!r} is busy; the request waited {waited_seconds:g} s, which is max_wait"
+        f"{held and f'; {held}'}",
         retry_after_seconds=LEAST_RETRY_SECONDS,
     )
 

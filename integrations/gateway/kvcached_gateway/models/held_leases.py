@@ -94,6 +94,11 @@ class HeldLeases:
         """Whether one of them has been answered in part."""
         return any(lease.has_first_byte for lease in self._held)
 
+    @property
+    def are_waiting(self) -> bool:
+        """Whether one of them has not been answered at all."""
+        return any(not lease.has_first_byte for lease in self._held)
+
     def give(
         self,
         model_id: str,

@@ -237,6 +237,12 @@ class Settings(Values):
         default=None,
         description="how many engines start at a time, where they fit; one for each four cores",
     )
+    turn_seconds: NotNegative = Field(
+        default=10.0,
+        validation_alias="turn",
+        description="how long a model waits for room that weights of busy ones have until one of "
+        "them holds back for it; `0` is for ever",
+    )
     engines_on_exit: Literal["stop", "keep"] = Field(
         default="stop", description="what becomes of the engines at the end"
     )
