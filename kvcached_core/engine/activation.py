@@ -108,6 +108,7 @@ class Activation(WeightsKept):
                 shortage = self._ranks.explain_shortage()
                 if not self._port.is_busy():
                     self._stop_waking()
+                    self._offer_resident()
                 raise NoRoomError(
                     f"kvcached: there is no room for the weights of this engine: {shortage}; it "
                     "stays asleep, and wakes when others need less"

@@ -293,6 +293,17 @@ def test_a_call_that_needs_the_weights_waits_for_room_and_says_what_is_missing(
     assert asleep.activation.is_active
 
 
+@pytest.mark.parametrize("turn", list(Turn))
+def test_a_call_that_finds_no_room_leaves_what_is_there_to_others(idle: Engine, turn: Turn) -> None:
+    idle.activation.give(5 * PAGE)
+    idle.turn, idle.num_available = turn, NUM_PAGES - 1
+    with pytest.raises(NoRoomError):
+        idle.activation.activate_now()
+    num_left = idle.num_resident
+    assert idle.offered == num_left > 0
+    assert idle.activation.give(NUM_PAGES * PAGE) == num_left * PAGE
+
+
 @pytest.mark.parametrize(("wait", "num"), [("all", 0), ("layers", 1)])
 def test_a_call_that_needs_the_weights_finds_all_of_them_where_each_layer_waits(
     wait: str, num: int
