@@ -1,8 +1,9 @@
 """One reserved range of addresses and the pages mapped in it."""
 
 import contextlib
+import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from kvcached_core.errors import BackendError, PageStateError
@@ -12,6 +13,8 @@ from kvcached_core.memory.vmm.backend import Backend, Handle
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger("kvcached")
 
 
 class Arena:
@@ -44,6 +47,7 @@ class Arena:
         self._is_zeroed = is_zeroed
         self._handles: dict[int, Handle] = {}
         self._loose: list[Handle] = []  # not mapped; there only while a release fails
+        self._kept: dict[int, Handle] = {}  # mapped, not resident; only while undoing a map fails
 
     @property
     def arenas(self) -> "tuple[Arena, ...]":
@@ -73,7 +77,7 @@ class Arena:
 
         Raises:
             PageStateError: If a page is mapped already or outside the arena.
-            BackendError: If the backend fails; what this call mapped before is unmapped again.
+            BackendError: If the backend fails; what this call mapped before is taken back.
         """
         done: list[int] = []
         try:
@@ -83,8 +87,23 @@ class Arena:
             for offset, num_bytes in self._ranges_of(done) if self._is_zeroed else ():
                 self.backend.zero(self.address + offset, num_bytes)
         except BaseException:
-            self.unmap(reversed(done))
+            self.take_back(done)
             raise
+
+    def take_back(self, pages: Sequence[int]) -> None:
+        """Undo a map: `pages` are not resident then, whatever fails.
+
+        What cannot be unmapped is left to who maps the page the next time, or goes with the arena.
+        """
+        with contextlib.suppress(BackendError):
+            self.backend.synchronize()  # their zeros may be under way
+        for page in reversed(pages):
+            try:
+                self.unmap([page])
+            except BackendError:
+                logger.exception("kvcached: page %d could not be taken back", page)
+                if page in self._handles:
+                    self._kept[page] = self._handles.pop(page)
 
     def unmap(self, pages: Iterable[int]) -> None:
         """Unmap `pages`; a failure leaves the page that failed, and those behind it, mapped.
@@ -118,6 +137,8 @@ class Arena:
     def close(self) -> None:
         """Unmap everything and free the addresses. Tensors over them must not be used any more."""
         if self.address:
+            self._handles |= self._kept
+            self._kept.clear()
             self.unmap(self.resident_pages)
             while self._loose:
                 self._release(self._loose.pop())
@@ -129,13 +150,15 @@ class Arena:
             raise PageStateError(f"map of page {page}, which is mapped already")
         if not 0 <= page < self.num_pages:
             raise PageStateError(f"map of page {page}, allowed are 0 to {self.num_pages - 1}")
-        with _measured(self.maps):
-            handle = self._take_handle()
-            try:
-                self._attach(page, handle)
-            except BackendError:
-                self._release(handle)
-                raise
+        handle = self._kept.pop(page, None)
+        if handle is None:
+            with _measured(self.maps):
+                handle = self._take_handle()
+                try:
+                    self._attach(page, handle)
+                except BackendError:
+                    self._let_go(handle)
+                    raise
         self._handles[page] = handle
 
     def _take_handle(self) -> Handle:
@@ -149,6 +172,11 @@ class Arena:
         except BackendError:
             self._loose.append(handle)
             raise
+
+    def _let_go(self, handle: Handle) -> None:
+        """Release memory after a failure, which is what its caller is told of."""
+        with contextlib.suppress(BackendError):
+            self._release(handle)
 
     def _attach(self, page: int, handle: Handle) -> None:
         self.backend.map(self.address + page * self.geometry.page_bytes, handle)

@@ -1,6 +1,6 @@
 """Two arenas of one rank as one: their pages are numbered through, those of the first one first."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from kvcached_core.memory.arena import Arena
 
@@ -47,8 +47,14 @@ class JoinedArenas:
         try:
             second.map([page for arena, page in found if arena is second])
         except BaseException:
-            first.unmap(reversed(of_first))
+            first.take_back(of_first)
             raise
+
+    def take_back(self, pages: Sequence[int]) -> None:
+        """See `Arena.take_back`."""
+        for page in reversed(pages):
+            arena, own_page = self._find(page)
+            arena.take_back([own_page])
 
     def unmap(self, pages: Iterable[int]) -> None:
         """See `Arena.unmap`.

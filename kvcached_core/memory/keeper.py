@@ -110,7 +110,7 @@ class PageKeeper:
             try:
                 self.arena.backend.join(stream)
             except BackendError:
-                self.arena.unmap(missing)
+                self.arena.take_back(missing)
                 raise
             self._report(PageChanges(num_mapped=len(missing)))
 

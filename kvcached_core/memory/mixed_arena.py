@@ -78,7 +78,7 @@ class MixedArena(Arena):
             for num_bytes in self.geometry.handle_bytes:
                 taken.append(self._take_part(num_bytes))  # noqa: PERF401  what is taken goes back
         except BackendError:
-            self._release(Handles(tuple(taken)))
+            self._let_go(Handles(tuple(taken)))
             raise
         return Handles(tuple(taken))
 

@@ -71,6 +71,35 @@ def test_a_failure_at_any_step_of_mapping_leaves_nothing_behind(verb: str, numbe
     assert counting.created_bytes == 0
 
 
+@pytest.mark.parametrize("undo", ["unmap", "release"])
+@pytest.mark.parametrize("verb", ["create", "map", "zero"])
+@pytest.mark.parametrize("is_mapped_again", [True, False])
+def test_a_map_that_cannot_be_undone_is_over_all_the_same_and_can_be_tried_again(
+    verb: str, undo: str, *, is_mapped_again: bool
+) -> None:
+    counting = CountingBackend(HostBackend())
+    failing = 3 if verb != "zero" else 1
+    faulty = FaultyBackend(
+        counting, lambda called, number: called == undo or (called, number) == (verb, failing)
+    )
+    arena = Arena(faulty, GEOMETRY, 8)
+    arena.map([7])
+    with pytest.raises(OutOfMemoryError, match=verb):
+        arena.map([0, 1, 2])
+    assert arena.resident_pages == [7]
+    faulty.fails = lambda _verb, _number: False
+    if is_mapped_again:
+        arena.map([2, 1, 0])
+        assert sorted(arena.resident_pages) == [0, 1, 2, 7]
+        assert arena.resident_bytes == counting.created_bytes == 4 * GEOMETRY.page_bytes
+        assert resident_bytes(arena.address, arena.num_bytes) == arena.resident_bytes
+        arena.zero()  # all of it can be reached
+        arena.unmap([0])
+        assert counting.created_bytes == 3 * GEOMETRY.page_bytes
+    arena.close()
+    assert counting.created_bytes == 0
+
+
 def test_a_failure_of_unmapping_keeps_the_books_right() -> None:
     faulty = FaultyBackend(HostBackend(), lambda verb, number: (verb, number) == ("unmap", 1))
     arena = Arena(faulty, GEOMETRY, 8)

@@ -97,6 +97,39 @@ def test_a_failure_at_any_call_of_mapping_leaves_nothing_behind(
     assert driver.created_bytes == 0
 
 
+def test_a_page_is_not_taken_back_before_its_zeros_are_there(driver: FakeDriver) -> None:
+    arena, called = Arena(open_backend(driver), GEOMETRY, 8), list[str]()
+
+    def fails(name: str, number: int) -> Any:
+        called.append(name)
+        is_second = (name, number) == ("cuMemsetD8Async", 1)
+        return Result.CUDA_ERROR_LAUNCH_FAILED if is_second else None
+
+    driver.fails = fails
+    with pytest.raises(BackendError, match="cuMemsetD8Async"):
+        arena.map([0, 3])
+    begun = called.index("cuMemsetD8Async")
+    assert "cuStreamSynchronize" in called[begun : called.index("cuMemUnmap")]
+    arena.close()
+
+
+def test_a_page_that_could_not_be_taken_back_is_full_of_zeros_the_next_time(
+    driver: FakeDriver,
+) -> None:
+    arena = Arena(open_backend(driver), GEOMETRY, 8)
+    oom = Result.CUDA_ERROR_OUT_OF_MEMORY
+    driver.fails = lambda name, number: (
+        oom if name == "cuMemUnmap" or (name, number) == ("cuMemCreate", 1) else None
+    )
+    with pytest.raises(OutOfMemoryError):
+        arena.map([0, 1])
+    driver.fails = lambda _name, _number: None
+    arena.map([0])
+    assert not arena.tensor()[:PAGE].any()
+    assert driver.created_bytes == PAGE
+    arena.close()
+
+
 @pytest.mark.parametrize("name", ["cuMemUnmap", "cuMemRelease"])
 def test_a_failure_of_unmapping_can_be_tried_again(driver: FakeDriver, name: str) -> None:
     arena = Arena(open_backend(driver), GEOMETRY, 8)

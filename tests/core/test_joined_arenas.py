@@ -71,6 +71,29 @@ def test_pages_of_both_are_mapped_or_of_none(joined: JoinedArenas, driver: FakeD
     assert joined.resident_pages == [1]
 
 
+@pytest.mark.parametrize("is_mapped", [True, False])
+def test_pages_of_both_can_be_taken_back_whatever_fails(
+    joined: JoinedArenas, driver: FakeDriver, *, is_mapped: bool
+) -> None:
+    joined.map([1])
+    number, broken = driver.calls["cuMemCreate"] + 2, Result.CUDA_ERROR_UNKNOWN
+    driver.fails = lambda name, count: (
+        broken
+        if name == "cuMemUnmap" or (not is_mapped and (name, count) == ("cuMemCreate", number))
+        else None
+    )
+    if is_mapped:
+        joined.map([0, 3, 4])
+        joined.take_back([0, 3, 4])
+    else:
+        with pytest.raises(BackendError, match="cuMemCreate"):
+            joined.map([0, 3, 4])
+    assert joined.resident_pages == [1]
+    driver.fails = lambda _name, _number: None
+    joined.map([0, 3, 4])
+    assert driver.created_bytes == driver.mapped_bytes == 4 * PAGE
+
+
 def test_books_of_two_arenas_have_their_orders_in_common() -> None:
     orders = PendingOrders()
     first = PageBook(NUM_FIRST, orders=orders)

@@ -198,6 +198,20 @@ def test_a_map_that_cannot_be_undone_leaves_a_page_that_is_not_there_and_can_be_
     write(on_driver, 3 * GEOMETRY.ids_per_page, 1)
 
 
+def test_who_finds_no_memory_hears_of_that_although_nothing_can_be_released(
+    driver: FakeDriver, on_driver: MixedArena
+) -> None:
+    oom = Result.CUDA_ERROR_OUT_OF_MEMORY
+    driver.fails = lambda name, count: (
+        oom if name == "cuMemRelease" or (name, count) == ("cuMemCreate", 1) else None
+    )
+    with pytest.raises(OutOfMemoryError, match="cuMemCreate"):
+        on_driver.map([3])
+    driver.fails = lambda _name, _number: None
+    on_driver.map([3])
+    assert driver.mapped_bytes == driver.created_bytes == PAGE
+
+
 @pytest.mark.parametrize("again", [True, False])
 def test_an_unmap_that_cannot_be_undone_takes_the_page_away_as_far_as_it_goes(
     driver: FakeDriver, on_driver: MixedArena, *, again: bool

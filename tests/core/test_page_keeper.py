@@ -319,6 +319,31 @@ def test_a_page_whose_zeros_cannot_be_waited_for_is_not_mapped(setup: Setup) -> 
     assert setup.mapped == 0
 
 
+@pytest.mark.parametrize("undo", ["unmap", "release"])
+@pytest.mark.parametrize("verb", ["create", "zero", "join"])
+@pytest.mark.parametrize("is_spare", [False, True])
+def test_pages_are_counted_once_although_a_map_of_them_could_not_be_undone(
+    setup: Setup, verb: str, undo: str, *, is_spare: bool
+) -> None:
+    faulty = setup.backend.inner
+    assert isinstance(faulty, FaultyBackend)
+    faulty.fails = lambda called, number: (
+        called == undo or (called == verb and (verb != "create" or number == 2))
+    )
+    if is_spare:
+        setup.keeper.map_soon([1, 2, 3])
+        setup.keeper.wait()
+    else:
+        with pytest.raises(OutOfMemoryError, match=verb):
+            setup.keeper.map_now([1, 2, 3])
+    faulty.fails = lambda *_: False
+    setup.keeper.map_now([1, 2, 3])
+    assert (setup.mapped, setup.spared) == (3, 0)
+    setup.keeper.unmap_behind([1, 2, 3], passed())
+    setup.keeper.wait()
+    assert (setup.mapped, setup.unmapped, setup.stuck) == (3, 3, 0)
+
+
 def test_a_page_that_cannot_be_unmapped_is_told_and_is_wanted_again_without_memory(
     setup: Setup,
 ) -> None:
