@@ -124,7 +124,8 @@ class Activation(WeightsKept):
             In how many seconds to call it again, or None if nothing is to be done by itself.
         """
         self._stalled_bytes = 0
-        if (self._waking_since_ns or self._wish is WeightsWish.WAKE) and not self.activate():
+        is_waking = self._waking_since_ns > 0 and self._wish is not WeightsWish.SLEEP
+        if (is_waking or self._wish is WeightsWish.WAKE) and not self.activate():
             return REFUSAL_SECONDS
         self._finish_arriving()
         if self.is_active and not self._begin_to_offer():

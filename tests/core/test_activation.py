@@ -293,6 +293,23 @@ def test_a_call_that_needs_the_weights_waits_for_room_and_says_what_is_missing(
     assert asleep.activation.is_active
 
 
+@pytest.mark.parametrize("turn", [Turn.LATER, Turn.NEXT])
+@pytest.mark.parametrize("is_wished", [True, False])
+def test_a_wish_to_sleep_ends_a_wake_that_waits_for_room(
+    asleep: Engine, turn: Turn, *, is_wished: bool
+) -> None:
+    asleep.turn = turn
+    if is_wished:
+        asleep.activation.heed(WeightsWish.WAKE)
+    else:
+        asleep.activation.activate()  # for a request that was given up
+    assert asleep.activation.rest() is not None
+    asleep.activation.heed(WeightsWish.SLEEP)
+    assert asleep.activation.rest() is None
+    assert ("stop",) in asleep.said
+    assert asleep.said[-1] == ("end wish", WeightsWish.SLEEP)
+
+
 @pytest.mark.parametrize("turn", list(Turn))
 def test_a_call_that_finds_no_room_leaves_what_is_there_to_others(idle: Engine, turn: Turn) -> None:
     idle.activation.give(5 * PAGE)
