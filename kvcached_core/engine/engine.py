@@ -178,7 +178,7 @@ class ElasticEngine:
         self.finish_copies()
         if self.pools:
             self.ranks.clear_waiting()
-            self.giving.close(self.pools[0].num_pages)
+            self.giving.close(sum(pages.num_resident_pages for pages in self.pools))
             self._send(self._take_orders(is_live=False), wait=True)
             self.port.publish()
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from helpers.page_source import CountingSource, FakeBlock
 
+from kvcached_core.engine.engine import ElasticEngine
 from kvcached_core.engine.free_lists import FreeLists
 from kvcached_core.engine.giving import FIRST_PAGES, YIELD_SECONDS, Giving
 from kvcached_core.engine.holds import Holds
@@ -14,6 +15,7 @@ from kvcached_core.engine.pages import Pages
 from kvcached_core.engine.ranks import WantedPages
 from kvcached_core.engine.weights_kept import WeightsKept
 from kvcached_core.memory.geometry import Geometry
+from kvcached_core.memory.orders import PageOrders, PendingOrders
 
 GEOMETRY = Geometry(block_bytes=1024, num_planes=4, ids_per_page=16, blocks_per_page=4)
 NUM_PAGES = 64
@@ -481,3 +483,30 @@ def test_an_idle_engine_waits_for_copies_and_a_busy_one_has_what_is_asked_on_its
     engine.giving.give(WantedPages(asked_pages=2, owed_pages=0))
     assert not engine.locked
     assert engine.was_last[-1]
+
+
+def test_a_sleep_gives_all_pages_where_arenas_have_more_together_than_one_of_them() -> None:
+    told: list[PageOrders] = []
+    port: Any = SimpleNamespace(
+        is_busy=lambda: False,
+        evict=lambda _num_pages: False,
+        carry_out=lambda orders, wait: told.append(orders),  # noqa: ARG005  by its name
+        publish=lambda: None,
+    )
+    ranks: Any = SimpleNamespace(
+        is_one_of_many=False, clear_waiting=lambda: None, clock=lambda: 0.0, close=lambda: None
+    )
+    engine, orders, source = ElasticEngine(ranks, port), PendingOrders(), CountingSource(1000)
+    for number in range(2):  # a limit that was raised since the start lets both of them be full
+        blocks = FreeLists(GEOMETRY, NUM_PAGES, Engine.blocks_of)
+        book = PageBook(NUM_PAGES, lambda: 0.0, orders, number * NUM_PAGES, Holds())
+        pages = Pages(GEOMETRY, NUM_PAGES, source, blocks, book=book)
+        blocks.take_one()  # the padding block
+        pages.promise_blocks(1000)
+        pages.open_blocks(1000)
+        engine.pools.append(pages)
+    orders.forget()
+    engine.empty()
+    assert [pages.num_resident_pages for pages in engine.pools] == [1, 1]
+    assert len(told[0].unmap_pages) == 2 * (NUM_PAGES - 1)
+    engine.close()
