@@ -74,7 +74,7 @@ class Image:
                 self.backend.zero(self.page_address(new), (end - new) * self.page_bytes)
                 self.backend.synchronize()
             except BaseException:
-                self.drop_last(num_pages)
+                self.arena.take_back(range(first, end))
                 raise
             self._num_zeroed = end
 

@@ -97,6 +97,38 @@ def test_a_failure_at_any_call_of_mapping_leaves_nothing_behind(
     assert driver.created_bytes == 0
 
 
+def test_a_map_whose_access_is_refused_is_undone_at_once(driver: FakeDriver) -> None:
+    backend = open_backend(driver)
+    address, handle = backend.reserve(PAGE), backend.create(PAGE)
+    fail_once(driver, "cuMemSetAccess", 0, Result.CUDA_ERROR_UNKNOWN)
+    with pytest.raises(BackendError, match="cuMemSetAccess"):
+        backend.map(address, handle)
+    assert (driver.mapped_bytes, driver.created_bytes) == (0, PAGE)
+    backend.map(address, handle)
+    backend.unmap(address, handle)
+    backend.release(handle)
+    backend.free(address, PAGE)
+
+
+@pytest.mark.parametrize("again", [(1,), (2,), (2, 1), ()])
+def test_a_map_whose_access_is_refused_and_that_cannot_be_undone_can_be_tried_again(
+    driver: FakeDriver, again: tuple[int, ...]
+) -> None:
+    arena = Arena(open_backend(driver), GEOMETRY, 8)
+    oom, broken = Result.CUDA_ERROR_OUT_OF_MEMORY, Result.CUDA_ERROR_UNKNOWN
+    driver.fails = lambda name, _number: {"cuMemSetAccess": oom, "cuMemUnmap": broken}.get(name)
+    with pytest.raises(OutOfMemoryError, match="cuMemSetAccess"):
+        arena.map([1])
+    with pytest.raises(BackendError, match="cuMemUnmap"):
+        arena.map([1])
+    assert (arena.resident_pages, driver.created_bytes) == ([], PAGE)
+    driver.fails = lambda _name, _number: None
+    arena.map(again)
+    assert driver.created_bytes == PAGE * max(len(again), 1)
+    arena.close()
+    assert (driver.mapped_bytes, driver.created_bytes) == (0, 0)
+
+
 def test_a_page_is_not_taken_back_before_its_zeros_are_there(driver: FakeDriver) -> None:
     arena, called = Arena(open_backend(driver), GEOMETRY, 8), list[str]()
 

@@ -4,6 +4,7 @@ All calls run on the device's primary context, the one torch uses, which is made
 thread that calls. Steps of the driver that belong together are undone together.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,7 @@ class CudaBackend:
         # A copy engine does one direction at a time: several streams copy no faster than one.
         (self._copies,) = self._driver.call("cuStreamCreateWithPriority", flags, lowest)
         self._mappings = Mappings()
+        self._left: dict[int, CudaHandle] = {}  # by address: there only while undoing a map fails
 
     @property
     def total_bytes(self) -> int:
@@ -94,6 +96,7 @@ class CudaBackend:
     def free(self, address: int, num_bytes: int) -> None:
         """Give back a range from `reserve`."""
         self._mappings.check_free(address, num_bytes)
+        self._clear()
         self._driver.call("cuMemAddressFree", address, num_bytes, num_bytes=num_bytes)
 
     def create(self, num_bytes: int) -> CudaHandle:
@@ -107,12 +110,17 @@ class CudaBackend:
     def release(self, handle: Handle) -> None:
         """Give back memory from `create`."""
         self._mappings.check_release(handle)
+        self._clear()
         self._driver.call("cuMemRelease", _cuda(handle).value, num_bytes=handle.num_bytes)
 
     def map(self, address: int, handle: Handle) -> None:
-        """Map and allow access: both or none."""
+        """Map and allow access: both or none.
+
+        Where undoing the first of them fails, too, the next call that needs it tries again.
+        """
         self._check_aligned("map", address)
         self._mappings.check_map(address, handle)
+        self._clear()
         num_bytes = handle.num_bytes
         self._map_when_ready(address, _cuda(handle))
         try:
@@ -120,7 +128,9 @@ class CudaBackend:
                 "cuMemSetAccess", address, num_bytes, self._access, 1, num_bytes=num_bytes
             )
         except BackendError:
-            self._driver.call("cuMemUnmap", address, num_bytes, num_bytes=num_bytes)
+            self._left[address] = _cuda(handle)
+            with contextlib.suppress(BackendError):  # its caller is told of the first failure
+                self._clear()
             raise
         self._mappings.add(address, handle)
 
@@ -216,6 +226,19 @@ class CudaBackend:
     def tensor(self, address: int, num_bytes: int) -> "torch.Tensor":
         """Return an int8 tensor over the range without touching it."""
         return dlpack.int8_tensor(address, num_bytes, (dlpack.CUDA, self._ordinal))
+
+    def _clear(self) -> None:
+        """Unmap what could not be unmapped when its access was refused."""
+        for address in list(self._left):
+            handle = self._left.pop(address, None)
+            if handle is None:  # another thread was faster
+                continue
+            size = handle.num_bytes
+            try:
+                self._driver.call("cuMemUnmap", address, size, num_bytes=size)
+            except BackendError:
+                self._left[address] = handle
+                raise
 
     def _let_wait(self, stream: int, other: Any) -> None:
         flags = self._driver.api.CUevent_flags.CU_EVENT_DISABLE_TIMING

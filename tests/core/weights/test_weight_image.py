@@ -128,6 +128,30 @@ def test_a_failure_at_any_call_leaves_the_first_pages(
     assert (driver.mapped_bytes, driver.created_bytes) == (0, 0)
 
 
+@pytest.mark.parametrize("name", ["cuMemMap", "cuMemSetAccess", "cuMemsetD8Async"])
+def test_a_map_that_cannot_be_undone_leaves_the_first_pages_and_says_why_it_failed(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    tensors_on_the_host(monkeypatch)
+    driver = FakeDriver()
+    image = Image(CudaBackend(api=cast("Any", driver)), layout())
+    image.map_next(2)
+    failing = driver.calls[name] + (name != "cuMemsetD8Async")
+    driver.fails = lambda called, count: (
+        Result.CUDA_ERROR_UNKNOWN
+        if called == "cuMemUnmap" or (called, count) == (name, failing)
+        else None
+    )
+    with pytest.raises(BackendError, match=name):
+        image.map_next(3)
+    assert sorted(image.arena.resident_pages) == [0, 1]
+    driver.fails = lambda _name, _number: None
+    image.map_next(5)
+    assert not image.pages_tensor(2, 5).any()
+    assert driver.mapped_bytes == driver.created_bytes == NUM_PAGES * PAGE
+    image.close()
+
+
 def test_a_map_that_fails_on_the_host_leaves_what_was_there() -> None:
     for number in range(4):
         counting = CountingBackend(HostBackend())
