@@ -3,7 +3,7 @@
 from typing import Any
 
 from kvcached_core.engine.demand import Demand
-from kvcached_sglang.requests import num_computed
+from kvcached_sglang.requests import num_beams_beside, num_computed
 from kvcached_sglang.speculating import num_allocated, tokens_of_next_decode
 
 # How much of a request's answer an admission counts on, as SGLang's own policy does.
@@ -38,7 +38,9 @@ def demand_of(scheduler: Any, block_tokens: int, prefill_tokens: int) -> Demand:
 
 def _blocks_of_next_decode(batch: Any, block_tokens: int) -> int:
     num_tokens = tokens_of_next_decode(batch)
-    return len(batch.reqs) if num_tokens is None else -(-num_tokens // block_tokens)
+    if num_tokens is None:
+        return len(batch.reqs) + sum(map(num_beams_beside, batch.reqs))
+    return -(-num_tokens // block_tokens)
 
 
 def _blocks_of(request: Any, block_tokens: int) -> tuple[int, int]:

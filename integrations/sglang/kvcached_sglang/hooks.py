@@ -11,7 +11,12 @@ from kvcached_sglang import pools
 from kvcached_sglang.engine import SglangEngine, around_engine, engine
 from kvcached_sglang.index_pool import is_laid_out
 from kvcached_sglang.layer_waits import walking
-from kvcached_sglang.requests import answer_health_checks, is_asleep, skip_health_checks
+from kvcached_sglang.requests import (
+    answer_health_checks,
+    has_beams,
+    is_asleep,
+    skip_health_checks,
+)
 from kvcached_sglang.startup import startup
 
 Call = Callable[[], Any]
@@ -218,7 +223,8 @@ def get_pool_stats(call: Call, ours: SglangEngine, _self: Any) -> Any:
 def retract_decode(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Wrap `ScheduleBatch.retract_decode`: the last request waits, too, instead of being aborted.
 
-    Alone on a device it would be lost either way; beside neighbours there will be room again.
+    Alone on a device it would be lost either way; beside neighbours there will be room again. One
+    with several beams cannot wait: SGLang computes none of them again.
     """
     ours, check = engine(), self.check_decode_mem
     if ours is None:
@@ -229,7 +235,8 @@ def retract_decode(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         return bool(check(selected_indices=selected_indices))
 
     def check_but_keep_the_last(selected_indices: Any = None) -> bool:
-        if selected_indices is not None and len(selected_indices) <= 1:
+        is_last = selected_indices is not None and len(selected_indices) <= 1
+        if is_last and not any(has_beams(self.reqs[index]) for index in selected_indices):
             return True
         return pay_and_check(selected_indices)
 
@@ -238,7 +245,7 @@ def retract_decode(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         retracted, ratio, aborted = original(self, *args, **kwargs)
     finally:
         del self.check_decode_mem
-    if len(self.reqs) == 1 and not pay_and_check():
+    if len(self.reqs) == 1 and not has_beams(self.reqs[0]) and not pay_and_check():
         request = self.reqs[0]
         self.release_req(0, 0, *args, **kwargs)
         self.filter_batch(keep_indices=[])

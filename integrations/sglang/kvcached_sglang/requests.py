@@ -59,6 +59,16 @@ def answer_health_checks(scheduler: Any) -> None:
     scheduler.maybe_send_health_check_signal()
 
 
+def has_beams(request: Any) -> bool:
+    """Return whether a request has several answers at once; SGLang computes no such one again."""
+    return getattr(request, "beam_group", None) is not None
+
+
+def num_beams_beside(request: Any) -> int:
+    """Return for how many beams beside its own a request takes a token in each step."""
+    return int(request.beam_group.num_member_rows) if has_beams(request) else 0
+
+
 def give_up_part(scheduler: Any) -> None:
     """Send a prompt of which a part is computed back to the queue, and free that part."""
     from sglang.srt.managers import schedule_batch
