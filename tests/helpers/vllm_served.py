@@ -160,7 +160,7 @@ class VllmServed(Served):
 
     def sleep(self) -> None:
         """See `Served.sleep`."""
-        engine_hooks.executor_sleep(lambda _executor: None)(self)
+        engine_hooks.executor_sleep(lambda _executor, _level: None)(self)
         self.is_sleeping = True
 
     @contextmanager
