@@ -11,14 +11,14 @@ import pytest
 from helpers import gateway_served
 from helpers.gateway_served import PAGE, House, Inside, ask_in_turn, client
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+pytestmark = [pytest.mark.slow, pytest.mark.every_release, pytest.mark.vllm]
 
 # The weights of a model are 6 pages, and each engine keeps one more for as long as it lives. Beside
 # the weights of two and three such pages 5 are left for requests, and a third one's are 6.
 NUM_PAGES = 20
 TURN_SECONDS = 1.0
 MOST_SECONDS = 25.0
-NUM_TOKENS = 80
+NUM_TOKENS = 120
 # Where the machine is short of processors a neighbour may idle for a moment all the same.
 NUM_TRIES = 8
 
@@ -34,7 +34,7 @@ def house(monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
 
 @dataclass
 class Neighbour:
-    """Asks a model for the next answer in the middle of each, so that its engine never idles.
+    """Asks a model for the next answer in the first part of each, so that its engine never idles.
 
     Attributes:
         has_ended: Set when an answer came to its end.
@@ -74,9 +74,9 @@ class Neighbour:
                 if not line.strip():
                     continue
                 lines.append(line.decode().strip())
-                if len(lines) == NUM_TOKENS // 2:
+                if len(lines) == NUM_TOKENS // 4:
                     self.begin()
-        if len(lines) < NUM_TOKENS // 2:  # some lines had more than one token
+        if len(lines) < NUM_TOKENS // 4:  # some lines had more than one token
             self.begin()
         self.has_ended.set()
         if lines[-1] != "data: [DONE]":
