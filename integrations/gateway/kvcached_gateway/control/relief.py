@@ -5,7 +5,7 @@ fit beside such pages would wait for ever: somebody who may is stopped for it, a
 two wait so for each other, it is the one that began later, and its requests are asked again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from kvcached_core.ledger.view import InstanceView
 from kvcached_gateway.control.decisions import Decisions
@@ -17,7 +17,7 @@ from kvcached_gateway.models.fleet import Fleet
 from kvcached_gateway.models.model import Model
 from kvcached_gateway.state import State
 
-__all__ = ["Relief", "needed_bytes"]
+__all__ = ["Relief", "missing_bytes"]
 
 
 class Relief:
@@ -75,28 +75,47 @@ class Relief:
         """Return what a model lacks on its devices even when all that can come back has."""
         if model.state is not State.BUSY:
             return {}
-        return {
-            name: missing
-            for name in model.devices
-            if (device := machine.devices.get(name))
-            for own in machine.views(model.settings.instance_name, (name,))
-            if (missing := needed_bytes(own, device) - self._room_bytes(device, own)) > 0
-        }
-
-    def _room_bytes(self, device: DeviceMemory, own: InstanceView) -> int:
-        """Return what a model could ever have of a device beside those that are there."""
         idle = {one.settings.instance_name for one in self._fleet.all if not one.num_leases}
-        room = device.free_bytes + max(own.held_bytes - own.page_bytes, 0)
-        for view in device.engines:
-            if view.row == own.row:
-                continue
+
+        def given(view: InstanceView) -> int:
             has = view.resident_bytes + view.promised_bytes
-            first = first_bytes(view)  # of one whose requests will end
-            room += max(has - (kept_bytes(view) if view.name in idle else first), 0)
-        return room
+            # A busy one keeps its first page alone when its requests have ended.
+            return has - (kept_bytes(view) if view.name in idle else first_bytes(view))
+
+        return missing_bytes(model, machine, given)
 
 
-def needed_bytes(own: InstanceView, device: DeviceMemory) -> int:
+def missing_bytes(
+    model: Model, machine: MachineView, given: Callable[[InstanceView], int]
+) -> dict[str, int]:
+    """Return what a busy model lacks on its devices beside what is free and what others give.
+
+    Args:
+        model: Who waits; devices on which it lacks nothing are left out.
+        machine: What there is.
+        given: What another instance gives of what it has on a device; below 0 counts as nothing.
+    """
+    return {
+        name: missing
+        for name in model.devices
+        if (device := machine.devices.get(name))
+        for own in machine.views(model.settings.instance_name, (name,))
+        if (missing := _needed_bytes(own, device) - _room_bytes(own, device, given)) > 0
+    }
+
+
+def _room_bytes(
+    own: InstanceView, device: DeviceMemory, given: Callable[[InstanceView], int]
+) -> int:
+    others = (view for view in device.engines if view.row != own.row)
+    return (
+        device.free_bytes
+        + max(own.held_bytes - own.page_bytes, 0)
+        + sum(max(given(view), 0) for view in others)
+    )
+
+
+def _needed_bytes(own: InstanceView, device: DeviceMemory) -> int:
     """Return what a busy engine waits for: pages for requests, or its turn to have its weights.
 
     Until its turn comes, its weights are others', and for which pages it waits is not in its row:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection, Iterator
 from kvcached_core.ledger.view import InstanceView
 from kvcached_gateway.control.decisions import Decisions
 from kvcached_gateway.control.givers import Givers
-from kvcached_gateway.control.machine import DeviceMemory, MachineView
-from kvcached_gateway.control.relief import needed_bytes
+from kvcached_gateway.control.machine import MachineView
+from kvcached_gateway.control.relief import missing_bytes
 from kvcached_gateway.control.sizes import first_bytes, kept_bytes
 from kvcached_gateway.control.weights_had import WeightsHad
 from kvcached_gateway.models.fleet import Fleet
@@ -185,12 +185,15 @@ class Turns:
         models = [one for one in self._fleet.all if one.num_leases or one.id in held]
         busy = {one.settings.instance_name for one in models if one.id not in held}
         holding = {one.settings.instance_name for one in models if one.id in held}
-        return {
-            name: max(needed_bytes(own, device) - _room_bytes(device, own, busy, holding), 0)
-            for name in model.devices
-            if (device := machine.devices.get(name))
-            for own in machine.views(model.settings.instance_name, (name,))
-        }
+
+        def given(view: InstanceView) -> int:
+            """What it gives, or its requests have; not weights of those that hold back."""
+            if view.name not in busy and view.name not in holding:
+                return view.resident_bytes + view.promised_bytes - kept_bytes(view)
+            offered_bytes = view.weights_offered_bytes if view.name in busy else 0
+            return max(view.held_bytes - first_bytes(view), 0) + offered_bytes
+
+        return missing_bytes(model, machine, given)
 
 
 def _waits(model: Model, view: InstanceView) -> bool:
@@ -200,25 +203,6 @@ def _waits(model: Model, view: InstanceView) -> bool:
     """
     is_away = view.weights_bytes < view.weights_needed_bytes or view.weights_offered_bytes > 0
     return model.state is State.BUSY and is_away and model.leases.are_waiting
-
-
-def _room_bytes(
-    device: DeviceMemory, own: InstanceView, busy: Collection[str], holding: Collection[str]
-) -> int:
-    """Return what comes to an instance: what is free, and what others give or is their requests'.
-
-    Weights of those that hold back are not in it, nor what busy ones do not offer.
-    """
-    room = device.free_bytes + max(own.held_bytes - own.page_bytes, 0)
-    for view in device.engines:
-        if view.row == own.row:
-            continue
-        if view.name not in busy and view.name not in holding:
-            room += max(view.resident_bytes + view.promised_bytes - kept_bytes(view), 0)
-            continue
-        room += max(view.held_bytes - first_bytes(view), 0)
-        room += view.weights_offered_bytes if view.name in busy else 0
-    return room
 
 
 def _priority(model: Model) -> int:
