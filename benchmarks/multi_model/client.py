@@ -15,6 +15,8 @@ from multi_model.workloads import Request, Workload
 
 VOCABULARY = range(3, 500)
 Prompt = list[int] | str
+# From where a replay begins to the schedule's start: all requests are made by then.
+LEAD_SECONDS = 0.1
 # A request that has not ended by then counts as failed.
 REQUEST_SECONDS = 600.0
 # Servers close a connection that is idle for 5 seconds: a request sent at that moment is lost.
@@ -160,8 +162,8 @@ async def replay(
     timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_SECONDS)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-        start = time.perf_counter() + 0.1
-        left_seconds = start + workload.seconds + drain_seconds - time.perf_counter()
+        start = time.perf_counter() + LEAD_SECONDS
+        left_seconds = LEAD_SECONDS + workload.seconds + drain_seconds
         until = asyncio.get_running_loop().time() + left_seconds
         tasks = [
             asyncio.create_task(_one(session, targets, request, body, start, until, gate, on_done))

@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 SAMPLE_SECONDS = 0.25
 # What every server is asked once before a schedule begins: its first answer is slow.
 FIRST_PROMPT = (5, 6, 7)
-# By whether SGLang serves it.
-DIALECTS = {True: client.SGLANG, False: client.OPENAI}
+
+
+def dialect_of(member: Member) -> client.Dialect:
+    """Return how a server is asked."""
+    return client.SGLANG if member.engine is SGLANG else client.OPENAI
 
 
 @dataclass
@@ -155,7 +158,7 @@ class Fleet:
     def warm_up(self, model: int) -> None:
         """Ask a model's server for one token."""
         member = self.members[model]
-        dialect = DIALECTS[member.engine is SGLANG]
+        dialect = dialect_of(member)
         self._post(model, dialect.path, dialect.body(member.name, list(FIRST_PROMPT), 1))
 
     def gate(self) -> TakingTurns | None:
@@ -191,7 +194,7 @@ class Fleet:
     def targets(self) -> list[client.Target]:
         """Where each model is served."""
         return [
-            client.Target(server.url, member.name, DIALECTS[member.engine is SGLANG])
+            client.Target(server.url, member.name, dialect_of(member))
             for server, member in zip(self.servers, self.members, strict=True)
         ]
 

@@ -6,13 +6,10 @@ import signal
 import subprocess
 from typing import Any
 
-from multi_model.client import OPENAI, Target
-from multi_model.client import SGLANG as SGLANG_DIALECT
-from multi_model.fleet import Fleet
+from multi_model.client import Target
+from multi_model.fleet import Fleet, dialect_of
 from multi_model.turns import FirstComeFirstServed
 from parts.vllm_servers import READY_SECONDS
-
-from kvcached_demo.harness.engines import SGLANG
 
 # llama-swap's defaults: requests that a model takes at a time, and how long one has to end.
 LIMIT = 10
@@ -30,10 +27,7 @@ class SwappingFleet(Fleet):
     def __init__(self, *words: Any, limit: int = LIMIT) -> None:
         super().__init__(*words)
         self._limit = limit
-        self._live = [
-            Target("", member.name, SGLANG_DIALECT if member.engine is SGLANG else OPENAI)
-            for member in self.members
-        ]
+        self._live = [Target("", member.name, dialect_of(member)) for member in self.members]
         self._running_model = 0
 
     @property
