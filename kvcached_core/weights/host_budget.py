@@ -43,6 +43,8 @@ from kvcached_core.weights.offers import ask_for, is_offered
 
 # How often who reads an image now and then is asked for it.
 MAX_TRIES = 3
+# How long who waits for room lets pass before it asks again.
+LOOK_SECONDS = 0.5
 
 logger = logging.getLogger("kvcached")
 
@@ -142,6 +144,7 @@ class HostBudget:
         kind: str = "",
         instance: str = "",
         leftover: str = "",
+        wait_seconds: float = 0.0,
     ) -> Claim:
         """Claim `num_bytes` of host memory.
 
@@ -152,14 +155,28 @@ class HostBudget:
             kind: What they are for, for programs; empty for copies of weights.
             instance: The engine that they are for, if it is one.
             leftover: See `Words`; it is removed when this process has been killed.
+            wait_seconds: For how long to ask again where there is no room, but a disk. Images that
+                are read just now may go to it afterwards.
 
         Raises:
             HostBudgetError: If there is no room, or nowhere to write it down.
             HostCopyError: If the folder cannot be used.
         """
+        words = Words(name, num_bytes, file, kind, instance, leftover)
+        deadline = time.monotonic() + (wait_seconds if self.disk is not None else 0.0)
+        while True:
+            try:
+                return self._claim(words)
+            except HostBudgetError:
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(LOOK_SECONDS)
+
+    def _claim(self, words: Words) -> Claim:
+        name, num_bytes = words.name, words.num_bytes
         with self._room_for(name, num_bytes):
             try:
-                return Claim(self.folder, Words(name, num_bytes, file, kind, instance, leftover))
+                return Claim(self.folder, words)
             except OSError as error:
                 raise HostBudgetError(
                     f"{self.folder} has no room to claim {format_bytes(num_bytes)} for {name}: "

@@ -20,6 +20,8 @@ from kvcached_core.weights.copies_folder import Holder, note_in, read_holders, r
 HOST, DISK = "host", "disk"
 KIND = "tier"
 NUM_READS = 3
+# How long a start waits for room: weights that come back just now are read in less.
+WAIT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class HostTier:
                 kind=KIND,
                 instance=instance,
                 leftover=region,
+                wait_seconds=WAIT_SECONDS,
             )
         except HostBudgetError as error:
             raise HostBudgetError(

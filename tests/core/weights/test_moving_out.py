@@ -3,10 +3,11 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from helpers.forked import exit_code_of_child
@@ -22,12 +23,10 @@ from kvcached_core.units import GIB
 from kvcached_core.weights import disk_store, host_budget, moving_out, offers
 from kvcached_core.weights.budgets import make_budget
 from kvcached_core.weights.copies_folder import read_holders
+from kvcached_core.weights.host_tier import HostTier
 from kvcached_core.weights.key import CopyKey
 from kvcached_core.weights.moves import read_moves
 from kvcached_core.weights.open_copy import open_copy
-
-if TYPE_CHECKING:
-    from kvcached_core.weights.host_budget import Claim
 
 OTHER_KEY = CopyKey("1" * 32, "qwen")
 WHOLE_BYTES, WORDS = NUM_PAGES * PAGE, PAGE // 8
@@ -107,9 +106,9 @@ def test_changed_weights_have_their_copy_back_before_they_go(make: Make, tmp_pat
 
 def test_who_wakes_waits_for_room(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(moving_out.time, "sleep", pauses.append)
     ours = make(HostBackend(PAGE)).start()
     ours.weights.hold(0)
+    monkeypatch.setattr(moving_out.time, "sleep", pauses.append)
     for number in (1, 2):
         claim = make_budget(ours.config, GIB).claim("gemma", WHOLE_BYTES)
         for _ in range(6 * number):
@@ -257,8 +256,8 @@ def test_who_wakes_while_its_copy_goes_has_it(
 ) -> None:
     ours = make(HostBackend(PAGE)).start()
     ours.weights.hold(0)
-    is_going, may_go = threading.Event(), threading.Event()
-    before = os.pwritev
+    is_going, may_go, is_refused = (threading.Event() for _ in range(3))
+    before, sleep = os.pwritev, time.sleep
 
     def write(*args: Any) -> int:
         is_going.set()
@@ -266,10 +265,17 @@ def test_who_wakes_while_its_copy_goes_has_it(
         return before(*args)
 
     monkeypatch.setattr(os, "pwritev", write)
-    claims: list[Claim] = []
+    claims: list[HostTier] = []
+
+    def refuse(seconds: float) -> None:
+        if seconds == host_budget.LOOK_SECONDS:
+            is_refused.set()
+        sleep(seconds)
+
+    monkeypatch.setattr(host_budget.time, "sleep", refuse)
 
     def claim() -> None:
-        claims.append(make_budget(ours.config, GIB).claim("qwen", PAGE))
+        claims.append(HostTier.reserve(ours.config, "qwen", PAGE, setting="--size"))
 
     claimant = threading.Thread(target=claim)
     claimant.start()
@@ -279,6 +285,7 @@ def test_who_wakes_while_its_copy_goes_has_it(
     def close(bell: moving_out.Doorbell) -> None:
         may_go.set()  # it was told to stop before
         stop(bell)
+        assert is_refused.wait(30)  # while it is read
 
     monkeypatch.setattr(moving_out.Doorbell, "close", close)
     assert ours.weights.hold(NUM_PAGES).num_missing_pages == 0
