@@ -40,7 +40,8 @@ class Holder:
         path: The file that says so, or that it is.
         kind: What it is; a name of who claimed it, empty for copies of weights.
         instance: Whose it is, if it is one engine's.
-        last_used_ns: When a copy was last opened or left, in nanoseconds since the epoch.
+        last_used_ns: When a copy was last opened or left, in nanoseconds since the epoch; of two of
+            one tick of the clock the first by name is the older one.
     """
 
     name: str

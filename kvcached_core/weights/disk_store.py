@@ -135,7 +135,8 @@ class DiskStore:
         missing = shape.num_bytes - room_bytes(self.folder, self._config)
         holders = read_holders(self.folder)
         unused = sorted(
-            (held for held in holders if not held.is_used), key=lambda held: held.last_used_ns
+            (held for held in holders if not held.is_used),
+            key=lambda held: (held.last_used_ns, held.path),
         )
         if missing > sum(held.num_bytes for held in unused):
             raise self._full(shape, holders)

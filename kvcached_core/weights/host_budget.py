@@ -226,7 +226,7 @@ class HostBudget:
         if left + sum(held.num_bytes for held in going) < 0:
             staying = [held for held in holders if held not in going]
             raise self._error(name, num_bytes, room_bytes, staying, stuck.values())
-        going.sort(key=lambda held: (held.is_used, held.last_used_ns))
+        going.sort(key=lambda held: (held.is_used, held.last_used_ns, held.path))
         if self.disk is not None:
             return going[0] if left < 0 else None
         for held in going:

@@ -149,6 +149,17 @@ def test_unused_copies_give_way_oldest_first_and_no_more_than_needed(budget: Hos
     assert not list(budget.folder.glob("oldest*"))
 
 
+def test_of_unused_copies_of_one_tick_of_the_clock_the_first_by_name_goes(
+    budget: HostBudget,
+) -> None:
+    for name in ("b", "c", "a"):
+        finished(budget, name, 3 * MIB).close()
+        os.utime(budget.folder / f"{name}.json", ns=(1, 1))
+    for number, left in enumerate([{"b", "c"}, {"c"}]):
+        budget.claim(f"claim-{number}", 3 * MIB)
+        assert {name for name in held(budget) if not name.startswith("claim")} == left
+
+
 def test_a_claim_that_never_fits_removes_nothing(budget: HostBudget) -> None:
     finished(budget, "old", 3 * MIB).close()
     budget.claim("llama", 6 * MIB)

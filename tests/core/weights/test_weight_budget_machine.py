@@ -105,6 +105,13 @@ class HostMemory(RuleBasedStateMachine):
             file.close()
         if not self.users[name]:
             self.kept.append(name)
+            used_ns = {other: self.last_used_ns(other) for other in self.kept}
+            assert used_ns[name] == max(used_ns.values())
+            # Of one tick of the clock the first by name goes first.
+            self.kept.sort(key=lambda other: (used_ns[other], other))
+
+    def last_used_ns(self, name: str) -> int:
+        return (self.folder / f"{name}.json").stat().st_mtime_ns
 
     @rule(name=models)
     def die_while_filling(self, name: str) -> None:
