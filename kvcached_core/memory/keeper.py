@@ -61,7 +61,8 @@ class PageKeeper:
         report: Told what changed, after the fact, in the thread that changed it.
 
     Raises:
-        PageKeeperError: From each method, when one of the keeper's threads has ended.
+        PageKeeperError: From each method, when one of the keeper's threads has ended; from one that
+            takes orders, when the keeper is closed.
     """
 
     def __init__(self, arena: Arena | JoinedArenas, report: Callable[[PageChanges], None]) -> None:
@@ -144,7 +145,7 @@ class PageKeeper:
         """Return when no order is left, or after so many seconds."""
         with self._changed:
             self._changed.wait_for(self._is_at_rest, seconds)
-            self.check()
+            self._check_threads()
 
     def close(self) -> None:
         """Carry out what is left and stop the threads."""
@@ -156,19 +157,26 @@ class PageKeeper:
                 self._changed.notify_all()
             for thread in self._threads:
                 thread.join()
+            self._to_map.clear()  # where the wait was interrupted, nobody carries them out any more
+            self._to_unmap.clear()
 
     def check(self) -> None:
         """Return if both threads are there for what comes."""
-        if self._error is not None:
-            raise PageKeeperError(
-                f"pages can no longer be mapped and unmapped, this engine has to be started again: "
-                f"{type(self._error).__name__}: {self._error}"
-            ) from self._error
+        self._check_threads()
+        if self._is_closed:
+            raise PageKeeperError("pages are no longer mapped and unmapped: the keeper is closed")
 
     def disown(self) -> None:
         """Refuse every call in a forked child, which has none of the threads; see `forks`."""
         self._changed = threading.Condition()  # one of them may have had it
         self._error = RuntimeError("a forked child owns nothing")
+
+    def _check_threads(self) -> None:
+        if self._error is not None:
+            raise PageKeeperError(
+                f"pages can no longer be mapped and unmapped, this engine has to be started again: "
+                f"{type(self._error).__name__}: {self._error}"
+            ) from self._error
 
     def _is_at_rest(self) -> bool:
         has_orders = self._to_map or self._to_unmap or self._mapping or self._unmapping
@@ -176,7 +184,7 @@ class PageKeeper:
 
     def _wait(self) -> None:
         self._changed.wait()
-        self.check()
+        self._check_threads()
 
     def _want_stuck(self, pages: list[int]) -> int:
         """Return how many of `pages` were promised to no purpose: they are resident still."""

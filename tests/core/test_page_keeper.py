@@ -456,6 +456,42 @@ def test_who_closes_when_one_thread_has_ended_leaves_none_behind() -> None:
     setup.arena.close()
 
 
+def test_a_keeper_that_is_closed_takes_no_order_that_nobody_would_carry_out() -> None:
+    setup = Setup()
+    setup.keeper.map_now([1])
+    setup.keeper.close()
+    for order in every_call(setup.keeper)[:3]:
+        with pytest.raises(PageKeeperError, match="the keeper is closed"):
+            order()
+    setup.keeper.wait()
+    setup.keeper.close()
+    assert setup.arena.resident_pages == [1]
+    setup.arena.close()
+
+
+def test_nobody_waits_for_what_a_close_that_was_interrupted_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    setup = Setup()
+    setup.keeper.map_now([1])
+    fence = HeldFence()
+    setup.keeper.unmap_behind([1], fence)
+    assert fence.reached.wait(30)
+    setup.keeper.unmap_behind([1], HeldFence())  # its turn never comes
+
+    def interrupt() -> None:
+        threading.Timer(0.05, fence.passed.set).start()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(setup.keeper, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            setup.keeper.close()
+    setup.keeper.wait()
+    assert setup.arena.resident_pages == [1]
+    setup.arena.close()
+
+
 def test_who_waits_for_a_page_is_told_when_the_thread_that_has_it_ends() -> None:
     setup = Setup()
     begun, go_on = threading.Event(), threading.Event()
