@@ -230,12 +230,41 @@ def test_a_fence_ends_when_the_stream_is_done_and_leaves_no_event(driver: FakeDr
     assert not driver._events
 
 
-def test_a_fence_that_cannot_be_made_leaves_no_event(driver: FakeDriver) -> None:
+EVENT_CALLS = pytest.mark.parametrize("name", ["cuEventCreate", "cuEventRecord"])
+
+
+@EVENT_CALLS
+def test_a_mark_that_cannot_be_made_leaves_no_event(driver: FakeDriver, name: str) -> None:
     backend = open_backend(driver)
-    fail_once(driver, "cuEventRecord", 0, Result.CUDA_ERROR_ILLEGAL_ADDRESS)
-    with pytest.raises(BackendError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
-        backend.fence(7)
+    fail_once(driver, name, 0, Result.CUDA_ERROR_ILLEGAL_ADDRESS)
+    with pytest.raises(BackendError, match=f"{name} failed: CUDA_ERROR_ILLEGAL_ADDRESS"):
+        backend.mark_copies()
     assert not driver._events
+
+
+@EVENT_CALLS
+def test_where_the_driver_refuses_an_event_a_fence_is_behind_all_of_its_stream(
+    driver: FakeDriver, host: torch.Tensor, name: str
+) -> None:
+    backend = open_backend(driver)
+    arena = Arena(backend, GEOMETRY, 1)
+    arena.map([0])
+    backend.register(host.data_ptr(), PAGE)
+    fail_once(driver, name, driver.calls[name], Result.CUDA_ERROR_OUT_OF_MEMORY)
+    backend.copy_in(arena.address, host.data_ptr(), PAGE)
+    assert driver.is_copied_under_way(arena.address, PAGE)
+    backend.finish_copies()
+    assert not driver.is_copied_under_way(arena.address, PAGE)
+    assert not driver._events
+    arena.close()
+
+
+def test_who_waits_for_a_stream_that_failed_is_told(driver: FakeDriver) -> None:
+    backend = open_backend(driver)
+    driver.fails = lambda *_: Result.CUDA_ERROR_ILLEGAL_ADDRESS
+    fence = backend.fence(7)
+    with pytest.raises(BackendError, match="cuStreamSynchronize failed: CUDA_ERROR_ILLEGAL_ADDRE"):
+        fence.wait()
 
 
 def test_joining_a_stream_leaves_no_event(driver: FakeDriver) -> None:

@@ -6,8 +6,10 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from helpers import fake_driver
 from helpers.backends import FaultyBackend, Result
 
 from kvcached_core.config import HOST, read_config
@@ -23,6 +25,7 @@ from kvcached_core.memory.patience import LOG_SECONDS
 from kvcached_core.memory.rank import PATIENCE_SECONDS, RankMemory
 from kvcached_core.memory.seats import Seat
 from kvcached_core.memory.vmm.backend import Fence
+from kvcached_core.memory.vmm.cuda import CudaBackend
 from kvcached_core.memory.vmm.host import HostBackend, HostFence
 from kvcached_core.units import MIB
 
@@ -238,6 +241,25 @@ def test_after_a_failed_fence_nothing_is_unmapped_and_the_next_step_says_why(
     memory.close()
     assert our_threads() == set()
     assert seen(seat).resident_bytes == 0
+
+
+@pytest.mark.parametrize("call", ["cuEventCreate", "cuEventRecord"])
+def test_pages_go_behind_their_step_where_the_driver_refuses_an_event(
+    instance: Instance, seat: Seat, call: str
+) -> None:
+    driver = fake_driver.FakeDriver()
+    memory = RankMemory(GEOMETRY, NUM_PAGES, seat, CudaBackend(api=cast("Any", driver)))
+    instance.promise(2, is_urgent=False)
+    memory.carry_out(PageOrders(map_pages=[1, 2], num_used_pages=3))
+    instance.acknowledge(2)
+    refused = fake_driver.Result.CUDA_ERROR_OUT_OF_MEMORY
+    driver.fails = lambda name, _: refused if name == call else None
+    memory.carry_out(PageOrders(unmap_pages=[1, 2], num_used_pages=1))
+    view = seen(seat)
+    assert (view.coming_bytes, view.resident_bytes) == (0, PAGE)
+    driver.fails = lambda *_: None
+    memory.close()
+    assert driver.created_bytes == 0
 
 
 def test_what_else_fails_while_it_closes_the_ledger_is_let_go_of(seat: Seat) -> None:

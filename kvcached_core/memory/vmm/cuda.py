@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvcached_core.errors import BackendError
 from kvcached_core.memory.vmm import dlpack
-from kvcached_core.memory.vmm.backend import Handle, Mappings
-from kvcached_core.memory.vmm.driver import CudaFence, Driver
+from kvcached_core.memory.vmm.backend import Fence, Handle, Mappings
+from kvcached_core.memory.vmm.driver import CudaFence, Driver, StreamFence
 
 if TYPE_CHECKING:
     import torch
@@ -159,9 +159,16 @@ class CudaBackend:
         """Return when all that `zero` began is done."""
         self._driver.call("cuStreamSynchronize", self._stream)
 
-    def fence(self, stream: int) -> CudaFence:
-        """Return a fence behind what `stream` has been given so far."""
-        return CudaFence(self._driver, stream)
+    def fence(self, stream: int) -> Fence:
+        """Return a fence behind what `stream` has been given so far.
+
+        It cannot fail, because its caller has given up pages already: where the driver refuses an
+        event, who waits for the fence waits for the stream, and is told what fails there.
+        """
+        try:
+            return CudaFence(self._driver, stream)
+        except BackendError:
+            return StreamFence(self._driver, stream)
 
     def copy_in(self, address: int, host_address: int, num_bytes: int) -> None:
         """Begin to copy host bytes to a mapped range, on the stream of all copies."""
@@ -209,7 +216,7 @@ class CudaBackend:
 
     def mark_copies(self) -> CudaFence:
         """Return a point behind all copies that have begun."""
-        return self.fence(self._copies)
+        return CudaFence(self._driver, self._copies)
 
     def finish_copies(self) -> None:
         """Return when all copies that have begun are done; without the interpreter's lock."""

@@ -97,6 +97,20 @@ class CudaFence:
             self._driver.call("cuEventDestroy", event)
 
 
+class StreamFence:
+    """All work of a stream, also what it is given until somebody waits.
+
+    It takes nothing of the driver, so it is there where an event is refused.
+    """
+
+    def __init__(self, driver: "Driver", stream: int) -> None:
+        self._driver, self._stream = driver, stream
+
+    def wait(self) -> None:
+        """Return when all of that work is done."""
+        self._driver.call("cuStreamSynchronize", self._stream)
+
+
 def _load() -> ModuleType:
     try:
         from cuda.bindings import driver  # noqa: PLC0415  a host without a GPU does without it
