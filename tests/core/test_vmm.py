@@ -1,6 +1,8 @@
 """One contract for every backend; the layers keep it and add what they add."""
 
 import ctypes
+import errno
+import os
 import resource
 import signal
 import subprocess
@@ -16,10 +18,10 @@ from helpers.contract import PAGE, Resident
 from helpers.fake_driver import FakeDriver, tensors_on_the_host
 from helpers.process_memory import resident_bytes
 
-from kvcached_core.errors import OutOfMemoryError
+from kvcached_core.errors import BackendError, OutOfMemoryError
 from kvcached_core.memory.vmm.backend import Backend
 from kvcached_core.memory.vmm.cuda import CudaBackend
-from kvcached_core.memory.vmm.host import HostBackend
+from kvcached_core.memory.vmm.host import MAP_FAILED, HostBackend, libc
 from kvcached_core.memory.vmm.shared_host import SharedHostBackend
 from kvcached_core.units import MIB
 
@@ -75,6 +77,47 @@ def test_touching_an_unmapped_page_ends_the_process(prepare: str, offset: str, w
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert done.stdout.decode().splitlines() == ["mapped page touched"]
     assert done.returncode == -signal.SIGSEGV
+
+
+@pytest.mark.parametrize("code", [errno.ENOMEM, errno.EACCES])
+@pytest.mark.parametrize(
+    ("make", "call"),
+    [
+        (HostBackend, "mprotect"),
+        (HostBackend, "madvise"),
+        (SharedHostBackend, "mmap"),
+        (SharedHostBackend, "madvise"),
+    ],
+)
+def test_what_linux_refuses_for_want_of_memory_is_told_as_that_and_nothing_else_is(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], HostBackend], call: str, code: int
+) -> None:
+    backend = make()
+    address, handle = backend.reserve(PAGE), backend.create(PAGE)
+
+    def refuse(*_: object) -> int | None:
+        ctypes.set_errno(code)
+        return MAP_FAILED if call == "mmap" else -1
+
+    with monkeypatch.context() as patched:
+        patched.setattr(libc, call, refuse)
+        with pytest.raises(BackendError) as caught:
+            backend.map(address, handle)
+    assert (caught.value.call, caught.value.code) == ("map", errno.errorcode[code])
+    assert isinstance(caught.value, OutOfMemoryError) == (code == errno.ENOMEM)
+    backend.map(address, handle)
+
+
+@pytest.mark.parametrize("call", ["memfd_create", "ftruncate"])
+def test_a_file_that_finds_no_memory_is_told_as_that(
+    monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "refused")
+
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(OutOfMemoryError, match="create failed: ENOMEM"):
+        SharedHostBackend().create(PAGE)
 
 
 def test_counting_counts_calls_of_a_thread_and_bytes() -> None:

@@ -82,7 +82,7 @@ class HostBackend:
         whole_bytes = num_bytes + self.granularity_bytes
         start = libc.mmap(None, whole_bytes, PROT_NONE, MAP_RESERVED, -1, 0)
         if start == MAP_FAILED:
-            raise _error("reserve", num_bytes)
+            raise failed("reserve", ctypes.get_errno(), num_bytes)
         address: int = -(-start // self.granularity_bytes) * self.granularity_bytes
         self._reservations[address] = (start, whole_bytes)
         return address
@@ -186,16 +186,16 @@ def populate(address: int, num_bytes: int) -> None:
         errno.EINVAL,  # a kernel before 5.14: pages come with the first touch instead
         0,
     ):
-        raise _error("map", num_bytes)
+        raise failed("map", ctypes.get_errno(), num_bytes)
 
 
 def _check(call: str, num_bytes: int, result: int) -> None:
     if result:
-        raise _error(call, num_bytes)
+        raise failed(call, ctypes.get_errno(), num_bytes)
 
 
-def _error(call: str, num_bytes: int) -> BackendError:
-    code = ctypes.get_errno()
+def failed(call: str, code: int, num_bytes: int) -> BackendError:
+    """Return the error of a call that Linux refused with the error number `code`."""
     name = errno.errorcode.get(code, str(code))
     if code in (errno.ENOMEM, errno.EFAULT):
         available = os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE

@@ -1,7 +1,6 @@
 """The host backend with memory that other processes may map: each handle is a file in memory."""
 
 import ctypes
-import errno
 import mmap
 import os
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from kvcached_core.memory.vmm.host import (
     PROT_READ_WRITE,
     HostBackend,
     HostHandle,
+    failed,
     libc,
     populate,
 )
@@ -47,7 +47,7 @@ class SharedHostBackend(HostBackend):
                 os.close(fd)
                 raise
         except OSError as error:
-            raise _failed("create", error, num_bytes) from error
+            raise failed("create", error.errno or 0, num_bytes) from error
         return FileHandle(num_bytes, fd)
 
     def release(self, handle: Handle) -> None:
@@ -60,7 +60,7 @@ class SharedHostBackend(HostBackend):
         try:
             return os.dup(_file(handle).fd)
         except OSError as error:
-            raise _failed("export", error, handle.num_bytes) from error
+            raise failed("export", error.errno or 0, handle.num_bytes) from error
 
     def import_handle(self, fd: int, num_bytes: int) -> FileHandle:
         """Return the file of another process."""
@@ -70,7 +70,7 @@ class SharedHostBackend(HostBackend):
                 raise BackendError("import", f"EINVAL (it has {found_bytes} bytes)", num_bytes)
             return FileHandle(num_bytes, os.dup(fd))
         except OSError as error:
-            raise _failed("import", error, num_bytes) from error
+            raise failed("import", error.errno or 0, num_bytes) from error
 
     def map(self, address: int, handle: Handle) -> None:
         """Put the file under `address`, all of it resident."""
@@ -104,12 +104,7 @@ class SharedHostBackend(HostBackend):
 def _put(address: int, num_bytes: int, protection: int, flags: int, fd: int) -> None:
     """Replace what lies under addresses of ours."""
     if libc.mmap(address, num_bytes, protection, flags | MAP_FIXED, fd, 0) == MAP_FAILED:
-        code = ctypes.get_errno()
-        raise _failed("map", OSError(code, os.strerror(code)), num_bytes)
-
-
-def _failed(call: str, error: OSError, num_bytes: int) -> BackendError:
-    return BackendError(call, errno.errorcode.get(error.errno or 0, str(error)), num_bytes)
+        raise failed("map", ctypes.get_errno(), num_bytes)
 
 
 def _file(handle: Handle) -> FileHandle:
