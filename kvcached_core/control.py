@@ -1,23 +1,22 @@
 """Steering instances from outside: limits, floors, priorities, asking for memory back, weights.
 
-Every function may be called again with the same arguments: it says how far things are.
+Every function may be called again with the same arguments: it says how far things are. A ledger
+that cannot be used keeps none from what it does on other devices (`Result.problems`).
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcached_core.errors import LedgerError, PolicyError
+from kvcached_core.errors import LedgerBusyError, LedgerError, PolicyError
 from kvcached_core.ledger import bell
-from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.outcome import Outcome, Result, describe
-from kvcached_core.ledger.survey import open_ledgers, survey
+from kvcached_core.ledger.survey import Place, open_places, survey
 from kvcached_core.ledger.view import DeviceView, InstanceView
 from kvcached_core.ledger.weights import WeightsWish
-from kvcached_core.units import check_name, parse_bytes
+from kvcached_core.units import parse_bytes
 
 if TYPE_CHECKING:
     from kvcached_core.ledger.members import PolicyChange
@@ -38,23 +37,6 @@ __all__ = [
 LOOK_SECONDS = 0.005
 PATIENCE_SECONDS = 2.0
 NONE = "none"
-
-
-@dataclass(frozen=True)
-class _Place:
-    """An instance's row in one ledger."""
-
-    ledger: Ledger
-    view: InstanceView
-
-    def now(self) -> InstanceView | None:
-        """Return the row as it is now, or None if the instance is gone."""
-        views = self.ledger.view().instances
-        return next((view for view in views if view.row == self.view.row), None)
-
-    def wake(self) -> None:
-        """Ring the instance's bell."""
-        bell.wake(self.ledger, [self.view.row])
 
 
 def devices(directory: Path) -> list[DeviceView]:
@@ -86,11 +68,12 @@ def set_limit(
         ConfigError: If the limit is no size.
         LedgerError: If there is no such instance.
     """
-    with _places(directory, [name]) as places:
+    with open_places(directory, [name]) as (places, problems):
         refusal = _change(
             places, [{"limit_bytes": _size(limit, "limit", place)} for place in places]
         )
-        return refusal or _wait(places, lambda _, view: view.excess_bytes, wait_seconds)
+        result = refusal or _wait(places, lambda _, view: view.excess_bytes, wait_seconds)
+        return replace(result, problems=tuple(problems))
 
 
 def set_floor(
@@ -118,7 +101,7 @@ def set_floor(
         ConfigError: If the floor is no size.
         LedgerError: If there is no such instance.
     """
-    with _places(directory, [name]) as places:
+    with open_places(directory, [name]) as (places, problems):
         refusal = _change(
             places,
             [
@@ -127,13 +110,14 @@ def set_floor(
             ],
         )
         if refusal is not None:
-            return refusal
+            return replace(refusal, problems=tuple(problems))
         for place in places:
             missing = _missing_to_floor(place, place.now())
             if missing:
                 asked = place.ledger.ask_peers(place.view.row, missing, is_waiting=False)
                 bell.wake(place.ledger, asked)
-        return _wait(places, _missing_to_floor, wait_seconds)
+        result = _wait(places, _missing_to_floor, wait_seconds)
+        return replace(result, problems=tuple(problems))
 
 
 def set_priority(name: str, priority: int, *, directory: Path) -> Result:
@@ -142,9 +126,10 @@ def set_priority(name: str, priority: int, *, directory: Path) -> Result:
     Raises:
         LedgerError: If there is no such instance.
     """
-    with _places(directory, [name]) as places:
+    with open_places(directory, [name]) as (places, problems):
         refusal = _change(places, [{"priority": priority} for _ in places])
-        return refusal or _wait(places, lambda _place, _view: 0, 0.0)
+        result = refusal or _wait(places, lambda _place, _view: 0, 0.0)
+        return replace(result, problems=tuple(problems))
 
 
 def trim(
@@ -157,21 +142,18 @@ def trim(
     """Ask the named instances, or all, for all but `keep_bytes` of what no request needs.
 
     Raises:
-        LedgerError: If a name is unknown; then nobody was asked.
+        LedgerError: If a name is unknown, or no ledger can be used; then nobody was asked.
     """
-    with _places(directory, names) as places:
-        for place in places:
-            view = place.view
-            if place.ledger.ask(view.row, view.cached_bytes + view.idle_bytes - keep_bytes):
-                place.wake()
-        deadline = time.monotonic() + wait_seconds
-        by_name: dict[str, list[_Place]] = {}
-        for place in places:
+    with open_places(directory, names) as (places, problems):
+        by_name: dict[str, list[Place]] = {}
+        for place in _ask(places, keep_bytes, problems):
             by_name.setdefault(place.view.name, []).append(place)
-        return [
+        deadline = time.monotonic() + wait_seconds
+        results = [
             _wait(of_name, _still_to_give, max(deadline - time.monotonic(), 0.0))
             for of_name in by_name.values()
         ]
+        return [replace(result, problems=tuple(problems)) for result in results]
 
 
 def sleep(name: str, *, directory: Path, wait_seconds: float = PATIENCE_SECONDS) -> Result:
@@ -193,20 +175,20 @@ def wake(name: str, *, directory: Path, wait_seconds: float = PATIENCE_SECONDS) 
 
 
 def _wish(name: str, wish: WeightsWish, directory: Path, wait_seconds: float) -> Result:
-    def remaining(_place: _Place, view: InstanceView) -> int:
+    def remaining(_place: Place, view: InstanceView) -> int:
         if wish is WeightsWish.SLEEP:
             return view.weights_bytes
         return max(view.weights_needed_bytes - view.weights_bytes, 0)
 
-    with _places(directory, [name]) as places:
+    with open_places(directory, [name]) as (places, problems):
         reason = next(filter(None, (_refusal(place.view, wish) for place in places)), "")
         if reason:
-            return Result(name, Outcome.REFUSED, reason=reason)
+            return Result(name, Outcome.REFUSED, reason=reason, problems=tuple(problems))
         for place in places:
             if remaining(place, place.view) or place.view.weights_wish:
                 place.ledger.set_wish(place.view.row, wish)
                 place.wake()
-        return _wait(places, remaining, wait_seconds)
+        return replace(_wait(places, remaining, wait_seconds), problems=tuple(problems))
 
 
 def _refusal(view: InstanceView, wish: WeightsWish) -> str:
@@ -218,35 +200,40 @@ def _refusal(view: InstanceView, wish: WeightsWish) -> str:
     return ""
 
 
-@contextmanager
-def _places(directory: Path, names: Sequence[str]) -> Iterator[list[_Place]]:
-    for name in names:
-        check_name(name)
-    with open_ledgers(directory) as ledgers:
-        found = [_Place(ledger, view) for ledger in ledgers for view in ledger.view().instances]
-        known = {place.view.name for place in found}
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise LedgerError(
-                f"no instance is named {', '.join(map(repr, unknown))}; "
-                f"there are {', '.join(sorted(known)) or 'none'}"
-            )
-        yield [place for place in found if not names or place.view.name in names]
+def _ask(places: list[Place], keep_bytes: int, problems: list[str]) -> list[Place]:
+    """Ask instances to give; return those that were asked, and add why others were not."""
+    asked: list[Place] = []
+    busy: set[Path] = set()
+    for place in places:
+        view = place.view
+        if place.ledger.path in busy:
+            continue
+        try:
+            if place.ledger.ask(view.row, view.cached_bytes + view.idle_bytes - keep_bytes):
+                place.wake()
+        except LedgerBusyError as error:
+            busy.add(place.ledger.path)
+            problems.append(str(error))
+        else:
+            asked.append(place)
+    if places and not asked:
+        raise LedgerError("; ".join(problems))
+    return asked
 
 
-def _size(text: str, what: str, place: _Place) -> int | None:
+def _size(text: str, what: str, place: Place) -> int | None:
     if text.strip().lower() == NONE:
         return None
     return parse_bytes(text, what=what, whole_bytes=place.ledger.capacity_bytes)
 
 
-def _change(places: list[_Place], changes: list[dict[str, Any]]) -> Result | None:
+def _change(places: list[Place], changes: list[dict[str, Any]]) -> Result | None:
     """Change words of an instance's policy on all its devices, or on none."""
     name = places[0].view.name
     if places[0].view.is_program and changes[0].keys() & {"limit_bytes", "floor_bytes"}:
         reason = f"{name!r} is a program: limits and floors are about the KV caches of engines"
         return Result(name, Outcome.REFUSED, reason=reason)
-    done: list[tuple[_Place, PolicyChange]] = []
+    done: list[tuple[Place, PolicyChange]] = []
     try:
         for place, words in zip(places, changes, strict=True):
             done.append((place, place.ledger.change_policy(place.view.row, **words)))
@@ -261,18 +248,18 @@ def _change(places: list[_Place], changes: list[dict[str, Any]]) -> Result | Non
     return None
 
 
-def _missing_to_floor(place: _Place, view: InstanceView | None) -> int:
+def _missing_to_floor(place: Place, view: InstanceView | None) -> int:
     if view is None:
         return 0
     return max(view.unmet_floor_bytes - max(place.ledger.free_bytes(view.row), 0), 0)
 
 
-def _still_to_give(_place: _Place, view: InstanceView) -> int:
+def _still_to_give(_place: Place, view: InstanceView) -> int:
     return max(view.asked_bytes, view.coming_bytes)
 
 
 def _wait(
-    places: list[_Place], remaining: Callable[[_Place, InstanceView], int], seconds: float
+    places: list[Place], remaining: Callable[[Place, InstanceView], int], seconds: float
 ) -> Result:
     deadline = time.monotonic() + seconds
     before = sum(place.view.resident_bytes for place in places)

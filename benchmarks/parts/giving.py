@@ -80,10 +80,10 @@ def little_room(name: str, directory: Path, headroom_bytes: int) -> Iterator[Non
         headroom_bytes: What engines leave of each device.
     """
     control.trim([], directory=directory)
-    with open_ledgers(directory) as ledgers, ExitStack() as stack:
-        for ledger in ledgers:
+    with open_ledgers(directory) as found, ExitStack() as stack:
+        for ledger, view in found.views:
             needed_bytes = sum(
-                row.weights_needed_bytes for row in ledger.view().instances if row.name == name
+                row.weights_needed_bytes for row in view.instances if row.name == name
             )
             neighbour = Neighbour(ledger)
             stack.callback(neighbour.close)

@@ -254,6 +254,7 @@ def _end(results: list[Result]) -> None:
     outcomes = {result.outcome for result in results}
     for result in results:
         typer.echo(control.describe(result), err=result.outcome is Outcome.REFUSED)
+    _end_for(list(dict.fromkeys(problem for result in results for problem in result.problems)))
     if Outcome.REFUSED in outcomes:
         raise typer.Exit(EXIT_FAILED)
     if Outcome.IN_PROGRESS in outcomes:

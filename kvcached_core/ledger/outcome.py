@@ -25,6 +25,8 @@ class Result:
         before_bytes: Resident bytes at the beginning, on all devices.
         after_bytes: Resident bytes at the end.
         reason: Why it was refused.
+        problems: Why ledgers of further devices could not be used, each with what to do. Nothing
+            was changed there, and nobody knows whether the instance is on them.
     """
 
     instance: str
@@ -33,6 +35,7 @@ class Result:
     before_bytes: int = 0
     after_bytes: int = 0
     reason: str = ""
+    problems: tuple[str, ...] = ()
 
 
 def describe(result: Result) -> str:

@@ -264,6 +264,12 @@ def test_a_damaged_ledger_hides_no_other_and_fails_the_command(ledger: Ledger) -
         assert done.returncode == 1
         assert "llama" in done.stdout
         assert done.stderr.startswith(f"kvcached: the ledger {folder}/GPU-1.ledger")
+    for arguments in (("limit", "llama", "1GiB"), ("trim", "--timeout", "0"), ("trim", "llama")):
+        done = kvcached(*arguments, directory=folder)
+        assert (done.returncode, done.stdout.partition(":")[0]) == (1, "llama")
+        assert done.stderr.startswith(f"kvcached: the ledger {folder}/GPU-1.ledger")
+        assert done.stderr.count("\n") == 1
+    assert ledger.view().instances[0].limit_bytes == GIB
     scraped = kvcached("metrics", "--once", directory=folder)
     assert scraped.returncode == 0
     assert 'kvcached_used_bytes{device="host"' in scraped.stdout

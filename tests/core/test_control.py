@@ -10,7 +10,7 @@ from helpers.waiting import await_that
 
 from kvcached_core import control
 from kvcached_core.control import Outcome
-from kvcached_core.errors import ConfigError, LedgerError
+from kvcached_core.errors import ConfigError, LedgerBusyError, LedgerError
 from kvcached_core.ledger.bell import Doorbell
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import doorbell_path, ledger_directory
@@ -244,6 +244,69 @@ def test_an_instance_on_two_devices_is_steered_on_both_or_on_none(
         assert pair[0].policy() == other.view().instances[0].policy == Policy()
         assert control.set_limit("a", "100%", directory=directory).outcome is Outcome.APPLIED
         assert other.view().instances[0].limit_bytes == 2 * GIB
+
+
+def test_a_ledger_that_cannot_be_read_keeps_nobody_from_what_is_done_on_others(
+    directory: Path, pair: tuple[Engine, Engine]
+) -> None:
+    (directory / "GPU-1.ledger").write_bytes(b"nonsense")
+    engine = pair[0]
+    engine.ledger.describe_weights(engine.row, 8 * PAGE)
+    engine.ledger.settle_weights(engine.row, mapped_bytes=8 * PAGE)
+    answers = [
+        control.set_limit("a", "512MiB", directory=directory),
+        control.set_floor("a", "32MiB", directory=directory),
+        control.set_priority("a", 3, directory=directory),
+        control.sleep("a", directory=directory),
+        control.wake("a", directory=directory),
+        *control.trim([], directory=directory),
+        *control.trim(["a"], directory=directory),
+    ]
+    assert {answer.outcome for answer in answers} == {Outcome.APPLIED}
+    assert engine.policy() == Policy(512 * MIB, 32 * MIB, 3)
+    assert (engine.num_wishes, pair[1].cached_bytes) == (2, 0)
+    answers.append(control.set_priority("a", 5000, directory=directory))
+    assert answers[-1].outcome is Outcome.REFUSED
+    for answer in answers:
+        (problem,) = answer.problems
+        assert "GPU-1.ledger is damaged" in problem
+
+
+def test_where_no_ledger_can_be_read_or_a_name_is_only_there_that_is_an_error(
+    directory: Path, pair: tuple[Engine, Engine]
+) -> None:
+    (directory / "GPU-1.ledger").write_bytes(b"nonsense")
+    with pytest.raises(LedgerError, match=r"named 'c'; there are a, b; the ledger .*GPU-1\.ledger"):
+        control.trim(["a", "c"], directory=directory)
+    assert pair[0].cached_bytes == 10 * PAGE
+    for engine in pair:
+        engine.ledger.unregister(engine.row)
+    with pytest.raises(LedgerError, match=r"^the ledger .*GPU-1\.ledger is damaged"):
+        control.trim([], directory=directory)
+
+
+def test_a_device_whose_lock_somebody_holds_keeps_no_other_from_being_trimmed(
+    directory: Path, pair: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Ledger(directory / "other.ledger", GIB) as other:
+        for name in ("c", "d"):
+            other.register(name=name, engine="test")
+        ask, tried = Ledger.ask, []
+
+        def refuse(ledger: Ledger, *args: Any) -> int:
+            if ledger.path != other.path:
+                return ask(ledger, *args)
+            tried.append(ledger.device)
+            raise LedgerBusyError("somebody holds its lock")
+
+        monkeypatch.setattr(Ledger, "ask", refuse)
+        answers = control.trim([], directory=directory)
+        assert {answer.instance for answer in answers} == {"a", "b"}
+        assert {answer.problems for answer in answers} == {("somebody holds its lock",)}
+        assert [engine.cached_bytes for engine in pair] == [0, 0]
+        assert tried == ["other"]  # who waits for a lock waits for seconds
+        with pytest.raises(LedgerError, match="somebody holds its lock"):
+            control.trim(["d"], directory=directory)
 
 
 def test_who_gives_up_on_one_device_leaves_the_other_as_it_was(

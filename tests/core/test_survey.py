@@ -29,8 +29,9 @@ def test_a_ledger_that_cannot_be_read_hides_none_of_the_others(folder: Path) -> 
     assert "GPU-1.ledger" in problem
     with pytest.raises(LedgerError, match=r"GPU-1\.ledger"):
         control.devices(folder)
-    with pytest.raises(LedgerError, match=r"GPU-1\.ledger"), open_ledgers(folder):
-        pass
+    with open_ledgers(folder) as opened:
+        assert [ledger.device for ledger, _ in opened.views] == ["host"]
+        assert opened.problems == [problem]
 
 
 def test_a_ledger_whose_last_engine_just_left_is_none(
@@ -40,8 +41,9 @@ def test_a_ledger_whose_last_engine_just_left_is_none(
     monkeypatch.setattr(surveys, "ledger_paths", lambda _: paths)
     found = survey(folder)
     assert ([view.device for view in found.devices], found.problems) == (["host"], [])
-    with open_ledgers(folder) as ledgers:
-        assert [ledger.device for ledger in ledgers] == ["host"]
+    with open_ledgers(folder) as opened:
+        assert [ledger.device for ledger, _ in opened.views] == ["host"]
+        assert opened.problems == []
 
 
 def test_a_folder_that_is_not_there_has_no_devices(tmp_path: Path) -> None:

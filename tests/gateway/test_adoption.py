@@ -23,6 +23,8 @@ from helpers.gateway_life import (
 from helpers.gateway_runner import record_of
 from helpers.waiting import await_that
 
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.units import GIB
 from kvcached_demo.harness.model import make_model
 from kvcached_gateway.engines.adoption import identify
 from kvcached_gateway.engines.engine import Engine
@@ -161,6 +163,23 @@ def test_an_engine_without_its_socket_or_its_row_in_the_ledger_is_none(
             process = await identify(replace(record, is_elastic=False), directory)
             assert process.identity == stand_in
             process.forget()
+
+    asyncio.run(main())
+
+
+def test_an_engine_is_adopted_although_the_ledger_of_another_device_cannot_be_read(
+    directory: Path, stand_in: Identity
+) -> None:
+    record = replace(record_of(), identity=stand_in)
+    record = replace(record, address=replace(record.address, socket=None))
+    (directory / "GPU-1.ledger").write_bytes(b"nonsense")
+
+    async def main() -> None:
+        with Ledger(directory / "host.ledger", GIB) as ledger:
+            ledger.register(name=record.instance_name, engine="test")
+            process = await identify(record, directory)
+        assert process.identity == stand_in
+        process.forget()
 
     asyncio.run(main())
 

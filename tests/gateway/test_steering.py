@@ -10,6 +10,8 @@ from helpers.gateway_line import refused
 from helpers.waiting import PATIENCE_SECONDS
 
 from kvcached_core.errors import ConfigError
+from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.policy import Policy
 from kvcached_core.units import GIB
 from kvcached_gateway.admin.events import Events
 from kvcached_gateway.control.machine import HOST_MEMORY
@@ -146,6 +148,25 @@ def test_a_reload_tells_engines_that_run_what_is_theirs_now_and_says_what_was_re
         assert "no instance is named 'a'" in text  # there is no engine behind it
         assert (await refused(waiting)).code == "model_not_found"
         assert world["a"].settings.kv.priority == 3
+        await world.close()
+
+    asyncio.run(main())
+
+
+def test_a_reload_says_once_which_ledger_cannot_be_read_and_changes_what_can(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        world = World(tmp_path, {"a": Takes()})
+        gateway = steered(world, tmp_path)
+        await world.up_now("a")
+        world.more["a"]["kv"] = KvSettings(limit=GIB, priority=3)
+        (tmp_path / "GPU-1.ledger").write_bytes(b"nonsense")
+        with Ledger(tmp_path / "host.ledger", 2 * GIB) as ledger:
+            ledger.register(name="a", engine="test")
+            text = await gateway.reload()
+            assert ledger.view().instances[0].policy == Policy(limit_bytes=GIB, priority=3)
+        assert text.count("GPU-1.ledger is damaged") == 1
         await world.close()
 
     asyncio.run(main())

@@ -178,7 +178,7 @@ class Gateway:
         )
         if result.reason:
             raise RefusedVerbError(result.reason)
-        return control.describe(result)
+        return "; ".join([control.describe(result), *result.problems])
 
     async def _tell(self, old: ModelSettings, new: ModelSettings) -> str:
         """Tell an engine that runs its new limit, floor and priority; return what it refused."""
@@ -189,24 +189,27 @@ class Gateway:
 
     def _tell_kv(self, old: ModelSettings, new: ModelSettings) -> str:
         name, directory = new.instance_name, self._directory
-        refused = []
+        results: list[control.Result] = []
+        problem = ""
         try:
             if old.kv.limit != new.kv.limit:
                 limit = control.NONE if new.kv.limit is None else str(new.kv.limit)
-                refused.append(
-                    control.set_limit(name, limit, directory=directory, wait_seconds=0.0).reason
+                results.append(
+                    control.set_limit(name, limit, directory=directory, wait_seconds=0.0)
                 )
             if old.kv.floor != new.kv.floor:
                 floor = control.NONE if new.kv.floor is None else str(new.kv.floor)
-                refused.append(
-                    control.set_floor(name, floor, directory=directory, wait_seconds=0.0).reason
+                results.append(
+                    control.set_floor(name, floor, directory=directory, wait_seconds=0.0)
                 )
             if old.kv.priority != new.kv.priority:
-                result = control.set_priority(name, new.kv.priority or 0, directory=self._directory)
-                refused.append(result.reason)
+                results.append(
+                    control.set_priority(name, new.kv.priority or 0, directory=directory)
+                )
         except KVCachedError as error:
-            refused.append(str(error))
-        return "; ".join(filter(None, refused))
+            problem = str(error)
+        told = [reason for result in results for reason in (result.reason, *result.problems)]
+        return "; ".join(filter(None, dict.fromkeys([*told, problem])))
 
     def _row(self, settings: ModelSettings) -> ModelRow:
         if settings.adapter_of is not None:

@@ -3,8 +3,8 @@
 import asyncio
 from pathlib import Path
 
-from kvcached_core import control
 from kvcached_core.errors import KVCachedError
+from kvcached_core.ledger.survey import survey
 from kvcached_gateway.engines.engine import Engine
 from kvcached_gateway.engines.process import EngineProcess, adopt
 from kvcached_gateway.engines.state_file import EngineRecord
@@ -51,9 +51,11 @@ def _check_files(record: EngineRecord, directory: Path) -> None:
 
 def _is_in_a_ledger(record: EngineRecord, directory: Path) -> bool:
     try:
-        devices = control.devices(directory)
+        found = survey(directory)
     except KVCachedError:
         return False
     return any(
-        instance.name == record.instance_name for device in devices for instance in device.instances
+        instance.name == record.instance_name
+        for device in found.devices
+        for instance in device.instances
     )
