@@ -13,6 +13,8 @@ sys.path.insert(0, str(HERE))  # the scripts import each other as neighbours
 
 from catalog import BENCHMARKS, GPU, HOST, TWO_GPUS, Benchmark  # noqa: E402  after the path
 
+from kvcached_core.cli.output import printing  # noqa: E402  after the path
+
 GROUPS = {"all-host": HOST, "all-gpu": GPU, "all-two-gpus": TWO_GPUS}
 
 
@@ -122,4 +124,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with printing("benchmarks"):
+        main()

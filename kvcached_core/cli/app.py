@@ -18,6 +18,7 @@ from kvcached_core.cli import running
 from kvcached_core.cli.added import Added, added, instance_named
 from kvcached_core.cli.commands import Commands
 from kvcached_core.cli.options import AsJson, Directory
+from kvcached_core.cli.output import printing
 from kvcached_core.control import Outcome, Result
 from kvcached_core.errors import KVCachedError
 from kvcached_core.ledger.survey import Survey, survey
@@ -263,8 +264,9 @@ def _end(results: list[Result]) -> None:
 
 def main() -> Any:
     """Run the command; an error of ours is a message, not a traceback."""
-    try:
-        return app()
-    except KVCachedError as error:
-        typer.echo(f"kvcached: {error}", err=True)
-        sys.exit(EXIT_FAILED)
+    with printing("kvcached"):
+        try:
+            return app()
+        except KVCachedError as error:
+            typer.echo(f"kvcached: {error}", err=True)
+            sys.exit(EXIT_FAILED)

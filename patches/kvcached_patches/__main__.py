@@ -1,5 +1,8 @@
 """`python -m kvcached_patches`: check engines against our hooks, lock releases, show both."""
 
+import errno
+import os
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -30,6 +33,8 @@ from kvcached_patches.unchanged import describe_files
 app = typer.Typer(add_completion=False, help=__doc__)
 console = Console(soft_wrap=True)
 NUM_AT_ONCE = 8
+# What is said of a file, or a terminal, that takes no more.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 Names = Annotated[list[str] | None, typer.Argument(help="such as vllm==0.32.0; none means all")]
 
 
@@ -224,5 +229,17 @@ def _say(what: str, findings: list[Finding]) -> bool:
     return not findings
 
 
+def main() -> None:
+    """Run the command; where what it prints cannot be written, one line says so."""
+    try:
+        app()
+    except OSError as error:
+        if error.errno not in FULL or error.filename is not None:
+            raise
+        # Python would try again at the end, and complain in its own words.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"kvcached_patches: what it prints cannot be written: {error.strerror}")
+
+
 if __name__ == "__main__":
-    app()
+    main()

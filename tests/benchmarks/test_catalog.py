@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from catalog import BENCHMARKS, Benchmark
+from helpers.commands import said_to_a_full_disk, said_to_nobody
 from multi_model.options import lengths_of, parser
 from multi_model.settings import make_workload
 
@@ -86,6 +87,15 @@ def test_what_benchmarks_import_of_the_tests_is_there() -> None:
 def test_list_names_all() -> None:
     listed = run("list").stdout
     assert all(benchmark.name in listed for benchmark in BENCHMARKS)
+
+
+def test_a_list_that_cannot_be_written_is_told_in_one_line_and_its_reader_may_leave() -> None:
+    command = (sys.executable, "-m", "benchmarks", "list")
+    assert said_to_a_full_disk(*command) == (
+        1,
+        "benchmarks: what it prints cannot be written: No space left on device\n",
+    )
+    assert said_to_nobody(*command) == (1, "")
 
 
 def test_figures_ends_well_where_the_documents_say_what_the_records_say() -> None:
