@@ -203,4 +203,4 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 TestEngineMachine = EngineMachine.TestCase
-TestEngineMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestEngineMachine.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)

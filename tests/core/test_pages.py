@@ -761,4 +761,4 @@ class PagesMachine(RuleBasedStateMachine):
 
 
 TestPagesMachine = PagesMachine.TestCase
-TestPagesMachine.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+TestPagesMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

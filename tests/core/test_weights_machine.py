@@ -177,4 +177,4 @@ class WeightsMachine(RuleBasedStateMachine):
 
 
 TestWeightsMachine = WeightsMachine.TestCase
-TestWeightsMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestWeightsMachine.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)

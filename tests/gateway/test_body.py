@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcached_gateway.errors import RefusedError
@@ -35,6 +35,7 @@ values = st.recursive(
 )
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(st.text(), values), st.builds(Wish, st.text(min_size=1), st.booleans()))
 def test_the_model_is_found_among_whatever_else(others: dict[str, object], wish: Wish) -> None:
     body = others | {"model": wish.model, "stream": wish.is_stream}

@@ -204,6 +204,6 @@ class ControllerMachine(RuleBasedStateMachine):
 
 
 ControllerMachine.TestCase.settings = profile(
-    max_examples=40, stateful_step_count=30, deadline=None
+    max_examples=20, stateful_step_count=30, deadline=None
 )
 TestControllerMachine = ControllerMachine.TestCase

@@ -283,7 +283,9 @@ def test_an_engine_is_warm_when_it_has_answered_a_known_prompt(house: House, eng
     house.run(main)
 
 
-@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize(
+    "engine", ["vllm", pytest.param("sglang", marks=pytest.mark.every_release)]
+)
 def test_nobody_else_can_reach_an_engine(house: House, engine: str) -> None:
     async def main() -> None:
         _, live = await house.up(engine)

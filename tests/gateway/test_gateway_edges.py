@@ -82,6 +82,7 @@ async def asked_in_order(
     return tasks
 
 
+@pytest.mark.every_release
 def test_adapters_are_models_and_the_least_used_makes_room(gateway: RealGateway) -> None:
     async def main() -> None:
         texts = {name: await gateway.text(name) for name in ("base", *SEEDS)}
@@ -105,6 +106,7 @@ def test_adapters_are_models_and_the_least_used_makes_room(gateway: RealGateway)
     gateway.run(main)
 
 
+@pytest.mark.every_release
 def test_a_model_of_vectors_is_verified_by_one(gateway: RealGateway) -> None:
     async def main() -> None:
         await gateway.warm("vector")

@@ -232,7 +232,7 @@ class SameAnswersPaged(SameAnswers):
             self.taken.append((held[0], held[1]))
 
 
-SETTINGS = settings(max_examples=60, stateful_step_count=40, deadline=None)
+SETTINGS = settings(max_examples=30, stateful_step_count=40, deadline=None)
 TestSameAnswers = SameAnswers.TestCase
 TestSameAnswers.settings = SETTINGS
 TestSameAnswersPaged = SameAnswersPaged.TestCase

@@ -254,7 +254,7 @@ class SameCaches(RuleBasedStateMachine):
 def machine(cache: Any, block_tokens: int) -> Any:
     kind = type("Machine", (SameCaches,), {"cache": cache, "block_tokens": block_tokens})
     case = kind.TestCase
-    case.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+    case.settings = settings(max_examples=12, stateful_step_count=30, deadline=None)
     return case
 
 

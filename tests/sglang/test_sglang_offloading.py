@@ -140,6 +140,7 @@ def race(model: Path, folder: Path, *, seed: int, num_requests: int, policy: str
     return run
 
 
+@pytest.mark.every_release
 def test_no_copy_meets_a_page_that_was_given_away(model: Path, tmp_path: Path) -> None:
     race(model, tmp_path, seed=0, num_requests=80, policy="write_through")
 

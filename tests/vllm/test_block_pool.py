@@ -282,7 +282,7 @@ def check_what_needs_no_settling(pool: Any) -> None:
 
 
 TestBlockPoolMachine = BlockPoolMachine.TestCase
-TestBlockPoolMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestBlockPoolMachine.settings = settings(max_examples=75, stateful_step_count=40, deadline=None)
 
 
 class DryPoolMachine(TakenByNeighbours, RuleBasedStateMachine):
@@ -381,7 +381,7 @@ class DryPoolMachine(TakenByNeighbours, RuleBasedStateMachine):
 
 
 TestDryPoolMachine = DryPoolMachine.TestCase
-TestDryPoolMachine.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestDryPoolMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
 @pytest.mark.parametrize(("num_idle", "is_paid", "num_left"), [(2, True, 0), (1, False, 1)])

@@ -53,6 +53,7 @@ def test_tokens_memory_and_books(
     assert list((tmp_path / "kv").iterdir()) == []
 
 
+@pytest.mark.every_release
 def test_the_debug_setting_finds_a_step_on_unmapped_blocks(
     start_offline: Offline, tmp_path: Path
 ) -> None:

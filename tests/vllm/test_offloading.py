@@ -147,6 +147,7 @@ def test_contexts_of_four_times_the_memory_are_answered_as_by_vanilla_from_the_t
     assert report["context_pages"] <= 5
 
 
+@pytest.mark.every_release
 def test_no_copy_meets_a_page_that_was_given_away(start_offline: Offline, tmp_path: Path) -> None:
     check_race(race(start_offline, tmp_path, seed=0, num_requests=100))
 

@@ -180,5 +180,5 @@ class Images(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
 
-Images.TestCase.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)
+Images.TestCase.settings = settings(max_examples=12, stateful_step_count=25, deadline=None)
 TestImages = Images.TestCase

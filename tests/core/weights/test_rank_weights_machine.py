@@ -71,4 +71,4 @@ class WeightsMachine(RuleBasedStateMachine):
 
 
 TestWeights = WeightsMachine.TestCase
-TestWeights.settings = settings(max_examples=20, stateful_step_count=20, deadline=None)
+TestWeights.settings = settings(max_examples=12, stateful_step_count=20, deadline=None)

@@ -309,7 +309,7 @@ def test_a_buffer_in_an_attribute_stays(memory: Memory) -> None:
     assert not memory.holds(model.alias)
 
 
-@settings(deadline=None, max_examples=20)  # each looks through all objects of the process
+@settings(deadline=None, max_examples=10)  # each looks through all objects of the process
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6))
 def test_views_of_any_shape_keep_their_values(shapes: list[tuple[int, int]]) -> None:
     memory = Memory(2 * MIB)

@@ -137,5 +137,5 @@ class HostMemory(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
 
-HostMemory.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+HostMemory.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 TestHostMemory = HostMemory.TestCase
