@@ -22,10 +22,16 @@ def _arguments(group: str, names: str, *, is_optional: bool = False) -> Iterator
 
 ARGUMENTS = (
     *_arguments("device:Device", "device random_seed sleep_on_idle"),
+    *_arguments("device:Device", "use_ray", is_optional=True),
     *_arguments("disagg:Disagg", "disaggregation_mode"),
     *_arguments("disagg:Disagg", "enable_pdmux", is_optional=True),
     *_arguments("exec_:ExecDllm", "dllm_algorithm"),
     *_arguments("exec_:ExecFeatures", "enable_memory_saver enable_weights_cpu_backup"),
+    *_arguments(
+        "exec_:ExecFeatures",
+        "enable_return_indexer_topk enable_return_routed_experts",
+        is_optional=True,
+    ),
     *_arguments(
         "exec_:ExecKernel",
         "attention_backend prefill_attention_backend decode_attention_backend",
@@ -37,7 +43,7 @@ ARGUMENTS = (
     *_arguments(
         "memory:Memory",
         "enable_flexkv enable_unified_memory enable_page_major_kv_layout "
-        "enable_unified_cache_external_linker hicache_host_memory_mode",
+        "enable_unified_cache_external_linker hicache_host_memory_mode radix_cache_backend",
         is_optional=True,
     ),
     *_arguments(

@@ -242,6 +242,10 @@ def test_plain_models_mixes_and_hybrids_are_served(
         ({"disaggregation_mode": "prefill"}, "--disaggregation-mode null"),
         ({"enable_pdmux": True}, "remove --enable-pdmux"),
         ({"kv_canary": "raise"}, "set --kv-canary none"),
+        ({"radix_cache_backend": "flexkv"}, "remove --radix-cache-backend"),
+        ({"enable_return_routed_experts": True}, "remove --enable-return-routed-experts"),
+        ({"enable_return_indexer_topk": True}, "remove --enable-return-indexer-topk"),
+        ({"use_ray": True}, "remove --use-ray"),
         (
             {"enable_unified_cache_external_linker": True},
             "remove --enable-unified-cache-external-linker",

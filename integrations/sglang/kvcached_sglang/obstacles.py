@@ -44,6 +44,22 @@ OBSTACLES = {
         False,
         "a block's layers lie side by side; remove --enable-page-major-kv-layout",
     ),
+    "radix_cache_backend": (
+        None,
+        "a prefix cache of another package: it may hold KV addresses; remove --radix-cache-backend",
+    ),
+    "enable_return_routed_experts": (
+        False,
+        "routed experts: kept by ids, and ours go beyond; remove --enable-return-routed-experts",
+    ),
+    "enable_return_indexer_topk": (
+        False,
+        "indexers' choices: kept by ids, and ours go beyond; remove --enable-return-indexer-topk",
+    ),
+    "use_ray": (
+        False,
+        "Ray's actors load no plugin, and would serve without kvcached; remove --use-ray",
+    ),
     "dllm_algorithm": (None, "diffusion models: not served yet; remove --dllm-algorithm"),
     "kv_canary": (
         "none",
