@@ -21,6 +21,13 @@ def _arguments(group: str, names: str, *, is_optional: bool = False) -> Iterator
 
 
 ARGUMENTS = (
+    Hook(
+        f"{_SRT}.arg_groups.model_override_base:resolved_view",
+        "",
+        "what SGLang made of the arguments is refused as what the user gave",
+        how=USE,
+        is_optional=True,
+    ),
     *_arguments("device:Device", "device random_seed sleep_on_idle"),
     *_arguments("device:Device", "use_ray", is_optional=True),
     *_arguments("disagg:Disagg", "disaggregation_mode"),

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -279,6 +280,39 @@ def test_what_cannot_be_served_is_named_with_the_setting(
     with pytest.raises(UnsupportedEngineError, match="cannot be served elastically") as caught:
         check(obstacles_of(runner(**changes)))
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "made", "reason"),
+    [
+        ({}, {"attn_cp_size": 2}, "set --attn-cp-size 1"),
+        (MIX | {"attention_backend": None}, {"attention_backend": "torch_native"}, "torch_native"),
+    ],
+)
+def test_what_sglang_makes_of_its_arguments_is_refused_as_what_was_given(
+    changes: dict[str, Any], made: dict[str, Any], reason: str
+) -> None:
+    if find_spec("sglang.srt.arg_groups.model_override_base") is None:
+        pytest.skip("this release writes it into its record of arguments")
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    asking = runner(**changes)
+    assert obstacles_of(asking) == []
+    declare_resolution(asking.server_args, "a model's own setting", **made)
+    (found,) = obstacles_of(asking)
+    assert reason in found
+
+
+def test_weights_stay_for_what_sglang_sets_itself() -> None:
+    if find_spec("sglang.srt.arg_groups.model_override_base") is None:
+        pytest.skip("this release writes it into its record of arguments")
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    given = runner(load_format="auto").server_args
+    assert list(obstacles.weight_obstacles(given)) == []
+    declare_resolution(given, "a model's own setting", ple_offload_embedding=True)
+    (found,) = obstacles.weight_obstacles(given)
+    assert "--no-ple-offload-embedding" in found
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,9 @@ OBSTACLES = {
 }
 DEVICES = ("cpu", "cuda")
 
+# One of releases (0.5.19 on) whose record of arguments stays as the user gave it.
+_RESOLVING_MODULE = "sglang.srt.arg_groups.model_override_base"
+
 # With it SGLang puts memory under the addresses of its pool itself, when graphs are captured. It
 # sets it by itself for one model, unless it is set.
 LATE_SIZE = "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"
@@ -137,12 +140,26 @@ BESIDE_STATES = (
 TWO_POOL_BACKENDS = frozenset({"fa3", "fa4", "flashinfer", "triton", "trtllm_mha"})
 
 
+def resolved(arguments: Any) -> Any:
+    """Return a server's arguments as SGLang resolved them, as far as it has.
+
+    Args:
+        arguments: What was parsed, or a `ServerArgs`.
+    """
+    if find_spec(_RESOLVING_MODULE) is None:
+        return arguments
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+
+    return resolved_view(arguments)
+
+
 def argument_obstacles(arguments: Any) -> Iterator[str]:
     """Yield why a server of these arguments cannot be served, and what to change.
 
     Args:
         arguments: What was parsed, or a `ServerArgs`.
     """
+    arguments = resolved(arguments)
     for name, (allowed, reason) in OBSTACLES.items():
         if getattr(arguments, name, allowed) != allowed:
             yield reason
@@ -160,6 +177,7 @@ def weight_obstacles(arguments: Any) -> Iterator[str]:
     Args:
         arguments: A `ServerArgs`.
     """
+    arguments = resolved(arguments)
     for name, (allowed, reason) in WEIGHT_OBSTACLES.items():
         if (getattr(arguments, name, None) or allowed) != allowed:
             yield reason
@@ -177,7 +195,7 @@ def model_obstacles(runner: Any) -> Iterator[str]:
     Args:
         runner: SGLang's model runner, or what plans the KV cache for it.
     """
-    arguments = runner.server_args
+    arguments = resolved(runner.server_args)
     if str(runner.device) not in DEVICES:
         yield f"device {runner.device}: only NVIDIA GPUs and CPUs are served"
     if not has_two_pools(runner) and not _fits_one_pool(runner.model_config):
