@@ -201,6 +201,13 @@ _START = (
         is_optional=True,
     ),
     *uses(
+        "routed experts are refused, wherever a release has the setting",
+        f"{_CONFIG}.vllm:VllmConfig.aux_output_config",
+        f"{_CONFIG}.aux_output:AuxOutputConfig.enable_return_routed_experts",
+        f"{_CONFIG}.model:ModelConfig.enable_return_routed_experts",
+        is_optional=True,
+    ),
+    *uses(
         "HiSparse has block pools of its own, from 0.30 on",
         f"{_CONFIG}.attention:AttentionConfig.hisparse_config",
         is_optional=True,

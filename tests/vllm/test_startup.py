@@ -179,6 +179,13 @@ def test_all_hooks_fit_the_installed_release(
         ({"parallel_config": parallel(nnodes=2)}, "2 nodes.*--nnodes 1"),
         ({"parallel_config": parallel(distributed_executor_backend="ray")}, "executor ray.*mp"),
         ({"attention_config": SimpleNamespace(hisparse_config=1)}, "HiSparse.*-attention-config"),
+        *(
+            (
+                {owner: SimpleNamespace(enable_return_routed_experts=True)},
+                "routed experts.*remove --enable-return-routed-experts",
+            )
+            for owner in ("aux_output_config", "model_config")
+        ),
         (
             {"speculative_config": SimpleNamespace(enable_adaptive_verification=True)},
             "adaptive verification.*--speculative-config",

@@ -44,11 +44,23 @@ def obstacles(vllm_config: Any) -> Iterator[str]:
         yield f"executor {backend}: set --distributed-executor-backend mp"
     yield from connector_obstacles(vllm_config.kv_transfer_config)
     yield from _layout_obstacles()
+    yield from _block_obstacles(vllm_config)
+
+
+def _block_obstacles(vllm_config: Any) -> Iterator[str]:
+    """Yield what has blocks of its own, or counts or reads those that are not there."""
     attention = getattr(vllm_config, "attention_config", None)
     if getattr(attention, "hisparse_config", None) is not None:
         yield (
             "HiSparse: it has block pools of its own; remove hisparse_config from "
             "--attention-config"
+        )
+    own = getattr(vllm_config, "aux_output_config", None)  # the model's up to 0.30
+    owner = own or getattr(vllm_config, "model_config", None)
+    if getattr(owner, "enable_return_routed_experts", False):
+        yield (
+            "routed experts: vLLM sizes what it keeps of them by its number of blocks, which is "
+            "another one here; remove --enable-return-routed-experts"
         )
     if getattr(vllm_config.speculative_config, "enable_adaptive_verification", False):
         yield (
