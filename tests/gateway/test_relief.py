@@ -279,3 +279,25 @@ async def test_nobody_is_stopped_for_a_turn_that_will_come(folder: Path) -> None
     for lease in held:
         lease.end(Ending.DONE)
     await world.close()
+
+
+@simulated_in
+async def test_what_a_start_waits_for_is_said_though_its_model_waited_for_memory_before(
+    folder: Path,
+) -> None:
+    world = World(folder, dict.fromkeys("abc", Takes(residue=1.0, page=30.0)))
+    await world.up("a", "b")
+    held = [await world.ask("a"), await world.ask("b")]
+    world.waiting["b"] = 30.0  # and 18 are free
+    await world.tick()
+    world["b"].stop("a test wants it")
+    held[1].end(Ending.DONE)
+    await world.settle()
+    world.used["a"] = 49.0  # no room is left for a start
+    asked = world.ask("b")
+    await world.tick()
+    assert world["b"].state is State.COLD
+    assert "'a' is busy" in world.waits_for("b")
+    asked.cancel()
+    held[0].end(Ending.DONE)
+    await world.close()

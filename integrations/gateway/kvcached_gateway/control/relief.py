@@ -49,7 +49,8 @@ class Relief:
                 self._since.setdefault(model.id, now)
         for name in self._since.keys() - starved.keys():
             del self._since[name]
-            self._decisions.forget_wait(name)
+            if name not in self._starts.wants:  # what a start waits for is said there
+                self._decisions.forget_wait(name)
         for name, missing in starved.items():
             model = self._fleet.models[name]
             if now - self._since[name] < STARVED_SECONDS:
