@@ -61,14 +61,18 @@ class ControllerMachine(RuleBasedStateMachine):
         self.world.fleet.on_change.append(self._see)
 
     def _see(self, model: Model, before: State, after: State, reason: str) -> None:
-        """Whoever is stopped for another one is idle, old enough and not pinned."""
+        """Whoever is stopped for a start is idle, old enough and not pinned.
+
+        One that is up may have a busy one stopped, if each waits for the other.
+        """
         now = self.loop.time()
         if after is State.STARTING:
             self.began[model.id] = now
             self._see_start(model)
         if after is not State.DRAINING or "needs its memory" not in reason:
             return
-        if before is State.BUSY or model.num_leases:
+        is_for_start = self.world[reason.split("'")[1]].state not in UP
+        if is_for_start and (before is State.BUSY or model.num_leases):
             self.wrong.append(f"{model.id} was busy")
         if model.settings.pin:
             self.wrong.append(f"{model.id} is pinned")
@@ -117,6 +121,26 @@ class ControllerMachine(RuleBasedStateMachine):
     @rule()
     def tick(self) -> None:
         self.run(self.world.tick())
+        self._see_turns()
+
+    def _see_turns(self) -> None:
+        """Whoever holds back is not pinned, and does it once, for one whose requests wait."""
+        held = []
+        for waiter, turn in self.world.controller._holds.turns.items():
+            held += turn.held
+            if turn.held and not (self.world.line.waiting(waiter) or self.world[waiter].num_leases):
+                self.wrong.append(f"{turn.held} hold back for {waiter}, which nobody asks")
+        if len(held) > len(set(held)) or "pinned" in held:
+            self.wrong.append(f"{held} hold back")
+
+    @rule(names=st.lists(NAMES, min_size=2, max_size=4, unique=True))
+    def be_busy_for_long(self, names: list[str]) -> None:
+        """Ask models all the time, for longer than two turns."""
+        for name in names:
+            self.ask(name)
+        for _ in range(5):
+            self.wait(6.0)
+            self.tick()
 
     @precondition(lambda self: self.world.engines.coming)
     @rule()
@@ -183,6 +207,7 @@ class ControllerMachine(RuleBasedStateMachine):
         """Whoever is asked when everything is idle starts, or it is said what it waits for."""
         for lease in self.held:
             lease.end(Ending.DONE)
+        self.held.clear()
         for task in self.waiting:
             task.cancel()
         self.run(asyncio.sleep(400))

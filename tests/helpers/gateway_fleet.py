@@ -89,6 +89,8 @@ class World:
         waiting: What requests of a model wait for, in GiB.
         used: What requests of a model have, in GiB.
         stalled: Models whose requests wait, with nothing said of it, until their engine's turn.
+        uncopied: Models whose weights have no copy, so that they are not offered.
+        loaded: Models that start, and have their memory.
         look_seconds: How old what a look saw is when the controller hears of it.
     """
 
@@ -116,6 +118,8 @@ class World:
         self.waiting: dict[str, float] = {}
         self.used: dict[str, float] = {}
         self.stalled: set[str] = set()
+        self.uncopied: set[str] = set()
+        self.loaded: set[str] = set()
         self.engines = Engines()
         self.folder = Folder(folder)
         self.clock = asyncio.get_running_loop().time
@@ -172,7 +176,11 @@ class World:
         return int(getattr(self.takes[model.id], what) * GIB)
 
     def _device(self, name: str, there: list[Model]) -> DeviceMemory:
-        here = [model for model in there if name in model.devices and model.engine is not None]
+        here = [
+            model
+            for model in there
+            if name in model.devices and (model.engine is not None or model.id in self.loaded)
+        ]
         rows = []
         for number, model in enumerate(here):
             weights = self._bytes(model, "weights")
@@ -191,6 +199,7 @@ class World:
                     weights_needed_bytes=weights if yields else 0,
                     weights_offered_bytes=has if yields and self._offers(model) else 0,
                     least_bytes=self._bytes(model, "least"),
+                    priority=model.settings.kv.priority or 0,
                 )
             )
         used = sum(
@@ -205,7 +214,8 @@ class World:
         )
 
     def _offers(self, model: Model) -> bool:
-        return not model.num_leases or model.id in self.stalled
+        is_idle = not model.num_leases or model.id in self.stalled
+        return is_idle and model.id not in self.uncopied
 
     async def tick(self) -> None:
         """Let the controller decide once, and everybody do what it said."""

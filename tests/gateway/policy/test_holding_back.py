@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from kvcached_gateway.policy.turns import NOBODY, Holder, Waiter, choose
 
 TURN = 10.0
-PLACES = ("gpu", "other")
+PLACES = ("gpu", "other", "host memory")
 WAITER = Waiter("waiter", 20.0, {"gpu": 10})
 OLD = Holder("old", {"gpu": 10}, had_seconds=100.0)
 HOLDERS = st.lists(
     st.builds(
         Holder,
         id=st.text("abcdefgh", min_size=1, max_size=3),
-        weights_bytes=st.dictionaries(st.sampled_from(PLACES), st.integers(0, 30)),
+        given_bytes=st.dictionaries(st.sampled_from(PLACES), st.integers(0, 30)),
         had_seconds=st.sampled_from([0.0, 5.0, 10.0, 60.0, math.inf]),
         priority=st.integers(-1, 2),
         is_pinned=st.booleans(),
@@ -37,7 +37,7 @@ WAITERS = st.builds(
 
 def covers(those: Sequence[Holder], waiter: Waiter) -> bool:
     return all(
-        sum(one.weights_bytes.get(place, 0) for one in those) >= missing
+        sum(one.given_bytes.get(place, 0) for one in those) >= missing
         for place, missing in waiter.missing_bytes.items()
     )
 
@@ -82,7 +82,7 @@ def test_who_has_had_its_weights_longest_holds_back_first() -> None:
     holders = [OLD._replace(id=name, had_seconds=had) for name, had in (("a", 20), ("b", 30))]
     assert choose(WAITER, holders, TURN).held == ("b",)
     assert choose(WAITER._replace(missing_bytes={"gpu": 15}), holders, TURN).held == ("b", "a")
-    small = OLD._replace(id="small", weights_bytes={"gpu": 4}, had_seconds=50.0)
+    small = OLD._replace(id="small", given_bytes={"gpu": 4}, had_seconds=50.0)
     assert choose(WAITER, [small, *holders], TURN).held == ("b",)
 
 
@@ -96,7 +96,7 @@ def test_who_holds_back_goes_on_until_the_waiter_has_its_weights() -> None:
 
 
 def test_more_hold_back_where_what_those_before_have_is_not_enough_any_more() -> None:
-    held = OLD._replace(id="held", weights_bytes={"gpu": 4}, is_held=True)
+    held = OLD._replace(id="held", given_bytes={"gpu": 4}, is_held=True)
     assert choose(WAITER, [OLD, held], TURN).held == ("held", "old")
 
 

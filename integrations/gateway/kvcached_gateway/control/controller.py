@@ -16,12 +16,14 @@ from pathlib import Path
 from kvcached_core.errors import KVCachedError
 from kvcached_gateway.control.decisions import Decisions
 from kvcached_gateway.control.demands import Demands
+from kvcached_gateway.control.holds import Holds
 from kvcached_gateway.control.machine import MachineView
 from kvcached_gateway.control.moves import Moves, Scene
 from kvcached_gateway.control.prewarming import Prewarming
 from kvcached_gateway.control.relief import Relief
 from kvcached_gateway.control.sizes import Sizes
 from kvcached_gateway.control.starts import Starts
+from kvcached_gateway.control.stops import Stops
 from kvcached_gateway.control.turns import Turns
 from kvcached_gateway.control.wants import Cause, Want
 from kvcached_gateway.line.line import Line
@@ -72,10 +74,16 @@ class Controller:
         self.blindness = ""
         self._noted: tuple[str, ...] = ("",)
         self.demands = Demands(fleet.models)
-        self._starts = Starts(fleet, sizes, self.demands, self.decisions, self.is_pinned)
-        self._relief = Relief(fleet, self._starts, self.decisions)
-        self._turns = Turns(fleet, self._starts.givers, self.decisions, self.is_pinned)
-        self._moves = Moves(fleet, sizes, self.demands, self.decisions, self._starts)
+        self._holds = holds = Holds()
+        self._stops = stops = Stops(
+            fleet, sizes, self.demands, self.decisions, self.is_pinned, holds
+        )
+        self._starts = Starts(fleet, sizes, self.demands, self.decisions, stops, holds)
+        self._relief = Relief(fleet, self._starts, stops, self.decisions)
+        self._turns = Turns(
+            fleet, self._starts, stops, self.demands, self.decisions, self.is_pinned, holds
+        )
+        self._moves = Moves(fleet, sizes, self.demands, self.decisions, self._starts, stops)
         self._prewarming = Prewarming(fleet.models, directory, sizes, self.demands, self.decisions)
 
     @property
@@ -144,12 +152,12 @@ class Controller:
 
     def held(self, model_id: str) -> str:
         """Return why a model that is up takes no new requests now; for the line."""
-        return self._turns.held(model_id)
+        return self._holds.held(model_id)
 
     def changed(self, model: Model, before: State, after: State, reason: str) -> None:
         """Take notice of a model's transition."""
         del reason
-        self._starts.givers.changed(model, before, after, self._clock())
+        self._stops.givers.changed(model, before, after, self._clock())
         self._moves.changed(model, after)
         self._prewarming.changed(model, before, after)
         # Each request begins and ends with one of these; where nobody waits for a start they are
@@ -277,7 +285,7 @@ class Controller:
         if self.blindness:
             lines.append(self.blindness)
         if model.state in UP:
-            going = self._starts.next_to_go(now)
+            going = self._stops.next_to_go(now)
             first = (
                 "it" if going.victims[:1] == (model_id,) else next(iter(going.victims), "nobody")
             )

@@ -9,6 +9,7 @@ from kvcached_gateway.control.demands import Demands
 from kvcached_gateway.control.machine import MachineView
 from kvcached_gateway.control.sizes import Sizes
 from kvcached_gateway.control.starts import Starts
+from kvcached_gateway.control.stops import Stops
 from kvcached_gateway.models.fleet import Fleet
 from kvcached_gateway.models.model import Model
 from kvcached_gateway.policy.placement import DeviceRoom, Move, PlacedModel, place
@@ -41,6 +42,7 @@ class Moves:
         demands: What is asked of each.
         decisions: Where decisions are kept.
         starts: Whether there is room for a start, and nobody else's is on its way.
+        stops: Who may be stopped for another.
 
     Attributes:
         pressures: The KV pressure ratio of each device.
@@ -53,12 +55,14 @@ class Moves:
         demands: Demands,
         decisions: Decisions,
         starts: Starts,
+        stops: Stops,
     ) -> None:
         self._fleet = fleet
         self._sizes = sizes
         self._demands = demands
         self._decisions = decisions
         self._starts = starts
+        self._stops = stops
         self._target: Model | None = None
         self._moved_at: dict[str, float] = {}
         self.pressures: Mapping[str, float] = {}
@@ -66,8 +70,9 @@ class Moves:
     def place(self, model: Model, machine: MachineView) -> tuple[tuple[str, ...], str]:
         """Return where a cold model belongs, and why; nowhere where it fits nowhere.
 
-        One that fits beside nobody goes where it fits once those have gone that may. One device, or
-        devices that the file names, are no choice.
+        One that fits beside nobody goes where it fits once those have gone that may, or else those
+        that are busy and may hold back for it. One device, or devices that the file names, are no
+        choice.
         """
         num = model.settings.tensor_parallel
         allowed = self._allowed(model, machine)
@@ -76,9 +81,14 @@ class Moves:
                 return allowed, f"it may run on {', '.join(allowed)} alone"
             return (), f"it needs {num} devices and may have {len(allowed)}"
         others = [other for other in self._fleet.models.values() if other.devices]
-        staying = [other for other in others if self._starts.may_not_go(other)]
+        staying = [other for other in others if self._stops.may_not_go(other)]
+        keeping = [
+            other
+            for other in staying
+            if self._stops.never_goes(other) or other.priority > model.priority
+        ]
         why = ""
-        for beside in (others, staying):
+        for beside in (others, staying, keeping):
             found = place(
                 [self._placed(one, machine) for one in (*beside, model)],
                 self._rooms(machine),
@@ -105,7 +115,7 @@ class Moves:
         return Scene(
             tuple(self._placed(model, machine) for model in ours),
             tuple(self._rooms(machine)),
-            frozenset(model.id for model in ours if self._starts.may_not_go(model)),
+            frozenset(model.id for model in ours if self._stops.may_not_go(model)),
         )
 
     def decide(self, machine: MachineView, now: float) -> None:

@@ -12,6 +12,7 @@ from kvcached_gateway.control.decisions import Decisions
 from kvcached_gateway.control.machine import DeviceMemory, MachineView
 from kvcached_gateway.control.sizes import first_bytes, kept_bytes
 from kvcached_gateway.control.starts import Starts
+from kvcached_gateway.control.stops import Stops
 from kvcached_gateway.engines.starving import STARVED_SECONDS
 from kvcached_gateway.models.fleet import Fleet
 from kvcached_gateway.models.model import Model
@@ -25,13 +26,15 @@ class Relief:
 
     Args:
         fleet: The models.
-        starts: What stops models, and says who starts where.
+        starts: What says who starts where.
+        stops: What stops models.
         decisions: Where decisions are kept.
     """
 
-    def __init__(self, fleet: Fleet, starts: Starts, decisions: Decisions) -> None:
+    def __init__(self, fleet: Fleet, starts: Starts, stops: Stops, decisions: Decisions) -> None:
         self._fleet = fleet
         self._starts = starts
+        self._stops = stops
         self._decisions = decisions
         self._since: dict[str, float] = {}
 
@@ -58,7 +61,7 @@ class Relief:
             if awaited := self._starts.awaited(model, model.devices, missing, machine):
                 self._decisions.add(name, "wait", f"it waits {awaited}")
             else:
-                self._starts.evict(model, model.devices, missing, now, self._stuck(name, starved))
+                self._stops.evict(model, model.devices, missing, now, self._stuck(name, starved))
 
     def _stuck(self, name: str, starved: Mapping[str, Mapping[str, int]]) -> set[str]:
         """Return who waits as a model does, and began to later, with no answer begun.

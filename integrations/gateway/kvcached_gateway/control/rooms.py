@@ -16,6 +16,11 @@ PROCESS_BYTES = 2 * GIB  # of an engine that starts, while none was ever measure
 GAP_SECONDS = 5.0  # an engine that starts waits at least as long for weights of others
 
 
+def has_gaps(model: Model, now: float) -> bool:
+    """Whether a model that has requests had none a moment ago: it will have none for a while."""
+    return bool(model.num_leases) and now - model.since < GAP_SECONDS
+
+
 @dataclass(frozen=True)
 class Room:
     """What a start takes and finds, in bytes by place; where nobody knows what is free, no place.
@@ -67,11 +72,7 @@ class Rooms:
         """
         up = [other for other in self._fleet.all if other.state in UP]
         idle = {other.settings.instance_name for other in up if not other.num_leases}
-        soon = {
-            other.settings.instance_name
-            for other in up
-            if other.num_leases and now - other.since < GAP_SECONDS
-        }
+        soon = {other.settings.instance_name for other in up if has_gaps(other, now)}
         free = {HOST_MEMORY: self._free_host_bytes(machine)}
         for name in devices:
             reachable = reachable_bytes(machine.devices[name], idle, soon)

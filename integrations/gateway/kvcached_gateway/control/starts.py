@@ -1,19 +1,19 @@
 """Which wanted models start now, where, and who has to be stopped for it."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from kvcached_gateway.control.candidates import Candidates
 from kvcached_gateway.control.decisions import Decisions
 from kvcached_gateway.control.demands import Demands
-from kvcached_gateway.control.givers import Givers, names
+from kvcached_gateway.control.givers import names
+from kvcached_gateway.control.holds import Holds
 from kvcached_gateway.control.machine import HOST_MEMORY, MachineView
 from kvcached_gateway.control.rooms import Rooms
 from kvcached_gateway.control.sizes import Sizes
-from kvcached_gateway.control.wants import Cause, Want
+from kvcached_gateway.control.stops import Stops
+from kvcached_gateway.control.wants import Cause, Lack, Want
 from kvcached_gateway.models.fleet import Fleet
 from kvcached_gateway.models.model import Model
-from kvcached_gateway.policy import eviction
 from kvcached_gateway.state import GONE, State
 
 __all__ = ["Place", "Starts"]
@@ -33,7 +33,11 @@ class Starts:
         sizes: What models take.
         demands: What is asked of each.
         decisions: Where decisions are kept.
-        is_pinned: Whether a model is never stopped for another.
+        stops: Who is stopped for whom.
+        holds: Who takes no new requests, and for whom.
+
+    Attributes:
+        lacks: What each start lacks that could not begin at the last look, by its model.
     """
 
     def __init__(
@@ -42,21 +46,19 @@ class Starts:
         sizes: Sizes,
         demands: Demands,
         decisions: Decisions,
-        is_pinned: Callable[[Model], bool],
+        stops: Stops,
+        holds: Holds,
     ) -> None:
         self._fleet = fleet
         self._demands = demands
         self._decisions = decisions
-        self._candidates = Candidates(fleet, sizes, demands, is_pinned)
+        self._stops = stops
         self._wants: dict[str, Want] = {}
-        self._aging = eviction.Aging()
-        # For whom each device's memory is, of those that wait for some that is on its way.
+        self._holds = holds
+        self.lacks: dict[str, Lack] = {}
+        # For whom each place's memory is, of those that wait for some that is on its way.
         self._claims: dict[str, str] = {}
-        # Of models whose last start found too little memory: how many starts they had when somebody
-        # was stopped for the next one.
-        self._relieved: dict[str, int] = {}
         self.rooms = Rooms(fleet, sizes)
-        self.givers = Givers(fleet)
 
     @property
     def wants(self) -> Mapping[str, Want]:
@@ -76,7 +78,7 @@ class Starts:
     def forget(self, model_id: str) -> None:
         """Want a model no longer."""
         self._wants.pop(model_id, None)
-        self.givers.forget(model_id)
+        self._stops.givers.forget(model_id)
         self._decisions.forget_wait(model_id)
 
     def decide(self, machine: MachineView, now: float, place: Place) -> None:
@@ -90,8 +92,9 @@ class Starts:
             now: The loop's seconds.
             place: Says where a model belongs.
         """
-        self.givers.forget_gone()
+        self._stops.givers.forget_gone()
         self._claims.clear()
+        self.lacks.clear()
         first = ""
         for want in sorted(self._wants.values(), key=lambda one: one.rank):
             if first:
@@ -141,53 +144,11 @@ class Starts:
         Returns:
             Nothing where none is on its way, or none is missing.
         """
-        if awaited := self.givers.awaited(model.id, missing, machine):
+        if awaited := self._stops.givers.awaited(model.id, missing, machine):
             return awaited
         starting = self.starting_on(model, devices) if missing else []
         # When they are up, it is known what they take, and their weights may yield.
         return f"for the start of {names(starting)} on the same device" if starting else ""
-
-    def evict(
-        self,
-        model: Model,
-        devices: Sequence[str],
-        missing: Mapping[str, int],
-        now: float,
-        stuck: Collection[str] = (),
-    ) -> bool:
-        """Stop whoever is worth least, if that is enough; say whether somebody was.
-
-        Args:
-            model: For whom.
-            devices: Where it is, or is to be.
-            missing: What it lacks, by place.
-            now: The loop's seconds.
-            stuck: Models that go at once where no idle one may, though they have requests: those
-                are asked again.
-        """
-        chosen = self._choose(self._candidates.on(devices, now), missing, now)
-        if stuck and not chosen.victims:
-            chosen = self._choose(self._candidates.on(devices, now, stuck), missing, now)
-        self._aging = chosen.state
-        if not chosen.victims:
-            self._wait(model, chosen.reason, missing=missing)
-            return False
-        self._relieved[model.id] = model.num_starts
-        self.givers.stopped(model.id, chosen.victims)
-        self._wait(model, f"it waits until {names(chosen.victims)} gave back what they hold")
-        for name in chosen.victims:
-            self._decisions.add(name, "stop", f"for {model.id!r}: {chosen.reason}", missing=missing)
-            why = f"{model.id!r} needs its memory"
-            self._fleet.models[name].stop(why, is_at_once=name in stuck)
-        return True
-
-    def next_to_go(self, now: float) -> eviction.Eviction:
-        """Return who would be stopped for some of the host's memory, and why others would not."""
-        return self._choose(self._candidates.on((), now), {HOST_MEMORY: 1}, now)
-
-    def may_not_go(self, model: Model) -> bool:
-        """Whether a model is not to be stopped for another one, however old it is."""
-        return self._candidates.may_not_go(model)
 
     def _others(self, model: Model) -> list[Model]:
         return [other for other in self._fleet.all if other is not model]
@@ -210,7 +171,7 @@ class Starts:
             self._wait(model, f"it waits {awaited}")
             if want.cause is not Cause.REQUEST or self._demands.waiting(model.id):
                 self._claims |= dict.fromkeys(devices, model.id)
-            return bool(self.givers.of(model.id))
+            return bool(self._stops.givers.of(model.id))
         if not missing:
             reason = want.reason
             if model.is_out_of_memory:
@@ -221,6 +182,17 @@ class Starts:
             self.forget(model.id)
             model.start(devices, reason)
             return True
+        return self._make_room(want, model, devices, missing, now)
+
+    def _make_room(
+        self,
+        want: Want,
+        model: Model,
+        devices: Sequence[str],
+        missing: Mapping[str, int],
+        now: float,
+    ) -> bool:
+        """Stop somebody for a start, if anybody may go; say whether nobody else is to start now."""
         if want.cause is Cause.AHEAD:
             self._wants.pop(model.id)
             self._wait(model, f"{want.reason}, but others would have to go")
@@ -228,12 +200,18 @@ class Starts:
         if want.cause is Cause.REQUEST and not self._demands.waiting(model.id):
             self._wait(model, "nobody waits for it any more")
             return False
-        return self.evict(model, devices, missing, now)
+        if self._stops.evict(model, devices, missing, now):
+            return True
+        self.lacks[model.id] = Lack(tuple(devices), missing)
+        if self._holds.turn(model.id).held:
+            self._claims |= dict.fromkeys((*devices, *missing), model.id)
+        return False
 
     def _hindrance(self, model: Model, devices: Sequence[str], machine: MachineView) -> str:
         """Say why a start may not begin, whatever is free; nothing where it may."""
-        elder = next((self._claims[name] for name in devices if name in self._claims), "")
-        return self.passing(model, machine) or (f"{elder!r} goes first" if elder else "")
+        claims = [self._claims[name] for name in (*devices, HOST_MEMORY) if name in self._claims]
+        elder = f"{claims[0]!r} goes first" if claims else ""
+        return self._holds.held(model.id) or self.passing(model, machine) or elder
 
     def _missing(
         self,
@@ -246,20 +224,14 @@ class Starts:
         """Return what has to be free before a start, beyond what is."""
         if missing or not model.is_out_of_memory or want.cause is Cause.AHEAD:
             return missing
-        if self._relieved.get(model.id) == model.num_starts:
+        if self._stops.was_relieved(model):
             return missing
         # What was measured said that it fits, and it did not: somebody goes, whatever that gives.
-        may_go = [one for one in self._candidates.on(devices, now) if not one.is_pinned]
+        may_go = [one for one, _ in self._stops.ends(devices, now) if not one.is_pinned]
         for place in (*devices, HOST_MEMORY):
             if any(one.freed_bytes.get(place, 0) > 0 for one in may_go):
                 return {place: 1}
         return missing
-
-    def _choose(
-        self, candidates: Sequence[eviction.Candidate], missing: Mapping[str, int], now: float
-    ) -> eviction.Eviction:
-        settings = self._fleet.settings.memory
-        return eviction.choose(candidates, missing, self._aging, settings, now, is_for_request=True)
 
     def _wait(self, model: Model, reason: str, **inputs: Mapping[str, int]) -> None:
         self._decisions.add(model.id, "wait", reason, **inputs)

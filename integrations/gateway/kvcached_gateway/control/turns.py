@@ -1,22 +1,26 @@
-"""Turns of models that are up and busy, where the weights of all of them have no room.
+"""Turns of models whose requests wait for room that neighbours have which always have requests.
 
-An engine gives its weights while nothing runs on it. Neighbours that always have a request would
-keep a model from its own for ever: after a while they take no new ones until it has them.
+An engine gives its weights while nothing runs on it, and one that is busy is not stopped. So
+neighbours that always have a request would keep a model from its weights, or from its start, for
+ever: after a while they take no new ones until it has its memory.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
-from kvcached_core.ledger.view import InstanceView
 from kvcached_gateway.control.decisions import Decisions
-from kvcached_gateway.control.givers import Givers
+from kvcached_gateway.control.demands import Demands
+from kvcached_gateway.control.holds import Holds
 from kvcached_gateway.control.machine import MachineView
-from kvcached_gateway.control.relief import missing_bytes
-from kvcached_gateway.control.sizes import first_bytes, kept_bytes
+from kvcached_gateway.control.short_starts import ShortStarts
+from kvcached_gateway.control.starts import Starts
+from kvcached_gateway.control.stops import Stops
+from kvcached_gateway.control.wakes import Wakes
 from kvcached_gateway.control.weights_had import WeightsHad
 from kvcached_gateway.models.fleet import Fleet
 from kvcached_gateway.models.model import Model
 from kvcached_gateway.policy.turns import NOBODY, Holder, Turn, Waiter, choose
-from kvcached_gateway.state import UP, State
+from kvcached_gateway.state import UP
 
 __all__ = ["Turns"]
 
@@ -24,14 +28,32 @@ __all__ = ["Turns"]
 TAKEN_SECONDS = 5.0
 
 
+@dataclass
+class _Wait:
+    """A model that waits.
+
+    Attributes:
+        is_start: Whether it has to start.
+        since: Since when it waits, by the loop's clock.
+        idle_since: Since when all are idle that hold back for it; None where not all are.
+    """
+
+    is_start: bool
+    since: float
+    idle_since: float | None = None
+
+
 class Turns:
     """Who takes no new requests, and for whom.
 
     Args:
         fleet: The models.
-        givers: Whose memory is on its way.
+        starts: What is wanted, and what it lacks.
+        stops: Who may be stopped for it, and whose memory is on its way.
+        demands: Whose requests wait.
         decisions: Where decisions are kept.
         is_pinned: Whether a model never holds back.
+        holds: Where it is kept who does.
 
     Attributes:
         on_end: Called with a model that takes requests again: `Line.changed`.
@@ -40,28 +62,28 @@ class Turns:
     def __init__(
         self,
         fleet: Fleet,
-        givers: Givers,
+        starts: Starts,
+        stops: Stops,
+        demands: Demands,
         decisions: Decisions,
         is_pinned: Callable[[Model], bool],
+        holds: Holds,
     ) -> None:
         self._fleet = fleet
-        self._givers = givers
+        self._starts = starts
+        self._givers = stops.givers
         self._decisions = decisions
         self._is_pinned = is_pinned
+        self._holds = holds
         self._had = WeightsHad()
-        self._since: dict[str, float] = {}  # of each that waits
-        self._turns: dict[str, Turn] = {}  # likewise
-        self._idle_since: dict[str, float] = {}  # of all that hold back for it
-        self._held: dict[str, str] = {}  # why
+        self._wakes = Wakes(fleet, self._had)
+        self._short = ShortStarts(fleet, starts, stops, demands, self._had)
+        self._waits: dict[str, _Wait] = {}
         self.on_end: Callable[[str], None] = _tell_nobody
-
-    def held(self, model_id: str) -> str:
-        """Return why a model takes no new requests; nothing where it does."""
-        return self._held.get(model_id, "")
 
     def concern(self, model_id: str) -> bool:
         """Whether a model holds back, or others do for it."""
-        return model_id in self._held or bool(self._turns.get(model_id, NOBODY).held)
+        return bool(self._holds.held(model_id) or self._holds.turn(model_id).held)
 
     def decide(self, machine: MachineView, now: float) -> None:
         """Let models hold back for those that have waited, and go on where that is over.
@@ -70,27 +92,29 @@ class Turns:
             machine: What there is.
             now: The loop's seconds.
         """
-        self._look(now)
-        held: dict[str, str] = {}
-        for name in sorted(self._since, key=lambda each: (self._since[each], each)):
-            turn = self._turn(self._fleet.models[name], machine, now, held)
+        before = self._holds.names
+        self._look(machine, now)
+        taken: set[str] = set()
+        for name in sorted(self._waits, key=lambda each: (self._waits[each].since, each)):
+            turn = self._turn(self._fleet.models[name], machine, now, taken)
             self._note(name, turn)
-            held |= dict.fromkeys(turn.held, turn.reason)
-        self._hold(held)
+            taken |= set(turn.held)
+        self._tell(before)
 
     def end(self) -> None:
         """Let all take requests again: nobody can see when a turn is over."""
-        for name in self._turns:
+        before = self._holds.names
+        for name, wait in self._waits.items():
             self._note(name, NOBODY)
-        self._idle_since.clear()
-        self._hold({})
+            wait.idle_since = None
+        self._tell(before)
 
-    def _hold(self, held: dict[str, str]) -> None:
-        before, self._held = self._held, held
-        for name in before.keys() - held.keys():
+    def _tell(self, before: set[str]) -> None:
+        """Tell of all that held back before, and do no more."""
+        for name in before - self._holds.names:
             self.on_end(name)
 
-    def _look(self, now: float) -> None:
+    def _look(self, machine: MachineView, now: float) -> None:
         """Notice who waits, and since when each has its weights."""
         there = {
             model.id: model.view
@@ -98,45 +122,56 @@ class Turns:
             if model.state in UP and model.view is not None
         }
         self._had.look(there, now)
-        waiting = {name for name, view in there.items() if _waits(self._fleet.models[name], view)}
-        for name in self._since.keys() - waiting:
-            self._note(name, NOBODY)
-            del self._since[name], self._turns[name]
-            self._idle_since.pop(name, None)
-        for name in waiting - self._since.keys():
-            self._since[name], self._turns[name] = now, NOBODY
+        before = [name for name in self._waits if self._holds.turn(name).held]
+        waiting = dict.fromkeys(self._short.waiting(machine, before), True)
+        waiting |= dict.fromkeys(self._wakes.waiting(), False)
+        for name in list(self._waits):
+            if waiting.get(name) is not self._waits[name].is_start:
+                self._note(name, NOBODY)
+                del self._waits[name], self._holds.turns[name]
+        for name in waiting.keys() - self._waits.keys():
+            self._waits[name] = _Wait(waiting[name], now)
 
     def _turn(self, model: Model, machine: MachineView, now: float, taken: Collection[str]) -> Turn:
         """Return who holds back for one that waits, beside those that do for earlier ones."""
-        before = self._turns[model.id]
+        before = self._holds.turn(model.id)
         turn_seconds = self._fleet.settings.turn_seconds
-        if not turn_seconds or self._is_left(model.id, before, now):
+        if not turn_seconds or self._is_left(model, before, now):
             return NOBODY
-        missing = self._missing(model, machine, {*taken, *before.held})
+        held = {*taken, *before.held}
+        given: list[Mapping[str, Mapping[str, int]]]
+        if self._waits[model.id].is_start:
+            missing = self._short.missing(model, held, now)
+            given = self._short.given(model, machine, before.held, now)
+        else:
+            missing = self._wakes.missing(model, machine, held)
+            given = [self._wakes.given(model, machine, before.held)]
         if not before.held and self._givers.awaited(model.id, missing, machine):
             return NOBODY
-        holders = [
-            self._holder(other, model, machine, now)
-            for other in self._neighbours(model)
-            if other.id not in taken and (other.id in before.held or self._keeps(other))
+        waiter = Waiter(model.id, now - self._waits[model.id].since, missing, model.priority)
+        turns = [
+            choose(waiter, self._holders(each, before, taken, now), turn_seconds) for each in given
         ]
-        waiter = Waiter(model.id, now - self._since[model.id], missing, _priority(model))
-        turn = choose(waiter, holders, turn_seconds)
-        return before if turn.held and turn.held == before.held else turn
+        if before.held and any(turn.held == before.held for turn in turns):
+            return before
+        return next((turn for turn in turns if turn.held), turns[-1])
 
-    def _is_left(self, name: str, turn: Turn, now: float) -> bool:
+    def _is_left(self, model: Model, turn: Turn, now: float) -> bool:
         """Whether one that waits leaves what others give up; then it waits for a turn once more.
 
         It may lack something else, such as host memory for its copy, or what they have never comes.
         """
+        wait = self._waits[model.id]
         models = [one for one in self._fleet.models.values() if one.id in turn.held]
-        if not models or any(one.num_leases for one in models):
-            self._idle_since.pop(name, None)
+        is_served = wait.is_start and self._short.is_served(model)
+        if not models or is_served or any(one.num_leases for one in models):
+            wait.idle_since = None
             return False
-        if now - self._idle_since.setdefault(name, now) < TAKEN_SECONDS:
+        if wait.idle_since is None:
+            wait.idle_since = now
+        if now - wait.idle_since < TAKEN_SECONDS:
             return False
-        del self._idle_since[name]
-        self._since[name] = now
+        wait.idle_since, wait.since = None, now
         for one in models:
             if one.view and one.view.weights_bytes and not one.view.weights_offered_bytes:
                 self._had.gave_none(one.id)
@@ -144,69 +179,36 @@ class Turns:
 
     def _note(self, name: str, turn: Turn) -> None:
         """Keep what was decided for one that waits, and say it once."""
-        before, self._turns[name] = self._turns[name], turn
-        if turn.reason:
+        before, self._holds.turns[name] = self._holds.turn(name), turn
+        is_said = name in self._starts.wants  # with the rest that it waits for
+        if turn.reason and not is_said:
             self._decisions.add(name, "wait", turn.reason)
-        elif before.reason:
+        elif before.reason and not is_said:
             self._decisions.forget_wait(name)
         for each in set(turn.held) - set(before.held):
             self._decisions.add(each, "hold", turn.reason)
 
-    def _neighbours(self, model: Model) -> Iterator[Model]:
-        for other in self._fleet.models.values():
-            if other is not model and other.state in UP and set(model.devices) & set(other.devices):
-                yield other
-
-    def _keeps(self, model: Model) -> bool:
-        """Whether a model has weights that nobody gets while it has requests."""
-        view = model.view
-        if view is None or not model.num_leases or self._had.gives_none(model.id):
-            return False
-        return view.weights_bytes > 0 and not view.weights_offered_bytes
-
-    def _holder(self, model: Model, waiter: Model, machine: MachineView, now: float) -> Holder:
-        weights_bytes = {
-            name: view.weights_bytes
-            for name in waiter.devices
-            for view in machine.views(model.settings.instance_name, (name,))
-        }
-        return Holder(
-            id=model.id,
-            weights_bytes=weights_bytes,
-            had_seconds=self._had.seconds(model.id, now),
-            priority=_priority(model),
-            is_pinned=self._is_pinned(model),
-            kept_seconds=self._had.kept_seconds(model.id),
-            is_held=model.id in self._turns[waiter.id].held,
-        )
-
-    def _missing(self, model: Model, machine: MachineView, held: Collection[str]) -> dict[str, int]:
-        """Return what a model lacks on its devices beyond what comes by itself."""
-        models = [one for one in self._fleet.all if one.num_leases or one.id in held]
-        busy = {one.settings.instance_name for one in models if one.id not in held}
-        holding = {one.settings.instance_name for one in models if one.id in held}
-
-        def given(view: InstanceView) -> int:
-            """What it gives, or its requests have; not weights of those that hold back."""
-            if view.name not in busy and view.name not in holding:
-                return view.resident_bytes + view.promised_bytes - kept_bytes(view)
-            offered_bytes = view.weights_offered_bytes if view.name in busy else 0
-            return max(view.held_bytes - first_bytes(view), 0) + offered_bytes
-
-        return missing_bytes(model, machine, given)
-
-
-def _waits(model: Model, view: InstanceView) -> bool:
-    """Whether a request waits for its engine's weights: one that computes has all, and keeps them.
-
-    A client that reads slowly what was computed long ago waits for nothing.
-    """
-    is_away = view.weights_bytes < view.weights_needed_bytes or view.weights_offered_bytes > 0
-    return model.state is State.BUSY and is_away and model.leases.are_waiting
-
-
-def _priority(model: Model) -> int:
-    return model.view.priority if model.view else 0
+    def _holders(
+        self,
+        given: Mapping[str, Mapping[str, int]],
+        before: Turn,
+        taken: Collection[str],
+        now: float,
+    ) -> list[Holder]:
+        """Return who may hold back: all that give something, and do not for somebody else."""
+        models = [self._fleet.models[name] for name in given if name not in taken]
+        return [
+            Holder(
+                id=model.id,
+                given_bytes=given[model.id],
+                had_seconds=self._had.seconds(model.id, now),
+                priority=model.priority,
+                is_pinned=self._is_pinned(model),
+                kept_seconds=self._had.kept_seconds(model.id),
+                is_held=model.id in before.held,
+            )
+            for model in models
+        ]
 
 
 def _tell_nobody(_model_id: str) -> None:

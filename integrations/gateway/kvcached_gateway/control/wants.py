@@ -1,9 +1,10 @@
-"""Which models shall come up, and how much that is worth."""
+"""Which models shall come up, how much that is worth, and what they lack."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
-__all__ = ["Cause", "Want"]
+__all__ = ["Cause", "Lack", "Want"]
 
 
 class Cause(IntEnum):
@@ -34,3 +35,16 @@ class Want:
     def rank(self) -> tuple[bool, float]:
         """What comes first is considered first."""
         return self.cause is Cause.AHEAD, self.since
+
+
+@dataclass(frozen=True)
+class Lack:
+    """What a start lacks that nobody could be stopped for.
+
+    Attributes:
+        devices: Where it would be.
+        missing: What is missing, in bytes by place.
+    """
+
+    devices: tuple[str, ...]
+    missing: Mapping[str, int]

@@ -101,6 +101,11 @@ class Model:
         return self.starts.value or 0.0
 
     @property
+    def priority(self) -> int:
+        """Its priority in the ledger; before it has a row there, what the file says."""
+        return self.view.priority if self.view else self.settings.kv.priority or 0
+
+    @property
     def num_leases(self) -> int:
         """How many requests its engine has."""
         return len(self.leases)

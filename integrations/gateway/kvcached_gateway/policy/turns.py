@@ -1,9 +1,9 @@
-"""Who takes no new requests for a while, so that a model whose weights are gone has its turn.
+"""Who takes no new requests for a while, so that a model that has no room has its turn.
 
 Weights of a busy model never go. Where a model waits for room that neighbours have which are never
-idle, those that have had their weights longest hold back: their answers end, their weights yield,
-and their own requests wait until the other one has its weights. Two models do not take turns faster
-than a `turn` each.
+idle, for its weights or for its start, those that have had their weights longest hold back: their
+answers end, their weights yield, and their own requests wait until the other one has its weights.
+Two models do not take turns faster than a `turn` each.
 """
 
 import math
@@ -14,13 +14,13 @@ from kvcached_core.units import format_bytes
 
 
 class Waiter(NamedTuple):
-    """A model that is up, and whose requests wait for its weights.
+    """A model whose requests wait for its weights, or for its start.
 
     Attributes:
         id: Its name.
         waited_seconds: How long they have.
-        missing_bytes: What it lacks on each device, beyond all that comes without anybody's holding
-            back: what is free, what idle ones give, and what running requests have.
+        missing_bytes: What it lacks, by place: a device, or the host's memory. That is beyond all
+            that comes without anybody's holding back.
         priority: Its priority in the ledger.
     """
 
@@ -31,11 +31,11 @@ class Waiter(NamedTuple):
 
 
 class Holder(NamedTuple):
-    """A model that has weights on a device of a waiter, and requests, or that holds back already.
+    """A model that has what a waiter lacks, and requests, or that holds back already.
 
     Attributes:
         id: Its name.
-        weights_bytes: What it would give, by device.
+        given_bytes: What it would give, by place.
         had_seconds: How long it has had all of its weights; infinite where it gave some.
         priority: Its priority in the ledger.
         is_pinned: Whether it never holds back.
@@ -44,7 +44,7 @@ class Holder(NamedTuple):
     """
 
     id: str
-    weights_bytes: Mapping[str, int]
+    given_bytes: Mapping[str, int]
     had_seconds: float = math.inf
     priority: int = 0
     is_pinned: bool = False
@@ -127,9 +127,9 @@ def _cover(
 
 
 def _covers(those: Iterable[Holder], needed: Mapping[str, int]) -> bool:
-    weights = [one.weights_bytes for one in those]
+    given = [one.given_bytes for one in those]
     return all(
-        sum(each.get(place, 0) for each in weights) >= missing for place, missing in needed.items()
+        sum(each.get(place, 0) for each in given) >= missing for place, missing in needed.items()
     )
 
 

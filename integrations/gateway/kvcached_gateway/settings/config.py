@@ -240,8 +240,8 @@ class Settings(Values):
     turn_seconds: NotNegative = Field(
         default=10.0,
         validation_alias="turn",
-        description="how long a model waits for room that weights of busy ones have until one of "
-        "them holds back for it; `0` is for ever",
+        description="how long a model waits for room that busy ones have until one of them holds "
+        "back for it; `0` is for ever",
     )
     engines_on_exit: Literal["stop", "keep"] = Field(
         default="stop", description="what becomes of the engines at the end"
