@@ -122,7 +122,7 @@ class Copier:
     def _is_spoiled(self, host: Any) -> bool:
         if self._spoiled is None or not self._spoiled.exists():
             return False
-        label = "mamba" if is_of_states(host) else getattr(host, "pool_label", "")
+        label = "mamba" if is_of_states(host) else getattr(host, "pool_label", "kv")
         return self._spoiled.read_text() in ("", label)
 
     def _fail(self, fault: str) -> None:

@@ -171,6 +171,9 @@ COMBINATIONS = {
     "attention-tier": TOGETHER((*ATTENTION_RANKS, *TIER), pools=("kv",)),
     "attention-draft-tier": TOGETHER((*ATTENTION_RANKS, *TIER), draft="EAGLE3", pools=("kv",)),
 }
+# On a CPU 0.5.15 lacks flags, kernels or layouts of the others. How it counts cores of ranks, and
+# which streams copy its windows, the tests do not know; a ratio is refused before 0.5.19.
+OF_ALL_RELEASES = ("layout-tier",)
 
 
 @dataclass
@@ -196,7 +199,13 @@ class Served:
         return self.server.ask_all(self.combination.prompts(self.combination.num_more))
 
 
-@pytest.fixture(scope="module", params=COMBINATIONS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=() if name in OF_ALL_RELEASES else pytest.mark.newest_release)
+        for name in COMBINATIONS
+    ],
+)
 def served(
     model: Path,
     models: Models,

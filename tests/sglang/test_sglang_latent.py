@@ -14,7 +14,7 @@ from helpers.waiting import await_that
 
 from kvcached_core.ledger.ledger import Ledger
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.newest_release]
 
 
 def test_tokens_of_a_latent_model_are_vanillas_and_its_memory_goes(

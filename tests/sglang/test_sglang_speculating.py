@@ -23,7 +23,12 @@ from helpers.speculating_server import (
 from helpers.spoiled_planes import DRAFT, TARGET
 from helpers.waiting import await_that
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.every_release]
+pytestmark = [
+    pytest.mark.sglang,
+    pytest.mark.slow,
+    pytest.mark.every_release,
+    pytest.mark.newest_release,  # 0.5.15 drafts with a model on a GPU alone
+]
 
 CHAIN = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1")
 TREE = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "2")

@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.sglang,
     pytest.mark.slow,
     pytest.mark.every_release,
+    pytest.mark.newest_release,  # 0.5.15 has NGRAM on CUDA alone
 ]
 
 PAGE = 2 * MIB

@@ -70,6 +70,7 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
         check_cycles(servers, lambda: ask(server))
 
 
+@pytest.mark.newest_release  # 0.5.15 cannot import its own DeepSeek models on a CPU
 def test_weights_of_latent_attention(models: Models, tmp_path: Path) -> None:
     with Servers(tmp_path, NUM_PAGES * PAGE) as servers:
         flags = ("--disable-radix-cache", "--attention-backend", "triton")  # which is interpreted
