@@ -11,7 +11,7 @@ from helpers.engines import Offline, ours, report_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-NUM_OPERATIONS = [100, pytest.param(1000, marks=pytest.mark.every_release)]
+NUM_OPERATIONS = [300, pytest.param(1000, marks=pytest.mark.every_release)]
 
 
 def race(
