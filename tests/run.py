@@ -108,10 +108,10 @@ JOBS = {
         Job("SGLang 0.5.23, without a server", SGLANG, (*WITHOUT_SERVERS, "tests/sglang")),
     ],
     "test": [
+        Job("vLLM 0.32.0, without a server", VLLM, (*WITHOUT_SERVERS, *FOLDERS)),
         Job("vLLM 0.32.0, servers", VLLM, (*SERVERS, *BESIDE_IT)),
         Job("SGLang 0.5.23", SGLANG, (*marked("not every_release"), "tests/sglang")),
         Job("servers behind the gateway", VLLM, (*SERVERS, GATEWAY)),
-        Job("vLLM 0.32.0, without a server", VLLM, (*WITHOUT_SERVERS, *FOLDERS)),
         Job("SGLang 0.5.15", OLDER_SGLANG, OLDER_SGLANG_TESTS),
         Job("vLLM 0.28.0", OLDER_VLLM, (*marked("older_release"), "tests/vllm")),
         Job("Ray 2.60.0", RAY, (*marked("not every_release"), "tests/ray")),

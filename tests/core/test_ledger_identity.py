@@ -14,6 +14,7 @@ from kvcached_core.errors import LedgerError
 from kvcached_core.ledger.file import MAGIC, RowKey
 from kvcached_core.ledger.ledger import Ledger, sweep
 from kvcached_core.ledger.opening import ledger_directory
+from kvcached_core.ledger.survey import open_places
 from kvcached_core.ledger.weights import WeightsWish
 from kvcached_core.units import GIB, MIB
 
@@ -109,7 +110,7 @@ def test_a_late_process_changes_nothing_after_a_repair_either(ledger: Ledger, pa
 def test_a_command_that_comes_late_steers_nobody_else(ledger: Ledger, path: Path) -> None:
     ledger.register(name="stays", engine="test")
     old = ledger.register(name="old", engine="test")
-    with control._places(path.parent, ["old"]) as places:
+    with open_places(path.parent, ["old"]) as (places, _):
         ledger.unregister(old)
         new = ledger.register(name="new", engine="test")
         assert new.number == old.number
