@@ -68,12 +68,14 @@ def set_limit(
         ConfigError: If the limit is no size.
         LedgerError: If there is no such instance.
     """
-    with open_places(directory, [name]) as (places, problems):
+
+    def set_on(places: list[Place]) -> Result:
         refusal = _change(
             places, [{"limit_bytes": _size(limit, "limit", place)} for place in places]
         )
-        result = refusal or _wait(places, lambda _, view: view.excess_bytes, wait_seconds)
-        return replace(result, problems=tuple(problems))
+        return refusal or _wait(places, lambda _, view: view.excess_bytes, wait_seconds)
+
+    return _steer(name, directory, set_on)
 
 
 def set_floor(
@@ -101,7 +103,8 @@ def set_floor(
         ConfigError: If the floor is no size.
         LedgerError: If there is no such instance.
     """
-    with open_places(directory, [name]) as (places, problems):
+
+    def set_on(places: list[Place]) -> Result:
         refusal = _change(
             places,
             [
@@ -110,14 +113,15 @@ def set_floor(
             ],
         )
         if refusal is not None:
-            return replace(refusal, problems=tuple(problems))
+            return refusal
         for place in places:
             missing = _missing_to_floor(place, place.now())
             if missing:
                 asked = place.ledger.ask_peers(place.view.row, missing, is_waiting=False)
                 bell.wake(place.ledger, asked)
-        result = _wait(places, _missing_to_floor, wait_seconds)
-        return replace(result, problems=tuple(problems))
+        return _wait(places, _missing_to_floor, wait_seconds)
+
+    return _steer(name, directory, set_on)
 
 
 def set_priority(name: str, priority: int, *, directory: Path) -> Result:
@@ -126,10 +130,12 @@ def set_priority(name: str, priority: int, *, directory: Path) -> Result:
     Raises:
         LedgerError: If there is no such instance.
     """
-    with open_places(directory, [name]) as (places, problems):
+
+    def set_on(places: list[Place]) -> Result:
         refusal = _change(places, [{"priority": priority} for _ in places])
-        result = refusal or _wait(places, lambda _place, _view: 0, 0.0)
-        return replace(result, problems=tuple(problems))
+        return refusal or _wait(places, lambda _place, _view: 0, 0.0)
+
+    return _steer(name, directory, set_on)
 
 
 def trim(
@@ -180,15 +186,23 @@ def _wish(name: str, wish: WeightsWish, directory: Path, wait_seconds: float) ->
             return view.weights_bytes
         return max(view.weights_needed_bytes - view.weights_bytes, 0)
 
-    with open_places(directory, [name]) as (places, problems):
+    def set_on(places: list[Place]) -> Result:
         reason = next(filter(None, (_refusal(place.view, wish) for place in places)), "")
         if reason:
-            return Result(name, Outcome.REFUSED, reason=reason, problems=tuple(problems))
+            return Result(name, Outcome.REFUSED, reason=reason)
         for place in places:
             if remaining(place, place.view) or place.view.weights_wish:
                 place.ledger.set_wish(place.view.row, wish)
                 place.wake()
-        return replace(_wait(places, remaining, wait_seconds), problems=tuple(problems))
+        return _wait(places, remaining, wait_seconds)
+
+    return _steer(name, directory, set_on)
+
+
+def _steer(name: str, directory: Path, act: Callable[[list[Place]], Result]) -> Result:
+    """Do something where an instance is; say which ledgers could not be used."""
+    with open_places(directory, [name]) as (places, problems):
+        return replace(act(places), problems=tuple(problems))
 
 
 def _refusal(view: InstanceView, wish: WeightsWish) -> str:

@@ -18,13 +18,12 @@ from kvcached_core.cli import running
 from kvcached_core.cli.added import Added, added, instance_named
 from kvcached_core.cli.commands import Commands
 from kvcached_core.cli.options import AsJson, Directory
-from kvcached_core.cli.output import printing
+from kvcached_core.cli.output import EXIT_FAILED, printing
 from kvcached_core.control import Outcome, Result
 from kvcached_core.errors import KVCachedError
 from kvcached_core.ledger.survey import Survey, survey
 from kvcached_core.units import MAX_SECONDS, default_directory
 
-EXIT_FAILED = 1
 EXIT_INCOMPLETE = 3
 
 app = typer.Typer(

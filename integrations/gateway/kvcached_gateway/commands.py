@@ -15,8 +15,9 @@ from typing import Annotated
 
 import typer
 
-from kvcached_core.cli.app import EXIT_FAILED, EXIT_INCOMPLETE
+from kvcached_core.cli.app import EXIT_INCOMPLETE
 from kvcached_core.cli.options import AsJson, Directory
+from kvcached_core.cli.output import EXIT_FAILED
 from kvcached_core.errors import KVCachedError
 from kvcached_core.units import MAX_SECONDS, default_directory
 from kvcached_gateway.admin.client import Client, GatewayError
