@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.commands import KVCACHED
 from helpers.waiting import PATIENCE_SECONDS
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -21,7 +22,6 @@ from kvcached_core.ledger.policy import Policy
 from kvcached_core.units import GIB, KIB, MIB
 
 PAGE = 16 * MIB
-KVCACHED = Path(sys.executable).with_name("kvcached")
 
 
 @pytest.fixture

@@ -2,13 +2,12 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.commands import KVCACHED
 
-KVCACHED = Path(sys.executable).with_name("kvcached")
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 GREETING = """
 from pathlib import Path

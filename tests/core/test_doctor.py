@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers.commands import KVCACHED
 
 from kvcached_core.cli import doctor
 from kvcached_core.cli.doctor import Finding, examine
@@ -23,8 +24,6 @@ from kvcached_core.memory.host_memory import HostMemory
 from kvcached_core.units import GIB, MIB
 from kvcached_core.weights import survey
 from kvcached_core.weights.host_budget import HostBudget
-
-KVCACHED = Path(sys.executable).with_name("kvcached")
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.commands import KVCACHED
 from helpers.waiting import await_that
 
 from kvcached_core.ledger.ledger import Ledger
@@ -25,7 +25,6 @@ from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.units import GIB, MIB
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "observability"
-KVCACHED = Path(sys.executable).with_name("kvcached")
 CONFIGURATION = """
 global: {{scrape_interval: 200ms, evaluation_interval: 200ms}}
 rule_files: [{rules}]

@@ -4,11 +4,11 @@ import fcntl
 import os
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.commands import KVCACHED
 
 from kvcached_core import control
 from kvcached_core.cli.doctor import examine
@@ -18,7 +18,6 @@ from kvcached_core.ledger.lock import FileLock
 from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.units import GIB, MIB
 
-KVCACHED = Path(sys.executable).with_name("kvcached")
 WRITE_LOCK = struct.pack("hhqqixxxx", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 

@@ -8,13 +8,13 @@ import re
 import signal
 import struct
 import subprocess
-import sys
 import termios
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from helpers.commands import KVCACHED
 from helpers.waiting import PATIENCE_SECONDS
 from rich.console import Console
 
@@ -34,7 +34,6 @@ from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.ledger.view import DeviceView, InstanceView
 from kvcached_core.units import GIB, KIB, MIB
 
-KVCACHED = Path(sys.executable).with_name("kvcached")
 GPU = "GPU-5f2c1c3e-8f5e-4c3b-9e39-1f2f3a4b5c6d"
 LONG_NAME = "meta-llama-Llama-3.1-8B-Instruct"
 

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from helpers.commands import KVCACHED
 from helpers.waiting import PATIENCE_SECONDS, await_that
 
 from kvcached_core.ledger.activations import Activations
@@ -25,7 +25,6 @@ from kvcached_demo.harness.memory import Recording
 from kvcached_demo.turns import NUM_TURNS, Turn, Turns
 from kvcached_demo.verdict import judge, judge_turns
 
-KVCACHED = Path(sys.executable).with_name("kvcached")
 PNG = b"\x89PNG"
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from kvcached_core.cli.app import app
 
-KVCACHED = str(Path(sys.executable).with_name("kvcached"))
+KVCACHED = Path(sys.executable).with_name("kvcached")
 ROOT = Path(__file__).parents[2]
 
 
@@ -22,13 +22,13 @@ def said(*arguments: str) -> str:
     return result.output
 
 
-def said_to_a_full_disk(*words: str, **environ: str) -> tuple[int, str]:
+def said_to_a_full_disk(*words: str | Path, **environ: str) -> tuple[int, str]:
     """Return how a program ends whose output cannot be written, and its errors."""
     with Path("/dev/full").open("w") as full:
         return _ended(words, full.fileno(), environ)
 
 
-def said_to_nobody(*words: str, **environ: str) -> tuple[int, str]:
+def said_to_nobody(*words: str | Path, **environ: str) -> tuple[int, str]:
     """Return how a program ends whose output is a pipe that nobody reads any more."""
     with _pipe_without_reader() as end:
         return _ended(words, end, environ)
@@ -44,7 +44,7 @@ def _pipe_without_reader() -> Iterator[int]:
         os.close(writer)
 
 
-def _ended(words: tuple[str, ...], stdout: int, environ: dict[str, str]) -> tuple[int, str]:
+def _ended(words: tuple[str | Path, ...], stdout: int, environ: dict[str, str]) -> tuple[int, str]:
     done = subprocess.run(
         words,
         env={**os.environ, **environ},

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import allocating
+from helpers.commands import KVCACHED
 from helpers.processes import is_running
 from helpers.waiting import PATIENCE_SECONDS, await_that
 
@@ -19,7 +20,6 @@ from kvcached_core.ledger.view import InstanceView
 from kvcached_core.program.processes import descendants
 from kvcached_core.units import MIB
 
-KVCACHED = Path(sys.executable).with_name("kvcached")
 POOL, NEED = 512 * MIB, 64 * MIB
 Start = Callable[..., "subprocess.Popen[str]"]
 TELL = "import os, signal, sys, time\nsignal.signal({number}, lambda *_: sys.exit(9))\n"
