@@ -64,6 +64,7 @@ class Site:
         tier_bytes: Host memory of each engine for copies of its prefix cache, in mode `offload`.
         weights_bytes: Of the largest model; 0 on a host, where nobody asks.
         num_awake: How many models are awake at a time in mode `sleep-swap`.
+        sleeping_bytes: Room for what an engine holds there beside weights and KV cache.
     """
 
     is_host: bool
@@ -78,6 +79,7 @@ class Site:
     tier_bytes: int = 0
     weights_bytes: int = 0
     num_awake: int = 1
+    sleeping_bytes: int = SLEEPING_BYTES
 
     def num_starting(self, chosen: "Sequence[Member]") -> int:
         """Return how many engines in sleep mode may start at a time, those before them asleep.
@@ -87,7 +89,7 @@ class Site:
         most = max((member.kv_bytes or 0 for member in chosen), default=0)
         if self.is_host or not most:
             return 1
-        free_bytes = self.device_bytes - len(chosen) * SLEEPING_BYTES
+        free_bytes = self.device_bytes - len(chosen) * self.sleeping_bytes
         return max(free_bytes // (self.weights_bytes + most), 1)
 
 
@@ -177,19 +179,15 @@ def _part_beside_sleepers(site: Site, num_sleepers: int) -> float:
         ModeError: If these leave nothing.
     """
     if num_sleepers < 0:
-        raise ModeError(
-            f"{SLEEP_SWAP}: of {num_sleepers + site.num_awake} models {site.num_awake} cannot be"
-            " awake"
-        )
+        num = num_sleepers + site.num_awake
+        raise ModeError(f"{SLEEP_SWAP}: of {num} models {site.num_awake} cannot be awake")
     if site.is_host or site.pool_bytes is not None:
         return 1.0 / site.num_awake
-    part = (1.0 - num_sleepers * SLEEPING_BYTES / site.cap_bytes) / site.num_awake
-    if part * site.cap_bytes <= site.weights_bytes + SLEEPING_BYTES:
-        held = format_bytes(num_sleepers * SLEEPING_BYTES)
-        raise ModeError(
-            f"{SLEEP_SWAP}: {num_sleepers} models that sleep hold {held}: nothing is left for KV"
-            f" caches beside the weights of {site.num_awake}"
-        )
+    part = (1.0 - num_sleepers * site.sleeping_bytes / site.cap_bytes) / site.num_awake
+    if part * site.cap_bytes <= site.weights_bytes + site.sleeping_bytes:
+        held = format_bytes(num_sleepers * site.sleeping_bytes)
+        said = f"{num_sleepers} models that sleep hold {held}: no KV cache has room"
+        raise ModeError(f"{SLEEP_SWAP}: {said} beside the weights of {site.num_awake}")
     return part
 
 
@@ -214,7 +212,7 @@ def _refuse(mode: str, site: Site, kinds: Sequence[str]) -> None:
 def _member(name: str, engine: Engine, mode: str, site: Site, part: float, folder: Path) -> Member:  # noqa: PLR0917  what a member is made of
     kv_bytes = None if site.pool_bytes is None else int(site.pool_bytes * part)
     if mode == SLEEP_SWAP and kv_bytes is None:
-        kv_bytes = int(site.cap_bytes * part) - site.weights_bytes - SLEEPING_BYTES
+        kv_bytes = int(site.cap_bytes * part) - site.weights_bytes - site.sleeping_bytes
     environ = {"VLLM_LOGGING_LEVEL": "WARNING"}
     options = ("--load-format", "dummy", *engine.gpu_options(GPU_TOKENS))
     if site.is_host:  # one process for each server: every further one imports vLLM again

@@ -8,7 +8,7 @@ from pathlib import Path
 from multi_model.client import REQUEST_SECONDS
 from multi_model.gpu import Gpu
 from multi_model.model_files import shape_bytes
-from multi_model.modes import ALONE, ELASTIC, MODES, STATIC, Site
+from multi_model.modes import ALONE, ELASTIC, MODES, SLEEPING_BYTES, STATIC, Site
 from multi_model.settings import GPU, HOST, HOST_POOL_BYTES, LENGTHS, SHAPES, Lengths
 from multi_model.swapping import LIMIT
 from parts.vllm_servers import kv_bytes_per_token
@@ -84,6 +84,12 @@ def parser(description: str) -> argparse.ArgumentParser:
         help="models that are awake at a time in mode sleep-swap",
     )
     made.add_argument(
+        "--sleeping-gib",
+        type=float,
+        default=SLEEPING_BYTES / GIB,
+        help="room that mode sleep-swap leaves for what an engine holds that sleeps",
+    )
+    made.add_argument(
         "--swap-limit",
         type=int,
         default=LIMIT,
@@ -135,6 +141,7 @@ def site_of(options: argparse.Namespace) -> Site:
         tier_bytes=int(options.tier_gib * GIB),
         weights_bytes=max(map(shape_bytes, options.shape)),
         num_awake=options.num_awake,
+        sleeping_bytes=int(options.sleeping_gib * GIB),
     )
 
 

@@ -105,6 +105,9 @@ def test_sleep_mode_is_the_gpus_alone_and_a_host_rehearses_its_turns() -> None:
     assert [each.kv_bytes for each in three] == [int((80 - 3) / 2 * GIB) - 18 * GIB] * 3
     with pytest.raises(ModeError, match="of 1 models 2 cannot be awake"):
         plans("sleep-swap", awake, "vllm")
+    lean = replace(awake, sleeping_bytes=GIB)  # who has measured it leaves less
+    three = plans("sleep-swap", lean, *["vllm"] * 3)
+    assert [each.kv_bytes for each in three] == [int((80 - 1) / 2 * GIB) - 16 * GIB] * 3
     (host,) = plans("sleep-swap", POOL, "vllm")
     assert "--enable-sleep-mode" not in host.arguments
     assert host.environ["VLLM_SERVER_DEV_MODE"] == "1"
