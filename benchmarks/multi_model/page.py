@@ -85,6 +85,12 @@ def _opening(summary: dict[str, Any]) -> str:
         words += "<p>No mode was run twice: what one run differs from the next is unknown.</p>"
     head = ("workload", "ours", "other", "figure", "ours", "other's", "ratio", "said", "bar")
     words += "".join(
+        f"<p>{html.escape(found['name'])}, {found['num_models']} models: a model alone is that of"
+        f" {html.escape(found['levels_of'])}.</p>"
+        for key, found in summary["workloads"].items()
+        if found["levels_of"] not in {key, None}
+    )
+    words += "".join(
         f"<p><strong>{html.escape(found['name'])}: modes had different settings.</strong>"
         f" {html.escape('; '.join(found['unlike']))}</p>"
         for found in summary["workloads"].values()

@@ -39,8 +39,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         "remark": facts.get("remark", ""),
         "cross_check": [_compare_clients(found) for found in facts.get("cross_check", [])],
         "workloads": {
-            key: _workload(folder, key, fact, facts.get("pool_bytes"))
-            for key, fact in workloads.items()
+            key: _workload(folder, key, workloads, facts.get("pool_bytes")) for key in workloads
         },
     }
     summary["ramp"] = _ramp_curve(summary["workloads"])
@@ -53,15 +52,18 @@ def _is_workload(fact: Any) -> bool:
 
 
 def _workload(
-    folder: Path, key: str, fact: dict[str, Any], pool_bytes: int | None
+    folder: Path, key: str, workloads: dict[str, Any], pool_bytes: int | None
 ) -> dict[str, Any]:
+    fact = workloads[key]
     found = {
         mode: read_records(folder / mode / f"{key}.csv")
         for mode in [*MODES, *map(again, MODES)]
         if (folder / mode / f"{key}.csv").exists()
     }
     check_schedules(key, found)
-    levels = metrics.levels(found.get(ALONE, []), found, fact["num_models"])
+    levels, levels_of = metrics.levels(found.get(ALONE, []), found, fact["num_models"]), key
+    if levels is None:
+        levels, levels_of = _levels_of_another(folder, fact, workloads)
     modes = {}
     for mode, records in found.items():
         title = f"{mode}: {fact['name']}"
@@ -78,6 +80,7 @@ def _workload(
         attained = {mode: figures["attainment"] for mode, figures in modes.items()}
         plots.attainments(folder / f"{key}-attainment.png", fact["name"], attained)
     return fact | {
+        "levels_of": levels_of if levels else None,
         "modes": modes,
         "unlike": unlike({mode: figures.get("settings", {}) for mode, figures in modes.items()}),
         "ratios": _ratios(modes, found, levels),
@@ -94,6 +97,22 @@ def _workload(
             if mode in {GATEWAY, again(GATEWAY)} and "weights_bytes" in fact
         },
     }
+
+
+def _levels_of_another(
+    folder: Path, fact: dict[str, Any], workloads: dict[str, Any]
+) -> tuple[list[metrics.Level] | None, str]:
+    """Return the level of the same load on another number of models, and which that is.
+
+    Where all models have one shape, one that runs alone does not know how many there are.
+    """
+    (shape, *others) = set(fact.get("weights_bytes", [])) or {None}
+    for key, other in workloads.items():
+        alone = folder / ALONE / f"{key}.csv"
+        is_like = other["name"] == fact["name"] and set(other.get("weights_bytes", [])) == {shape}
+        if is_like and not others and alone.exists():
+            return [metrics.level(read_records(alone))] * fact["num_models"], key
+    return None, ""
 
 
 def _memory(folder: Path, key: str, title: str, pool_bytes: int | None) -> dict[str, Any]:

@@ -228,6 +228,32 @@ def test_a_time_says_how_many_requests_are_not_in_it(tmp_path: Path) -> None:
     assert "%, 7 failed" not in page  # they are misses there
 
 
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("shapes", "attained"), [([GIB, GIB, GIB], 1.0), ([GIB, 2 * GIB, GIB], None)]
+)
+def test_one_shapes_level_is_that_of_another_number_of_models(
+    tmp_path: Path, shapes: list[int], attained: float | None
+) -> None:
+    more, fact = "ramp-P=2-3-models", {"num_requests": NUM, "name": "ramp P=2", "card_bytes": GIB}
+    for mode, key, seconds in (("alone", KEY, 0.2), ("gateway", KEY, 0.3), ("static", more, 0.3)):
+        (tmp_path / mode).mkdir()
+        write_records(tmp_path / mode / f"{key}.csv", records(seconds))
+    of_each = {
+        KEY: fact | {"num_models": 2, "weights_bytes": shapes[:2]},
+        more: fact | {"num_models": 3, "weights_bytes": shapes},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(of_each))
+    write_report(tmp_path)
+    workloads = json.loads((tmp_path / "summary.json").read_text())["workloads"]
+    assert workloads[KEY]["levels_of"] == KEY
+    assert workloads[more]["levels_of"] == (KEY if attained else None)
+    shares = workloads[more]["modes"]["static"].get("attainment")
+    assert (shares and shares[1]) == attained
+    said = "ramp P=2, 3 models: a model alone is that of ramp-P=2-2-models."
+    assert (said in (tmp_path / "report.html").read_text()) is bool(attained)
+
+
 def test_a_line_of_a_picture_ends_at_the_share_of_requests_that_were_answered() -> None:
     lost = [Record(0, 0.0, 8, 11, error="lost") for _ in range(NUM // 3)]
     single = replace(records(1.0)[0], num_tokens=1)
