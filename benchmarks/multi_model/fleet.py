@@ -176,8 +176,8 @@ class Fleet:
 
         return TakingTurns(fall_asleep, wake_up, awake=self._awake)
 
-    def activations(self) -> int | None:
-        """Return how often weights came back so far, or None where they never go."""
+    def activations(self) -> tuple[int, float] | None:
+        """Return how often weights came back so far, and the seconds; None where they never go."""
         return None
 
     @property

@@ -120,10 +120,10 @@ class GatewayFleet(Fleet):
         """Return nothing: the engines' own addresses are the gateway's alone."""
         return [None] * len(self.members)
 
-    def activations(self) -> int:
-        """Return how often weights came back so far, of all models."""
-        rows = self._gateway.instances().values()
-        return sum(row.activations.num for row in rows)
+    def activations(self) -> tuple[int, float]:
+        """Return how often weights came back so far, of all models, and what that took."""
+        found = [row.activations for row in self._gateway.instances().values()]
+        return sum(each.num for each in found), sum(each.seconds for each in found)
 
     def _resident_bytes(self) -> list[int]:
         rows: dict[str, Any] = {}

@@ -39,6 +39,7 @@ ROWS = (
     ("energy", ("joules",), "kJ", 1e3),
     ("turns", ("num_turns",), "", 1.0),
     ("weights came back", ("num_activations",), "", 1.0),
+    ("that took, together", ("activation_seconds",), "s", 1.0),
     ("loaded from host tiers", ("loaded_bytes",), "GiB", 2.0**30),
     ("device in use before", ("idle_device_bytes",), "GiB", 2.0**30),
     ("device in use after", ("after_device_bytes",), "GiB", 2.0**30),

@@ -68,25 +68,26 @@ def play_alone(
         workload: Everybody's schedule.
         models: Those of this kind and shape.
         progress: Where it is shown.
-        num_played: How many of the models are replayed, the first ones; in turn they stand for the
-            others. None replays all.
+        num_played: How many of the models are replayed, the first ones that anybody asks; in turn
+            they stand for the others. None replays all.
     """
-    shown = models[:num_played]
+    asked = [model for model in models if workload.of_model(model).requests]
+    shown = asked[:num_played]
     records: list[Record] = []
     known: dict[tuple[Any, ...], list[Record]] = {}
     for model in shown:
         own = workload.of_model(model)
         moved = closed_up(own.requests)
-        if moved and moved not in known:
+        if moved not in known:
             with bar(progress, ALONE, own) as on_done:
                 alone = replace(own, requests=moved)
                 known[moved] = asyncio.run(
                     replay(alone, fleet.targets[:1], seed=model, on_done=on_done)
                 )
             time.sleep(QUIET_SECONDS)
-        records += [replace(record, model=model) for record in known.get(moved, [])]
+        records += [replace(record, model=model) for record in known[moved]]
     played = list(records)
-    for model, stand_in in zip(models[len(shown) :], itertools.cycle(shown)):
+    for model, stand_in in zip(asked[len(shown) :], itertools.cycle(shown)):
         own_records = [record for record in played if record.model == stand_in]
         records += [replace(record, model=model) for record in own_records]
     return records

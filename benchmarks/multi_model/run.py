@@ -155,7 +155,7 @@ class Run:
         joules = gpu.joules() if gpu else None
         gate = fleet.gate()
         idle_bytes = gpu.used_bytes() if gpu else None
-        activations = fleet.activations()
+        num_before, seconds_before = fleet.activations() or (None, None)
         fleet.share_out()
         before, loaded = fleet.num_preemptions(), fleet.loaded_bytes()
         ended = files.with_name(f"{files.name}-ended.csv")
@@ -175,11 +175,13 @@ class Run:
         write_records(files.with_name(f"{files.name}.csv"), records)
         samples.write(files.with_name(f"{files.name}-memory.csv"))
         spent = gpu.joules() if gpu else None
+        num_activations, activation_seconds = fleet.activations() or (None, None)
         facts = {
             "settings": self._settings(),
             "joules": None if spent is None or joules is None else spent - joules,
             "num_turns": gate.num_turns if gate else None,
-            "num_activations": since(activations, fleet.activations()),
+            "num_activations": since(num_before, num_activations),
+            "activation_seconds": since(seconds_before, activation_seconds),
             "loaded_bytes": since(loaded, fleet.loaded_bytes()),
             "idle_device_bytes": idle_bytes,
             "after_device_bytes": gpu.used_bytes() if gpu else None,
@@ -191,8 +193,8 @@ class Run:
         time.sleep(QUIET_SECONDS)
 
 
-def since(before: int | None, now: int | None) -> int | None:
-    """Return how much a count has grown, or None where nobody counts."""
+def since(before: float | None, now: float | None) -> float | None:
+    """Return how much a sum has grown, or None where nobody counts."""
     return None if before is None or now is None else now - before
 
 

@@ -64,6 +64,14 @@ def test_the_first_models_stand_in_turn_for_those_that_are_not_replayed(played: 
     assert len(found) == len(WORKLOAD.requests)
 
 
+def test_a_model_that_nobody_asks_stands_for_none(played: list[int]) -> None:
+    asked = tuple(each for each in WORKLOAD.requests if each.model not in {1, 4})
+    workload = Workload("asked", 5, asked)
+    found = play_alone(FLEET, workload, [0, 1, 2, 3, 4], Progress(disable=True), 2)
+    assert played == [10, 12]
+    assert lengths_by_model(found) == {0: {10}, 2: {12}, 3: {10}}
+
+
 def test_only_time_in_which_nothing_is_answered_is_left_out() -> None:
     # The second comes while the first is answered, the third long after both, the last with it.
     asked = [Request(at, 3, 10, num_out) for at, num_out in ((7.0, 200), (8.0, 10), (50.0, 5))]
