@@ -185,6 +185,26 @@ async def test_nobody_pinned_or_of_a_higher_priority_holds_back_and_it_is_said_w
 
 
 @simulated_in
+async def test_one_that_holds_back_while_requests_wait_for_it_is_not_idle(folder: Path) -> None:
+    world, leases = await two_busy(folder)
+    world.more["a"]["idle_limit_seconds"] = 5.0
+    world.fleet.reload(world.settings())
+    asked = world.ask("c")
+    await look_on(world, TURN + 2)
+    waiting = world.ask("a")
+    leases.pop("a").end(Ending.DONE)
+    await look_on(world, TURN)
+    assert world["c"].state is State.STARTING
+    assert world.controller.held("a")
+    assert world["a"].state is State.WARM
+    waiting.cancel()
+    await look_on(world, 1)
+    assert stopped(world) == ["a"]
+    asked.cancel()
+    await close(world, *leases.values())
+
+
+@simulated_in
 async def test_nobody_holds_back_that_could_not_be_stopped_then(folder: Path) -> None:
     world = World(folder, dict.fromkeys("abc", STAYS))
     await world.down("c")

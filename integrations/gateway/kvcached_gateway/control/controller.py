@@ -244,7 +244,7 @@ class Controller:
 
     def _end_idle(self, model: Model, now: float) -> None:
         limit = model.settings.idle_limit_seconds
-        is_idle = model.state in {State.WARM, State.YIELDED}
+        is_idle = model.state in {State.WARM, State.YIELDED} and not self.demands.waiting(model.id)
         if limit is None or not is_idle or self.is_pinned(model) or now - model.last_used < limit:
             return
         reason = f"it had no request for {now - model.last_used:.0f} s; its idle_limit is {limit:g}"
