@@ -69,9 +69,15 @@ class ControllerMachine(RuleBasedStateMachine):
         if after is State.STARTING:
             self.began[model.id] = now
             self._see_start(model)
+        is_asked = self.world.line.waiting(model.id)
+        if after is State.DRAINING and "idle_limit" in reason and is_asked:
+            self.wrong.append(f"requests wait for {model.id}")
         if after is not State.DRAINING or "needs its memory" not in reason:
             return
-        is_for_start = self.world[reason.split("'")[1]].state not in UP
+        other = reason.split("'")[1]
+        is_for_start = self.world[other].state not in UP
+        if is_for_start and is_asked and model.id not in self._held_for(other):
+            self.wrong.append(f"requests wait for {model.id}, and it did not hold back")
         if is_for_start and (before is State.BUSY or model.num_leases):
             self.wrong.append(f"{model.id} was busy")
         if model.settings.pin:
@@ -80,6 +86,11 @@ class ControllerMachine(RuleBasedStateMachine):
             self.wrong.append(f"{model.id} was young")
         if now - self.began[model.id] < STARTS_APART_SECONDS:
             self.wrong.append(f"{model.id} could start twice in a minute")
+
+    def _held_for(self, name: str) -> tuple[str, ...]:
+        """Return who holds back for a model whose requests wait."""
+        turn = self.world.controller._holds.turn(name)
+        return turn.held if self.world.line.waiting(name) else ()
 
     def _see_start(self, model: Model) -> None:
         """Whoever starts beside other starts fits with all that is known of them."""
@@ -220,10 +231,8 @@ class ControllerMachine(RuleBasedStateMachine):
                     self.tick()
                 if self.held:
                     break
-                if self.waiting and not self.world.waits_for(name):
-                    self.tick()  # one that went down in this look is considered in the next one
-                    is_served = self.held or self.world.engines.coming
-                    assert is_served or self.world.waits_for(name)
+                if self.waiting:
+                    assert self.world.waits_for(name)
                 self.run(asyncio.sleep(45))
             assert self.held, (name, self.world.states, self.world.waits_for(name))
             self.held.pop().end(Ending.DONE)

@@ -205,6 +205,27 @@ async def test_one_that_holds_back_while_requests_wait_for_it_is_not_idle(folder
 
 
 @simulated_in
+async def test_one_that_is_asked_is_not_stopped_for_a_start_that_nobody_waits_for_any_more(
+    folder: Path,
+) -> None:
+    world, leases = await two_busy(folder, STAYS, settings={"c": {"max_wait_seconds": 1.5 * TURN}})
+    world.controller.warm("c")  # so that it is wanted without a request, too
+    await look_on(world, 5)
+    asked = world.ask("c")
+    await look_on(world, TURN + 2)
+    waiting = world.ask("a")
+    leases.pop("a").end(Ending.DONE)
+    await asyncio.sleep(OFFER_SECONDS + 0.5)
+    assert world.controller.held("a")
+    asked.cancel()
+    await world.tick()
+    leases["a"] = await waiting
+    assert stopped(world) == []
+    assert "'a' is busy" in world.waits_for("c")
+    await close(world, *leases.values())
+
+
+@simulated_in
 async def test_nobody_holds_back_that_could_not_be_stopped_then(folder: Path) -> None:
     world = World(folder, dict.fromkeys("abc", STAYS))
     await world.down("c")

@@ -214,6 +214,7 @@ class Controller:
             self._end_idle(model, now)
         for want in self._prewarming.wants(machine, now):
             self._starts.want(want)
+        self._turns.look(machine, now)
         self._starts.decide(machine, now, self._moves.place)
         self._relief.decide(machine, now)
         self._turns.decide(machine, now)

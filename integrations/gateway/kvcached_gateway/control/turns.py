@@ -85,6 +85,19 @@ class Turns:
         """Whether a model holds back, or others do for it."""
         return bool(self._holds.held(model_id) or self._holds.turn(model_id).held)
 
+    def look(self, machine: MachineView, now: float) -> None:
+        """Notice who waits, and let models go on that hold back for those that do no more.
+
+        It comes before anybody is stopped: who holds back may be, though requests wait for it.
+
+        Args:
+            machine: What there is.
+            now: The loop's seconds.
+        """
+        before = self._holds.names
+        self._notice(machine, now)
+        self._tell(before)
+
     def decide(self, machine: MachineView, now: float) -> None:
         """Let models hold back for those that have waited, and go on where that is over.
 
@@ -93,7 +106,6 @@ class Turns:
             now: The loop's seconds.
         """
         before = self._holds.names
-        self._look(machine, now)
         taken: set[str] = set()
         for name in sorted(self._waits, key=lambda each: (self._waits[each].since, each)):
             turn = self._turn(self._fleet.models[name], machine, now, taken)
@@ -114,7 +126,7 @@ class Turns:
         for name in before - self._holds.names:
             self.on_end(name)
 
-    def _look(self, machine: MachineView, now: float) -> None:
+    def _notice(self, machine: MachineView, now: float) -> None:
         """Notice who waits, and since when each has its weights."""
         there = {
             model.id: model.view
