@@ -1,6 +1,7 @@
 """Whatever is asked, starts, fails and goes: nobody is stopped in vain, and whoever waits knows."""
 
 import asyncio
+import math
 import shutil
 import tempfile
 from collections.abc import Awaitable
@@ -43,6 +44,7 @@ class ControllerMachine(RuleBasedStateMachine):
         self.held: list[Lease] = []
         self.wrong: list[str] = []
         self.began: dict[str, float] = {}
+        self.ordered: dict[str, float] = {}
         self.run(self._begin())
 
     async def _begin(self) -> None:
@@ -88,9 +90,15 @@ class ControllerMachine(RuleBasedStateMachine):
             self.wrong.append(f"{model.id} could start twice in a minute")
 
     def _held_for(self, name: str) -> tuple[str, ...]:
-        """Return who holds back for a model whose requests wait."""
+        """Return who holds back for a model for which somebody waits."""
         turn = self.world.controller._holds.turn(name)
-        return turn.held if self.world.line.waiting(name) else ()
+        return turn.held if self._is_waited_for(name) else ()
+
+    def _is_waited_for(self, name: str) -> bool:
+        """Whether requests wait for a model, or it was ordered no longer ago than they may."""
+        ordered_seconds = self.loop.time() - self.ordered.get(name, -math.inf)
+        is_ordered = ordered_seconds < self.world[name].settings.max_wait_seconds
+        return is_ordered or bool(self.world.line.waiting(name))
 
     def _see_start(self, model: Model) -> None:
         """Whoever starts beside other starts fits with all that is known of them."""
@@ -135,11 +143,11 @@ class ControllerMachine(RuleBasedStateMachine):
         self._see_turns()
 
     def _see_turns(self) -> None:
-        """Whoever holds back is not pinned, and does it once, for one whose requests wait."""
+        """Whoever holds back is not pinned, and does it once, for one for which somebody waits."""
         held = []
         for waiter, turn in self.world.controller._holds.turns.items():
             held += turn.held
-            if turn.held and not (self.world.line.waiting(waiter) or self.world[waiter].num_leases):
+            if turn.held and not (self._is_waited_for(waiter) or self.world[waiter].num_leases):
                 self.wrong.append(f"{turn.held} hold back for {waiter}, which nobody asks")
         if len(held) > len(set(held)) or "pinned" in held:
             self.wrong.append(f"{held} hold back")
@@ -190,6 +198,7 @@ class ControllerMachine(RuleBasedStateMachine):
     def warm(self, name: str) -> None:
         if self.world[name].state not in UP:
             self.world.controller.warm(name)
+            self.ordered[name] = self.loop.time()
 
     @rule(seconds=st.sampled_from([1.0, 30.0, 200.0]))
     def wait(self, seconds: float) -> None:

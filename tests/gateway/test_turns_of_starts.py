@@ -225,6 +225,78 @@ async def test_one_that_is_asked_is_not_stopped_for_a_start_that_nobody_waits_fo
     await close(world, *leases.values())
 
 
+@pytest.mark.parametrize("who", ["operator", "refused client"])
+def test_a_start_that_was_ordered_has_its_turn_though_no_request_waits(
+    who: str, tmp_path: Path
+) -> None:
+    @simulated_in
+    async def main(folder: Path) -> None:
+        world, leases = await two_busy(folder, STAYS)
+        if who == "operator":
+            world.controller.warm("c")
+        else:
+            world.more["c"]["loading"] = "refuse"
+            world.fleet.reload(world.settings())
+            assert (await refused(world.ask("c"))).code == "model_loading"
+        await look_on(world, TURN + 2)
+        assert HELD in world.controller.held("a")
+        waiting = world.ask("a")
+        leases.pop("a").end(Ending.DONE)
+        await look_on(world, OFFER_SECONDS + 30)
+        assert world.states == {"a": State.COLD, "b": State.BUSY, "c": State.STARTING}
+        assert HELD in world.waits_for("a")  # also while that engine comes to its memory
+        await world.come("c")
+        await look_on(world, 1)
+        assert not world.controller.held("a")
+        waiting.cancel()
+        await close(world, *leases.values())
+
+    main(tmp_path)
+
+
+@simulated_in
+async def test_a_start_that_was_ordered_waits_as_long_as_a_request_would(folder: Path) -> None:
+    world, leases = await two_busy(folder, settings={"c": {"max_wait_seconds": 2.0 * TURN}})
+    for _ in range(2):
+        world.controller.warm("c")
+        await look_on(world, TURN + 2)
+        assert world.controller.held("a")
+        waiting = world.ask("a")
+        await look_on(world, TURN)
+        assert not world.controller.held("a")
+        (await waiting).end(Ending.DONE)
+        await look_on(world, 2 * TURN)
+        assert not any(map(world.controller.held, "ab"))
+    leases.pop("b").end(Ending.DONE)
+    await world.tick()
+    assert world["c"].state is State.STARTING  # it is wanted all the same
+    await close(world, *leases.values())
+
+
+@simulated_in
+async def test_what_was_ordered_is_no_order_of_a_later_start(folder: Path) -> None:
+    world = World(folder, dict.fromkeys("abc", YIELDS))
+    world.controller.warm("c")
+    await world.tick()
+    await world.come("c")
+    await world.tick()
+    world["c"].stop("somebody said so")
+    await world.up_now("a", "b")
+    leases = [await world.ask(name) for name in "ab"]
+    await look_on(world, 2 * TURN)
+    asked = world.ask("c")
+    await look_on(world, TURN + 2)
+    held = [name for name in "ab" if world.controller.held(name)]
+    assert held
+    leases.pop("ab".index(held[0])).end(Ending.DONE)
+    await world.tick()
+    assert world["c"].state is State.STARTING
+    asked.cancel()
+    await world.tick()
+    assert not any(map(world.controller.held, "ab"))
+    await close(world, *leases)
+
+
 @simulated_in
 async def test_nobody_holds_back_that_could_not_be_stopped_then(folder: Path) -> None:
     world = World(folder, dict.fromkeys("abc", STAYS))

@@ -1,9 +1,10 @@
-"""Starts that requests wait for and that find no room: what they lack, and who has it.
+"""Starts that somebody waits for and that find no room: what they lack, and who has it.
 
 What neighbours have that always have requests is never free for a start, and none of these is ever
 idle, so that it could be stopped.
 """
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -46,12 +47,13 @@ class ShortStarts:
         self._demands = demands
         self._had = had
 
-    def waiting(self, machine: MachineView, before: Iterable[str]) -> set[str]:
-        """Return whose requests wait for a start, or for the memory of one that has begun.
+    def waiting(self, machine: MachineView, before: Iterable[str], now: float) -> set[str]:
+        """Return who waits for a start, or for the memory of one that has begun.
 
         Args:
             machine: What there is.
             before: For whom others hold back: only these wait for what has begun.
+            now: The loop's seconds.
         """
         models = self._fleet.models
         wanted = {name for name in self._starts.wants if name in models}
@@ -59,7 +61,7 @@ class ShortStarts:
         return {
             name
             for name in wanted | begun
-            if models[name].state not in UP and self._demands.waiting(name)
+            if models[name].state not in UP and self._is_waited_for(models[name], now)
         }
 
     def is_served(self, model: Model) -> bool:
@@ -128,6 +130,12 @@ class ShortStarts:
             {other.id: given(other, None) for other in others},
             {other.id: given(other, ends.get(other.id)) for other in others},
         ]
+
+    def _is_waited_for(self, model: Model, now: float) -> bool:
+        """Whether requests wait for a model, or it was ordered: that waits as long as a request."""
+        ordered_at = self._starts.orders.get(model.id, -math.inf)
+        is_ordered = now - ordered_at < model.settings.max_wait_seconds
+        return is_ordered or bool(self._demands.waiting(model.id))
 
     def _weights_bytes(
         self, model: Model, view: InstanceView, now: float, *, is_ended: bool

@@ -14,7 +14,7 @@ from kvcached_gateway.control.stops import Stops
 from kvcached_gateway.control.wants import Cause, Lack, Want
 from kvcached_gateway.models.fleet import Fleet
 from kvcached_gateway.models.model import Model
-from kvcached_gateway.state import GONE, State
+from kvcached_gateway.state import GONE, UP, State
 
 __all__ = ["Place", "Starts"]
 
@@ -38,6 +38,7 @@ class Starts:
 
     Attributes:
         lacks: What each start lacks that could not begin at the last look, by its model.
+        orders: When each model was ordered last that is not up yet, by the loop's clock.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Starts:
         self._wants: dict[str, Want] = {}
         self._holds = holds
         self.lacks: dict[str, Lack] = {}
+        self.orders: dict[str, float] = {}
         # For whom each place's memory is, of those that wait for some that is on its way.
         self._claims: dict[str, str] = {}
         self.rooms = Rooms(fleet, sizes)
@@ -67,6 +69,8 @@ class Starts:
 
     def want(self, want: Want) -> None:
         """Want a model up; the cause that counts more stands."""
+        if want.cause is Cause.ORDER:
+            self.orders[want.model_id] = want.since
         old = self._wants.get(want.model_id)
         if old is None:
             self._wants[want.model_id] = want
@@ -95,6 +99,8 @@ class Starts:
         self._stops.givers.forget_gone()
         self._claims.clear()
         self.lacks.clear()
+        there = {name for name, model in self._fleet.models.items() if model.state not in UP}
+        self.orders = {name: at for name, at in self.orders.items() if name in there}
         first = ""
         for want in sorted(self._wants.values(), key=lambda one: one.rank):
             if first:

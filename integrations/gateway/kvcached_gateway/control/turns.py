@@ -135,7 +135,7 @@ class Turns:
         }
         self._had.look(there, now)
         before = [name for name in self._waits if self._holds.turn(name).held]
-        waiting = dict.fromkeys(self._short.waiting(machine, before), True)
+        waiting = dict.fromkeys(self._short.waiting(machine, before, now), True)
         waiting |= dict.fromkeys(self._wakes.waiting(), False)
         for name in list(self._waits):
             if waiting.get(name) is not self._waits[name].is_start:
