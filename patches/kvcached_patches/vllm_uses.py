@@ -208,6 +208,19 @@ _START = (
         is_optional=True,
     ),
     *uses(
+        "after a step that failed vLLM goes on",
+        f"{_CONFIG}.parallel:ParallelConfig.enable_fault_tolerance",
+        is_optional=True,
+    ),
+    *uses(
+        "to tune FlashInfer's kernel for replayed states vLLM uses blocks that nobody has",
+        f"{_CONFIG}.cache:CacheConfig.use_replayssm",
+        f"{_CONFIG}.kernel:KernelConfig.enable_flashinfer_autotune",
+        f"{_CONFIG}.mamba:MambaConfig.backend",
+        *members(f"{_CONFIG}.vllm:VllmConfig", "kernel_config mamba_config"),
+        is_optional=True,
+    ),
+    *uses(
         "HiSparse has block pools of its own, from 0.30 on",
         f"{_CONFIG}.attention:AttentionConfig.hisparse_config",
         is_optional=True,

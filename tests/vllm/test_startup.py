@@ -174,6 +174,7 @@ def test_all_hooks_fit_the_installed_release(
         ({"device_config": SimpleNamespace(device_type="xpu")}, "device xpu: only NVIDIA"),
         ({"parallel_config": parallel(data_parallel_backend="ray")}, "backend ray.*-backend mp"),
         ({"parallel_config": parallel(enable_elastic_ep=True)}, "remove --enable-elastic-ep"),
+        ({"parallel_config": parallel(enable_fault_tolerance=True)}, "remove --enable-fault-tol"),
         ({"parallel_config": parallel(decode_context_parallel_size=4)}, "of 4 .*parallel-size 1"),
         ({"parallel_config": parallel(enable_dbo=True)}, "remove --enable-dbo"),
         ({"parallel_config": parallel(nnodes=2)}, "2 nodes.*--nnodes 1"),
@@ -198,6 +199,35 @@ def test_configurations_that_cannot_be_served_are_named(
     check(obstacles(configuration(parallel_config=parallel(data_parallel_size=2))))
     with pytest.raises(UnsupportedEngineError, match=reason):
         check(obstacles(configuration(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("backend", "autotune", "module", "is_refused"),
+    [
+        ("FLASHINFER", True, "vllm", True),
+        ("FLASHINFER", None, "vllm", True),
+        ("FLASHINFER", False, "vllm", False),
+        ("TRITON", True, "vllm", False),
+        ("FLASHINFER", True, "no_such_module", False),  # a release that does not tune it
+    ],
+)
+def test_replayed_states_are_refused_where_a_kernel_is_tuned_on_blocks_that_nobody_has(
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    autotune: object,
+    module: str,
+    *,
+    is_refused: bool,
+) -> None:
+    monkeypatch.setattr("kvcached_vllm.obstacles._TUNING_MODULE", module)
+    asked = configuration(
+        cache_config=SimpleNamespace(use_replayssm=True),
+        mamba_config=SimpleNamespace(backend=SimpleNamespace(name=backend)),
+        kernel_config=SimpleNamespace(enable_flashinfer_autotune=autotune),
+    )
+    found = list(obstacles(asked))
+    assert len(found) == is_refused
+    assert all("set enable_flashinfer_autotune to false" in reason for reason in found)
 
 
 @pytest.mark.parametrize("layout", ["LHBNC"])

@@ -2,12 +2,16 @@
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 from kvcached_vllm.connectors import connector_obstacles
 
 # vLLM's own variable for how a KV cache lies in memory: L for layers, B for blocks.
 LAYOUT = "VLLM_KV_CACHE_LAYOUT"
+
+# What of newer releases tunes FlashInfer's kernel for states that are replayed.
+_TUNING_MODULE = "vllm.model_executor.warmup.replayssm_warmup"
 
 
 def can_serve(vllm_config: Any) -> bool:
@@ -29,6 +33,11 @@ def obstacles(vllm_config: Any) -> Iterator[str]:
         yield f"data parallel backend {backend}: set --data-parallel-backend mp"
     if getattr(parallel, "enable_elastic_ep", False):
         yield "elastic expert parallelism: ranks come and go; remove --enable-elastic-ep"
+    if getattr(parallel, "enable_fault_tolerance", False):
+        yield (
+            "fault tolerance: vLLM goes on after a step that failed, and nobody knows what of it "
+            "was mapped; remove --enable-fault-tolerance and --fault-tolerance-config"
+        )
     num_parts = getattr(parallel, "decode_context_parallel_size", 1)
     if num_parts != 1:
         yield (
@@ -67,6 +76,19 @@ def _block_obstacles(vllm_config: Any) -> Iterator[str]:
             "adaptive verification: to measure a step it reads blocks that nobody has; set "
             "enable_adaptive_verification to false in --speculative-config"
         )
+    if _tunes_replayed_states(vllm_config):
+        yield (
+            "ReplaySSM by FlashInfer: to tune it vLLM uses states of blocks that nobody has; set "
+            "enable_flashinfer_autotune to false in --kernel-config"
+        )
+
+
+def _tunes_replayed_states(vllm_config: Any) -> bool:
+    if not getattr(getattr(vllm_config, "cache_config", None), "use_replayssm", False):
+        return False
+    is_by_flashinfer = vllm_config.mamba_config.backend.name == "FLASHINFER"
+    is_tuned = vllm_config.kernel_config.enable_flashinfer_autotune is not False
+    return is_by_flashinfer and is_tuned and find_spec(_TUNING_MODULE) is not None
 
 
 def _layout_obstacles() -> Iterator[str]:
