@@ -33,7 +33,6 @@ YIELD = read_config({"KVCACHED_WEIGHTS": "yield"})
 VALUES = {
     "cpu_offload_gb": 4,
     "pp_size": 2,
-    "elastic_ep_backend": "nixl",
     "offload_group_size": 2,
     "startup_weight_load_mode": "overlap",
     "weight_cache_mode": "client",

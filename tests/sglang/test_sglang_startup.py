@@ -180,6 +180,7 @@ MIX = {"is_hybrid_swa": True, "attention_backend": "fa3"}
         {"attn_dp_size": 1, "dwdp_size": 1, "enable_dp_attention": True},
         {"dp_size": 2},
         {"attn_dp_size": 2},
+        {"attn_dp_size": 2, "elastic_ep_backend": "none"},
         {"attn_dp_size": 2, "speculative_algorithm": "EAGLE3", **OFFLOADING},
         {"attn_dp_size": 1, "dp_size": 2, "enable_dp_attention": True},
         {"pp_size": 2},
@@ -235,6 +236,10 @@ def test_plain_models_mixes_and_hybrids_are_served(
             "sliding windows or states: nobody has tried it; set --attn-dp",
         ),
         ({"dwdp_size": 2}, "set --dwdp-size 1"),
+        (
+            {"attn_dp_size": 2, "elastic_ep_backend": "mooncake"},
+            "ranks come and go; remove --elastic-ep-backend",
+        ),
         (
             {"dp_size": 2, "enable_dp_attention": True},
             "nobody has tried it with this release; install SGLang 0.5.23, or remove",

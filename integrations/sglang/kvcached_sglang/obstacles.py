@@ -80,10 +80,6 @@ YES = ("true", "1", "yes", "y")
 WEIGHT_OBSTACLES = {
     "pp_size": (1, "stages would wait for each other; set --pp-size 1"),
     "enable_eplb": (False, "experts are moved between ranks; remove --enable-eplb"),
-    "elastic_ep_backend": (
-        None,
-        "experts are moved between ranks; remove --elastic-ep-backend",
-    ),
     "cpu_offload_gb": (0, "SGLang offloads layers itself; remove --cpu-offload-gb"),
     "offload_group_size": (-1, "SGLang offloads layers itself; remove --offload-group-size"),
     "enable_paged_experts": (

@@ -83,6 +83,8 @@ def parallel_obstacles(arguments: Any) -> Iterator[str]:
     Args:
         arguments: What was parsed, or a `ServerArgs`.
     """
+    if getattr(arguments, "elastic_ep_backend", None) not in (None, "none"):
+        yield "elastic expert parallelism: ranks come and go; remove --elastic-ep-backend"
     if getattr(arguments, "enable_memory_saver", False):
         for setting, kind in _kinds(arguments):
             yield f"{kind} with --enable-memory-saver: nobody has tried it; set {setting} 1"
