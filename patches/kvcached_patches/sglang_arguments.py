@@ -30,7 +30,7 @@ ARGUMENTS = (
     ),
     *_arguments("device:Device", "device random_seed sleep_on_idle"),
     *_arguments("device:Device", "use_ray", is_optional=True),
-    *_arguments("disagg:Disagg", "disaggregation_mode"),
+    *_arguments("disagg:Disagg", "disaggregation_mode encoder_only"),
     *_arguments("disagg:Disagg", "enable_pdmux", is_optional=True),
     *_arguments("exec_:ExecDllm", "dllm_algorithm"),
     *_arguments("exec_:ExecFeatures", "enable_memory_saver enable_weights_cpu_backup"),

@@ -114,6 +114,16 @@ def test_a_refused_flag_of_sglangs_ends_the_start_with_one_message(model: Any) -
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("switch", ["0", "1", "auto"])
+def test_a_server_that_only_encodes_says_once_that_nothing_of_it_is_elastic(
+    model: Any, switch: str
+) -> None:
+    encoder = ("--model-path", str(model), "--device", "cpu", "--encoder-only")
+    done = run(PARSE_ONLY, *encoder, ENABLE_KVCACHED=switch)
+    num_said = done.stderr.count("nothing of this server is elastic: it only encodes")
+    assert num_said == (switch != "0")
+
+
 @pytest.mark.parametrize("switch", ["1", "auto"])
 def test_the_variable_patches_as_the_flag_does(model: Any, switch: str) -> None:
     done = run(PARSE, "--model-path", str(model), "--device", "cpu", ENABLE_KVCACHED=switch)

@@ -6,6 +6,11 @@ from typing import Any
 from kvcached_core.engine.flags import add_flags, take_flags
 from kvcached_sglang.startup import check_arguments, startup
 
+ENCODES_ONLY = (
+    "kvcached: nothing of this server is elastic: it only encodes (--encoder-only) and has no KV "
+    "cache; its weights stay, and no ledger counts its memory"
+)
+
 
 def server_args_add_cli_args(original: Any) -> Any:
     """Wrap `ServerArgs.add_cli_args`, a static method."""
@@ -38,3 +43,5 @@ def take(arguments: argparse.Namespace) -> None:
     take_flags(arguments)
     startup.start()
     check_arguments(arguments)
+    if startup.is_on and getattr(arguments, "encoder_only", False):
+        startup.logger.warning(ENCODES_ONLY)
