@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from kvcached_core.config import CUDA, Config, WeightsMode
@@ -23,6 +23,8 @@ from kvcached_core.weights.shelf import Shelf
 
 logger = logging.getLogger("kvcached")
 
+# What torch's allocator is set up by: the first one that is set counts.
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 # Graphs may live, and allocate, as long as the process.
 _pools: list[TorchPool] = []
 
@@ -112,4 +114,15 @@ def make_annex(device: Any, config: Config, model: str) -> OwnAnnex | None:
     """
     if config.buffers is not WeightsMode.YIELD:
         return None
+    if device.type == CUDA and _has_expandable_segments(os.environ):
+        logger.warning(
+            "kvcached: buffers and CUDA graphs stay: with expandable segments torch captures none "
+            "in memory of others; remove expandable_segments from PYTORCH_ALLOC_CONF"
+        )
+        return None
     return OwnAnnex(device, config, f"{short_name(model)}'s buffers")
+
+
+def _has_expandable_segments(environ: Mapping[str, str]) -> bool:
+    settings = next((environ[name] for name in _ALLOCATOR_SETTINGS if environ.get(name)), "")
+    return "expandable_segments:true" in settings.replace(" ", "").lower().split(",")

@@ -44,6 +44,40 @@ def test_buffers_stay_unless_the_settings_say_otherwise(tmp_path: Path) -> None:
     assert make_annex(CPU, Config(dir=tmp_path), "models/llama") is None
 
 
+@pytest.mark.parametrize(
+    ("allocator", "stays"),
+    [
+        ({}, False),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64, expandable_segments:True"}, True),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, False),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:true"}, True),
+        (
+            {
+                "PYTORCH_ALLOC_CONF": "max_split_size_mb:64",
+                "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+            },
+            False,
+        ),
+    ],
+)
+def test_on_a_gpu_buffers_stay_where_torch_takes_no_memory_of_others(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    allocator: dict[str, str],
+    *,
+    stays: bool,
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in allocator.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("kvcached_core.weights.own_annex.OwnAnnex", lambda *_: "an annex")
+    annex = make_annex(torch.device("cuda"), settings(tmp_path), "models/llama")
+    assert annex == (None if stays else "an annex")
+    assert caplog.text.count("remove expandable_segments from PYTORCH_ALLOC_CONF") == stays
+
+
 def test_on_a_host_there_are_no_graphs(tmp_path: Path) -> None:
     assert made(settings(tmp_path)).graph_pool is None
 
