@@ -31,10 +31,12 @@ class Form:
 
 STAGES = Form("--pp-size")
 UNLIKE_STAGES = Form("--pp-size", {"SGLANG_PP_LAYER_PARTITION": "1,3"})
+# SGLang 0.5.15 alone counts cores of stages otherwise: it ends at once where both are told theirs.
+OF_STAGES = (pytest.mark.every_release, pytest.mark.newest_release)
 FORMS = [
     pytest.param(Form("--tp-size"), id="ranks"),
-    pytest.param(STAGES, id="stages", marks=pytest.mark.every_release),
-    pytest.param(UNLIKE_STAGES, id="stages of 1 and 3 layers", marks=pytest.mark.every_release),
+    pytest.param(STAGES, id="stages", marks=OF_STAGES),
+    pytest.param(UNLIKE_STAGES, id="stages of 1 and 3 layers", marks=OF_STAGES),
 ]
 
 
