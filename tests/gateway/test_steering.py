@@ -122,6 +122,54 @@ async def test_verbs_do_what_they_say_and_refuse_what_makes_no_sense(folder: Pat
 
 
 @simulated_in
+async def test_a_stop_takes_back_an_order_and_no_request_that_waits(folder: Path) -> None:
+    world = World(folder, dict.fromkeys("ab", Takes(residue=60.0)))
+    await world.down("b")
+    gateway = steered(world, folder)
+    await world.up_now("a")
+    held = await world.ask("a")
+    await gateway.steer("b", "warm")
+    await world.tick()
+    assert "'a' is busy" in world.waits_for("b")
+    await gateway.steer("b", "stop")
+    assert world.waits_for("b") == ""
+    held.end(Ending.DONE)
+    await world.tick()
+    await world.tick()
+    assert world.states == {"a": State.WARM, "b": State.COLD}
+    held = await world.ask("a")
+    asked = world.ask("b")
+    await world.settle()
+    await gateway.steer("b", "warm")
+    await gateway.steer("b", "stop")
+    await world.tick()
+    assert "'a' is busy" in world.waits_for("b")
+    asked.cancel()
+    held.end(Ending.DONE)
+    await world.close()
+
+
+@simulated_in
+async def test_who_is_refused_after_a_stop_has_the_model_started_anew(folder: Path) -> None:
+    world = World(folder, dict.fromkeys("ab", Takes(residue=60.0)))
+    await world.down("b")
+    gateway = steered(world, folder)
+    world.more["b"]["loading"] = "refuse"
+    world.fleet.reload(world.settings())
+    await world.up_now("a")
+    held = await world.ask("a")
+    assert (await refused(world.ask("b"))).code == "model_loading"
+    await world.tick()
+    await gateway.steer("b", "stop")
+    assert world.waits_for("b") == ""
+    assert (await refused(world.ask("b"))).code == "model_loading"
+    await world.tick()
+    assert "'a' is busy" in world.waits_for("b")
+    held.end(Ending.DONE)
+    await world.close()
+
+
+@simulated_in
 async def test_to_drain_is_to_take_nothing_new_and_to_end(folder: Path) -> None:
     world = World(folder, {"a": Takes()})
     gateway = steered(world, folder)

@@ -138,6 +138,11 @@ class Controller:
         else:
             self._want(model_id, Cause.ORDER, "somebody said so")
 
+    def stop(self, model_id: str) -> None:
+        """End a model's engine, because somebody said so; who ordered its start does no more."""
+        self._starts.take_back(model_id)
+        self._fleet.models[model_id].stop("somebody said so")
+
     def pin(self, model_id: str, *, is_pinned: bool) -> None:
         """Never stop a model for another one, or do, whatever the file says."""
         self._pinned[model_id] = is_pinned
@@ -200,12 +205,7 @@ class Controller:
                 _log.warning("%s", text)
 
     def tick(self, machine: MachineView, now: float) -> None:
-        """Decide once.
-
-        Args:
-            machine: What there is.
-            now: The loop's seconds.
-        """
+        """Decide once, by what there is and the loop's seconds."""
         self.machine = machine
         self._sizes.learn_others(machine)
         self.demands.look(now)
@@ -287,9 +287,8 @@ class Controller:
             lines.append(self.blindness)
         if model.state in UP:
             going = self._stops.next_to_go(now)
-            first = (
-                "it" if going.victims[:1] == (model_id,) else next(iter(going.victims), "nobody")
-            )
+            first = next(iter(going.victims), "nobody")
+            first = "it" if first == model_id else first
             why = f"; it {going.stays[model_id]}" if model_id in going.stays else ""
             lines.append(f"who would be stopped first for another model: {first}{why}")
         lines += [

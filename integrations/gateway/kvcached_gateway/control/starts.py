@@ -85,6 +85,15 @@ class Starts:
         self._stops.givers.forget(model_id)
         self._decisions.forget_wait(model_id)
 
+    def take_back(self, model_id: str) -> None:
+        """Want a model for the requests that wait for it alone, or no longer where none does."""
+        self.orders.pop(model_id, None)
+        want = self._wants.get(model_id)
+        if want and self._demands.waiting(model_id):
+            self._wants[model_id] = replace(want, cause=Cause.REQUEST)
+        elif want:
+            self.forget(model_id)
+
     def decide(self, machine: MachineView, now: float, place: Place) -> None:
         """Start one model, or stop those that have to go for one; the next look tells what is left.
 

@@ -129,7 +129,8 @@ class Gateway:
             case "sleep":
                 return await self._sleep(model)
             case "stop":
-                model.stop("somebody said so")
+                self._controller.stop(model_id)
+                self._line.changed(model_id)
                 return f"{model_id} ends when its {model.num_leases} requests are done"
             case _:
                 self._controller.pin(model_id, is_pinned=verb == "pin")

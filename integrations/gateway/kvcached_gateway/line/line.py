@@ -235,6 +235,7 @@ class Line:
         """Notice how far a model is, and have it started for those who wait."""
         if model.readiness is Readiness.COLD:
             queue.coming_at = None
+            queue.is_wanted = queue.is_wanted and bool(queue)  # whoever comes next says it anew
             if queue:
                 self._want(queue, model)
             return
