@@ -71,12 +71,13 @@ def play_alone(
         num_played: How many of the models are replayed, the first ones that anybody asks; in turn
             they stand for the others. None replays all.
     """
-    asked = [model for model in models if workload.of_model(model).requests]
+    of_each = {model: workload.of_model(model) for model in models}
+    asked = [model for model, own in of_each.items() if own.requests]
     shown = asked[:num_played]
     records: list[Record] = []
     known: dict[tuple[Any, ...], list[Record]] = {}
     for model in shown:
-        own = workload.of_model(model)
+        own = of_each[model]
         moved = closed_up(own.requests)
         if moved not in known:
             with bar(progress, ALONE, own) as on_done:

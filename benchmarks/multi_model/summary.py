@@ -106,11 +106,13 @@ def _levels_of_another(
 
     Where all models have one shape, one that runs alone does not know how many there are.
     """
-    (shape, *others) = set(fact.get("weights_bytes", [])) or {None}
+    shapes = set(fact.get("weights_bytes", []))
+    if len(shapes) != 1:
+        return None, ""
     for key, other in workloads.items():
         alone = folder / ALONE / f"{key}.csv"
-        is_like = other["name"] == fact["name"] and set(other.get("weights_bytes", [])) == {shape}
-        if is_like and not others and alone.exists():
+        is_like = other["name"] == fact["name"] and set(other.get("weights_bytes", [])) == shapes
+        if is_like and alone.exists():
             return [metrics.level(read_records(alone))] * fact["num_models"], key
     return None, ""
 

@@ -17,7 +17,7 @@ from kvcached_gateway.admin.events import Events
 from kvcached_gateway.control.machine import HOST_MEMORY
 from kvcached_gateway.control.steering import Gateway
 from kvcached_gateway.errors import RefusedVerbError
-from kvcached_gateway.lease import Ending
+from kvcached_gateway.lease import Ending, Lease
 from kvcached_gateway.settings.config import KvSettings, Settings
 from kvcached_gateway.state import State
 
@@ -27,6 +27,14 @@ ADAPTER = {"model": None, "environment": None, "adapter_of": "a", "path": "/adap
 
 def steered(world: World, folder: Path) -> Gateway:
     return Gateway(world.fleet, world.line, world.controller, folder, world.settings, Events())
+
+
+async def beside_a_busy_one(folder: Path) -> tuple[World, Gateway, Lease]:
+    """Return a world in which `a` is busy, and has the room that `b` would start in."""
+    world = World(folder, dict.fromkeys("ab", Takes(residue=60.0)))
+    await world.down("b")
+    await world.up_now("a")
+    return world, steered(world, folder), await world.ask("a")
 
 
 @simulated_in
@@ -123,11 +131,7 @@ async def test_verbs_do_what_they_say_and_refuse_what_makes_no_sense(folder: Pat
 
 @simulated_in
 async def test_a_stop_takes_back_an_order_and_no_request_that_waits(folder: Path) -> None:
-    world = World(folder, dict.fromkeys("ab", Takes(residue=60.0)))
-    await world.down("b")
-    gateway = steered(world, folder)
-    await world.up_now("a")
-    held = await world.ask("a")
+    world, gateway, held = await beside_a_busy_one(folder)
     await gateway.steer("b", "warm")
     await world.tick()
     assert "'a' is busy" in world.waits_for("b")
@@ -151,13 +155,9 @@ async def test_a_stop_takes_back_an_order_and_no_request_that_waits(folder: Path
 
 @simulated_in
 async def test_who_is_refused_after_a_stop_has_the_model_started_anew(folder: Path) -> None:
-    world = World(folder, dict.fromkeys("ab", Takes(residue=60.0)))
-    await world.down("b")
-    gateway = steered(world, folder)
+    world, gateway, held = await beside_a_busy_one(folder)
     world.more["b"]["loading"] = "refuse"
     world.fleet.reload(world.settings())
-    await world.up_now("a")
-    held = await world.ask("a")
     assert (await refused(world.ask("b"))).code == "model_loading"
     await world.tick()
     await gateway.steer("b", "stop")
