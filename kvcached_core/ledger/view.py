@@ -18,9 +18,10 @@ from kvcached_core.ledger.file import (
 from kvcached_core.ledger.policy import Policy
 from kvcached_core.ledger.times import NO_CALLS, CallTimes
 
-# A writer is done in some microseconds. One that was stopped, or ended in the middle, is not waited
-# for: what it wrote so far is what there is.
-_NUM_TRIES = 40
+# A writer is done in some microseconds, and others may follow at once: as long as they go on, no
+# copy is like the one before. One that was stopped, or ended in the middle, is not waited for: what
+# it wrote so far is what there is.
+_NUM_SAME_COPIES = 40
 _PAUSE_SECONDS = 5e-5
 
 
@@ -214,8 +215,9 @@ def read_rows(fd: int) -> tuple[Header, list[Row]] | None:
 
     It takes no lock, so it holds nobody up, and nobody it: `None` is a file that was cut off.
     """
-    for _ in range(_NUM_TRIES):
-        copy = os.pread(fd, FILE_BYTES, 0)
+    copy, num_same = b"", 0
+    while num_same < _NUM_SAME_COPIES:
+        before, copy = copy, os.pread(fd, FILE_BYTES, 0)
         if len(copy) < FILE_BYTES:
             return None
         words = memoryview(copy).cast("q")
@@ -225,6 +227,7 @@ def read_rows(fd: int) -> tuple[Header, list[Row]] | None:
             and os.pread(fd, 8, 8 * SEQUENCE) == copy[8 * SEQUENCE : 8 * SEQUENCE + 8]
         ):
             break
+        num_same = num_same + 1 if copy == before else 0
         time.sleep(_PAUSE_SECONDS)
     header = Header(words)
     num_rows = min(max(header.num_rows, 0), NUM_ROWS)

@@ -357,6 +357,27 @@ def test_a_reader_that_copied_while_somebody_wrote_copies_again(
         assert only(reader).used_bytes == 4 * PAGE
 
 
+def test_a_reader_copies_as_long_as_others_go_on_writing(
+    ledger: Ledger, row: RowKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, pread = ledger._rows[row.number], os.pread
+    sizes = iter(range(200))
+
+    def change_behind(fd: int, num_bytes: int, offset: int) -> bytes:
+        if num_bytes > 8 and (size := next(sizes, None)) is not None:
+            ledger._words[SEQUENCE] = -1
+            written.used_bytes = size
+            copy = pread(fd, num_bytes, offset)
+            written.used_bytes = PAGE
+            ledger._words[SEQUENCE] = size
+            return copy
+        return pread(fd, num_bytes, offset)
+
+    with Ledger(ledger.path) as reader:
+        monkeypatch.setattr("os.pread", change_behind)
+        assert only(reader).used_bytes == PAGE
+
+
 def test_who_comes_next_heals_the_rows_of_others(
     ledger: Ledger, row: RowKey, holder: StoppedHolder
 ) -> None:
