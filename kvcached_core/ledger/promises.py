@@ -182,18 +182,23 @@ class LedgerPromises(LedgerEntry):
 
         That is what is free, less the promises and static needs of all, its own need aside, and
         less what the others' floors keep. For who wakes, what others have announced that wake later
-        is free. It takes no lock.
+        is free, unless the lock is held for too long.
 
         Raises:
             LedgerError: If the instance has left.
         """
-        device_free_bytes = self._device_free_bytes and self._device_free_bytes()
-        base = self._look(row)
-        if base is None:
-            return 0
-        words, rows = self._words, self._rows
-        found = free_bytes(words, rows, base, device_free_bytes)
-        return found + younger_bytes(words, rows, base)
+        device = None if self._device_free_bytes is None else self._ask_device()
+        try:
+            is_locked = self._enter()
+            if not is_locked and not self._is_intact():
+                return 0
+            base, words, rows = self._base(row), self._words, self._rows
+            device_free_bytes = None if device is None else self._still_free_bytes(*device)
+            found = free_bytes(words, rows, base, device_free_bytes)
+            # What is announced between the two sums would count as free, though others hold it.
+            return found + younger_bytes(words, rows, base) if is_locked else found
+        finally:
+            self._exit()
 
     def room_bytes(self, row: RowKey) -> int:
         """Return what a request that waits would be promised now, in bytes.

@@ -87,7 +87,7 @@ def test_a_scheduler_goes_on_and_is_promised_nothing(
     assert ledger.promise(row, PAGE, PAGE) == 0
     assert ledger.ask_peers(row, PAGE) == []
     assert ledger.wanted(row).asked_bytes == 3 * PAGE
-    assert ledger.room_bytes(row) == GIB - 8 * PAGE
+    assert ledger.room_bytes(row) == ledger.free_bytes(row) == GIB - 8 * PAGE
     assert ledger.num_notices(row) == 1
     holder.end()
     assert ledger.promise(row, PAGE, PAGE) == PAGE

@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.waiting import await_that
 
 from kvcached_core.ledger.file import ALLOCATED, RowKey
 from kvcached_core.ledger.ledger import Ledger
 from kvcached_core.ledger.opening import ledger_directory
 from kvcached_core.ledger.policy import Policy
+from kvcached_core.ledger.room import free_bytes
 from kvcached_core.ledger.view import InstanceView
 from kvcached_core.ledger.weights import WeightsWish
 from kvcached_core.units import MIB
@@ -102,6 +104,27 @@ def test_the_first_to_wake_counts_as_free_what_later_ones_wait_for(ledger: Ledge
     ledger.announce(second, 20 * PAGE, is_waking=True)  # again: it keeps its place
     assert ledger.is_first_waker(second)
     assert ledger.promise(second, CAPACITY, PAGE) == 64 * PAGE - 50 * PAGE  # KV comes after both
+
+
+def test_what_is_announced_while_the_first_to_wake_counts_is_not_free_for_it(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, other = join(ledger, "a", needed=30), join(ledger, "b")
+    hold(ledger, other, used=40)
+    ledger.announce(first, 30 * PAGE, is_waking=True)
+    with Ledger(ledger.path) as neighbour:
+        second = join(neighbour, "c", needed=30)
+
+        def announce_behind(*arguments: object, **named: object) -> int:
+            found: int = free_bytes(*arguments, **named)  # type: ignore[arg-type]
+            neighbour.announce(second, 30 * PAGE, is_waking=True)
+            return found
+
+        monkeypatch.setattr("kvcached_core.ledger.promises.free_bytes", announce_behind)
+        assert free(ledger, first) == 24
+        monkeypatch.undo()
+        await_that(lambda: neighbour.free_bytes(second) < 0)
+        assert free(ledger, first) == 24
 
 
 def test_who_gives_weights_while_it_waits_for_more_keeps_its_place(ledger: Ledger) -> None:
