@@ -19,10 +19,10 @@ from kvcached_core.ledger.policy import Policy
 from kvcached_core.ledger.times import NO_CALLS, CallTimes
 
 # A writer is done in some microseconds, and others may follow at once: as long as they go on, no
-# copy is like the one before. One that was stopped, or ended in the middle, is not waited for: what
-# it wrote so far is what there is.
-_NUM_SAME_COPIES = 40
-_PAUSE_SECONDS = 5e-5
+# copy is like the one before. One that goes no further for longer than it may lack a core on a busy
+# machine was stopped, or ended in the middle: what it wrote so far is what there is.
+_STOPPED_SECONDS = 0.1
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 5e-5, 1e-3
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,8 @@ def read_rows(fd: int) -> tuple[Header, list[Row]] | None:
 
     It takes no lock, so it holds nobody up, and nobody it: `None` is a file that was cut off.
     """
-    copy, num_same = b"", 0
-    while num_same < _NUM_SAME_COPIES:
+    copy, stopped_at, pause = b"", 0.0, _FIRST_PAUSE_SECONDS
+    while True:
         before, copy = copy, os.pread(fd, FILE_BYTES, 0)
         if len(copy) < FILE_BYTES:
             return None
@@ -227,8 +227,13 @@ def read_rows(fd: int) -> tuple[Header, list[Row]] | None:
             and os.pread(fd, 8, 8 * SEQUENCE) == copy[8 * SEQUENCE : 8 * SEQUENCE + 8]
         ):
             break
-        num_same = num_same + 1 if copy == before else 0
-        time.sleep(_PAUSE_SECONDS)
+        now = time.monotonic()
+        if copy != before:
+            stopped_at, pause = now + _STOPPED_SECONDS, _FIRST_PAUSE_SECONDS
+        elif now >= stopped_at:
+            break
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
     header = Header(words)
     num_rows = min(max(header.num_rows, 0), NUM_ROWS)
     rows = [Row(words, index) for index in range(num_rows)]
