@@ -15,6 +15,7 @@ import mmap
 import os
 import threading
 from collections import Counter, deque
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from cuda.bindings import driver as real
@@ -73,12 +74,13 @@ class FakeDriver:
         self._copies: dict[int, deque[tuple[int, int, int]]] = {}  # to, from and bytes, by stream
         self._num_copied: Counter[int] = Counter()
         self.registered: dict[int, int] = {}
-        self._numbers = 0
+        self._numbers = count(1)  # two threads never have the same one
 
     @property
     def created_bytes(self) -> int:
         """Bytes of all handles that are not released; those of other devices do not count."""
-        return sum(size for handle, size in self._handles.items() if handle not in self._imported)
+        handles = list(self._handles.items())  # other threads make and release some meanwhile
+        return sum(size for handle, size in handles if handle not in self._imported)
 
     @property
     def num_imported(self) -> int:
@@ -89,8 +91,8 @@ class FakeDriver:
     def mapped_bytes(self) -> int:
         """Bytes of all handles of this device that are mapped."""
         return sum(
-            self._handles[handle]
-            for handle in self._mapped.values()
+            self._handles.get(handle, 0)
+            for handle in list(self._mapped.values())
             if handle not in self._imported
         )
 
@@ -174,12 +176,12 @@ class FakeDriver:
             return (Result.CUDA_ERROR_INVALID_VALUE, None)
         if self.created_bytes + num_bytes > self.capacity_bytes:
             return (Result.CUDA_ERROR_OUT_OF_MEMORY, None)
-        self._numbers += 1
-        self._handles[self._numbers] = num_bytes
+        handle = next(self._numbers)
+        self._handles[handle] = num_bytes
         if properties.requestedHandleTypes == DESCRIPTOR:
-            self._files[self._numbers] = fd = os.memfd_create("fake-device")
+            self._files[handle] = fd = os.memfd_create("fake-device")
             os.write(fd, bytes([GARBAGE]) * num_bytes)
-        return (Result.CUDA_SUCCESS, self._numbers)
+        return (Result.CUDA_SUCCESS, handle)
 
     def cuMemRelease(self, handle: int) -> tuple[Any, ...]:
         if handle not in self._handles or handle in self._mapped.values():
@@ -198,11 +200,11 @@ class FakeDriver:
     def cuMemImportFromShareableHandle(self, fd: int, kind: Any) -> tuple[Any, ...]:
         if kind != DESCRIPTOR:
             return (Result.CUDA_ERROR_INVALID_VALUE, None)
-        self._numbers += 1
-        self._files[self._numbers] = os.dup(fd)
-        self._handles[self._numbers] = os.fstat(fd).st_size
-        self._imported.add(self._numbers)
-        return (Result.CUDA_SUCCESS, self._numbers)
+        handle = next(self._numbers)
+        self._files[handle] = os.dup(fd)
+        self._handles[handle] = os.fstat(fd).st_size
+        self._imported.add(handle)
+        return (Result.CUDA_SUCCESS, handle)
 
     def cuMemMap(
         self, address: int, num_bytes: int, offset: int, handle: int, flags: int
@@ -272,7 +274,7 @@ class FakeDriver:
     def cuMemHostRegister(self, host_address: int, num_bytes: int, flags: int) -> tuple[Any, ...]:
         if num_bytes <= 0 or flags:
             return (Result.CUDA_ERROR_INVALID_VALUE,)
-        if any(_overlap((host_address, num_bytes), found) for found in self.registered.items()):
+        if self._registered_in(host_address, num_bytes):
             return (Result.CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED,)
         self.registered[host_address] = num_bytes
         return (Result.CUDA_SUCCESS,)
@@ -285,8 +287,7 @@ class FakeDriver:
         return (Result.CUDA_SUCCESS,)
 
     def cuStreamCreateWithPriority(self, _flags: Any, _priority: int) -> tuple[Any, ...]:
-        self._numbers += 1
-        return (Result.CUDA_SUCCESS, self._numbers)
+        return (Result.CUDA_SUCCESS, next(self._numbers))
 
     def cuStreamSynchronize(self, stream: int) -> tuple[Any, ...]:
         self._carry_out(stream)
@@ -296,9 +297,9 @@ class FakeDriver:
         return (self._reach(event),)  # other streams' work is the host's, which has begun
 
     def cuEventCreate(self, _flags: Any) -> tuple[Any, ...]:
-        self._numbers += 1
-        self._events[self._numbers] = None
-        return (Result.CUDA_SUCCESS, self._numbers)
+        event = next(self._numbers)
+        self._events[event] = None
+        return (Result.CUDA_SUCCESS, event)
 
     def cuEventRecord(self, event: int, stream: int) -> tuple[Any, ...]:
         if event not in self._events:
@@ -327,16 +328,15 @@ class FakeDriver:
         """Return whether a copy that is not done reads or writes in a range."""
         return any(
             _overlap((address, num_bytes), (end, size))
-            for copies in self._copies.values()
-            for to, source, size in copies
+            for copies in list(self._copies.values())
+            for to, source, size in list(copies)
             for end in (to, source)
         )
 
     def _copy(
         self, address: int, host_address: int, num_bytes: int, stream: int, *, is_out: bool
     ) -> tuple[Any, ...]:
-        host_range = (host_address, num_bytes)
-        registered = [found for found in self.registered.items() if _overlap(host_range, found)]
+        registered = self._registered_in(host_address, num_bytes)
         if not self._is_mapped(address, num_bytes) or not all(
             start <= host_address and host_address + num_bytes <= start + size
             for start, size in registered
@@ -366,19 +366,23 @@ class FakeDriver:
     def _is_reserved(self, address: int, num_bytes: int) -> bool:
         return any(
             aligned <= address and address + num_bytes <= start + whole_bytes
-            for aligned, (start, whole_bytes) in self._ranges.items()
+            for aligned, (start, whole_bytes) in list(self._ranges.items())
         )
 
     def _is_mapped(self, address: int, num_bytes: int) -> bool:
         end = address + num_bytes
         covered = (
-            min(at + self._handles[handle], end) - max(at, address)
-            for at, handle in self._mapped.items()
+            min(at + self._handles.get(handle, 0), end) - max(at, address)
+            for at, handle in list(self._mapped.items())
         )
         return sum(size for size in covered if size > 0) == num_bytes
 
+    def _registered_in(self, address: int, num_bytes: int) -> list[tuple[int, int]]:
+        found = list(self.registered.items())
+        return [each for each in found if _overlap((address, num_bytes), each)]
+
     def _mapped_in(self, address: int, num_bytes: int) -> list[int]:
-        return [at for at in self._mapped if address <= at < address + num_bytes]
+        return [at for at in list(self._mapped) if address <= at < address + num_bytes]
 
 
 def map_file(address: int, num_bytes: int, fd: int) -> None:
