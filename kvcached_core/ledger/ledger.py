@@ -88,21 +88,24 @@ class Ledger(LedgerPromises, LedgerWeights, LedgerMembers):
         """Ask the other instances for `num_bytes` together (see `policy.shares`).
 
         What the own limit would refuse anyway, and what is on its way already, is not asked for.
-        Nobody is asked while the lock is held for too long.
+        Who waits asks nobody while the lock is held for too long: it asks again.
 
         Args:
             row: The row in whose name they are asked.
             num_bytes: What it lacks.
             is_static: Whether it is for what was announced. No limit counts that, and requests
                 stop for it only for an instance that wakes: those of lower priorities.
-            is_waiting: Whether the instance waits for it, and is told when memory comes.
+            is_waiting: Whether the instance waits for it, and is told when memory comes. Otherwise
+                a command asks once, and may wait for seconds.
 
         Returns:
             The rows that were asked and have not answered; ring their bells. Who waits asks again
             after a while, so that a ring which nobody heard costs that time and not more.
         """
         try:
-            if not self._enter(is_looking_around=is_static):
+            if not is_waiting:
+                self._enter_patiently()
+            elif not self._enter(is_looking_around=is_static):
                 return []
             asker = self._row(row)
             wanted = num_bytes if is_static else min(num_bytes, self._room_below_limit(asker))

@@ -12,7 +12,9 @@ from kvcached_core import control
 from kvcached_core.control import Outcome
 from kvcached_core.errors import ConfigError, LedgerBusyError, LedgerError
 from kvcached_core.ledger.bell import Doorbell
+from kvcached_core.ledger.entry import SCHEDULER_SECONDS
 from kvcached_core.ledger.ledger import Ledger
+from kvcached_core.ledger.lock import FileLock
 from kvcached_core.ledger.opening import doorbell_path, ledger_directory
 from kvcached_core.ledger.policy import Policy
 from kvcached_core.ledger.view import InstanceView
@@ -41,9 +43,10 @@ class Engine:
         if self.is_deaf.is_set():
             return
         self.fulfil(self.ledger.weights_wish(self.row))
-        give = self.ledger.wanted(self.row).asked_bytes
+        wanted = self.ledger.wanted(self.row)
+        give = wanted.asked_bytes
         self.cached_bytes -= give
-        self.ledger.acknowledge(self.row)
+        self.ledger.acknowledge(self.row, give, num_asked=wanted.num_asked)
         self.ledger.settle(
             self.row, unmapped_bytes=give, used_bytes=0, cached_bytes=self.cached_bytes
         )
@@ -110,6 +113,30 @@ def test_a_floor_is_freed_by_those_who_can_give(
     answer = control.set_floor("a", "512MiB", directory=directory)
     assert answer.outcome is Outcome.APPLIED
     assert pair[1].cached_bytes == GIB - 32 * PAGE
+
+
+def test_a_floor_is_asked_for_also_where_somebody_has_the_lock_just_then(
+    directory: Path, pair: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing_to_floor, take_later = control._missing_to_floor, FileLock._take_later
+    with Ledger(directory / "host.ledger") as holder:
+        enter = iter([holder._enter_patiently])
+
+        def look_and_hold(*arguments: Any) -> int:
+            found = missing_to_floor(*arguments)
+            next(enter, lambda: None)()
+            return found
+
+        def let_go_of_who_may_wait(lock: FileLock, seconds: float) -> bool:
+            if seconds > SCHEDULER_SECONDS:
+                holder._exit()
+            return take_later(lock, seconds)
+
+        monkeypatch.setattr(control, "_missing_to_floor", look_and_hold)
+        monkeypatch.setattr(FileLock, "_take_later", let_go_of_who_may_wait)
+        answer = control.set_floor("a", "512MiB", directory=directory)
+        assert answer.outcome is Outcome.APPLIED
+        assert pair[1].cached_bytes == GIB - 32 * PAGE
 
 
 def test_a_refusal_says_why_and_changes_nothing(
