@@ -20,8 +20,9 @@ from kvcached_core.ledger.times import NO_CALLS, CallTimes
 
 # A writer is done in some microseconds, and others may follow at once: as long as they go on, no
 # copy is like the one before. One that goes no further for longer than it may lack a core on a busy
-# machine was stopped, or ended in the middle: what it wrote so far is what there is.
-_STOPPED_SECONDS = 0.1
+# machine was stopped, or ended in the middle: what it wrote so far is what there is. That is 0.1 s,
+# counted in looks: a clock also goes on while the machine stands still, and the writer with it.
+_NUM_SAME_COPIES = 100
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 5e-5, 1e-3
 
 
@@ -215,8 +216,8 @@ def read_rows(fd: int) -> tuple[Header, list[Row]] | None:
 
     It takes no lock, so it holds nobody up, and nobody it: `None` is a file that was cut off.
     """
-    copy, stopped_at, pause = b"", 0.0, _FIRST_PAUSE_SECONDS
-    while True:
+    copy, num_same, pause = b"", 0, _FIRST_PAUSE_SECONDS
+    while num_same < _NUM_SAME_COPIES:
         before, copy = copy, os.pread(fd, FILE_BYTES, 0)
         if len(copy) < FILE_BYTES:
             return None
@@ -227,11 +228,10 @@ def read_rows(fd: int) -> tuple[Header, list[Row]] | None:
             and os.pread(fd, 8, 8 * SEQUENCE) == copy[8 * SEQUENCE : 8 * SEQUENCE + 8]
         ):
             break
-        now = time.monotonic()
-        if copy != before:
-            stopped_at, pause = now + _STOPPED_SECONDS, _FIRST_PAUSE_SECONDS
-        elif now >= stopped_at:
-            break
+        if copy == before:
+            num_same += 1
+        else:
+            num_same, pause = 0, _FIRST_PAUSE_SECONDS
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
     header = Header(words)

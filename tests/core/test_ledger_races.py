@@ -375,7 +375,7 @@ def test_a_process_stopped_at_any_point_makes_a_scheduler_wait_once_at_most(
         assert os.read(ready, 1) == b"x"
         monkeypatch.setattr(FileLock, "acquire", note)
         # A writer that goes no further is known to be stopped here.
-        monkeypatch.setattr("kvcached_core.ledger.view._STOPPED_SECONDS", 0.0)
+        monkeypatch.setattr("kvcached_core.ledger.view._NUM_SAME_COPIES", 1)
         source = random.Random(3)
         num_held_up = 0
         for _ in range(NUM_RACES):
