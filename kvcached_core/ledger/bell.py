@@ -42,6 +42,7 @@ class Doorbell:
         self.path = path
         self._tell = on_ring
         self._deadline: float | None = None
+        self._rang_at: float | None = None  # the deadline that was reached last
         self._is_ours = True
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         # Connected, it reaches the listener also when the path is gone.
@@ -95,14 +96,15 @@ class Doorbell:
                     logger.exception("kvcached: a ring at %s could not be answered", self.path)
 
     def _receive(self) -> bytes:
-        deadline = self._deadline
-        wait = None if deadline is None else max(deadline - time.monotonic(), _AT_ONCE_SECONDS)
+        # Only who sets an alarm writes the deadline, so none is lost that is set while one rings.
+        deadline, wait = self._deadline, None
+        if deadline is not None and deadline is not self._rang_at:
+            wait = max(deadline - time.monotonic(), _AT_ONCE_SECONDS)
         self._socket.settimeout(wait)
         try:
             return self._socket.recv(1)
         except TimeoutError:
-            if self._deadline == deadline:
-                self._deadline = None
+            self._rang_at = deadline
             return _RING
 
 

@@ -3,10 +3,16 @@
 import errno
 import socket
 import stat
+import sys
 import threading
+import time
+from itertools import count
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
+from helpers.waiting import await_that
 
 from kvcached_core.config import HOST, read_config
 from kvcached_core.engine.instance import Instance
@@ -46,6 +52,53 @@ def test_a_ring_is_heard_and_the_socket_goes_with_the_bell(tmp_path: Path) -> No
     bell.close()
     assert not bell.path.exists()
     assert not ring(bell.path)
+
+
+class SettingAgain(Doorbell):
+    """A bell on which an alarm rings at once, and another one is set at a line of its listening.
+
+    Args:
+        path: Where the socket lies.
+        number: In front of which line, counted from the first on.
+
+    Attributes:
+        where: The line, when it has been.
+        due: When the other alarm has to ring.
+        rung: When there was a ring, and whether the line had been.
+    """
+
+    def __init__(self, path: Path, number: int) -> None:
+        self.where, self.due = 0, 0.0
+        self.rung: list[tuple[float, int]] = []
+        self._number, self._lines = number, count()
+        super().__init__(path, lambda: self.rung.append((time.monotonic(), self.where)))
+
+    def _listen(self) -> None:
+        self.set_alarm(0.0)
+        sys.settrace(self._trace)
+        super()._listen()
+
+    def _trace(self, frame: FrameType, event: str, _arg: object) -> Any:
+        if frame.f_code is not Doorbell._receive.__code__:
+            return None
+        if event == "line" and next(self._lines) == self._number:
+            self.where, self.due = frame.f_lineno, time.monotonic() + 0.02
+            self.set_alarm(0.02)
+        return self._trace
+
+
+def test_an_alarm_that_is_set_at_any_line_while_another_one_rings_is_heard(tmp_path: Path) -> None:
+    seen = set()
+    for number in count():
+        bell = SettingAgain(tmp_path / "a.sock", number)
+        await_that(lambda bell=bell: bool(bell.rung), 60)  # type: ignore[misc]
+        if not bell.rung[0][1]:
+            break
+        await_that(lambda bell=bell: bell.rung[-1][0] >= bell.due, 60)  # type: ignore[misc]
+        seen.add(bell.where)
+        bell.close()
+    bell.close()
+    assert len(seen) >= 7
 
 
 def test_a_socket_left_by_a_dead_process_is_replaced(tmp_path: Path) -> None:
