@@ -98,8 +98,9 @@ OLDER_SGLANG_TESTS = (
 )
 NOT_THE_NEWEST = marked("not vllm and not newest_release")
 GATEWAY = "tests/gateway"
-BESIDE_IT = ("tests/core", "tests/patches", "tests/vllm", "tests/demo", "tests/benchmarks")
-FOLDERS = (*BESIDE_IT, GATEWAY)
+CORE = ("tests/core", "tests/patches")
+ADAPTER = ("tests/vllm", "tests/demo", "tests/benchmarks")
+FOLDERS = (*CORE, *ADAPTER, GATEWAY)
 
 # The longest first: what is short fills the end.
 JOBS = {
@@ -108,9 +109,10 @@ JOBS = {
         Job("SGLang 0.5.23, without a server", SGLANG, (*WITHOUT_SERVERS, "tests/sglang")),
     ],
     "test": [
-        Job("vLLM 0.32.0, without a server", VLLM, (*WITHOUT_SERVERS, *FOLDERS)),
-        Job("vLLM 0.32.0, servers", VLLM, (*SERVERS, *BESIDE_IT)),
         Job("SGLang 0.5.23", SGLANG, (*marked("not every_release"), "tests/sglang")),
+        Job("vLLM 0.32.0, servers", VLLM, (*SERVERS, *CORE, *ADAPTER)),
+        Job("vLLM 0.32.0, without a server", VLLM, (*WITHOUT_SERVERS, *ADAPTER, GATEWAY)),
+        Job("the core", VLLM, (*WITHOUT_SERVERS, *CORE)),
         Job("servers behind the gateway", VLLM, (*SERVERS, GATEWAY)),
         Job("SGLang 0.5.15", OLDER_SGLANG, OLDER_SGLANG_TESTS),
         Job("vLLM 0.28.0", OLDER_VLLM, (*marked("older_release"), "tests/vllm")),
