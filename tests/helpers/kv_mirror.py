@@ -55,8 +55,9 @@ class Mirror:
     def num_found(self, prompt: list[int]) -> int:
         """Return how many tokens of a prompt are cached."""
         parent, start = None, 0
+        block_tokens = self._block_tokens
         while start < len(prompt):
-            tokens = tuple(prompt[start : start + self._block_tokens])
+            tokens = tuple(prompt[start : start + block_tokens])
             found = self._hash_after.get((parent, tokens))
             if found is None:
                 break
