@@ -73,13 +73,13 @@ class LedgerPromises(LedgerEntry):
             LedgerError: If the instance has left.
         """
         is_looking_around = time.monotonic_ns() >= self._look_around_ns
-        device = None if self._device_free_bytes is None else self._ask_device()
+        asked = self._ask_device()
         try:
             if not self._enter(is_looking_around=is_looking_around):
                 return 0
             base = self._base(row)
             words = self._words
-            device_free_bytes = None if device is None else self._still_free_bytes(*device)
+            device_free_bytes = self._still_free_bytes(asked)
             room = unborrowed = room_bytes(words, self._rows, base, device_free_bytes)
             if is_waiting and room < num_bytes:
                 room = room_bytes(words, self._rows, base, device_free_bytes, is_waiting=True)
@@ -187,13 +187,13 @@ class LedgerPromises(LedgerEntry):
         Raises:
             LedgerError: If the instance has left.
         """
-        device = None if self._device_free_bytes is None else self._ask_device()
+        asked = self._ask_device()
         try:
             is_locked = self._enter()
             if not is_locked and not self._is_intact():
                 return 0
             base, words, rows = self._base(row), self._words, self._rows
-            device_free_bytes = None if device is None else self._still_free_bytes(*device)
+            device_free_bytes = self._still_free_bytes(asked)
             found = free_bytes(words, rows, base, device_free_bytes)
             # What is announced between the two sums would count as free, though others hold it.
             return found + younger_bytes(words, rows, base) if is_locked else found
@@ -212,14 +212,22 @@ class LedgerPromises(LedgerEntry):
             return 0
         return max(room_bytes(self._words, self._rows, base, device_free_bytes, is_waiting=True), 0)
 
-    def _ask_device(self) -> tuple[memoryview, int, int]:
-        """Return what the device says to be free, and what was allocated before it was asked."""
+    def _ask_device(self) -> tuple[memoryview, int, int] | None:
+        """Return what the device says to be free, and what was allocated before it was asked.
+
+        None where the capacity is all there is to know.
+        """
+        if self._device_free_bytes is None:
+            return None
         words = self._words
         allocated_bytes = words[ALLOCATED] if self._is_intact() else 0
-        return words, allocated_bytes, self._device_free_bytes() if self._device_free_bytes else 0
+        return words, allocated_bytes, self._device_free_bytes()
 
-    def _still_free_bytes(self, words: memoryview, allocated_bytes: int, free_bytes: int) -> int:
-        """Return what is left of that under the lock; nothing counts if the file is another one."""
+    def _still_free_bytes(self, asked: tuple[memoryview, int, int] | None) -> int | None:
+        """Return what is left of that by now; nothing counts if the file is another one."""
+        if asked is None:
+            return None
+        words, allocated_bytes, free_bytes = asked
         if words is not self._words:
             return 0
         return int(free_bytes - (words[ALLOCATED] - allocated_bytes))
