@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 from kvcached_core.config import CUDA, Config, WeightsMode
@@ -114,7 +114,7 @@ def make_annex(device: Any, config: Config, model: str) -> OwnAnnex | None:
     """
     if config.buffers is not WeightsMode.YIELD:
         return None
-    if device.type == CUDA and _has_expandable_segments(os.environ):
+    if device.type == CUDA and _has_expandable_segments():
         logger.warning(
             "kvcached: buffers and CUDA graphs stay: with expandable segments torch captures none "
             "in memory of others; remove expandable_segments from PYTORCH_ALLOC_CONF"
@@ -123,6 +123,6 @@ def make_annex(device: Any, config: Config, model: str) -> OwnAnnex | None:
     return OwnAnnex(device, config, f"{short_name(model)}'s buffers")
 
 
-def _has_expandable_segments(environ: Mapping[str, str]) -> bool:
-    settings = next((environ[name] for name in _ALLOCATOR_SETTINGS if environ.get(name)), "")
+def _has_expandable_segments() -> bool:
+    settings = next(filter(None, map(os.environ.get, _ALLOCATOR_SETTINGS)), "")
     return "expandable_segments:true" in settings.replace(" ", "").lower().split(",")
