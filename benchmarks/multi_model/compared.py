@@ -159,8 +159,8 @@ def _percentiles(
     """Return what `numpy.percentile` says of the values of each drawing; they are sorted once."""
     values = np.concatenate(windows)
     order = np.argsort(values)
-    values, owners = values[order], np.repeat(np.arange(len(windows)), list(map(len, windows)))
-    owners = owners[order]
+    values = values[order]
+    owners = np.repeat(np.arange(len(windows)), [len(window) for window in windows])[order]
     lows, highs, parts = np.empty((3, len(drawn)))
     for number, places in enumerate(drawn):
         ends = np.bincount(places, minlength=len(windows))[owners].cumsum()

@@ -55,7 +55,7 @@ class Mirror:
     def num_found(self, prompt: list[int]) -> int:
         """Return how many tokens of a prompt are cached."""
         parent, start = None, 0
-        block_tokens = self._block_tokens
+        block_tokens = max(map(len, self._tokens_of.values()), default=1)
         while start < len(prompt):
             tokens = tuple(prompt[start : start + block_tokens])
             found = self._hash_after.get((parent, tokens))
@@ -63,10 +63,6 @@ class Mirror:
                 break
             parent, start = found, start + len(tokens)
         return start
-
-    @property
-    def _block_tokens(self) -> int:
-        return max(map(len, self._tokens_of.values()), default=1)
 
     def _take(self, number: int, batch: Any) -> None:
         assert self._next_number in (None, number), "an event was lost"
